@@ -1,0 +1,98 @@
+"""`spar-hf`: the command line. Heavy imports stand inside the commands, so that `--help` is immediate."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+
+
+@app.callback()
+def root() -> None:
+    """Dense, open-vocabulary vision features in one pass at any resolution."""
+
+
+@app.command()
+def segment(
+    image: Annotated[str, typer.Argument(help="Photo: a file or a URL.")],
+    labels: Annotated[
+        str,
+        typer.Option(help='Classes separated by ";", names of one class by ",": "road; car, automobile; sky".'),
+    ],
+    output: Annotated[Path, typer.Option(help="Picture to write: the photo under its masks, with a legend.")],
+    model: Annotated[str | None, typer.Option(help="Folder or hub id; the embedded spar-tiny by default.")] = None,
+    templates: Annotated[
+        str | None, typer.Option(help="Prompt templates: imagenet80, short or plain; the checkpoint's by default.")
+    ] = None,
+    shortest_edge: Annotated[
+        int | None,
+        typer.Option(help="Shorter side of the working image in pixels; the checkpoint's by default.", min=16),
+    ] = None,
+    map_output: Annotated[
+        Path | None, typer.Option("--map", help="Also write the class numbers as an 8- or 16-bit PNG.")
+    ] = None,
+) -> None:
+    """Segment a photo by words and write the masks over it."""
+    from spar_hf.image_processing_spar import read_image, to_rgb
+
+    if output.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        raise typer.BadParameter(f"{output} must end in .png, .jpg or .webp.", param_hint="--output")
+    classes = [item.strip() for item in labels.split(";") if item.strip()]
+    try:
+        from spar_hf.prompts import Vocabulary
+
+        vocabulary = Vocabulary.parse(classes)
+        photo = to_rgb(read_image(image))
+        pipe = load_pipeline(model)
+        options: dict[str, Any] = {} if shortest_edge is None else {"size": {"shortest_edge": shortest_edge}}
+        if templates is not None:
+            options["templates"] = templates
+        result = pipe(photo, candidate_labels=vocabulary, output="map", **options)
+    except (ValueError, OSError) as error:
+        typer.secho(f"error: {error}", fg="red", err=True)
+        raise typer.Exit(1) from error
+    from spar_hf.visualization import overlay
+
+    write_image(overlay(photo, result["map"], result["labels"]), output)
+    if map_output is not None:
+        write_image(label_image(result["map"]), map_output)
+    share = [(result["map"] == i).mean() for i in range(len(classes))]
+    for label, score, area in zip(result["labels"], result["scores"], share, strict=True):
+        typer.echo(f"{label:24} {area:7.1%} of the photo" + (f", score {score:.2f}" if area else ""))
+    typer.echo(f"written: {output}")
+
+
+def load_pipeline(model: str | None):
+    """The pipeline of a folder or hub id, or the embedded one, without transformers' notices."""
+    from transformers import pipeline
+    from transformers.utils import logging
+
+    from spar_hf import SPAR_TINY
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    task: Any = "open-vocab-segmentation"  # transformers types only its own tasks
+    return pipeline(task, model=SPAR_TINY if model is None else model)
+
+
+def label_image(label_map):
+    """Class numbers as an image: mode L up to 256 classes, else 16 bit."""
+    import numpy as np
+    from PIL import Image
+
+    return Image.fromarray(label_map.astype(np.uint8 if label_map.max() < 256 else np.uint16))
+
+
+def write_image(image, path: Path) -> None:
+    """Write under a temporary name and rename, so that an interrupted run leaves no half picture."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.partial{path.suffix}")
+    image.save(temporary)
+    temporary.replace(path)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    sys.exit(app())

@@ -1,0 +1,158 @@
+"""Configuration of SPAR models: a backbone of transformers, a way to read dense features, maybe a text tower."""
+
+import math
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from transformers import AutoConfig
+from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
+
+from .prompts import resolve_templates
+
+# what is known of each part; where there is a choice, the default stands first
+BACKBONE_READOUTS = {"siglip_vision_model": ("siglip",)}
+READOUT_RESAMPLINGS = {"siglip": ("bicubic",)}
+# the attribute of a part's own configuration that holds the width of what it gives
+READOUT_WIDTHS = {"siglip": "hidden_size"}
+TEXT_WIDTHS = {"siglip_text_model": "projection_size"}
+
+
+def _check_choice(what: str, value: Any, choices: Collection[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{what} {value!r} is unknown to SPAR; use one of {sorted(choices)}.")
+
+
+class SparConfig(PreTrainedConfig):
+    r"""
+    Configuration of [`SparVisionModel`] and [`SparForOpenVocabSegmentation`].
+
+    Args:
+        backbone_config (`dict` or `PreTrainedConfig`, *optional*):
+            Vision configuration of transformers (`siglip_vision_model`). Defaults to `SiglipVisionConfig()`.
+        text_config (`dict` or `PreTrainedConfig`, *optional*):
+            Text configuration of transformers (`siglip_text_model`). `None` makes a vision-only model.
+        readout (`str`, *optional*):
+            How dense features are read from the backbone. Defaults to the read-out of the backbone's family:
+            `"siglip"` is the attention-pooling head without its attention (SPAR, section 3).
+        position_resampling (`str`, *optional*):
+            How the position table is taken to another grid. It belongs to the checkpoint: features change with it.
+            `"bicubic"`: by target size, without antialiasing.
+        projection_dim (`int`, *optional*):
+            Width of the dense features and of the text embeddings. Follows from the backbone (`hidden_size`).
+        dense_logit_scale (`float`, *optional*, defaults to 40.0):
+            Factor on the cosine of patch feature and text embedding before the softmax over names. It is a plain
+            multiplier, not the logarithm that a trained `logit_scale` holds.
+        templates (`str` or `Sequence[str]`, *optional*, defaults to `"imagenet80"`):
+            Prompt templates: the name of a set in `spar_hf.prompts.TEMPLATES` or a list of strings with one `{}`.
+        distillation (`dict`, *optional*):
+            How a student was made: `teacher`, `window_size`, `stride`, data. `None` for an untouched base.
+
+    Raises:
+        ValueError: a backbone, text tower, read-out, resampling or template set that does not exist; a template
+            without exactly one `{}`; a `dense_logit_scale` that is not positive; a `projection_dim` or a text
+            tower of another width than the dense features.
+
+    Example:
+
+    ```python
+    >>> from transformers import SiglipVisionConfig
+    >>> from spar_hf import SparConfig, SparVisionModel
+
+    >>> backbone = SiglipVisionConfig(
+    ...     hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2
+    ... )
+    >>> model = SparVisionModel(SparConfig(backbone_config=backbone))
+    >>> model.config.projection_dim
+    32
+    ```"""
+
+    model_type = "spar"
+    sub_configs_defaults = {
+        "backbone_config": SubConfigSpec(config_class=AutoConfig, model_type="siglip_vision_model"),
+        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="siglip_text_model", optional=True),
+    }
+
+    # what is left out is filled in by __post_init__, and a dict becomes a configuration: these are the types read
+    backbone_config: Any = None
+    text_config: Any = None
+    readout: str = None  # type: ignore[assignment]
+    position_resampling: str = None  # type: ignore[assignment]
+    projection_dim: int = None  # type: ignore[assignment]
+    dense_logit_scale: float | int = 40.0
+    templates: str | Sequence[str] = "imagenet80"
+    distillation: dict[str, Any] | None = None
+
+    def __post_init__(self, **kwargs):
+        # checked before transformers builds the sub-configurations, which answers unknown types with a KeyError
+        for key, known in (("backbone_config", BACKBONE_READOUTS), ("text_config", TEXT_WIDTHS)):
+            sub_config = getattr(self, key)
+            if isinstance(sub_config, dict):
+                sub_config = {"model_type": self.sub_configs_defaults[key].model_type, **sub_config}
+                setattr(self, key, sub_config)
+                _check_choice(f"`{key}` of type", sub_config["model_type"], known)
+            elif isinstance(sub_config, PreTrainedConfig):
+                _check_choice(f"`{key}` of type", sub_config.model_type, known)
+            elif sub_config is not None:
+                raise ValueError(f"`{key}` must be a dict or a configuration of transformers, got {sub_config!r}.")
+        super().__post_init__(**kwargs)
+
+        readouts = BACKBONE_READOUTS[self.backbone_config.model_type]
+        self.readout = readouts[0] if self.readout is None else self.readout
+        _check_choice("`readout`", self.readout, readouts)
+
+        resamplings = READOUT_RESAMPLINGS[self.readout]
+        self.position_resampling = resamplings[0] if self.position_resampling is None else self.position_resampling
+        _check_choice("`position_resampling`", self.position_resampling, resamplings)
+
+        width = getattr(self.backbone_config, READOUT_WIDTHS[self.readout])
+        self.projection_dim = width if self.projection_dim is None else self.projection_dim
+        if self.projection_dim != width:
+            raise ValueError(
+                f"The backbone's dense features have {width} dimensions, so `projection_dim` cannot be "
+                f"{self.projection_dim}. Leave it out."
+            )
+        if self.text_config is not None:
+            text_attribute = TEXT_WIDTHS[self.text_config.model_type]
+            text_width = getattr(self.text_config, text_attribute)
+            if text_width != width:
+                raise ValueError(
+                    f"The text tower ends in {text_width} dimensions but the dense features have {width}: they "
+                    f"must agree to be compared. Set `text_config.{text_attribute}={width}`."
+                )
+
+        scale = self.dense_logit_scale
+        if not isinstance(scale, (float, int)) or not 0 < scale < math.inf:
+            raise ValueError(f"`dense_logit_scale` must be a positive number (a plain factor, 40.0), got {scale!r}.")
+        resolve_templates(self.templates)
+        if not isinstance(self.templates, str):
+            self.templates = list(self.templates)  # as JSON gives it back
+
+    @classmethod
+    def default_config_fields(cls) -> dict[str, Any]:
+        # Both towers are written to config.json in full. The shorter form is a difference from a default
+        # SiglipTextConfig(), and building one warns of token ids outside a vocabulary that is not ours.
+        fields = super().default_config_fields()
+        fields.pop("text_config", None)
+        return fields
+
+    # what teacher, processor and training need to know of the backbone, whatever its family
+    @property
+    def patch_size(self) -> int:
+        """Side of a patch in pixels."""
+        return self.backbone_config.patch_size
+
+    @property
+    def image_size(self) -> int:
+        """Side in pixels of the images the backbone was pre-trained on: the teacher's natural window."""
+        return self.backbone_config.image_size
+
+    @property
+    def hidden_size(self) -> int:
+        return self.backbone_config.hidden_size
+
+    @property
+    def num_hidden_layers(self) -> int:
+        return self.backbone_config.num_hidden_layers
+
+
+__all__ = ["SparConfig"]

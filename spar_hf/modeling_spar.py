@@ -1,0 +1,337 @@
+"""SPAR models: dense features in one pass at any resolution, and masks from words when there is a text tower."""
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import SiglipTextModel
+from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import ModelOutput, can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_spar import SparConfig
+from .readouts import READOUTS
+
+# An explicit table: AutoModel does not know SigLIP's text tower and would give CLIP's without its projection.
+TEXT_MODELS = {"siglip_text_model": SiglipTextModel}
+
+
+@dataclass
+class SparVisionModelOutput(ModelOutput):
+    """
+    Output of [`SparVisionModel`] and [`SlidingWindowTeacher`].
+
+    Args:
+        last_hidden_state (`torch.FloatTensor` of shape `(batch, tokens, hidden_size)`):
+            All tokens after the backbone's final norm. `None` from the teacher.
+        pooler_output (`torch.FloatTensor` of shape `(batch, hidden_size)`, *optional*):
+            The backbone's own image embedding; only with `output_pooled=True`.
+        hidden_states (`tuple(torch.FloatTensor)`, *optional*):
+            With `output_hidden_states=True`: the embeddings and the output of each layer, each
+            `(batch, tokens, hidden_size)`. With an index or a list of indices, only those; the others are `None`.
+        attentions (`tuple(torch.FloatTensor)`, *optional*):
+            With `output_attentions=True` and eager attention: `(batch, heads, tokens, tokens)` per layer.
+        feature_map (`torch.FloatTensor` of shape `(batch, dim, ceil(height / patch), ceil(width / patch))`):
+            Dense features, not normalised.
+    """
+
+    last_hidden_state: torch.Tensor | None = None
+    pooler_output: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    feature_map: torch.Tensor | None = None
+
+
+@dataclass
+class SparOpenVocabSegmentationOutput(ModelOutput):
+    """
+    Output of [`SparForOpenVocabSegmentation`].
+
+    Args:
+        logits (`torch.FloatTensor` of shape `(batch, names, ceil(height / patch), ceil(width / patch))`):
+            Cosine of patch feature and text embedding times `dense_logit_scale`.
+        text_embeds (`torch.FloatTensor` of shape `(names, dim)`):
+            The text embeddings used, L2-normalised.
+        feature_map (`torch.FloatTensor` of shape `(batch, dim, ceil(height / patch), ceil(width / patch))`):
+            Dense features, not normalised.
+        hidden_states, attentions (`tuple(torch.FloatTensor)`, *optional*):
+            Those of the vision tower, see [`SparVisionModelOutput`].
+    """
+
+    logits: torch.Tensor | None = None
+    text_embeds: torch.Tensor | None = None
+    feature_map: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+
+
+def pad_to_patches(pixel_values: torch.Tensor, patch_size: int) -> torch.Tensor:
+    """
+    Pad zeros right and bottom up to a multiple of the patch: `(..., height, width)` ->
+    `(..., ceil(height / patch) * patch, ceil(width / patch) * patch)`.
+
+    The top left corner stays where it is, so patch `(i, j)` always begins at the pixel `(i * patch, j * patch)`.
+    """
+    height, width = pixel_values.shape[-2:]
+    # no `%`: with symbolic sizes, ceil(side / patch) * patch is what torch.export and inductor can reason about
+    padded_height, padded_width = ((side + patch_size - 1) // patch_size * patch_size for side in (height, width))
+    return nn.functional.pad(pixel_values, (0, padded_width - width, 0, padded_height - height))
+
+
+class SparPreTrainedModel(PreTrainedModel):
+    """What all SPAR models share: configuration class, attention back ends, initialisation."""
+
+    config: SparConfig
+    base_model_prefix = "vision_model"
+    main_input_name = "pixel_values"
+    input_modalities = ["image"]
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    @classmethod
+    def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
+        """
+        As in transformers, but weights that the folder does not hold are an error instead of a warning: a tower
+        initialised anew gives masks that look like masks. What a class adds on purpose (a head to be trained) it
+        lists in `_keys_to_ignore_on_load_missing`.
+
+        Raises:
+            RuntimeError: weights are missing, or have another shape.
+        """
+        loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        model, loading_info = loaded
+        missing = sorted(loading_info["missing_keys"])
+        if missing:
+            shown = ", ".join(missing[:8]) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
+            raise RuntimeError(
+                f"{model.name_or_path or 'The checkpoint'} lacks {len(missing)} weights of {cls.__name__}: "
+                f"{shown}. The files are incomplete or config.json describes another model: copy the folder again."
+            )
+        return (model, loading_info) if output_loading_info else model
+
+
+class SparVisionModel(SparPreTrainedModel):
+    """
+    Dense features of an image of any height and width in one forward pass.
+
+    The image is padded with zeros right and bottom to a multiple of the patch, the position table is resampled to
+    the resulting grid, and every patch gets one feature vector in the space of the text embeddings.
+
+    Source: SPAR (arXiv 2604.02252), section 3. The backbone is a model of transformers, see `spar_hf/readouts.py`.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from transformers import AutoModel
+    >>> import spar_hf
+
+    >>> model = AutoModel.from_pretrained(spar_hf.SPAR_TINY)
+    >>> with torch.no_grad():
+    ...     model(torch.zeros(1, 3, 200, 330)).feature_map.shape
+    torch.Size([1, 192, 13, 21])
+    ```"""
+
+    # the other tower of a two-tower folder is left out on purpose; a warning would only worry people
+    _keys_to_ignore_on_load_unexpected = [r"^text_model\.", r"^logit_scale$", r"^logit_bias$"]
+    # only the keys matter: the classes whose outputs are recorded are the backbone's own
+    _can_record_outputs = {"hidden_states": GradientCheckpointingLayer, "attentions": GradientCheckpointingLayer}
+
+    def __init__(self, config: SparConfig):
+        if config.text_config is not None:
+            # a vision tower saved by itself must not promise a text tower
+            config = copy.copy(config)
+            config.text_config = None
+        super().__init__(config)
+        self.backbone = READOUTS[config.readout]._from_config(config.backbone_config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.backbone.get_input_embeddings()
+
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(self, pixel_values: torch.FloatTensor, output_pooled: bool = False, **kwargs) -> SparVisionModelOutput:
+        """
+        Args:
+            pixel_values (`torch.FloatTensor` of shape `(batch, 3, height, width)`):
+                Normalised images, any height and width.
+            output_pooled (`bool`, *optional*, defaults to `False`):
+                Whether to run the backbone's pooling head as well and return `pooler_output`.
+
+        Returns:
+            [`SparVisionModelOutput`] with `feature_map` `(batch, dim, ceil(height / patch), ceil(width / patch))`.
+
+        Raises:
+            ValueError: `pixel_values` are not a batch of images.
+        """
+        if pixel_values.ndim != 4:
+            raise ValueError(
+                f"`pixel_values` must be (batch, channels, height, width), got shape {tuple(pixel_values.shape)}. "
+                "A single image needs a batch axis: `pixel_values[None]`."
+            )
+        padded = pad_to_patches(pixel_values.to(self.dtype), self.config.patch_size)
+        height, width = (side // self.config.patch_size for side in padded.shape[-2:])
+        hidden_states = self.backbone.embed(padded, self.config.position_resampling)
+        last_hidden_state, features = self.backbone.encode(hidden_states, **kwargs)
+        return SparVisionModelOutput(
+            last_hidden_state=last_hidden_state,
+            pooler_output=self.backbone.pool(last_hidden_state) if output_pooled else None,
+            # (batch, h * w, dim) -> (batch, dim, h, w)
+            feature_map=features.transpose(1, 2).unflatten(2, (height, width)),
+        )
+
+
+class SparForOpenVocabSegmentation(SparPreTrainedModel):
+    """
+    Two towers: a [`SparVisionModel`] (`.vision_model`) and a text model of transformers (`.text_model`). Patch
+    features compared with text embeddings give one logit map per name.
+
+    Source: SPAR (arXiv 2604.02252), section 3.
+
+    Raises:
+        ValueError: the configuration has no `text_config`, e.g. a vision-only folder.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from transformers import AutoTokenizer
+    >>> from spar_hf import SPAR_TINY, SparForOpenVocabSegmentation
+
+    >>> model = SparForOpenVocabSegmentation.from_pretrained(SPAR_TINY)
+    >>> tokenizer = AutoTokenizer.from_pretrained(SPAR_TINY)
+    >>> names = tokenizer(["road", "sky"], padding="max_length", return_tensors="pt")
+    >>> with torch.no_grad():
+    ...     model(torch.zeros(1, 3, 200, 330), **names).logits.shape
+    torch.Size([1, 2, 13, 21])
+    ```"""
+
+    input_modalities = ["image", "text"]
+
+    def __init__(self, config: SparConfig):
+        if config.text_config is None:
+            raise ValueError(
+                "This configuration has no text tower (`text_config`), so words cannot be compared with its "
+                "features. Load the folder with `AutoModel`/`SparVisionModel`, or use a two-tower checkpoint."
+            )
+        super().__init__(config)
+        self.vision_model = SparVisionModel._from_config(config)
+        self.text_model = TEXT_MODELS[config.text_config.model_type]._from_config(config.text_config)
+        # trained for image-text retrieval (log of the scale, bias); dense logits use config.dense_logit_scale
+        self.logit_scale = nn.Parameter(torch.zeros(1))
+        self.logit_bias = nn.Parameter(torch.zeros(1))
+        self.post_init()
+        # post_init takes over what the vision tower ignores; here a text weight without a place deserves a warning
+        self._keys_to_ignore_on_load_unexpected = set()
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if module is self:
+            init.zeros_(self.logit_scale)
+            init.zeros_(self.logit_bias)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.text_model.get_input_embeddings()
+
+    @can_return_tuple
+    def get_text_features(
+        self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None = None, **kwargs
+    ) -> BaseModelOutputWithPooling:
+        """
+        Embed texts in the space of the dense features.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(names, length)`):
+                Padded to the text tower's `max_position_embeddings` where it is a SigLIP tower.
+            attention_mask (`torch.Tensor` of shape `(names, length)`, *optional*):
+                Left out for SigLIP text towers, which were trained without one.
+
+        Returns:
+            An output whose `pooler_output` is `(names, dim)`, not normalised.
+
+        Raises:
+            ValueError: prompts of another length than a SigLIP text tower reads.
+        """
+        length = self.config.text_config.max_position_embeddings
+        if input_ids.shape[-1] != length:
+            raise ValueError(
+                f"The text tower reads prompts of exactly {length} tokens (it is pooled at the last), got "
+                f'{input_ids.shape[-1]}. Tokenise with `padding="max_length", max_length={length}`.'
+            )
+        return self.text_model(input_ids=input_ids, return_dict=True, **kwargs)
+
+    def dense_logits(self, feature_map: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
+        """
+        Cosine times `dense_logit_scale`: features `(batch, dim, h, w)` and texts `(names, dim)`, normalised or
+        not, -> `(batch, names, h, w)`.
+
+        Raises:
+            ValueError: `text_embeds` are not `(names, dim)` of the features' dim.
+        """
+        dim = feature_map.shape[1]
+        if text_embeds.ndim != 2 or text_embeds.shape[1] != dim:
+            raise ValueError(f"`text_embeds` must be (names, {dim}), got shape {tuple(text_embeds.shape)}.")
+        text_embeds = nn.functional.normalize(text_embeds.to(feature_map.dtype), dim=-1)
+        features = nn.functional.normalize(feature_map.flatten(2).transpose(1, 2), dim=-1)  # (batch, h * w, dim)
+        cosines = text_embeds @ features.transpose(1, 2)  # (names, dim) @ (batch, dim, h * w) -> (batch, names, h * w)
+        return cosines.unflatten(2, feature_map.shape[2:]) * self.config.dense_logit_scale
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.FloatTensor,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        text_embeds: torch.FloatTensor | None = None,
+        **kwargs,
+    ) -> SparOpenVocabSegmentationOutput:
+        """
+        Args:
+            pixel_values (`torch.FloatTensor` of shape `(batch, 3, height, width)`):
+                Normalised images, any height and width.
+            input_ids (`torch.LongTensor` of shape `(names, length)`, *optional*):
+                One tokenised prompt per name. Either this or `text_embeds`.
+            attention_mask (`torch.Tensor` of shape `(names, length)`, *optional*):
+                See `get_text_features`.
+            text_embeds (`torch.FloatTensor` of shape `(names, dim)`, *optional*):
+                Text embeddings made before (averaged over templates, say), normalised or not.
+
+        Returns:
+            [`SparOpenVocabSegmentationOutput`] with `logits`
+            `(batch, names, ceil(height / patch), ceil(width / patch))`.
+
+        Raises:
+            ValueError: neither or both of `input_ids` and `text_embeds` are given, or one of another shape.
+        """
+        if (input_ids is None) == (text_embeds is None):
+            raise ValueError("Give either `input_ids` or `text_embeds`: the words to look for, once.")
+        if text_embeds is None:
+            text_embeds = self.get_text_features(input_ids, attention_mask, return_dict=True).pooler_output
+        vision_outputs = self.vision_model(pixel_values, return_dict=True, **kwargs)
+        return SparOpenVocabSegmentationOutput(
+            logits=self.dense_logits(vision_outputs.feature_map, text_embeds),
+            text_embeds=nn.functional.normalize(text_embeds, dim=-1),
+            feature_map=vision_outputs.feature_map,
+            hidden_states=vision_outputs.hidden_states,
+            attentions=vision_outputs.attentions,
+        )
+
+
+__all__ = [
+    "SparForOpenVocabSegmentation",
+    "SparOpenVocabSegmentationOutput",
+    "SparPreTrainedModel",
+    "SparVisionModel",
+    "SparVisionModelOutput",
+]

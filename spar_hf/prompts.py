@@ -1,0 +1,232 @@
+"""Words in, text embeddings out: the grammar of vocabularies, prompt templates, and the embeddings of a vocabulary."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+# The 80 prompts that CLIP (Radford et al., 2021) uses for ImageNet; SPAR averages over them.
+IMAGENET80 = (
+    "a bad photo of a {}.",
+    "a photo of many {}.",
+    "a sculpture of a {}.",
+    "a photo of the hard to see {}.",
+    "a low resolution photo of the {}.",
+    "a rendering of a {}.",
+    "graffiti of a {}.",
+    "a bad photo of the {}.",
+    "a cropped photo of the {}.",
+    "a tattoo of a {}.",
+    "the embroidered {}.",
+    "a photo of a hard to see {}.",
+    "a bright photo of a {}.",
+    "a photo of a clean {}.",
+    "a photo of a dirty {}.",
+    "a dark photo of the {}.",
+    "a drawing of a {}.",
+    "a photo of my {}.",
+    "the plastic {}.",
+    "a photo of the cool {}.",
+    "a close-up photo of a {}.",
+    "a black and white photo of the {}.",
+    "a painting of the {}.",
+    "a painting of a {}.",
+    "a pixelated photo of the {}.",
+    "a sculpture of the {}.",
+    "a bright photo of the {}.",
+    "a cropped photo of a {}.",
+    "a plastic {}.",
+    "a photo of the dirty {}.",
+    "a jpeg corrupted photo of a {}.",
+    "a blurry photo of the {}.",
+    "a photo of the {}.",
+    "a good photo of the {}.",
+    "a rendering of the {}.",
+    "a {} in a video game.",
+    "a photo of one {}.",
+    "a doodle of a {}.",
+    "a close-up photo of the {}.",
+    "a photo of a {}.",
+    "the origami {}.",
+    "the {} in a video game.",
+    "a sketch of a {}.",
+    "a doodle of the {}.",
+    "a origami {}.",
+    "a low resolution photo of a {}.",
+    "the toy {}.",
+    "a rendition of the {}.",
+    "a photo of the clean {}.",
+    "a photo of a large {}.",
+    "a rendition of a {}.",
+    "a photo of a nice {}.",
+    "a photo of a weird {}.",
+    "a blurry photo of a {}.",
+    "a cartoon {}.",
+    "art of a {}.",
+    "a sketch of the {}.",
+    "a embroidered {}.",
+    "a pixelated photo of a {}.",
+    "itap of the {}.",
+    "a jpeg corrupted photo of the {}.",
+    "a good photo of a {}.",
+    "a plushie {}.",
+    "a photo of the nice {}.",
+    "a photo of the small {}.",
+    "a photo of the weird {}.",
+    "the cartoon {}.",
+    "art of the {}.",
+    "a drawing of the {}.",
+    "a photo of the large {}.",
+    "a black and white photo of a {}.",
+    "the plushie {}.",
+    "a dark photo of a {}.",
+    "itap of a {}.",
+    "graffiti of the {}.",
+    "a toy {}.",
+    "itap of my {}.",
+    "a photo of a cool {}.",
+    "a photo of a small {}.",
+    "a tattoo of the {}.",
+)
+
+TEMPLATES: dict[str, tuple[str, ...]] = {
+    "imagenet80": IMAGENET80,
+    "short": ("a photo of a {}.", "a photo of the {}.", "a bright photo of the {}.", "a dark photo of the {}."),
+    "plain": ("{}",),
+}
+
+
+CandidateLabels = Sequence[str | Sequence[str]] | Mapping[str, str | Sequence[str]]
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """
+    Classes to look for, each with one or more names.
+
+    Attributes:
+        labels: one per class, what results are called.
+        names: per class, the words that are embedded.
+    """
+
+    labels: tuple[str, ...]
+    names: tuple[tuple[str, ...], ...]
+
+    @property
+    def all_names(self) -> list[str]:
+        """Every name in the order of the classes; the rows of the text embeddings."""
+        return [name for names in self.names for name in names]
+
+    @property
+    def name_to_class(self) -> torch.Tensor:
+        """The class of every name: `(names,)` int64."""
+        return torch.tensor([label for label, names in enumerate(self.names) for _ in names])
+
+    @classmethod
+    def parse(cls, candidate_labels: "CandidateLabels | Vocabulary") -> "Vocabulary":
+        r"""
+        Read what people write as labels.
+
+        - A list item is a class; commas separate its names, `\,` is a comma: `["road", "car, automobile"]`.
+        - Nested lists are names and are never split: `[["road"], ["car", "automobile"]]`.
+        - A dict maps labels to names: `{"vehicle": ["car", "bus"]}`.
+
+        Raises:
+            ValueError: a bare string, no classes, an empty name, or two classes of the same label.
+
+        Example:
+
+        ```python
+        >>> Vocabulary.parse(["road", "car, automobile"]).names
+        (('road',), ('car', 'automobile'))
+        ```"""
+        if isinstance(candidate_labels, Vocabulary):
+            return candidate_labels
+        if isinstance(candidate_labels, str):
+            raise ValueError(
+                f"{candidate_labels!r} is no vocabulary. Write classes as a list, names of one class with commas: "
+                '["road", "car, automobile", "sky"].'
+            )
+        if isinstance(candidate_labels, Mapping):
+            entries = [(str(label), _names(names, split=False)) for label, names in candidate_labels.items()]
+        else:
+            entries = [("", _names(item, split=True)) for item in candidate_labels]
+        if not entries:
+            raise ValueError('No labels were given. Name at least one class, e.g. ["road", "sky"].')
+        labels = []
+        for label, names in entries:
+            if not names or not all(names):
+                raise ValueError(f"Class {label or names!r} has an empty name; every name needs a word.")
+            labels.append(label or names[0])
+        folded = [" ".join(label.lower().split()) for label in labels]
+        twice = sorted({label for label, key in zip(labels, folded, strict=True) if folded.count(key) > 1})
+        if twice:
+            raise ValueError(f"Labels must differ, but these stand twice: {', '.join(twice)}. Merge or rename them.")
+        return cls(tuple(labels), tuple(names for _, names in entries))
+
+
+def _names(item: str | Sequence[str], split: bool) -> tuple[str, ...]:
+    if isinstance(item, str):
+        parts = re.split(r"(?<!\\),", item) if split else [item]
+        return tuple(part.replace("\\,", ",").strip() for part in parts)
+    return tuple(str(name).strip() for name in item)
+
+
+def resolve_templates(templates: str | Sequence[str]) -> tuple[str, ...]:
+    """
+    The prompts behind the name of a set in `TEMPLATES`, or one's own list.
+
+    Raises:
+        ValueError: unknown set, an empty list, or a template without exactly one `{}`.
+    """
+    if isinstance(templates, str):
+        if templates not in TEMPLATES:
+            raise ValueError(
+                f"Unknown template set {templates!r}; use one of {sorted(TEMPLATES)} or a list: ['a photo of a {{}}.']."
+            )
+        return TEMPLATES[templates]
+    templates = tuple(templates)
+    if not templates or any(template.count("{}") != 1 for template in templates):
+        raise ValueError(f"Every template needs exactly one {{}} for the name, got {list(templates)}.")
+    return templates
+
+
+@torch.no_grad()
+def embed_names(
+    model, tokenizer, names: Sequence[str], templates: str | Sequence[str] | None = None, batch_size: int = 256
+) -> torch.Tensor:
+    """
+    One embedding per name: its prompts are embedded, L2-normalised, averaged and normalised again (SPAR, section 3).
+
+    Args:
+        model ([`SparForOpenVocabSegmentation`]): gives `get_text_features`.
+        tokenizer (`PreTrainedTokenizerBase`): the checkpoint's own.
+        names (`Sequence[str]`): the words.
+        templates (`str` or `Sequence[str]`, *optional*): defaults to the checkpoint's `config.templates`.
+        batch_size (`int`, *optional*, defaults to 256): prompts per forward pass.
+
+    Returns:
+        `(names, dim)`, of unit length, in the model's dtype.
+
+    Raises:
+        ValueError: a prompt is longer than the text tower's context, or the templates are malformed.
+    """
+    prompts_of = resolve_templates(model.config.templates if templates is None else templates)
+    limit = model.config.text_config.max_position_embeddings
+    # names x templates, name by name
+    prompts = [template.format(name) for name in names for template in prompts_of]
+    encoded = tokenizer(prompts, padding="max_length", max_length=limit, truncation=False)["input_ids"]
+    for prompt, ids in zip(prompts, encoded, strict=True):
+        if len(ids) > limit:
+            raise ValueError(f"{prompt!r} has {len(ids)} tokens, but the text tower reads {limit}. Shorten the name.")
+    features = [
+        torch.nn.functional.normalize(
+            model.get_text_features(torch.tensor(encoded[i : i + batch_size], device=model.device)).pooler_output,
+            dim=-1,
+        )
+        for i in range(0, len(encoded), batch_size)
+    ]
+    # (names * templates, dim) -> (names, dim)
+    mean = torch.cat(features).view(len(names), len(prompts_of), -1).mean(1)
+    return torch.nn.functional.normalize(mean, dim=-1)

@@ -1,0 +1,61 @@
+"""Everything public, and its registration with the Auto classes of transformers: what `import spar_hf` runs."""
+
+from pathlib import Path
+
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForSemanticSegmentation, AutoProcessor
+from transformers.pipelines import PIPELINE_REGISTRY
+
+from .configuration_spar import SparConfig
+from .image_processing_spar import SparImageProcessorPil
+from .modeling_spar import (
+    SparForOpenVocabSegmentation,
+    SparOpenVocabSegmentationOutput,
+    SparPreTrainedModel,
+    SparVisionModel,
+    SparVisionModelOutput,
+)
+from .pipeline import OpenVocabSegmentationPipeline
+from .processing_spar import SparProcessor
+from .teacher import SlidingWindowTeacher
+
+__version__ = "0.1.0"
+
+# the embedded model: the student, and the base it was distilled from
+SPAR_TINY = str(Path(__file__).parent / "assets" / "spar-tiny")
+SPAR_TINY_BASE = str(Path(SPAR_TINY) / "base")
+
+# exist_ok: a second import (importlib.reload, a checkpoint's remote code) replaces the entries instead of failing
+AutoConfig.register(SparConfig.model_type, SparConfig, exist_ok=True)
+AutoModel.register(SparConfig, SparVisionModel, exist_ok=True)
+AutoModelForSemanticSegmentation.register(SparConfig, SparForOpenVocabSegmentation, exist_ok=True)
+AutoImageProcessor.register(
+    SparConfig,
+    # Pillow serves both: without the second entry, Auto classes warn wherever torchvision happens to be installed
+    image_processor_classes={"pil": SparImageProcessorPil, "torchvision": SparImageProcessorPil},
+    exist_ok=True,
+)
+AutoProcessor.register(SparConfig, SparProcessor, exist_ok=True)
+if "open-vocab-segmentation" not in PIPELINE_REGISTRY.get_supported_tasks():  # a second time would warn
+    PIPELINE_REGISTRY.register_pipeline(
+        "open-vocab-segmentation",
+        pipeline_class=OpenVocabSegmentationPipeline,
+        pt_model=AutoModelForSemanticSegmentation,
+        default={"model": (SPAR_TINY, None)},
+        type="multimodal",
+    )
+
+__all__ = [
+    "SparConfig",
+    "SparVisionModel",
+    "SlidingWindowTeacher",
+    "OpenVocabSegmentationPipeline",
+    "SparForOpenVocabSegmentation",
+    "SparImageProcessorPil",
+    "SparProcessor",
+    "SparPreTrainedModel",
+    "SparVisionModelOutput",
+    "SparOpenVocabSegmentationOutput",
+    "SPAR_TINY",
+    "SPAR_TINY_BASE",
+    "__version__",
+]

@@ -1,0 +1,157 @@
+"""The distillation script, really launched, and the pieces whose correctness training depends on."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import pytest
+import torch
+from distill import Options, augment, choose_parameters, distillation_loss, split_photos
+from PIL import Image
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModel, AutoProcessor
+
+from spar_hf import SparForOpenVocabSegmentation, SparImageProcessorPil, SparProcessor, SparVisionModel
+
+TRAINING = Path(__file__).parents[1] / "training"
+
+
+@pytest.fixture
+def base(tmp_path, two_towers, tokenizer):
+    folder = tmp_path / "base"
+    two_towers.save_pretrained(folder)
+    SparProcessor(SparImageProcessorPil(size={"shortest_edge": 128}), tokenizer).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def photos(tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(6):
+        coarse = Image.fromarray(rng.integers(0, 256, (5, 7, 3), dtype=np.uint8))
+        coarse.resize((150 + 11 * i, 110), Image.Resampling.BICUBIC).save(folder / f"{i}.jpg")
+    return folder
+
+
+def launch(base, photos, output, *options, processes=1):
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes)]
+    command += [
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+        str(TRAINING / "distill.py"),
+    ]
+    command += ["--model", str(base), "--images", str(photos), "--output", str(output), "--workers", "0"]
+    command += ["--holdout_every", "3", "--log_steps", "5", *map(str, options)]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return output / "model"
+
+
+def test_student_nears_the_teacher_and_keeps_both_towers(base, photos, tmp_path):
+    options = ("--steps", 40, "--learning_rate", 1e-3, "--train_layers", "all", "--stride", 24, "--save_steps", 20)
+    folder = launch(base, photos, tmp_path / "run", *options)
+    record = AutoConfig.from_pretrained(folder).distillation
+    assert record["held_out"]["after"]["mse"] < 0.8 * record["held_out"]["before"]["mse"]
+    assert (record["stride"], record["window_size"], record["photos"], record["steps"]) == (24, 64, 4, 40)
+
+    student = SparForOpenVocabSegmentation.from_pretrained(folder)
+    teacher = SparForOpenVocabSegmentation.from_pretrained(base)
+    text, before = student.text_model.state_dict(), teacher.text_model.state_dict()
+    assert all(torch.equal(text[name], before[name]) for name in before)
+    assert AutoProcessor.from_pretrained(folder).tokenizer("sky")["input_ids"]
+    assert (
+        "distillation" in (folder / "README.md").read_text() and str(tmp_path) not in (folder / "README.md").read_text()
+    )
+    assert AutoConfig.from_pretrained(tmp_path / "run" / "snapshot").distillation["steps"] == 20
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in log] == list(range(5, 41, 5))
+    assert all(0 < row["teacher_share"] < 1 for row in log)
+
+
+def test_only_the_last_blocks_change_and_runs_repeat(base, photos, tmp_path):
+    options = ("--steps", 3, "--learning_rate", 1e-3, "--train_layers", 1, "--teacher_windows", 2)
+    weights = [AutoModel.from_pretrained(launch(base, photos, tmp_path / name, *options)).state_dict() for name in "ab"]
+    before = AutoModel.from_pretrained(base).state_dict()
+    changed = {name for name in before if not torch.equal(before[name], weights[0][name])}
+    assert changed and all(name.startswith("backbone.encoder.layers.1.") for name in changed)
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in before)
+
+
+def test_a_vision_only_base_gives_a_vision_only_student(base, photos, tmp_path):
+    vision = tmp_path / "vision"
+    AutoModel.from_pretrained(base).save_pretrained(vision)
+    SparImageProcessorPil().save_pretrained(vision)
+    folder = launch(vision, photos, tmp_path / "run", "--steps", 2)
+    assert AutoConfig.from_pretrained(folder).text_config is None
+    assert type(AutoModel.from_pretrained(folder)) is SparVisionModel
+
+
+def options(**kwargs):
+    return Options(model="m", images=["x"], output="o", **kwargs)
+
+
+@pytest.mark.parametrize("size", [(1600, 900), (480, 360), (200, 700), (60, 50)])
+def test_augmented_photos_follow_the_recipe(size):
+    photo = Image.fromarray(np.zeros((size[1], size[0], 3), np.uint8))
+    whole = options(crop_probability=0.0, min_scale=1.0)
+    width, height = augment(photo, 192, 16, whole, Random(0)).size
+    # the largest size that fits 4 × 2 windows, floored to patches, never distorted by more than a patch
+    factor = min(768 / max(size), 384 / min(size))
+    assert (width, height) == tuple(int(side * factor + 1e-3) // 16 * 16 for side in size)
+    for seed in range(30):
+        width, height = augment(photo, 192, 16, options(), Random(seed)).size
+        assert width % 16 == 0 and height % 16 == 0
+        assert max(width, height) <= 768 and min(width, height) <= 384
+        assert min(width, height) >= min(160, min(size) * factor * 0.5 - 16)
+
+
+def test_augmentation_crops_the_right_place():
+    """A photo whose red channel is its column and green its row: values tell where a crop was taken."""
+    rows, columns = np.mgrid[0:192, 0:256]
+    photo = Image.fromarray(np.stack([columns, rows, columns * 0], -1).astype(np.uint8))
+    no_flip = options(long_side=4 / 3, short_side=1.0, min_scale=1.0, flip_probability=0.0, crop_probability=1.0)
+    for seed in range(10):
+        crop = np.asarray(augment(photo, 96, 16, no_flip, Random(seed))).astype(int)
+        step = np.diff(crop[crop.shape[0] // 2, :, 0])
+        assert (step.mean() == pytest.approx(2, abs=0.05)) and (
+            np.diff(crop[:, 5, 1]).mean() == pytest.approx(2, abs=0.05)
+        )
+
+
+def test_loss_is_the_mean_squared_error():
+    student, target = torch.randn(2, 5, 3, 4), torch.randn(2, 5, 3, 4)
+    assert distillation_loss(student, target) == pytest.approx(float((student - target).pow(2).mean()))
+    weighted = distillation_loss(student, F.interpolate(target, scale_factor=2), torch.full((6, 8), 0.25))
+    assert weighted == pytest.approx(float((student - target).pow(2).mean()), rel=1e-5)
+
+
+def test_trainable_parameters(vision_model):
+    everything = sum(p.numel() for p in vision_model.parameters())
+    last = sum(p.numel() for p in vision_model.backbone.encoder.layers[1].parameters())
+    assert sum(p.numel() for p in choose_parameters(vision_model, "1")) == last
+    assert sum(p.numel() for p in choose_parameters(vision_model, "all")) == everything
+
+
+def test_split_holds_out_and_excludes(photos):
+    kept = Options(model="m", images=[str(photos)], output="o", exclude=["1*"], holdout_every=2)
+    train, held_out = split_photos(kept)
+    assert [p.stem for p in train] == ["0", "3", "5"] and [p.stem for p in held_out] == ["2", "4"]
+    with pytest.raises(ValueError, match="No photo is left"):
+        split_photos(Options(model="m", images=[str(photos)], output="o", exclude=["*"]))
+
+
+@pytest.mark.parametrize(
+    "bad", [{"train_layers": "0"}, {"train_layers": "x"}, {"min_scale": 0.0}, {"teacher_windows": 0}]
+)
+def test_bad_options_are_refused_before_work_starts(bad):
+    with pytest.raises(ValueError, match="--"):
+        options(**bad)

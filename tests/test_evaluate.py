@@ -1,0 +1,375 @@
+"""The evaluation script against a slow computation of its own, and what its options mean."""
+
+import importlib.util
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from PIL import Image
+from rich.console import Console
+from torch.nn import functional as F
+
+from spar_hf import SparForOpenVocabSegmentation, SparImageProcessorPil
+from spar_hf.prompts import TEMPLATES
+
+TRAINING = Path(__file__).parents[1] / "training"
+# at the end: in front, training/evaluate.py would hide the package `evaluate`
+sys.path.append(str(TRAINING))
+spec = importlib.util.spec_from_file_location("evaluate_script", TRAINING / "evaluate.py")
+script = sys.modules["evaluate_script"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(script)
+
+VOID = 255
+CLASSES = ["road", "sky-other-merged", "null", "tree-merged", "car", "dog"]  # no mask holds the last one
+LABELS = ["road", "sky", "background", "tree", "car", "dog"]
+SIZES = [(70, 101), (64, 64), (47, 90), (131, 66), (80, 83)]  # height, width
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    """What another script in this process set (half precision, say) must not be inherited."""
+    AcceleratorState._reset_state(True)
+    yield
+    AcceleratorState._reset_state(True)
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    """Five photos of odd sizes: coarse coloured noise, labels in blocks, some of them void."""
+    folder = tmp_path / "set"
+    (folder / "images").mkdir(parents=True)
+    (folder / "masks").mkdir()
+    (folder / "classes.txt").write_text("\n".join(CLASSES) + "\n")
+    rng = np.random.default_rng(0)
+    for i, (height, width) in enumerate(SIZES):
+        coarse = Image.fromarray(rng.integers(0, 256, (5, 6, 3), dtype=np.uint8))
+        coarse.resize((width, height), Image.Resampling.BICUBIC).save(folder / "images" / f"photo{i}.png")
+        blocks = rng.choice(np.array([0, 1, 2, 3, 4, VOID], np.uint8), (4, 3))
+        mask = Image.fromarray(blocks).resize((width, height), Image.Resampling.NEAREST)
+        mask.save(folder / "masks" / f"photo{i}.png")
+    return folder
+
+
+@pytest.fixture
+def checkpoint(tmp_path, two_towers, tokenizer):
+    """Makes folders of tiny models; random features differ little from patch to patch until their offset is gone."""
+
+    def make(name, shift=0.0, image_processor=True):
+        folder = tmp_path / name
+        with torch.no_grad():
+            for parameter in two_towers.vision_model.backbone.encoder.parameters():
+                parameter.mul_(1 + shift)
+            noise = torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+            head = two_towers.vision_model.backbone.head
+            head.mlp.fc2.bias -= two_towers.vision_model(noise).feature_map.mean((0, 2, 3))
+        two_towers.config.templates = "short"
+        two_towers.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        if image_processor:
+            SparImageProcessorPil(size={"shortest_edge": 96}).save_pretrained(folder)
+        return folder
+
+    return make
+
+
+@torch.no_grad()
+def slow_feature_map(model, pixels, stride):
+    """One pass, or the mean over windows of 64 px on the grid of patches (strides that are multiples of the patch)."""
+    pixels = F.pad(pixels, (0, -pixels.shape[3] % 16, 0, -pixels.shape[2] % 16))
+    if stride is None:
+        return model.vision_model(pixels).feature_map
+    height, width = pixels.shape[2:]
+    total, count = torch.zeros(1, 32, height // 16, width // 16), torch.zeros(height // 16, width // 16)
+    for top in {*range(0, height - 64, stride), height - 64}:
+        for left in {*range(0, width - 64, stride), width - 64}:
+            rows, columns = slice(top // 16, top // 16 + 4), slice(left // 16, left // 16 + 4)
+            window = pixels[:, :, top : top + 64, left : left + 64]
+            total[:, :, rows, columns] += model.vision_model(window).feature_map
+            count[rows, columns] += 1
+    return total / count
+
+
+@torch.no_grad()
+def slow_predictions(checkpoint, tokenizer, dataset, shortest_edge=None, stride=None, names=LABELS):
+    """The best name per pixel of every photo, from PIL, the model's two towers and plain interpolation."""
+    model = SparForOpenVocabSegmentation.from_pretrained(checkpoint)
+    rows = []
+    for name in names:
+        ids = torch.tensor([tokenizer(t.format(name), padding="max_length").input_ids for t in TEMPLATES["short"]])
+        prompts = F.normalize(model.get_text_features(ids).pooler_output, dim=-1)
+        rows.append(F.normalize(prompts.mean(0), dim=0))
+    text = torch.stack(rows)
+    predictions = []
+    for path in sorted((dataset / "images").iterdir()):
+        photo = Image.open(path)
+        width, height = photo.size
+        if shortest_edge is not None:
+            factor = shortest_edge / min(width, height)
+            photo = photo.resize((round(width * factor), round(height * factor)), Image.Resampling.BICUBIC)
+        pixels = (torch.tensor(np.array(photo)).permute(2, 0, 1)[None] / 255 - 0.5) / 0.5
+        features = F.normalize(slow_feature_map(model, pixels, stride), dim=1)
+        logits = torch.einsum("bdhw,nd->bnhw", features, text)
+        if shortest_edge is None:
+            logits = F.interpolate(logits, scale_factor=16, mode="bilinear")[:, :, :height, :width]
+        else:
+            # pixel centres of the photo on the padded working image, in grid_sample's coordinates from -1 to 1
+            side = [16 * n for n in logits.shape[-2:]]
+            y = (torch.arange(height) + 0.5) * photo.height / height / side[0] * 2 - 1
+            x = (torch.arange(width) + 0.5) * photo.width / width / side[1] * 2 - 1
+            grid = torch.stack(torch.meshgrid(y, x, indexing="ij")[::-1], -1)[None].float()
+            logits = F.grid_sample(logits, grid, mode="bilinear", padding_mode="border", align_corners=False)
+        predictions.append(logits[0].argmax(0).numpy())
+    return predictions
+
+
+def slow_iou(predictions, dataset, classes=6):
+    """Per class over all photos; NaN where the class is neither predicted nor labelled."""
+    both, either = np.zeros(classes), np.zeros(classes)
+    for prediction, path in zip(predictions, sorted((dataset / "masks").iterdir()), strict=True):
+        reference = np.array(Image.open(path))
+        for c in range(classes):
+            predicted, labelled = (prediction == c) & (reference != VOID), reference == c
+            both[c] += (predicted & labelled).sum()
+            either[c] += (predicted | labelled).sum()
+    return [b / e if e else np.nan for b, e in zip(both, either, strict=True)]
+
+
+def class_iou(row):
+    return [row["classes"][label]["iou"] for label in LABELS]
+
+
+def test_runs_side_by_side_equal_a_slow_computation(dataset, checkpoint, tokenizer):
+    base, student = checkpoint("base"), checkpoint("student", shift=0.5)
+    command = ["--dataset", str(dataset), "--model", f"base={base}", f"student={student}", "--shortest_edge", "77"]
+    report = script.main([*command, "--runs", "base:single", "base:sliding:32", "student:single"])
+    rows = [(row["model"], row["stride"]) for row in report["runs"]]
+    assert rows == [("base", None), ("base", 32), ("student", None)]
+    settings = [(base, None), (base, 32), (student, None)]
+    for row, (folder, stride) in zip(report["runs"], settings, strict=True):
+        predictions = slow_predictions(folder, tokenizer, dataset, 77, stride)
+        assert len(np.unique(np.concatenate([p.ravel() for p in predictions]))) > 3  # the model says different things
+        expected = slow_iou(predictions, dataset)
+        # a pixel or two may lie on a tie
+        np.testing.assert_allclose(class_iou(row), expected, atol=1e-3)
+        assert row["mean_iou"] == pytest.approx(np.nanmean(expected), abs=1e-3)
+    assert len({round(row["mean_iou"], 3) for row in report["runs"]}) == 3
+    assert report["photos"] == 5
+
+
+def test_native_size_is_upsampled_by_the_patch_and_cropped(dataset, checkpoint, tokenizer):
+    folder = checkpoint("base")
+    report = script.main(["--dataset", str(dataset), "--model", str(folder), "--native"])
+    expected = slow_iou(slow_predictions(folder, tokenizer, dataset), dataset)
+    np.testing.assert_allclose(class_iou(report["runs"][0]), expected, atol=1e-3)
+
+
+def test_working_resolution_comes_from_the_checkpoint_by_default(dataset, checkpoint):
+    models = ["--model", str(checkpoint("base")), "--no_warmup"]
+    default = script.main(["--dataset", str(dataset), *models])
+    same = script.main(["--dataset", str(dataset), *models, "--shortest_edge", "96"])
+    square = script.main(["--dataset", str(dataset), *models, "--size", "96", "96"])
+    np.testing.assert_equal(default["runs"][0]["classes"], same["runs"][0]["classes"])
+    assert default["runs"][0]["mean_iou"] != square["runs"][0]["mean_iou"]
+
+
+def test_a_folder_without_image_processor_keeps_the_native_size(dataset, checkpoint, tokenizer, caplog):
+    folder = checkpoint("bare", image_processor=False)
+    report = script.main(["--dataset", str(dataset), "--model", str(folder)])
+    assert "no image processor" in caplog.text
+    expected = slow_iou(slow_predictions(folder, tokenizer, dataset), dataset)
+    np.testing.assert_allclose(class_iou(report["runs"][0]), expected, atol=1e-3)
+
+
+def test_ignored_classes_are_void_and_no_answer(dataset, checkpoint, tokenizer):
+    folder = checkpoint("base")
+    names = ["road", "tree", "car", "dog"]
+    report = script.main(
+        ["--dataset", str(dataset), "--model", str(folder), "--native", "--ignore_classes", "sky", "null"]
+    )
+    row = report["runs"][0]
+    assert list(row["classes"]) == names
+    for path in (dataset / "masks").iterdir():
+        mask = np.array(Image.open(path))
+        mask = np.select([mask == CLASSES.index(c) for c in ("road", "tree-merged", "car", "dog")], range(4), VOID)
+        Image.fromarray(mask.astype(np.uint8)).save(path)
+    predictions = slow_predictions(folder, tokenizer, dataset, names=names)
+    np.testing.assert_allclose(
+        [c["iou"] for c in row["classes"].values()], slow_iou(predictions, dataset, 4), atol=1e-3
+    )
+
+
+def test_only_classes_restricts_the_means_not_the_answers(dataset, checkpoint):
+    options = ["--dataset", str(dataset), "--model", str(checkpoint("base")), "--native", "--no_warmup"]
+    everything = script.main(options)["runs"][0]
+    report = script.main([*options, "--only_classes", "tree-merged", "null"])
+    row = report["runs"][0]
+    np.testing.assert_equal(row["classes"], everything["classes"])
+    tree, background = row["classes"]["tree"], row["classes"]["background"]
+    assert row["mean_iou"] == pytest.approx((tree["iou"] + background["iou"]) / 2)
+    assert row["mean_iou"] != pytest.approx(everything["mean_iou"])
+    correct = tree["correct_pixels"] + background["correct_pixels"]
+    assert row["overall_accuracy"] == pytest.approx(correct / (tree["labelled_pixels"] + background["labelled_pixels"]))
+    assert report["scored_classes"] == ["tree", "background"]
+
+
+def options(**kwargs):
+    return script.Options(**{"dataset": "", "model": [], **kwargs})
+
+
+def test_vocabulary(tmp_path):
+    classes = ["null", "wall-merged", "Sports_ball", "wall-other", "dog"]
+    words = tmp_path / "labels.json"
+    words.write_text(json.dumps({"sports ball": ["football", "ball"], "wall-merged": "brick, wall"}))
+    vocabulary, table = script.build_vocabulary(classes, options(labels=str(words), ignore_classes=["Dog"]))
+    # what reads alike is one class, and names of a file are taken as they are
+    assert vocabulary.labels == ("background", "wall", "sports ball")
+    assert vocabulary.names == (("background",), ("brick, wall",), ("football", "ball"))
+    assert table[:5].tolist() == [0, 1, 2, 1, VOID]
+    assert (table[5:] == VOID).all()
+
+
+def test_vocabulary__errors(tmp_path):
+    with pytest.raises(ValueError, match="--ignore_classes: no class is called kat; there are cat, dog"):
+        script.build_vocabulary(["cat", "dog"], options(ignore_classes=["kat"]))
+    words = tmp_path / "labels.json"
+    words.write_text(json.dumps({"cat": ["cat", "dog"]}))
+    with pytest.raises(ValueError, match="two classes or twice: dog"):
+        script.build_vocabulary(["cat", "dog"], options(labels=str(words)))
+    with pytest.raises(ValueError, match="256 lines"):
+        script.build_vocabulary([str(i) for i in range(256)], options())
+
+
+def test_held_out_photos_are_those_that_pretraining_leaves(dataset):
+    from pretrain_tiny import load_sets
+
+    def chosen(**kwargs):
+        return [image.stem for image, _ in script.choose_photos(options(dataset=str(dataset), **kwargs))[1]]
+
+    spec = {"path": dataset.name, "weight": 1, "crop": [32, 48], "holdout_every": 2, "exclude": ["*photo1"]}
+    recipe = {"sets": [spec], "held_out": [], "synonyms": {}}
+    (trained,) = load_sets(dataset.parent, recipe)
+    assert [photo.shape[:2] for photo in trained.photos] == [SIZES[0], SIZES[3]]
+    kept = {"holdout_every": 2, "exclude": ["*photo1"]}
+    assert chosen(**kept) == ["photo2", "photo4"]
+    # which photos are held out does not depend on what else is asked for
+    assert chosen(**kept, include=["*4", "*3"]) == ["photo4"]
+    assert chosen(**kept, limit=1) == ["photo2"]
+    assert chosen(include=["*4", "*3"]) == ["photo3", "photo4"]
+    with pytest.raises(FileNotFoundError, match="leave no photo"):
+        chosen(include=["*7"])
+
+
+def test_models_and_runs(tmp_path):
+    odd = tmp_path / "lr=1"
+    odd.mkdir()
+    models = script.parse_models(["base=some/folder", "org/student", str(odd)])
+    assert models == {"base": "some/folder", "student": "org/student", "lr=1": str(odd)}
+    runs = script.parse_runs(["student:single", "base:sliding:24"], models)
+    assert [(run.model, run.stride) for run in runs] == [("student", None), ("base", 24)]
+    assert [run.model for run in script.parse_runs(None, models)] == ["base", "student", "lr=1"]
+    for wrong in ("base", "base:sliding", "base:sliding:x", "base:sliding:-4", "base:double"):
+        with pytest.raises(ValueError, match="NAME:sliding:STRIDE"):
+            script.parse_runs([wrong], models)
+    with pytest.raises(ValueError, match="names no model"):
+        script.parse_runs(["teacher:single"], models)
+    with pytest.raises(ValueError, match="names that differ"):
+        script.parse_models(["a/model", "b/model"])
+
+
+def test_working_resolution_options():
+    assert script.resize_options(options()) == {}
+    assert script.resize_options(options(native=True)) == {"do_resize": False}
+    edges = script.resize_options(options(shortest_edge=384, longest_edge=512))
+    assert edges["size"] == {"shortest_edge": 384, "longest_edge": 512}
+    for wrong in ({"native": True, "size": [8, 8]}, {"longest_edge": 8, "size": [8, 8]}, {"size": [8]}):
+        with pytest.raises(ValueError, match="--size"):
+            script.resize_options(options(**wrong))
+
+
+def row(model, stride, mean_iou, seconds):
+    inference = script.Run(model, stride).inference
+    return {
+        "model": model,
+        "inference": inference,
+        "stride": stride,
+        "mean_iou": mean_iou,
+        "overall_accuracy": 0.5,
+        "vision_seconds": seconds,
+        "total_seconds": seconds + 1,
+        "time_ratio": seconds / 0.5,
+    }
+
+
+def test_share_of_the_gap_closed_and_the_table():
+    rows = [row("student", 24, 0.4, 9.0), row("base", None, 0.2, 0.5), row("base", 24, 0.28, 10.0)]
+    assert script.find_gaps(rows) == []
+    rows += [row("base", 96, 0.19, 1.0), row("student", None, 0.26, 0.5)]
+    gaps = script.find_gaps(rows)
+    assert [(gap["student"], gap["teacher"]) for gap in gaps] == [
+        ("student", "base, sliding window of stride 24"),
+        ("student", "base, sliding window of stride 96"),
+    ]
+    assert gaps[0]["share_closed"] == pytest.approx(0.75)
+    assert gaps[0]["times_faster"] == 20
+    assert gaps[1]["share_closed"] is None  # a teacher below the base leaves no gap
+    report = {"options": {"dataset": "streets"}, "photos": 3, "vocabulary": {"a": ["a"]}, "scored_classes": ["a"]}
+    out = io.StringIO()
+    script.show({**report, "runs": rows, "gaps": gaps}, Console(file=out, width=80, markup=False))
+    lines = out.getvalue().splitlines()
+    assert any("base" in line and "stride 24" in line and "28.00" in line and "20.00 ×" in line for line in lines)
+    text = " ".join(out.getvalue().split())
+    assert "75 % of the gap closed" in text and "no gap to close" in text
+
+
+def test_mask_must_fit_its_photo(dataset, checkpoint):
+    command = ["--dataset", str(dataset), "--model", str(checkpoint("base"))]
+    path = dataset / "masks" / "photo3.png"
+    mask = Image.open(path).copy()
+    mask.resize((66, 130)).save(path)
+    with pytest.raises(ValueError, match=r"photo3\.png has 130×66 pixels .* its photo 131×66"):
+        script.main(command)
+    mask.point(lambda value: 6 if value == VOID else value).save(path)
+    with pytest.raises(ValueError, match=r"photo3.png holds the values \[6\], but classes.txt has 6 lines"):
+        script.main(command)
+
+
+def test_two_processes_count_the_same_pixels(dataset, checkpoint, tmp_path):
+    """Also: the script runs as a script, where its own name stands before the package `evaluate`."""
+    # one thread each: sums in another order could move a pixel on a tie
+    arguments = ["--dataset", str(dataset), "--model", str(checkpoint("base")), "--runs", "base:single"]
+    arguments += ["base:sliding:24", "--shortest_edge", "90", "--no_warmup"]
+    one = script.main(arguments)
+    assert one["processes"] == 1
+    output = tmp_path / "new" / "report.json"
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    command += ["--main_process_port", "0", TRAINING / "evaluate.py", *arguments, "--output", output]
+    process = subprocess.run(
+        command,
+        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.count("mIoU") == 1  # one table
+
+    def no_constant(name):
+        raise ValueError(f"{name} is no JSON")
+
+    two = json.loads(output.read_text(encoding="utf-8"), parse_constant=no_constant)
+    assert [path.name for path in output.parent.iterdir()] == ["report.json"]
+    assert two["processes"] == 2 and two["photos"] == 5
+    counts = [f"{kind}_pixels" for kind in ("labelled", "predicted", "correct")]
+    for row_of_one, row_of_two in zip(one["runs"], two["runs"], strict=True):
+        for label in LABELS:
+            for count in counts:
+                assert row_of_two["classes"][label][count] == row_of_one["classes"][label][count]
+        assert row_of_two["mean_iou"] == row_of_one["mean_iou"]
+        assert 0 < row_of_two["vision_seconds"] <= row_of_two["total_seconds"]
+    assert two["runs"][0]["classes"]["dog"]["accuracy"] is None  # no mask holds it

@@ -1,0 +1,76 @@
+"""The pre-training script on a made-up world of three colours: it must learn words, and never the held-out ones."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from pretrain_tiny import Options, load_sets, train
+from transformers import AutoTokenizer
+
+from spar_hf import SparForOpenVocabSegmentation
+from spar_hf.prompts import embed_names
+
+COLOURS = {"sky": (90, 150, 240), "road": (90, 90, 90), "grass": (60, 170, 50), "bus": (220, 40, 40)}
+
+
+@pytest.fixture
+def world(tmp_path):
+    """Photos of coloured rectangles with masks, and photos of one colour with its name in the file name."""
+    rng = np.random.default_rng(0)
+    scenes, tagged = tmp_path / "scenes", tmp_path / "tagged"
+    for folder in (scenes / "images", scenes / "masks", tagged):
+        folder.mkdir(parents=True)
+    (scenes / "classes.txt").write_text("\n".join(COLOURS))
+    for i in range(12):
+        mask = rng.integers(0, 4, (3, 4)).astype(np.uint8).repeat(40, 0).repeat(40, 1)
+        noise = rng.normal(0, 12, (*mask.shape, 3))
+        pixels = (np.array(list(COLOURS.values()))[mask] + noise).clip(0, 255).astype(np.uint8)
+        Image.fromarray(pixels).save(scenes / "images" / f"{i:02}.png")
+        Image.fromarray(mask).save(scenes / "masks" / f"{i:02}.png")
+    for i, name in enumerate(("blue_ball", "green_ball", "bus", "red_ball", "grey_ball")):
+        Image.new("RGB", (90, 80), tuple(rng.integers(0, 255, 3).tolist())).save(tagged / f"n{i}_{name}.jpg")
+    recipe = {
+        "sets": [{"path": "scenes", "weight": 3, "crop": [40, 110], "holdout_every": 4, "exclude": ["00"]}],
+        "tagged": [{"path": "tagged", "weight": 1, "crop": [40, 80]}],
+        "held_out": ["bus"],
+        "held_out_tags": ["bus"],
+        "synonyms": {"sky": ["blue sky"], "grass": ["lawn"]},
+        "groups": [["n0", "n1", "ball"]],
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return tmp_path
+
+
+def test_held_out_words_are_in_no_label_and_no_text(world):
+    scenes, tagged = load_sets(world, yaml.safe_load((world / "recipe.yaml").read_text()))
+    assert scenes.names == [["sky", "blue sky"], ["road"], ["grass", "lawn"], []]
+    assert len(scenes) == 9 and not any((mask == 3).any() for mask in scenes.masks)
+    assert any((mask == 255).any() for mask in scenes.masks)
+    assert tagged.names == [["blue ball", "ball"], ["green ball", "ball"], ["red ball"], ["grey ball"]]
+
+
+def test_learns_words_and_resumes(world):
+    common = {"data": str(world), "recipe": str(world / "recipe.yaml"), "mixed_precision": "no", "workers": 0}
+    common |= {"window": 64, "hidden_size": 64, "layers": 2, "text_layers": 1, "vocab_size": 400, "batch_size": 8}
+    common |= {"foreign_names": 2, "warmup_steps": 10, "learning_rate": 2e-3, "save_steps": 60, "steps": 100}
+    folder = train(Options(output=str(world / "run"), **common))
+    log = [json.loads(line) for line in (world / "run" / "log.jsonl").read_text().splitlines()]
+    assert log[-1]["set0"] < 0.5 * log[0]["set0"]
+
+    model = SparForOpenVocabSegmentation.from_pretrained(folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    names = ["sky", "road", "lawn"]
+    with torch.no_grad():
+        texts = embed_names(model, tokenizer, names, "plain")
+        for index, colour in enumerate(("sky", "road", "grass")):
+            pixels = torch.tensor(COLOURS[colour]).view(1, 3, 1, 1).expand(1, 3, 64, 64) / 127.5 - 1
+            assert (model(pixels, text_embeds=texts).logits.argmax(1) == index).float().mean() > 0.7
+
+    # the same run, stopped after its checkpoint and taken up again, ends in the same weights
+    resumed = train(Options(output=str(world / "run"), resume=True, **common))
+    again = SparForOpenVocabSegmentation.from_pretrained(resumed).state_dict()
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(again[name], tensor, atol=1e-6, rtol=1e-5)

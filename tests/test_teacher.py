@@ -1,0 +1,162 @@
+"""The teacher against a slow, plain formula: window by window, loops and slices only."""
+
+import itertools
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from spar_hf import SlidingWindowTeacher
+from spar_hf.teacher import WindowPlan, window_starts
+
+
+@torch.no_grad()
+def slow_teacher(model, image, window, stride, patch=16):
+    """Features of one image `(1, 3, H, W)`: one window at a time."""
+    image = F.pad(image, (0, -image.shape[3] % patch, 0, -image.shape[2] % patch))
+    height, width = image.shape[2:]
+    win_h, win_w = min(window, height), min(window, width)
+    r = next(r for r in (1, 2, 4, 8, 16) if stride % (patch // r) == 0)
+    cell = patch // r
+    total = torch.zeros(1, model.config.projection_dim, height // cell, width // cell)
+    count = torch.zeros(1, 1, height // cell, width // cell)
+    tops, lefts = [], []
+    for starts, length, side in ((tops, height, win_h), (lefts, width, win_w)):
+        position = 0
+        while position + side < length:
+            starts.append(position)
+            position += stride
+        starts.append(length - side)
+    for top, left in itertools.product(tops, lefts):
+        features = model(image[:, :, top : top + win_h, left : left + win_w]).feature_map
+        if r > 1:
+            features = F.interpolate(features, scale_factor=r, mode="bilinear", align_corners=False)
+        rows = slice(top // cell, (top + win_h) // cell)
+        columns = slice(left // cell, (left + win_w) // cell)
+        total[:, :, rows, columns] += features
+        count[:, :, rows, columns] += 1
+    stitched = total / count
+    return stitched if r == 1 else F.interpolate(stitched, size=(height // patch, width // patch), mode="bilinear")
+
+
+@pytest.mark.parametrize("stride", [8, 16, 24, 40, 64, 7])
+def test_equals_the_slow_formula(vision_model, stride):
+    image = torch.randn(1, 3, 112, 144)
+    teacher = SlidingWindowTeacher(vision_model, stride=stride, window_batch_size=5)
+    torch.testing.assert_close(
+        teacher(image).feature_map, slow_teacher(vision_model, image, 64, stride), atol=2e-5, rtol=0
+    )
+
+
+@pytest.mark.parametrize("size", [(64, 64), (40, 50), (16, 200), (3, 3), (71, 65), (200, 30)])
+def test_any_size_gives_the_grid_of_a_single_pass(vision_model, size):
+    image = torch.randn(1, 3, *size)
+    features = SlidingWindowTeacher(vision_model, stride=24)(image).feature_map
+    with torch.no_grad():
+        assert features.shape == vision_model(image).feature_map.shape
+    torch.testing.assert_close(features, slow_teacher(vision_model, image, 64, 24), atol=2e-5, rtol=0)
+
+
+def test_one_window_is_one_pass(vision_model):
+    image = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        expected = vision_model(image).feature_map
+    torch.testing.assert_close(
+        SlidingWindowTeacher(vision_model, stride=64)(image).feature_map, expected, atol=1e-5, rtol=0
+    )
+
+
+@pytest.mark.parametrize("window_batch_size", [1, 7, 1000])
+def test_several_images_share_batches_and_stay_apart(vision_model, window_batch_size):
+    images = torch.randn(3, 3, 90, 120)
+    teacher = SlidingWindowTeacher(vision_model, stride=24, window_batch_size=window_batch_size)
+    singles = torch.cat([slow_teacher(vision_model, image[None], 64, 24) for image in images])
+    torch.testing.assert_close(teacher(images).feature_map, singles, atol=2e-5, rtol=0)
+
+
+def test_never_runs_more_windows_at_once_than_allowed(vision_model):
+    seen = []
+    hook = vision_model.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[0]))
+    SlidingWindowTeacher(vision_model, stride=24, window_batch_size=4)(torch.randn(2, 3, 112, 112))
+    hook.remove()
+    assert max(seen) == 4 and sum(seen) == 2 * 9
+
+
+def test_progress_counts_every_window_and_no_gradient_flows(vision_model):
+    calls = []
+    image = torch.randn(2, 3, 112, 112, requires_grad=True)
+    teacher = SlidingWindowTeacher(vision_model, stride=24, window_batch_size=4)
+    features = teacher(image, progress=lambda done, total: calls.append((done, total))).feature_map
+    assert calls == [(4, 18), (8, 18), (12, 18), (16, 18), (18, 18)]
+    assert not features.requires_grad
+
+
+def test_half_precision_sums_in_float32(vision_model):
+    image = torch.randn(1, 3, 112, 144)
+    expected = slow_teacher(vision_model, image, 64, 24)
+    features = SlidingWindowTeacher(vision_model.bfloat16(), stride=24)(image).feature_map
+    assert features.dtype == torch.float32
+    assert F.cosine_similarity(features, expected, dim=1).min() > 0.99
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"window_size": 70}, "use 64"), ({"stride": 0}, "between 1"), ({"stride": 65}, "pixels are missed"),
+     ({"window_batch_size": 0}, "at least 1")],
+)  # fmt: skip
+def test_bad_settings_are_refused(vision_model, options, message):
+    with pytest.raises(ValueError, match=message):
+        SlidingWindowTeacher(vision_model, **options)
+
+
+@pytest.mark.parametrize(("length", "stride"), [(64, 24), (100, 24), (112, 24), (113, 7), (30, 24)])
+def test_windows_start_at_zero_end_flush_and_leave_no_gap(length, stride):
+    starts = window_starts(length, 64, stride)
+    assert starts[0] == 0 and starts[-1] == max(0, length - 64)
+    assert all(0 < b - a <= stride for a, b in itertools.pairwise(starts))
+
+
+# --- the sampled estimate -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("size", "stride", "draws"), [((112, 128), 24, 2), ((96, 112), 16, 3), ((80, 144), 40, 1)])
+def test_sampled_gradient_is_unbiased_over_all_draws(vision_model, monkeypatch, size, stride, draws):
+    """The mean over every possible draw of the sampled gradient is the full teacher's gradient, exactly."""
+    image = torch.randn(1, 3, *size)
+    teacher = SlidingWindowTeacher(vision_model, stride=stride)
+    plan = teacher.plan(*size)
+    full = teacher(image).feature_map
+    student = torch.randn_like(full, requires_grad=True)
+    expected = torch.autograd.grad((student - full).square().sum(), student)[0]
+
+    rows, columns = (
+        max(sum(start <= cell < start + plan.cells[axis] for start in starts) for cell in range(plan.grid[axis]))
+        for axis, starts in enumerate((plan.rows, plan.columns))
+    )
+    tilings = rows * columns
+    total, count = torch.zeros_like(full), 0
+    for chosen in itertools.combinations(range(tilings), draws):
+        rest = [p for p in range(tilings) if p not in chosen]
+        monkeypatch.setattr(torch, "randperm", lambda n, generator=None, order=(*chosen, *rest): torch.tensor(order))
+        target, weight = teacher.sample(image, windows=draws * len(plan) / tilings)
+        r = target.shape[-1] // student.shape[-1]
+        cells = student.repeat_interleave(r, 2).repeat_interleave(r, 3)
+        total += torch.autograd.grad((weight * (cells - target).square()).sum(), student)[0]
+        count += 1
+    torch.testing.assert_close(total / count, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_sampling_everything_is_the_full_teacher(vision_model):
+    image = torch.randn(1, 3, 112, 128)
+    teacher = SlidingWindowTeacher(vision_model, stride=16)
+    target, weight = teacher.sample(image, windows=10_000)
+    torch.testing.assert_close(target, teacher(image).feature_map, atol=1e-5, rtol=0)
+    assert (weight == 1).all()
+
+
+def test_a_draw_costs_about_the_windows_asked_for():
+    plan = WindowPlan.make(384, 512, 192, 24, 16)
+    generator = torch.Generator().manual_seed(0)
+    counts = [len(plan.draw(20, generator)[0]) for _ in range(200)]
+    assert len(plan) == 135
+    assert abs(sum(counts) / len(counts) - 20) < 1.5

@@ -1,0 +1,65 @@
+"""Folder layouts of the training scripts."""
+
+import numpy as np
+import pytest
+from data import list_images, open_segmentation_folder, read_mask, readable_name
+from PIL import Image
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for part in ("images", "masks"):
+        (tmp_path / part).mkdir()
+    (tmp_path / "classes.txt").write_text("sky\nroad\n")
+    for name in ("b_1", "a_2", "a_1"):
+        Image.new("RGB", (8, 6)).save(tmp_path / "images" / f"{name}.jpg")
+        Image.fromarray(np.full((6, 8), 1, np.uint8)).save(tmp_path / "masks" / f"{name}.png")
+    return tmp_path
+
+
+def test_opens_sorted_and_filtered(folder):
+    opened = open_segmentation_folder(folder, exclude=["b_*"])
+    assert opened.classes == ("sky", "road")
+    assert [image.stem for image, _ in opened.pairs] == ["a_1", "a_2"]
+    assert [image.stem for image, _ in open_segmentation_folder(folder, include="b_*").pairs] == ["b_1"]
+    assert len(list_images(folder / "images")) == 3
+
+
+def test_splits_share_the_parents_classes(folder):
+    split = folder / "train"
+    split.mkdir()
+    for part in ("images", "masks"):
+        (folder / part).rename(split / part)
+    assert open_segmentation_folder(split).classes == ("sky", "road")
+
+
+def test_what_is_missing_is_named(folder):
+    (folder / "masks" / "a_1.png").unlink()
+    with pytest.raises(FileNotFoundError, match=r"a_1\.jpg has no mask"):
+        open_segmentation_folder(folder)
+    with pytest.raises(FileNotFoundError, match="No image"):
+        open_segmentation_folder(folder, include="zzz")
+    with pytest.raises(FileNotFoundError, match="must hold `images/`"):
+        open_segmentation_folder(folder / "images")
+    with pytest.raises(FileNotFoundError, match="is no folder"):
+        list_images(folder / "nowhere")
+
+
+def test_masks_are_class_numbers_also_from_palettes(folder):
+    path = folder / "masks" / "a_1.png"
+    palette = Image.fromarray(np.array([[0, 3], [255, 1]], np.uint8))
+    palette.putpalette([7] * 768)
+    palette.save(path)
+    assert read_mask(path).tolist() == [[0, 3], [255, 1]]
+    Image.new("RGB", (2, 2)).save(path)
+    with pytest.raises(ValueError, match="mode L or P"):
+        read_mask(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("floor-other-merged", "floor"), ("door-stuff", "door"), ("wall-brick", "wall brick"), ("Sign Symbol", "sign symbol"),
+     ("great_white_shark", "great white shark"), ("t-shirt", "t shirt")],
+)  # fmt: skip
+def test_readable_names(name, words):
+    assert readable_name(name) == words

@@ -1,0 +1,485 @@
+"""
+Pre-train a small SigLIP-shaped pair of towers from scratch, at one fixed resolution: the base of spar-tiny.
+
+Patch features (attention-pooling head without its attention) meet the embeddings of class names, synonyms and templates
+in a softmax over names; photos that only carry a name train the pooled embedding with SigLIP's sigmoid loss. The grid
+and the position table are the window's, always: no multi-scale grids, so one pass over a large photo suffers as it does
+for any ViT pre-trained at one resolution.
+
+    accelerate launch training/pretrain_tiny.py --data DATA --output DIR --steps 1500
+"""
+
+import json
+import logging
+import math
+import random
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from data import VOID, list_images, open_segmentation_folder, read_image, read_mask, readable_name
+from PIL import Image
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+from transformers import (
+    HfArgumentParser,
+    PreTrainedTokenizerFast,
+    SiglipTextConfig,
+    SiglipVisionConfig,
+    get_cosine_schedule_with_warmup,
+)
+
+from spar_hf import SparConfig, SparForOpenVocabSegmentation, SparImageProcessorPil, SparProcessor
+from spar_hf.prompts import TEMPLATES
+
+logger = logging.getLogger("pretrain_tiny")
+LABEL_GRID = 4  # labels are compared on a grid of a quarter of the window's side
+
+
+@dataclass
+class Options:
+    """Options of the pre-training; every length is in pixels."""
+
+    data: str = field(metadata={"help": "Folder that the paths of the recipe are relative to."})
+    output: str = field(metadata={"help": "Folder to write: checkpoints, log and the finished model."})
+    recipe: str = field(
+        default=str(Path(__file__).parent / "configs" / "spar_tiny_data.yaml"),
+        metadata={"help": "YAML with the sets, held-out words and synonyms."},
+    )
+    steps: int = field(default=1500, metadata={"help": "Optimizer steps."})
+    batch_size: int = field(default=24, metadata={"help": "Crops per step."})
+    learning_rate: float = field(default=7e-4, metadata={"help": "Peak of the one-cycle cosine."})
+    weight_decay: float = field(default=0.05, metadata={"help": "AdamW weight decay."})
+    warmup_steps: int = field(default=200, metadata={"help": "Steps of linear warm-up."})
+    window: int = field(default=192, metadata={"help": "Side of the crops: the model's image_size."})
+    hidden_size: int = field(default=192, metadata={"help": "Width of both towers."})
+    layers: int = field(default=8, metadata={"help": "Blocks of the vision tower."})
+    text_layers: int = field(default=2, metadata={"help": "Blocks of the text tower."})
+    vocab_size: int = field(default=2048, metadata={"help": "Upper bound of the tokenizer's vocabulary."})
+    text_steps: int = field(default=200, metadata={"help": "Steps that first tell the words apart, without photos."})
+    names_per_set: int = field(default=28, metadata={"help": "Names compared per set and step."})
+    foreign_names: int = field(default=8, metadata={"help": "Names of other sets added as wrong answers."})
+    mixed_precision: str = field(default="bf16", metadata={"help": "no, bf16 or fp16."})
+    workers: int = field(default=1, metadata={"help": "Processes that cut crops."})
+    seed: int = field(default=0, metadata={"help": "Seed of weights, order and augmentation."})
+    save_steps: int = field(default=500, metadata={"help": "Steps between checkpoints."})
+    resume: bool = field(default=False, metadata={"help": "Go on from the checkpoint in --output."})
+
+
+class CropSet:
+    """
+    One set held in memory: cuts a square crop of a photo with its labels, from a generator of its own.
+
+    `names[c]` are the words of class `c`; held-out classes have none and their pixels are void.
+    """
+
+    def __init__(self, photos, masks, tags, names, spec):
+        self.photos, self.masks, self.tags, self.names = photos, masks, tags, names
+        self.weight, self.crop = spec["weight"], spec["crop"]
+        if masks is not None:
+            counts = sum(np.bincount(mask.ravel(), minlength=256) for mask in masks)[: len(names)]
+            share = np.maximum(counts / max(counts.sum(), 1), 1e-5)
+            weights = share**-0.35  # rare classes count more, not equally
+            self.class_weights = torch.tensor(weights / (weights * share).sum(), dtype=torch.float32).clamp(max=8)
+
+    def __len__(self):
+        return len(self.photos)
+
+    def cut(self, rng: random.Random, window: int):
+        index = rng.randrange(len(self.photos))
+        photo = self.photos[index]
+        height, width = photo.shape[:2]
+        low, high = self.crop
+        side = min(math.exp(rng.uniform(math.log(low), math.log(high))), height, width)
+        aspect = math.exp(rng.uniform(-0.15, 0.15))
+        crop_h, crop_w = min(side * aspect, height), min(side / aspect, width)
+        top, left = rng.uniform(0, height - crop_h), rng.uniform(0, width - crop_w)
+        if self.masks is not None and rng.random() < 0.5:
+            # centre on a pixel of a class drawn evenly from those in the photo: poles and riders are small
+            mask = self.masks[index]
+            label = rng.choice([c for c in np.unique(mask[::4, ::4]) if c != VOID] or [VOID])
+            rows, columns = np.nonzero(mask[::4, ::4] == label)
+            if len(rows):
+                k = rng.randrange(len(rows))
+                top = min(max(rows[k] * 4 - crop_h * rng.random(), 0), height - crop_h)
+                left = min(max(columns[k] * 4 - crop_w * rng.random(), 0), width - crop_w)
+        box = (left, top, left + crop_w, top + crop_h)
+        flip = rng.random() < 0.5
+        image = np.asarray(Image.fromarray(photo).resize((window, window), Image.Resampling.BICUBIC, box=box))
+        pixels = torch.from_numpy(image.copy()).permute(2, 0, 1).float() / 255  # (3, window, window)
+        pixels = jitter(pixels, rng)
+        if self.masks is None:
+            label = torch.tensor(index)
+        else:
+            grid = window // LABEL_GRID
+            mask = Image.fromarray(self.masks[index]).resize((grid, grid), Image.Resampling.NEAREST, box=box)
+            label = torch.from_numpy(np.asarray(mask).astype(np.int64))  # (grid, grid)
+        if flip:
+            pixels, label = pixels.flip(-1), label.flip(-1) if label.ndim else label
+        return pixels * 2 - 1, label
+
+
+def jitter(pixels: torch.Tensor, rng: random.Random) -> torch.Tensor:
+    """Light, contrast, colour and white balance of another hour and camera; `(3, height, width)` in 0 to 1."""
+    pixels = pixels.clamp(1e-4, 1) ** math.exp(rng.uniform(-0.4, 0.4))
+    pixels = pixels * rng.uniform(0.65, 1.3)
+    pixels = pixels * torch.tensor([rng.uniform(0.85, 1.15) for _ in range(3)])[:, None, None]
+    pixels = (pixels - pixels.mean()) * rng.uniform(0.7, 1.3) + pixels.mean()
+    grey = pixels.mean(0, keepdim=True)
+    saturation = 0.0 if rng.random() < 0.08 else rng.uniform(0.4, 1.5)
+    pixels = grey + (pixels - grey) * saturation
+    if rng.random() < 0.2:  # a photo that was enlarged, or is out of focus
+        small = nn.functional.avg_pool2d(pixels[None], 2)
+        pixels = nn.functional.interpolate(small, size=pixels.shape[-2:], mode="bilinear")[0]
+    return pixels.clamp(0, 1)
+
+
+class CropBatches(Dataset):
+    """Item i is batch i: a list with one (pixels, labels) per set. Seeded by (seed, i), whatever the worker."""
+
+    def __init__(self, sets: list[CropSet], options: Options):
+        self.sets, self.options = sets, options
+        total = sum(s.weight for s in sets)
+        self.counts = [max(1, round(options.batch_size * s.weight / total)) for s in sets]
+
+    def __len__(self):
+        return self.options.steps
+
+    def __getitem__(self, step: int):
+        rng = random.Random(f"{self.options.seed}-{step}")
+        groups = []
+        for crop_set, count in zip(self.sets, self.counts, strict=True):
+            cuts = [crop_set.cut(rng, self.options.window) for _ in range(count)]
+            pixels, labels = torch.stack([c[0] for c in cuts]), torch.stack([c[1] for c in cuts])
+            if crop_set.masks is not None and rng.random() < 0.3:
+                pixels, labels = paste_box(pixels, labels, rng)
+            groups.append((pixels, labels))
+        return groups
+
+
+def paste_box(pixels: torch.Tensor, labels: torch.Tensor, rng: random.Random):
+    """CutMix (Yun et al., 2019) for label maps: a box of every crop comes from its neighbour in the batch."""
+    grid = labels.shape[-1]
+    height, width = (rng.randint(grid // 4, grid // 2) for _ in range(2))
+    top, left = rng.randint(0, grid - height), rng.randint(0, grid - width)
+    labels, pixels, scale = labels.clone(), pixels.clone(), LABEL_GRID
+    labels[:, top : top + height, left : left + width] = labels.roll(1, 0)[:, top : top + height, left : left + width]
+    rows = slice(top * scale, (top + height) * scale)
+    columns = slice(left * scale, (left + width) * scale)
+    pixels[:, :, rows, columns] = pixels.roll(1, 0)[:, :, rows, columns]
+    return pixels, labels
+
+
+def load_sets(root: Path, recipe: dict) -> list[CropSet]:
+    """Read every set of the recipe into memory, held-out words removed from every label."""
+    held_out = {word.lower() for word in recipe["held_out"]}
+    synonyms = recipe["synonyms"]
+    sets = []
+    for spec in recipe["sets"]:
+        folder = open_segmentation_folder(root / spec["path"], exclude=spec.get("exclude"))
+        every = spec.get("holdout_every", 0)
+        pairs = [pair for i, pair in enumerate(folder.pairs) if not every or i % every != every - 1]
+        words = [readable_name(name) for name in folder.classes]
+        table = np.full(256, VOID, np.uint8)
+        names = []
+        for label, word in enumerate(words):
+            names.append([] if word in held_out else [word, *synonyms.get(word, [])])
+            table[label] = VOID if word in held_out else label
+        if "null" in words:
+            names[words.index("null")].remove("null")
+        photos = [np.asarray(read_image(image)) for image, _ in tqdm(pairs, desc=spec["path"])]
+        masks = [table[read_mask(mask)] for _, mask in pairs]
+        sets.append(CropSet(photos, masks, None, names, spec))
+    for spec in recipe.get("tagged", []):
+        hidden = {word.lower() for word in recipe["held_out_tags"]}
+        photos, names = [], []
+        for path in tqdm(list_images(root / spec["path"]), desc=spec["path"]):
+            prefix, _, name = path.stem.partition("_")
+            if readable_name(name) in hidden:
+                continue
+            groups = [word for first, last, word in recipe["groups"] if first <= prefix <= last]
+            photos.append(np.asarray(read_image(path)))
+            names.append([readable_name(name), *groups])
+        sets.append(CropSet(photos, None, names, names, spec))
+    return sets
+
+
+def build_tokenizer(sets: list[CropSet], vocab_size: int, length: int = 24) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of our own over names and templates: lower case, no punctuation, padded right to `length`."""
+    tokenizer = Tokenizer(models.BPE(unk_token=None))
+    tokenizer.normalizer = normalizers.Sequence(
+        [
+            normalizers.NFKC(),
+            normalizers.Lowercase(),
+            normalizers.Replace(Regex(r"[^\p{L}\p{N}\s]+"), " "),
+            normalizers.Replace(Regex(r"\s+"), " "),
+            normalizers.Strip(),
+        ]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<pad>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    corpus = [word for crop_set in sets for words in crop_set.names for word in words]
+    corpus += [template.replace("{}", "") for templates in TEMPLATES.values() for template in templates] * 5
+    tokenizer.train_from_iterator(corpus, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="</s>",
+        padding_side="right",
+        model_max_length=length,
+        model_input_names=["input_ids"],
+    )
+
+
+def build_model(options: Options, tokenizer: PreTrainedTokenizerFast) -> SparForOpenVocabSegmentation:
+    size = options.hidden_size
+    shape = {"hidden_size": size, "intermediate_size": 4 * size, "num_attention_heads": max(1, size // 64)}
+    vision = SiglipVisionConfig(
+        image_size=options.window,
+        num_hidden_layers=options.layers,
+        hidden_act="gelu",
+        layer_norm_eps=1e-6,
+        **shape,
+    )
+    text = SiglipTextConfig(
+        vocab_size=len(tokenizer),
+        max_position_embeddings=tokenizer.model_max_length,
+        num_hidden_layers=options.text_layers,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+        **shape,
+    )
+    model = SparForOpenVocabSegmentation(SparConfig(backbone_config=vision, text_config=text, dtype="float32"))
+    model.set_attn_implementation("eager")  # a fifth faster than sdpa's backward on CPUs at 144 tokens
+    with torch.no_grad():
+        model.logit_scale.fill_(math.log(10))  # SigLIP's start
+        model.logit_bias.fill_(-10)
+    return model
+
+
+@torch.no_grad()
+def head_start(model: SparForOpenVocabSegmentation) -> None:
+    """
+    Start the vision tower from weights that look trained: sines and cosines as the position table, and attention that
+    looks at alike tokens and takes away their mean, `Q'K ∝ I + noise` and `OV ∝ noise - I` (mimetic initialisation,
+    Trockman & Kolter, 2023). With few photos a ViT learns
+    faster from there than from plain noise.
+    """
+    backbone = model.vision_model.backbone
+    size, heads = backbone.config.hidden_size, backbone.config.num_attention_heads
+    side = backbone.config.image_size // backbone.config.patch_size
+    angles = torch.arange(side)[:, None] / 100 ** (torch.arange(size // 4) * 4 / size)
+    waves = torch.cat([angles.sin(), angles.cos()], dim=1)  # (side, size / 2)
+    rows, columns = waves[:, None].expand(-1, side, -1), waves[None].expand(side, -1, -1)
+    backbone.embeddings.position_embedding.weight.copy_(0.5 * torch.cat([rows, columns], dim=-1).flatten(0, 1))
+    identity = torch.eye(size)
+    for layer in backbone.encoder.layers:
+        attention, width = layer.self_attn, size // heads
+        for head in range(heads):
+            u, s, v = torch.linalg.svd(0.7 * torch.randn(size, size) / size**0.5 + 0.7 * identity)
+            part, root = slice(head * width, (head + 1) * width), s[:width].sqrt()[:, None]
+            attention.q_proj.weight[part] = root * u.T[:width]
+            attention.k_proj.weight[part] = root * v[:width]
+        u, s, v = torch.linalg.svd(0.4 * torch.randn(size, size) / size**0.5 - 0.4 * identity)
+        attention.out_proj.weight.copy_(u * s.sqrt())
+        attention.v_proj.weight.copy_(s.sqrt()[:, None] * v)
+
+
+def separate_words(model, tokenizer, sets: list[CropSet], options: Options) -> None:
+    """
+    Before any photo: the text tower sends the prompts of every class, synonyms alike, to a random direction of its own.
+
+    From random weights all texts have nearly one embedding, and so have all patches; between two collapsed spaces the
+    softmax over names has next to no gradient. Trained jointly, the texts still had cosines of 0.98 after 3000 steps, and
+    collapsed again within 500 after this start, so the text tower is frozen once it tells words apart.
+    """
+    rng = random.Random(f"text-{options.seed}")
+    generator = torch.Generator().manual_seed(options.seed)
+    classes = sorted({tuple(names) for crop_set in sets for names in crop_set.names if names})
+    codes = nn.functional.normalize(torch.randn(len(classes), options.hidden_size, generator=generator), dim=-1)
+    templates = [t for group in TEMPLATES.values() for t in group] + ["{}"] * 20
+    optimizer = torch.optim.AdamW(model.text_model.parameters(), lr=1e-3, betas=(0.9, 0.98))
+    for step in tqdm(range(options.text_steps), desc="telling words apart"):
+        optimizer.param_groups[0]["lr"] = 1e-3 * min(1.0, (step + 1) / 50)
+        chosen = rng.sample(range(len(classes)), min(64, len(classes)))
+        prompts = [rng.choice(templates).format(rng.choice(classes[c])) for c in chosen]
+        tokens = tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt")["input_ids"]
+        texts = nn.functional.normalize(model.get_text_features(tokens).pooler_output, dim=-1)
+        logits = texts @ codes[chosen].T * model.config.dense_logit_scale
+        loss = nn.functional.cross_entropy(logits, torch.arange(len(chosen)))
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.text_model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def choose_names(sets: list[CropSet], labels: list[torch.Tensor], options: Options, rng: random.Random):
+    """
+    The words of one step. For each set: the class behind each of its columns, and one prompt per column; columns of
+    class -1 are words of other sets, never the right answer.
+    """
+    templates = [t for group in TEMPLATES.values() for t in group] + ["{}"] * 20
+    chosen = []
+    for crop_set, label in zip(sets, labels, strict=True):
+        if crop_set.masks is None:
+            rows = [rng.choice(crop_set.names[int(i)]) for i in label]
+            others = [rng.choice(names) for names in rng.sample(crop_set.names, options.foreign_names)]
+            words = sorted(set(rows) | set(others))
+            chosen.append((rows, words, [rng.choice(templates).format(w) for w in words]))
+            continue
+        present = [int(c) for c in label.unique() if c != VOID]
+        rest = [c for c, names in enumerate(crop_set.names) if names and c not in present]
+        rng.shuffle(rest)
+        classes = present + rest[: max(0, options.names_per_set - len(present))]
+        words = [rng.choice(crop_set.names[c]) for c in classes]
+        own = {word for names in crop_set.names for word in names}
+        foreign = {rng.choice(names) for s in sets if s is not crop_set for names in s.names if names}
+        foreign = [w for w in sorted(foreign - own) if not any(part in own for part in w.split())]
+        foreign = rng.sample(foreign, min(options.foreign_names, len(foreign)))
+        classes += [-1] * len(foreign)
+        chosen.append((classes, words + foreign, [rng.choice(templates).format(w) for w in words + foreign]))
+    return chosen
+
+
+def step_loss(model, tokenizer, sets, groups, options, rng, device):
+    """Loss of one step and its parts; the two towers run once each, over all sets together."""
+    labels = [group[1] for group in groups]
+    chosen = choose_names(sets, labels, options, rng)
+    prompts = [prompt for _, _, prompts in chosen for prompt in prompts]
+    tokens = tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt")
+    pixels = torch.cat([group[0] for group in groups]).to(device)
+    outputs = model(pixels, tokens["input_ids"].to(device))
+    texts = outputs["text_embeds"].split([len(c[2]) for c in chosen])
+    counts = [len(label) for label in labels]
+    features, pooled = outputs["feature_map"].split(counts), outputs["pooler_output"].split(counts)
+    loss, parts = 0.0, {}
+    for i, (crop_set, label) in enumerate(zip(sets, labels, strict=True)):
+        label = label.to(device)
+        text = nn.functional.normalize(texts[i].float(), dim=-1)
+        if crop_set.masks is None:
+            image = nn.functional.normalize(pooled[i].float(), dim=-1)
+            logits = image @ text.T * outputs["logit_scale"].exp() + outputs["logit_bias"]
+            rows, words, _ = chosen[i]
+            match = torch.tensor([[w == row for w in words] for row in rows], device=device)
+            part = -nn.functional.logsigmoid(torch.where(match, logits, -logits)).sum(1).mean() * 0.2
+        else:
+            dense = nn.functional.normalize(features[i].float(), dim=1)
+            logits = torch.einsum("bdhw,nd->bnhw", dense, text) * outputs["dense_logit_scale"]
+            logits = nn.functional.interpolate(logits, size=label.shape[-2:], mode="bilinear")
+            classes = torch.tensor(chosen[i][0])
+            column = torch.full((256,), -100)
+            column[classes[classes >= 0]] = torch.arange(int((classes >= 0).sum()))
+            weights = torch.ones(len(classes))
+            weights[classes >= 0] = crop_set.class_weights[classes[classes >= 0]]
+            part = nn.functional.cross_entropy(logits, column.to(device)[label], weights.to(device))
+        loss = loss + part * counts[i] / sum(counts)
+        parts[f"set{i}"] = float(part.detach())
+    return loss, parts
+
+
+class Towers(nn.Module):
+    """Both towers in one forward, so that accelerate can wrap and autocast them together."""
+
+    def __init__(self, model: SparForOpenVocabSegmentation):
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values, input_ids):
+        vision = self.model.vision_model(pixel_values, output_pooled=True)
+        return {
+            "feature_map": vision.feature_map,
+            "pooler_output": vision.pooler_output,
+            "text_embeds": self.model.get_text_features(input_ids).pooler_output,
+            "logit_scale": self.model.logit_scale,
+            "logit_bias": self.model.logit_bias,
+            "dense_logit_scale": self.model.config.dense_logit_scale,
+        }
+
+
+def train(options: Options) -> Path:
+    """Run the pre-training; returns the folder of the finished model."""
+    accelerator = Accelerator(mixed_precision=options.mixed_precision)
+    set_seed(options.seed)
+    output = Path(options.output)
+    output.mkdir(parents=True, exist_ok=True)
+    recipe = yaml.safe_load(Path(options.recipe).read_text(encoding="utf-8"))
+    sets = load_sets(Path(options.data), recipe)
+    tokenizer = build_tokenizer(sets, options.vocab_size)
+    model = build_model(options, tokenizer)
+    if not options.resume:
+        head_start(model)
+        separate_words(model, tokenizer, sets, options)
+    towers = Towers(model)
+    model.text_model.requires_grad_(False)
+    trained = [p for p in towers.parameters() if p.requires_grad]
+    decay = [p for p in trained if p.ndim > 1]
+    plain = [p for p in trained if p.ndim <= 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": decay, "weight_decay": options.weight_decay}, {"params": plain, "weight_decay": 0.0}],
+        lr=options.learning_rate,
+        betas=(0.9, 0.98),
+    )
+    schedule = get_cosine_schedule_with_warmup(optimizer, options.warmup_steps, options.steps)
+    towers, optimizer = accelerator.prepare(towers, optimizer)
+    accelerator.register_for_checkpointing(schedule)
+    checkpoint, first = output / "checkpoint", 0
+    if options.resume:
+        accelerator.load_state(str(checkpoint))
+        first = json.loads((checkpoint / "step.json").read_text())["step"]
+    batches = CropBatches(sets, options)
+    loader = DataLoader(batches, batch_size=None, sampler=range(first, options.steps), num_workers=options.workers)
+    log = (output / "log.jsonl").open("a", encoding="utf-8")
+    bar = tqdm(loader, initial=first, total=options.steps, disable=not accelerator.is_main_process, mininterval=5)
+    towers.train()
+    start = time.time()
+    for step, groups in enumerate(bar, start=first):
+        rng = random.Random(f"words-{options.seed}-{step}")
+        with accelerator.autocast():
+            loss, parts = step_loss(towers, tokenizer, sets, groups, options, rng, accelerator.device)
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        if step % 20 == 0 and accelerator.is_main_process:
+            bar.set_postfix(loss=f"{float(loss.detach()):.3f}")
+            row = {"step": step, "loss": float(loss.detach()), **parts, "seconds": round(time.time() - start, 1)}
+            log.write(json.dumps(row) + "\n")
+            log.flush()
+        if (step + 1) % options.save_steps == 0 and step + 1 < options.steps:
+            accelerator.save_state(str(checkpoint))
+            (checkpoint / "step.json").write_text(json.dumps({"step": step + 1}))
+    log.close()
+    model = accelerator.unwrap_model(towers).model
+    if accelerator.is_main_process:
+        # stored in half precision, which the configuration's dtype turns back into float32 when loading
+        half = {name: tensor.half() for name, tensor in model.state_dict().items()}
+        model.save_pretrained(output / "model", state_dict=half)
+        working_size = {"shortest_edge": 2 * options.window, "longest_edge": 8 * options.window}
+        SparProcessor(SparImageProcessorPil(size=working_size), tokenizer).save_pretrained(output / "model")
+    return output / "model"
+
+
+def main():
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    (options,) = HfArgumentParser(Options).parse_args_into_dataclasses()
+    logger.info("written: %s", train(options))
+
+
+if __name__ == "__main__":
+    main()
