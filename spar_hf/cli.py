@@ -64,15 +64,64 @@ def segment(
     typer.echo(f"written: {output}")
 
 
-def load_pipeline(model: str | None):
-    """The pipeline of a folder or hub id, or the embedded one, without transformers' notices."""
-    from transformers import pipeline
-    from transformers.utils import logging
+@app.command()
+def convert(
+    checkpoint: Annotated[Path, typer.Argument(help="Official checkpoint: .ckpt, .pt, .pth or .safetensors.")],
+    family: Annotated[str, typer.Option(help="siglip2, openclip or dinov3txt.")],
+    base: Annotated[str, typer.Option(help="Hub id or folder of the base in transformers' format.")],
+    output: Annotated[Path, typer.Option(help="Folder to write.")],
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Tokenizer where the base has none (dinov3txt: CLIP's).")
+    ] = None,
+    text_heads: Annotated[
+        int | None,
+        typer.Option(help="Attention heads of the text tower (dinov3txt: 20 in the published ViT-L).", min=1),
+    ] = None,
+    image_mean: Annotated[
+        tuple[float, float, float] | None, typer.Option(help="Image mean, where it is not the base's.")
+    ] = None,
+    image_std: Annotated[
+        tuple[float, float, float] | None, typer.Option(help="Image standard deviation, where it is not the base's.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the output folder if it exists.")] = False,
+) -> None:
+    """Convert an official checkpoint into a folder that AutoModel and the pipeline load."""
+    from spar_hf.conversion import convert as run
 
-    from spar_hf import SPAR_TINY
+    try:
+        quiet_transformers()
+        report = run(
+            checkpoint,
+            family,
+            base,
+            output,
+            tokenizer=tokenizer,
+            text_heads=text_heads,
+            image_mean=None if image_mean is None else list(image_mean),
+            image_std=None if image_std is None else list(image_std),
+            force=force,
+        )
+    except (ValueError, OSError, RuntimeError) as error:
+        typer.secho(f"error: {error}", fg="red", err=True)
+        raise typer.Exit(1) from error
+    typer.echo(report)
+
+
+def quiet_transformers() -> None:
+    """No notices and bars of transformers among the command's own lines."""
+    from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+
+
+def load_pipeline(model: str | None):
+    """The pipeline of a folder or hub id, or the embedded one, without transformers' notices."""
+    from transformers import pipeline
+
+    from spar_hf import SPAR_TINY
+
+    quiet_transformers()
     task: Any = "open-vocab-segmentation"  # transformers types only its own tasks
     return pipeline(task, model=SPAR_TINY if model is None else model)
 

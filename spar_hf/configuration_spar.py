@@ -5,16 +5,40 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 from transformers import AutoConfig
+from transformers.backbone_utils import BackboneConfigMixin
 from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
 
 from .prompts import resolve_templates
 
 # what is known of each part; where there is a choice, the default stands first
-BACKBONE_READOUTS = {"siglip_vision_model": ("siglip",)}
-READOUT_RESAMPLINGS = {"siglip": ("bicubic",)}
+BACKBONE_READOUTS = {
+    "siglip_vision_model": ("siglip",),
+    "siglip2_vision_model": ("naflex",),
+    "clip_vision_model": ("maskclip",),
+    "dinov3_vit": ("dinov3", "dinov3txt"),
+}
+READOUT_RESAMPLINGS = {
+    "siglip": ("bicubic",),
+    "naflex": ("bilinear_antialias",),
+    "maskclip": ("bicubic_offset",),
+    "dinov3": ("rope",),
+    "dinov3txt": ("rope",),
+}
 # the attribute of a part's own configuration that holds the width of what it gives
-READOUT_WIDTHS = {"siglip": "hidden_size"}
-TEXT_WIDTHS = {"siglip_text_model": "projection_size"}
+READOUT_WIDTHS = {
+    "siglip": "hidden_size",
+    "naflex": "hidden_size",
+    "maskclip": "projection_dim",
+    "dinov3": "hidden_size",
+    "dinov3txt": "hidden_size",
+}
+TEXT_WIDTHS = {
+    "siglip_text_model": "projection_size",
+    "siglip2_text_model": "projection_size",
+    "clip_text_model": "projection_dim",
+}
+# dino.txt's text embedding faces the pooled image with its first half and the patches with its last
+TEXT_PARTS = {"dinov3txt": 2}
 
 
 def _check_choice(what: str, value: Any, choices: Collection[str]) -> None:
@@ -22,23 +46,28 @@ def _check_choice(what: str, value: Any, choices: Collection[str]) -> None:
         raise ValueError(f"{what} {value!r} is unknown to SPAR; use one of {sorted(choices)}.")
 
 
-class SparConfig(PreTrainedConfig):
+class SparConfig(BackboneConfigMixin, PreTrainedConfig):
     r"""
-    Configuration of [`SparVisionModel`] and [`SparForOpenVocabSegmentation`].
+    Configuration of [`SparVisionModel`], [`SparBackbone`] and [`SparForOpenVocabSegmentation`].
 
     Args:
         backbone_config (`dict` or `PreTrainedConfig`, *optional*):
-            Vision configuration of transformers (`siglip_vision_model`). Defaults to `SiglipVisionConfig()`.
+            Vision configuration of transformers: `siglip_vision_model` (SigLIP and fixed-resolution SigLIP2),
+            `siglip2_vision_model` (NaFlex), `clip_vision_model` or `dinov3_vit`. Defaults to `SiglipVisionConfig()`.
         text_config (`dict` or `PreTrainedConfig`, *optional*):
-            Text configuration of transformers (`siglip_text_model`). `None` makes a vision-only model.
+            Text configuration of transformers (`siglip_text_model`, `siglip2_text_model` or `clip_text_model`). `None`
+            makes a vision-only model.
         readout (`str`, *optional*):
-            How dense features are read from the backbone. Defaults to the read-out of the backbone's family:
-            `"siglip"` is the attention-pooling head without its attention (SPAR, section 3).
+            How dense features are read from the backbone (SPAR, section 3). Defaults to that of its family:
+            `"siglip"` and `"naflex"` are the attention-pooling head without its attention, `"maskclip"` the value path
+            of the last block, `"dinov3"` the normalised patch tokens. `"dinov3txt"` (the default with a text tower) adds
+            the vision head of dino.txt for the pooled embedding.
         position_resampling (`str`, *optional*):
-            How the position table is taken to another grid. It belongs to the checkpoint: features change with it.
-            `"bicubic"`: by target size, without antialiasing.
+            How positions are taken to another grid. It belongs to the checkpoint: features change with it.
+            `"bicubic"`: by target size, without antialiasing (SigLIP). `"bilinear_antialias"`: by target size (NaFlex).
+            `"bicubic_offset"`: by the scale factor `(target + 0.1) / source` (MaskCLIP). `"rope"`: no table (DINOv3).
         projection_dim (`int`, *optional*):
-            Width of the dense features and of the text embeddings. Follows from the backbone (`hidden_size`).
+            Width of the dense features and of what faces them of the text embeddings. Follows from the backbone.
         dense_logit_scale (`float`, *optional*, defaults to 40.0):
             Factor on the cosine of patch feature and text embedding before the softmax over names. It is a plain
             multiplier, not the logarithm that a trained `logit_scale` holds.
@@ -46,6 +75,8 @@ class SparConfig(PreTrainedConfig):
             Prompt templates: the name of a set in `spar_hf.prompts.TEMPLATES` or a list of strings with one `{}`.
         distillation (`dict`, *optional*):
             How a student was made: `teacher`, `window_size`, `stride`, data. `None` for an untouched base.
+        out_features, out_indices (`list[str]`, `list[int]`, *optional*):
+            The stages that [`SparBackbone`] gives; `["features"]`, the dense features, by default.
 
     Raises:
         ValueError: a backbone, text tower, read-out, resampling or template set that does not exist; a template
@@ -81,8 +112,11 @@ class SparConfig(PreTrainedConfig):
     dense_logit_scale: float | int = 40.0
     templates: str | Sequence[str] = "imagenet80"
     distillation: dict[str, Any] | None = None
+    _out_features: list[str] | None = None
+    _out_indices: list[int] | None = None
 
     def __post_init__(self, **kwargs):
+        out_features, out_indices = kwargs.pop("out_features", None), kwargs.pop("out_indices", None)
         # checked before transformers builds the sub-configurations, which answers unknown types with a KeyError
         for key, known in (("backbone_config", BACKBONE_READOUTS), ("text_config", TEXT_WIDTHS)):
             sub_config = getattr(self, key)
@@ -95,9 +129,13 @@ class SparConfig(PreTrainedConfig):
             elif sub_config is not None:
                 raise ValueError(f"`{key}` must be a dict or a configuration of transformers, got {sub_config!r}.")
         super().__post_init__(**kwargs)
+        stages = [f"stage{i}" for i in range(1, self.num_hidden_layers + 1)]
+        self.stage_names = ["stem", *stages, "features"]
+        self.set_output_features_output_indices(out_features=out_features, out_indices=out_indices)
 
         readouts = BACKBONE_READOUTS[self.backbone_config.model_type]
-        self.readout = readouts[0] if self.readout is None else self.readout
+        if self.readout is None:
+            self.readout = readouts[0 if self.text_config is None else -1]
         _check_choice("`readout`", self.readout, readouts)
 
         resamplings = READOUT_RESAMPLINGS[self.readout]
@@ -114,10 +152,11 @@ class SparConfig(PreTrainedConfig):
         if self.text_config is not None:
             text_attribute = TEXT_WIDTHS[self.text_config.model_type]
             text_width = getattr(self.text_config, text_attribute)
-            if text_width != width:
+            expected = width * TEXT_PARTS.get(self.readout, 1)
+            if text_width != expected:
                 raise ValueError(
-                    f"The text tower ends in {text_width} dimensions but the dense features have {width}: they "
-                    f"must agree to be compared. Set `text_config.{text_attribute}={width}`."
+                    f"The text tower ends in {text_width} dimensions, but beside the dense features' {width} it needs "
+                    f"{expected} to be compared. Set `text_config.{text_attribute}={expected}`."
                 )
 
         scale = self.dense_logit_scale
@@ -144,6 +183,8 @@ class SparConfig(PreTrainedConfig):
     @property
     def image_size(self) -> int:
         """Side in pixels of the images the backbone was pre-trained on: the teacher's natural window."""
+        if self.backbone_config.model_type == "siglip2_vision_model":  # NaFlex tells its number of patches
+            return math.isqrt(self.backbone_config.num_patches) * self.patch_size
         return self.backbone_config.image_size
 
     @property

@@ -26,6 +26,7 @@ DOWNLOAD_TIMEOUT = 30  # seconds without an answer
 MIN_SIDE = 2  # pixels: what is thinner is a line, most often an array with its axes in the wrong order
 CHANNEL_COUNTS = (1, 3, 4)  # grey, RGB, RGBA
 FLOAT_TOLERANCE = 1e-3  # how far rounding may carry float pixels beyond 0 and 1
+PUBLISHED_SIZE = {"shortest_edge": 672, "longest_edge": 2048}  # SPAR's evaluation of its backbones
 SIZE_KEYS = ({"shortest_edge"}, {"longest_edge"}, {"shortest_edge", "longest_edge"}, {"height", "width"})
 
 
@@ -288,6 +289,26 @@ class SparImageProcessorPil(PilBackend):
     do_rescale = True
     do_normalize = True
     do_convert_rgb = True
+
+    @classmethod
+    def from_backbone(cls, pretrained_model_name_or_path: str, **kwargs) -> "SparImageProcessorPil":
+        """
+        The image processor for the SPAR model of an untouched backbone: its mean and standard deviation, and SPAR's
+        working size (shorter side 672 px, longer at most 2048 px) instead of its square. A SPAR folder keeps its own.
+
+        Raises:
+            OSError: the folder or repository has no image processor's configuration.
+            ValueError: the configuration lacks mean or standard deviation.
+        """
+        settings, _ = cls.get_image_processor_dict(pretrained_model_name_or_path, **kwargs)
+        if settings.get("image_processor_type", "").startswith("Spar"):
+            return cls.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        if "image_mean" not in settings or "image_std" not in settings:
+            raise ValueError(
+                f"The image processor of {pretrained_model_name_or_path} names no `image_mean` and `image_std`; build "
+                "`SparImageProcessorPil(image_mean=..., image_std=...)` with those of the checkpoint."
+            )
+        return cls(image_mean=settings["image_mean"], image_std=settings["image_std"], size=dict(PUBLISHED_SIZE))
 
     def _standardize_kwargs(self, size=None, **kwargs) -> dict[str, Any]:
         if isinstance(size, int):

@@ -6,7 +6,19 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import SiglipTextModel
+from transformers import (
+    AutoConfig,
+    CLIPModel,
+    CLIPTextModelWithProjection,
+    CLIPVisionModelWithProjection,
+    DINOv3ViTModel,
+    Siglip2Model,
+    Siglip2TextModel,
+    Siglip2VisionModel,
+    SiglipModel,
+    SiglipTextModel,
+    SiglipVisionModel,
+)
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -19,7 +31,21 @@ from .configuration_spar import SparConfig
 from .readouts import READOUTS
 
 # An explicit table: AutoModel does not know SigLIP's text tower and would give CLIP's without its projection.
-TEXT_MODELS = {"siglip_text_model": SiglipTextModel}
+TEXT_MODELS = {
+    "siglip_text_model": SiglipTextModel,
+    "siglip2_text_model": Siglip2TextModel,
+    "clip_text_model": CLIPTextModelWithProjection,
+}
+# what `from_backbone` loads, by the model type of the folder
+BACKBONE_SOURCES = {
+    "siglip": SiglipModel,
+    "siglip_vision_model": SiglipVisionModel,
+    "siglip2": Siglip2Model,
+    "siglip2_vision_model": Siglip2VisionModel,
+    "clip": CLIPModel,
+    "clip_vision_model": CLIPVisionModelWithProjection,
+    "dinov3_vit": DINOv3ViTModel,
+}
 
 
 @dataclass
@@ -31,7 +57,8 @@ class SparVisionModelOutput(ModelOutput):
         last_hidden_state (`torch.FloatTensor` of shape `(batch, tokens, hidden_size)`):
             All tokens after the backbone's final norm. `None` from the teacher.
         pooler_output (`torch.FloatTensor` of shape `(batch, hidden_size)`, *optional*):
-            The backbone's own image embedding; only with `output_pooled=True`.
+            The backbone's own image embedding; only with `output_pooled=True`. CLIP's is `(batch, projection_dim)`, that of
+            dino.txt `(batch, 2 * hidden_size)`.
         hidden_states (`tuple(torch.FloatTensor)`, *optional*):
             With `output_hidden_states=True`: the embeddings and the output of each layer, each
             `(batch, tokens, hidden_size)`. With an index or a list of indices, only those; the others are `None`.
@@ -84,6 +111,15 @@ def pad_to_patches(pixel_values: torch.Tensor, patch_size: int) -> torch.Tensor:
     return nn.functional.pad(pixel_values, (0, padded_width - width, 0, padded_height - height))
 
 
+def spar_name(name: str) -> str:
+    """Where a weight of a backbone of transformers lies in [`SparForOpenVocabSegmentation`]."""
+    if name.startswith("text_model.") or name.startswith("logit_"):
+        return name
+    if name == "text_projection.weight":  # CLIP: the text class with projection holds it
+        return "text_model.text_projection.weight"
+    return "vision_model.backbone." + name.removeprefix("vision_model.")
+
+
 class SparPreTrainedModel(PreTrainedModel):
     """What all SPAR models share: configuration class, attention back ends, initialisation."""
 
@@ -117,6 +153,69 @@ class SparPreTrainedModel(PreTrainedModel):
                 f"{shown}. The files are incomplete or config.json describes another model: copy the folder again."
             )
         return (model, loading_info) if output_loading_info else model
+
+    @classmethod
+    def from_backbone(cls, pretrained_model_name_or_path: str, *, spar_config: dict[str, Any] | None = None, **kwargs):
+        """
+        Build the SPAR model of an untouched backbone of transformers: the teacher of a distillation, the baseline of a
+        measurement. SigLIP, SigLIP2 (fixed resolution and NaFlex), CLIP, OpenCLIP in transformers' format, DINOv3.
+
+        Args:
+            pretrained_model_name_or_path (`str`):
+                Hub id (`google/siglip2-base-patch16-512`) or local folder. A SPAR folder loads as by `from_pretrained`.
+            spar_config (`dict`, *optional*):
+                Further fields of [`SparConfig`], e.g. `{"templates": "short"}`.
+            kwargs: options of `from_pretrained` of the backbone's class (`dtype`, `revision`, `token`, ...).
+
+        Raises:
+            ValueError: a model type that SPAR does not read; a two-tower class and a backbone without text tower.
+            RuntimeError: the folder lacks weights.
+
+        Example:
+
+        ```python
+        >>> from transformers import DINOv3ViTConfig, DINOv3ViTModel
+        >>> from spar_hf import SparVisionModel
+
+        >>> DINOv3ViTModel(DINOv3ViTConfig(num_hidden_layers=1)).save_pretrained("/tmp/dinov3")
+        >>> SparVisionModel.from_backbone("/tmp/dinov3").config.readout
+        'dinov3'
+        ```"""
+        hub = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "local_files_only") if key in kwargs}
+        source_config = AutoConfig.from_pretrained(pretrained_model_name_or_path, **hub)
+        if source_config.model_type == SparConfig.model_type:
+            return cls.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        if source_config.model_type not in BACKBONE_SOURCES:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} is a model of type {source_config.model_type!r}; SPAR reads "
+                f"{', '.join(BACKBONE_SOURCES)}."
+            )
+        source, info = BACKBONE_SOURCES[source_config.model_type].from_pretrained(
+            pretrained_model_name_or_path, output_loading_info=True, **kwargs
+        )
+        if info["missing_keys"]:
+            raise RuntimeError(
+                f"{pretrained_model_name_or_path} lacks {len(info['missing_keys'])} weights of {type(source).__name__}: "
+                f"{', '.join(sorted(info['missing_keys'])[:8])}. The files are incomplete: copy the folder again."
+            )
+        config = SparConfig(
+            backbone_config=getattr(source.config, "vision_config", source.config),
+            text_config=getattr(source.config, "text_config", None),
+            dtype="float32",
+            **(spar_config or {}),
+        )
+        model = cls(config).to(source.dtype)  # refuses a two-tower class without text tower
+        model.name_or_path = str(pretrained_model_name_or_path)
+        weights = {spar_name(name): tensor for name, tensor in source.state_dict().items()}
+        if isinstance(model, SparVisionModel):
+            inside = "vision_model."
+            weights = {name[len(inside) :]: tensor for name, tensor in weights.items() if name.startswith(inside)}
+        missing, unexpected = model.load_state_dict(weights, strict=False)
+        # the sigmoid loss has a bias, CLIP's softmax none; a text tower is needed for dino.txt's head alone
+        missing = [name for name in missing if name != "logit_bias"]
+        if missing or unexpected:
+            raise RuntimeError(f"The weights do not fit: missing {missing}, without a place {unexpected}.")
+        return model.eval()
 
 
 class SparVisionModel(SparPreTrainedModel):
@@ -182,10 +281,10 @@ class SparVisionModel(SparPreTrainedModel):
         padded = pad_to_patches(pixel_values.to(self.dtype), self.config.patch_size)
         height, width = (side // self.config.patch_size for side in padded.shape[-2:])
         hidden_states = self.backbone.embed(padded, self.config.position_resampling)
-        last_hidden_state, features = self.backbone.encode(hidden_states, **kwargs)
+        last_hidden_state, features, pool_input = self.backbone.encode(hidden_states, (height, width), **kwargs)
         return SparVisionModelOutput(
             last_hidden_state=last_hidden_state,
-            pooler_output=self.backbone.pool(last_hidden_state) if output_pooled else None,
+            pooler_output=self.backbone.pool(pool_input) if output_pooled else None,
             # (batch, h * w, dim) -> (batch, dim, h, w)
             feature_map=features.transpose(1, 2).unflatten(2, (height, width)),
         )
@@ -264,6 +363,20 @@ class SparForOpenVocabSegmentation(SparPreTrainedModel):
             ValueError: prompts of another length than a SigLIP text tower reads.
         """
         length = self.config.text_config.max_position_embeddings
+        if self.config.text_config.model_type == "clip_text_model":
+            if input_ids.shape[-1] > length:
+                raise ValueError(
+                    f"The text tower reads prompts of up to {length} tokens, got {input_ids.shape[-1]}. Shorten them, or "
+                    f"tokenise with `truncation=True, max_length={length}`."
+                )
+            outputs = self.text_model(input_ids=input_ids, attention_mask=attention_mask, return_dict=True, **kwargs)
+            # dino.txt's embedding faces the pooled image with its first half, the patches with its last
+            return BaseModelOutputWithPooling(
+                last_hidden_state=outputs.last_hidden_state,
+                pooler_output=outputs.text_embeds[:, -self.config.projection_dim :],
+                hidden_states=outputs.hidden_states,
+                attentions=outputs.attentions,
+            )
         if input_ids.shape[-1] != length:
             raise ValueError(
                 f"The text tower reads prompts of exactly {length} tokens (it is pooled at the last), got "

@@ -1,6 +1,47 @@
 """Photos and words in, model inputs out: the image processor and the tokenizer of a two-tower model."""
 
+from tokenizers import Regex, Tokenizer, normalizers
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.processing_utils import ProcessorMixin
+
+from .image_processing_spar import SparImageProcessorPil
+
+SIGLIP_TEXTS = ("siglip_text_model", "siglip2_text_model")
+
+
+def published_tokenizer(tokenizer, text_config) -> PreTrainedTokenizerFast:
+    """
+    A tokenizer that treats texts as the checkpoint's training did, kept in the files it saves.
+
+    SigLIP's text towers read lower case without punctuation, padded on the right to their full length, without a mask
+    (open_clip's `canonicalize_text`); transformers' SigLIP2 tokenizer keeps punctuation, and most templates end in a full
+    stop. CLIP's own tokenizer is right as it is and only gets its length.
+    """
+    length = text_config.max_position_embeddings
+    if not getattr(tokenizer, "is_fast", False):  # SigLIP 1 comes with sentencepiece and canonicalises by itself
+        tokenizer.model_max_length, tokenizer.padding_side = length, "right"
+        return tokenizer
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.no_padding()
+    backend.no_truncation()
+    names = ["input_ids", "attention_mask"]
+    if text_config.model_type in SIGLIP_TEXTS:
+        steps = [
+            normalizers.Replace("_", " "),
+            normalizers.Replace(Regex(r"[!-/:-@\[-`{-~]"), ""),  # ASCII punctuation
+            normalizers.Lowercase(),
+            normalizers.Replace(Regex(r"\s+"), " "),
+            normalizers.Strip(),
+        ]
+        backend.normalizer = normalizers.Sequence(steps + ([backend.normalizer] if backend.normalizer else []))
+        names = ["input_ids"]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        padding_side="right",
+        model_max_length=length,
+        model_input_names=names,
+        **{key: token for key, token in tokenizer.special_tokens_map.items() if isinstance(token, str)},
+    )
 
 
 class SparProcessor(ProcessorMixin):
@@ -67,6 +108,35 @@ class SparProcessor(ProcessorMixin):
                     f"The text {sample[:80]!r} has {len(ids)} tokens, the text tower reads {limit} "
                     "(`model_max_length`). Shorten it, or pass `truncation=True` to cut it."
                 )
+
+    @classmethod
+    def from_backbone(
+        cls, pretrained_model_name_or_path: str, tokenizer: str | None = None, **kwargs
+    ) -> "SparProcessor":
+        """
+        The processor for [`SparForOpenVocabSegmentation.from_backbone`]: image statistics, tokenizer and text preprocessing
+        of an untouched two-tower backbone. A SPAR folder keeps its own.
+
+        Args:
+            pretrained_model_name_or_path (`str`): hub id or local folder.
+            tokenizer (`str`, *optional*): another hub id or folder to take the tokenizer from.
+
+        Raises:
+            ValueError: a backbone without a text tower.
+            OSError: the folder or repository lacks an image processor or a tokenizer.
+        """
+        config = AutoConfig.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        if config.model_type == "spar":
+            return cls.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        text_config = getattr(config, "text_config", None)
+        if text_config is None:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} has no text tower, so there are no texts to process. Use "
+                "`SparImageProcessorPil.from_backbone`."
+            )
+        words = AutoTokenizer.from_pretrained(tokenizer or pretrained_model_name_or_path, **kwargs)
+        image_processor = SparImageProcessorPil.from_backbone(pretrained_model_name_or_path, **kwargs)
+        return cls(image_processor, published_tokenizer(words, text_config))
 
     @classmethod
     def _load_tokenizer_from_pretrained(cls, sub_processor_type, pretrained_model_name_or_path, subfolder="", **kwargs):

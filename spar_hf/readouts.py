@@ -4,24 +4,42 @@ Read-outs: how each family of backbones is run at any resolution and gives one f
 A read-out is a subclass of the family's model in transformers, so it loads that family's checkpoints as they are
 and copies none of its layers. It adds three short methods:
 
-- `embed(pixel_values)`: `(batch, 3, height, width)` -> `(batch, tokens, hidden)`, positions resampled to the grid;
-- `encode(hidden_states)`: -> the post-norm tokens and, for the patches only, the dense features
-  `(batch, patches, dim)`;
-- `pool(last_hidden_state)`: -> the family's pooled image embedding `(batch, dim)`, or `None`.
+- `embed(pixel_values, method)`: `(batch, 3, height, width)` -> `(batch, tokens, hidden)`, positions resampled to the grid;
+- `encode(hidden_states, grid)`: -> the post-norm tokens, the dense features of the patches `(batch, patches, dim)`, and
+  what the pooling head reads;
+- `pool(pool_input)`: -> the family's pooled image embedding `(batch, dim)`, run only on request.
 """
+
+import copy
+import math
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import SiglipVisionConfig, SiglipVisionModel
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    DINOv3ViTConfig,
+    DINOv3ViTModel,
+    Siglip2VisionConfig,
+    Siglip2VisionModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
+from transformers import initialization as init
+from transformers.models.clip.modeling_clip import CLIPEncoderLayer
+from transformers.models.dinov3_vit.modeling_dinov3_vit import DINOv3ViTLayer, DINOv3ViTRopePositionEmbedding
 
 CUBIC = -0.75  # the coefficient of torch's (and OpenCV's) bicubic kernel
 
 
-def bicubic_matrix(source: int, target: int, device: torch.device | None = None) -> torch.Tensor:
+def bicubic_matrix(
+    source: int, target: int, device: torch.device | None = None, offset: float | torch.Tensor = 0.0
+) -> torch.Tensor:
     """
     Matrix that resamples a line of `source` values to `target` values as
-    `torch.nn.functional.interpolate(size=target, mode="bicubic", align_corners=False)` does: `(target, source)`,
-    float32.
+    `torch.nn.functional.interpolate(mode="bicubic", align_corners=False)` does with `size=target`, or with
+    `scale_factor=(target + offset) / source`: `(target, source)`, float32.
 
     It has no branch on the sizes, so a graph exported with dynamic sizes accepts all that are larger than a patch,
     the native grid included (where it is exactly the identity).
@@ -32,7 +50,8 @@ def bicubic_matrix(source: int, target: int, device: torch.device | None = None)
     >>> bicubic_matrix(2, 3).shape
     torch.Size([3, 2])
     ```"""
-    centre = (torch.arange(target, device=device, dtype=torch.float32) + 0.5) * (source / target) - 0.5  # (target,)
+    step = source / (target + offset)
+    centre = (torch.arange(target, device=device, dtype=torch.float32) + 0.5) * step - 0.5  # (target,)
     base = centre.floor()
     fraction = centre - base
     taps = torch.arange(-1, 3, device=device, dtype=torch.float32)  # the four neighbours
@@ -45,6 +64,18 @@ def bicubic_matrix(source: int, target: int, device: torch.device | None = None)
     return (weights[:, :, None] * (index[:, :, None] == columns)).sum(1)  # (target, 4, source) -> (target, source)
 
 
+def bilinear_antialias_matrix(source: int, target: int, device: torch.device | None = None) -> torch.Tensor:
+    """
+    As [`bicubic_matrix`], for `interpolate(size=target, mode="bilinear", antialias=True)`: a triangle as wide as the
+    larger of the two spacings, normalised at the borders. `(target, source)`, float32.
+    """
+    step = torch.ones((), device=device) * (source / target)
+    centre = (torch.arange(target, device=device, dtype=torch.float32) + 0.5) * step  # (target,)
+    columns = torch.arange(source, device=device, dtype=torch.float32) + 0.5
+    weights = (1 - (columns[None, :] - centre[:, None]).abs() / step.clamp(min=1)).clamp(min=0)  # (target, source)
+    return weights / weights.sum(1, keepdim=True)
+
+
 def resample_positions(table: torch.Tensor, height: int, width: int, method: str) -> torch.Tensor:
     """
     Take a square position table to another grid: `(side * side, hidden)` -> `(height * width, hidden)`.
@@ -54,15 +85,41 @@ def resample_positions(table: torch.Tensor, height: int, width: int, method: str
     Raises:
         ValueError: unknown `method`.
     """
-    if method != "bicubic":
-        raise ValueError(f"Unknown position_resampling {method!r}; use 'bicubic'.")
-    side = int(table.shape[0] ** 0.5)
+    side, device = math.isqrt(table.shape[0]), table.device
+    if method == "bicubic":
+        rows, columns = bicubic_matrix(side, height, device), bicubic_matrix(side, width, device)
+    elif method == "bilinear_antialias":
+        rows, columns = (bilinear_antialias_matrix(side, length, device) for length in (height, width))
+    elif method == "bicubic_offset":
+        # MaskCLIP resizes by a scale factor, but not at the native grid. The comparison is one of tensors, so that an
+        # exported graph holds no branch on the sizes.
+        lengths = torch.stack([torch.ones(length, device=device).sum() for length in (height, width)])
+        offset = 0.1 * (lengths != side).any()
+        rows, columns = (bicubic_matrix(side, length, device, offset) for length in (height, width))
+    else:
+        raise ValueError(
+            f"Unknown position_resampling {method!r}; use 'bicubic', 'bilinear_antialias' or 'bicubic_offset'."
+        )
     grid = table.float().view(side, side, -1)
-    rows = bicubic_matrix(side, height, table.device)
-    columns = bicubic_matrix(side, width, table.device)
     grid = torch.tensordot(rows, grid, dims=1)  # (side, side, hidden) -> (height, side, hidden)
     grid = torch.matmul(columns, grid)  # (height, side, hidden) -> (height, width, hidden)
     return grid.flatten(0, 1).to(table.dtype)
+
+
+def pool_each(head: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+    """SigLIP's attention-pooling head without its attention, on every token: `(batch, tokens, hidden)`, shape kept."""
+    value_weight = head.attention.in_proj_weight.chunk(3)[2]  # rows are query, key, value
+    value_bias = head.attention.in_proj_bias.chunk(3)[2]
+    values = head.attention.out_proj(nn.functional.linear(hidden_states, value_weight, value_bias))
+    return values + head.mlp(head.layernorm(values))
+
+
+def check_head(config: SiglipVisionConfig | Siglip2VisionConfig) -> None:
+    if not config.vision_use_head:
+        raise ValueError(
+            "The SigLIP read-out is made of the attention-pooling head; this backbone has none. "
+            "Use a checkpoint with the head, `vision_use_head=True`."
+        )
 
 
 class SiglipReadout(SiglipVisionModel):
@@ -76,30 +133,186 @@ class SiglipReadout(SiglipVisionModel):
     """
 
     def __init__(self, config: SiglipVisionConfig):
-        if not config.vision_use_head:
-            raise ValueError(
-                "The SigLIP read-out is made of the attention-pooling head; this backbone has none. "
-                "Use a checkpoint with the head, `vision_use_head=True`."
-            )
+        check_head(config)
         super().__init__(config)
 
-    def embed(self, pixel_values: torch.Tensor, position_resampling: str) -> torch.Tensor:
+    def embed(self, pixel_values: torch.Tensor, method: str) -> torch.Tensor:
         patches = self.embeddings.patch_embedding(pixel_values)  # (batch, 3, H, W) -> (batch, hidden, h, w)
-        height, width = patches.shape[-2:]
-        positions = resample_positions(self.embeddings.position_embedding.weight, height, width, position_resampling)
+        positions = resample_positions(self.embeddings.position_embedding.weight, *patches.shape[-2:], method)
         return patches.flatten(2).transpose(1, 2) + positions  # (batch, h * w, hidden)
 
-    def encode(self, hidden_states: torch.Tensor, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
+    def encode(self, hidden_states: torch.Tensor, grid: tuple[int, int], **kwargs):
         hidden_states = self.encoder(inputs_embeds=hidden_states, **kwargs).last_hidden_state
         last_hidden_state = self.post_layernorm(hidden_states)
-        attention = self.head.attention
-        value_weight = attention.in_proj_weight.chunk(3)[2]  # rows are query, key, value
-        value_bias = attention.in_proj_bias.chunk(3)[2]
-        values = attention.out_proj(nn.functional.linear(last_hidden_state, value_weight, value_bias))
-        return last_hidden_state, values + self.head.mlp(self.head.layernorm(values))
+        return last_hidden_state, pool_each(self.head, last_hidden_state), last_hidden_state
 
-    def pool(self, last_hidden_state: torch.Tensor) -> torch.Tensor | None:
-        return self.head(last_hidden_state)
+    def pool(self, pool_input: torch.Tensor) -> torch.Tensor:
+        return self.head(pool_input)
 
 
-READOUTS = {"siglip": SiglipReadout}
+class NaflexReadout(Siglip2VisionModel):
+    """
+    SigLIP2 NaFlex, which saw native aspect ratios in pre-training: the same read-out. All patches of the image are real,
+    so there is no mask; images are not padded to a common number of patches.
+
+    Source: the baseline of SPAR's tables; `Siglip2VisionModel` in transformers.
+
+    Raises:
+        ValueError: a backbone configured without its pooling head.
+    """
+
+    def __init__(self, config: Siglip2VisionConfig):
+        check_head(config)
+        super().__init__(config)
+
+    def embed(self, pixel_values: torch.Tensor, method: str) -> torch.Tensor:
+        size = self.config.patch_size
+        grid = (pixel_values.shape[-2] // size, pixel_values.shape[-1] // size)
+        # (batch, 3, h * p, w * p) -> (batch, h * w, p * p * 3), the channel last as NaFlex patchifies
+        patches = pixel_values.unflatten(3, (grid[1], size)).unflatten(2, (grid[0], size))
+        patches = patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+        positions = resample_positions(self.embeddings.position_embedding.weight, *grid, method)
+        return self.embeddings.patch_embedding(patches) + positions  # (batch, h * w, hidden)
+
+    def encode(self, hidden_states: torch.Tensor, grid: tuple[int, int], **kwargs):
+        hidden_states = self.encoder(inputs_embeds=hidden_states, **kwargs).last_hidden_state
+        last_hidden_state = self.post_layernorm(hidden_states)
+        return last_hidden_state, pool_each(self.head, last_hidden_state), last_hidden_state
+
+    def pool(self, pool_input: torch.Tensor) -> torch.Tensor:
+        return self.head(pool_input)
+
+
+class ValuePathLayer(CLIPEncoderLayer):
+    """CLIP's last block in which every token attends to itself alone: no queries, no keys. Weights as in CLIP's."""
+
+    def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs):
+        attention = self.self_attn
+        hidden_states = hidden_states + attention.out_proj(attention.v_proj(self.layer_norm1(hidden_states)))
+        return hidden_states + self.mlp(self.layer_norm2(hidden_states))
+
+
+class MaskClipReadout(CLIPVisionModel):
+    """
+    CLIP and OpenCLIP: the value path of the last block, post-norm and visual projection, on every patch.
+
+    Source: MaskCLIP (Zhou et al., 2022), SPAR section 3; `CLIPVisionModelWithProjection` in transformers. The pooled
+    embedding runs the last block with its attention, as CLIP does; `attentions` has one entry less than blocks.
+    """
+
+    def __init__(self, config: CLIPVisionConfig):
+        super().__init__(config)
+        self.encoder.layers[-1] = ValuePathLayer(config)
+        self.visual_projection = nn.Linear(config.hidden_size, config.projection_dim, bias=False)
+        self.post_init()
+
+    def embed(self, pixel_values: torch.Tensor, method: str) -> torch.Tensor:
+        patches = self.embeddings.patch_embedding(pixel_values)  # (batch, 3, H, W) -> (batch, hidden, h, w)
+        table = self.embeddings.position_embedding.weight  # the class token's position stands first
+        positions = resample_positions(table[1:], *patches.shape[-2:], method)
+        patches = patches.flatten(2).transpose(1, 2) + positions  # (batch, h * w, hidden)
+        class_token = (self.embeddings.class_embedding + table[0]).expand(patches.shape[0], 1, -1)
+        return self.pre_layrnorm(torch.cat([class_token, patches], dim=1))  # (batch, 1 + h * w, hidden)
+
+    def encode(self, hidden_states: torch.Tensor, grid: tuple[int, int], **kwargs):
+        for layer in self.encoder.layers[:-1]:
+            hidden_states = layer(hidden_states, None, **kwargs)
+        last_hidden_state = self.post_layernorm(self.encoder.layers[-1](hidden_states, None, **kwargs))
+        return last_hidden_state, self.visual_projection(last_hidden_state[:, 1:]), hidden_states
+
+    def pool(self, pool_input: torch.Tensor) -> torch.Tensor:
+        # the last block as CLIP runs it; called by its class, so that no hook records it a second time
+        hidden_states = CLIPEncoderLayer.forward(self.encoder.layers[-1], pool_input, None)
+        return self.visual_projection(self.post_layernorm(hidden_states[:, 0]))
+
+
+class Dinov3Readout(DINOv3ViTModel):
+    """
+    DINOv3: the normalised patch tokens; class and register tokens are left out of the dense features.
+
+    The RoPE coordinates span the image from -1 to 1 and are never drawn at random, in training neither: a student that
+    regresses onto a teacher would only see noise. `config.rope_periods`, where a checkpoint brings its own (the published
+    ones are rounded to bfloat16), are used instead of computed ones.
+
+    Source: SPAR section 3; `DINOv3ViTModel` in transformers.
+    """
+
+    def __init__(self, config: DINOv3ViTConfig):
+        super().__init__(config)
+        # a plain container of the same name: transformers renames old checkpoints' weights below its own encoder class, and
+        # would rename ours, which need it not
+        container: Any = nn.Module()
+        container.layer = self.model.layer
+        self.model = container
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        periods = getattr(self.config, "rope_periods", None)
+        if isinstance(module, DINOv3ViTRopePositionEmbedding) and periods is not None:
+            init.copy_(module.inv_freq, 1 / torch.tensor(periods, dtype=torch.float32))
+
+    def embed(self, pixel_values: torch.Tensor, method: str) -> torch.Tensor:
+        return self.embeddings(pixel_values)  # (batch, 1 + registers + h * w, hidden)
+
+    def encode(self, hidden_states: torch.Tensor, grid: tuple[int, int], **kwargs):
+        rope = self.rope(grid, hidden_states)
+        # the layers are called one by one: the encoder's own forward would start a record of hidden states of its own
+        for layer in self.model.layer:
+            hidden_states = layer(hidden_states, position_embeddings=rope, **kwargs)
+        last_hidden_state = self.norm(hidden_states)
+        return last_hidden_state, last_hidden_state[:, 1 + self.config.num_register_tokens :], last_hidden_state
+
+    def pool(self, pool_input: torch.Tensor) -> torch.Tensor:
+        return pool_input[:, 0]
+
+    def rope(self, grid: tuple[int, int], like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines `(h * w, head_dim)` of the patch centres, as `DINOv3ViTRopePositionEmbedding` in eval mode."""
+        rows, columns = (
+            (torch.arange(length, device=like.device, dtype=torch.float32) + 0.5) / length * 2 - 1 for length in grid
+        )
+        centres = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), dim=-1).flatten(0, 1)  # (h * w, 2)
+        angles = 2 * math.pi * centres[:, :, None] * self.rope_embeddings.inv_freq.float()  # (h * w, 2, head_dim / 4)
+        angles = angles.flatten(1).tile(2)
+        return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
+
+
+class Dinov3TxtReadout(Dinov3Readout):
+    """
+    DINOv3.txt: dense features as [`Dinov3Readout`]; the vision head of dino.txt (two blocks with a gated MLP over all
+    tokens and a norm) makes the pooled image embedding `(batch, 2 * hidden)`: class token beside the mean of the patches.
+
+    Source: dino.txt (Jose et al., 2025), SPAR section 3.
+    """
+
+    def __init__(self, config: DINOv3ViTConfig):
+        super().__init__(config)
+        head = copy.deepcopy(config)
+        head.use_gated_mlp, head.mlp_bias, head.proj_bias, head.hidden_act = True, True, True, "silu"
+        head.query_bias = head.key_bias = head.value_bias = False
+        head.intermediate_size = math.ceil(int(8 * config.hidden_size / 3) / 64) * 64
+        head.layer_norm_eps = 1e-5
+        self.vision_head = nn.ModuleDict(
+            {
+                "layer": nn.ModuleList([DINOv3ViTLayer(head) for _ in range(2)]),
+                "norm": nn.LayerNorm(config.hidden_size, eps=head.layer_norm_eps),
+            }
+        )
+        self.post_init()
+
+    def pool(self, pool_input: torch.Tensor) -> torch.Tensor:
+        width = self.config.hidden_size // self.config.num_attention_heads
+        no_rope = (pool_input.new_zeros(0, width),) * 2  # no token of the head is turned
+        for layer in self.vision_head["layer"]:
+            pool_input = DINOv3ViTLayer.forward(layer, pool_input, position_embeddings=no_rope)
+        tokens = self.vision_head["norm"](pool_input)
+        return torch.cat([tokens[:, 0], tokens[:, 1 + self.config.num_register_tokens :].mean(1)], dim=-1)
+
+
+READOUTS = {
+    "siglip": SiglipReadout,
+    "naflex": NaflexReadout,
+    "maskclip": MaskClipReadout,
+    "dinov3": Dinov3Readout,
+    "dinov3txt": Dinov3TxtReadout,
+}

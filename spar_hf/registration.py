@@ -2,9 +2,17 @@
 
 from pathlib import Path
 
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForSemanticSegmentation, AutoProcessor
+from transformers import (
+    AutoBackbone,
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForSemanticSegmentation,
+    AutoProcessor,
+)
 from transformers.pipelines import PIPELINE_REGISTRY
 
+from .backbone_spar import SparBackbone
 from .configuration_spar import SparConfig
 from .image_processing_spar import SparImageProcessorPil
 from .modeling_spar import (
@@ -27,6 +35,7 @@ SPAR_TINY_BASE = str(Path(SPAR_TINY) / "base")
 # exist_ok: a second import (importlib.reload, a checkpoint's remote code) replaces the entries instead of failing
 AutoConfig.register(SparConfig.model_type, SparConfig, exist_ok=True)
 AutoModel.register(SparConfig, SparVisionModel, exist_ok=True)
+AutoBackbone.register(SparConfig, SparBackbone, exist_ok=True)
 AutoModelForSemanticSegmentation.register(SparConfig, SparForOpenVocabSegmentation, exist_ok=True)
 AutoImageProcessor.register(
     SparConfig,
@@ -47,6 +56,7 @@ if "open-vocab-segmentation" not in PIPELINE_REGISTRY.get_supported_tasks():  # 
 __all__ = [
     "SparConfig",
     "SparVisionModel",
+    "SparBackbone",
     "SlidingWindowTeacher",
     "OpenVocabSegmentationPipeline",
     "SparForOpenVocabSegmentation",

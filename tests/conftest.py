@@ -93,6 +93,9 @@ def transformers_log():
 
     warning_once.cache_clear()
     handler, logger = RecordList(), logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.WARNING)  # a command of ours run before in this process has silenced it
     logger.addHandler(handler)
     yield handler.messages
     logger.removeHandler(handler)
+    logger.setLevel(level)

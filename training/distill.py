@@ -26,10 +26,16 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, HfArgumentParser, get_scheduler
+from transformers import AutoConfig, HfArgumentParser, get_scheduler
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from spar_hf import SlidingWindowTeacher, SparForOpenVocabSegmentation, SparVisionModel
+from spar_hf import (
+    SlidingWindowTeacher,
+    SparForOpenVocabSegmentation,
+    SparImageProcessorPil,
+    SparProcessor,
+    SparVisionModel,
+)
 
 logger = logging.getLogger("distill")
 
@@ -38,7 +44,11 @@ logger = logging.getLogger("distill")
 class Options:
     """Options of the distillation. Sizes of photos are in windows, so that the recipe fits every backbone."""
 
-    model: str = field(metadata={"help": "Base model: a SPAR folder or hub id; teacher, and start of the student."})
+    model: str = field(
+        metadata={
+            "help": "Teacher, and start of the student: hub id or folder of a backbone of transformers or a SPAR model."
+        }
+    )
     images: list[str] = field(metadata={"help": "Folders of photos, no labels needed."})
     output: str = field(metadata={"help": "Folder to write the student to."})
     exclude: list[str] = field(default_factory=list, metadata={"help": "Shell patterns of file stems never read."})
@@ -155,11 +165,11 @@ def split_photos(options: Options) -> tuple[list[Path], list[Path]]:
 
 
 def load_model(name: str) -> tuple[SparForOpenVocabSegmentation | SparVisionModel, SparVisionModel]:
-    """The whole model, with both towers where there are two, and its vision tower."""
-    if AutoConfig.from_pretrained(name).text_config is None:
-        model = SparVisionModel.from_pretrained(name)
+    """The whole model, with both towers where there are two, and its vision tower; of a SPAR folder or a backbone."""
+    if getattr(AutoConfig.from_pretrained(name), "text_config", None) is None:
+        model = SparVisionModel.from_backbone(name)
         return model, model
-    model = SparForOpenVocabSegmentation.from_pretrained(name)
+    model = SparForOpenVocabSegmentation.from_backbone(name)
     return model, model.vision_model
 
 
@@ -206,7 +216,7 @@ def save_student(model, options: Options, record: dict, folder: Path) -> None:
     dtype = getattr(torch, options.save_dtype)
     model.save_pretrained(temporary, state_dict={name: tensor.to(dtype) for name, tensor in model.state_dict().items()})
     two_towers = isinstance(model, SparForOpenVocabSegmentation)
-    (AutoProcessor if two_towers else AutoImageProcessor).from_pretrained(options.model).save_pretrained(temporary)
+    (SparProcessor if two_towers else SparImageProcessorPil).from_backbone(options.model).save_pretrained(temporary)
     (temporary / "README.md").write_text(model_card(options, record), encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
@@ -247,7 +257,7 @@ def train(options: Options) -> Path:
     output = Path(options.output)
     train_paths, held_out_paths = split_photos(options)
     model, student = load_model(options.model)
-    image_processor = AutoImageProcessor.from_pretrained(options.model)
+    image_processor = SparImageProcessorPil.from_backbone(options.model)
     teacher = SlidingWindowTeacher(
         copy.deepcopy(student).eval().requires_grad_(False),
         options.window_size,

@@ -13,7 +13,6 @@ the machine does slows all of them alike. Photos are split over processes; witho
 
 import fnmatch
 import json
-import logging
 import os
 import platform
 import sys
@@ -35,16 +34,14 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 from tqdm.auto import tqdm
-from transformers import AutoImageProcessor, AutoTokenizer, HfArgumentParser
+from transformers import HfArgumentParser
 
-from spar_hf import SparForOpenVocabSegmentation, SparImageProcessorPil
+from spar_hf import SparForOpenVocabSegmentation, SparProcessor
 from spar_hf.image_processing_spar import read_image
 from spar_hf.metrics import MeanIoU, mean_of_present
 from spar_hf.prompts import Vocabulary, embed_names
 from spar_hf.segmentation import decide
 from spar_hf.teacher import SlidingWindowTeacher
-
-logger = logging.getLogger("evaluate")
 
 
 @dataclass
@@ -53,7 +50,9 @@ class Options:
 
     dataset: str = field(metadata={"help": "Folder with `images/`, `masks/` and `classes.txt` (also in its parent)."})
     model: list[str] = field(
-        metadata={"help": "Two-tower models: a folder or repository each, or NAME=FOLDER to call it NAME."}
+        metadata={
+            "help": "Two-tower models: folder or hub id of a SPAR model or a backbone of transformers each, or NAME=FOLDER."
+        }
     )
     runs: list[str] | None = field(
         default=None,
@@ -270,14 +269,10 @@ class Candidate:
     """A model on its device with its image processor and the embeddings of the vocabulary."""
 
     def __init__(self, folder: str, vocabulary: Vocabulary, device: torch.device):
-        self.model = SparForOpenVocabSegmentation.from_pretrained(folder).to(device)
-        files = [Path(folder) / name for name in ("preprocessor_config.json", "processor_config.json")]
-        if Path(folder).is_dir() and not any(file.is_file() for file in files):
-            logger.warning("%s has no image processor: mean and deviation of 0.5 are taken, and no size.", folder)
-            self.image_processor = SparImageProcessorPil()
-        else:
-            self.image_processor = AutoImageProcessor.from_pretrained(folder)
-        self.text_embeds = embed_names(self.model, AutoTokenizer.from_pretrained(folder), vocabulary.all_names).float()
+        self.model = SparForOpenVocabSegmentation.from_backbone(folder).to(device)
+        processor = SparProcessor.from_backbone(folder)
+        self.image_processor = processor.image_processor
+        self.text_embeds = embed_names(self.model, processor.tokenizer, vocabulary.all_names).float()
 
 
 def now(device: torch.device) -> int:
@@ -493,7 +488,6 @@ def show(report: dict[str, Any], console: Console) -> None:
 
 
 def main(args: list[str] | None = None) -> dict[str, Any]:
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
     (options,) = HfArgumentParser(Options, description=__doc__).parse_args_into_dataclasses(args)
     return evaluate_runs(options)
 

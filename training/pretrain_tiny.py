@@ -2,11 +2,11 @@
 Pre-train a small SigLIP-shaped pair of towers from scratch, at one fixed resolution: the base of spar-tiny.
 
 Patch features (attention-pooling head without its attention) meet the embeddings of class names, synonyms and templates
-in a softmax over names; photos that only carry a name train the pooled embedding with SigLIP's sigmoid loss. The grid
-and the position table are the window's, always: no multi-scale grids, so one pass over a large photo suffers as it does
-for any ViT pre-trained at one resolution.
+in a softmax over names; photos that only carry a name train the pooled embedding in the same way. The grid and the
+position table are the window's, always: no multi-scale grids, so one pass over a large photo suffers as it does for any
+ViT pre-trained at one resolution.
 
-    accelerate launch training/pretrain_tiny.py --data DATA --output DIR --steps 1500
+    accelerate launch training/pretrain_tiny.py --data DATA --output DIR --text_teacher all-MiniLM-L6-v2
 """
 
 import json
@@ -29,6 +29,8 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from transformers import (
+    AutoModel,
+    AutoTokenizer,
     HfArgumentParser,
     PreTrainedTokenizerFast,
     SiglipTextConfig,
@@ -53,20 +55,28 @@ class Options:
         default=str(Path(__file__).parent / "configs" / "spar_tiny_data.yaml"),
         metadata={"help": "YAML with the sets, held-out words and synonyms."},
     )
-    steps: int = field(default=1500, metadata={"help": "Optimizer steps."})
+    steps: int = field(default=4000, metadata={"help": "Optimizer steps."})
     batch_size: int = field(default=24, metadata={"help": "Crops per step."})
-    learning_rate: float = field(default=7e-4, metadata={"help": "Peak of the one-cycle cosine."})
+    learning_rate: float = field(default=6e-4, metadata={"help": "Peak of the one-cycle cosine."})
     weight_decay: float = field(default=0.05, metadata={"help": "AdamW weight decay."})
     warmup_steps: int = field(default=200, metadata={"help": "Steps of linear warm-up."})
     window: int = field(default=192, metadata={"help": "Side of the crops: the model's image_size."})
     hidden_size: int = field(default=192, metadata={"help": "Width of both towers."})
     layers: int = field(default=8, metadata={"help": "Blocks of the vision tower."})
-    text_layers: int = field(default=2, metadata={"help": "Blocks of the text tower."})
-    vocab_size: int = field(default=2048, metadata={"help": "Upper bound of the tokenizer's vocabulary."})
-    text_steps: int = field(default=200, metadata={"help": "Steps that first tell the words apart, without photos."})
+    text_layers: int = field(default=1, metadata={"help": "Blocks of the text tower."})
+    vocab_size: int = field(default=6144, metadata={"help": "Upper bound of the tokenizer's vocabulary."})
+    text_steps: int = field(default=800, metadata={"help": "Steps that first teach the words, without photos."})
+    text_teacher: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder of a sentence encoder (all-MiniLM-L6-v2) the words learn from; random codes if none."
+        },
+    )
+    common_words: int = field(default=3500, metadata={"help": "Frequent words of the sentence encoder taught as well."})
     names_per_set: int = field(default=28, metadata={"help": "Names compared per set and step."})
     foreign_names: int = field(default=8, metadata={"help": "Names of other sets added as wrong answers."})
-    mixed_precision: str = field(default="bf16", metadata={"help": "no, bf16 or fp16."})
+    tagged_names: int = field(default=64, metadata={"help": "Names a photo with a name alone is compared with."})
+    mixed_precision: str = field(default="no", metadata={"help": "no, bf16 or fp16."})
     workers: int = field(default=1, metadata={"help": "Processes that cut crops."})
     seed: int = field(default=0, metadata={"help": "Seed of weights, order and augmentation."})
     save_steps: int = field(default=500, metadata={"help": "Steps between checkpoints."})
@@ -128,8 +138,8 @@ class CropSet:
 
 def jitter(pixels: torch.Tensor, rng: random.Random) -> torch.Tensor:
     """Light, contrast, colour and white balance of another hour and camera; `(3, height, width)` in 0 to 1."""
-    pixels = pixels.clamp(1e-4, 1) ** math.exp(rng.uniform(-0.4, 0.4))
-    pixels = pixels * rng.uniform(0.65, 1.3)
+    pixels = pixels.clamp(1e-4, 1) ** math.exp(rng.uniform(-0.5, 0.5))
+    pixels = pixels * rng.uniform(0.5, 1.3)
     pixels = pixels * torch.tensor([rng.uniform(0.85, 1.15) for _ in range(3)])[:, None, None]
     pixels = (pixels - pixels.mean()) * rng.uniform(0.7, 1.3) + pixels.mean()
     grey = pixels.mean(0, keepdim=True)
@@ -211,7 +221,9 @@ def load_sets(root: Path, recipe: dict) -> list[CropSet]:
     return sets
 
 
-def build_tokenizer(sets: list[CropSet], vocab_size: int, length: int = 24) -> PreTrainedTokenizerFast:
+def build_tokenizer(
+    sets: list[CropSet], extra: list[str], vocab_size: int, length: int = 24
+) -> PreTrainedTokenizerFast:
     """A byte-level BPE of our own over names and templates: lower case, no punctuation, padded right to `length`."""
     tokenizer = Tokenizer(models.BPE(unk_token=None))
     tokenizer.normalizer = normalizers.Sequence(
@@ -231,7 +243,7 @@ def build_tokenizer(sets: list[CropSet], vocab_size: int, length: int = 24) -> P
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    corpus = [word for crop_set in sets for words in crop_set.names for word in words]
+    corpus = [word for crop_set in sets for words in crop_set.names for word in words] * 3 + extra * 2
     corpus += [template.replace("{}", "") for templates in TEMPLATES.values() for template in templates] * 5
     tokenizer.train_from_iterator(corpus, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
@@ -267,26 +279,19 @@ def build_model(options: Options, tokenizer: PreTrainedTokenizerFast) -> SparFor
     model = SparForOpenVocabSegmentation(SparConfig(backbone_config=vision, text_config=text, dtype="float32"))
     model.set_attn_implementation("eager")  # a fifth faster than sdpa's backward on CPUs at 144 tokens
     with torch.no_grad():
-        model.logit_scale.fill_(math.log(10))  # SigLIP's start
-        model.logit_bias.fill_(-10)
+        model.logit_scale.fill_(math.log(model.config.dense_logit_scale))  # the softmax below has no bias to learn
     return model
 
 
 @torch.no_grad()
 def head_start(model: SparForOpenVocabSegmentation) -> None:
     """
-    Start the vision tower from weights that look trained: sines and cosines as the position table, and attention that
-    looks at alike tokens and takes away their mean, `Q'K ∝ I + noise` and `OV ∝ noise - I` (mimetic initialisation,
-    Trockman & Kolter, 2023). With few photos a ViT learns
-    faster from there than from plain noise.
+    Start the vision tower with attention that looks trained: to alike tokens, taking away their mean, `Q'K ∝ I + noise`
+    and `OV ∝ noise - I` (mimetic initialisation, Trockman & Kolter, 2023). With few photos a ViT learns faster from there
+    than from plain noise.
     """
     backbone = model.vision_model.backbone
     size, heads = backbone.config.hidden_size, backbone.config.num_attention_heads
-    side = backbone.config.image_size // backbone.config.patch_size
-    angles = torch.arange(side)[:, None] / 100 ** (torch.arange(size // 4) * 4 / size)
-    waves = torch.cat([angles.sin(), angles.cos()], dim=1)  # (side, size / 2)
-    rows, columns = waves[:, None].expand(-1, side, -1), waves[None].expand(side, -1, -1)
-    backbone.embeddings.position_embedding.weight.copy_(0.5 * torch.cat([rows, columns], dim=-1).flatten(0, 1))
     identity = torch.eye(size)
     for layer in backbone.encoder.layers:
         attention, width = layer.self_attn, size // heads
@@ -300,32 +305,118 @@ def head_start(model: SparForOpenVocabSegmentation) -> None:
         attention.v_proj.weight.copy_(s.sqrt()[:, None] * v)
 
 
-def separate_words(model, tokenizer, sets: list[CropSet], options: Options) -> None:
+@torch.no_grad()
+def encode_sentences(folder: str, sentences: list[str]) -> torch.Tensor:
+    """Mean-pooled, normalised sentence embeddings `(sentences, dim)` of a BERT-like encoder in a local folder."""
+    tokenizer, encoder = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
+    embeddings = []
+    for start in tqdm(range(0, len(sentences), 512), desc="sentence encoder"):
+        tokens = tokenizer(sentences[start : start + 512], padding=True, truncation=True, return_tensors="pt")
+        mask = tokens["attention_mask"][..., None]  # (batch, length, 1)
+        embeddings.append((encoder(**tokens).last_hidden_state * mask).sum(1) / mask.sum(1))
+    return nn.functional.normalize(torch.cat(embeddings), dim=-1)
+
+
+def common_words(folder: str, count: int) -> list[str]:
+    """The first whole words of a BERT vocabulary, which is sorted by how often they occur."""
+    vocabulary = AutoTokenizer.from_pretrained(folder).get_vocab()
+    ranked = sorted(vocabulary, key=vocabulary.__getitem__)
+    return [word for word in ranked if word.isascii() and word.isalpha() and len(word) > 2][:count]
+
+
+def word_targets(sets: list[CropSet], extra: list[str], options: Options) -> tuple[list[str], torch.Tensor, int]:
     """
-    Before any photo: the text tower sends the prompts of every class, synonyms alike, to a random direction of its own.
+    Where each word's embedding belongs: the words, `(words, hidden_size)` unit vectors, and how many of the words
+    (the first ones) name a class.
+
+    With `text_teacher` these are its sentence embeddings, centred and taken to their first principal axes, of the label
+    words and of `extra`: a word without labels then lies near words that have some. Without it every class has a
+    random direction. Synonyms share the mean of their class either way.
+    """
+    classes = [names for crop_set in sets if crop_set.masks is not None for names in crop_set.names if names]
+    classes += [[word] for crop_set in sets if crop_set.masks is None for names in crop_set.names for word in names]
+    labels = sorted({word for names in classes for word in names})
+    words = labels + sorted(set(extra) - set(labels))
+    if options.text_teacher is None:
+        codes = torch.randn(len(words), options.hidden_size, generator=torch.Generator().manual_seed(options.seed))
+    else:
+        codes = encode_sentences(options.text_teacher, words)
+        codes = codes - codes.mean(0)
+        axes = torch.linalg.svd(codes, full_matrices=False).Vh[: options.hidden_size]
+        codes = codes @ axes.T  # (words, teacher's dim) -> (words, hidden_size)
+    codes = nn.functional.normalize(codes, dim=-1)
+    row = {word: i for i, word in enumerate(labels)}
+    targets = codes.clone()
+    targets[: len(labels)] = 0
+    for names in classes:
+        rows = [row[word] for word in names]
+        targets[rows] += codes[rows].mean(0)
+    return words, nn.functional.normalize(targets, dim=-1), len(labels)
+
+
+@torch.no_grad()
+def start_from_words(model, tokenizer, words: list[str], targets: torch.Tensor) -> None:
+    """Start the text tower as an average of its tokens, each whole word's token at the word's target."""
+    text, vocabulary, size = model.text_model, tokenizer.get_vocab(), model.config.hidden_size
+    text.embeddings.token_embedding.weight.normal_(0, 0.02)
+    text.embeddings.position_embedding.weight.normal_(0, 0.02)
+    for word, target in zip(words, targets, strict=True):
+        if (token := vocabulary.get("\u0120" + word)) is not None:  # byte-level BPE writes a leading space so
+            text.embeddings.token_embedding.weight[token] = target
+    for layer in text.encoder.layers:
+        layer.self_attn.v_proj.weight.copy_(torch.eye(size))
+        layer.self_attn.out_proj.weight.copy_(0.5 * torch.eye(size) + 0.01 * torch.randn(size, size))
+        layer.self_attn.q_proj.weight.mul_(0.5)
+        layer.mlp.fc2.weight.mul_(0.1)
+    text.head.weight.copy_(torch.eye(size))
+
+
+def teach_words(model, tokenizer, sets: list[CropSet], extra: list[str], options: Options) -> dict[str, float]:
+    """
+    Before any photo: the text tower learns where prompts of each word belong; afterwards it is frozen.
 
     From random weights all texts have nearly one embedding, and so have all patches; between two collapsed spaces the
-    softmax over names has next to no gradient. Trained jointly, the texts still had cosines of 0.98 after 3000 steps, and
-    collapsed again within 500 after this start, so the text tower is frozen once it tells words apart.
+    softmax over names has next to no gradient. Training photos against a locked tower that tells words apart is LiT
+    (Zhai et al., 2022) with the roles exchanged. Returns the mean cosine to the targets of label words and of the rest.
     """
     rng = random.Random(f"text-{options.seed}")
-    generator = torch.Generator().manual_seed(options.seed)
-    classes = sorted({tuple(names) for crop_set in sets for names in crop_set.names if names})
-    codes = nn.functional.normalize(torch.randn(len(classes), options.hidden_size, generator=generator), dim=-1)
+    words, targets, labels = word_targets(sets, extra, options)
+    start_from_words(model, tokenizer, words, targets)
+    row = {word: i for i, word in enumerate(words)}
+    # words that label pixels come most often, then words of whole photos, then the others
+    dense = {word for crop_set in sets if crop_set.masks is not None for names in crop_set.names for word in names}
+    groups = [sorted(row[word] for word in dense), list(range(labels)), list(range(labels, len(words)))]
     templates = [t for group in TEMPLATES.values() for t in group] + ["{}"] * 20
     optimizer = torch.optim.AdamW(model.text_model.parameters(), lr=1e-3, betas=(0.9, 0.98))
-    for step in tqdm(range(options.text_steps), desc="telling words apart"):
-        optimizer.param_groups[0]["lr"] = 1e-3 * min(1.0, (step + 1) / 50)
-        chosen = rng.sample(range(len(classes)), min(64, len(classes)))
-        prompts = [rng.choice(templates).format(rng.choice(classes[c])) for c in chosen]
-        tokens = tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt")["input_ids"]
-        texts = nn.functional.normalize(model.get_text_features(tokens).pooler_output, dim=-1)
-        logits = texts @ codes[chosen].T * model.config.dense_logit_scale
-        loss = nn.functional.cross_entropy(logits, torch.arange(len(chosen)))
+    schedule = get_cosine_schedule_with_warmup(optimizer, min(30, options.text_steps), options.text_steps)
+    for _ in tqdm(range(options.text_steps), desc="teaching words", mininterval=5):
+        chosen = [i for group in groups for i in rng.sample(group, min(43, len(group)))]
+        texts = embed_prompts(model, tokenizer, [rng.choice(templates).format(words[i]) for i in chosen])
+        different = sorted(set(chosen))
+        column = torch.tensor([different.index(i) for i in chosen])
+        cosines = texts @ targets[different].T  # (prompts, different words)
+        loss = nn.functional.cross_entropy(cosines * model.config.dense_logit_scale, column)
+        loss = loss + 10 * (1 - cosines.gather(1, column[:, None])).mean()
         loss.backward()
         nn.utils.clip_grad_norm_(model.text_model.parameters(), 1.0)
         optimizer.step()
+        schedule.step()
         optimizer.zero_grad()
+    model.text_model.requires_grad_(False)
+    with torch.no_grad():
+        return {
+            name: round(
+                float((embed_prompts(model, tokenizer, [words[i] for i in part]) * targets[part]).sum(1).mean()), 4
+            )
+            for name, part in zip(("dense", "labels", "others"), groups, strict=True)
+            if part
+        }
+
+
+def embed_prompts(model, tokenizer, prompts: list[str]) -> torch.Tensor:
+    """Unit text embeddings `(prompts, hidden_size)`."""
+    tokens = tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt")["input_ids"]
+    return nn.functional.normalize(model.get_text_features(tokens).pooler_output, dim=-1)
 
 
 def choose_names(sets: list[CropSet], labels: list[torch.Tensor], options: Options, rng: random.Random):
@@ -338,7 +429,8 @@ def choose_names(sets: list[CropSet], labels: list[torch.Tensor], options: Optio
     for crop_set, label in zip(sets, labels, strict=True):
         if crop_set.masks is None:
             rows = [rng.choice(crop_set.names[int(i)]) for i in label]
-            others = [rng.choice(names) for names in rng.sample(crop_set.names, options.foreign_names)]
+            count = min(options.tagged_names, len(crop_set.names))
+            others = [rng.choice(names) for names in rng.sample(crop_set.names, count)]
             words = sorted(set(rows) | set(others))
             chosen.append((rows, words, [rng.choice(templates).format(w) for w in words]))
             continue
@@ -373,10 +465,9 @@ def step_loss(model, tokenizer, sets, groups, options, rng, device):
         text = nn.functional.normalize(texts[i].float(), dim=-1)
         if crop_set.masks is None:
             image = nn.functional.normalize(pooled[i].float(), dim=-1)
-            logits = image @ text.T * outputs["logit_scale"].exp() + outputs["logit_bias"]
             rows, words, _ = chosen[i]
-            match = torch.tensor([[w == row for w in words] for row in rows], device=device)
-            part = -nn.functional.logsigmoid(torch.where(match, logits, -logits)).sum(1).mean() * 0.2
+            target = torch.tensor([words.index(row) for row in rows], device=device)
+            part = nn.functional.cross_entropy(image @ text.T * outputs["dense_logit_scale"], target)
         else:
             dense = nn.functional.normalize(features[i].float(), dim=1)
             logits = torch.einsum("bdhw,nd->bnhw", dense, text) * outputs["dense_logit_scale"]
@@ -405,8 +496,6 @@ class Towers(nn.Module):
             "feature_map": vision.feature_map,
             "pooler_output": vision.pooler_output,
             "text_embeds": self.model.get_text_features(input_ids).pooler_output,
-            "logit_scale": self.model.logit_scale,
-            "logit_bias": self.model.logit_bias,
             "dense_logit_scale": self.model.config.dense_logit_scale,
         }
 
@@ -415,17 +504,23 @@ def train(options: Options) -> Path:
     """Run the pre-training; returns the folder of the finished model."""
     accelerator = Accelerator(mixed_precision=options.mixed_precision)
     set_seed(options.seed)
+    torch.set_flush_denormal(True)  # near-zero weights of rare tokens make CPUs several times slower
     output = Path(options.output)
     output.mkdir(parents=True, exist_ok=True)
     recipe = yaml.safe_load(Path(options.recipe).read_text(encoding="utf-8"))
     sets = load_sets(Path(options.data), recipe)
-    tokenizer = build_tokenizer(sets, options.vocab_size)
+    extra = recipe.get("words", [])
+    if options.text_teacher is not None:
+        extra = extra + common_words(options.text_teacher, options.common_words)
+    tokenizer = build_tokenizer(sets, extra, options.vocab_size)
     model = build_model(options, tokenizer)
     if not options.resume:
         head_start(model)
-        separate_words(model, tokenizer, sets, options)
+        reached = teach_words(model, tokenizer, sets, extra, options)
+        logger.info("cosine of text embeddings to their targets: %s", reached)
+    for frozen in (model.text_model, model.logit_scale, model.logit_bias):
+        frozen.requires_grad_(False)
     towers = Towers(model)
-    model.text_model.requires_grad_(False)
     trained = [p for p in towers.parameters() if p.requires_grad]
     decay = [p for p in trained if p.ndim > 1]
     plain = [p for p in trained if p.ndim <= 1]

@@ -1,0 +1,74 @@
+"""SPAR as a backbone: feature maps of chosen layers, for the heads of transformers."""
+
+import torch
+from torch import nn
+from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
+from transformers.modeling_outputs import BackboneOutput
+from transformers.utils import can_return_tuple
+
+from .configuration_spar import SparConfig
+from .modeling_spar import SparVisionModel
+
+
+class SparBackbone(BackboneMixin, SparVisionModel):
+    """
+    The encoder of a [`SparVisionModel`] with the interface of transformers' backbones, at any resolution.
+
+    Stages are `"stem"` (the embeddings), `"stage1"` to `"stageN"` (the output of each layer, after the backbone's final
+    norm, class and register tokens left out) and `"features"` (the dense features, `feature_map` of the model: what is
+    distilled, and the default). Choose with `out_features=[...]` or `out_indices=[...]`.
+
+    `AutoBackbone.from_config` builds it; load a local folder with `SparBackbone.from_pretrained`, because
+    `AutoBackbone.from_pretrained` of transformers 5.23 asks the hub whatever it is given.
+
+    Source: `DINOv3ViTBackbone` in transformers.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from spar_hf import SPAR_TINY, SparBackbone
+
+    >>> backbone = SparBackbone.from_pretrained(SPAR_TINY, out_features=["stage4", "features"])
+    >>> with torch.no_grad():
+    ...     [tuple(m.shape) for m in backbone(torch.zeros(1, 3, 200, 330)).feature_maps]
+    [(1, 192, 13, 21), (1, 192, 13, 21)]
+    >>> backbone.channels
+    [192, 192]
+    ```"""
+
+    def __init__(self, config: SparConfig):
+        super().__init__(config)
+        self.num_features = [config.hidden_size] * (config.num_hidden_layers + 1) + [config.projection_dim]
+
+    @can_return_tuple
+    @filter_output_hidden_states
+    def forward(self, pixel_values: torch.FloatTensor, **kwargs) -> BackboneOutput:
+        """
+        Args:
+            pixel_values (`torch.FloatTensor` of shape `(batch, 3, height, width)`): normalised images, any size.
+
+        Returns:
+            [`~transformers.modeling_outputs.BackboneOutput`] whose `feature_maps` are, per chosen stage,
+            `(batch, channels, ceil(height / patch), ceil(width / patch))`.
+        """
+        outputs = super().forward(pixel_values, **kwargs)
+        grid = outputs.feature_map.shape[-2:]
+        norm: nn.Module = getattr(self.backbone, "post_layernorm", None) or self.backbone.norm
+        maps = []
+        for index, stage in enumerate(self.stage_names):
+            if stage not in self.out_features:
+                continue
+            if stage == "features":
+                maps.append(outputs.feature_map)
+                continue
+            patches = norm(outputs.hidden_states[index])[
+                :, -grid[0] * grid[1] :
+            ]  # class and register tokens stand first
+            maps.append(patches.transpose(1, 2).unflatten(2, grid))  # (batch, h * w, hidden) -> (batch, hidden, h, w)
+        return BackboneOutput(
+            feature_maps=tuple(maps), hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+__all__ = ["SparBackbone"]

@@ -1,0 +1,49 @@
+"""
+The published networks in plain torch, straight from a checkpoint's own names: what a conversion is checked against.
+
+Nothing here is shared with the models of the library; a mistake would have to be made twice to stay hidden.
+"""
+
+import torch
+from torch.nn.functional import gelu, layer_norm, linear, pad, scaled_dot_product_attention, silu
+
+Tensors = dict[str, torch.Tensor]
+
+ACTIVATIONS = {
+    "gelu": gelu,
+    "gelu_pytorch_tanh": lambda x: gelu(x, approximate="tanh"),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "silu": silu,
+}
+
+
+def norm(tensors: Tensors, key: str, x: torch.Tensor, eps: float) -> torch.Tensor:
+    return layer_norm(x, x.shape[-1:], tensors[f"{key}.weight"], tensors[f"{key}.bias"], eps)
+
+
+def dense(tensors: Tensors, key: str, x: torch.Tensor) -> torch.Tensor:
+    return linear(x, tensors[f"{key}.weight"], tensors.get(f"{key}.bias"))
+
+
+def attention(qkv: torch.Tensor, heads: int, causal: bool = False, turn=None) -> torch.Tensor:
+    """Rows of queries, keys and values `(batch, tokens, 3 * dim)` -> `(batch, tokens, dim)`; `turn` is RoPE."""
+    batch, tokens, width = qkv.shape
+    query, key, value = qkv.view(batch, tokens, 3, heads, width // 3 // heads).permute(2, 0, 3, 1, 4)
+    if turn is not None:
+        query, key = turn(query), turn(key)
+    attended = scaled_dot_product_attention(query, key, value, is_causal=causal)
+    return attended.transpose(1, 2).reshape(batch, tokens, width // 3)
+
+
+def open_clip_block(tensors: Tensors, key: str, x: torch.Tensor, heads: int, act: str, eps: float, causal: bool):
+    """A residual block of open_clip, vision or text."""
+    qkv = linear(
+        norm(tensors, f"{key}ln_1", x, eps), tensors[f"{key}attn.in_proj_weight"], tensors[f"{key}attn.in_proj_bias"]
+    )
+    x = x + dense(tensors, f"{key}attn.out_proj", attention(qkv, heads, causal))
+    hidden = ACTIVATIONS[act](dense(tensors, f"{key}mlp.c_fc", norm(tensors, f"{key}ln_2", x, eps)))
+    return x + dense(tensors, f"{key}mlp.c_proj", hidden)
+
+
+def pad_to_multiple(pixels: torch.Tensor, size: int) -> torch.Tensor:
+    return pad(pixels, (0, -pixels.shape[3] % size, 0, -pixels.shape[2] % size))

@@ -1,0 +1,87 @@
+"""OpenCLIP and CLIP as open_clip and openai name them: `visual.*`, `transformer.*`."""
+
+import math
+
+import torch
+from torch.nn.functional import conv2d, interpolate, linear
+
+from .blocks import ACTIVATIONS, Tensors, dense, norm, open_clip_block, pad_to_multiple
+from .source import Source
+
+MODEL_TYPES = ("clip",)
+# the activation (gelu, or quick_gelu of openai's weights) and the heads are the base's to tell
+VISION_SETTINGS = {"layer_norm_eps": 1e-5}
+TEXT_SETTINGS = {"layer_norm_eps": 1e-5}
+
+
+def rename_blocks(source: Source, old: str, new: str) -> None:
+    for i in range(source.depth(old)):
+        before, after = f"{old}{i}.", f"{new}{i}."
+        for part in ("weight", "bias"):
+            source.split(f"{before}attn.in_proj_{part}", [f"{after}self_attn.{name}_proj.{part}" for name in "qkv"])
+        source.linear(f"{before}attn.out_proj", f"{after}self_attn.out_proj")
+        source.linear(f"{before}ln_1", f"{after}layer_norm1")
+        source.linear(f"{before}ln_2", f"{after}layer_norm2")
+        source.linear(f"{before}mlp.c_fc", f"{after}mlp.fc1")
+        source.linear(f"{before}mlp.c_proj", f"{after}mlp.fc2")
+
+
+def rename(source: Source) -> None:
+    """Move every tensor to its place in [`SparForOpenVocabSegmentation`]."""
+    vision, text = "vision_model.backbone.", "text_model.text_model."
+    source.move("visual.class_embedding", f"{vision}embeddings.class_embedding")
+    source.move("visual.positional_embedding", f"{vision}embeddings.position_embedding.weight")
+    source.move("visual.conv1.weight", f"{vision}embeddings.patch_embedding.weight")
+    source.linear("visual.ln_pre", f"{vision}pre_layrnorm")
+    rename_blocks(source, "visual.transformer.resblocks.", f"{vision}encoder.layers.")
+    source.linear("visual.ln_post", f"{vision}post_layernorm")
+    source.move("visual.proj", f"{vision}visual_projection.weight", lambda t: t.T)
+
+    source.move("token_embedding.weight", f"{text}embeddings.token_embedding.weight")
+    source.move("positional_embedding", f"{text}embeddings.position_embedding.weight")
+    rename_blocks(source, "transformer.resblocks.", f"{text}encoder.layers.")
+    source.linear("ln_final", f"{text}final_layer_norm")
+    source.move("text_projection", "text_model.text_projection.weight", lambda t: t.T)
+    source.move("logit_scale", "logit_scale", lambda t: t.reshape(1))
+    source.skip("the causal mask of the text tower, built anew", "attn_mask")
+    source.skip("a size, which the tensors tell", "input_resolution", "context_length", "vocab_size")
+
+
+def dense_features(tensors: Tensors, pixels: torch.Tensor, config) -> torch.Tensor:
+    """The published dense features (MaskCLIP) `(batch, dim, h, w)`."""
+    vision = config.backbone_config
+    weight = tensors["visual.conv1.weight"]
+    x = conv2d(pad_to_multiple(pixels, weight.shape[-1]), weight, stride=weight.shape[-1])
+    grid = x.shape[-2:]
+    table = tensors["visual.positional_embedding"]
+    side = math.isqrt(table.shape[0] - 1)
+    positions = table[1:].T.reshape(1, -1, side, side)
+    if tuple(grid) != (side, side):
+        factor = tuple((length + 0.1) / side for length in grid)
+        positions = interpolate(positions, scale_factor=factor, mode="bicubic")
+    x = (x + positions).flatten(2).transpose(1, 2)
+    class_token = (tensors["visual.class_embedding"] + table[0]).expand(x.shape[0], 1, -1)
+    x = norm(tensors, "visual.ln_pre", torch.cat([class_token, x], dim=1), 1e-5)
+    heads, act = vision.num_attention_heads, vision.hidden_act
+    for i in range(vision.num_hidden_layers - 1):
+        x = open_clip_block(tensors, f"visual.transformer.resblocks.{i}.", x, heads, act, 1e-5, causal=False)
+    last = f"visual.transformer.resblocks.{vision.num_hidden_layers - 1}."
+    value_weight = tensors[f"{last}attn.in_proj_weight"].chunk(3)[2]
+    value_bias = tensors[f"{last}attn.in_proj_bias"].chunk(3)[2]
+    values = linear(norm(tensors, f"{last}ln_1", x, 1e-5), value_weight, value_bias)
+    x = x + dense(tensors, f"{last}attn.out_proj", values)
+    hidden = ACTIVATIONS[act](dense(tensors, f"{last}mlp.c_fc", norm(tensors, f"{last}ln_2", x, 1e-5)))
+    x = x + dense(tensors, f"{last}mlp.c_proj", hidden)
+    x = norm(tensors, "visual.ln_post", x, 1e-5)[:, 1:] @ tensors["visual.proj"]
+    return x.transpose(1, 2).unflatten(2, grid)
+
+
+def text_features(tensors: Tensors, ids: torch.Tensor, config) -> torch.Tensor:
+    """The published text embeddings `(names, dim)`, pooled at the end token, not normalised."""
+    text = config.text_config
+    x = tensors["token_embedding.weight"][ids] + tensors["positional_embedding"][: ids.shape[1]]
+    for i in range(text.num_hidden_layers):
+        block = f"transformer.resblocks.{i}."
+        x = open_clip_block(tensors, block, x, text.num_attention_heads, text.hidden_act, 1e-5, causal=True)
+    x = norm(tensors, "ln_final", x, 1e-5)
+    return x[torch.arange(len(ids)), ids.argmax(1)] @ tensors["text_projection"]

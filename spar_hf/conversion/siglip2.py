@@ -1,0 +1,91 @@
+"""SigLIP and fixed-resolution SigLIP2 as open_clip and timm name them: `visual.trunk.*`, `text.*`."""
+
+import math
+
+import torch
+from torch.nn.functional import conv2d, gelu, interpolate
+
+from .blocks import Tensors, attention, dense, norm, open_clip_block, pad_to_multiple
+from .source import Source
+
+MODEL_TYPES = ("siglip",)
+# what timm and open_clip compute; the hub's configuration says the tanh approximation for both towers
+VISION_SETTINGS = {"hidden_act": "gelu", "layer_norm_eps": 1e-6}
+TEXT_SETTINGS = {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6}
+
+
+def rename(source: Source) -> None:
+    """Move every tensor to its place in [`SparForOpenVocabSegmentation`]."""
+    trunk, vision = "visual.trunk.", "vision_model.backbone."
+    source.linear(f"{trunk}patch_embed.proj", f"{vision}embeddings.patch_embedding")
+    source.move(f"{trunk}pos_embed", f"{vision}embeddings.position_embedding.weight", lambda t: t.squeeze(0))
+    for i in range(source.depth(f"{trunk}blocks.")):
+        old, new = f"{trunk}blocks.{i}.", f"{vision}encoder.layers.{i}."
+        for part in ("weight", "bias"):
+            source.split(f"{old}attn.qkv.{part}", [f"{new}self_attn.{name}_proj.{part}" for name in "qkv"])
+        source.linear(f"{old}attn.proj", f"{new}self_attn.out_proj")
+        source.linear(f"{old}norm1", f"{new}layer_norm1")
+        source.linear(f"{old}norm2", f"{new}layer_norm2")
+        source.linear(f"{old}mlp.fc1", f"{new}mlp.fc1")
+        source.linear(f"{old}mlp.fc2", f"{new}mlp.fc2")
+    source.linear(f"{trunk}norm", f"{vision}post_layernorm")
+    pool, head = f"{trunk}attn_pool.", f"{vision}head."
+    source.move(f"{pool}latent", f"{head}probe")
+    for part in ("weight", "bias"):
+        query, keys_values = source.take(f"{pool}q.{part}"), source.take(f"{pool}kv.{part}")
+        if query is not None and keys_values is not None:
+            source.target[f"{head}attention.in_proj_{part}"] = torch.cat([query, keys_values])
+    source.linear(f"{pool}proj", f"{head}attention.out_proj")
+    source.linear(f"{pool}norm", f"{head}layernorm")
+    source.linear(f"{pool}mlp.fc1", f"{head}mlp.fc1")
+    source.linear(f"{pool}mlp.fc2", f"{head}mlp.fc2")
+
+    source.move("text.token_embedding.weight", "text_model.embeddings.token_embedding.weight")
+    source.move("text.positional_embedding", "text_model.embeddings.position_embedding.weight")
+    for i in range(source.depth("text.transformer.resblocks.")):
+        old, new = f"text.transformer.resblocks.{i}.", f"text_model.encoder.layers.{i}."
+        for part in ("weight", "bias"):
+            source.split(f"{old}attn.in_proj_{part}", [f"{new}self_attn.{name}_proj.{part}" for name in "qkv"])
+        source.linear(f"{old}attn.out_proj", f"{new}self_attn.out_proj")
+        source.linear(f"{old}ln_1", f"{new}layer_norm1")
+        source.linear(f"{old}ln_2", f"{new}layer_norm2")
+        source.linear(f"{old}mlp.c_fc", f"{new}mlp.fc1")
+        source.linear(f"{old}mlp.c_proj", f"{new}mlp.fc2")
+    source.linear("text.ln_final", "text_model.final_layer_norm")
+    source.linear("text.text_projection", "text_model.head")
+    source.move("logit_scale", "logit_scale", lambda t: t.reshape(1))
+    source.move("logit_bias", "logit_bias", lambda t: t.reshape(1))
+
+
+def dense_features(tensors: Tensors, pixels: torch.Tensor, config) -> torch.Tensor:
+    """The published dense features `(batch, dim, h, w)`."""
+    trunk, vision = "visual.trunk.", config.backbone_config
+    weight = tensors[f"{trunk}patch_embed.proj.weight"]
+    pixels = pad_to_multiple(pixels, weight.shape[-1])
+    x = conv2d(pixels, weight, tensors[f"{trunk}patch_embed.proj.bias"], stride=weight.shape[-1])
+    grid = x.shape[-2:]
+    table = tensors[f"{trunk}pos_embed"][0]
+    side = math.isqrt(table.shape[0])
+    x = x + interpolate(table.T.reshape(1, -1, side, side), size=grid, mode="bicubic")
+    x = x.flatten(2).transpose(1, 2)
+    for i in range(vision.num_hidden_layers):
+        block = f"{trunk}blocks.{i}."
+        qkv = dense(tensors, f"{block}attn.qkv", norm(tensors, f"{block}norm1", x, 1e-6))
+        x = x + dense(tensors, f"{block}attn.proj", attention(qkv, vision.num_attention_heads))
+        hidden = gelu(dense(tensors, f"{block}mlp.fc1", norm(tensors, f"{block}norm2", x, 1e-6)))
+        x = x + dense(tensors, f"{block}mlp.fc2", hidden)
+    values = dense(tensors, f"{trunk}attn_pool.kv", norm(tensors, f"{trunk}norm", x, 1e-6)).chunk(2, dim=-1)[1]
+    x = dense(tensors, f"{trunk}attn_pool.proj", values)
+    hidden = gelu(dense(tensors, f"{trunk}attn_pool.mlp.fc1", norm(tensors, f"{trunk}attn_pool.norm", x, 1e-6)))
+    x = x + dense(tensors, f"{trunk}attn_pool.mlp.fc2", hidden)
+    return x.transpose(1, 2).unflatten(2, grid)
+
+
+def text_features(tensors: Tensors, ids: torch.Tensor, config) -> torch.Tensor:
+    """The published text embeddings `(names, dim)`, not normalised."""
+    x = tensors["text.token_embedding.weight"][ids] + tensors["text.positional_embedding"]
+    heads = config.text_config.num_attention_heads
+    for i in range(config.text_config.num_hidden_layers):
+        block = f"text.transformer.resblocks.{i}."
+        x = open_clip_block(tensors, block, x, heads, "gelu_pytorch_tanh", 1e-6, causal=False)
+    return dense(tensors, "text.text_projection", norm(tensors, "text.ln_final", x, 1e-6)[:, -1])

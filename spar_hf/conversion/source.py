@@ -1,0 +1,99 @@
+"""A checkpoint in its original naming: read without unpickling code, every tensor used once or named with a reason."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+# what wrappers, Lightning and data parallelism put before a model's own names
+PREFIXES = ("segmentor.net.", "module.", "model.")
+
+
+def read_tensors(path: str | Path) -> dict[str, torch.Tensor]:
+    """
+    The tensors of a `.safetensors`, `.pt`, `.pth`, `.bin` or Lightning `.ckpt` file, on the CPU, wrapper prefixes taken off.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file holds Python objects besides tensors (never unpickled), is damaged, or holds no tensors.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is no file. Name the checkpoint: a .ckpt, .pt, .pth or .safetensors file.")
+    if path.suffix == ".safetensors":
+        content = load_file(path)
+    else:
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch raises UnpicklingError, RuntimeError or EOFError
+            raise ValueError(
+                f"{path} cannot be read as tensors alone: {str(error).splitlines()[0]} Code in a checkpoint is never run. "
+                "Where you trust its source, load it there with `weights_only=False` and save its `state_dict` alone."
+            ) from error
+    for key in ("state_dict", "model", "teacher"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+            break
+    tensors = {name: value for name, value in content.items() if isinstance(value, torch.Tensor)}
+    if not tensors or len(tensors) < len(content):
+        other = sorted(name for name in content if name not in tensors)[:5]
+        raise ValueError(
+            f"{path} is no state dict of tensors; it also holds {other}. Save the model's `state_dict` alone."
+        )
+    for prefix in PREFIXES:
+        if all(name.startswith(prefix) for name in tensors):
+            tensors = {name[len(prefix) :]: value for name, value in tensors.items()}
+    return tensors
+
+
+class Source:
+    """
+    Tensors of a checkpoint that are taken one by one.
+
+    Attributes:
+        target: what was taken, by its new name, in float32.
+        skipped: names that have no place, with the reason.
+        absent: names that were asked for and are not there.
+    """
+
+    def __init__(self, tensors: dict[str, torch.Tensor]):
+        self.left = dict(tensors)
+        self.target: dict[str, torch.Tensor] = {}
+        self.skipped: dict[str, str] = {}
+        self.absent: list[str] = []
+
+    def take(self, name: str) -> torch.Tensor | None:
+        """A tensor that is then used up, in float32; `None`, and noted, if it is not there."""
+        if name not in self.left:
+            self.absent.append(name)
+            return None
+        return self.left.pop(name).float()
+
+    def move(self, name: str, new_name: str, change: Callable[[torch.Tensor], torch.Tensor] | None = None) -> None:
+        tensor = self.take(name)
+        if tensor is not None:
+            self.target[new_name] = (tensor if change is None else change(tensor)).contiguous()
+
+    def linear(self, name: str, new_name: str, bias: bool = True) -> None:
+        """Weight and bias of a linear layer, a convolution or a norm."""
+        for part in ("weight", "bias") if bias else ("weight",):
+            self.move(f"{name}.{part}", f"{new_name}.{part}")
+
+    def split(self, name: str, new_names: list[str]) -> None:
+        """A tensor whose rows are several layers one below the other (query, key, value)."""
+        tensor = self.take(name)
+        if tensor is not None:
+            for new_name, part in zip(new_names, tensor.chunk(len(new_names)), strict=True):
+                self.target[new_name] = part.contiguous()
+
+    def skip(self, reason: str, *names: str) -> None:
+        """Name tensors, where they are there, that have no place, and why."""
+        for name in names:
+            if self.left.pop(name, None) is not None:
+                self.skipped[name] = reason
+
+    def depth(self, blocks: str) -> int:
+        """Number of blocks numbered from 0 below `blocks`, e.g. `"visual.trunk.blocks."`."""
+        numbers = {int(name[len(blocks) :].split(".")[0]) for name in self.left if name.startswith(blocks)}
+        return max(numbers, default=-1) + 1
