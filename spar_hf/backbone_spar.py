@@ -52,7 +52,7 @@ class SparBackbone(BackboneMixin, SparVisionModel):
             [`~transformers.modeling_outputs.BackboneOutput`] whose `feature_maps` are, per chosen stage,
             `(batch, channels, ceil(height / patch), ceil(width / patch))`.
         """
-        outputs = super().forward(pixel_values, **kwargs)
+        outputs = SparVisionModel.forward(self, pixel_values, **kwargs)  # BackboneMixin has a forward of its own, empty
         grid = outputs.feature_map.shape[-2:]
         norm: nn.Module = getattr(self.backbone, "post_layernorm", None) or self.backbone.norm
         maps = []

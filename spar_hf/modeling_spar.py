@@ -111,12 +111,12 @@ def pad_to_patches(pixel_values: torch.Tensor, patch_size: int) -> torch.Tensor:
     return nn.functional.pad(pixel_values, (0, padded_width - width, 0, padded_height - height))
 
 
-def spar_name(name: str) -> str:
+def spar_name(name: str, clip: bool) -> str:
     """Where a weight of a backbone of transformers lies in [`SparForOpenVocabSegmentation`]."""
-    if name.startswith("text_model.") or name.startswith("logit_"):
+    if name.startswith("logit_"):
         return name
-    if name == "text_projection.weight":  # CLIP: the text class with projection holds it
-        return "text_model.text_projection.weight"
+    if name.startswith(("text_model.", "text_projection.")):  # CLIP's text class with projection wraps the text model
+        return f"text_model.{name}" if clip else name
     return "vision_model.backbone." + name.removeprefix("vision_model.")
 
 
@@ -206,7 +206,11 @@ class SparPreTrainedModel(PreTrainedModel):
         )
         model = cls(config).to(source.dtype)  # refuses a two-tower class without text tower
         model.name_or_path = str(pretrained_model_name_or_path)
-        weights = {spar_name(name): tensor for name, tensor in source.state_dict().items()}
+        weights = {
+            spar_name(name, isinstance(source, CLIPModel)): tensor for name, tensor in source.state_dict().items()
+        }
+        for name in weights.keys() & {"logit_scale", "logit_bias"}:
+            weights[name] = weights[name].reshape(1)  # CLIP's is a scalar
         if isinstance(model, SparVisionModel):
             inside = "vision_model."
             weights = {name[len(inside) :]: tensor for name, tensor in weights.items() if name.startswith(inside)}

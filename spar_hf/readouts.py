@@ -122,7 +122,19 @@ def check_head(config: SiglipVisionConfig | Siglip2VisionConfig) -> None:
         )
 
 
-class SiglipReadout(SiglipVisionModel):
+class Readout:
+    """
+    What a read-out can do, beside transformers' own flags (`_supports_sdpa`, `supports_gradient_checkpointing`). The tests
+    run what it says.
+    """
+
+    any_resolution = True  # any height and width, multiples of the patch or not
+    exportable = True  # strict torch.export with dynamic height and width
+    compilable = True  # torch.compile(fullgraph=True, dynamic=True)
+    half_precision = True  # float16 and bfloat16 near float32
+
+
+class SiglipReadout(Readout, SiglipVisionModel):
     """
     SigLIP and fixed-resolution SigLIP2: the attention-pooling head without its attention, on every patch.
 
@@ -150,7 +162,7 @@ class SiglipReadout(SiglipVisionModel):
         return self.head(pool_input)
 
 
-class NaflexReadout(Siglip2VisionModel):
+class NaflexReadout(Readout, Siglip2VisionModel):
     """
     SigLIP2 NaFlex, which saw native aspect ratios in pre-training: the same read-out. All patches of the image are real,
     so there is no mask; images are not padded to a common number of patches.
@@ -192,7 +204,7 @@ class ValuePathLayer(CLIPEncoderLayer):
         return hidden_states + self.mlp(self.layer_norm2(hidden_states))
 
 
-class MaskClipReadout(CLIPVisionModel):
+class MaskClipReadout(Readout, CLIPVisionModel):
     """
     CLIP and OpenCLIP: the value path of the last block, post-norm and visual projection, on every patch.
 
@@ -226,7 +238,7 @@ class MaskClipReadout(CLIPVisionModel):
         return self.visual_projection(self.post_layernorm(hidden_states[:, 0]))
 
 
-class Dinov3Readout(DINOv3ViTModel):
+class Dinov3Readout(Readout, DINOv3ViTModel):
     """
     DINOv3: the normalised patch tokens; class and register tokens are left out of the dense features.
 
