@@ -117,6 +117,10 @@ class SparConfig(BackboneConfigMixin, PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         out_features, out_indices = kwargs.pop("out_features", None), kwargs.pop("out_indices", None)
+        if __name__.startswith("spar_hf."):
+            # The pipeline's code in a checkpoint's folder is for those who have not installed this library. Left in the
+            # configuration, it would make `pipeline` ask those who have to trust it.
+            kwargs.pop("custom_pipelines", None)
         # checked before transformers builds the sub-configurations, which answers unknown types with a KeyError
         for key, known in (("backbone_config", BACKBONE_READOUTS), ("text_config", TEXT_WIDTHS)):
             sub_config = getattr(self, key)

@@ -1,7 +1,9 @@
 """SPAR models: dense features in one pass at any resolution, and masks from words when there is a text tower."""
 
 import copy
+import shutil
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -45,6 +47,34 @@ BACKBONE_SOURCES = {
     "clip": CLIPModel,
     "clip_vision_model": CLIPVisionModelWithProjection,
     "dinov3_vit": DINOv3ViTModel,
+}
+# What travels with every folder, so that `trust_remote_code=True` loads it where this library is not installed: flat files
+# that import only each other, torch, transformers, Pillow and NumPy.
+CODE_FILES = (
+    "backbone_spar.py",
+    "configuration_spar.py",
+    "image_processing_spar.py",
+    "modeling_spar.py",
+    "pipeline.py",
+    "processing_spar.py",
+    "prompts.py",
+    "readouts.py",
+    "segmentation.py",
+)
+AUTO_MAP = {
+    "AutoConfig": "configuration_spar.SparConfig",
+    "AutoModel": "modeling_spar.SparVisionModel",
+    "AutoBackbone": "backbone_spar.SparBackbone",
+    "AutoModelForSemanticSegmentation": "modeling_spar.SparForOpenVocabSegmentation",
+    "AutoImageProcessor": "image_processing_spar.SparImageProcessorPil",
+    "AutoProcessor": "processing_spar.SparProcessor",
+}
+CUSTOM_PIPELINES = {
+    "open-vocab-segmentation": {
+        "impl": "pipeline.OpenVocabSegmentationPipeline",
+        "pt": ["AutoModelForSemanticSegmentation"],
+        "type": "multimodal",
+    }
 }
 
 
@@ -132,6 +162,20 @@ class SparPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """As in transformers, and this library's files beside the weights, for `trust_remote_code=True`."""
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        here = Path(__file__).parent
+        for name in CODE_FILES:
+            # code that was itself loaded from a folder may lack what nobody has asked for yet
+            if (here / name).is_file() and (here / name).resolve() != (Path(save_directory) / name).resolve():
+                shutil.copyfile(here / name, Path(save_directory) / name)
+        self.config.auto_map, self.config.custom_pipelines = AUTO_MAP, CUSTOM_PIPELINES
+        try:
+            super().save_pretrained(save_directory, *args, **kwargs)
+        finally:
+            del self.config.auto_map, self.config.custom_pipelines
 
     @classmethod
     def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
