@@ -12,7 +12,16 @@ import torch
 from distill import Options, augment, choose_parameters, distillation_loss, split_photos
 from PIL import Image
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModel, AutoProcessor
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoProcessor,
+    CLIPConfig,
+    CLIPModel,
+    DINOv3ViTConfig,
+    DINOv3ViTModel,
+)
 
 from spar_hf import SparForOpenVocabSegmentation, SparImageProcessorPil, SparProcessor, SparVisionModel
 
@@ -155,3 +164,32 @@ def test_split_holds_out_and_excludes(photos):
 def test_bad_options_are_refused_before_work_starts(bad):
     with pytest.raises(ValueError, match="--"):
         options(**bad)
+
+
+@pytest.mark.parametrize("family", ["dinov3", "clip"])
+def test_distils_a_backbone_as_the_hub_holds_it(family, photos, tmp_path, tokenizer):
+    """No conversion first: a vision-only DINOv3 and a two-tower CLIP, with their image statistics and tokenizer."""
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    if family == "dinov3":
+        model = DINOv3ViTModel(DINOv3ViTConfig(**shape, image_size=64, num_register_tokens=4))
+    else:
+        text = shape | {"vocab_size": 64, "max_position_embeddings": 16, "projection_dim": 24, "eos_token_id": 1}
+        vision = shape | {"image_size": 64, "patch_size": 16, "projection_dim": 24}
+        model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=24))
+        tokenizer.save_pretrained(tmp_path / "hub")
+    model.save_pretrained(tmp_path / "hub")
+    statistics = {"image_processor_type": "ViTImageProcessor", "image_mean": [0.4] * 3, "image_std": [0.3] * 3}
+    (tmp_path / "hub" / "preprocessor_config.json").write_text(json.dumps(statistics))
+    options = ("--steps", 6, "--learning_rate", 1e-3, "--train_layers", "all", "--teacher_windows", 2)
+    folder = launch(tmp_path / "hub", photos, tmp_path / "run", *options)
+    student = AutoModel.from_pretrained(folder)
+    assert student.config.readout == ("dinov3" if family == "dinov3" else "maskclip")
+    assert list(AutoImageProcessor.from_pretrained(folder).image_mean) == [0.4] * 3
+    base = SparVisionModel.from_backbone(str(tmp_path / "hub"))
+    changed = [n for n, p in student.named_parameters() if not torch.equal(p, base.get_parameter(n))]
+    assert len(changed) > 10
+    if family == "clip":
+        both = SparForOpenVocabSegmentation.from_pretrained(folder)
+        expected = model.text_projection.weight
+        torch.testing.assert_close(both.text_model.text_projection.weight, expected)
+        assert AutoProcessor.from_pretrained(folder).tokenizer("a road")["input_ids"]

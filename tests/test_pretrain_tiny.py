@@ -7,8 +7,10 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from pretrain_tiny import Options, load_sets, train
-from transformers import AutoTokenizer
+from pretrain_tiny import Options, build_model, load_sets, train
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoTokenizer, BertConfig, BertModel, PreTrainedTokenizerFast
+from words import build_tokenizer, common_words, teach_words, word_targets
 
 from spar_hf import SparForOpenVocabSegmentation
 from spar_hf.prompts import embed_names
@@ -55,7 +57,14 @@ def test_held_out_words_are_in_no_label_and_no_text(world):
 def test_learns_words_and_resumes(world):
     common = {"data": str(world), "recipe": str(world / "recipe.yaml"), "mixed_precision": "no", "workers": 0}
     common |= {"window": 64, "hidden_size": 64, "layers": 2, "text_layers": 1, "vocab_size": 400, "batch_size": 8}
-    common |= {"foreign_names": 2, "warmup_steps": 10, "learning_rate": 2e-3, "save_steps": 60, "steps": 100}
+    common |= {
+        "text_steps": 120,
+        "foreign_names": 2,
+        "warmup_steps": 10,
+        "learning_rate": 2e-3,
+        "save_steps": 60,
+        "steps": 100,
+    }
     folder = train(Options(output=str(world / "run"), **common))
     log = [json.loads(line) for line in (world / "run" / "log.jsonl").read_text().splitlines()]
     assert log[-1]["set0"] < 0.5 * log[0]["set0"]
@@ -74,3 +83,36 @@ def test_learns_words_and_resumes(world):
     again = SparForOpenVocabSegmentation.from_pretrained(resumed).state_dict()
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(again[name], tensor, atol=1e-6, rtol=1e-5)
+
+
+def test_words_without_labels_lie_near_words_with_some(world):
+    """With a sentence encoder as teacher a word that labels nothing gets an embedding from what it means."""
+    words = ["<pad>", "[UNK]", "sky", "road", "grass", "lawn", "blue", "ball", "red", "green", "grey", "street"]
+    encoder = world / "encoder"
+    torch.manual_seed(0)
+    config = BertConfig(vocab_size=len(words), hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
+    bert = BertModel(config)
+    with torch.no_grad():  # this little encoder thinks that a street is a road
+        embedding = bert.embeddings.word_embeddings.weight
+        embedding.normal_()
+        embedding[words.index("street")] = embedding[words.index("road")]
+    bert.save_pretrained(encoder)
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", unk_token="[UNK]").save_pretrained(encoder)
+
+    sets = load_sets(world, yaml.safe_load((world / "recipe.yaml").read_text()))
+    assert common_words(str(encoder), 3) == ["sky", "road", "grass"]
+    listed, targets, labels = word_targets(sets, ["street", "road"], 8, str(encoder), seed=0)
+    assert listed[labels:] == ["street"] and targets.shape == (len(listed), 8)
+    close = targets[listed.index("street")] @ targets.T
+    assert close.argsort(descending=True)[:2].tolist() == [labels, listed.index("road")]
+    same = targets[listed.index("grass")] @ targets[listed.index("lawn")]
+    torch.testing.assert_close(same, torch.tensor(1.0))  # synonyms share their class's direction
+
+    tokenizer = build_tokenizer(sets, ["street"], 400)
+    options = Options(data="", output="", window=64, hidden_size=64, layers=1)
+    model = build_model(options, tokenizer)
+    reached = teach_words(model, tokenizer, sets, ["street"], str(encoder), steps=60, seed=0)
+    assert min(reached.values()) > 0.8
+    assert not any(weight.requires_grad for weight in model.text_model.parameters())
