@@ -86,6 +86,25 @@ def test_every_patch_describes_its_own_pixels(model):
 
 
 @torch.no_grad()
+def test_an_edge_stays_where_the_object_ends(model):
+    """A rectangle found by its change of features lies within a patch of itself, and cropping or padding moves it not."""
+    for name, weight in model.named_parameters():  # see above
+        if ".layer" in name and ("out_proj" in name or "o_proj" in name):
+            weight *= 0.02
+    photo = photos((75, 91), batch=1)
+    painted = photo.clone()
+    painted[:, :, 20:52, 28:69] += 25
+    for height, width in [(75, 91), (72, 88), (70, 83), (80, 96)]:
+        edges = [0, max(0, width - 91), 0, max(0, height - 75)]  # a few pixels more on the right and below
+        pair = [torch.nn.functional.pad(x, edges)[:, :, :height, :width] for x in (photo, painted)]
+        change = (model(pair[0]).feature_map - model(pair[1]).feature_map).norm(dim=1)[0]
+        found = (change > 0.5 * change.max()).repeat_interleave(8, 0).repeat_interleave(8, 1)[:height, :width]
+        rows, columns = found.any(1).nonzero().flatten(), found.any(0).nonzero().flatten()
+        box = torch.stack([rows[0], rows[-1] + 1, columns[0], columns[-1] + 1])
+        assert (box - torch.tensor([20, 52, 28, 69])).abs().max() < 8, (height, width, box)
+
+
+@torch.no_grad()
 def test_saved_model_is_the_same_in_a_fresh_process(model, tmp_path):
     model.save_pretrained(tmp_path / "model")
     save_file({"pixels": photos((35, 39))}, tmp_path / "in.safetensors")

@@ -226,6 +226,10 @@ def compare(folder: Path, names, tensors: dict[str, Any]) -> dict[str, float]:
             expected = tokens[:, -rows * columns :].transpose(1, 2).unflatten(2, (rows, columns))
         found = model.vision_model(pixels).feature_map
         differences[f"features {rows * patch}×{columns * patch}"] = float((found - expected).abs().max())
+    if hasattr(names, "pooled_features") and base is None:
+        pixels = torch.randn(1, 3, side * patch, (side + 1) * patch, generator=generator)
+        found = model.vision_model(pixels, output_pooled=True).pooler_output
+        differences["pooled image"] = float((found - names.pooled_features(tensors, pixels, config)).abs().max())
     text = config.text_config
     end = text.vocab_size - 1
     ids = torch.randint(3, end, (3, text.max_position_embeddings), generator=generator)
