@@ -1,8 +1,11 @@
 """The distillation script, really launched, and the pieces whose correctness training depends on."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from random import Random
 
@@ -47,8 +50,10 @@ def photos(tmp_path):
     return folder
 
 
-def launch(base, photos, output, *options, processes=1):
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes)]
+def command_line(base, photos, output, *options, processes=1):
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes)]
+    if processes > 1:
+        command += ["--multi_gpu", "--main_process_port", "0"]
     command += [
         "--num_machines",
         "1",
@@ -59,14 +64,21 @@ def launch(base, photos, output, *options, processes=1):
         str(TRAINING / "distill.py"),
     ]
     command += ["--model", str(base), "--images", str(photos), "--output", str(output), "--workers", "0"]
-    command += ["--holdout_every", "3", "--log_steps", "5", *map(str, options)]
-    run = subprocess.run(command, capture_output=True, text=True)
+    return [*command, "--holdout_every", "3", "--log_steps", "5", *map(str, options)]
+
+
+ENVIRONMENT = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+
+
+def launch(base, photos, output, *options, processes=1):
+    command = command_line(base, photos, output, *options, processes=processes)
+    run = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
     assert run.returncode == 0, run.stderr[-3000:]
     return output / "model"
 
 
 def test_student_nears_the_teacher_and_keeps_both_towers(base, photos, tmp_path):
-    options = ("--steps", 40, "--learning_rate", 1e-3, "--train_layers", "all", "--stride", 24, "--save_steps", 20)
+    options = ("--steps", 40, "--learning_rate", 1e-3, "--train_layers", "all", "--stride", 24, "--eval_steps", 20)
     folder = launch(base, photos, tmp_path / "run", *options)
     record = AutoConfig.from_pretrained(folder).distillation
     assert record["held_out"]["after"]["mse"] < 0.8 * record["held_out"]["before"]["mse"]
@@ -80,7 +92,9 @@ def test_student_nears_the_teacher_and_keeps_both_towers(base, photos, tmp_path)
     assert (
         "distillation" in (folder / "README.md").read_text() and str(tmp_path) not in (folder / "README.md").read_text()
     )
-    assert AutoConfig.from_pretrained(tmp_path / "run" / "snapshot").distillation["steps"] == 20
+    curve = record["held_out"]["curve"]
+    assert [point["step"] for point in curve] == [20, 40]
+    assert record["held_out"]["after"] == min(curve, key=lambda point: point["mse"])
     log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in log] == list(range(5, 41, 5))
     assert all(0 < row["teacher_share"] < 1 for row in log)
@@ -102,6 +116,65 @@ def test_a_vision_only_base_gives_a_vision_only_student(base, photos, tmp_path):
     folder = launch(vision, photos, tmp_path / "run", "--steps", 2)
     assert AutoConfig.from_pretrained(folder).text_config is None
     assert type(AutoModel.from_pretrained(folder)) is SparVisionModel
+
+
+def curve(folder):
+    return [(row["step"], row["loss"]) for row in map(json.loads, (folder / "log.jsonl").read_text().splitlines())]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_killed_run_resumes_to_the_last_bit(base, photos, tmp_path, processes):
+    setting = ("--steps", 24, "--learning_rate", 1e-3, "--train_layers", "all", "--teacher_windows", 3)
+    setting += ("--save_steps", 3, "--eval_steps", 12, "--gradient_accumulation_steps", 2)
+    expected = launch(base, photos, tmp_path / "whole", *setting, processes=processes)
+
+    killed = tmp_path / "killed"
+    command = command_line(base, photos, killed, *setting, processes=processes)
+    run = subprocess.Popen(command, env=ENVIRONMENT, start_new_session=True, stderr=subprocess.DEVNULL)
+    while run.poll() is None and not list(killed.glob("checkpoint-*/state.json")):
+        time.sleep(0.01)
+    time.sleep(0.05)
+    assert run.poll() is None, "the run was over before it could be killed"
+    os.killpg(run.pid, signal.SIGKILL)
+    run.wait()
+    assert not (killed / "checkpoint-21").exists()
+    # what a kill in the middle of writing leaves behind
+    (killed / ".checkpoint-99.partial").mkdir()
+    with (killed / "log.jsonl").open("a") as log:
+        log.write('{"step": 23, "lo')
+    found = launch(base, photos, killed, *setting, "--resume", processes=processes)
+
+    assert curve(killed) == curve(tmp_path / "whole") and len(curve(killed)) == 4
+    weights, resumed = AutoModel.from_pretrained(expected).state_dict(), AutoModel.from_pretrained(found).state_dict()
+    assert all(torch.equal(resumed[name], weight) for name, weight in weights.items())
+    assert len(list(killed.glob("checkpoint-*"))) == 2  # older ones are rotated away
+
+
+def test_two_processes_train_as_one_with_the_doubled_batch(base, photos, tmp_path):
+    setting = ("--steps", 4, "--learning_rate", 1e-3, "--train_layers", "all", "--stride", 32)
+    one = launch(base, photos, tmp_path / "one", *setting, "--gradient_accumulation_steps", 2)
+    two = launch(base, photos, tmp_path / "two", *setting, processes=2)
+    start, expected = AutoModel.from_pretrained(base).state_dict(), AutoModel.from_pretrained(one).state_dict()
+    for name, weight in AutoModel.from_pretrained(two).state_dict().items():
+        torch.testing.assert_close(weight, expected[name], atol=2e-5, rtol=0)
+        assert (weight - start[name]).abs().max() > 2e-4 or "k_proj.bias" in name or "head." in name
+
+
+def test_ctrl_c_keeps_what_was_done(base, photos, tmp_path):
+    command = command_line(base, photos, tmp_path / "run", "--steps", 3000, "--teacher_windows", 2)
+    run = subprocess.Popen(
+        [*command[:1], *command[command.index(str(TRAINING / "distill.py")) :]],
+        env=ENVIRONMENT,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while run.poll() is None and not (tmp_path / "run" / "log.jsonl").exists():
+        time.sleep(0.01)
+    time.sleep(0.5)
+    run.send_signal(signal.SIGINT)
+    _, said = run.communicate(timeout=60)
+    assert run.returncode == 0 and "--resume" in said
+    assert len(list((tmp_path / "run").glob("checkpoint-*/state.json"))) == 1
 
 
 def options(**kwargs):

@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from checkpoints import StopAtStep, cut_log, load_checkpoint, save_checkpoint
 from data import list_images, read_image
 from huggingface_hub import ModelCardData
 from PIL import Image
@@ -85,8 +86,12 @@ class Options:
     workers: int = field(default=1, metadata={"help": "Processes that decode photos."})
     seed: int = field(default=0, metadata={"help": "Seed of order and augmentation."})
     log_steps: int = field(default=20, metadata={"help": "Steps between lines of the log."})
-    save_steps: int = field(
-        default=500, metadata={"help": "Steps between snapshots of the student in OUTPUT/snapshot."}
+    save_steps: int = field(default=500, metadata={"help": "Steps between checkpoints; the last two are kept."})
+    eval_steps: int = field(
+        default=500, metadata={"help": "Steps between held-out errors; OUTPUT/model is the student with the least."}
+    )
+    resume: bool = field(
+        default=False, metadata={"help": "Go on from the last checkpoint in --output, to the last bit."}
     )
     report_to: str | None = field(default=None, metadata={"help": "Tracker of accelerate, e.g. tensorboard or wandb."})
 
@@ -107,12 +112,9 @@ class Photos(Dataset):
     worker: `(3, height, width)` with sides that are multiples of the patch.
     """
 
-    def __init__(self, paths: list[Path], image_processor, window: int, patch_size: int, options: Options, length: int):
+    def __init__(self, paths: list[Path], image_processor, window: int, patch_size: int, options: Options):
         self.paths, self.image_processor, self.window = paths, image_processor, window
-        self.patch_size, self.options, self.length = patch_size, options, length
-
-    def __len__(self):
-        return self.length
+        self.patch_size, self.options = patch_size, options
 
     def __getitem__(self, index: int) -> torch.Tensor:
         epoch, position = divmod(index, len(self.paths))
@@ -274,16 +276,8 @@ def train(options: Options) -> Path:
         num_warmup_steps=int(options.warmup_ratio * options.steps) * accelerator.num_processes,
         num_training_steps=options.steps * accelerator.num_processes,
     )
-    dataset = Photos(
-        train_paths,
-        image_processor,
-        teacher.window_size,
-        student.config.patch_size,
-        options,
-        options.steps * photos_per_step,
-    )
-    loader = DataLoader(dataset, batch_size=1, num_workers=options.workers)
-    wrapped, optimizer, loader, schedule = accelerator.prepare(student, optimizer, loader, schedule)
+    dataset = Photos(train_paths, image_processor, teacher.window_size, student.config.patch_size, options)
+    wrapped, optimizer, schedule = accelerator.prepare(student, optimizer, schedule)
     logger.info(
         "%d photos to train on, %d held out; %.2f M of %.2f M parameters trained",
         len(train_paths),
@@ -323,19 +317,32 @@ def train(options: Options) -> Path:
     if options.report_to:
         accelerator.init_trackers("spar-distillation", config=record)
     output.mkdir(parents=True, exist_ok=True)
-    log = (output / "log.jsonl").open("w", encoding="utf-8") if accelerator.is_main_process else None
-    generator = torch.Generator().manual_seed(options.seed * 1000 + accelerator.process_index)
-    bar = tqdm(total=options.steps, disable=not accelerator.is_main_process, mininterval=5)
+    state = {"step": 0, "running": 0.0, "curve": []}
+    if options.resume:
+        state = load_checkpoint(accelerator, output)
+    step, running, curve = state["step"], state["running"], state["curve"]
+    if accelerator.is_main_process:
+        if options.resume:
+            cut_log(output / "log.jsonl", step)
+        log = (output / "log.jsonl").open("a" if options.resume else "w", encoding="utf-8")
+    # photo i of the endless stream is a function of the seed and i, so going on is starting at another i
+    photos = range(step * photos_per_step, options.steps * photos_per_step)
+    loader = accelerator.prepare(DataLoader(dataset, batch_size=1, sampler=photos, num_workers=options.workers))
+    generator = torch.Generator()
+    bar = tqdm(initial=step, total=options.steps, disable=not accelerator.is_main_process, mininterval=5)
+    stop = StopAtStep()
     # deterministic: the student regresses, and dropout or RoPE jitter would only blur the target
     wrapped.eval()
-    start, teacher_seconds, running, step = time.time(), 0.0, 0.0, 0
-    for pixel_values in loader:
+    start, first, teacher_seconds = time.time(), step, 0.0
+    for number, pixel_values in enumerate(loader, start=step * options.gradient_accumulation_steps):
         moment = time.time()
         with accelerator.autocast():
             if options.teacher_windows is None:
                 target, weight = teacher(pixel_values).feature_map, None
             else:
-                target, weight = teacher.sample(pixel_values, options.teacher_windows, generator)
+                # which windows are drawn is a function of seed, process and photo, whenever the run was resumed
+                draw = random.Random(f"windows-{options.seed}-{accelerator.process_index}-{number}").getrandbits(62)
+                target, weight = teacher.sample(pixel_values, options.teacher_windows, generator.manual_seed(draw))
         teacher_seconds += time.time() - moment
         with accelerator.accumulate(wrapped):
             with accelerator.autocast():
@@ -352,35 +359,40 @@ def train(options: Options) -> Path:
             continue
         step += 1
         bar.update()
-        if step % options.log_steps == 0 and log is not None:
+        if step % options.log_steps == 0:
             seconds = time.time() - start
             row = {
                 "step": step,
                 "loss": running / options.log_steps,
                 "learning_rate": schedule.get_last_lr()[0],
-                "photos_per_second": step * photos_per_step / seconds,
-                "teacher_share": teacher_seconds / seconds,
+                "photos_per_second": round((step - first) * photos_per_step / seconds, 3),
+                "teacher_share": round(teacher_seconds / seconds, 3),
             }
-            log.write(json.dumps(row) + "\n")
-            log.flush()
-            bar.set_postfix(loss=f"{row['loss']:.4f}", teacher=f"{row['teacher_share']:.0%}")
+            running = 0.0
+            if accelerator.is_main_process:
+                log.write(json.dumps(row) + "\n")
+                log.flush()
+                bar.set_postfix(loss=f"{row['loss']:.4f}", teacher=f"{row['teacher_share']:.0%}")
             if options.report_to:
                 accelerator.log(row, step=step)
-            running = 0.0
-        if step % options.save_steps == 0 and step < options.steps and accelerator.is_main_process:
-            save_student(model, options, {**record, "steps": step}, output / "snapshot")
+        if (step % options.eval_steps == 0 or step == options.steps) and accelerator.is_main_process:
+            # without held-out photos the last student is the one kept
+            curve.append({"step": step, **(held_out_error(student, targets) if targets else {"mse": -step})})
+            if curve[-1]["mse"] == min(point["mse"] for point in curve):
+                held_out = {"photos": len(targets), "before": before, "after": curve[-1], "curve": curve}
+                save_student(model, options, record | ({"held_out": held_out} if targets else {}), output / "model")
+                logger.info("step %d: held-out error %s, the least so far", step, curve[-1])
+        if (step % options.save_steps == 0 and step < options.steps) or stop.asked:
+            folder = save_checkpoint(accelerator, output, step, running=running, curve=curve)
+            if stop.asked:
+                logger.info(
+                    "stopped after step %d; %s is complete. Go on with the same command and --resume.", step, folder
+                )
+                break
+    stop.restore()
     bar.close()
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        if targets:
-            record["held_out"] = {
-                "photos": len(targets),
-                "before": before,
-                "after": held_out_error(student, targets),
-            }
-            logger.info("held-out error: %s", record["held_out"])
-        save_student(model, options, record, output / "model")
-    if log is not None:
         log.close()
     accelerator.end_training()
     return output / "model"

@@ -22,6 +22,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from checkpoints import cut_log, load_checkpoint, save_checkpoint
 from data import VOID, list_images, open_segmentation_folder, read_image, read_mask, readable_name
 from PIL import Image
 from torch import nn
@@ -78,7 +79,7 @@ class Options:
     workers: int = field(default=1, metadata={"help": "Processes that cut crops."})
     seed: int = field(default=0, metadata={"help": "Seed of weights, order and augmentation."})
     save_steps: int = field(default=500, metadata={"help": "Steps between checkpoints."})
-    resume: bool = field(default=False, metadata={"help": "Go on from the checkpoint in --output."})
+    resume: bool = field(default=False, metadata={"help": "Go on from the last checkpoint in --output."})
 
 
 class CropSet:
@@ -380,10 +381,9 @@ def train(options: Options) -> Path:
     schedule = get_cosine_schedule_with_warmup(optimizer, options.warmup_steps, options.steps)
     towers, optimizer = accelerator.prepare(towers, optimizer)
     accelerator.register_for_checkpointing(schedule)
-    checkpoint, first = output / "checkpoint", 0
+    first = load_checkpoint(accelerator, output)["step"] if options.resume else 0
     if options.resume:
-        accelerator.load_state(str(checkpoint))
-        first = json.loads((checkpoint / "step.json").read_text())["step"]
+        cut_log(output / "log.jsonl", first)
     batches = CropBatches(sets, options)
     loader = DataLoader(batches, batch_size=None, sampler=range(first, options.steps), num_workers=options.workers)
     log = (output / "log.jsonl").open("a", encoding="utf-8")
@@ -405,8 +405,7 @@ def train(options: Options) -> Path:
             log.write(json.dumps(row) + "\n")
             log.flush()
         if (step + 1) % options.save_steps == 0 and step + 1 < options.steps:
-            accelerator.save_state(str(checkpoint))
-            (checkpoint / "step.json").write_text(json.dumps({"step": step + 1}))
+            save_checkpoint(accelerator, output, step + 1)
     log.close()
     model = accelerator.unwrap_model(towers).model
     if accelerator.is_main_process:
