@@ -383,10 +383,10 @@ def train(options: Options) -> Path:
     accelerator.register_for_checkpointing(schedule)
     first = load_checkpoint(accelerator, output)["step"] if options.resume else 0
     if options.resume:
-        cut_log(output / "log.jsonl", first)
+        cut_log(output / "log.jsonl", first - 1)
     batches = CropBatches(sets, options)
     loader = DataLoader(batches, batch_size=None, sampler=range(first, options.steps), num_workers=options.workers)
-    log = (output / "log.jsonl").open("a", encoding="utf-8")
+    log = (output / "log.jsonl").open("a" if options.resume else "w", encoding="utf-8")
     bar = tqdm(loader, initial=first, total=options.steps, disable=not accelerator.is_main_process, mininterval=5)
     towers.train()
     start = time.time()
