@@ -19,7 +19,9 @@ def segment(
     image: Annotated[str, typer.Argument(help="Photo: a file or a URL.")],
     labels: Annotated[
         str,
-        typer.Option(help='Classes separated by ";", names of one class by ",": "road; car, automobile; sky".'),
+        typer.Option(
+            help='Classes separated by ";", names of one class by ",": "road; car, automobile; sky"; or ade20k, voc21, …'
+        ),
     ],
     output: Annotated[Path, typer.Option(help="Picture to write: the photo under its masks, with a legend.")],
     model: Annotated[str | None, typer.Option(help="Folder or hub id; the embedded spar-tiny by default.")] = None,
@@ -42,8 +44,11 @@ def segment(
     classes = [item.strip() for item in labels.split(";") if item.strip()]
     try:
         from spar_hf.prompts import Vocabulary
+        from spar_hf.vocabularies import VOCABULARIES
 
-        vocabulary = Vocabulary.parse(classes)
+        # one entry alone may be the name of a built-in vocabulary; a single class would cover the whole photo
+        built_in = len(classes) == 1 and classes[0].lower() in VOCABULARIES
+        vocabulary = Vocabulary.parse(classes[0] if built_in else classes)
         photo = to_rgb(read_image(image))
         pipe = load_pipeline(model)
         options: dict[str, Any] = {} if shortest_edge is None else {"size": {"shortest_edge": shortest_edge}}
@@ -58,7 +63,7 @@ def segment(
     write_image(overlay(photo, result["map"], result["labels"]), output)
     if map_output is not None:
         write_image(label_image(result["map"]), map_output)
-    share = [(result["map"] == i).mean() for i in range(len(classes))]
+    share = [(result["map"] == i).mean() for i in range(len(result["labels"]))]
     for label, score, area in zip(result["labels"], result["scores"], share, strict=True):
         typer.echo(f"{label:24} {area:7.1%} of the photo" + (f", score {score:.2f}" if area else ""))
     typer.echo(f"written: {output}")

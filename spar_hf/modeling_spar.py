@@ -60,6 +60,7 @@ CODE_FILES = (
     "prompts.py",
     "readouts.py",
     "segmentation.py",
+    "vocabularies.py",
 )
 AUTO_MAP = {
     "AutoConfig": "configuration_spar.SparConfig",

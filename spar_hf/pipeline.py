@@ -54,7 +54,8 @@ class OpenVocabSegmentationPipeline(Pipeline):
             inputs (`str`, `PIL.Image.Image`, array, tensor, or a list of them):
                 Photos: paths, URLs, images. See [`SparImageProcessorPil`] for the arrays it takes.
             candidate_labels (`list[str]`, `list[list[str]]`, `dict[str, list[str]]` or [`Vocabulary`]):
-                The classes. In a list of strings commas separate names of one class: `"car, automobile"`.
+                The classes. In a list of strings commas separate names of one class: `"car, automobile"`. A string is the
+                name of a built-in vocabulary: `"ade20k"`, `"voc21"`, `"cityscapes"`, ... (`spar_hf/vocabularies.py`).
             templates (`str` or `list[str]`, *optional*):
                 Prompt templates, the checkpoint's by default: `"imagenet80"`, `"short"`, `"plain"` or strings with `{}`.
             size (`dict[str, int]`, *optional*):

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from .vocabularies import VOCABULARIES, vocabulary_lines
+
 # The 80 prompts that CLIP (Radford et al., 2021) uses for ImageNet; SPAR averages over them.
 IMAGENET80 = (
     "a bad photo of a {}.",
@@ -97,7 +99,7 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
 }
 
 
-CandidateLabels = Sequence[str | Sequence[str]] | Mapping[str, str | Sequence[str]]
+CandidateLabels = str | Sequence[str | Sequence[str]] | Mapping[str, str | Sequence[str]]
 
 
 @dataclass(frozen=True)
@@ -131,9 +133,10 @@ class Vocabulary:
         - A list item is a class; commas separate its names, `\,` is a comma: `["road", "car, automobile"]`.
         - Nested lists are names and are never split: `[["road"], ["car", "automobile"]]`.
         - A dict maps labels to names: `{"vehicle": ["car", "bus"]}`.
+        - A string is the name of a built-in vocabulary: `"ade20k"` (see `spar_hf/vocabularies.py`).
 
         Raises:
-            ValueError: a bare string, no classes, an empty name, or two classes of the same label.
+            ValueError: an unknown vocabulary, no classes, an empty name, or two classes of the same label.
 
         Example:
 
@@ -144,10 +147,13 @@ class Vocabulary:
         if isinstance(candidate_labels, Vocabulary):
             return candidate_labels
         if isinstance(candidate_labels, str):
-            raise ValueError(
-                f"{candidate_labels!r} is no vocabulary. Write classes as a list, names of one class with commas: "
-                '["road", "car, automobile", "sky"].'
-            )
+            name = candidate_labels.strip().lower()
+            if name not in VOCABULARIES:
+                raise ValueError(
+                    f"{candidate_labels!r} is no vocabulary. Write classes as a list, names of one class with commas: "
+                    f'["road", "car, automobile", "sky"]. Built in are {", ".join(VOCABULARIES)}.'
+                )
+            candidate_labels = vocabulary_lines(name)
         if isinstance(candidate_labels, Mapping):
             entries = [(str(label), _names(names, split=False)) for label, names in candidate_labels.items()]
         else:

@@ -72,3 +72,14 @@ def test_embeddings_are_normalised_means_of_normalised_prompts(two_towers, token
 def test_a_text_longer_than_the_context_is_refused(two_towers, tokenizer):
     with pytest.raises(ValueError, match="text tower reads"):
         embed_names(two_towers, tokenizer, ["road " * 50], "plain")
+
+
+def test_built_in_vocabularies_have_the_sets_numbers_of_classes():
+    numbers = {"voc20": 20, "voc21": 21, "context59": 59, "context60": 60, "cityscapes": 19, "ade20k": 150}
+    numbers |= {"coco-object": 81, "coco-stuff": 171, "voc21-spar": 21, "context60-spar": 60}
+    for name, number in numbers.items():
+        assert len(Vocabulary.parse(name).labels) == number, name
+    assert Vocabulary.parse("ADE20K").labels[0] == "wall"
+    spar = Vocabulary.parse("voc21-spar")
+    assert spar.names[spar.labels.index("television monitor")][1] == "tv monitor"
+    assert "pottedplant" in spar.labels and len(spar.names[0]) == 25  # the background is a list of stuff
