@@ -10,7 +10,7 @@ from PIL import Image
 from transformers import Pipeline
 
 from .prompts import CandidateLabels, Vocabulary, embed_names
-from .segmentation import LabelMap, decide
+from .segmentation import LabelMap, decide, give_to_background
 
 
 class OpenVocabSegmentationPipeline(Pipeline):
@@ -60,6 +60,14 @@ class OpenVocabSegmentationPipeline(Pipeline):
                 Prompt templates, the checkpoint's by default: `"imagenet80"`, `"short"`, `"plain"` or strings with `{}`.
             size (`dict[str, int]`, *optional*):
                 Working resolution, defaults to the image processor's: `{"shortest_edge": 672}`, say.
+            background (`str`, *optional*):
+                The class that unsure pixels and tiny classes are given to; one of the labels, or a further one without
+                words (`"background"` by default where a rule is set).
+            threshold (`float`, *optional*, defaults to 0):
+                Pixels whose best probability is below it become background. With few classes probabilities are high,
+                with many they are low: look at the scores before choosing one.
+            min_area (`float`, *optional*, defaults to 0):
+                Classes that cover less than this share of the pixels outside the background become background.
             output (`str`, *optional*, defaults to `"segments"`):
                 `"segments"`: a list of `{"label", "score", "mask"}` per class that has pixels, in the order of
                 the classes; `mask` is a `PIL.Image` of mode `L`, 0 or 255, in the size of the photo, and `score` the
@@ -78,8 +86,18 @@ class OpenVocabSegmentationPipeline(Pipeline):
             raise ValueError("Photos run one at a time, since each has a size of its own; leave `batch_size` at 1.")
         return super().__call__(inputs, **kwargs)
 
-    def _sanitize_parameters(self, candidate_labels=None, templates=None, size=None, output=None):
-        forward = {} if templates is None else {"templates": templates}
+    def _sanitize_parameters(
+        self,
+        candidate_labels=None,
+        templates=None,
+        size=None,
+        output=None,
+        background=None,
+        threshold=None,
+        min_area=None,
+    ):
+        options = {"templates": templates, "background": background, "threshold": threshold, "min_area": min_area}
+        forward = {name: value for name, value in options.items() if value is not None}
         if candidate_labels is not None:
             forward["vocabulary"] = Vocabulary.parse(candidate_labels)
         if output is not None and output not in ("segments", "map"):
@@ -90,7 +108,15 @@ class OpenVocabSegmentationPipeline(Pipeline):
         options = {} if size is None else {"size": size}
         return dict(self.image_processor(image, return_tensors="pt", **options))
 
-    def _forward(self, inputs, vocabulary: Vocabulary | None = None, templates=None):
+    def _forward(
+        self,
+        inputs,
+        vocabulary: Vocabulary | None = None,
+        templates=None,
+        background: str | None = None,
+        threshold: float = 0.0,
+        min_area: float = 0.0,
+    ):
         if vocabulary is None:
             raise ValueError('`candidate_labels` is missing. Name the classes to look for: ["road", "sky"].')
         pixel_values = inputs["pixel_values"]
@@ -102,7 +128,13 @@ class OpenVocabSegmentationPipeline(Pipeline):
             working_size=tuple(pixel_values.shape[-2:]),
             output_size=inputs["original_sizes"][0],
         )
-        return {"labels": decision.labels, "probabilities": decision.probabilities, "vocabulary": vocabulary}
+        names = list(vocabulary.labels)
+        if background is not None or threshold or min_area:
+            background = background or "background"
+            if background not in names:
+                names.append(background)
+            decision = give_to_background(decision, names.index(background), threshold, min_area)
+        return {"labels": decision.labels, "probabilities": decision.probabilities, "names": names}
 
     def text_embeds(self, vocabulary: Vocabulary, templates=None) -> torch.Tensor:
         """Embeddings of a vocabulary `(names, dim)`, made at its first use and kept."""
@@ -113,14 +145,13 @@ class OpenVocabSegmentationPipeline(Pipeline):
         return self._text_embeds[key]
 
     def postprocess(self, outputs, output: str = "segments"):
-        vocabulary = outputs["vocabulary"]
-        labels = outputs["labels"]
-        pixels, scores = LabelMap(labels, outputs["probabilities"]).class_scores(len(vocabulary.labels))
+        labels, names = outputs["labels"], outputs["names"]
+        pixels, scores = LabelMap(labels, outputs["probabilities"]).class_scores(len(names))
         if output == "map":
-            return {"map": labels.numpy(), "labels": list(vocabulary.labels), "scores": scores.tolist()}
+            return {"map": labels.numpy(), "labels": names, "scores": scores.tolist()}
         return [
             {
-                "label": vocabulary.labels[label],
+                "label": names[label],
                 "score": float(scores[label]),
                 "mask": Image.fromarray((labels == label).numpy().astype(np.uint8) * 255),
             }

@@ -29,6 +29,30 @@ class LabelMap:
         return pixels, (total / pixels.clamp(min=1)).float()
 
 
+def give_to_background(decision: LabelMap, background: int, threshold: float = 0.0, min_area: float = 0.0) -> LabelMap:
+    """
+    Give unsure pixels and tiny classes to the background: first pixels whose probability is below `threshold`, then classes
+    that cover less than `min_area` of the pixels that are not background (both rules of the published evaluation).
+
+    A pixel given away gets one minus its former probability. Tensors are changed in place.
+
+    Raises:
+        ValueError: `threshold` or `min_area` is not in 0 to 1.
+    """
+    for name, value in (("threshold", threshold), ("min_area", min_area)):
+        if not 0 <= value <= 1:
+            raise ValueError(f"`{name}` is a share and must lie in 0 to 1, got {value}.")
+    labels, probabilities = decision.labels, decision.probabilities
+    given = (probabilities < threshold) & (labels != background)
+    foreground = labels[~given & (labels != background)]
+    pixels = torch.bincount(foreground.long(), minlength=background + 1)
+    small = (pixels < min_area * pixels.sum()).nonzero().flatten()
+    given |= torch.isin(labels, small.int()) & (labels != background)
+    labels[given] = background
+    probabilities[given] = 1 - probabilities[given]
+    return decision
+
+
 def patch_coordinates(
     length: int, working_length: int, patch_size: int, patches: int, device: torch.device | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -87,9 +111,8 @@ def decide(
         )
     height, width = output_size
     device = logits.device
-    logits = (
-        logits.float().permute(1, 2, 0).contiguous()
-    )  # (names, h, w) -> (h, w, names): names side by side in memory
+    # (names, h, w) -> (h, w, names): names side by side in memory
+    logits = logits.float().permute(1, 2, 0).contiguous()
     name_to_class = name_to_class.to(device)
     top, bottom, down = patch_coordinates(height, working_size[0], patch_size, grid_h, device)
     left, right, across = patch_coordinates(width, working_size[1], patch_size, grid_w, device)

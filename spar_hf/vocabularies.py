@@ -1,7 +1,7 @@
 """
 Class names of the usual benchmarks, usable by name: `candidate_labels="ade20k"`.
 
-One class per line; commas separate names of the same class. The sets are named after their data; `-spar` marks the names
+Semicolons separate classes, commas names of the same class. The sets are named after their data; `-spar` marks the names
 that the published evaluation of SPAR uses where they differ and matter (arXiv 2604.02252).
 """
 

@@ -85,6 +85,17 @@ def test_working_size_is_an_option_and_the_masks_keep_the_photos(segment, photo,
     assert shapes == [(45, 66)] and mask.size == (131, 90)
 
 
+def test_unsure_pixels_go_to_a_background_without_words(segment, photo):
+    plain = segment(photo, candidate_labels=LABELS, output="map")
+    middle = float(np.median([s for s in plain["scores"] if s]))
+    result = segment(photo, candidate_labels=LABELS, output="map", threshold=middle)
+    assert result["labels"] == ["road", "car", "sky", "background"]
+    moved = result["map"] == 3
+    assert 0 < moved.mean() < 1 and (result["map"][~moved] == plain["map"][~moved]).all()
+    named = segment(photo, candidate_labels=LABELS, output="map", threshold=1.0, background="sky")
+    assert named["labels"] == ["road", "car", "sky"] and (named["map"] == 2).all()
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from spar_hf.segmentation import decide
+from spar_hf.segmentation import LabelMap, decide, give_to_background
 
 
 def plain(logits, name_to_class, patch, working, output):
@@ -73,3 +73,18 @@ def test_scores_are_mean_probabilities_over_the_mask():
 def test_a_grid_of_another_photo_is_refused():
     with pytest.raises(ValueError, match="5×5 patches"):
         decide(torch.zeros(2, 4, 4), torch.arange(2), 16, (80, 80), (80, 80))
+
+
+def test_unsure_pixels_and_tiny_classes_become_background():
+    labels = torch.tensor([[0, 0, 0, 1], [1, 1, 2, 0], [0, 0, 3, 1]], dtype=torch.int32)  # class 3 is the background
+    sure = torch.tensor([[0.9, 0.9, 0.9, 0.4], [0.9, 0.9, 0.9, 0.9], [0.9, 0.9, 0.2, 0.9]])
+    found = give_to_background(LabelMap(labels.clone(), sure.clone()), 3, threshold=0.5)
+    assert found.labels.tolist() == [[0, 0, 0, 3], [1, 1, 2, 0], [0, 0, 3, 1]]
+    assert found.probabilities[0, 3] == pytest.approx(0.6) and found.probabilities[2, 2] == pytest.approx(0.2)
+    # of the ten pixels outside the background class 2 has one, class 1 three
+    found = give_to_background(LabelMap(labels.clone(), sure.clone()), 3, threshold=0.5, min_area=0.11)
+    assert found.labels.tolist() == [[0, 0, 0, 3], [1, 1, 3, 0], [0, 0, 3, 1]]
+    everything = give_to_background(LabelMap(labels.clone(), sure.clone()), 3, threshold=1.0)
+    assert (everything.labels == 3).all()
+    with pytest.raises(ValueError, match="0 to 1"):
+        give_to_background(LabelMap(labels, sure), 3, threshold=40)
