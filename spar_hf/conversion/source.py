@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -21,6 +22,7 @@ def read_tensors(path: str | Path) -> dict[str, torch.Tensor]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} is no file. Name the checkpoint: a .ckpt, .pt, .pth or .safetensors file.")
+    content: Any
     if path.suffix == ".safetensors":
         content = load_file(path)
     else:
@@ -35,12 +37,14 @@ def read_tensors(path: str | Path) -> dict[str, torch.Tensor]:
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
             break
-    tensors = {name: value for name, value in content.items() if isinstance(value, torch.Tensor)}
-    if not tensors or len(tensors) < len(content):
-        other = sorted(name for name in content if name not in tensors)[:5]
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, no state dict. Save the model's `state_dict` alone.")
+    other = sorted(str(name) for name, value in content.items() if not isinstance(value, torch.Tensor))
+    if other or not content:
         raise ValueError(
-            f"{path} is no state dict of tensors; it also holds {other}. Save the model's `state_dict` alone."
+            f"{path} is no state dict of tensors; it also holds {other[:5]}. Save the model's `state_dict` alone."
         )
+    tensors = dict(content)
     for prefix in PREFIXES:
         if all(name.startswith(prefix) for name in tensors):
             tensors = {name[len(prefix) :]: value for name, value in tensors.items()}
