@@ -41,6 +41,10 @@ def segment(
 
     if output.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise typer.BadParameter(f"{output} must end in .png, .jpg or .webp.", param_hint="--output")
+    if map_output is not None and map_output.suffix.lower() != ".png":
+        raise typer.BadParameter(
+            f"{map_output} must end in .png: class numbers bear no lossy format.", param_hint="--map"
+        )
     classes = [item.strip() for item in labels.split(";") if item.strip()]
     try:
         from spar_hf.prompts import Vocabulary
@@ -55,14 +59,14 @@ def segment(
         if templates is not None:
             options["templates"] = templates
         result = pipe(photo, candidate_labels=vocabulary, output="map", **options)
-    except (ValueError, OSError) as error:
+        from spar_hf.visualization import overlay
+
+        write_image(overlay(photo, result["map"], result["labels"]), output)
+        if map_output is not None:
+            write_image(label_image(result["map"]), map_output)
+    except (ValueError, OSError, RuntimeError) as error:
         typer.secho(f"error: {error}", fg="red", err=True)
         raise typer.Exit(1) from error
-    from spar_hf.visualization import overlay
-
-    write_image(overlay(photo, result["map"], result["labels"]), output)
-    if map_output is not None:
-        write_image(label_image(result["map"]), map_output)
     share = [(result["map"] == i).mean() for i in range(len(result["labels"]))]
     for label, score, area in zip(result["labels"], result["scores"], share, strict=True):
         typer.echo(f"{label:24} {area:7.1%} of the photo" + (f", score {score:.2f}" if area else ""))
@@ -88,6 +92,9 @@ def convert(
     image_std: Annotated[
         tuple[float, float, float] | None, typer.Option(help="Image standard deviation, where it is not the base's.")
     ] = None,
+    vision_act: Annotated[
+        str | None, typer.Option(help="Activation of SigLIP's vision tower: gelu or gelu_pytorch_tanh (see the card).")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the output folder if it exists.")] = False,
 ) -> None:
     """Convert an official checkpoint into a folder that AutoModel and the pipeline load."""
@@ -104,6 +111,7 @@ def convert(
             text_heads=text_heads,
             image_mean=None if image_mean is None else list(image_mean),
             image_std=None if image_std is None else list(image_std),
+            vision_act=vision_act,
             force=force,
         )
     except (ValueError, OSError, RuntimeError) as error:

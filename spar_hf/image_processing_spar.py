@@ -280,6 +280,7 @@ class SparImageProcessorPil(PilBackend):
     [(480, 640)]
     ```"""
 
+    _auto_class = "AutoImageProcessor"  # saved folders name this class and bring its code
     size = None
     resample = PILImageResampling.BICUBIC
     image_mean = [0.5, 0.5, 0.5]

@@ -243,6 +243,9 @@ class SparPreTrainedModel(PreTrainedModel):
                 f"{pretrained_model_name_or_path} lacks {len(info['missing_keys'])} weights of {type(source).__name__}: "
                 f"{', '.join(sorted(info['missing_keys'])[:8])}. The files are incomplete: copy the folder again."
             )
+        if isinstance(source, CLIPModel):  # both of its projections have the width at the top of its configuration
+            source.config.vision_config.projection_dim = source.config.projection_dim
+            source.config.text_config.projection_dim = source.config.projection_dim
         config = SparConfig(
             backbone_config=getattr(source.config, "vision_config", source.config),
             text_config=getattr(source.config, "text_config", None),
@@ -436,7 +439,7 @@ class SparForOpenVocabSegmentation(SparPreTrainedModel):
     def dense_logits(self, feature_map: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
         """
         Cosine times `dense_logit_scale`: features `(batch, dim, h, w)` and texts `(names, dim)`, normalised or
-        not, -> `(batch, names, h, w)`.
+        not, -> `(batch, names, h, w)`, float32.
 
         Raises:
             ValueError: `text_embeds` are not `(names, dim)` of the features' dim.
@@ -444,8 +447,11 @@ class SparForOpenVocabSegmentation(SparPreTrainedModel):
         dim = feature_map.shape[1]
         if text_embeds.ndim != 2 or text_embeds.shape[1] != dim:
             raise ValueError(f"`text_embeds` must be (names, {dim}), got shape {tuple(text_embeds.shape)}.")
-        text_embeds = nn.functional.normalize(text_embeds.to(feature_map.dtype), dim=-1)
-        features = nn.functional.normalize(feature_map.flatten(2).transpose(1, 2), dim=-1)  # (batch, h * w, dim)
+        # in float32 whatever the model's precision: names of nearly the same cosine decide many pixels
+        text_embeds = nn.functional.normalize(text_embeds.float(), dim=-1)
+        features = nn.functional.normalize(
+            feature_map.float().flatten(2).transpose(1, 2), dim=-1
+        )  # (batch, h * w, dim)
         cosines = text_embeds @ features.transpose(1, 2)  # (names, dim) @ (batch, dim, h * w) -> (batch, names, h * w)
         return cosines.unflatten(2, feature_map.shape[2:]) * self.config.dense_logit_scale
 
@@ -483,7 +489,7 @@ class SparForOpenVocabSegmentation(SparPreTrainedModel):
         vision_outputs = self.vision_model(pixel_values, return_dict=True, **kwargs)
         return SparOpenVocabSegmentationOutput(
             logits=self.dense_logits(vision_outputs.feature_map, text_embeds),
-            text_embeds=nn.functional.normalize(text_embeds, dim=-1),
+            text_embeds=nn.functional.normalize(text_embeds.float(), dim=-1),
             feature_map=vision_outputs.feature_map,
             hidden_states=vision_outputs.hidden_states,
             attentions=vision_outputs.attentions,

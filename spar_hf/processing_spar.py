@@ -81,6 +81,7 @@ class SparProcessor(ProcessorMixin):
     [(200, 330)]
     ```"""
 
+    _auto_class = "AutoProcessor"  # saved folders name this class and bring its code
     text_kwargs = {"padding": "max_length"}
     skip_tensor_conversion = ["original_sizes"]
 

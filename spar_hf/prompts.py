@@ -213,7 +213,7 @@ def embed_names(
         batch_size (`int`, *optional*, defaults to 256): prompts per forward pass.
 
     Returns:
-        `(names, dim)`, of unit length, in the model's dtype.
+        `(names, dim)`, of unit length, float32.
 
     Raises:
         ValueError: a prompt is longer than the text tower's context, or the templates are malformed.
@@ -228,7 +228,9 @@ def embed_names(
             raise ValueError(f"{prompt!r} has {len(ids)} tokens, but the text tower reads {limit}. Shorten the name.")
     features = [
         torch.nn.functional.normalize(
-            model.get_text_features(torch.tensor(encoded[i : i + batch_size], device=model.device)).pooler_output,
+            model.get_text_features(
+                torch.tensor(encoded[i : i + batch_size], device=model.device)
+            ).pooler_output.float(),
             dim=-1,
         )
         for i in range(0, len(encoded), batch_size)

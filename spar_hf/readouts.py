@@ -132,9 +132,32 @@ class Readout:
     exportable = True  # strict torch.export with dynamic height and width
     compilable = True  # torch.compile(fullgraph=True, dynamic=True)
     half_precision = True  # float16 and bfloat16 near float32
+    unread: tuple[str, ...] = ()  # parts of parameters' names that dense features do not read
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The transformer blocks that dense features go through, first to last."""
+        return self.encoder.layers  # type: ignore[attr-defined]
 
 
-class SiglipReadout(Readout, SiglipVisionModel):
+class PoolingHead(Readout):
+    """SigLIP's encoder and attention-pooling head, which the fixed and the native resolution share."""
+
+    unread = ("head.probe",)
+    encoder: Any
+    post_layernorm: Any
+    head: Any
+
+    def encode(self, hidden_states: torch.Tensor, grid: tuple[int, int], **kwargs):
+        hidden_states = self.encoder(inputs_embeds=hidden_states, **kwargs).last_hidden_state
+        last_hidden_state = self.post_layernorm(hidden_states)
+        return last_hidden_state, pool_each(self.head, last_hidden_state), last_hidden_state
+
+    def pool(self, pool_input: torch.Tensor) -> torch.Tensor:
+        return self.head(pool_input)
+
+
+class SiglipReadout(PoolingHead, SiglipVisionModel):
     """
     SigLIP and fixed-resolution SigLIP2: the attention-pooling head without its attention, on every patch.
 
@@ -153,16 +176,8 @@ class SiglipReadout(Readout, SiglipVisionModel):
         positions = resample_positions(self.embeddings.position_embedding.weight, *patches.shape[-2:], method)
         return patches.flatten(2).transpose(1, 2) + positions  # (batch, h * w, hidden)
 
-    def encode(self, hidden_states: torch.Tensor, grid: tuple[int, int], **kwargs):
-        hidden_states = self.encoder(inputs_embeds=hidden_states, **kwargs).last_hidden_state
-        last_hidden_state = self.post_layernorm(hidden_states)
-        return last_hidden_state, pool_each(self.head, last_hidden_state), last_hidden_state
 
-    def pool(self, pool_input: torch.Tensor) -> torch.Tensor:
-        return self.head(pool_input)
-
-
-class NaflexReadout(Readout, Siglip2VisionModel):
+class NaflexReadout(PoolingHead, Siglip2VisionModel):
     """
     SigLIP2 NaFlex, which saw native aspect ratios in pre-training: the same read-out. All patches of the image are real,
     so there is no mask; images are not padded to a common number of patches.
@@ -186,14 +201,6 @@ class NaflexReadout(Readout, Siglip2VisionModel):
         positions = resample_positions(self.embeddings.position_embedding.weight, *grid, method)
         return self.embeddings.patch_embedding(patches) + positions  # (batch, h * w, hidden)
 
-    def encode(self, hidden_states: torch.Tensor, grid: tuple[int, int], **kwargs):
-        hidden_states = self.encoder(inputs_embeds=hidden_states, **kwargs).last_hidden_state
-        last_hidden_state = self.post_layernorm(hidden_states)
-        return last_hidden_state, pool_each(self.head, last_hidden_state), last_hidden_state
-
-    def pool(self, pool_input: torch.Tensor) -> torch.Tensor:
-        return self.head(pool_input)
-
 
 class ValuePathLayer(CLIPEncoderLayer):
     """CLIP's last block in which every token attends to itself alone: no queries, no keys. Weights as in CLIP's."""
@@ -215,6 +222,8 @@ class MaskClipReadout(Readout, CLIPVisionModel):
     def __init__(self, config: CLIPVisionConfig):
         super().__init__(config)
         self.encoder.layers[-1] = ValuePathLayer(config)
+        last = f"encoder.layers.{config.num_hidden_layers - 1}.self_attn"
+        self.unread = (f"{last}.q_proj", f"{last}.k_proj")
         self.visual_projection = nn.Linear(config.hidden_size, config.projection_dim, bias=False)
         self.post_init()
 
@@ -248,6 +257,12 @@ class Dinov3Readout(Readout, DINOv3ViTModel):
 
     Source: SPAR section 3; `DINOv3ViTModel` in transformers.
     """
+
+    unread = ("mask_token", "vision_head")
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.model.layer
 
     def __init__(self, config: DINOv3ViTConfig):
         super().__init__(config)

@@ -44,9 +44,6 @@ AutoImageProcessor.register(
     exist_ok=True,
 )
 AutoProcessor.register(SparConfig, SparProcessor, exist_ok=True)
-# saved processors name and bring their code, as models do by themselves
-SparImageProcessorPil.register_for_auto_class("AutoImageProcessor")
-SparProcessor.register_for_auto_class("AutoProcessor")
 if "open-vocab-segmentation" not in PIPELINE_REGISTRY.get_supported_tasks():  # a second time would warn
     PIPELINE_REGISTRY.register_pipeline(
         "open-vocab-segmentation",

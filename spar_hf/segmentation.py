@@ -67,10 +67,12 @@ def patch_coordinates(
     Returns:
         Lower patch, upper patch (both int64) and the weight of the upper one: three `(length,)`.
     """
-    centres = torch.arange(length, device=device, dtype=torch.float64) + 0.5
+    # on the CPU, because not every device has float64
+    centres = torch.arange(length, dtype=torch.float64) + 0.5
     position = (centres * (working_length / length) / patch_size - 0.5).clamp(0, patches - 1)
     lower = position.floor().long()
-    return lower, (lower + 1).clamp(max=patches - 1), (position - lower).float()
+    upper, weight = (lower + 1).clamp(max=patches - 1), (position - lower).float()
+    return lower.to(device), upper.to(device), weight.to(device)
 
 
 @torch.no_grad()

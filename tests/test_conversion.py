@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from plain_torch import (
     siglip2_shapes,
 )
 from safetensors.torch import save_file
+from test_remote_code import HIDE
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     AutoModel,
@@ -67,7 +69,7 @@ def make_siglip2(folder):
     config = SiglipConfig(vision_config=shape() | {"image_size": 32, "patch_size": 8}, text_config=text)
     save_base(folder, SiglipModel(config), 0.5)
     state = random_state(siglip2_shapes(vocab=VOCAB, length=LENGTH))
-    return state, PlainSiglip2(state, 2, 2), {}
+    return state, PlainSiglip2(state, 2, 2), {"vision_act": "gelu"}
 
 
 def make_openclip(folder, act="gelu"):
@@ -213,7 +215,7 @@ def test_plain_state_dicts(tmp_path, suffix):
         save_file(state, path)
     else:
         torch.save(state, path)
-    report = convert(path, "siglip2", str(tmp_path / "base"), tmp_path / "out")
+    report = convert(path, "siglip2", str(tmp_path / "base"), tmp_path / "out", vision_act="gelu")
     assert report.used == len(state)
 
 
@@ -225,7 +227,7 @@ def test_plain_state_dicts(tmp_path, suffix):
             r"missing in the checkpoint: visual.trunk.blocks.1.mlp.fc2",
         ),
         (lambda s: s.update(extra=torch.zeros(3)), "without a place in the model: extra"),
-        (lambda s: s.update({"logit_scale": torch.zeros(2)}), "invalid for input of size 2|misshapen"),
+        (lambda s: s.update({"logit_scale": torch.zeros(2)}), "misshapen: logit_scale is"),
         (
             lambda s: s.update({"text.ln_final.weight": torch.ones(31)}),
             r"misshapen: text_model.final_layer_norm.weight",
@@ -236,8 +238,8 @@ def test_tensors_that_do_not_fit_stop_it(tmp_path, change, message):
     state, _, _ = make_siglip2(tmp_path / "base")
     change(state)
     torch.save(state, tmp_path / "broken.pt")
-    with pytest.raises((ValueError, RuntimeError), match=message):
-        convert(tmp_path / "broken.pt", "siglip2", str(tmp_path / "base"), tmp_path / "out")
+    with pytest.raises(ValueError, match=message):
+        convert(tmp_path / "broken.pt", "siglip2", str(tmp_path / "base"), tmp_path / "out", vision_act="gelu")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "broken.pt"]
 
 
@@ -259,7 +261,7 @@ def test_command_line_refuses_to_overwrite(tmp_path):
     state, _, _ = make_siglip2(tmp_path / "base")
     save_file(state, tmp_path / "plain.safetensors")
     command = ["convert", str(tmp_path / "plain.safetensors"), "--family", "siglip2", "--base", str(tmp_path / "base")]
-    command += ["--output", str(tmp_path / "out")]
+    command += ["--output", str(tmp_path / "out"), "--vision-act", "gelu"]
     first = CliRunner().invoke(app, command)
     assert first.exit_code == 0, first.output
     assert "largest difference, texts" in first.output and "0 left out" in first.output
@@ -306,3 +308,41 @@ def test_features_survive_a_fresh_process(converted, tmp_path):
 
     found = load_file(tmp_path / "out.safetensors")["out"]
     torch.testing.assert_close(found, plain.features(pixels), atol=5e-5, rtol=0)
+
+
+def test_what_no_tensor_tells_is_never_guessed(tmp_path):
+    state, _, _ = make_siglip2(tmp_path / "base")
+    torch.save(state, tmp_path / "plain.pt")
+    with pytest.raises(ValueError, match="--vision-act"):
+        convert(tmp_path / "plain.pt", "siglip2", str(tmp_path / "base"), tmp_path / "out")
+    make_dinov3txt(tmp_path / "dino")
+    with pytest.raises(ValueError, match="--text-heads"):
+        convert(tmp_path / "plain.pt", "dinov3txt", str(tmp_path / "dino"), tmp_path / "out", tokenizer="x")
+
+
+def test_force_deletes_no_other_folder(tmp_path):
+    state, _, _ = make_siglip2(tmp_path / "base")
+    torch.save(state, tmp_path / "plain.pt")
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "thesis.txt").write_text("years of work")
+    with pytest.raises(FileExistsError, match="no SPAR folder"):
+        convert(tmp_path / "plain.pt", "siglip2", str(tmp_path / "base"), tmp_path / "precious", force=True)
+    assert (tmp_path / "precious" / "thesis.txt").read_text() == "years of work"
+
+
+def test_a_folder_of_the_console_script_loads_without_the_library(tmp_path):
+    """`spar-hf convert` in a process of its own, where nothing else was imported, then the folder with the package hidden."""
+    state, _, _ = make_siglip2(tmp_path / "base")
+    save_file(state, tmp_path / "plain.safetensors")
+    command = [str(Path(sys.executable).parent / "spar-hf"), "convert", str(tmp_path / "plain.safetensors")]
+    command += ["--family", "siglip2", "--base", str(tmp_path / "base"), "--output", str(tmp_path / "out")]
+    subprocess.run([*command, "--vision-act", "gelu"], check=True)
+    code = HIDE + (
+        "from transformers import AutoModel, AutoProcessor\n"
+        "processor = AutoProcessor.from_pretrained(sys.argv[1], trust_remote_code=True)\n"
+        "print(type(processor).__name__, type(AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True)).__name__)"
+    )
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    arguments = [sys.executable, "-c", code, str(tmp_path / "out")]
+    said = subprocess.run(arguments, check=True, env=environment, cwd=tmp_path, capture_output=True, text=True).stdout
+    assert said.split() == ["SparProcessor", "SparVisionModel"]

@@ -12,8 +12,9 @@ from random import Random
 import numpy as np
 import pytest
 import torch
-from distill import Options, augment, choose_parameters, distillation_loss, split_photos
+from distill import Options, augment, choose_parameters, distillation_loss, error_weights, split_photos
 from PIL import Image
+from test_backbones import CONFIGS
 from torch.nn import functional as F
 from transformers import (
     AutoConfig,
@@ -26,7 +27,7 @@ from transformers import (
     DINOv3ViTModel,
 )
 
-from spar_hf import SparForOpenVocabSegmentation, SparImageProcessorPil, SparProcessor, SparVisionModel
+from spar_hf import SparConfig, SparForOpenVocabSegmentation, SparImageProcessorPil, SparProcessor, SparVisionModel
 
 TRAINING = Path(__file__).parents[1] / "training"
 
@@ -223,6 +224,30 @@ def test_trainable_parameters(vision_model):
     assert sum(p.numel() for p in choose_parameters(vision_model, "all")) == everything
 
 
+@pytest.mark.parametrize("readout", ["naflex", "maskclip", "dinov3", "dinov3txt"])
+@pytest.mark.parametrize("train_layers", ["1", "all"])
+def test_what_is_trained_gets_a_gradient_in_every_family(readout, train_layers):
+    model = SparVisionModel(SparConfig(backbone_config=CONFIGS[readout](), readout=readout))
+    trained = choose_parameters(model, train_layers)
+    model(torch.randn(1, 3, 40, 48)).feature_map.square().mean().backward()
+    assert trained and all(parameter.grad is not None for parameter in trained)
+    names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if train_layers == "1":
+        assert all(".1." in name for name in names)  # of two blocks the last
+    else:
+        assert len(names) > 20
+
+
+def test_whitening_counts_axes_alike():
+    """Along an axis of a hundredfold variance an error counts a hundredth at full power, as much at none."""
+    target = torch.randn(1, 2, 40, 40, generator=torch.Generator().manual_seed(0)) * torch.tensor([10.0, 1.0]).view(
+        1, 2, 1, 1
+    )
+    full, none = error_weights([target], 1.0), error_weights([target], 0.0)
+    assert float(full[1, 1] / full[0, 0]) == pytest.approx(10, rel=0.1)
+    torch.testing.assert_close(none, torch.eye(2), atol=1e-4, rtol=0)
+
+
 def test_split_holds_out_and_excludes(photos):
     kept = Options(model="m", images=[str(photos)], output="o", exclude=["1*"], holdout_every=2)
     train, held_out = split_photos(kept)
@@ -253,8 +278,9 @@ def test_distils_a_backbone_as_the_hub_holds_it(family, photos, tmp_path, tokeni
     model.save_pretrained(tmp_path / "hub")
     statistics = {"image_processor_type": "ViTImageProcessor", "image_mean": [0.4] * 3, "image_std": [0.3] * 3}
     (tmp_path / "hub" / "preprocessor_config.json").write_text(json.dumps(statistics))
-    options = ("--steps", 6, "--learning_rate", 1e-3, "--train_layers", "all", "--teacher_windows", 2)
-    folder = launch(tmp_path / "hub", photos, tmp_path / "run", *options)
+    options = ("--steps", 6, "--learning_rate", 1e-3, "--train_layers", "all", "--teacher_windows", 2, "--whiten", 0.5)
+    # two processes: a parameter without gradient would stop them
+    folder = launch(tmp_path / "hub", photos, tmp_path / "run", *options, processes=2)
     student = AutoModel.from_pretrained(folder)
     assert student.config.readout == ("dinov3" if family == "dinov3" else "maskclip")
     assert list(AutoImageProcessor.from_pretrained(folder).image_mean) == [0.4] * 3

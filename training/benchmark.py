@@ -10,6 +10,7 @@ speed drifts does not decide the result.
 
 import json
 import logging
+import math
 import os
 import statistics
 import time
@@ -25,7 +26,6 @@ from tqdm.auto import tqdm
 from transformers import CLIPVisionConfig, DINOv3ViTConfig, HfArgumentParser, SiglipVisionConfig
 
 from spar_hf import SPAR_TINY, SlidingWindowTeacher, SparConfig, SparVisionModel
-from spar_hf.readouts import resample_positions
 
 logger = logging.getLogger("benchmark")
 
@@ -101,7 +101,9 @@ def load(options: Options) -> SparVisionModel:
 def plain_pass(model: SparVisionModel, pixel_values: torch.Tensor) -> torch.Tensor:
     """The backbone's layers and the same read-out without the library's forward: the least that one pass costs."""
     backbone, readout = model.backbone, model.config.readout
-    if readout == "dinov3":
+    if readout == "naflex":
+        raise ValueError("The plain side of the comparison is not written for NaFlex; choose another model.")
+    if readout.startswith("dinov3"):
         tokens, rope = backbone.embeddings(pixel_values), backbone.rope_embeddings(pixel_values)
         for layer in backbone.model.layer:
             tokens = layer(tokens, position_embeddings=rope)
@@ -110,7 +112,9 @@ def plain_pass(model: SparVisionModel, pixel_values: torch.Tensor) -> torch.Tens
     grid, hidden = patches.shape[-2:], patches.flatten(2).transpose(1, 2)
     if readout == "siglip":
         table = backbone.embeddings.position_embedding.weight
-        hidden = hidden + resample_positions(table, *grid, "bicubic")
+        side = math.isqrt(len(table))
+        positions = F.interpolate(table.T.reshape(1, -1, side, side), size=grid, mode="bicubic")
+        hidden = hidden + positions.flatten(2).transpose(1, 2)
         for layer in backbone.encoder.layers:
             hidden = layer(hidden, None)
         hidden, head = backbone.post_layernorm(hidden), backbone.head
@@ -118,7 +122,10 @@ def plain_pass(model: SparVisionModel, pixel_values: torch.Tensor) -> torch.Tens
         values = head.attention.out_proj(F.linear(hidden, weight, bias))
         return values + head.mlp(head.layernorm(values))
     embeddings, table = backbone.embeddings, backbone.embeddings.position_embedding.weight
-    hidden = hidden + resample_positions(table[1:], *grid, "bicubic_offset")
+    side = math.isqrt(len(table) - 1)
+    factor = tuple((length + 0.1) / side for length in grid)
+    positions = F.interpolate(table[1:].T.reshape(1, -1, side, side), scale_factor=factor, mode="bicubic")
+    hidden = hidden + positions.flatten(2).transpose(1, 2)
     first = (embeddings.class_embedding + table[0]).expand(len(hidden), 1, -1)
     hidden = backbone.pre_layrnorm(torch.cat([first, hidden], 1))
     for layer in backbone.encoder.layers[:-1]:

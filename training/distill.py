@@ -28,7 +28,6 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from transformers import AutoConfig, HfArgumentParser, get_scheduler
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from spar_hf import (
     SlidingWindowTeacher,
@@ -52,6 +51,17 @@ class Options:
     )
     images: list[str] = field(metadata={"help": "Folders of photos, no labels needed."})
     output: str = field(metadata={"help": "Folder to write the student to."})
+    student: str | None = field(
+        default=None,
+        metadata={"help": "Start of the student, where it is not the teacher's encoder: an earlier student."},
+    )
+    whiten: float = field(
+        default=0.0,
+        metadata={
+            "help": "Divides the error along each principal axis of the teacher's features by their variance there to this "
+            "power: 0 is the paper's mean squared error, 1 counts all axes alike."
+        },
+    )
     exclude: list[str] = field(default_factory=list, metadata={"help": "Shell patterns of file stems never read."})
     holdout_every: int = field(
         default=20,
@@ -102,6 +112,8 @@ class Options:
             raise ValueError("--min_scale lies in (0, 1], --holdout_every is at least 2 and --steps at least 1.")
         if self.save_dtype not in ("float32", "float16", "bfloat16"):
             raise ValueError(f"--save_dtype {self.save_dtype}: use float32, float16 or bfloat16.")
+        if not 0 <= self.whiten <= 1:
+            raise ValueError(f"--whiten {self.whiten} must lie in 0 to 1.")
         if self.teacher_windows is not None and self.teacher_windows < 1:
             raise ValueError(f"--teacher_windows {self.teacher_windows} must be at least 1.")
 
@@ -176,12 +188,17 @@ def load_model(name: str) -> tuple[SparForOpenVocabSegmentation | SparVisionMode
 
 
 def choose_parameters(model: SparVisionModel, train_layers: str) -> list[nn.Parameter]:
-    """Freeze all but the last blocks (or nothing) and return what is trained."""
+    """
+    Freeze all but the last blocks (or nothing) and return what is trained: never what dense features do not read (a
+    pooling probe, dino.txt's vision head), which would get no gradient and stop distributed training.
+    """
     model.requires_grad_(train_layers == "all")
     if train_layers != "all":
-        blocks = [module for module in model.backbone.modules() if isinstance(module, GradientCheckpointingLayer)]
-        for block in blocks[-int(train_layers) :]:
+        for block in model.backbone.blocks[-int(train_layers) :]:
             block.requires_grad_(True)
+    for name, parameter in model.backbone.named_parameters():
+        if any(part in name for part in model.backbone.unread):
+            parameter.requires_grad_(False)
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
@@ -198,6 +215,22 @@ def distillation_loss(student: torch.Tensor, target: torch.Tensor, weight: torch
 
 
 @torch.no_grad()
+def error_weights(targets: list[torch.Tensor], power: float) -> torch.Tensor:
+    """
+    The symmetric matrix `(dim, dim)` that scales each principal axis of the features by its variance to minus `power / 2`;
+    a thousandth of the whole variance is added to each, so that axes of mere noise do not count.
+
+    Where most variance lies along a few axes that tell little of what a pixel is (light, place), a plain mean squared
+    error is small long before the student tells classes apart.
+    """
+    features = torch.cat([target.flatten(2).transpose(1, 2).flatten(0, 1) for target in targets])  # (patches, dim)
+    variance, axes = torch.linalg.eigh(torch.cov(features.T))
+    variance = variance.clamp(min=0) + 1e-3 * variance.sum()
+    weights = (axes * variance ** (-power / 2)) @ axes.T
+    return weights / weights.diagonal().square().mean().sqrt()
+
+
+@torch.no_grad()
 def held_out_error(student: SparVisionModel, targets: list[tuple[torch.Tensor, torch.Tensor]]) -> dict[str, float]:
     """Mean squared error and mean cosine of student and full teacher over held-out photos."""
     squared, cosine, patches = 0.0, 0.0, 0
@@ -209,7 +242,7 @@ def held_out_error(student: SparVisionModel, targets: list[tuple[torch.Tensor, t
     return {"mse": round(squared / patches, 6), "cosine": round(cosine / patches, 4)}
 
 
-def save_student(model, options: Options, record: dict, folder: Path) -> None:
+def save_student(model, processor, options: Options, record: dict, folder: Path) -> None:
     """Write a `from_pretrained` folder under a temporary name, then rename it."""
     temporary = folder.with_name(folder.name + ".partial")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -217,8 +250,7 @@ def save_student(model, options: Options, record: dict, folder: Path) -> None:
     # the configuration's dtype stays float32: half precision is for the disk
     dtype = getattr(torch, options.save_dtype)
     model.save_pretrained(temporary, state_dict={name: tensor.to(dtype) for name, tensor in model.state_dict().items()})
-    two_towers = isinstance(model, SparForOpenVocabSegmentation)
-    (SparProcessor if two_towers else SparImageProcessorPil).from_backbone(options.model).save_pretrained(temporary)
+    processor.save_pretrained(temporary)
     (temporary / "README.md").write_text(model_card(options, record), encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
@@ -259,13 +291,18 @@ def train(options: Options) -> Path:
     output = Path(options.output)
     train_paths, held_out_paths = split_photos(options)
     model, student = load_model(options.model)
-    image_processor = SparImageProcessorPil.from_backbone(options.model)
+    # what the student will be saved with is loaded before any work, so that nothing lacks at the end
+    two_towers = isinstance(model, SparForOpenVocabSegmentation)
+    processor = (SparProcessor if two_towers else SparImageProcessorPil).from_backbone(options.model)
+    image_processor = processor.image_processor if two_towers else processor
     teacher = SlidingWindowTeacher(
         copy.deepcopy(student).eval().requires_grad_(False),
         options.window_size,
         options.stride,
         options.window_batch_size,
     ).to(accelerator.device)
+    if options.student is not None:
+        student.load_state_dict(load_model(options.student)[1].state_dict())
     parameters = choose_parameters(student, options.train_layers)
     optimizer = torch.optim.AdamW(parameters, lr=options.learning_rate, weight_decay=options.weight_decay)
     photos_per_step = accelerator.num_processes * options.gradient_accumulation_steps
@@ -296,6 +333,10 @@ def train(options: Options) -> Path:
         pixels = dataset.pixels(photo)[None].to(accelerator.device)
         targets.append((pixels, teacher(pixels).feature_map))
     before = held_out_error(student.eval(), targets) if targets else None
+    if options.whiten and not targets:
+        raise ValueError("--whiten measures the axes on held-out photos, and there are none; set --holdout_images.")
+    if options.whiten:
+        weights = error_weights([target for _, target in targets], options.whiten)
     logger.info("held-out error before: %s", before)
 
     record = {
@@ -310,6 +351,8 @@ def train(options: Options) -> Path:
         "photos_per_step": photos_per_step,
         "photo_size": [options.long_side, options.short_side, options.min_scale],
         "train_layers": options.train_layers,
+        "whiten": options.whiten,
+        "student": options.student and last_parts(options.student),
         "learning_rate": options.learning_rate,
         "weight_decay": options.weight_decay,
         "seed": options.seed,
@@ -347,7 +390,10 @@ def train(options: Options) -> Path:
         with accelerator.accumulate(wrapped):
             with accelerator.autocast():
                 features = wrapped(pixel_values).feature_map
-            loss = distillation_loss(features.float(), target, weight)
+            features = features.float()
+            if options.whiten:
+                features, target = (torch.einsum("ij,bjhw->bihw", weights, x) for x in (features, target))
+            loss = distillation_loss(features, target, weight)
             accelerator.backward(loss)
             if accelerator.sync_gradients:
                 accelerator.clip_grad_norm_(parameters, 1.0)
@@ -380,7 +426,9 @@ def train(options: Options) -> Path:
             curve.append({"step": step, **(held_out_error(student, targets) if targets else {"mse": -step})})
             if curve[-1]["mse"] == min(point["mse"] for point in curve):
                 held_out = {"photos": len(targets), "before": before, "after": curve[-1], "curve": curve}
-                save_student(model, options, record | ({"held_out": held_out} if targets else {}), output / "model")
+                save_student(
+                    model, processor, options, record | ({"held_out": held_out} if targets else {}), output / "model"
+                )
                 logger.info("step %d: held-out error %s, the least so far", step, curve[-1])
         if (step % options.save_steps == 0 and step < options.steps) or stop.asked:
             folder = save_checkpoint(accelerator, output, step, running=running, curve=curve)

@@ -13,6 +13,7 @@ import json
 import logging
 import math
 import random
+import shutil
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -89,8 +90,8 @@ class CropSet:
     `names[c]` are the words of class `c`; held-out classes have none and their pixels are void.
     """
 
-    def __init__(self, photos, masks, tags, names, spec):
-        self.photos, self.masks, self.tags, self.names = photos, masks, tags, names
+    def __init__(self, photos, masks, names, spec):
+        self.photos, self.masks, self.names = photos, masks, names
         self.weight, self.crop = spec["weight"], spec["crop"]
         if masks is not None:
             counts = sum(np.bincount(mask.ravel(), minlength=256) for mask in masks)[: len(names)]
@@ -205,7 +206,7 @@ def load_sets(root: Path, recipe: dict) -> list[CropSet]:
             names[words.index("null")].remove("null")
         photos = [np.asarray(read_image(image)) for image, _ in tqdm(pairs, desc=spec["path"])]
         masks = [table[read_mask(mask)] for _, mask in pairs]
-        sets.append(CropSet(photos, masks, None, names, spec))
+        sets.append(CropSet(photos, masks, names, spec))
     for spec in recipe.get("tagged", []):
         hidden = {word.lower() for word in recipe["held_out_tags"]}
         photos, names = [], []
@@ -216,7 +217,7 @@ def load_sets(root: Path, recipe: dict) -> list[CropSet]:
             groups = [word for first, last, word in recipe["groups"] if first <= prefix <= last]
             photos.append(np.asarray(read_image(path)))
             names.append([readable_name(name), *groups])
-        sets.append(CropSet(photos, None, names, names, spec))
+        sets.append(CropSet(photos, None, names, spec))
     return sets
 
 
@@ -411,9 +412,12 @@ def train(options: Options) -> Path:
     if accelerator.is_main_process:
         # stored in half precision, which the configuration's dtype turns back into float32 when loading
         half = {name: tensor.half() for name, tensor in model.state_dict().items()}
-        model.save_pretrained(output / "model", state_dict=half)
+        temporary, final = output / "model.partial", output / "model"
+        model.save_pretrained(temporary, state_dict=half)
         working_size = {"shortest_edge": 2 * options.window, "longest_edge": 8 * options.window}
-        SparProcessor(SparImageProcessorPil(size=working_size), tokenizer).save_pretrained(output / "model")
+        SparProcessor(SparImageProcessorPil(size=working_size), tokenizer).save_pretrained(temporary)
+        shutil.rmtree(final, ignore_errors=True)
+        temporary.rename(final)
     return output / "model"
 
 

@@ -1,5 +1,6 @@
 """Conversion of one checkpoint: configuration, weights, check against the source's own formulae, one atomic rename."""
 
+import json
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,6 +55,7 @@ def convert(
     *,
     tokenizer: str | None = None,
     text_heads: int | None = None,
+    vision_act: str | None = None,
     image_mean: list[float] | None = None,
     image_std: list[float] | None = None,
     force: bool = False,
@@ -74,6 +76,9 @@ def convert(
         output: the folder to write.
         tokenizer: hub id or folder, where the base has none (CLIP's, for `"dinov3txt"`).
         text_heads: attention heads of the text tower, for `"dinov3txt"` (20 in the published ViT-L), which no tensor tells.
+        vision_act: activation of SigLIP's vision tower, `"gelu"` or `"gelu_pytorch_tanh"`. The hub's configuration says the
+            latter for all sizes, timm computes the former for the ViT-B (checked, so it is the default there) and the
+            latter for SO400M; for other sizes than the ViT-B it must be given.
         image_mean, image_std: per channel, where the checkpoint was trained with other statistics than its base.
         force: replace `output` if it exists.
 
@@ -88,6 +93,8 @@ def convert(
     output = Path(output)
     if output.exists() and not force:
         raise FileExistsError(f"{output} exists. Name another folder, or pass --force to replace it.")
+    if output.exists() and not is_spar_folder(output):
+        raise FileExistsError(f"{output} is no SPAR folder, so --force does not delete it. Name another folder.")
     names, tensors = FAMILIES[family], read_tensors(checkpoint)
     source, notes = Source(tensors), []
     names.rename(source)
@@ -99,7 +106,12 @@ def convert(
         notes.append(
             f"the backbone's weights are those of {base}: the checkpoint holds the head and the text tower alone"
         )
-    config = build_config(names, family, base, source, tokenizer, text_heads)
+    config = build_config(names, family, base, source, tokenizer, text_heads, vision_act)
+    notes.append(
+        f"from {base}: {config.backbone_config.num_attention_heads} heads, image size {config.image_size}, image statistics"
+        + ("" if tokenizer else ", tokenizer")
+    )
+    notes.append(f"activation of the vision tower: {config.backbone_config.hidden_act}")
     model = SparForOpenVocabSegmentation(config).eval()
     fit(model, source, checkpoint)
 
@@ -118,15 +130,30 @@ def convert(
                 f"{report.differences}. Check that {base} is the base of this checkpoint; nothing was written."
             )
         if output.exists():
-            shutil.rmtree(output)
-        temporary.rename(output)
+            before = output.with_name(f".{output.name}.before")
+            output.rename(before)
+            temporary.rename(output)
+            shutil.rmtree(before)
+        else:
+            temporary.rename(output)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return report
 
 
+def is_spar_folder(folder: Path) -> bool:
+    config = folder / "config.json"
+    return config.is_file() and json.loads(config.read_text(encoding="utf-8")).get("model_type") == "spar"
+
+
 def build_config(
-    names, family: str, base: str, source: Source, tokenizer: str | None, text_heads: int | None
+    names,
+    family: str,
+    base: str,
+    source: Source,
+    tokenizer: str | None,
+    text_heads: int | None,
+    vision_act: str | None,
 ) -> SparConfig:
     """The configuration: the base's, with what the family's published code computes differently."""
     base_config = AutoConfig.from_pretrained(base)
@@ -138,6 +165,10 @@ def build_config(
     vision = getattr(base_config, "vision_config", base_config).to_dict() | names.VISION_SETTINGS
     if family != "dinov3txt":
         text = base_config.text_config.to_dict() | names.TEXT_SETTINGS
+        if family == "siglip2":
+            vision["hidden_act"] = siglip_activation(base, vision, vision_act)
+        else:  # both of CLIP's projections have the width at the top of its configuration
+            vision["projection_dim"] = text["projection_dim"] = base_config.projection_dim
         return SparConfig(backbone_config=vision, text_config=text, dtype="float32")
     if tokenizer is None or text_heads is None:
         raise ValueError(
@@ -165,6 +196,17 @@ def build_config(
     special = {"bos": words.bos_token_id, "eos": words.eos_token_id, "pad": words.pad_token_id}
     text |= {f"{key}_token_id": value for key, value in special.items()}
     return SparConfig(backbone_config=vision, text_config=text, readout="dinov3txt", dtype="float32")
+
+
+def siglip_activation(base: str, vision: dict[str, Any], vision_act: str | None) -> str:
+    if vision_act is None and (vision["hidden_size"], vision["num_hidden_layers"]) != (768, 12):
+        raise ValueError(
+            f"No tensor tells the activation of {base}'s vision tower, and only that of the ViT-B was checked. Pass "
+            "`--vision-act gelu` or `--vision-act gelu_pytorch_tanh` (SO400M), as timm's definition of the model says."
+        )
+    if vision_act not in (None, "gelu", "gelu_pytorch_tanh"):
+        raise ValueError(f"--vision-act {vision_act}: use gelu or gelu_pytorch_tanh.")
+    return vision_act or "gelu"
 
 
 def fit(model: SparForOpenVocabSegmentation, source: Source, checkpoint: str | Path) -> None:

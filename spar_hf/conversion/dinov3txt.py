@@ -74,7 +74,7 @@ def rename(source: Source) -> None:
         source.linear(f"{before}feed_forward.fc2", f"{after}mlp.fc2")
     source.linear(f"{text}ln_final", f"{new}final_layer_norm")
     source.linear("text_model.head.linear_projection", "text_model.text_projection", bias=False)
-    source.move("logit_scale", "logit_scale", lambda t: t.reshape(1))
+    source.scalar("logit_scale")
 
 
 def vision_block(tensors: Tensors, key: str, x: torch.Tensor, heads: int, turn=None) -> torch.Tensor:

@@ -42,7 +42,7 @@ def rename(source: Source) -> None:
     rename_blocks(source, "transformer.resblocks.", f"{text}encoder.layers.")
     source.linear("ln_final", f"{text}final_layer_norm")
     source.move("text_projection", "text_model.text_projection.weight", lambda t: t.T)
-    source.move("logit_scale", "logit_scale", lambda t: t.reshape(1))
+    source.scalar("logit_scale")
     source.skip("the causal mask of the text tower, built anew", "attn_mask")
     source.skip("a size, which the tensors tell", "input_resolution", "context_length", "vocab_size")
 

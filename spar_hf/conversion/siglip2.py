@@ -3,14 +3,13 @@
 import math
 
 import torch
-from torch.nn.functional import conv2d, gelu, interpolate
+from torch.nn.functional import conv2d, interpolate
 
-from .blocks import Tensors, attention, dense, norm, open_clip_block, pad_to_multiple
+from .blocks import ACTIVATIONS, Tensors, attention, dense, norm, open_clip_block, pad_to_multiple
 from .source import Source
 
 MODEL_TYPES = ("siglip",)
-# what timm and open_clip compute; the hub's configuration says the tanh approximation for both towers
-VISION_SETTINGS = {"hidden_act": "gelu", "layer_norm_eps": 1e-6}
+VISION_SETTINGS = {"layer_norm_eps": 1e-6}
 TEXT_SETTINGS = {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6}
 
 
@@ -53,13 +52,14 @@ def rename(source: Source) -> None:
         source.linear(f"{old}mlp.c_proj", f"{new}mlp.fc2")
     source.linear("text.ln_final", "text_model.final_layer_norm")
     source.linear("text.text_projection", "text_model.head")
-    source.move("logit_scale", "logit_scale", lambda t: t.reshape(1))
-    source.move("logit_bias", "logit_bias", lambda t: t.reshape(1))
+    source.scalar("logit_scale")
+    source.scalar("logit_bias")
 
 
 def dense_features(tensors: Tensors, pixels: torch.Tensor, config) -> torch.Tensor:
     """The published dense features `(batch, dim, h, w)`."""
     trunk, vision = "visual.trunk.", config.backbone_config
+    act = ACTIVATIONS[vision.hidden_act]
     weight = tensors[f"{trunk}patch_embed.proj.weight"]
     pixels = pad_to_multiple(pixels, weight.shape[-1])
     x = conv2d(pixels, weight, tensors[f"{trunk}patch_embed.proj.bias"], stride=weight.shape[-1])
@@ -72,11 +72,11 @@ def dense_features(tensors: Tensors, pixels: torch.Tensor, config) -> torch.Tens
         block = f"{trunk}blocks.{i}."
         qkv = dense(tensors, f"{block}attn.qkv", norm(tensors, f"{block}norm1", x, 1e-6))
         x = x + dense(tensors, f"{block}attn.proj", attention(qkv, vision.num_attention_heads))
-        hidden = gelu(dense(tensors, f"{block}mlp.fc1", norm(tensors, f"{block}norm2", x, 1e-6)))
+        hidden = act(dense(tensors, f"{block}mlp.fc1", norm(tensors, f"{block}norm2", x, 1e-6)))
         x = x + dense(tensors, f"{block}mlp.fc2", hidden)
     values = dense(tensors, f"{trunk}attn_pool.kv", norm(tensors, f"{trunk}norm", x, 1e-6)).chunk(2, dim=-1)[1]
     x = dense(tensors, f"{trunk}attn_pool.proj", values)
-    hidden = gelu(dense(tensors, f"{trunk}attn_pool.mlp.fc1", norm(tensors, f"{trunk}attn_pool.norm", x, 1e-6)))
+    hidden = act(dense(tensors, f"{trunk}attn_pool.mlp.fc1", norm(tensors, f"{trunk}attn_pool.norm", x, 1e-6)))
     x = x + dense(tensors, f"{trunk}attn_pool.mlp.fc2", hidden)
     return x.transpose(1, 2).unflatten(2, grid)
 

@@ -23,22 +23,26 @@ def read_tensors(path: str | Path) -> dict[str, torch.Tensor]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is no file. Name the checkpoint: a .ckpt, .pt, .pth or .safetensors file.")
     content: Any
-    if path.suffix == ".safetensors":
-        content = load_file(path)
-    else:
-        try:
+    try:
+        if path.suffix == ".safetensors":
+            content = load_file(path)
+        else:
             content = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch raises UnpicklingError, RuntimeError or EOFError
-            raise ValueError(
-                f"{path} cannot be read as tensors alone: {str(error).splitlines()[0]} Code in a checkpoint is never run. "
-                "Where you trust its source, load it there with `weights_only=False` and save its `state_dict` alone."
-            ) from error
+    except Exception as error:  # UnpicklingError, RuntimeError, EOFError, SafetensorError
+        if path.suffix == ".safetensors":
+            raise ValueError(f"{path} is damaged: {error}. Copy or download it again.") from error
+        raise ValueError(
+            f"{path} cannot be read as tensors alone: {str(error).splitlines()[0]} Code in a checkpoint is never run. "
+            "Where you trust its source, load it there with `weights_only=False` and save its `state_dict` alone."
+        ) from error
     for key in ("state_dict", "model", "teacher"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
             break
     if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, no state dict. Save the model's `state_dict` alone.")
+        raise ValueError(
+            f"{path} holds a {type(content).__name__}, no state dict. Save the model's `state_dict` alone."
+        )
     other = sorted(str(name) for name, value in content.items() if not isinstance(value, torch.Tensor))
     if other or not content:
         raise ValueError(
@@ -78,6 +82,10 @@ class Source:
         tensor = self.take(name)
         if tensor is not None:
             self.target[new_name] = (tensor if change is None else change(tensor)).contiguous()
+
+    def scalar(self, name: str) -> None:
+        """A trained scale or bias, `()` or `(1,)`; any other shape is left to be reported."""
+        self.move(name, name, lambda t: t.reshape(1) if t.numel() == 1 else t)
 
     def linear(self, name: str, new_name: str, bias: bool = True) -> None:
         """Weight and bias of a linear layer, a convolution or a norm."""
