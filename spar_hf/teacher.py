@@ -9,6 +9,9 @@ from torch import nn
 from .modeling_spar import SparVisionModel, SparVisionModelOutput, pad_to_patches
 
 
+CELL_BYTES = 256 * 2**20  # bound on the features of one batch of windows, laid out on the cells
+
+
 def window_starts(length: int, window: int, stride: int) -> list[int]:
     """
     Where windows start along one axis, in pixels: every `stride`, the last one flush with the end.
@@ -249,7 +252,10 @@ class SlidingWindowTeacher(nn.Module):
         views = pixel_values.unfold(2, window_h, plan.cell).unfold(3, window_w, plan.cell)
         jobs = torch.cartesian_prod(torch.arange(batch, device=device), torch.arange(len(positions), device=device))
         sums: torch.Tensor | None = None
-        for chunk in jobs.split(self.window_batch_size):
+        # where a stride divides the patch into many cells, a window's features on them are large: fewer windows at a time
+        window_bytes = 4 * self.config.projection_dim * plan.cells[0] * plan.cells[1]
+        at_once = min(self.window_batch_size, max(1, CELL_BYTES // window_bytes))
+        for chunk in jobs.split(at_once):
             image, (top, left) = chunk[:, 0], positions[chunk[:, 1]].unbind(1)
             windows = views[image, :, top, left]  # (n, 3, height, width)
             features = self.model(windows).feature_map.float()  # (n, dim, height / patch, width / patch)

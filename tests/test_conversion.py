@@ -331,7 +331,7 @@ def test_force_deletes_no_other_folder(tmp_path):
 
 
 def test_a_folder_of_the_console_script_loads_without_the_library(tmp_path):
-    """`spar-hf convert` in a process of its own, where nothing else was imported, then the folder with the package hidden."""
+    """`spar-hf convert` in a process that imported nothing else, then its folder with the package hidden."""
     state, _, _ = make_siglip2(tmp_path / "base")
     save_file(state, tmp_path / "plain.safetensors")
     command = [str(Path(sys.executable).parent / "spar-hf"), "convert", str(tmp_path / "plain.safetensors")]
