@@ -8,7 +8,6 @@ from torch import nn
 
 from .modeling_spar import SparVisionModel, SparVisionModelOutput, pad_to_patches
 
-
 CELL_BYTES = 256 * 2**20  # bound on the features of one batch of windows, laid out on the cells
 
 

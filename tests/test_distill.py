@@ -12,7 +12,7 @@ from random import Random
 import numpy as np
 import pytest
 import torch
-from distill import Options, augment, choose_parameters, distillation_loss, error_weights, split_photos
+from distill import Options, augment, choose_parameters, decision_loss, distillation_loss, error_weights, split_photos
 from PIL import Image
 from test_backbones import CONFIGS
 from torch.nn import functional as F
@@ -80,6 +80,7 @@ def launch(base, photos, output, *options, processes=1):
 
 def test_student_nears_the_teacher_and_keeps_both_towers(base, photos, tmp_path):
     options = ("--steps", 40, "--learning_rate", 1e-3, "--train_layers", "all", "--stride", 24, "--eval_steps", 20)
+    options += ("--words", "cityscapes", "--words_weight", 0.1)
     folder = launch(base, photos, tmp_path / "run", *options)
     record = AutoConfig.from_pretrained(folder).distillation
     assert record["held_out"]["after"]["mse"] < 0.8 * record["held_out"]["before"]["mse"]
@@ -238,11 +239,26 @@ def test_what_is_trained_gets_a_gradient_in_every_family(readout, train_layers):
         assert len(names) > 20
 
 
+def test_decisions_over_words_are_compared():
+    """The divergence of the decisions, against torch's of the plain softmaxes; cells of a patch count with their weight."""
+    generator = torch.Generator().manual_seed(0)
+    student, target = torch.randn(2, 2, 6, 3, 4, generator=generator)
+    texts = F.normalize(torch.randn(5, 6, generator=generator), dim=-1)
+    softmax = [
+        (F.normalize(x, dim=1).permute(0, 2, 3, 1) @ texts.T * 40).flatten(0, 2).softmax(-1) for x in (student, target)
+    ]
+    expected = F.kl_div(softmax[0].log(), softmax[1], reduction="batchmean")
+    torch.testing.assert_close(decision_loss(student, target, texts, 40.0), expected, rtol=1e-3, atol=1e-4)
+    assert decision_loss(student, student, texts, 40.0).abs() < 1e-5
+    cells = target.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    weighted = decision_loss(student, cells, texts, 40.0, torch.full((6, 8), 0.25))
+    torch.testing.assert_close(weighted, expected, rtol=1e-3, atol=1e-4)
+
+
 def test_whitening_counts_axes_alike():
     """Along an axis of a hundredfold variance an error counts a hundredth at full power, as much at none."""
-    target = torch.randn(1, 2, 40, 40, generator=torch.Generator().manual_seed(0)) * torch.tensor([10.0, 1.0]).view(
-        1, 2, 1, 1
-    )
+    noise = torch.randn(1, 2, 40, 40, generator=torch.Generator().manual_seed(0))
+    target = noise * torch.tensor([10.0, 1.0]).view(1, 2, 1, 1)
     full, none = error_weights([target], 1.0), error_weights([target], 0.0)
     assert float(full[1, 1] / full[0, 0]) == pytest.approx(10, rel=0.1)
     torch.testing.assert_close(none, torch.eye(2), atol=1e-4, rtol=0)

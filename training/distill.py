@@ -36,6 +36,7 @@ from spar_hf import (
     SparProcessor,
     SparVisionModel,
 )
+from spar_hf.prompts import Vocabulary, embed_names
 
 logger = logging.getLogger("distill")
 
@@ -62,6 +63,14 @@ class Options:
             "power: 0 is the paper's mean squared error, 1 counts all axes alike."
         },
     )
+    words: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Built-in vocabularies (coco-stuff, cityscapes, ...) over which the student is to decide as the teacher "
+            "does, beside the paper's error of the features; for models with a text tower."
+        },
+    )
+    words_weight: float = field(default=5.0, metadata={"help": "Weight of that term beside the mean squared error."})
     exclude: list[str] = field(default_factory=list, metadata={"help": "Shell patterns of file stems never read."})
     holdout_every: int = field(
         default=20,
@@ -214,6 +223,26 @@ def distillation_loss(student: torch.Tensor, target: torch.Tensor, weight: torch
     return ((cells - target).square() * weight).sum() / student.numel()
 
 
+def decision_loss(
+    student: torch.Tensor, target: torch.Tensor, texts: torch.Tensor, scale: float, weight: torch.Tensor | None = None
+) -> torch.Tensor:
+    """
+    Kullback-Leibler divergence of the student's softmax over words from the teacher's, mean over patches; arguments as of
+    [`distillation_loss`], and texts `(names, dim)` of unit length. Needs words, but no labels.
+
+    The offset that all features share is far larger than what tells two classes apart, so features that are near in the
+    mean squared error still decide otherwise.
+    """
+    logits = [
+        torch.einsum("bdhw,nd->bnhw", nn.functional.normalize(x, dim=1), texts) * scale for x in (student, target)
+    ]
+    r = target.shape[-1] // student.shape[-1]
+    found = logits[0].log_softmax(1).repeat_interleave(r, 2).repeat_interleave(r, 3)
+    divergence = nn.functional.kl_div(found, logits[1].log_softmax(1), reduction="none", log_target=True)
+    divergence = divergence.sum(1) if weight is None else divergence.sum(1) * weight
+    return divergence.sum() / student[:, 0].numel()
+
+
 @torch.no_grad()
 def error_weights(targets: list[torch.Tensor], power: float) -> torch.Tensor:
     """
@@ -301,6 +330,11 @@ def train(options: Options) -> Path:
         options.stride,
         options.window_batch_size,
     ).to(accelerator.device)
+    if options.words and not two_towers:
+        raise ValueError(f"--words needs a text tower, and {options.model} has none. Leave it out.")
+    if options.words:
+        words = sorted({name for vocabulary in options.words for name in Vocabulary.parse(vocabulary).all_names})
+        texts = embed_names(model.to(accelerator.device), processor.tokenizer, words, "short")
     if options.student is not None:
         student.load_state_dict(load_model(options.student)[1].state_dict())
     parameters = choose_parameters(student, options.train_layers)
@@ -352,6 +386,8 @@ def train(options: Options) -> Path:
         "photo_size": [options.long_side, options.short_side, options.min_scale],
         "train_layers": options.train_layers,
         "whiten": options.whiten,
+        "words": options.words,
+        "words_weight": options.words_weight,
         "student": options.student and last_parts(options.student),
         "learning_rate": options.learning_rate,
         "weight_decay": options.weight_decay,
@@ -394,6 +430,9 @@ def train(options: Options) -> Path:
             if options.whiten:
                 features, target = (torch.einsum("ij,bjhw->bihw", weights, x) for x in (features, target))
             loss = distillation_loss(features, target, weight)
+            if options.words:
+                scale = student.config.dense_logit_scale
+                loss = loss + options.words_weight * decision_loss(features, target, texts, scale, weight)
             accelerator.backward(loss)
             if accelerator.sync_gradients:
                 accelerator.clip_grad_norm_(parameters, 1.0)
