@@ -33,13 +33,13 @@ from .configuration_spar import SparConfig
 from .readouts import READOUTS
 
 # An explicit table: AutoModel does not know SigLIP's text tower and would give CLIP's without its projection.
-TEXT_MODELS = {
+TEXT_MODELS: dict[str, Any] = {
     "siglip_text_model": SiglipTextModel,
     "siglip2_text_model": Siglip2TextModel,
     "clip_text_model": CLIPTextModelWithProjection,
 }
 # what `from_backbone` loads, by the model type of the folder
-BACKBONE_SOURCES = {
+BACKBONE_SOURCES: dict[str, Any] = {
     "siglip": SiglipModel,
     "siglip_vision_model": SiglipVisionModel,
     "siglip2": Siglip2Model,
@@ -235,15 +235,16 @@ class SparPreTrainedModel(PreTrainedModel):
                 f"{pretrained_model_name_or_path} is a model of type {source_config.model_type!r}; SPAR reads "
                 f"{', '.join(BACKBONE_SOURCES)}."
             )
-        source, info = BACKBONE_SOURCES[source_config.model_type].from_pretrained(
+        loaded: Any = BACKBONE_SOURCES[source_config.model_type].from_pretrained(
             pretrained_model_name_or_path, output_loading_info=True, **kwargs
         )
+        source, info = loaded
         if info["missing_keys"]:
             raise RuntimeError(
                 f"{pretrained_model_name_or_path} lacks {len(info['missing_keys'])} weights of {type(source).__name__}: "
                 f"{', '.join(sorted(info['missing_keys'])[:8])}. The files are incomplete: copy the folder again."
             )
-        if isinstance(source, CLIPModel):  # both of its projections have the width at the top of its configuration
+        if source_config.model_type == "clip":  # both of its projections have the width at the top of its configuration
             source.config.vision_config.projection_dim = source.config.projection_dim
             source.config.text_config.projection_dim = source.config.projection_dim
         config = SparConfig(

@@ -106,7 +106,7 @@ def resample_positions(table: torch.Tensor, height: int, width: int, method: str
     return grid.flatten(0, 1).to(table.dtype)
 
 
-def pool_each(head: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+def pool_each(head: Any, hidden_states: torch.Tensor) -> torch.Tensor:
     """SigLIP's attention-pooling head without its attention, on every token: `(batch, tokens, hidden)`, shape kept."""
     value_weight = head.attention.in_proj_weight.chunk(3)[2]  # rows are query, key, value
     value_bias = head.attention.in_proj_bias.chunk(3)[2]
@@ -173,7 +173,8 @@ class SiglipReadout(PoolingHead, SiglipVisionModel):
 
     def embed(self, pixel_values: torch.Tensor, method: str) -> torch.Tensor:
         patches = self.embeddings.patch_embedding(pixel_values)  # (batch, 3, H, W) -> (batch, hidden, h, w)
-        positions = resample_positions(self.embeddings.position_embedding.weight, *patches.shape[-2:], method)
+        height, width = patches.shape[-2:]
+        positions = resample_positions(self.embeddings.position_embedding.weight, height, width, method)
         return patches.flatten(2).transpose(1, 2) + positions  # (batch, h * w, hidden)
 
 
@@ -193,7 +194,7 @@ class NaflexReadout(PoolingHead, Siglip2VisionModel):
         super().__init__(config)
 
     def embed(self, pixel_values: torch.Tensor, method: str) -> torch.Tensor:
-        size = self.config.patch_size
+        size: Any = self.config.patch_size  # an int for all that SparConfig lets in
         grid = (pixel_values.shape[-2] // size, pixel_values.shape[-1] // size)
         # (batch, 3, h * p, w * p) -> (batch, h * w, p * p * 3), the channel last as NaFlex patchifies
         patches = pixel_values.unflatten(3, (grid[1], size)).unflatten(2, (grid[0], size))
@@ -230,7 +231,8 @@ class MaskClipReadout(Readout, CLIPVisionModel):
     def embed(self, pixel_values: torch.Tensor, method: str) -> torch.Tensor:
         patches = self.embeddings.patch_embedding(pixel_values)  # (batch, 3, H, W) -> (batch, hidden, h, w)
         table = self.embeddings.position_embedding.weight  # the class token's position stands first
-        positions = resample_positions(table[1:], *patches.shape[-2:], method)
+        height, width = patches.shape[-2:]
+        positions = resample_positions(table[1:], height, width, method)
         patches = patches.flatten(2).transpose(1, 2) + positions  # (batch, h * w, hidden)
         class_token = (self.embeddings.class_embedding + table[0]).expand(patches.shape[0], 1, -1)
         return self.pre_layrnorm(torch.cat([class_token, patches], dim=1))  # (batch, 1 + h * w, hidden)
@@ -243,7 +245,8 @@ class MaskClipReadout(Readout, CLIPVisionModel):
 
     def pool(self, pool_input: torch.Tensor) -> torch.Tensor:
         # the last block as CLIP runs it; called by its class, so that no hook records it a second time
-        hidden_states = CLIPEncoderLayer.forward(self.encoder.layers[-1], pool_input, None)
+        run: Any = CLIPEncoderLayer.forward
+        hidden_states = run(self.encoder.layers[-1], pool_input, None)
         return self.visual_projection(self.post_layernorm(hidden_states[:, 0]))
 
 
@@ -319,7 +322,7 @@ class Dinov3TxtReadout(Dinov3Readout):
         head.query_bias = head.key_bias = head.value_bias = False
         head.intermediate_size = math.ceil(int(8 * config.hidden_size / 3) / 64) * 64
         head.layer_norm_eps = 1e-5
-        self.vision_head = nn.ModuleDict(
+        self.vision_head: Any = nn.ModuleDict(
             {
                 "layer": nn.ModuleList([DINOv3ViTLayer(head) for _ in range(2)]),
                 "norm": nn.LayerNorm(config.hidden_size, eps=head.layer_norm_eps),
@@ -336,7 +339,7 @@ class Dinov3TxtReadout(Dinov3Readout):
         return torch.cat([tokens[:, 0], tokens[:, 1 + self.config.num_register_tokens :].mean(1)], dim=-1)
 
 
-READOUTS = {
+READOUTS: dict[str, Any] = {
     "siglip": SiglipReadout,
     "naflex": NaflexReadout,
     "maskclip": MaskClipReadout,

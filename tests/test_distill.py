@@ -219,7 +219,8 @@ def test_loss_is_the_mean_squared_error():
 
 
 def test_trainable_parameters(vision_model):
-    everything = sum(p.numel() for p in vision_model.parameters())
+    probe = vision_model.backbone.head.probe.numel()  # the pooling query, which dense features do not read
+    everything = sum(p.numel() for p in vision_model.parameters()) - probe
     last = sum(p.numel() for p in vision_model.backbone.encoder.layers[1].parameters())
     assert sum(p.numel() for p in choose_parameters(vision_model, "1")) == last
     assert sum(p.numel() for p in choose_parameters(vision_model, "all")) == everything

@@ -62,8 +62,8 @@ def test_learns_words_and_resumes(world):
         "foreign_names": 2,
         "warmup_steps": 10,
         "learning_rate": 2e-3,
-        "save_steps": 60,
-        "steps": 100,
+        "save_steps": 150,
+        "steps": 220,
     }
     folder = train(Options(output=str(world / "run"), **common))
     log = [json.loads(line) for line in (world / "run" / "log.jsonl").read_text().splitlines()]
@@ -106,7 +106,7 @@ def test_words_without_labels_lie_near_words_with_some(world):
     listed, targets, labels = word_targets(sets, ["street", "road"], 8, str(encoder), seed=0)
     assert listed[labels:] == ["street"] and targets.shape == (len(listed), 8)
     close = targets[listed.index("street")] @ targets.T
-    assert close.argsort(descending=True)[:2].tolist() == [labels, listed.index("road")]
+    assert set(close.argsort(descending=True)[:2].tolist()) == {labels, listed.index("road")}
     same = targets[listed.index("grass")] @ targets[listed.index("lawn")]
     torch.testing.assert_close(same, torch.tensor(1.0))  # synonyms share their class's direction
 
