@@ -222,8 +222,8 @@ class SparPreTrainedModel(PreTrainedModel):
         >>> from transformers import DINOv3ViTConfig, DINOv3ViTModel
         >>> from spar_hf import SparVisionModel
 
-        >>> DINOv3ViTModel(DINOv3ViTConfig(num_hidden_layers=1)).save_pretrained("/tmp/dinov3")
-        >>> SparVisionModel.from_backbone("/tmp/dinov3").config.readout
+        >>> DINOv3ViTModel(DINOv3ViTConfig(num_hidden_layers=1)).save_pretrained("dinov3")
+        >>> SparVisionModel.from_backbone("dinov3").config.readout
         'dinov3'
         ```"""
         hub = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "local_files_only") if key in kwargs}

@@ -14,18 +14,6 @@ VISION_SETTINGS = {"layer_norm_eps": 1e-5}
 TEXT_SETTINGS = {"layer_norm_eps": 1e-5}
 
 
-def rename_blocks(source: Source, old: str, new: str) -> None:
-    for i in range(source.depth(old)):
-        before, after = f"{old}{i}.", f"{new}{i}."
-        for part in ("weight", "bias"):
-            source.split(f"{before}attn.in_proj_{part}", [f"{after}self_attn.{name}_proj.{part}" for name in "qkv"])
-        source.linear(f"{before}attn.out_proj", f"{after}self_attn.out_proj")
-        source.linear(f"{before}ln_1", f"{after}layer_norm1")
-        source.linear(f"{before}ln_2", f"{after}layer_norm2")
-        source.linear(f"{before}mlp.c_fc", f"{after}mlp.fc1")
-        source.linear(f"{before}mlp.c_proj", f"{after}mlp.fc2")
-
-
 def rename(source: Source) -> None:
     """Move every tensor to its place in [`SparForOpenVocabSegmentation`]."""
     vision, text = "vision_model.backbone.", "text_model.text_model."
@@ -33,13 +21,13 @@ def rename(source: Source) -> None:
     source.move("visual.positional_embedding", f"{vision}embeddings.position_embedding.weight")
     source.move("visual.conv1.weight", f"{vision}embeddings.patch_embedding.weight")
     source.linear("visual.ln_pre", f"{vision}pre_layrnorm")
-    rename_blocks(source, "visual.transformer.resblocks.", f"{vision}encoder.layers.")
+    source.open_clip_blocks("visual.transformer.resblocks.", f"{vision}encoder.layers.")
     source.linear("visual.ln_post", f"{vision}post_layernorm")
     source.move("visual.proj", f"{vision}visual_projection.weight", lambda t: t.T)
 
     source.move("token_embedding.weight", f"{text}embeddings.token_embedding.weight")
     source.move("positional_embedding", f"{text}embeddings.position_embedding.weight")
-    rename_blocks(source, "transformer.resblocks.", f"{text}encoder.layers.")
+    source.open_clip_blocks("transformer.resblocks.", f"{text}encoder.layers.")
     source.linear("ln_final", f"{text}final_layer_norm")
     source.move("text_projection", "text_model.text_projection.weight", lambda t: t.T)
     source.scalar("logit_scale")

@@ -41,15 +41,7 @@ def rename(source: Source) -> None:
 
     source.move("text.token_embedding.weight", "text_model.embeddings.token_embedding.weight")
     source.move("text.positional_embedding", "text_model.embeddings.position_embedding.weight")
-    for i in range(source.depth("text.transformer.resblocks.")):
-        old, new = f"text.transformer.resblocks.{i}.", f"text_model.encoder.layers.{i}."
-        for part in ("weight", "bias"):
-            source.split(f"{old}attn.in_proj_{part}", [f"{new}self_attn.{name}_proj.{part}" for name in "qkv"])
-        source.linear(f"{old}attn.out_proj", f"{new}self_attn.out_proj")
-        source.linear(f"{old}ln_1", f"{new}layer_norm1")
-        source.linear(f"{old}ln_2", f"{new}layer_norm2")
-        source.linear(f"{old}mlp.c_fc", f"{new}mlp.fc1")
-        source.linear(f"{old}mlp.c_proj", f"{new}mlp.fc2")
+    source.open_clip_blocks("text.transformer.resblocks.", "text_model.encoder.layers.")
     source.linear("text.ln_final", "text_model.final_layer_norm")
     source.linear("text.text_projection", "text_model.head")
     source.scalar("logit_scale")

@@ -109,3 +109,15 @@ class Source:
         """Number of blocks numbered from 0 below `blocks`, e.g. `"visual.trunk.blocks."`."""
         numbers = {int(name[len(blocks) :].split(".")[0]) for name in self.left if name.startswith(blocks)}
         return max(numbers, default=-1) + 1
+
+    def open_clip_blocks(self, old: str, new: str) -> None:
+        """The blocks of a transformer of open_clip, vision or text, to those of transformers' CLIP and SigLIP."""
+        for i in range(self.depth(old)):
+            before, after = f"{old}{i}.", f"{new}{i}."
+            for part in ("weight", "bias"):
+                self.split(f"{before}attn.in_proj_{part}", [f"{after}self_attn.{name}_proj.{part}" for name in "qkv"])
+            self.linear(f"{before}attn.out_proj", f"{after}self_attn.out_proj")
+            self.linear(f"{before}ln_1", f"{after}layer_norm1")
+            self.linear(f"{before}ln_2", f"{after}layer_norm2")
+            self.linear(f"{before}mlp.c_fc", f"{after}mlp.fc1")
+            self.linear(f"{before}mlp.c_proj", f"{after}mlp.fc2")
