@@ -1,12 +1,16 @@
 """Photos on disk: the folder layouts that the training scripts read, checked before any work starts."""
 
 import fnmatch
+import math
+import random
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
+from torch import nn
 
 from spar_hf.image_processing_spar import read_image as read_upright
 from spar_hf.image_processing_spar import to_rgb
@@ -94,3 +98,18 @@ def readable_name(name: str) -> str:
     """A data set's class name as a person would write it: `floor-other-merged` -> `floor`."""
     name = re.sub(r"-(merged|other|stuff)\b", "", name)
     return re.sub(r"[-_]+", " ", name).strip().lower()
+
+
+def jitter(pixels: torch.Tensor, rng: random.Random) -> torch.Tensor:
+    """Light, contrast, colour and white balance of another hour and camera; `(3, height, width)` in 0 to 1."""
+    pixels = pixels.clamp(1e-4, 1) ** math.exp(rng.uniform(-0.5, 0.5))
+    pixels = pixels * rng.uniform(0.5, 1.3)
+    pixels = pixels * torch.tensor([rng.uniform(0.85, 1.15) for _ in range(3)])[:, None, None]
+    pixels = (pixels - pixels.mean()) * rng.uniform(0.7, 1.3) + pixels.mean()
+    grey = pixels.mean(0, keepdim=True)
+    saturation = 0.0 if rng.random() < 0.08 else rng.uniform(0.4, 1.5)
+    pixels = grey + (pixels - grey) * saturation
+    if rng.random() < 0.2:  # a photo that was enlarged, or is out of focus
+        small = nn.functional.avg_pool2d(pixels[None], 2)
+        pixels = nn.functional.interpolate(small, size=pixels.shape[-2:], mode="bilinear")[0]
+    return pixels.clamp(0, 1)

@@ -17,11 +17,12 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from checkpoints import StopAtStep, cut_log, load_checkpoint, save_checkpoint
-from data import list_images, read_image
+from data import jitter, list_images, read_image
 from huggingface_hub import ModelCardData
 from PIL import Image
 from torch import nn
@@ -98,6 +99,13 @@ class Options:
     min_scale: float = field(default=0.5, metadata={"help": "times a factor drawn between this and 1."})
     crop_probability: float = field(default=0.5, metadata={"help": "Chance of a random crop of 40-100 % per side."})
     flip_probability: float = field(default=0.5, metadata={"help": "Chance of a horizontal flip."})
+    jitter_probability: float = field(
+        default=0.0,
+        metadata={
+            "help": "Chance that light, contrast and colour of a photo are changed at random, for teacher and student alike "
+            "(0 in the paper). Where photos are few, the student else learns their light by heart."
+        },
+    )
     mixed_precision: str = field(default="no", metadata={"help": "no, fp16 or bf16."})
     save_dtype: str = field(
         default="float32", metadata={"help": "Precision of the stored weights: float32, float16 or bfloat16."}
@@ -121,8 +129,9 @@ class Options:
             raise ValueError("--min_scale lies in (0, 1], --holdout_every is at least 2 and --steps at least 1.")
         if self.save_dtype not in ("float32", "float16", "bfloat16"):
             raise ValueError(f"--save_dtype {self.save_dtype}: use float32, float16 or bfloat16.")
-        if not 0 <= self.whiten <= 1:
-            raise ValueError(f"--whiten {self.whiten} must lie in 0 to 1.")
+        for name in ("whiten", "crop_probability", "flip_probability", "jitter_probability"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"--{name} {getattr(self, name)} must lie in 0 to 1.")
         if self.teacher_windows is not None and self.teacher_windows < 1:
             raise ValueError(f"--teacher_windows {self.teacher_windows} must be at least 1.")
 
@@ -142,9 +151,11 @@ class Photos(Dataset):
         order = list(range(len(self.paths)))
         random.Random(f"order-{self.options.seed}-{epoch}").shuffle(order)
         rng = random.Random(f"photo-{self.options.seed}-{index}")
-        return self.pixels(
-            augment(read_image(self.paths[order[position]]), self.window, self.patch_size, self.options, rng)
-        )
+        photo = augment(read_image(self.paths[order[position]]), self.window, self.patch_size, self.options, rng)
+        if rng.random() < self.options.jitter_probability:
+            pixels = torch.from_numpy(np.array(photo)).permute(2, 0, 1).float() / 255  # (3, height, width)
+            photo = Image.fromarray((jitter(pixels, rng) * 255).round().byte().permute(1, 2, 0).numpy())
+        return self.pixels(photo)
 
     def pixels(self, photo: Image.Image) -> torch.Tensor:
         return self.image_processor(photo, do_resize=False, return_tensors="pt")["pixel_values"][0]
@@ -384,6 +395,7 @@ def train(options: Options) -> Path:
         "steps": options.steps,
         "photos_per_step": photos_per_step,
         "photo_size": [options.long_side, options.short_side, options.min_scale],
+        "jitter_probability": options.jitter_probability,
         "train_layers": options.train_layers,
         "whiten": options.whiten,
         "words": options.words,

@@ -24,7 +24,7 @@ import yaml
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from checkpoints import cut_log, load_checkpoint, save_checkpoint
-from data import VOID, list_images, open_segmentation_folder, read_image, read_mask, readable_name
+from data import VOID, jitter, list_images, open_segmentation_folder, read_image, read_mask, readable_name
 from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
@@ -134,21 +134,6 @@ class CropSet:
         if flip:
             pixels, label = pixels.flip(-1), label.flip(-1) if label.ndim else label
         return pixels * 2 - 1, label
-
-
-def jitter(pixels: torch.Tensor, rng: random.Random) -> torch.Tensor:
-    """Light, contrast, colour and white balance of another hour and camera; `(3, height, width)` in 0 to 1."""
-    pixels = pixels.clamp(1e-4, 1) ** math.exp(rng.uniform(-0.5, 0.5))
-    pixels = pixels * rng.uniform(0.5, 1.3)
-    pixels = pixels * torch.tensor([rng.uniform(0.85, 1.15) for _ in range(3)])[:, None, None]
-    pixels = (pixels - pixels.mean()) * rng.uniform(0.7, 1.3) + pixels.mean()
-    grey = pixels.mean(0, keepdim=True)
-    saturation = 0.0 if rng.random() < 0.08 else rng.uniform(0.4, 1.5)
-    pixels = grey + (pixels - grey) * saturation
-    if rng.random() < 0.2:  # a photo that was enlarged, or is out of focus
-        small = nn.functional.avg_pool2d(pixels[None], 2)
-        pixels = nn.functional.interpolate(small, size=pixels.shape[-2:], mode="bilinear")[0]
-    return pixels.clamp(0, 1)
 
 
 class CropBatches(Dataset):
