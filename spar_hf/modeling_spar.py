@@ -163,6 +163,9 @@ class SparPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+    # what a saved folder says of the code that reads it; a class with a configuration of its own names its own
+    _auto_map: dict[str, str] = AUTO_MAP
+    _custom_pipelines: dict[str, Any] = CUSTOM_PIPELINES
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         """As in transformers, and this library's files beside the weights, for `trust_remote_code=True`."""
@@ -172,7 +175,7 @@ class SparPreTrainedModel(PreTrainedModel):
             # code that was itself loaded from a folder may lack what nobody has asked for yet
             if (here / name).is_file() and (here / name).resolve() != (Path(save_directory) / name).resolve():
                 shutil.copyfile(here / name, Path(save_directory) / name)
-        self.config.auto_map, self.config.custom_pipelines = AUTO_MAP, CUSTOM_PIPELINES
+        self.config.auto_map, self.config.custom_pipelines = self._auto_map, self._custom_pipelines
         try:
             super().save_pretrained(save_directory, *args, **kwargs)
         finally:
