@@ -350,7 +350,11 @@ class SparImageProcessorPil(PilBackend):
         return cls(image_mean=settings["image_mean"], image_std=settings["image_std"], size=dict(PUBLISHED_SIZE))
 
     def preprocess(self, images, *args, **kwargs) -> BatchFeature:
-        if kwargs.get("size") == "native":
+        if isinstance(size := kwargs.get("size"), str):
+            if size != "native":
+                raise ValueError(
+                    f"`size` is {size!r}; the only word for a size is 'native'. See the class for numbers."
+                )
             kwargs["size"] = None
         return super().preprocess(images, *args, **kwargs)
 
@@ -497,10 +501,10 @@ class SparImageProcessorPil(PilBackend):
         size = size if do_resize else None
         resized = []
         for image in images:
-            height, width = self.working_size(*image.shape[1:], size, max_tokens, patch_size)
+            height, width = self.working_size(image.shape[1], image.shape[2], size, max_tokens, patch_size)
             resized.append(self.resize(image, SizeDict(height=height, width=width), resample))
         output = super()._preprocess(
-            resized, do_resize=False, size=None, resample=resample, return_tensors=None, **kwargs
+            resized, do_resize=False, size=SizeDict(), resample=resample, return_tensors=None, **kwargs
         )
         sizes = sorted({image.shape[1:] for image in output["pixel_values"]})
         if return_tensors is not None and len(sizes) > 1:

@@ -4,6 +4,7 @@ import copy
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -81,6 +82,9 @@ class Photos(Dataset):
     def __len__(self) -> int:
         return len(self.source)
 
+    def __iter__(self) -> Iterator[Any]:
+        return (self[i] for i in range(len(self)))
+
     def __getitem__(self, index: int) -> Any:
         return self.prepare(lambda: self.source[index]) if self.prepare else self.source[index]
 
@@ -93,7 +97,7 @@ class PhotoStream(IterableDataset):
 
     def __iter__(self) -> Iterator[Any]:
         for photo in self.source:
-            yield self.prepare(lambda photo=photo: photo) if self.prepare else photo
+            yield self.prepare(partial(next, iter([photo]))) if self.prepare else photo
 
 
 class Results:
@@ -116,7 +120,7 @@ def as_photos(inputs: Any) -> Photos | PhotoStream | None:
         return Photos(inputs) if inputs.ndim == 4 else None
     if isinstance(inputs, (str, bytes, os.PathLike, Mapping, Image.Image, EncodedImage)):
         return None
-    column = (getattr(inputs, "features", None) or {}).get("image")
+    column: Any = (getattr(inputs, "features", None) or {}).get("image")
     if getattr(column, "decode", None) and hasattr(inputs, "cast_column"):
         # a dataset of `datasets`: decoded here, photo by photo, so that a damaged one does not end the stream
         column = copy.copy(column)

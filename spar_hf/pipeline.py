@@ -135,7 +135,36 @@ class OpenVocabSegmentationPipeline(Pipeline):
 
         ### What the rules do
 
-        THRESHOLD_TABLE
+        Measured with `spar-tiny` on photos outside its training: ten frames spread over CamVid's `val` (11 classes) and the
+        20 held-out COCO photos (133 classes), shorter side 384 px. *Kept*: labelled pixels that are not given to the
+        background. *Right*: those of them with the right class. *Found*: classes of a photo that keep any pixel.
+
+        | rule            | CamVid: kept, right, mIoU, found | COCO: kept, right, mIoU, found |
+        |-----------------|----------------------------------|--------------------------------|
+        | none            | 100 %, 72 %, 35.1, 78 %          | 100 %, 23 %, 3.5, 41 %         |
+        | `threshold` 0.1 | 100 %, 72 %, 35.1, 78 %          | 86 %, 25 %, 3.8, 32 %          |
+        | `threshold` 0.2 | 100 %, 72 %, 35.1, 78 %          | 49 %, 35 %, 3.9, 23 %          |
+        | `threshold` 0.3 | 97 %, 74 %, 35.0, 78 %           | 30 %, 47 %, 3.3, 19 %          |
+        | `threshold` 0.5 | 80 %, 79 %, 31.1, 55 %           | 14 %, 59 %, 2.2, 9 %           |
+        | `threshold` 0.7 | 46 %, 95 %, 23.0, 54 %           | 6 %, 74 %, 1.2, 4 %            |
+        | `threshold` 0.9 | 29 %, 99 %, 15.0, 22 %           | 2 %, 100 %, 0.6, 2 %           |
+        | `min_area` 0.01 | 99 %, 73 %, 34.0, 64 %           | 98 %, 23 %, 4.1, 29 %          |
+        | `min_area` 0.05 | 94 %, 74 %, 30.0, 44 %           | 89 %, 25 %, 4.7, 23 %          |
+        | `min_area` 0.1  | 79 %, 73 %, 19.7, 28 %           | 76 %, 26 %, 4.3, 16 %          |
+
+        A threshold means another thing for every number of words: the same photo has lower probabilities among more. The
+        same COCO photos with words for things only, all else being background (mean IoU of the things in a photo /
+        IoU of all things together / IoU of the background):
+
+        | rule                        | words: the photo's things | words: COCO's 80 things |
+        |-----------------------------|---------------------------|-------------------------|
+        | none                        | 15.5 / 37.8 / 0           | 5.6 / 37.8 / 0          |
+        | `threshold` 0.3             | 15.5 / 37.8 / 0           | 2.9 / 17.3 / 47.7       |
+        | `threshold` 0.7             | 14.0 / 33.9 / 21.2        | 0 / 0.6 / 61.3          |
+        | `background="auto"`         | 8.3 / 20.4 / 63.6         | 4.6 / 48.9 / 57.3       |
+        | the same, `threshold` 0.1   | 8.3 / 20.4 / 63.6         | 3.6 / 45.8 / 58.5       |
+
+        `"auto"` finds the background best; where words are few it takes much of the things along.
         """
         if candidate_labels is not None:
             kwargs["candidate_labels"] = candidate_labels
@@ -188,7 +217,9 @@ class OpenVocabSegmentationPipeline(Pipeline):
         many = as_photos(photos)
         options = {**self._preprocess_params, **{k: v for k, v in (("size", size), ("max_tokens", max_tokens)) if v}}
         options.pop("on_error", None)
-        encoded = [self._encode([self.preprocess(photo, **options)])[0] for photo in (many or [photos])]
+        encoded = [
+            self._encode([self.preprocess(photo, **options)])[0] for photo in ([photos] if many is None else many)
+        ]
         return encoded[0] if many is None else encoded
 
     def text_embeds(self, vocabulary: Vocabulary, templates=None) -> torch.Tensor:
@@ -254,8 +285,11 @@ class OpenVocabSegmentationPipeline(Pipeline):
         forward_params: dict,
         postprocess_params: dict,
     ) -> Results:
-        # what is wrong with the words is wrong for every photo: raised here, whatever `on_error` is
-        vocabulary, _, _ = self.classes(**{k: forward_params.get(k) for k in ("vocabulary", "background")})
+        # what is wrong with the words or options is wrong for every photo: raised here, whatever `on_error` is
+        output, decided = forward_params.get("output"), ("threshold", "min_area", "top_k")
+        if output in ("probabilities", "logits") and any(forward_params.get(name) for name in decided):
+            raise ValueError(f"output={output!r} is what comes before a decision: leave out {', '.join(decided)}.")
+        vocabulary, _, _ = self.classes(forward_params.get("vocabulary"), forward_params.get("background"))
         self.text_embeds(vocabulary, forward_params.get("templates"))
         skip = preprocess_params.get("on_error") == "skip"
         options = {name: value for name, value in preprocess_params.items() if name != "on_error"}
@@ -310,10 +344,6 @@ class OpenVocabSegmentationPipeline(Pipeline):
         top_k: int | None = None,
     ):
         rules = bool(threshold or min_area)
-        if output in ("probabilities", "logits") and (rules or top_k):
-            raise ValueError(
-                f"output={output!r} is what comes before a decision: leave out threshold, min_area and top_k."
-            )
         vocabulary, labels, background_class = self.classes(vocabulary, background, rules)
         encoded = encoded.to(self.model.device)
         text_embeds = self.text_embeds(vocabulary, templates)
@@ -337,10 +367,10 @@ class OpenVocabSegmentationPipeline(Pipeline):
         if output == "probabilities":
             return {"probabilities": class_probabilities(logits, name_to_class, *geometry)[1], "labels": labels}
         decision = decide(logits, name_to_class, *geometry)
-        outputs = {"labels": labels}
+        outputs: dict[str, Any] = {"labels": labels}
         if top_k and output == "map":
             top = class_probabilities(logits, name_to_class, *geometry, top_k=top_k)
-            outputs |= dict(zip(("top_map", "top_probabilities"), top, strict=True))
+            outputs["top_map"], outputs["top_probabilities"] = top
         if rules:
             decision = give_to_background(decision, background_class, threshold, min_area)
         pixels, scores = decision.class_scores(len(labels))

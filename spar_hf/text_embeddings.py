@@ -43,7 +43,9 @@ def full_fingerprint(model, tokenizer) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    digest.update(backend.to_str().encode() if backend is not None else repr(sorted(tokenizer.get_vocab())).encode())
+    words = tokenizer.get_vocab() if backend is None else json.loads(backend.to_str())
+    words = {key: value for key, value in words.items() if key not in ("padding", "truncation")}  # set by each call
+    digest.update(json.dumps(words, sort_keys=True).encode())
     return digest.hexdigest()
 
 
