@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-WORKING_BYTES = 64 * 2**20  # bound on the largest buffer of a tile; about four of them live at once
+WORKING_BYTES = 64 * 2**20  # bound on the largest buffer of a tile; four to five of them live at once
 OUTPUT_BYTES = 2**30  # larger dense outputs are refused
 # logits of all names on the whole grid, or what gives those of the patch rows `first` to `last` (exclusive), so that
 # they are never held all at once
@@ -194,7 +194,7 @@ def decide(
         working_size (`tuple[int, int]`): height and width the model saw, before its own padding.
         output_size (`tuple[int, int]`): height and width of the photo; masks come out in this size.
         working_bytes (`int`, *optional*, defaults to 64 MiB):
-            Bound on a tile's largest buffer. About four live at once, beside the 8 bytes per pixel of the result.
+            Bound on a tile's largest buffer. Four to five live at once, beside the 8 bytes per pixel of the result.
 
     Returns:
         [`LabelMap`] on the device of `logits`.
