@@ -37,8 +37,8 @@ class OpenVocabSegmentationPipeline(Pipeline):
     of a class; SPAR, section 3). Each name is embedded once and kept until the text tower's weights change.
 
     Beside features and results, a decision holds a few buffers of at most 64 MiB and 8 bytes per pixel of the photo,
-    whatever the number of classes: 0.25 GiB for 150 classes at 1024×2048, 0.37 GiB for 1,000 at 2048×2048 (measured on a CPU).
-    To compile the model: `segment.model = torch.compile(segment.model)`.
+    whatever the number of classes: 0.25 GiB for 150 classes at 1024×2048, 0.37 GiB for 1,000 at 2048×2048 (on a
+    CPU). To compile the model: `segment.model = torch.compile(segment.model)`.
 
     Example:
 
