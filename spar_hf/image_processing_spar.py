@@ -19,7 +19,10 @@ from PIL import Image, ImageOps
 from transformers import BatchFeature
 from transformers.image_processing_backends import PilBackend
 from transformers.image_utils import ChannelDimension, PILImageResampling, SizeDict
-from transformers.utils import TensorType
+from transformers.processing_utils import ImagesKwargs
+from transformers.utils import TensorType, logging
+
+logger = logging.get_logger(__name__)
 
 URL_PREFIXES = ("http://", "https://", "data:image/")
 DOWNLOAD_TIMEOUT = 30  # seconds without an answer
@@ -30,9 +33,10 @@ PUBLISHED_SIZE = {"shortest_edge": 672, "longest_edge": 2048}  # SPAR's evaluati
 SIZE_KEYS = ({"shortest_edge"}, {"longest_edge"}, {"shortest_edge", "longest_edge"}, {"height", "width"})
 
 
-def read_image(source: str | os.PathLike) -> Image.Image:
+def read_image(source: str | os.PathLike | bytes) -> Image.Image:
     """
-    Open a file, an `http(s)` URL or a `data:image/` URL, in its own mode and turned as its EXIF orientation says.
+    Open a file, an `http(s)` URL, a `data:image/` URL or the bytes of a file, in its own mode and turned as its EXIF
+    orientation says.
 
     Like `load_image` of transformers, which converts to RGB at once and so loses transparency and clips 16-bit
     photos.
@@ -40,10 +44,12 @@ def read_image(source: str | os.PathLike) -> Image.Image:
     Raises:
         FileNotFoundError: `source` is neither a file nor a URL.
         ConnectionError: the URL gives no answer.
-        ValueError: empty, truncated or not an image.
+        ValueError: empty, truncated, not an image, or of more pixels than Pillow trusts.
     """
-    name = os.fspath(source)
-    if isinstance(name, str) and name.startswith(URL_PREFIXES):
+    name: str | bytes
+    if isinstance(source, bytes):
+        name, data = "the given bytes", source
+    elif isinstance(name := os.fspath(source), str) and name.startswith(URL_PREFIXES):
         data = download(name)
     elif os.path.isfile(name):
         data = Path(os.fsdecode(name)).read_bytes()
@@ -58,6 +64,10 @@ def read_image(source: str | os.PathLike) -> Image.Image:
         raise ValueError(f"{name[:200]!r} is empty (0 bytes). Copy or download it again.")
     try:
         image = Image.open(BytesIO(data))
+    except Image.DecompressionBombError as error:
+        raise ValueError(
+            f"{name[:200]!r} is refused: {error} If you trust it, raise `PIL.Image.MAX_IMAGE_PIXELS`, else make it smaller."
+        ) from error
     except OSError as error:
         raise ValueError(
             f"{name[:200]!r} is no image that Pillow can read. Copy or download it again if it is damaged, "
@@ -208,6 +218,26 @@ def resized_size(height: int, width: int, size: SizeDict) -> tuple[int, int]:
     return new_height, new_width
 
 
+def limited_size(height: int, width: int, patch_size: int, max_tokens: int) -> tuple[int, int]:
+    """
+    The working size `(height, width)` where it has at most `max_tokens` patches, partial ones counted; else one that
+    has: both sides times `sqrt(max_tokens * patch_size² / (height * width))`, each rounded down to whole patches, at
+    least one and at most `max_tokens`.
+    """
+    if -(-height // patch_size) * -(-width // patch_size) <= max_tokens:
+        return height, width
+    scale = math.sqrt(max_tokens / (height * width))  # in patches per pixel
+    rows, columns = (min(max(1, math.floor(side * scale)), max_tokens) for side in (height, width))
+    return rows * patch_size, columns * patch_size
+
+
+class SparImageKwargs(ImagesKwargs, total=False):
+    """What [`SparImageProcessorPil`] takes beyond the options of every image processor."""
+
+    max_tokens: int | None
+    patch_size: int | None
+
+
 class SparImageProcessorPil(PilBackend):
     r"""
     Image processor of SPAR models: resizes (or not), rescales, normalises. It needs Pillow only, no torchvision.
@@ -230,7 +260,12 @@ class SparImageProcessorPil(PilBackend):
             (or `n`) makes the shorter side n, `{"longest_edge": n}` the longer one; with both, the shorter side is
             n unless that makes the longer one exceed its own n, which then decides. They enlarge as well as
             shrink. The aspect ratio is kept, each side rounded to its nearest pixel. `{"height": h, "width": w}`
-            does not keep it.
+            does not keep it. In a call, `"native"` says the same as `None`.
+        max_tokens (`int`, *optional*):
+            Most patches that an image may have, partial ones counted. A larger working image is made smaller by
+            [`limited_size`], with one warning. `None` sets no limit.
+        patch_size (`int`, *optional*):
+            Side of a patch in pixels; needed where `max_tokens` is set.
         do_resize (`bool`, *optional*, defaults to `True`):
             Whether to resize to `size`, if there is one.
         resample (`PIL.Image.Resampling`, *optional*, defaults to `BICUBIC`):
@@ -259,7 +294,7 @@ class SparImageProcessorPil(PilBackend):
     Raises:
         ValueError: an image that cannot be read, has a side below 2 pixels, NaN or infinite values, a dtype or
             range that is not listed above, or an ambiguous shape such as `(3, width, 3)`; images of unequal size
-            to be stacked; padding or cropping asked for; an impossible `size`.
+            to be stacked; padding or cropping asked for; an impossible `size` or `max_tokens`.
         FileNotFoundError: a string that is neither a file nor a URL.
         ConnectionError: a URL that gives no answer.
         TypeError: an object that is no image.
@@ -281,7 +316,10 @@ class SparImageProcessorPil(PilBackend):
     ```"""
 
     _auto_class = "AutoImageProcessor"  # saved folders name this class and bring its code
+    valid_kwargs = SparImageKwargs
     size = None
+    max_tokens = None
+    patch_size = None
     resample = PILImageResampling.BICUBIC
     image_mean = [0.5, 0.5, 0.5]
     image_std = [0.5, 0.5, 0.5]
@@ -311,7 +349,21 @@ class SparImageProcessorPil(PilBackend):
             )
         return cls(image_mean=settings["image_mean"], image_std=settings["image_std"], size=dict(PUBLISHED_SIZE))
 
-    def _standardize_kwargs(self, size=None, **kwargs) -> dict[str, Any]:
+    def preprocess(self, images, *args, **kwargs) -> BatchFeature:
+        if isinstance(size := kwargs.get("size"), str):
+            if size != "native":
+                raise ValueError(
+                    f"`size` is {size!r}; the only word for a size is 'native'. See the class for numbers."
+                )
+            kwargs["size"] = None
+        return super().preprocess(images, *args, **kwargs)
+
+    def _standardize_kwargs(self, size=None, max_tokens=None, patch_size=None, **kwargs) -> dict[str, Any]:
+        for name, number in (("max_tokens", max_tokens), ("patch_size", patch_size)):
+            if number is not None and (not isinstance(number, int) or number < 1):
+                raise ValueError(f"`{name}` is {number!r}; it must be a whole number of at least 1, or None.")
+        if max_tokens is not None and patch_size is None:
+            raise ValueError("`max_tokens` counts patches, so it needs the `patch_size` of the model.")
         if isinstance(size, int):
             size = {"shortest_edge": size}
         elif isinstance(size, (list, tuple)) and len(size) == 2:
@@ -324,6 +376,7 @@ class SparImageProcessorPil(PilBackend):
                     f"{[sorted(keys) for keys in SIZE_KEYS]} and whole numbers of at least 1 pixel."
                 )
         kwargs = super()._standardize_kwargs(size=size, **kwargs)
+        kwargs["max_tokens"], kwargs["patch_size"] = max_tokens, patch_size
         if kwargs.get("do_pad") or kwargs.get("do_center_crop"):
             raise ValueError(
                 "SPAR's image processor neither pads nor crops: the model pads to its patch by itself. Leave "
@@ -396,6 +449,21 @@ class SparImageProcessorPil(PilBackend):
             pixels = np.asarray(to_rgb(image))
         return np.ascontiguousarray(np.moveaxis(pixels, -1, 0))  # (height, width, 3) -> (3, height, width)
 
+    def working_size(
+        self, height: int, width: int, size: SizeDict | None, max_tokens: int | None, patch_size: int | None
+    ) -> tuple[int, int]:
+        """The `(height, width)` that a photo is resized to: that of `size` (`None`: its own), within `max_tokens`."""
+        wanted = (height, width) if size is None else resized_size(height, width, size)
+        if max_tokens is None or patch_size is None:
+            return wanted
+        allowed = limited_size(*wanted, patch_size, max_tokens)
+        if allowed != wanted:
+            logger.warning_once(
+                f"Images of more than {max_tokens} patches (`max_tokens`) are made smaller. For more detail allow more, "
+                "if memory and time do; a smaller `size` avoids this message."
+            )
+        return allowed
+
     def resize(self, image: np.ndarray, size: SizeDict, resample: int | None = None, **kwargs) -> np.ndarray:
         """Resize `(3, height, width)` as a PIL image; float pixels by channel, clipped to 0–1 as levels are."""
         _, old_height, old_width = image.shape
@@ -424,11 +492,19 @@ class SparImageProcessorPil(PilBackend):
         images: list[np.ndarray],
         do_resize: bool | None = None,
         size: Any = None,
+        resample: Any = None,
+        max_tokens: int | None = None,
+        patch_size: int | None = None,
         return_tensors: str | TensorType | None = None,
         **kwargs,
     ) -> BatchFeature:
+        size = size if do_resize else None
+        resized = []
+        for image in images:
+            height, width = self.working_size(image.shape[1], image.shape[2], size, max_tokens, patch_size)
+            resized.append(self.resize(image, SizeDict(height=height, width=width), resample))
         output = super()._preprocess(
-            images, do_resize=bool(do_resize and size is not None), size=size, return_tensors=None, **kwargs
+            resized, do_resize=False, size=SizeDict(), resample=resample, return_tensors=None, **kwargs
         )
         sizes = sorted({image.shape[1:] for image in output["pixel_values"]})
         if return_tensors is not None and len(sizes) > 1:

@@ -55,11 +55,13 @@ CODE_FILES = (
     "configuration_spar.py",
     "image_processing_spar.py",
     "modeling_spar.py",
+    "photo_streams.py",
     "pipeline.py",
     "processing_spar.py",
     "prompts.py",
     "readouts.py",
     "segmentation.py",
+    "text_embeddings.py",
     "vocabularies.py",
 )
 AUTO_MAP = {

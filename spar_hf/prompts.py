@@ -1,12 +1,16 @@
 """Words in, text embeddings out: the grammar of vocabularies, prompt templates, and the embeddings of a vocabulary."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from transformers.utils import logging
 
-from .vocabularies import VOCABULARIES, vocabulary_lines
+from .vocabularies import STUFF_WORDS, VOCABULARIES, vocabulary_lines
+
+PROGRESS_FROM = 1000  # names: from here on embedding takes long enough for a bar
 
 # The 80 prompts that CLIP (Radford et al., 2021) uses for ImageNet; SPAR averages over them.
 IMAGENET80 = (
@@ -135,8 +139,11 @@ class Vocabulary:
         - A dict maps labels to names: `{"vehicle": ["car", "bus"]}`.
         - A string is the name of a built-in vocabulary: `"ade20k"` (see `spar_hf/vocabularies.py`).
 
+        Names are trimmed. A class that has a name twice has it once.
+
         Raises:
-            ValueError: an unknown vocabulary, no classes, an empty name, or two classes of the same label.
+            ValueError: an unknown vocabulary, no classes, an empty name, two classes of the same label or name (also where
+                only case or spaces differ), or something that is no string.
 
         Example:
 
@@ -155,9 +162,14 @@ class Vocabulary:
                 )
             candidate_labels = vocabulary_lines(name)
         if isinstance(candidate_labels, Mapping):
-            entries = [(str(label), _names(names, split=False)) for label, names in candidate_labels.items()]
-        else:
+            entries = [(str(label).strip(), _names(names, split=False)) for label, names in candidate_labels.items()]
+        elif isinstance(candidate_labels, Iterable):
             entries = [("", _names(item, split=True)) for item in candidate_labels]
+        else:
+            raise ValueError(
+                f'Labels are a list, ["road", "car, automobile"], a dict or the name of a vocabulary, got '
+                f"{candidate_labels!r}."
+            )
         if not entries:
             raise ValueError('No labels were given. Name at least one class, e.g. ["road", "sky"].')
         labels = []
@@ -165,18 +177,81 @@ class Vocabulary:
             if not names or not all(names):
                 raise ValueError(f"Class {label or names!r} has an empty name; every name needs a word.")
             labels.append(label or names[0])
-        folded = [" ".join(label.lower().split()) for label in labels]
-        twice = sorted({label for label, key in zip(labels, folded, strict=True) if folded.count(key) > 1})
-        if twice:
-            raise ValueError(f"Labels must differ, but these stand twice: {', '.join(twice)}. Merge or rename them.")
-        return cls(tuple(labels), tuple(names for _, names in entries))
+        _refuse_twice(labels, "Labels must differ, but these stand twice")
+        unique = [tuple({folded(name): name for name in reversed(names)}.values())[::-1] for _, names in entries]
+        _refuse_twice(
+            [name for names in unique for name in names],
+            "A word decides for one class, but these stand for two classes or twice",
+        )
+        return cls(tuple(labels), tuple(unique))
+
+    def with_background(self, background: str | Sequence[str], label: str = "background") -> "Vocabulary":
+        """
+        The same classes and one called `label`, of words for what one is not looking for; they compete for every pixel.
+
+        Args:
+            background (`str` or `Sequence[str]`):
+                Words. Those that are labels of this vocabulary take their class's names along, which is then part of the
+                background. `"auto"`: the 26 stuff words that make the background of the published VOC21 evaluation, less
+                those that are a name of one of the classes.
+            label (`str`, *optional*, defaults to `"background"`):
+                What the class is called. If there is one of this label, its names stay and the words join them.
+
+        Raises:
+            ValueError: no words, an empty one, or no class left beside the background.
+
+        Example:
+
+        ```python
+        >>> vocabulary = Vocabulary.parse(["person", "sky", "tree"]).with_background(["sky", "wall"])
+        >>> vocabulary.labels, vocabulary.names
+        (('person', 'tree', 'background'), (('person',), ('tree',), ('sky', 'wall')))
+        ```"""
+        classes = dict(zip(self.labels, self.names, strict=True))
+        own = next((given for given in classes if folded(given) == folded(label)), label)
+        taken = {folded(name) for name in self.all_names}
+        if isinstance(background, str):
+            background = (
+                [word for word in STUFF_WORDS if folded(word) not in taken] if background == "auto" else [background]
+            )
+        words = [str(word).strip() for word in background]
+        if not words or not all(words):
+            raise ValueError(
+                f"The background needs words, got {list(background)}. Name some, or 'auto' for common stuff."
+            )
+        labels = {folded(given): given for given in classes}
+        names: list[str] = list(classes.get(own, ()))
+        for word in words:
+            given = labels.get(folded(word))
+            if given is None:
+                names += [word] if folded(word) not in taken else []
+            elif given != own:
+                names += classes.pop(given, ())
+        classes[own] = tuple(names)  # in its place where there is one
+        if len(classes) == 1:
+            raise ValueError(f"Every class is part of the background {words}; at least one must be left to look for.")
+        return Vocabulary.parse(classes)
+
+
+def folded(name: str) -> str:
+    """What a text tower hardly tells apart: case and spaces."""
+    return " ".join(name.lower().split())
+
+
+def _refuse_twice(words: Sequence[str], complaint: str) -> None:
+    count = Counter(map(folded, words))
+    twice = sorted({word for word in words if count[folded(word)] > 1})
+    if twice:
+        raise ValueError(f"{complaint}: {', '.join(twice)}. Merge or rename them.")
 
 
 def _names(item: str | Sequence[str], split: bool) -> tuple[str, ...]:
     if isinstance(item, str):
         parts = re.split(r"(?<!\\),", item) if split else [item]
         return tuple(part.replace("\\,", ",").strip() for part in parts)
-    return tuple(str(name).strip() for name in item)
+    if not isinstance(item, Iterable) or not all(isinstance(name, str) for name in item):
+        raise ValueError(f"A class is a string or a list of strings, got {item!r}.")
+    return tuple(name.strip() for name in item)
 
 
 def resolve_templates(templates: str | Sequence[str]) -> tuple[str, ...]:
@@ -205,6 +280,8 @@ def embed_names(
     """
     One embedding per name: its prompts are embedded, L2-normalised, averaged and normalised again (SPAR, section 3).
 
+    All prompts are tokenised, and refused if too long, before the first forward; from 1,000 names on there is a bar.
+
     Args:
         model ([`SparForOpenVocabSegmentation`]): gives `get_text_features`.
         tokenizer (`PreTrainedTokenizerBase`): the checkpoint's own.
@@ -219,22 +296,25 @@ def embed_names(
         ValueError: a prompt is longer than the text tower's context, or the templates are malformed.
     """
     prompts_of = resolve_templates(model.config.templates if templates is None else templates)
-    limit = model.config.text_config.max_position_embeddings
-    # names x templates, name by name
-    prompts = [template.format(name) for name in names for template in prompts_of]
+    encoded = []
+    for start in range(0, len(names), 256):  # of names: lists of Python numbers would be large
+        # names x templates, name by name
+        prompts = [template.format(name) for name in names[start : start + 256] for template in prompts_of]
+        encoded.append(_tokenise(tokenizer, prompts, model.config.text_config.max_position_embeddings))
+    ids = torch.cat(encoded)
+    features = []
+    for batch in logging.tqdm(ids.split(batch_size), desc="embedding names", disable=len(names) < PROGRESS_FROM):
+        outputs = model.get_text_features(batch.long().to(model.device)).pooler_output
+        features.append(torch.nn.functional.normalize(outputs.float(), dim=-1))
+    # (names * templates, dim) -> (names, dim)
+    mean = torch.cat(features).view(len(names), len(prompts_of), -1).mean(1)
+    return torch.nn.functional.normalize(mean, dim=-1)
+
+
+def _tokenise(tokenizer, prompts: Sequence[str], limit: int) -> torch.Tensor:
+    """Token ids `(prompts, limit)` int32, padded to the context."""
     encoded = tokenizer(prompts, padding="max_length", max_length=limit, truncation=False)["input_ids"]
     for prompt, ids in zip(prompts, encoded, strict=True):
         if len(ids) > limit:
             raise ValueError(f"{prompt!r} has {len(ids)} tokens, but the text tower reads {limit}. Shorten the name.")
-    features = [
-        torch.nn.functional.normalize(
-            model.get_text_features(
-                torch.tensor(encoded[i : i + batch_size], device=model.device)
-            ).pooler_output.float(),
-            dim=-1,
-        )
-        for i in range(0, len(encoded), batch_size)
-    ]
-    # (names * templates, dim) -> (names, dim)
-    mean = torch.cat(features).view(len(names), len(prompts_of), -1).mean(1)
-    return torch.nn.functional.normalize(mean, dim=-1)
+    return torch.tensor(encoded, dtype=torch.int32)

@@ -35,6 +35,9 @@ VOC_BACKGROUND_SPAR = """
 sky, wall, tree, wood, grass, road, sea, river, mountain, sands, desk, bed, building, cloud, lamp, door, window,
 wardrobe, ceiling, shelf, curtain, stair, floor, hill, rail, fence"""
 
+# what stands around things in most photos; the published VOC21 evaluation makes its background of them
+STUFF_WORDS = tuple(word.strip() for word in VOC_BACKGROUND_SPAR.split(","))
+
 CONTEXT59 = """
 aeroplane; bag; bed; bedclothes; bench; bicycle; bird; boat; book; bottle; building; bus; cabinet; car; cat; ceiling;
 chair; cloth; computer; cow; cup; curtain; dog; door; fence; floor; flower; food; grass; ground; horse; keyboard;

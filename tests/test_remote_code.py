@@ -8,8 +8,9 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from transformers import pipeline
 
-from spar_hf import SPAR_TINY, SparForOpenVocabSegmentation, SparProcessor, SparVisionModel
+from spar_hf import SPAR_TINY, SparProcessor, SparVisionModel
 
 HIDE = """
 import sys
@@ -38,6 +39,15 @@ with torch.no_grad():
     image_processor = AutoImageProcessor.from_pretrained(folder + "/vision", **trust)
     out["pixels"] = image_processor(folder + "/photo.png", return_tensors="pt").pixel_values
 segment = pipeline("open-vocab-segmentation", model=folder + "/both", **trust)
+segment.load_text_embeddings(folder + "/words.safetensors")
+calls = []
+segment.model.text_model.register_forward_pre_hook(lambda *args: calls.append(1))
+photos = [folder + "/photo.png", folder + "/none.png", segment.encode(folder + "/photo.png")]
+options = {"candidate_labels": ["road", "sky"], "output": "probabilities"}
+results = segment(photos, batch_size=2, on_error="skip", **options)
+assert "none.png" in results[1]["error"]
+out["probabilities"], out["encoded"] = (torch.from_numpy(results[i]["probabilities"]) for i in (0, 2))
+assert not calls, "words of a file ran through the text tower"
 out["map"] = torch.from_numpy(segment(folder + "/photo.png", candidate_labels=["road", "sky"], output="map")["map"])
 assert ("spar_hf" in sys.modules) == (sys.argv[2] != "hidden"), "the package was not hidden"
 save_file({k: v.contiguous() for k, v in out.items()}, folder + "/" + sys.argv[2] + ".safetensors")
@@ -47,9 +57,10 @@ save_file({k: v.contiguous() for k, v in out.items()}, folder + "/" + sys.argv[2
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoints")
-    SparForOpenVocabSegmentation.from_pretrained(SPAR_TINY).save_pretrained(folder / "both")
+    segment = pipeline("open-vocab-segmentation", model=SPAR_TINY)
+    segment.save_pretrained(folder / "both")
+    segment.save_text_embeddings(folder / "words.safetensors", ["road", "sky"])
     processor = SparProcessor.from_pretrained(SPAR_TINY)
-    processor.save_pretrained(folder / "both")
     SparVisionModel.from_pretrained(SPAR_TINY).save_pretrained(folder / "vision")
     processor.image_processor.save_pretrained(folder / "vision")
     save_file({"pixels": torch.randn(1, 3, 100, 140)}, folder / "in.safetensors")
@@ -74,6 +85,6 @@ def run(folder, mode: str, environment_folder) -> dict[str, torch.Tensor]:
 
 def test_folders_load_without_the_library_and_give_the_same(folder, tmp_path):
     hidden, installed = run(folder, "hidden", tmp_path), run(folder, "installed", tmp_path)
-    assert set(hidden) == {"vision", "tower", "logits", "pixels", "map"}
+    assert set(hidden) == {"vision", "tower", "logits", "pixels", "map", "probabilities", "encoded"}
     for name, tensor in installed.items():
         torch.testing.assert_close(hidden[name], tensor, msg=lambda m, n=name: f"{n}: {m}")

@@ -1,0 +1,131 @@
+"""What the pipeline is given: one photo, or many of them in a list, a dataset or a stream, read as they are needed."""
+
+import copy
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from .image_processing_spar import read_image
+
+
+@dataclass
+class EncodedImage:
+    """
+    A photo after the vision tower, to be compared with any number of vocabularies.
+
+    Attributes:
+        feature_map: dense features `(dim, ceil(height / patch), ceil(width / patch))`, not normalised.
+        pixel_values: the normalised image that the model saw `(3, height, width)`.
+        original_size: height and width of the photo, the size of its masks.
+    """
+
+    feature_map: torch.Tensor
+    pixel_values: torch.Tensor
+    original_size: tuple[int, int]
+
+    @property
+    def working_size(self) -> tuple[int, int]:
+        """Height and width of the image that the model saw, before its own padding."""
+        return self.pixel_values.shape[-2], self.pixel_values.shape[-1]
+
+    def to(self, device: torch.device | str) -> "EncodedImage":
+        """The same on another device."""
+        return replace(self, feature_map=self.feature_map.to(device), pixel_values=self.pixel_values.to(device))
+
+
+def guarded(skip: bool, work: Callable, *args: Any, **kwargs: Any) -> Any:
+    """What `work` returns, or with `skip`, where it fails, `{"error": message}` instead of an exception."""
+    try:
+        return work(*args, **kwargs)
+    except Exception as error:
+        if not skip:
+            raise
+        return {"error": f"{type(error).__name__}: {error}"}
+
+
+def is_error(item: Any) -> bool:
+    """Whether an item is what `guarded` left of a failure."""
+    return isinstance(item, dict) and "error" in item
+
+
+def image_of_row(row: Mapping) -> Any:
+    """
+    The image of a row of `datasets`: what stands under `"image"`, also where it is not decoded (`bytes` or `path`).
+
+    Raises:
+        ValueError: the row has no image.
+    """
+    image = row.get("image", row if "bytes" in row or "path" in row else None)
+    if isinstance(image, Mapping):
+        image = read_image(image["bytes"]) if image.get("bytes") else image.get("path")
+    if image is None:
+        raise ValueError(
+            f"A row with the columns {list(row)} has no `image`. Name the column: `KeyDataset(dataset, 'photo')` of "
+            "transformers.pipelines.pt_utils, or rename it."
+        )
+    return image
+
+
+class Photos(Dataset):
+    """Photos that can be counted: a list, a dataset. Each is prepared when it is asked for, also in worker processes."""
+
+    def __init__(self, source: Any, prepare: Callable[[Callable[[], Any]], Any] | None = None):
+        self.source, self.prepare = source, prepare
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __iter__(self) -> Iterator[Any]:
+        return (self[i] for i in range(len(self)))
+
+    def __getitem__(self, index: int) -> Any:
+        return self.prepare(lambda: self.source[index]) if self.prepare else self.source[index]
+
+
+class PhotoStream(IterableDataset):
+    """Photos that come one after the other: a generator, a streamed dataset."""
+
+    def __init__(self, source: Iterable, prepare: Callable[[Callable[[], Any]], Any] | None = None):
+        self.source, self.prepare = source, prepare
+
+    def __iter__(self) -> Iterator[Any]:
+        for photo in self.source:
+            yield self.prepare(partial(next, iter([photo]))) if self.prepare else photo
+
+
+class Results:
+    """Results in the order of the photos, made as they are asked for; its length is the number of photos, if known."""
+
+    def __init__(self, loader: DataLoader, run: Callable[[list], Iterator[Any]]):
+        self.loader, self.run = loader, run
+
+    def __len__(self) -> int:
+        return len(self.loader.dataset)  # type: ignore[arg-type]  # a stream's raises TypeError, as it should
+
+    def __iter__(self) -> Iterator[Any]:
+        for items in self.loader:
+            yield from self.run(items)
+
+
+def as_photos(inputs: Any) -> Photos | PhotoStream | None:
+    """Many photos as a dataset; `None` where `inputs` is a single one."""
+    if isinstance(inputs, (np.ndarray, torch.Tensor)):
+        return Photos(inputs) if inputs.ndim == 4 else None
+    if isinstance(inputs, (str, bytes, os.PathLike, Mapping, Image.Image, EncodedImage)):
+        return None
+    column: Any = (getattr(inputs, "features", None) or {}).get("image")
+    if getattr(column, "decode", None) and hasattr(inputs, "cast_column"):
+        # a dataset of `datasets`: decoded here, photo by photo, so that a damaged one does not end the stream
+        column = copy.copy(column)
+        column.decode = False
+        inputs = inputs.cast_column("image", column)
+    if isinstance(inputs, Sized) and hasattr(inputs, "__getitem__"):
+        return Photos(inputs)
+    return PhotoStream(inputs) if isinstance(inputs, Iterable) else None
