@@ -22,7 +22,7 @@ from .modeling_spar import (
     SparVisionModel,
     SparVisionModelOutput,
 )
-from .pipeline import OpenVocabSegmentationPipeline
+from .pipeline import EncodedImage, OpenVocabSegmentationPipeline
 from .processing_spar import SparProcessor
 from .teacher import SlidingWindowTeacher
 
@@ -58,6 +58,7 @@ __all__ = [
     "SparVisionModel",
     "SparBackbone",
     "SlidingWindowTeacher",
+    "EncodedImage",
     "OpenVocabSegmentationPipeline",
     "SparForOpenVocabSegmentation",
     "SparImageProcessorPil",
