@@ -61,6 +61,7 @@ CODE_FILES = (
     "processing_spar.py",
     "prompts.py",
     "readouts.py",
+    "refine.py",
     "segmentation.py",
     "vocabularies.py",
 )

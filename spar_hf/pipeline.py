@@ -10,6 +10,7 @@ from PIL import Image
 from transformers import Pipeline
 
 from .prompts import CandidateLabels, Vocabulary, embed_names
+from .refine import refined_logits
 from .segmentation import LabelMap, decide, give_to_background
 
 
@@ -68,6 +69,8 @@ class OpenVocabSegmentationPipeline(Pipeline):
                 with many they are low: look at the scores before choosing one.
             min_area (`float`, *optional*, defaults to 0):
                 Classes that cover less than this share of the pixels outside the background become background.
+            refine (`str` or `Callable`, *optional*): `"lposs"`, `"lposs+"` or `"pamr"` for sharper masks, see `refine.py`.
+            upsampler (`Callable`, *optional*): `(image, features) -> features`, a learned upsampler, see `refine.py`.
             output (`str`, *optional*, defaults to `"segments"`):
                 `"segments"`: a list of `{"label", "score", "mask"}` per class that has pixels, in the order of
                 the classes; `mask` is a `PIL.Image` of mode `L`, 0 or 255, in the size of the photo, and `score` the
@@ -95,8 +98,11 @@ class OpenVocabSegmentationPipeline(Pipeline):
         background=None,
         threshold=None,
         min_area=None,
+        refine=None,
+        upsampler=None,
     ):
         options = {"templates": templates, "background": background, "threshold": threshold, "min_area": min_area}
+        options |= {"refine": refine, "upsampler": upsampler}
         forward = {name: value for name, value in options.items() if value is not None}
         if candidate_labels is not None:
             forward["vocabulary"] = Vocabulary.parse(candidate_labels)
@@ -116,15 +122,18 @@ class OpenVocabSegmentationPipeline(Pipeline):
         background: str | None = None,
         threshold: float = 0.0,
         min_area: float = 0.0,
+        refine=None,
+        upsampler=None,
     ):
         if vocabulary is None:
             raise ValueError('`candidate_labels` is missing. Name the classes to look for: ["road", "sky"].')
         pixel_values = inputs["pixel_values"]
-        logits = self.model(pixel_values, text_embeds=self.text_embeds(vocabulary, templates)).logits[0]
+        outputs = self.model(pixel_values, text_embeds=self.text_embeds(vocabulary, templates))
+        logits, cell = refined_logits(self.model, outputs, pixel_values, refine, upsampler)
         decision = decide(
             logits,
             vocabulary.name_to_class,
-            self.model.config.patch_size,
+            cell,
             working_size=tuple(pixel_values.shape[-2:]),
             output_size=inputs["original_sizes"][0],
         )
