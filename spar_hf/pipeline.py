@@ -128,8 +128,12 @@ class OpenVocabSegmentationPipeline(Pipeline):
         if vocabulary is None:
             raise ValueError('`candidate_labels` is missing. Name the classes to look for: ["road", "sky"].')
         pixel_values = inputs["pixel_values"]
-        outputs = self.model(pixel_values, text_embeds=self.text_embeds(vocabulary, templates))
-        logits, cell = refined_logits(self.model, outputs, pixel_values, refine, upsampler)
+        text_embeds = self.text_embeds(vocabulary, templates)
+        outputs = self.model(pixel_values, text_embeds=text_embeds)
+        logits, cell = outputs.logits[0], self.model.config.patch_size
+        if refine is not None or upsampler is not None:
+            features, pixels = outputs.feature_map[0], pixel_values[0]
+            logits, cell = refined_logits(self.model, features, text_embeds, pixels, refine, upsampler)
         decision = decide(
             logits,
             vocabulary.name_to_class,

@@ -265,18 +265,20 @@ def resolve_refinement(refine: str | Refinement) -> Refinement:
 @torch.no_grad()
 def refined_logits(
     model,
-    outputs,
+    feature_map: torch.Tensor,
+    text_embeds: torch.Tensor,
     pixel_values: torch.Tensor,
     refine: str | Refinement | None = None,
     upsampler: Upsampler | None = None,
 ) -> tuple[torch.Tensor, int]:
     """
-    The logits of one photo, sharpened as asked.
+    The logits of one photo, sharpened as asked; with neither `refine` nor `upsampler` the model's own.
 
     Args:
-        model ([`SparForOpenVocabSegmentation`]): made the outputs.
-        outputs ([`SparOpenVocabSegmentationOutput`]): of a batch of one.
-        pixel_values (`torch.Tensor` of shape `(1, 3, height, width)`): what it was given.
+        model ([`SparForOpenVocabSegmentation`]): compares features with texts.
+        feature_map (`torch.Tensor` of shape `(dim, h, w)`): dense features of the photo.
+        text_embeds (`torch.Tensor` of shape `(names, dim)`): the words.
+        pixel_values (`torch.Tensor` of shape `(3, height, width)`): what the vision tower was given.
         refine (`str` or `Callable`, *optional*): see [`resolve_refinement`].
         upsampler (`Callable`, *optional*):
             `(image, features) -> features`, e.g. AnyUp (Wimmer et al., 2025). It gets SPAR's normalised image
@@ -285,35 +287,32 @@ def refined_logits(
             grid where it can.
 
     Returns:
-        `(names, ceil(height / cell), ceil(width / cell))`, and the side of its cells in pixels, `patch / r`.
+        `(names, ceil(height / cell), ceil(width / cell))`, and the side of its cells in pixels, `patch / r`: what
+        [`~spar_hf.segmentation.decide`] takes as logits and patch.
 
     Raises:
         ValueError: an unknown refinement, or a result that does not lie on the image.
     """
-    patch = model.config.patch_size
-    logits, feature_map = outputs.logits[0], outputs.feature_map[0]
-    if refine is None and upsampler is None:
-        return logits, patch
-    height, width = (side * patch for side in logits.shape[-2:])
-    padding = (0, width - pixel_values.shape[-1], 0, height - pixel_values.shape[-2])
-    image = nn.functional.pad(pixel_values, padding, mode="replicate")
-    cell = patch
+    cell = model.config.patch_size
+    height, width = pixel_values.shape[-2:]
+    padding = (0, feature_map.shape[2] * cell - width, 0, feature_map.shape[1] * cell - height)
+    image = nn.functional.pad(pixel_values[None], padding, mode="replicate")
     if upsampler is not None:
-        fine = upsampler(image, outputs.feature_map)
-        cell = cell_side("The upsampler's features", fine.shape[1:], feature_map.shape, patch)
-        if 4 * len(logits) * fine.shape[-2] * fine.shape[-1] > OUTPUT_BYTES:
-            raise ValueError(
-                f"{len(logits)} names on the upsampler's {fine.shape[-2]}×{fine.shape[-1]} cells take more than "
-                f"{OUTPUT_BYTES // 2**20} MiB. Let it give a coarser grid, name fewer words or make `size` smaller."
-            )
-        feature_map, logits = fine[0], model.dense_logits(fine, outputs.text_embeds)[0]
+        fine = upsampler(image, feature_map[None])[0]
+        cell = cell_side("The upsampler's features", fine.shape, feature_map.shape, cell)
+        feature_map = fine
+    if 4 * len(text_embeds) * feature_map[0].numel() > OUTPUT_BYTES:
+        raise ValueError(
+            f"{len(text_embeds)} names on {feature_map.shape[1]}×{feature_map.shape[2]} cells take more than "
+            f"{OUTPUT_BYTES // 2**20} MiB. Name fewer words, make `size` smaller, or let an upsampler give a coarser grid."
+        )
+    logits = model.dense_logits(feature_map[None], text_embeds)[0]
     if refine is not None:
         refined = resolve_refinement(refine)(logits, feature_map, image[0])
         cell = cell_side("The refinement's logits", refined.shape, logits.shape, cell)
         logits = refined
     # what lies in the padding alone is no part of the image that the decision is made for
-    rows, columns = (-(-side // cell) for side in pixel_values.shape[-2:])
-    return logits[:, :rows, :columns], cell
+    return logits[:, : -(-height // cell), : -(-width // cell)], cell
 
 
 def cell_side(what: str, shape: tuple[int, ...], source: tuple[int, ...], cell: int) -> int:

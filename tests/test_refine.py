@@ -155,13 +155,15 @@ def test_finer_grids_are_bounded_whatever_the_vocabulary():
 
 @pytest.fixture
 def outputs(two_towers):
+    """What the model makes of an image and three texts, and the first arguments of `refined_logits`."""
     pixels = torch.randn(1, 3, 50, 70, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        return pixels, two_towers(pixels, text_embeds=torch.randn(3, 32, generator=torch.Generator().manual_seed(1)))
+        made = two_towers(pixels, text_embeds=torch.randn(3, 32, generator=torch.Generator().manual_seed(1)))
+    return pixels, made, (two_towers, made.feature_map[0], made.text_embeds, pixels[0])
 
 
-def test_a_refinement_gets_one_grid_over_whole_cells(two_towers, outputs):
-    pixels, made = outputs
+def test_a_refinement_gets_one_grid_over_whole_cells(outputs):
+    pixels, made, arguments = outputs
     seen = []
 
     def twice(logits, feature_map, pixel_values):
@@ -170,27 +172,28 @@ def test_a_refinement_gets_one_grid_over_whole_cells(two_towers, outputs):
         assert (pixel_values[:, 50:, :70] == pixels[0, :, -1:]).all()  # the border is repeated
         return logits.repeat_interleave(2, 1).repeat_interleave(2, 2)
 
-    logits, cell = refined_logits(two_towers, made, pixels, twice)
+    logits, cell = refined_logits(*arguments, twice)
     assert seen == [(3, 4, 5), (32, 4, 5), (3, 64, 80)]
     assert cell == 8 and logits.shape == (3, 7, 9)  # ceil(50 / 8), ceil(70 / 8)
-    assert torch.equal(logits[:, ::2, ::2], made.logits[0])
-    logits, cell = refined_logits(two_towers, made, pixels)
-    assert cell == 16 and torch.equal(logits, made.logits[0])
+    torch.testing.assert_close(logits[:, ::2, ::2], made.logits[0])
+    logits, cell = refined_logits(*arguments)
+    assert cell == 16
+    torch.testing.assert_close(logits, made.logits[0])
 
 
-def test_an_upsampler_comes_before_the_logits(two_towers, outputs):
-    pixels, made = outputs
+def test_an_upsampler_comes_before_the_logits(outputs):
+    _, made, arguments = outputs
 
     def upsampler(image, features):
         assert image.shape == (1, 3, 64, 80) and torch.equal(features, made.feature_map)
         return F.interpolate(features, scale_factor=4, mode="bilinear")
 
-    logits, cell = refined_logits(two_towers, made, pixels, upsampler=upsampler)
+    logits, cell = refined_logits(*arguments, upsampler=upsampler)
     fine = F.normalize(F.interpolate(made.feature_map, scale_factor=4, mode="bilinear"), dim=1)
     expected = torch.einsum("bdhw,nd->bnhw", fine, made.text_embeds)[0] * 40
     assert cell == 4
     torch.testing.assert_close(logits, expected[:, :13, :18], atol=1e-3, rtol=1e-4)
-    finer, cell = refined_logits(two_towers, made, pixels, "pamr", upsampler)
+    finer, cell = refined_logits(*arguments, "pamr", upsampler)
     assert cell == 1 and finer.shape == (3, 50, 70)
 
 
@@ -207,10 +210,10 @@ def test_an_upsampler_comes_before_the_logits(two_towers, outputs):
         ({"upsampler": lambda image, features: features[:, :5]}, "upsampler's features"),
     ],
 )
-def test_what_does_not_fit_is_refused(two_towers, outputs, options, message):
-    pixels, made = outputs
+def test_what_does_not_fit_is_refused(outputs, options, message):
+    _, _, arguments = outputs
     with pytest.raises(ValueError, match=message):
-        refined_logits(two_towers, made, pixels, **options)
+        refined_logits(*arguments, **options)
 
 
 @pytest.mark.parametrize("refine", ["lposs", "lposs+", "pamr"])
