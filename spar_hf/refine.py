@@ -10,6 +10,22 @@ A refinement is a callable `(logits, feature_map, pixel_values) -> logits` for o
 [`LabelPropagation`] and [`PixelAdaptiveRefinement`] are two; anything of that form can take their place. An upsampler is a
 callable `(image, features) -> features` that is applied before the logits are made: `(1, 3, h * patch, w * patch)` and
 `(1, dim, h, w)` -> `(1, dim, h * r, w * r)`.
+
+What they give the embedded model at a shorter side of 384 px: mIoU and pixel accuracy in percent, and CPU seconds per photo
+beside the decision. Parameters were chosen on 12 other frames of CamVid (`val`, sequence 0016E5).
+
+| | CamVid, 20 frames of 0001TP, 11 classes | COCO, 20 held-out photos, 133 classes |
+|---|---|---|
+| none | 25.8, 67.8 | 3.5, 22.6 |
+| `"lposs"` | 25.3, 67.9, 0.02 s | 3.8, 23.0, 0.06 s |
+| `"lposs+"` | 25.2, 68.0, 0.04 s | 4.0, 23.5, 0.31 s |
+| `"pamr"` | 25.9, 68.4, 0.06 s | 3.9, 23.5, 0.54 s |
+| features upsampled bilinearly, 4 × | 25.7, 67.8, 0.03 s | 3.7, 22.7, 0.04 s |
+| label propagation with the paper's parameters | 11.4, 52.1, 0.08 s | 4.1, 25.1, 0.60 s |
+
+So none of them is worth much here: `"pamr"` gains half a point of accuracy, `"lposs"` loses thin classes in CamVid. Patches of
+the embedded model are too much alike for labels to travel far, while the paper's graph is DINO's; and features need a learned
+upsampler, a bilinear one does nothing. Try them on stronger models, on photos with labels.
 """
 
 from collections.abc import Callable
@@ -204,14 +220,15 @@ class PixelAdaptiveRefinement:
 
     Args:
         iterations (`int`, *optional*, defaults to 3): how often means are taken. The paper's are 10.
-        dilations (`tuple[int, ...]`, *optional*, defaults to `(1, 2, 4, 8)`):
+        dilations (`tuple[int, ...]`, *optional*, defaults to `(1, 2, 4)`):
             Distances in cells of the eight neighbours of each ring.
-        max_cells (`int`, *optional*, defaults to 65,536): bound on the grid.
+        max_cells (`int`, *optional*, defaults to 16,384):
+            Bound on the grid. Four times as many took seven times as long and gave the same within 0.1 mIoU.
     """
 
     iterations: int = 3
-    dilations: tuple[int, ...] = (1, 2, 4, 8)
-    max_cells: int = 2**16
+    dilations: tuple[int, ...] = (1, 2, 4)
+    max_cells: int = 2**14
 
     @torch.no_grad()
     def __call__(self, logits: torch.Tensor, feature_map: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -250,7 +267,7 @@ def resolve_refinement(refine: str | Refinement) -> Refinement:
 
     ```python
     >>> resolve_refinement("pamr")
-    PixelAdaptiveRefinement(iterations=3, dilations=(1, 2, 4, 8), max_cells=65536)
+    PixelAdaptiveRefinement(iterations=3, dilations=(1, 2, 4), max_cells=16384)
     ```"""
     if isinstance(refine, str) and refine in REFINEMENTS:
         return REFINEMENTS[refine]()
