@@ -120,6 +120,45 @@ def convert(
     typer.echo(report)
 
 
+@app.command()
+def bake(
+    labels: Annotated[str, typer.Option(help='Classes as of "segment": "road; car, automobile; sky"; or ade20k, …')],
+    output: Annotated[Path, typer.Option(help="Folder to write; it must not exist.")],
+    model: Annotated[str | None, typer.Option(help="Folder or hub id; the embedded spar-tiny by default.")] = None,
+    templates: Annotated[
+        str | None, typer.Option(help="Prompt templates: imagenet80, short or plain; the checkpoint's by default.")
+    ] = None,
+) -> None:
+    """Make a vision-only folder of a model and a vocabulary, for pipeline("image-segmentation")."""
+    import shutil
+
+    from transformers import AutoProcessor
+
+    from spar_hf import SPAR_TINY, SparForOpenVocabSegmentation, bake_vocabulary
+    from spar_hf.vocabularies import VOCABULARIES
+
+    classes = [item.strip() for item in labels.split(";") if item.strip()]
+    built_in = len(classes) == 1 and classes[0].lower() in VOCABULARIES
+    temporary = output.with_name(f".{output.name}.partial")
+    try:
+        if output.exists():
+            raise FileExistsError(f"{output} exists. Name another folder.")
+        quiet_transformers()
+        folder = SPAR_TINY if model is None else model
+        towers: Any = SparForOpenVocabSegmentation.from_pretrained(folder)
+        processor: Any = AutoProcessor.from_pretrained(folder)
+        baked = bake_vocabulary(towers, processor.tokenizer, classes[0].lower() if built_in else classes, templates)
+        shutil.rmtree(temporary, ignore_errors=True)
+        baked.save_pretrained(temporary)
+        processor.image_processor.save_pretrained(temporary)
+        temporary.rename(output)
+    except (ValueError, OSError, RuntimeError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        typer.secho(f"error: {error}", fg="red", err=True)
+        raise typer.Exit(1) from error
+    typer.echo(f"written: {output}, {baked.config.num_labels} classes of {len(baked.config.name_to_class)} names")
+
+
 def quiet_transformers() -> None:
     """No notices and bars of transformers among the command's own lines."""
     from transformers.utils import logging

@@ -53,13 +53,16 @@ BACKBONE_SOURCES: dict[str, Any] = {
 CODE_FILES = (
     "backbone_spar.py",
     "configuration_spar.py",
+    "configuration_spar_semantic.py",
     "image_processing_spar.py",
     "modeling_spar.py",
+    "modeling_spar_semantic.py",
     "photo_streams.py",
     "pipeline.py",
     "processing_spar.py",
     "prompts.py",
     "readouts.py",
+    "refine.py",
     "segmentation.py",
     "text_embeddings.py",
     "vocabularies.py",
@@ -298,8 +301,8 @@ class SparVisionModel(SparPreTrainedModel):
     torch.Size([1, 192, 13, 21])
     ```"""
 
-    # the other tower of a two-tower folder is left out on purpose; a warning would only worry people
-    _keys_to_ignore_on_load_unexpected = [r"^text_model\.", r"^logit_scale$", r"^logit_bias$"]
+    # the other tower of a two-tower folder, or a head, is left out on purpose; a warning would only worry people
+    _keys_to_ignore_on_load_unexpected = [r"^text_model\.", r"^logit_scale$", r"^logit_bias$", r"^classifier\."]
     # only the keys matter: the classes whose outputs are recorded are the backbone's own
     _can_record_outputs = {"hidden_states": GradientCheckpointingLayer, "attentions": GradientCheckpointingLayer}
 
@@ -489,7 +492,10 @@ class SparForOpenVocabSegmentation(SparPreTrainedModel):
             ValueError: neither or both of `input_ids` and `text_embeds` are given, or one of another shape.
         """
         if (input_ids is None) == (text_embeds is None):
-            raise ValueError("Give either `input_ids` or `text_embeds`: the words to look for, once.")
+            raise ValueError(
+                "Give either `input_ids` or `text_embeds`: the words to look for, once. In a pipeline, this model is for "
+                '`pipeline("open-vocab-segmentation")`; `bake_vocabulary` makes one for `pipeline("image-segmentation")`.'
+            )
         if text_embeds is None:
             text_embeds = self.get_text_features(input_ids, attention_mask, return_dict=True).pooler_output
         vision_outputs = self.vision_model(pixel_values, return_dict=True, **kwargs)

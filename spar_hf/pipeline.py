@@ -16,8 +16,10 @@ from transformers import Pipeline
 from .photo_streams import EncodedImage, Photos, PhotoStream, Results, as_photos, guarded, image_of_row, is_error
 from .processing_spar import SparProcessor
 from .prompts import CandidateLabels, Vocabulary, folded
+from .refine import Refinement, Upsampler, refined_logits
 from .segmentation import (
     OUTPUT_BYTES,
+    DenseLogits,
     check_shares,
     class_probabilities,
     decide,
@@ -102,6 +104,8 @@ class OpenVocabSegmentationPipeline(Pipeline):
                 Pixels whose best probability is below it become background.
             min_area (`float`, *optional*, defaults to 0):
                 Classes that cover less than this share of the pixels outside the background become background.
+            refine (`str` or `Callable`, *optional*): `"lposs"`, `"lposs+"` or `"pamr"` for sharper masks, see `refine.py`.
+            upsampler (`Callable`, *optional*): `(image, features) -> features`, a learned upsampler, see `refine.py`.
             output (`str`, *optional*, defaults to `"segments"`):
                 - `"segments"`: a list of `{"label", "score", "mask"}` per class that has pixels, in the order of
                   the classes; `mask` is a `PIL.Image` of mode `L`, 0 or 255, in the size of the photo.
@@ -187,6 +191,8 @@ class OpenVocabSegmentationPipeline(Pipeline):
         threshold=None,
         min_area=None,
         on_error=None,
+        refine=None,
+        upsampler=None,
     ):
         if output not in (None, *OUTPUTS):
             raise ValueError(f"Unknown output {output!r}; use {', '.join(map(repr, OUTPUTS[:-1]))} or {OUTPUTS[-1]!r}.")
@@ -200,6 +206,7 @@ class OpenVocabSegmentationPipeline(Pipeline):
         preprocess = {"size": size, "max_tokens": max_tokens, "on_error": on_error}
         postprocess = {"output": output, "top_k": top_k}
         forward = {"vocabulary": vocabulary, "templates": templates, "background": background, **shares, **postprocess}
+        forward |= {"refine": refine, "upsampler": upsampler}
         given = ({k: v for k, v in options.items() if v is not None} for options in (preprocess, forward, postprocess))
         return tuple(given)
 
@@ -342,23 +349,30 @@ class OpenVocabSegmentationPipeline(Pipeline):
         min_area: float = 0.0,
         output: str = "segments",
         top_k: int | None = None,
+        refine: str | Refinement | None = None,
+        upsampler: Upsampler | None = None,
     ):
         rules = bool(threshold or min_area)
         vocabulary, labels, background_class = self.classes(vocabulary, background, rules)
         encoded = encoded.to(self.model.device)
         text_embeds = self.text_embeds(vocabulary, templates)
         name_to_class = vocabulary.name_to_class.to(text_embeds.device)
-        geometry = (self.model.config.patch_size, encoded.working_size, encoded.original_size)
+        cell = self.model.config.patch_size
         grid_h, grid_w = encoded.feature_map.shape[-2:]
 
-        def logits(first: int, last: int) -> torch.Tensor:
+        def logits_of_rows(first: int, last: int) -> torch.Tensor:
             """Of some patch rows `(names, last - first, w)`: [`decide`] asks for no more at once than fit."""
             return self.model.dense_logits(encoded.feature_map[None, :, first:last], text_embeds)[0]
 
+        logits: DenseLogits = logits_of_rows
+        if refine is not None or upsampler is not None:
+            parts = (encoded.feature_map, text_embeds, encoded.pixel_values)
+            logits, cell = refined_logits(self.model, *parts, refine, upsampler)
+        geometry = (cell, encoded.working_size, encoded.original_size)
         if output == "logits":
             check_output_size(len(name_to_class) * grid_h * grid_w * 4, output)
             return {
-                "logits": logits(0, grid_h),
+                "logits": logits if isinstance(logits, torch.Tensor) else logits(0, grid_h),
                 "names": vocabulary.all_names,
                 "labels": labels,
                 "name_to_class": name_to_class,

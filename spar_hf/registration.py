@@ -14,6 +14,7 @@ from transformers.pipelines import PIPELINE_REGISTRY
 
 from .backbone_spar import SparBackbone
 from .configuration_spar import SparConfig
+from .configuration_spar_semantic import SparSemanticConfig
 from .image_processing_spar import SparImageProcessorPil
 from .modeling_spar import (
     SparForOpenVocabSegmentation,
@@ -21,6 +22,12 @@ from .modeling_spar import (
     SparPreTrainedModel,
     SparVisionModel,
     SparVisionModelOutput,
+)
+from .modeling_spar_semantic import (
+    SparForSemanticSegmentation,
+    SparSemanticModel,
+    SparSemanticSegmenterOutput,
+    bake_vocabulary,
 )
 from .pipeline import EncodedImage, OpenVocabSegmentationPipeline
 from .processing_spar import SparProcessor
@@ -44,6 +51,14 @@ AutoImageProcessor.register(
     exist_ok=True,
 )
 AutoProcessor.register(SparConfig, SparProcessor, exist_ok=True)
+AutoConfig.register(SparSemanticConfig.model_type, SparSemanticConfig, exist_ok=True)
+AutoModel.register(SparSemanticConfig, SparSemanticModel, exist_ok=True)
+AutoModelForSemanticSegmentation.register(SparSemanticConfig, SparForSemanticSegmentation, exist_ok=True)
+AutoImageProcessor.register(
+    SparSemanticConfig,
+    image_processor_classes={"pil": SparImageProcessorPil, "torchvision": SparImageProcessorPil},
+    exist_ok=True,
+)
 if "open-vocab-segmentation" not in PIPELINE_REGISTRY.get_supported_tasks():  # a second time would warn
     PIPELINE_REGISTRY.register_pipeline(
         "open-vocab-segmentation",
@@ -61,6 +76,11 @@ __all__ = [
     "EncodedImage",
     "OpenVocabSegmentationPipeline",
     "SparForOpenVocabSegmentation",
+    "SparSemanticConfig",
+    "SparForSemanticSegmentation",
+    "SparSemanticModel",
+    "SparSemanticSegmenterOutput",
+    "bake_vocabulary",
     "SparImageProcessorPil",
     "SparProcessor",
     "SparPreTrainedModel",

@@ -1,0 +1,81 @@
+"""Configuration of a SPAR vision model with a linear classifier on its dense features."""
+
+from typing import Any
+
+from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
+
+from .configuration_spar import SparConfig
+
+
+class SparSemanticConfig(PreTrainedConfig):
+    r"""
+    Configuration of [`SparForSemanticSegmentation`].
+
+    Args:
+        backbone_config (`dict` or [`SparConfig`]):
+            The vision model. A text tower in it is left out: words are in the classifier already.
+        normalize_features (`bool`, *optional*, defaults to `False`):
+            Whether dense features are L2-normalised before the classifier, as they are beside text embeddings.
+        names (`list[list[str]]`, *optional*):
+            Per class of `id2label`, the words that the classifier has a row for each. `None`: one row per class.
+        semantic_loss_ignore_index (`int`, *optional*, defaults to 255):
+            Label of pixels that do not count in the loss.
+        id2label (`dict[int, str]`, *optional*):
+            The classes, see `PreTrainedConfig`.
+
+    Raises:
+        ValueError: `backbone_config` is not one of [`SparConfig`], or there is not one list of names per class.
+
+    Example:
+
+    ```python
+    >>> from spar_hf import SparConfig, SparSemanticConfig
+
+    >>> config = SparSemanticConfig(backbone_config=SparConfig(), id2label={0: "road", 1: "sky", 2: "tree"})
+    >>> config.patch_size, config.num_labels
+    (16, 3)
+    ```"""
+
+    model_type = "spar_semantic"
+    sub_configs_defaults = {"backbone_config": SubConfigSpec(config_class=SparConfig, model_type="spar")}
+
+    backbone_config: Any = None
+    normalize_features: bool = False
+    names: list[list[str]] | None = None
+    semantic_loss_ignore_index: int = 255
+
+    def __post_init__(self, **kwargs):
+        part = self.backbone_config
+        kind = part.get("model_type", "spar") if isinstance(part, dict) else getattr(part, "model_type", "spar")
+        if kind != "spar":
+            raise ValueError(
+                f"`backbone_config` is of type {kind!r}, but this head stands on a SPAR vision model ('spar'): the folder "
+                "holds no trained classifier. Load it with `AutoModel`, or make one of it with `bake_vocabulary` or "
+                "`training/linear_probe.py`."
+            )
+        # made here: transformers builds what is called `backbone_config` of its registry, where remote code has not put it
+        part = {} if part is None else part
+        self.backbone_config = SparConfig(**part) if isinstance(part, dict) else part
+        super().__post_init__(**kwargs)
+        self.backbone_config.text_config = None
+        classes = len(self.id2label or ())
+        if self.names is not None and len(self.names) != classes:
+            raise ValueError(
+                f"`names` has {len(self.names)} lists, but there are {classes} classes in `id2label`; give one "
+                "list of names per class."
+            )
+
+    @property
+    def patch_size(self) -> int:
+        """Side of a patch in pixels."""
+        return self.backbone_config.patch_size
+
+    @property
+    def name_to_class(self) -> list[int]:
+        """The class of every row of the classifier."""
+        if self.names is None:
+            return list(range(len(self.id2label or ())))
+        return [label for label, words in enumerate(self.names) for _ in words]
+
+
+__all__ = ["SparSemanticConfig"]

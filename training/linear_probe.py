@@ -1,0 +1,514 @@
+"""
+Linear probing: batch norm and one linear layer on the frozen dense features of a SPAR vision model or of any backbone of
+transformers that SPAR reads, with or without a text tower; mean intersection over union on held-out photos.
+
+    accelerate launch training/linear_probe.py --model BASE --inference sliding:24 --shortest_edge 384 \
+        --train_dataset DATA/camvid/train --train_exclude "0001TP_*" \
+        --test_dataset DATA/camvid/train --test_include "0001TP_*" --cache runs/features --output runs/probe
+
+Features are made once per photo and kept on disk in bfloat16 (`--cache`), or made anew each time a photo is drawn. Heads of
+several learning rates are trained on the same features in one run. The loss is the cross entropy at pixels drawn at random
+from every photo, where logits are read between patch centres as the masks read them: the mean over all pixels without
+the memory of all pixels. `OUTPUT/model` is the best head with its vision model, for `pipeline("image-segmentation")`; batch
+norm is folded into its linear layer. The learning rate is chosen on the test photos, as usual in linear probing; the table
+has them all.
+
+Photos are split over processes. Batch norm sees the batch of its process.
+"""
+
+import hashlib
+import json
+import logging
+import random
+import shutil
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+# Python looks for modules beside a script first, where evaluate.py hides the package `evaluate`: look there last
+sys.path.sort(key=lambda path: Path(path).resolve() == Path(__file__).resolve().parent)
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from data import VOID, open_segmentation_folder, read_image, read_mask
+from huggingface_hub import EvalResult, ModelCardData
+from rich.console import Console
+from rich.table import Table
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import HfArgumentParser, get_scheduler
+
+from spar_hf import SlidingWindowTeacher, SparForSemanticSegmentation, SparImageProcessorPil, SparVisionModel
+from spar_hf.metrics import MeanIoU
+from spar_hf.segmentation import decide, patch_coordinates
+
+logger = logging.getLogger("linear_probe")
+
+
+@dataclass
+class Options:
+    """Options of linear probing; lengths are in pixels."""
+
+    model: str = field(metadata={"help": "Hub id or folder of a SPAR model or a backbone of transformers."})
+    train_dataset: str = field(
+        metadata={
+            "help": "Folder with `images/`, `masks/` (8-bit PNG, 255 = void) and `classes.txt` (also in its parent)."
+        }
+    )
+    test_dataset: str = field(metadata={"help": "Folder of held-out photos of the same layout and classes."})
+    output: str = field(metadata={"help": "Folder to write `results.json` and the best head's `model` to."})
+    inference: str = field(
+        default="single",
+        metadata={"help": "How features are made: 'single' (one pass) or 'sliding:STRIDE' (sliding window)."},
+    )
+    train_include: str = field(default="*", metadata={"help": "Train on photos whose stem matches this shell pattern,"})
+    train_exclude: list[str] | None = field(default=None, metadata={"help": "and none of these,"})
+    train_every: int = field(default=1, metadata={"help": "and of those on each n-th."})
+    test_include: str = field(default="*", metadata={"help": "Test on photos whose stem matches this shell pattern,"})
+    test_exclude: list[str] | None = field(default=None, metadata={"help": "and none of these."})
+    shortest_edge: int | None = field(
+        default=None, metadata={"help": "Resize photos to this shorter side. Default: the image processor's size."}
+    )
+    longest_edge: int | None = field(
+        default=None, metadata={"help": "Resize to this longer side; beside --shortest_edge it is an upper bound."}
+    )
+    window_batch_size: int = field(default=16, metadata={"help": "Windows per forward pass of a sliding window."})
+    cache: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder to keep features in (2 bytes per number). Files of the same model, size, inference and photo "
+            "are used again, also by later runs. Default: features are made each time."
+        },
+    )
+    learning_rates: list[float] = field(
+        default_factory=lambda: [1e-4, 3e-4, 1e-3, 3e-3, 1e-2],
+        metadata={"help": "Peak learning rates; a head is trained with each."},
+    )
+    weight_decay: float = field(default=1e-4, metadata={"help": "AdamW weight decay."})
+    steps: int = field(default=1000, metadata={"help": "Optimizer steps."})
+    batch_size: int = field(default=8, metadata={"help": "Photos per step and process."})
+    pixels: int = field(default=4096, metadata={"help": "Labelled pixels drawn from every photo."})
+    warmup_ratio: float = field(default=0.1, metadata={"help": "Share of the steps with rising learning rate."})
+    mixed_precision: str = field(default="no", metadata={"help": "Of the vision model: no, fp16 or bf16."})
+    seed: int = field(default=0, metadata={"help": "Seed of heads, order and pixels."})
+
+    def __post_init__(self):
+        for name in ("steps", "batch_size", "pixels", "train_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} {getattr(self, name)} must be at least 1.")
+        if not self.learning_rates or min(self.learning_rates) <= 0:
+            raise ValueError(f"--learning_rates {self.learning_rates} must be positive numbers, one or more.")
+        self.stride = parse_inference(self.inference)
+
+
+def parse_inference(text: str) -> int | None:
+    """
+    `single` -> `None`, `sliding:STRIDE` -> the stride.
+
+    Raises:
+        ValueError: another form.
+    """
+    kind, _, stride = text.partition(":")
+    if text == "single":
+        return None
+    if kind == "sliding" and stride.isdecimal() and int(stride) > 0:
+        return int(stride)
+    raise ValueError(f"Cannot read --inference {text}: write single or sliding:STRIDE, e.g. sliding:24.")
+
+
+class FrozenFeatures:
+    """
+    Features of photos by path, from the disk where they are there: a dict of `features` `(dim, h, w)` bfloat16,
+    `working_size` (the image that the model saw) and `photo_size`, both (height, width) as tensors.
+    """
+
+    def __init__(self, options: Options, accelerator: Accelerator):
+        self.accelerator = accelerator
+        self.model = SparVisionModel.from_backbone(options.model).eval().requires_grad_(False).to(accelerator.device)
+        self.image_processor = SparImageProcessorPil.from_backbone(options.model)
+        edges = {"shortest_edge": options.shortest_edge, "longest_edge": options.longest_edge}
+        edges = {key: length for key, length in edges.items() if length is not None}
+        if edges:
+            self.image_processor = SparImageProcessorPil.from_dict({**self.image_processor.to_dict(), "size": edges})
+        self.encoder: Any = self.model
+        if options.stride is not None:
+            self.encoder = SlidingWindowTeacher(
+                self.model, stride=options.stride, window_batch_size=options.window_batch_size
+            )
+        self.folder: Path | None = None
+        if options.cache is not None:
+            self.folder = Path(options.cache) / self.fingerprint(options.inference)
+            self.folder.mkdir(parents=True, exist_ok=True)
+        self.names: dict[Path, str] = {}
+        self.made, self.seconds = 0, 0.0
+
+    def fingerprint(self, inference: str) -> str:
+        """A name for all that features depend on but the photo."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.model.state_dict().items()):
+            digest.update(name.encode() + tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        config = self.model.config
+        parts = [config.backbone_config.to_json_string(), config.readout, config.position_resampling, inference]
+        parts += [self.image_processor.to_json_string(), self.accelerator.mixed_precision]
+        digest.update("\n".join(parts).encode())
+        return digest.hexdigest()[:20]
+
+    def file(self, path: Path) -> Path:
+        assert self.folder is not None
+        if path not in self.names:
+            self.names[path] = hashlib.sha256(path.read_bytes()).hexdigest()[:32]
+        return self.folder / f"{self.names[path]}.safetensors"
+
+    def fill(self, paths: list[Path]) -> None:
+        """Make what the disk does not hold yet; every process its share."""
+        if self.folder is None:
+            return
+        share = paths[self.accelerator.process_index :: self.accelerator.num_processes]
+        for path in tqdm(share, desc="features", disable=not self.accelerator.is_main_process):
+            self(path)
+        self.accelerator.wait_for_everyone()
+
+    def __call__(self, path: Path) -> dict[str, torch.Tensor]:
+        if self.folder is None:
+            return self.make(path)
+        file = self.file(path)
+        if file.is_file():
+            try:
+                return load_file(file)
+            except SafetensorError:
+                logger.warning("%s is damaged and made again", file)
+        made = self.make(path)
+        temporary = file.with_suffix(f".{self.accelerator.process_index}.partial")
+        save_file(made, temporary)
+        temporary.replace(file)
+        return made
+
+    @torch.no_grad()
+    def make(self, path: Path) -> dict[str, torch.Tensor]:
+        start = time.perf_counter()
+        inputs = self.image_processor(read_image(path), return_tensors="pt")
+        pixel_values = inputs["pixel_values"].to(self.accelerator.device)
+        with self.accelerator.autocast():
+            features = self.encoder(pixel_values).feature_map[0]
+        # rounded as on the disk, so that both ways give the same probe
+        made = {
+            "features": features.bfloat16().cpu().contiguous(),
+            "working_size": torch.tensor(pixel_values.shape[-2:]),
+            "photo_size": torch.tensor(inputs["original_sizes"][0]),
+        }
+        self.made, self.seconds = self.made + 1, self.seconds + time.perf_counter() - start
+        return made
+
+
+class Heads(nn.Module):
+    """Batch norm and one linear layer per learning rate; the norm (without weights of its own) is common to all."""
+
+    def __init__(self, dim: int, classes: int, heads: int):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(dim, affine=False)
+        self.linear = nn.ModuleList(nn.Linear(dim, classes) for _ in range(heads))
+        for layer in self.linear:
+            nn.init.normal_(layer.weight, std=0.01)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """`(patches, dim)` -> `(heads, patches, classes)`."""
+        features = self.norm(features)
+        return torch.stack([layer(features) for layer in self.linear])
+
+    @torch.no_grad()
+    def folded(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weights `(heads, classes, dim)` and biases `(heads, classes)` that do without the norm, in float64."""
+        scale = (self.norm.running_var.double() + self.norm.eps).rsqrt()
+        weight = torch.stack([layer.weight for layer in self.linear]).double() * scale
+        bias = torch.stack([layer.bias for layer in self.linear]).double()
+        return weight, bias - weight @ self.norm.running_mean.double()
+
+
+def read_labels(path: Path, classes: int, photo_size: tuple[int, int]) -> np.ndarray:
+    """
+    A mask `(height, width)` uint8.
+
+    Raises:
+        ValueError: a value that is no line of `classes.txt`, or another size than the photo's.
+    """
+    mask = read_mask(path)
+    if mask.shape != photo_size:
+        raise ValueError(
+            f"{path} has {mask.shape} pixels (height, width), its photo {photo_size}. Resize the mask by nearest neighbour."
+        )
+    wrong = [int(value) for value in np.bincount(mask.ravel()).nonzero()[0] if classes <= value != VOID]
+    if wrong:
+        raise ValueError(f"{path} holds the values {wrong}, but classes.txt has {classes} lines; void is {VOID}.")
+    return mask
+
+
+def logits_at(
+    logits: torch.Tensor,
+    rows: torch.Tensor,
+    columns: torch.Tensor,
+    patch_size: int,
+    working_size: tuple[int, int],
+    photo_size: tuple[int, int],
+) -> torch.Tensor:
+    """Bilinear logits at pixels of the photo: `(heads, h, w, classes)` -> `(heads, pixels, classes)`, as masks read them."""
+    down = patch_coordinates(photo_size[0], working_size[0], patch_size, logits.shape[1], logits.device)
+    across = patch_coordinates(photo_size[1], working_size[1], patch_size, logits.shape[2], logits.device)
+    top, bottom, low = (values[rows] for values in down)
+    left, right, far = (values[columns] for values in across)
+    upper = torch.lerp(logits[:, top, left], logits[:, top, right], far[:, None])
+    lower = torch.lerp(logits[:, bottom, left], logits[:, bottom, right], far[:, None])
+    return torch.lerp(upper, lower, low[:, None])
+
+
+def batch_loss(heads, batch: list[dict[str, Any]], patch_size: int) -> torch.Tensor:
+    """Cross entropy of every head, mean over the pixels drawn: `(heads,)`. A batch holds what `draw` gives."""
+    counts = [item["features"][0].numel() for item in batch]
+    # of every photo (dim, h, w) -> (h * w, dim), all under one another
+    logits = heads(torch.cat([item["features"].flatten(1).T for item in batch]))
+    read, labels = [], []
+    for item, part in zip(batch, logits.split(counts, dim=1), strict=True):
+        grid = part.unflatten(1, item["features"].shape[1:])
+        read.append(
+            logits_at(grid, item["rows"], item["columns"], patch_size, item["working_size"], item["photo_size"])
+        )
+        labels.append(item["labels"])
+    pixels, wanted = torch.cat(read, dim=1), torch.cat(labels)
+    losses = [nn.functional.cross_entropy(of_head, wanted) for of_head in pixels]
+    return torch.stack(losses)
+
+
+def draw(entry: dict[str, torch.Tensor], mask: np.ndarray, pixels: int, seed: list[int], device) -> dict[str, Any]:
+    """Features and up to `pixels` labelled pixels of a photo, on the device."""
+    labelled = np.flatnonzero(mask != VOID)
+    if len(labelled) > pixels:
+        labelled = np.random.default_rng(seed).choice(labelled, pixels, replace=False, shuffle=False)
+    rows, columns = np.unravel_index(labelled, mask.shape)
+    return {
+        "features": entry["features"].to(device).float(),
+        "rows": torch.from_numpy(rows).to(device),
+        "columns": torch.from_numpy(columns).to(device),
+        "labels": torch.from_numpy(mask.ravel()[labelled].astype(np.int64)).to(device),
+        "working_size": tuple(entry["working_size"].tolist()),
+        "photo_size": tuple(entry["photo_size"].tolist()),
+    }
+
+
+def stream(count: int, seed: int, index: int) -> int:
+    """Photo `index` of an endless stream of `count` photos, each epoch in an order of its own."""
+    epoch, position = divmod(index, count)
+    order = list(range(count))
+    random.Random(f"{seed}-{epoch}").shuffle(order)
+    return order[position]
+
+
+def probe(options: Options) -> dict[str, Any]:
+    """Train and measure the heads; every process gets the report."""
+    accelerator = Accelerator(mixed_precision=options.mixed_precision)
+    device, main = accelerator.device, accelerator.is_main_process
+    set_seed(options.seed)
+    train = open_segmentation_folder(options.train_dataset, options.train_include, options.train_exclude)
+    test = open_segmentation_folder(options.test_dataset, options.test_include, options.test_exclude)
+    if train.classes != test.classes:
+        raise ValueError(
+            f"{train.path} and {test.path} have different lines in classes.txt; a probe is measured on its own classes."
+        )
+    pairs = train.pairs[:: options.train_every]
+    both = {image.resolve() for image, _ in pairs} & {image.resolve() for image, _ in test.pairs}
+    if both:
+        raise ValueError(
+            f"{len(both)} photos are to be trained and tested on, {min(both).name} among them. Tell them apart by "
+            "--train_exclude and --test_include."
+        )
+    features = FrozenFeatures(options, accelerator)
+    features.fill([image for image, _ in (*pairs, *test.pairs)])
+
+    patch_size, classes = features.model.config.patch_size, len(train.classes)
+    heads = Heads(features.model.config.projection_dim, classes, len(options.learning_rates))
+    groups = [
+        {"params": layer.parameters(), "lr": rate}
+        for layer, rate in zip(heads.linear, options.learning_rates, strict=True)
+    ]
+    optimizer = torch.optim.AdamW(groups, weight_decay=options.weight_decay)
+    # accelerate steps the schedule once per process and optimizer step
+    schedule = get_scheduler(
+        "cosine",
+        optimizer,
+        num_warmup_steps=int(options.warmup_ratio * options.steps) * accelerator.num_processes,
+        num_training_steps=options.steps * accelerator.num_processes,
+    )
+    wrapped, optimizer, schedule = accelerator.prepare(heads, optimizer, schedule)
+    wrapped.train()
+    bar = tqdm(range(options.steps), desc="training", disable=not main, mininterval=2)
+    for step in bar:
+        first = (step * accelerator.num_processes + accelerator.process_index) * options.batch_size
+        batch = []
+        for index in range(first, first + options.batch_size):
+            image, mask = pairs[stream(len(pairs), options.seed, index)]
+            entry = features(image)
+            labels = read_labels(mask, classes, tuple(entry["photo_size"].tolist()))
+            item = draw(entry, labels, options.pixels, [options.seed, index], device)
+            if len(item["labels"]):
+                batch.append(item)
+        if not batch:
+            raise ValueError(f"A whole batch of masks of {train.path} is void. Check the masks' values.")
+        losses = batch_loss(wrapped, batch, patch_size)
+        accelerator.backward(losses.sum())  # no head sees another's gradient
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        if step % 20 == 0:
+            bar.set_postfix(loss=f"{losses.min().item():.3f}")
+
+    weight, bias = (tensor.float() for tensor in accelerator.unwrap_model(wrapped).folded())
+    metrics = [MeanIoU(classes, ignore_index=VOID) for _ in options.learning_rates]
+    share = test.pairs[accelerator.process_index :: accelerator.num_processes]
+    for image, mask in tqdm(share, desc="test", disable=not main):
+        entry = features(image)
+        labels = read_labels(mask, classes, tuple(entry["photo_size"].tolist()))
+        grid = entry["features"].to(device).float()
+        for metric, head_weight, head_bias in zip(metrics, weight, bias, strict=True):
+            logits = torch.einsum("dhw,nd->nhw", grid, head_weight) + head_bias[:, None, None]
+            decision = decide(
+                logits,
+                torch.arange(classes),
+                patch_size,
+                working_size=tuple(entry["working_size"].tolist()),
+                output_size=tuple(entry["photo_size"].tolist()),
+            )
+            metric.add(prediction=decision.labels, reference=labels)
+    matrices = torch.from_numpy(np.stack([metric.confusion_matrix for metric in metrics])).to(device)
+    rows = []
+    for rate, matrix in zip(options.learning_rates, accelerator.reduce(matrices, "sum").cpu().numpy(), strict=True):
+        metric = MeanIoU(classes, ignore_index=VOID)
+        metric.merge(matrix)
+        results = metric.compute()
+        iou = dict(zip(train.classes, results["per_category_iou"].tolist(), strict=True))
+        rows.append(
+            {
+                "learning_rate": rate,
+                "mean_iou": results["mean_iou"],
+                "overall_accuracy": results["overall_accuracy"],
+                # JSON knows no NaN: classes that occur nowhere get null
+                "classes": {name: value if value == value else None for name, value in iou.items()},
+            }
+        )
+    best = max(range(len(rows)), key=lambda i: rows[i]["mean_iou"])
+    spent = torch.tensor([features.made, features.seconds], dtype=torch.float64, device=device)
+    made, seconds = accelerator.reduce(spent, "sum").tolist()
+    report = {
+        "model": "/".join(Path(options.model).parts[-2:]),  # names no machine's folders
+        "dataset": "/".join(Path(options.test_dataset).parts[-2:]),
+        "inference": options.inference,
+        "size": dict(features.image_processor.size or {}),
+        "train_photos": len(pairs),
+        "test_photos": len(test.pairs),
+        "steps": options.steps,
+        "photos_per_step": options.batch_size * accelerator.num_processes,
+        "seed": options.seed,
+        "features_made": int(made),
+        "seconds_per_photo": round(seconds / made, 4) if made else None,
+        "best": rows[best],
+        "heads": rows,
+    }
+    if main:
+        model = SparForSemanticSegmentation.from_weights(features.model, train.classes, weight[best], bias[best])
+        write(model, features.image_processor, report, Path(options.output))
+        show(report, Console(markup=False, highlight=False))
+    accelerator.end_training()
+    return report
+
+
+def write(model, image_processor, report: dict[str, Any], output: Path) -> None:
+    """`OUTPUT/model` and `OUTPUT/results.json`, each under a temporary name first."""
+    temporary, folder = output / "model.partial", output / "model"
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.save_pretrained(temporary)
+    image_processor.save_pretrained(temporary)
+    (temporary / "README.md").write_text(model_card(report, output.name), encoding="utf-8")
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
+    text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    (output / "results.json.partial").write_text(text, encoding="utf-8")
+    (output / "results.json.partial").replace(output / "results.json")
+
+
+def model_card(report: dict[str, Any], name: str) -> str:
+    best = report["best"]
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="image-segmentation",
+        tags=["spar", "semantic-segmentation", "linear-probe"],
+        model_name=name,
+        eval_results=[
+            EvalResult(
+                task_type="image-segmentation",
+                dataset_type="folder",
+                dataset_name=report["dataset"],
+                metric_type="mean_iou",
+                metric_value=round(100 * best["mean_iou"], 2),
+            )
+        ],
+    )
+    keys = ("model", "inference", "size", "train_photos", "test_photos", "steps", "photos_per_step", "seed")
+    table = "\n".join(f"| {key} | {report[key]} |" for key in keys)
+    classes = "\n".join(
+        f"| {label} | {'' if iou is None else format(100 * iou, '.1f')} |" for label, iou in best["classes"].items()
+    )
+    note = ""
+    if report["inference"] != "single":
+        note = (
+            "\nThe head was trained and measured on features of a sliding window. This folder runs one pass: its masks are "
+            "worse than the figures unless a student of that window takes the vision model's place.\n"
+        )
+    return f"""---
+{data.to_yaml()}
+---
+# {name}
+
+A linear probe: batch norm (folded) and one linear layer on frozen dense features. The licences of the vision model and of
+the photos apply to these weights.
+{note}
+| probing | |
+|---|---|
+{table}
+| learning rate | {best["learning_rate"]:g}, the best of {len(report["heads"])} on the test photos |
+| mIoU | {100 * best["mean_iou"]:.2f} |
+| pixel accuracy | {100 * best["overall_accuracy"]:.2f} |
+
+| class | IoU |
+|---|---|
+{classes}
+"""
+
+
+def show(report: dict[str, Any], console: Console) -> None:
+    """Print the report as a table."""
+    title = (
+        f"{report['model']}, {report['inference']}: {report['train_photos']} photos, tested on {report['test_photos']}"
+    )
+    table = Table(title=title)
+    for heading in ("learning rate", "mIoU %", "pixel acc. %"):
+        table.add_column(heading, justify="right")
+    for row in report["heads"]:
+        mark = " *" if row is report["best"] else ""
+        table.add_row(
+            f"{row['learning_rate']:g}", f"{100 * row['mean_iou']:.2f}{mark}", f"{100 * row['overall_accuracy']:.2f}"
+        )
+    console.print(table)
+
+
+def main(args: list[str] | None = None) -> dict[str, Any]:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    (options,) = HfArgumentParser(Options, description=__doc__).parse_args_into_dataclasses(args)
+    return probe(options)
+
+
+if __name__ == "__main__":
+    main()
