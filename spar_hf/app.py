@@ -151,8 +151,9 @@ def build(model: str | None = None, base: str | None = None, device: str | None 
             vision.progress = lambda done, total: progress((done, total), desc="sliding window", unit="windows")
             other = timed(sliding[0], photo, vocabulary, **options)
         except (ValueError, OSError, RuntimeError) as error:
-            # in the page: Gradio's own way covers every result with a red sign
-            yield {note: gr.HTML(f'<p class="spar-error" role="alert">{html.escape(str(error))}</p>', visible=True)}
+            # in the page: Gradio's own way covers every result with a red sign. Nobody knows the upload's place here
+            text = str(error).replace(path, Path(path).name) if path else str(error)
+            yield {note: gr.HTML(f'<p class="spar-error" role="alert">{html.escape(text)}</p>', visible=True)}
             return
         yield {
             second_picture: picture(photo, other),
@@ -163,11 +164,16 @@ def build(model: str | None = None, base: str | None = None, device: str | None 
     edge = (one_pass.image_processor.size or {}).get("shortest_edge") or 672
     window = one_pass.model.config.image_size
     name = Path(one_pass.model.name_or_path).name
-    with gr.Blocks(title="SPAR: masks from words", analytics_enabled=False) as page:
-        gr.Markdown(f"# Masks from words in one pass\nSPAR with `{name}`. Everything runs on this computer.")
+    # uploads are looked for once an hour and deleted after a day
+    with gr.Blocks(title="SPAR: masks from words", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
+        gr.Markdown(
+            f"# Masks from words in one pass\nSPAR with `{name}`. Everything runs on the computer that serves this page."
+        )
         with gr.Row():
             with gr.Column(scale=1, min_width=320):
                 photo_in = gr.Image(type="filepath", sources=["upload", "clipboard"], label="Photo", height=280)
+                # Gradio would open the file itself, and fail on a damaged one before there is anybody to say so
+                photo_in.preprocess = lambda upload: None if upload is None else upload.path
                 words_in = gr.Textbox(
                     WORDS,
                     label="Words",

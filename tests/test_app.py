@@ -9,6 +9,7 @@ import pytest
 
 from spar_hf.app import legend, picture
 
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of pandas, in Gradio's queue
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
@@ -78,7 +79,7 @@ def tab(address):
         browser.close()
 
 
-def test_words_and_a_real_photo_give_masks_and_legend(tab, address):
+def test_words_and_a_real_photo_give_masks_and_legend(tab, address, tmp_path):
     datasets = pytest.importorskip("sklearn.datasets", reason="the photo is scikit-learn's (extra demo)")
     photo = Path(datasets.__file__).parent / "images" / "flower.jpg"
     asked = []
@@ -89,8 +90,16 @@ def test_words_and_a_real_photo_give_masks_and_legend(tab, address):
     tab.get_by_role("button", name="Segment").click()
     tab.get_by_role("alert").get_by_text("There is no photo yet").wait_for()
 
+    broken = tmp_path / "broken.jpg"
+    broken.write_bytes(photo.read_bytes()[:3000])
+    tab.set_input_files("input[type=file]", broken)
+    tab.locator(".image-frame img").wait_for()
+    tab.get_by_role("button", name="Segment").click()
+    tab.get_by_role("alert").get_by_text("'broken.jpg' is no image").wait_for()
+
+    tab.get_by_label("Remove Image").or_(tab.get_by_label("Clear")).first.click()
     tab.set_input_files("input[type=file]", photo)
-    tab.locator("img[alt='']").or_(tab.locator(".image-frame img")).first.wait_for()
+    tab.locator(".image-frame img").wait_for()
     words.fill("flower; flower")
     tab.get_by_role("button", name="Segment").click()
     tab.get_by_role("alert").get_by_text("Labels must differ").wait_for()
