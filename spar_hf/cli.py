@@ -2,11 +2,35 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
+from spar_hf.files import (
+    Photo,
+    Tally,
+    find_photos,
+    refuse_overwriting,
+    refuse_twins,
+    work_through,
+    write_text,
+)
+
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")  # what overlays are written as
+OTHER_FILES = (".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".json")  # no one means a folder of that name
+
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+
+Inputs = Annotated[
+    list[str], typer.Argument(help='Photos: files, folders (with sub-folders), patterns ("in/*.jpg") and URLs.')
+]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 or mps; a graphics card where there is one.")]
+ShortestEdge = Annotated[
+    int | None, typer.Option(help="Shorter side of the working image in pixels; the checkpoint's by default.", min=16)
+]
+SkipExisting = Annotated[
+    bool, typer.Option("--skip-existing", help="Leave out photos whose results are there: a stopped run goes on.")
+]
 
 
 @app.callback()
@@ -14,63 +38,338 @@ def root() -> None:
     """Dense, open-vocabulary vision features in one pass at any resolution."""
 
 
+def fail(message: object, status: int = 1) -> NoReturn:
+    """One line on stderr. Exit status: 1 something failed, 2 wrong usage."""
+    typer.secho(f"error: {message}", fg="red", err=True)
+    raise typer.Exit(status)
+
+
+def report(message: str) -> None:
+    """A line about a photo that failed, above the progress bar."""
+    from tqdm.auto import tqdm
+
+    with tqdm.external_write_mode(file=sys.stderr):
+        typer.secho(f"error: {message}", fg="red", err=True)
+
+
 @app.command()
 def segment(
-    image: Annotated[str, typer.Argument(help="Photo: a file or a URL.")],
+    images: Inputs,
     labels: Annotated[
         str,
         typer.Option(
-            help='Classes separated by ";", names of one class by ",": "road; car, automobile; sky"; or ade20k, voc21, …'
+            help='Classes separated by ";", names of one class by ",": "road; car, automobile; sky"; or ade20k, voc21, …; '
+            "or @FILE with a class per line."
         ),
     ],
-    output: Annotated[Path, typer.Option(help="Picture to write: the photo under its masks, with a legend.")],
+    output: Annotated[
+        Path,
+        typer.Option(help="Picture to write for one photo, or a folder for many, with the sub-folders of the input."),
+    ],
+    formats: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            help="overlay (photo under its masks), map (class numbers as 8- or 16-bit PNG), coco (run-length masks, needs "
+            "the extra coco), json (label, score, share and box per class); several with commas.",
+        ),
+    ] = "overlay",
     model: Annotated[str | None, typer.Option(help="Folder or hub id; the embedded spar-tiny by default.")] = None,
     templates: Annotated[
         str | None, typer.Option(help="Prompt templates: imagenet80, short or plain; the checkpoint's by default.")
     ] = None,
-    shortest_edge: Annotated[
-        int | None,
-        typer.Option(help="Shorter side of the working image in pixels; the checkpoint's by default.", min=16),
+    shortest_edge: ShortestEdge = None,
+    background: Annotated[
+        str | None,
+        typer.Option(
+            help="Class for unsure pixels and tiny classes: one of the labels or a new one; or auto, common stuff words."
+        ),
+    ] = None,
+    threshold: Annotated[
+        float | None,
+        typer.Option(help="Pixels whose best probability is below it become background.", min=0, max=1),
+    ] = None,
+    min_area: Annotated[
+        float | None,
+        typer.Option(help="Classes below this share of all but background become background.", min=0, max=1),
+    ] = None,
+    refine: Annotated[
+        str | None, typer.Option(help="Sharper masks: lposs, lposs+ or pamr (what they give: spar_hf/refine.py).")
     ] = None,
     map_output: Annotated[
-        Path | None, typer.Option("--map", help="Also write the class numbers as an 8- or 16-bit PNG.")
+        Path | None, typer.Option("--map", help="One photo: also write the class numbers to this PNG.")
     ] = None,
+    skip_existing: SkipExisting = False,
+    device: Device = None,
 ) -> None:
-    """Segment a photo by words and write the masks over it."""
+    """Segment photos by words. Exit status: 0 all good, 1 something failed, 2 wrong usage."""
+    from spar_hf.outputs import FORMATS, coco_encoder, merge_coco, write_results
+
+    kinds = list(dict.fromkeys(kind.strip().lower() for kind in formats.split(",") if kind.strip()))
+    if not kinds or set(kinds) - set(FORMATS):
+        fail(f"--format {formats!r} must name some of {', '.join(FORMATS)}, with commas.", 2)
+    try:
+        vocabulary = read_labels(labels)
+        photos, problems = find_photos(images, leave_out=output)
+        many = len(photos) + len(problems) > 1
+        targets = {photo: result_paths(photo, output, kinds, many, map_output) for photo in photos}
+        files = [(path, photo.source) for photo, paths in targets.items() for path in paths.values()]
+        refuse_twins(files)
+        refuse_overwriting([path for path, _ in files], photos)
+        if "coco" in kinds:
+            coco_encoder()
+    except (ValueError, ImportError, OSError) as error:
+        fail(error, 2)
+
+    if not photos:  # nothing to load a model for
+        finish(work_through((), lambda photo: None, report=report, problems=problems))
+
+    from PIL import Image
+
+    from spar_hf.commands import load_pipeline, timed
     from spar_hf.image_processing_spar import read_image, to_rgb
 
-    if output.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
-        raise typer.BadParameter(f"{output} must end in .png, .jpg or .webp.", param_hint="--output")
-    if map_output is not None and map_output.suffix.lower() != ".png":
-        raise typer.BadParameter(
-            f"{map_output} must end in .png: class numbers bear no lossy format.", param_hint="--map"
-        )
-    classes = [item.strip() for item in labels.split(";") if item.strip()]
+    asked = {
+        "templates": templates,
+        "background": background,
+        "threshold": threshold,
+        "min_area": min_area,
+        "refine": refine,
+    }
+    options: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
+    if shortest_edge is not None:
+        options["size"] = {"shortest_edge": shortest_edge}
     try:
-        from spar_hf.prompts import Vocabulary
-        from spar_hf.vocabularies import VOCABULARIES
+        pipe = load_pipeline(model, device)
+    except ValueError as error:
+        fail(error, 2)
+    except (OSError, RuntimeError) as error:
+        fail(error)
+    try:  # what is wrong with the words or the options is said once, not for every photo
+        names = timed(pipe, Image.new("RGB", (32, 32)), vocabulary, **options)["labels"]
+    except ValueError as error:
+        fail(error, 2)
 
-        # one entry alone may be the name of a built-in vocabulary; a single class would cover the whole photo
-        built_in = len(classes) == 1 and classes[0].lower() in VOCABULARIES
-        vocabulary = Vocabulary.parse(classes[0] if built_in else classes)
-        photo = to_rgb(read_image(image))
-        pipe = load_pipeline(model)
-        options: dict[str, Any] = {} if shortest_edge is None else {"size": {"shortest_edge": shortest_edge}}
-        if templates is not None:
-            options["templates"] = templates
-        result = pipe(photo, candidate_labels=vocabulary, output="map", **options)
-        from spar_hf.visualization import overlay
+    def work(photo: Photo) -> None:
+        image = to_rgb(read_image(photo.source))
+        result = timed(pipe, image, vocabulary, **options)
+        write_results(image, result, targets[photo], photo.source)
+        if not many:
+            show_classes(result)
+            for path in targets[photo].values():
+                typer.echo(f"written: {path}")
 
-        write_image(overlay(photo, result["map"], result["labels"]), output)
-        if map_output is not None:
-            write_image(label_image(result["map"]), map_output)
-    except (ValueError, OSError, RuntimeError) as error:
-        typer.secho(f"error: {error}", fg="red", err=True)
-        raise typer.Exit(1) from error
-    share = [(result["map"] == i).mean() for i in range(len(result["labels"]))]
-    for label, score, area in zip(result["labels"], result["scores"], share, strict=True):
+    def is_done(photo: Photo) -> bool:
+        return skip_existing and all(path.is_file() for path in targets[photo].values())
+
+    try:
+        if not is_single(output, many):
+            write_classes(output / "classes.txt", names, skip_existing)
+        tally = work_through(photos, work, is_done, report, problems)
+        if "coco" in kinds and not is_single(output, many):
+            parts = [paths["coco"] for paths in targets.values() if paths["coco"].is_file()]
+            write_text(output / "annotations.json", json_text(merge_coco(parts)))
+    except ValueError as error:
+        fail(error, 2)
+    except OSError as error:
+        fail(error)
+    finish(tally, str(tally) if many or tally.skipped else None)
+
+
+def read_labels(labels: str):
+    """
+    The vocabulary of `--labels`: classes, the name of a built-in set, or `@FILE`.
+
+    Raises:
+        ValueError: no classes, malformed ones, or no such file.
+    """
+    from spar_hf.commands import read_words
+
+    if labels.startswith("@"):
+        try:
+            lines = Path(labels[1:]).read_text(encoding="utf-8-sig").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(
+                f"Cannot read the labels of {labels[1:]!r}: {error}. It is a text, a class per line."
+            ) from error
+        labels = "\n".join(line for line in lines if not line.lstrip().startswith("#"))
+    return read_words(labels)
+
+
+def is_single(output: Path, many: bool) -> bool:
+    """Whether `--output` is the file of one photo and not a folder."""
+    return not many and not output.is_dir() and output.suffix.lower() in (*PICTURES, *OTHER_FILES)
+
+
+def result_paths(photo: Photo, output: Path, kinds: list[str], many: bool, map_output: Path | None) -> dict[str, Path]:
+    """
+    Where the results of a photo go, by format.
+
+    Raises:
+        ValueError: an output that does not fit the formats or the number of photos.
+    """
+    from spar_hf.outputs import FORMATS
+
+    suffix = output.suffix.lower()
+    if not is_single(output, many):
+        if output.is_file() or (many and suffix in PICTURES and not output.is_dir()):
+            raise ValueError(f"--output {output} is the name of one file, but results of several photos need a folder.")
+        paths = {kind: output / f"{photo.name}{FORMATS[kind]}" for kind in kinds}
+    else:
+        fitting = {"overlay": PICTURES, "map": (".png",)}.get(kinds[0], (".json",)) if len(kinds) == 1 else PICTURES
+        if suffix not in fitting:
+            raise ValueError(f"--output {output} must end in {' or '.join(fitting)} for --format {','.join(kinds)}.")
+        alone = len(kinds) == 1
+        # the picture is the overlay's; the others stand beside it
+        paths = {kind: output if alone or kind == "overlay" else output.with_suffix(FORMATS[kind]) for kind in kinds}
+    if map_output is not None:
+        if many:
+            raise ValueError("--map names the file of one photo. For several, write --format overlay,map.")
+        if map_output.suffix.lower() != ".png":
+            raise ValueError(f"--map {map_output} must end in .png: class numbers bear no lossy format.")
+        paths["map"] = map_output
+    return paths
+
+
+def write_classes(path: Path, names: list[str], going_on: bool) -> None:
+    """
+    A class per line: the line number, from 0, is the pixel value of the label maps.
+
+    Raises:
+        ValueError: a run that goes on finds results for other classes.
+    """
+    text = "".join(f"{name}\n" for name in names)
+    if going_on and path.is_file() and path.read_text(encoding="utf-8") != text:
+        raise ValueError(
+            f"{path.parent} holds results for other classes ({path.name}). Name another --output, or leave out "
+            "--skip-existing to write all anew."
+        )
+    write_text(path, text)
+
+
+def show_classes(result: dict[str, Any]) -> None:
+    """A line per class: its share of the photo and its score."""
+    for i, (label, score) in enumerate(zip(result["labels"], result["scores"], strict=True)):
+        area = (result["map"] == i).mean()
         typer.echo(f"{label:24} {area:7.1%} of the photo" + (f", score {score:.2f}" if area else ""))
-    typer.echo(f"written: {output}")
+
+
+def json_text(content: Any) -> str:
+    import json
+
+    return json.dumps(content, ensure_ascii=False) + "\n"
+
+
+def finish(tally: Tally, summary: str | None = None) -> NoReturn:
+    """Say what became of a run and leave with its exit status."""
+    if summary is not None:
+        typer.echo(summary)
+    raise typer.Exit(tally.exit_status)
+
+
+@app.command()
+def features(
+    images: Inputs,
+    output: Annotated[Path, typer.Option(help="Folder to write, with the sub-folders of the input.")],
+    model: Annotated[
+        str | None,
+        typer.Option(help="SPAR model or untouched backbone: folder or hub id; the embedded spar-tiny by default."),
+    ] = None,
+    normalize: Annotated[bool, typer.Option("--normalize", help="Give every patch's feature unit length.")] = False,
+    dtype: Annotated[str, typer.Option(help="float16, bfloat16 or float32.")] = "float32",
+    shortest_edge: ShortestEdge = None,
+    stride: Annotated[
+        int | None, typer.Option(help="Run the sliding window with this step in pixels instead of one pass.", min=1)
+    ] = None,
+    window_size: Annotated[
+        int | None, typer.Option(help="Side of the window in pixels; the model's own by default.", min=1)
+    ] = None,
+    shard_size: Annotated[
+        float | None,
+        typer.Option(help="Write shards of about so many MB and an index, not a file per photo.", min=0.001),
+    ] = None,
+    skip_existing: SkipExisting = False,
+    device: Device = None,
+) -> None:
+    """
+    Write the dense features of photos as safetensors. Exit status: 0 all good, 1 something failed, 2 wrong usage.
+
+    Several processes share the photos: accelerate launch -m spar_hf.cli features …
+    """
+    if output.is_file():
+        fail(f"--output {output} is a file; features need a folder.", 2)
+    try:
+        photos, problems = find_photos(images, leave_out=output)
+    except ValueError as error:
+        fail(error, 2)
+    if not photos:
+        finish(work_through((), lambda photo: None, report=report, problems=problems))
+
+    from spar_hf.features import FeatureExtractor, FileWriter, ShardWriter, list_shards, processes, share, write_index
+
+    with processes() as (process, count, own_device, wait):
+        try:
+            extract = FeatureExtractor(
+                model, shortest_edge, normalize, dtype, stride, window_size, device or own_device
+            )
+        except ValueError as error:
+            fail(error, 2)
+        except (OSError, RuntimeError) as error:
+            fail(error)
+        try:
+            writer: FileWriter | ShardWriter
+            if shard_size is None:
+                writer = FileWriter(output, extract.settings)
+            else:
+                if list_shards(output) and not skip_existing:
+                    fail(f"{output} holds shards. Go on with --skip-existing, or name another folder.", 2)
+                wait()  # nobody writes before all have looked
+                writer = ShardWriter(output, extract.settings, int(shard_size * 1e6), process)
+            mine = share(photos, process, count)
+            done = {photo for photo in mine if skip_existing and writer.is_done(photo)}
+        except ValueError as error:
+            fail(error, 2)
+        first = process == 0
+        try:
+            tally = work_through(
+                mine,
+                lambda photo: writer.add(photo, *extract(photo.source)),
+                done.__contains__,
+                report,
+                problems if first else (),
+                bar=first,
+            )
+            writer.close()
+            wait()
+            if first and shard_size is not None:
+                write_index(output, extract.settings)
+            wait()  # the first to leave with a failure has the others stopped
+        except OSError as error:
+            fail(error)
+    finish(tally, f"process {process + 1} of {count}: {tally}" if count > 1 else str(tally))
+
+
+@app.command("app")
+def serve(
+    model: Annotated[str | None, typer.Option(help="Folder or hub id; the embedded spar-tiny by default.")] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            help="What the sliding window runs: the embedded base for the embedded model, else the model itself."
+        ),
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to serve; 0.0.0.0 for the whole network.")] = "127.0.0.1",
+    port: Annotated[int | None, typer.Option(help="Port; the first free one from 7860 on by default.")] = None,
+    open_browser: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
+    device: Device = None,
+) -> None:
+    """Serve a page: drop a photo, type words, see masks; one pass beside the sliding window."""
+    try:
+        from spar_hf.app import build, launch
+
+        launch(build(model, base, device), host, port, open_browser)
+    except (ImportError, ValueError, OSError, RuntimeError) as error:
+        fail(error)
 
 
 @app.command()
@@ -98,11 +397,12 @@ def convert(
     force: Annotated[bool, typer.Option("--force", help="Replace the output folder if it exists.")] = False,
 ) -> None:
     """Convert an official checkpoint into a folder that AutoModel and the pipeline load."""
+    from spar_hf.commands import quiet_transformers
     from spar_hf.conversion import convert as run
 
     try:
         quiet_transformers()
-        report = run(
+        written = run(
             checkpoint,
             family,
             base,
@@ -115,14 +415,15 @@ def convert(
             force=force,
         )
     except (ValueError, OSError, RuntimeError) as error:
-        typer.secho(f"error: {error}", fg="red", err=True)
-        raise typer.Exit(1) from error
-    typer.echo(report)
+        fail(error)
+    typer.echo(written)
 
 
 @app.command()
 def bake(
-    labels: Annotated[str, typer.Option(help='Classes as of "segment": "road; car, automobile; sky"; or ade20k, …')],
+    labels: Annotated[
+        str, typer.Option(help='Classes as of "segment": "road; car, automobile; sky", @FILE or ade20k, …')
+    ],
     output: Annotated[Path, typer.Option(help="Folder to write; it must not exist.")],
     model: Annotated[str | None, typer.Option(help="Folder or hub id; the embedded spar-tiny by default.")] = None,
     templates: Annotated[
@@ -130,70 +431,37 @@ def bake(
     ] = None,
 ) -> None:
     """Make a vision-only folder of a model and a vocabulary, for pipeline("image-segmentation")."""
+    if output.exists():
+        fail(f"{output} exists. Name another folder.", 2)
+    try:
+        vocabulary = read_labels(labels)
+    except ValueError as error:
+        fail(error, 2)
+
     import shutil
 
-    from transformers import AutoProcessor
+    from spar_hf.commands import load_pipeline
+    from spar_hf.modeling_spar_semantic import bake_vocabulary
 
-    from spar_hf import SPAR_TINY, SparForOpenVocabSegmentation, bake_vocabulary
-    from spar_hf.vocabularies import VOCABULARIES
-
-    classes = [item.strip() for item in labels.split(";") if item.strip()]
-    built_in = len(classes) == 1 and classes[0].lower() in VOCABULARIES
     temporary = output.with_name(f".{output.name}.partial")
+    shutil.rmtree(temporary, ignore_errors=True)
     try:
-        if output.exists():
-            raise FileExistsError(f"{output} exists. Name another folder.")
-        quiet_transformers()
-        folder = SPAR_TINY if model is None else model
-        towers: Any = SparForOpenVocabSegmentation.from_pretrained(folder)
-        processor: Any = AutoProcessor.from_pretrained(folder)
-        baked = bake_vocabulary(towers, processor.tokenizer, classes[0].lower() if built_in else classes, templates)
-        shutil.rmtree(temporary, ignore_errors=True)
+        pipe = load_pipeline(model)
+        baked = bake_vocabulary(pipe.model, pipe.tokenizer, vocabulary, templates)
         baked.save_pretrained(temporary)
-        processor.image_processor.save_pretrained(temporary)
+        pipe.image_processor.save_pretrained(temporary)
         temporary.rename(output)
     except (ValueError, OSError, RuntimeError) as error:
+        fail(error)
+    finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        typer.secho(f"error: {error}", fg="red", err=True)
-        raise typer.Exit(1) from error
     typer.echo(f"written: {output}, {baked.config.num_labels} classes of {len(baked.config.name_to_class)} names")
-
-
-def quiet_transformers() -> None:
-    """No notices and bars of transformers among the command's own lines."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-
-
-def load_pipeline(model: str | None):
-    """The pipeline of a folder or hub id, or the embedded one, without transformers' notices."""
-    from transformers import pipeline
-
-    from spar_hf import SPAR_TINY
-
-    quiet_transformers()
-    task: Any = "open-vocab-segmentation"  # transformers types only its own tasks
-    return pipeline(task, model=SPAR_TINY if model is None else model)
-
-
-def label_image(label_map):
-    """Class numbers as an image: mode L up to 256 classes, else 16 bit."""
-    import numpy as np
-    from PIL import Image
-
-    return Image.fromarray(label_map.astype(np.uint8 if label_map.max() < 256 else np.uint16))
-
-
-def write_image(image, path: Path) -> None:
-    """Write under a temporary name and rename, so that an interrupted run leaves no half picture."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.partial{path.suffix}")
-    image.save(temporary)
-    temporary.replace(path)
 
 
 def main() -> None:
     """Entry point of the console script."""
     sys.exit(app())
+
+
+if __name__ == "__main__":
+    main()

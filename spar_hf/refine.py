@@ -21,7 +21,7 @@ beside the decision. Parameters were chosen on 12 other frames of CamVid (`val`,
 | `"lposs+"` | 25.2, 68.0, 0.04 s | 4.0, 23.5, 0.31 s |
 | `"pamr"` | 25.9, 68.4, 0.06 s | 3.9, 23.5, 0.54 s |
 | features upsampled bilinearly, 4 × | 25.7, 67.8, 0.03 s | 3.7, 22.7, 0.04 s |
-| label propagation with the paper's parameters | 11.4, 52.1, 0.08 s | 4.1, 25.1, 0.60 s |
+| label propagation with about the paper's parameters | 11.4, 52.1, 0.08 s | 4.1, 25.1, 0.60 s |
 
 So none of them is worth much here: half a point of mIoU on the frames that parameters were chosen on (35.7 -> 36.2), about
 nothing on the others, up to a point of accuracy. The paper's parameters ruin the street scenes: its graph is made of DINO's

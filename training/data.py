@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 from torch import nn
 
+from spar_hf.files import IMAGE_SUFFIXES
 from spar_hf.image_processing_spar import read_image as read_upright
 from spar_hf.image_processing_spar import to_rgb
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
 VOID = 255  # the mask value of pixels without a label
 
 
