@@ -14,8 +14,9 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from benchmarks import SegmentationSet, table_of_lines
+from conftest import randomise, tiny_config
 from huggingface_hub import ModelCard
-from inference import PeakMemory, Run, parse_models, parse_runs
+from inference import Candidate, PeakMemory, Run, average_logits, parse_models, parse_runs
 from measure import evaluate_runs
 from options import Options, build_vocabulary, choose_photos, resize_options
 from PIL import Image
@@ -25,7 +26,7 @@ from rich.console import Console
 from torch.nn import functional as F
 from transformers import HfArgumentParser
 
-from spar_hf import SparForOpenVocabSegmentation, SparImageProcessorPil
+from spar_hf import SlidingWindowTeacher, SparForOpenVocabSegmentation, SparImageProcessorPil
 from spar_hf.prompts import TEMPLATES
 
 TRAINING = Path(__file__).parents[1] / "training"
@@ -172,44 +173,48 @@ def test_runs_side_by_side_equal_a_slow_computation(dataset, checkpoint, tokeniz
 
 
 @torch.no_grad()
-def slow_mean_of_logits(checkpoint, tokenizer, dataset, stride):
-    """Every window's logits upsampled to its pixels, summed and counted pixel by pixel, as the published evaluation does."""
-    model = SparForOpenVocabSegmentation.from_pretrained(checkpoint)
-    names = [[tokenizer(t.format(name), padding="max_length").input_ids for t in TEMPLATES["short"]] for name in LABELS]
-    text = [F.normalize(model.get_text_features(torch.tensor(ids)).pooler_output, dim=-1).mean(0) for ids in names]
-    text = F.normalize(torch.stack(text), dim=-1)
-    predictions = []
-    for path in sorted((dataset / "images").iterdir()):
-        photo = Image.open(path)
-        pixels = (torch.tensor(np.array(photo)).permute(2, 0, 1)[None] / 255 - 0.5) / 0.5
-        pixels = F.pad(pixels, (0, -photo.width % 16, 0, -photo.height % 16))
-        height, width = pixels.shape[2:]
-        side = (min(64, height), min(64, width))
-        total, count = torch.zeros(len(names), height, width), torch.zeros(height, width)
-        for top in {*range(0, height - side[0], stride), height - side[0]}:
-            for left in {*range(0, width - side[1], stride), width - side[1]}:
-                rows, columns = slice(top, top + side[0]), slice(left, left + side[1])
-                features = F.normalize(model.vision_model(pixels[:, :, rows, columns]).feature_map, dim=1)
-                logits = torch.einsum("bdhw,nd->bnhw", features, text)
-                total[:, rows, columns] += F.interpolate(logits, size=side, mode="bilinear")[0]
-                count[rows, columns] += 1
-        predictions.append((total / count)[:, : photo.height, : photo.width].argmax(0).numpy())
-    return predictions
-
-
 @pytest.mark.parametrize("stride", [32, 24])
-def test_mean_of_logits_is_that_of_the_published_evaluation(dataset, checkpoint, tokenizer, stride):
-    folder = checkpoint("base")
-    runs = ["--runs", f"base:sliding-logits:{stride}", f"base:sliding:{stride}", "--no_warmup"]
-    of_logits, of_features = script.main(["--dataset", str(dataset), "--model", f"base={folder}", "--native", *runs])[
-        "runs"
-    ]
-    assert of_logits["inference"] == f"sliding, stride {stride}, mean of logits"
-    expected = slow_iou(slow_mean_of_logits(folder, tokenizer, dataset, stride), dataset)
-    # ours averages before the last upsampling, which is another value within half a patch of a window's border
-    difference = np.nanmax(np.abs(np.array(class_iou(of_logits)) - expected))
-    assert difference < 0.03
-    assert np.nanmax(np.abs(np.array(class_iou(of_features)) - expected)) > difference
+def test_mean_of_logits_is_that_of_the_published_evaluation(stride):
+    """Which upsamples every window's logits to its pixels, and sums and counts them pixel by pixel."""
+    torch.manual_seed(0)
+    model = randomise(SparForOpenVocabSegmentation(tiny_config()))
+    pixels, text = torch.randn(1, 3, 112, 160), F.normalize(torch.randn(5, 32), dim=-1)
+    total, count = torch.zeros(5, 112, 160), torch.zeros(112, 160)
+    seam = torch.zeros(112, 160, dtype=torch.bool)  # within half a patch of a window's border inside the photo
+    for top in {*range(0, 48, stride), 48}:
+        for left in {*range(0, 96, stride), 96}:
+            rows, columns = slice(top, top + 64), slice(left, left + 64)
+            features = F.normalize(model.vision_model(pixels[:, :, rows, columns]).feature_map, dim=1)
+            logits = 40 * torch.einsum("bdhw,nd->bnhw", features, text)
+            total[:, rows, columns] += F.interpolate(logits, scale_factor=16, mode="bilinear")[0]
+            count[rows, columns] += 1
+            for row in {top, top + 64} - {0, 112}:
+                seam[row - 8 : row + 8] = True
+            for column in {left, left + 64} - {0, 160}:
+                seam[:, column - 8 : column + 8] = True
+    expected = total / count
+    averaged, cell = average_logits(Candidate(model, None, text), pixels, stride, window_batch_size=5)
+    assert averaged.shape == (1, 5, 112 // cell, 160 // cell)
+    ours = F.interpolate(averaged, scale_factor=cell, mode="bilinear")[0]
+    features = SlidingWindowTeacher(model.vision_model, stride=stride)(pixels).feature_map
+    mean_of_features = F.interpolate(model.dense_logits(features, text), scale_factor=16, mode="bilinear")[0]
+    if stride == 32:
+        assert cell == 16 and 0.3 < seam.float().mean() < 0.9
+        torch.testing.assert_close(ours[:, ~seam], expected[:, ~seam], atol=2e-4, rtol=0)
+        assert (mean_of_features - expected)[:, ~seam].abs().mean() > 0.05
+    else:
+        # half patches stay half patches up to the last upsampling, which bends at their centres too: close, not equal
+        assert cell == 8
+        noise = (ours - expected).pow(2).mean() / expected.var()
+        assert noise < 0.08
+        assert (mean_of_features - expected).pow(2).mean() / expected.var() > 5 * noise
+
+
+def test_mean_of_logits__padding_of_the_photo_is_cut_off(dataset, checkpoint):
+    command = ["--dataset", str(dataset), "--model", f"base={checkpoint('base')}", "--native", "--no_warmup", "--runs"]
+    row = script.main([*command, "base:sliding-logits:24"])["runs"][0]
+    assert row["inference"] == "sliding, stride 24, mean of logits"
+    assert sum(entry["predicted_pixels"] for entry in row["classes"].values()) > 0.5 * sum(h * w for h, w in SIZES)
 
 
 def test_refined_run(dataset, checkpoint, monkeypatch):
@@ -266,7 +271,7 @@ def test_protocol__benchmark_and_overrides(tmp_path, checkpoint):
     command += ["--model", f"base={checkpoint('base')}", "--templates", "short"]
     report = script.main([*command, "--shortest_edge", "48"])
     assert (report["title"], report["dataset"], report["split"]) == ("PASCAL Context", "context60", "val")
-    assert report["vocabulary"]["potted plant"] == ["pottedplant"]
+    assert report["vocabulary"]["potted plant"] == ("pottedplant",)
     row = report["runs"][0]
     assert (row["scale"], row["threshold"], row["min_area"]) == (50, 0.1, 0)
     assert row["resize"] == {"do_resize": True, "size": {"shortest_edge": 48}}
@@ -284,7 +289,7 @@ def test_protocol__benchmark_and_overrides(tmp_path, checkpoint):
 
 def test_background_rules_need_a_background(dataset, checkpoint):
     command = ["--dataset", str(dataset), "--model", str(checkpoint("base")), "--ignore_classes", "null"]
-    with pytest.raises(ValueError, match="no class|there is none among road, sky, tree"):
+    with pytest.raises(ValueError, match="there is none among road, sky, tree"):
         script.main([*command, "--threshold", "0.2"])
 
 
@@ -481,7 +486,7 @@ def test_share_of_the_gap_closed_and_the_table():
     out = io.StringIO()
     show({**report, "runs": rows, "gaps": gaps}, Console(file=out, width=80, markup=False))
     lines = out.getvalue().splitlines()
-    assert any("base" in line and "stride 24" in line and "28.00" in line and "20.00 ×" in line for line in lines)
+    assert any("base" in line and "stride 24" in line and "28.00" in line and "20.0 ×" in line for line in lines)
     text = " ".join(out.getvalue().split())
     assert "75 % of the gap closed" in text and "no gap to close" in text
 

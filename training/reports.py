@@ -131,21 +131,26 @@ def percent(value: float | None) -> str:
     return "" if value is None or value != value else f"{100 * value:.2f}"
 
 
+def digits(value: float) -> str:
+    """Three digits after the point, or one from 10 on: columns stay narrow."""
+    return f"{value:.3f}" if value < 10 else f"{value:.1f}"
+
+
 def show(report: dict[str, Any], console: Console) -> None:
-    """Print the report as a table, and under it how much of the gap each student closes."""
+    """Print the report as a table (seconds per photo), and under it how much of the gap each student closes."""
     scored, classes = len(report["scored_classes"]), len(report["vocabulary"])
     of_classes = f"{classes} classes" if scored == classes else f"{scored} of {classes} classes"
     split = f", {report['split']}" if report["split"] else ""
     title = f"{report['title']}{split}: {report['photos']} photos, {of_classes}"
-    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
     for heading in ("model", "inference"):
         table.add_column(heading)
     headings = (
         "mIoU\n%",
         "bound.\nIoU %",
         "pixel\nacc. %",
-        "vision\ns/photo",
-        "total\ns/photo",
+        "vision\ns",
+        "total\ns",
         "vision\ntime",
         "peak\nMB",
     )
@@ -159,9 +164,9 @@ def show(report: dict[str, Any], console: Console) -> None:
             percent(row["mean_iou"]),
             percent(row["mean_boundary_iou"]),
             percent(row["overall_accuracy"]),
-            f"{row['vision_seconds']:.3f}",
-            f"{row['total_seconds']:.3f}",
-            "" if row["time_ratio"] is None else f"{row['time_ratio']:.2f} ×",
+            digits(row["vision_seconds"]),
+            digits(row["total_seconds"]),
+            "" if row["time_ratio"] is None else f"{digits(row['time_ratio'])} ×",
             "" if memory is None else f"{memory / 2**20:.0f}",
         )
     console.print(table)
