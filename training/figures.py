@@ -21,7 +21,7 @@ from typing import Any, Literal
 from accelerate import PartialState
 from inference import parse_models
 from matplotlib.figure import Figure
-from matplotlib.ticker import ScalarFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from measure import evaluate_runs
 from options import Options
 from reports import write_json
@@ -92,7 +92,7 @@ def draw_strides(rows: list[dict[str, Any]]) -> Figure:
     """mIoU over time, a point per stride; filled where the stride divides by the patch."""
     figure = Figure(figsize=(7, 4.6), layout="constrained")
     axes = figure.add_subplot()
-    windows = sorted((row for row in rows if row["stride"] is not None), key=lambda row: row["time_ratio"])
+    windows = sorted((row for row in rows if row["stride"] is not None), key=lambda row: -row["stride"])
     axes.plot(*curve(windows, "time_ratio"), color=WINDOW, linewidth=1, alpha=0.5)
     for divides, fill, words in ((True, WINDOW, "divides by the patch"), (False, "white", "does not")):
         some = [row for row in windows if (row["stride"] % row["patch_size"] == 0) == divides]
@@ -101,12 +101,13 @@ def draw_strides(rows: list[dict[str, Any]]) -> Figure:
             axes.plot(*curve(some, "time_ratio"), "o", color=WINDOW, markerfacecolor=fill, markersize=7, label=label)
     for row in windows:
         place = (row["time_ratio"], 100 * row["mean_iou"])
-        axes.annotate(str(row["stride"]), place, xytext=(0, 8), textcoords="offset points", ha="center", fontsize=9)
+        axes.annotate(str(row["stride"]), place, xytext=(7, -11), textcoords="offset points", fontsize=9)
     singles = [row for row in rows if row["stride"] is None]
     for row, colour, marker in zip(singles, (BASE, *COLOURS), "s" + "*" * len(singles), strict=False):
         size = 8 if marker == "s" else 15
         axes.axhline(100 * row["mean_iou"], color=colour, linewidth=0.8, linestyle=":")
         axes.plot(*curve([row], "time_ratio"), marker, color=colour, markersize=size, label=f"{row['model']}, one pass")
+    axes.margins(x=0.08, y=0.1)
     axes.set(xscale="log", xlabel="time of the vision forward, in passes of the base", ylabel="mIoU (%)")
     finish(figure)
     return figure
@@ -143,8 +144,9 @@ def finish(figure: Figure) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         for axis, scale in ((axes.xaxis, axes.get_xscale()), (axes.yaxis, axes.get_yscale())):
             if scale == "log":
-                axis.set_major_formatter(ScalarFormatter())
-                axis.set_minor_formatter("")
+                axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+                axis.set_minor_formatter(NullFormatter())
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=2, frameon=False, fontsize=9)
 
