@@ -106,12 +106,12 @@ def test_strength_table(street, models, tmp_path):
     ]
     rows = strength.main([*command, "--output", str(tmp_path / "out"), "--runs", "SPAR:single"])
     assert [(row["set"], row["part"], row["photos"]) for row in rows] == [
-        *(("street", part, n) for part, n in (("trained on", 2), ("kept photos", 2), ("held-out classes", 4))),
-        *(("kept", part, n) for part, n in (("trained on", 2), ("kept photos", 2), ("held-out classes", 4))),
+        *(("street", part, n) for part, n in (("trained on", 2), ("kept photos", 2), ("new classes", 4))),
+        *(("kept", part, n) for part, n in (("trained on", 2), ("kept photos", 2), ("new classes", 4))),
     ]
-    assert all(row["classes"] == ["tree"] for row in rows if row["part"] == "held-out classes")
-    assert not any("tree" in row["classes"] for row in rows if row["part"] != "held-out classes")
-    report = json.loads((tmp_path / "out" / "street-held-out-classes.json").read_text())
+    assert all(row["classes"] == ["tree"] for row in rows if row["part"] == "new classes")
+    assert not any("tree" in row["classes"] for row in rows if row["part"] != "new classes")
+    report = json.loads((tmp_path / "out" / "street-new-classes.json").read_text())
     assert list(report["vocabulary"]) == ["road", "sky", "tree", "dog"]
     assert report["runs"][0]["mean_iou"] == report["runs"][0]["classes"]["tree"]["iou"]
     report = json.loads((tmp_path / "out" / "kept-kept-photos.json").read_text())

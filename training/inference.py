@@ -1,6 +1,7 @@
 """Ways of running a model on a photo: one pass, sliding windows over features or logits, refined; with time and memory."""
 
 import ctypes
+import functools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -175,6 +176,7 @@ def average_logits(candidate: Candidate, pixel_values: torch.Tensor, stride: int
     return sums / coverage, plan.cell
 
 
+@functools.cache
 def load_refinement(name: str) -> Callable[..., torch.Tensor]:
     """
     A refinement of logits: called with logits `(names, h, w)`, features `(dim, h, w)` and the normalised photo

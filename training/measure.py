@@ -84,10 +84,10 @@ def load_candidates(
     return candidates
 
 
-def weights_of(folder: str) -> list[list[Any]]:
-    """Name, size and time of a local model's weights: a student that was trained again is another one."""
-    files = sorted(Path(folder).glob("*.safetensors")) if Path(folder).is_dir() else []
-    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+def files_of(folder: str) -> list[list[Any]]:
+    """Name, size and time of a local model's files: a student that was trained again is another one."""
+    found = [path for pattern in ("*.safetensors", "*.json") for path in Path(folder).glob(pattern)]
+    return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(found)]
 
 
 def measure_settings(
@@ -96,7 +96,7 @@ def measure_settings(
     """What decides the counts: two measurements of equal settings can be joined. As JSON holds it."""
     settings = {f"--{name}": value for name, value in asdict(options).items() if name not in FREE_OPTIONS}
     settings["photos"] = hashlib.sha256("\n".join(data.names).encode()).hexdigest()
-    settings["weights"] = {name: weights_of(folder) for name, folder in folders.items()}
+    settings["files"] = {name: files_of(folder) for name, folder in folders.items()}
     settings["mixed precision"] = accelerator.mixed_precision
     return json.loads(json.dumps(settings))
 
