@@ -6,22 +6,31 @@ import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from benchmarks import SegmentationSet, table_of_lines
+from conftest import randomise, tiny_config
+from huggingface_hub import ModelCard
+from inference import Candidate, PeakMemory, Run, average_logits, parse_models, parse_runs
+from measure import evaluate_runs
+from options import Options, build_vocabulary, choose_photos, resize_options
 from PIL import Image
+from protocols import spar
+from reports import find_gaps, show
 from rich.console import Console
 from torch.nn import functional as F
+from transformers import HfArgumentParser
 
-from spar_hf import SparForOpenVocabSegmentation, SparImageProcessorPil
+from spar_hf import SlidingWindowTeacher, SparForOpenVocabSegmentation, SparImageProcessorPil
 from spar_hf.prompts import TEMPLATES
 
 TRAINING = Path(__file__).parents[1] / "training"
-# at the end: in front, training/evaluate.py would hide the package `evaluate`
-sys.path.append(str(TRAINING))
+# by its path: as a module its name would hide the package `evaluate`
 spec = importlib.util.spec_from_file_location("evaluate_script", TRAINING / "evaluate.py")
 script = sys.modules["evaluate_script"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(script)
@@ -159,8 +168,129 @@ def test_runs_side_by_side_equal_a_slow_computation(dataset, checkpoint, tokeniz
         # a pixel or two may lie on a tie
         np.testing.assert_allclose(class_iou(row), expected, atol=1e-3)
         assert row["mean_iou"] == pytest.approx(np.nanmean(expected), abs=1e-3)
-    assert len({round(row["mean_iou"], 3) for row in report["runs"]}) == 3
+    assert len({row["mean_iou"] for row in report["runs"]}) == 3
     assert report["photos"] == 5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("stride", [32, 24])
+def test_mean_of_logits_is_that_of_the_published_evaluation(stride):
+    """Which upsamples every window's logits to its pixels, and sums and counts them pixel by pixel."""
+    torch.manual_seed(0)
+    model = randomise(SparForOpenVocabSegmentation(tiny_config()))
+    pixels, text = torch.randn(1, 3, 112, 160), F.normalize(torch.randn(5, 32), dim=-1)
+    total, count = torch.zeros(5, 112, 160), torch.zeros(112, 160)
+    seam = torch.zeros(112, 160, dtype=torch.bool)  # within half a patch of a window's border inside the photo
+    for top in {*range(0, 48, stride), 48}:
+        for left in {*range(0, 96, stride), 96}:
+            rows, columns = slice(top, top + 64), slice(left, left + 64)
+            features = F.normalize(model.vision_model(pixels[:, :, rows, columns]).feature_map, dim=1)
+            logits = 40 * torch.einsum("bdhw,nd->bnhw", features, text)
+            total[:, rows, columns] += F.interpolate(logits, scale_factor=16, mode="bilinear")[0]
+            count[rows, columns] += 1
+            for row in {top, top + 64} - {0, 112}:
+                seam[row - 8 : row + 8] = True
+            for column in {left, left + 64} - {0, 160}:
+                seam[:, column - 8 : column + 8] = True
+    expected = total / count
+    averaged, cell = average_logits(Candidate(model, None, text), pixels, stride, window_batch_size=5)
+    assert averaged.shape == (1, 5, 112 // cell, 160 // cell)
+    ours = F.interpolate(averaged, scale_factor=cell, mode="bilinear")[0]
+    features = SlidingWindowTeacher(model.vision_model, stride=stride)(pixels).feature_map
+    mean_of_features = F.interpolate(model.dense_logits(features, text), scale_factor=16, mode="bilinear")[0]
+    if stride == 32:
+        assert cell == 16 and 0.3 < seam.float().mean() < 0.9
+        torch.testing.assert_close(ours[:, ~seam], expected[:, ~seam], atol=2e-4, rtol=0)
+        assert (mean_of_features - expected)[:, ~seam].abs().mean() > 0.05
+    else:
+        # half patches stay half patches up to the last upsampling, which bends at their centres too: close, not equal
+        assert cell == 8
+        noise = (ours - expected).pow(2).mean() / expected.var()
+        assert noise < 0.08
+        assert (mean_of_features - expected).pow(2).mean() / expected.var() > 5 * noise
+
+
+def test_mean_of_logits__padding_of_the_photo_is_cut_off(dataset, checkpoint):
+    command = ["--dataset", str(dataset), "--model", f"base={checkpoint('base')}", "--native", "--no_warmup", "--runs"]
+    row = script.main([*command, "base:sliding-logits:24"])["runs"][0]
+    assert row["inference"] == "sliding, stride 24, mean of logits"
+    assert sum(entry["predicted_pixels"] for entry in row["classes"].values()) > 0.5 * sum(h * w for h, w in SIZES)
+
+
+def test_refined_run(dataset, checkpoint, monkeypatch):
+    """A refinement gets logits, features and photo of one size and may return a finer grid."""
+    folder = checkpoint("base")
+    command = ["--dataset", str(dataset), "--model", f"base={folder}", "--native", "--no_warmup", "--runs"]
+
+    def double(logits, feature_map, pixel_values):
+        assert feature_map.shape == (32, *logits.shape[1:])
+        assert logits.shape[1:] == tuple(-(-side // 16) for side in pixel_values.shape[1:])
+        return F.interpolate(logits[None], scale_factor=2, mode="nearest")[0]
+
+    known = {"same": lambda logits, feature_map, pixel_values: logits, "double": double}
+    module = types.SimpleNamespace(resolve_refinement=known.__getitem__)
+    monkeypatch.setitem(sys.modules, "spar_hf.refine", module)
+    report = script.main([*command, "base:single", "base:single+same", "base:sliding:32+double"])
+    plain, same, double = report["runs"]
+    assert same["inference"] == "single pass, same" and double["refinement"] == "double"
+    np.testing.assert_equal(same["classes"], plain["classes"])
+    assert double["mean_iou"] != plain["mean_iou"]
+    monkeypatch.setitem(sys.modules, "spar_hf.refine", None)  # as where it is not installed
+    with pytest.raises(ValueError, match="Cannot refine by 'lposs'"):
+        script.main([*command, "base:single+lposs"])
+
+
+def test_protocol__settings_of_the_published_evaluation():
+    assert spar("voc21", "siglip").scale == 65 and spar("voc21", "siglip").threshold == 0
+    assert (spar("voc21", "maskclip").threshold, spar("voc21", "maskclip").min_area) == (0.1, 0.1)
+    assert (spar("context60", "siglip").scale, spar("context60", "siglip").threshold) == (50, 0.1)
+    assert spar("cityscapes", "siglip").size == {"shortest_edge": 1024, "longest_edge": 2048}
+    for name in ("voc20", "context59", "ade20k", "coco-object", "coco-stuff", None):
+        protocol = spar(name, "maskclip")
+        assert protocol.size == {"shortest_edge": 672, "longest_edge": 2048} and protocol.templates == "imagenet80"
+        assert protocol.scale == 40 and not protocol.threshold
+    assert spar("voc20", "siglip").vocabulary == "voc20-spar" and spar("ade20k", "siglip").vocabulary == "ade20k"
+
+
+def make_context(root):
+    for name, value in (("2008_000002", 0), ("2008_000003", 41)):
+        for path, image in (
+            (root / "JPEGImages" / f"{name}.jpg", Image.effect_noise((60, 40), 90).convert("RGB")),
+            (root / "SegmentationClassContext" / f"{name}.png", Image.new("L", (60, 40), value)),
+        ):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            image.save(path)
+    listing = root / "ImageSets" / "SegmentationContext" / "val.txt"
+    listing.parent.mkdir(parents=True)
+    listing.write_text("2008_000002\n2008_000003\n")
+
+
+def test_protocol__benchmark_and_overrides(tmp_path, checkpoint):
+    make_context(tmp_path / "VOC2010")
+    command = ["--dataset", str(tmp_path), "--benchmark", "context60", "--protocol", "spar", "--no_warmup"]
+    command += ["--model", f"base={checkpoint('base')}", "--templates", "short"]
+    report = script.main([*command, "--shortest_edge", "48"])
+    assert (report["title"], report["dataset"], report["split"]) == ("PASCAL Context", "context60", "val")
+    assert report["vocabulary"]["potted plant"] == ("pottedplant",)
+    row = report["runs"][0]
+    assert (row["scale"], row["threshold"], row["min_area"]) == (50, 0.1, 0)
+    assert row["resize"] == {"do_resize": True, "size": {"shortest_edge": 48}}
+    labelled = {label: entry["labelled_pixels"] for label, entry in row["classes"].items() if entry["labelled_pixels"]}
+    assert labelled == {"background": 2400, "road": 2400}
+    # 60 alike names: no probability reaches a half
+    sure = script.main([*command, "--shortest_edge", "48", "--threshold", "0.5", "--scale", "1"])["runs"][0]
+    assert sure["classes"]["background"]["predicted_pixels"] == 4800
+    published = script.main([*command, "--limit", "1", "--scale", "30"])["runs"][0]
+    assert published["resize"] == {"do_resize": True, "size": {"shortest_edge": 672, "longest_edge": 2048}}
+    assert published["scale"] == 30
+    with pytest.raises(ValueError, match="no protocol 'sparr'; use one of spar"):
+        script.main([*command, "--protocol", "sparr"])
+
+
+def test_background_rules_need_a_background(dataset, checkpoint):
+    command = ["--dataset", str(dataset), "--model", str(checkpoint("base")), "--ignore_classes", "null"]
+    with pytest.raises(ValueError, match="there is none among road, sky, tree"):
+        script.main([*command, "--threshold", "0.2"])
 
 
 def test_native_size_is_upsampled_by_the_patch_and_cropped(dataset, checkpoint, tokenizer):
@@ -218,37 +348,42 @@ def test_only_classes_restricts_the_means_not_the_answers(dataset, checkpoint):
 
 
 def options(**kwargs):
-    return script.Options(**{"dataset": "", "model": [], **kwargs})
+    return Options(**{"dataset": "", "model": [], **kwargs})
+
+
+def set_of(classes):
+    return SegmentationSet("set", None, (), *table_of_lines(classes), "set")
 
 
 def test_vocabulary(tmp_path):
     classes = ["null", "wall-merged", "Sports_ball", "wall-other", "dog"]
     words = tmp_path / "labels.json"
     words.write_text(json.dumps({"sports ball": ["football", "ball"], "wall-merged": "brick, wall"}))
-    vocabulary, table = script.build_vocabulary(classes, options(labels=str(words), ignore_classes=["Dog"]))
+    vocabulary, data = build_vocabulary(set_of(classes), options(labels=str(words), ignore_classes=["Dog"]))
     # what reads alike is one class, and names of a file are taken as they are
     assert vocabulary.labels == ("background", "wall", "sports ball")
     assert vocabulary.names == (("background",), ("brick, wall",), ("football", "ball"))
-    assert table[:5].tolist() == [0, 1, 2, 1, VOID]
-    assert (table[5:] == VOID).all()
+    assert data.labels == vocabulary.labels
+    assert data.table[:5].tolist() == [0, 1, 2, 1, VOID] and data.table[255] == VOID
+    assert (data.table[5:255] < 0).all()  # no mask of the set may hold these
 
 
 def test_vocabulary__errors(tmp_path):
     with pytest.raises(ValueError, match="--ignore_classes: no class is called kat; there are cat, dog"):
-        script.build_vocabulary(["cat", "dog"], options(ignore_classes=["kat"]))
+        build_vocabulary(set_of(["cat", "dog"]), options(ignore_classes=["kat"]))
     words = tmp_path / "labels.json"
     words.write_text(json.dumps({"cat": ["cat", "dog"]}))
     with pytest.raises(ValueError, match="two classes or twice: dog"):
-        script.build_vocabulary(["cat", "dog"], options(labels=str(words)))
-    with pytest.raises(ValueError, match="256 lines"):
-        script.build_vocabulary([str(i) for i in range(256)], options())
+        build_vocabulary(set_of(["cat", "dog"]), options(labels=str(words)))
+    with pytest.raises(ValueError, match="256 classes"):
+        set_of([str(i) for i in range(256)])
 
 
 def test_held_out_photos_are_those_that_pretraining_leaves(dataset):
     from pretrain_tiny import load_sets
 
     def chosen(**kwargs):
-        return [image.stem for image, _ in script.choose_photos(options(dataset=str(dataset), **kwargs))[1]]
+        return list(choose_photos(options(dataset=str(dataset), **kwargs)).names)
 
     spec = {"path": dataset.name, "weight": 1, "crop": [32, 48], "holdout_every": 2, "exclude": ["*photo1"]}
     recipe = {"sets": [spec], "held_out": [], "synonyms": {}}
@@ -256,6 +391,7 @@ def test_held_out_photos_are_those_that_pretraining_leaves(dataset):
     assert [photo.shape[:2] for photo in trained.photos] == [SIZES[0], SIZES[3]]
     kept = {"holdout_every": 2, "exclude": ["*photo1"]}
     assert chosen(**kept) == ["photo2", "photo4"]
+    assert chosen(**kept, holdout_rest=True) == ["photo0", "photo3"]
     # which photos are held out does not depend on what else is asked for
     assert chosen(**kept, include=["*4", "*3"]) == ["photo4"]
     assert chosen(**kept, limit=1) == ["photo2"]
@@ -267,36 +403,65 @@ def test_held_out_photos_are_those_that_pretraining_leaves(dataset):
 def test_models_and_runs(tmp_path):
     odd = tmp_path / "lr=1"
     odd.mkdir()
-    models = script.parse_models(["base=some/folder", "org/student", str(odd)])
+    models = parse_models(["base=some/folder", "org/student", str(odd)])
     assert models == {"base": "some/folder", "student": "org/student", "lr=1": str(odd)}
-    runs = script.parse_runs(["student:single", "base:sliding:24"], models)
-    assert [(run.model, run.stride) for run in runs] == [("student", None), ("base", 24)]
-    assert [run.model for run in script.parse_runs(None, models)] == ["base", "student", "lr=1"]
-    for wrong in ("base", "base:sliding", "base:sliding:x", "base:sliding:-4", "base:double"):
+    given = [
+        "student:single",
+        "base:sliding:24",
+        "base:sliding-logits:24",
+        "base:sliding:24+lposs",
+        "lr=1:single+lposs",
+    ]
+    assert parse_runs(given, models) == [
+        Run("student"),
+        Run("base", 24),
+        Run("base", 24, "logits"),
+        Run("base", 24, refinement="lposs"),
+        Run("lr=1", refinement="lposs"),
+    ]
+    assert len({run.inference for run in parse_runs(given, models)}) == len(given)  # each way has words of its own
+    assert [run.model for run in parse_runs(None, models)] == ["base", "student", "lr=1"]
+    wrong_forms = (
+        "base",
+        "base:sliding",
+        "base:sliding:x",
+        "base:sliding:-4",
+        "base:double",
+        "base:single+",
+        "base:single:4",
+    )
+    for wrong in wrong_forms:
         with pytest.raises(ValueError, match="NAME:sliding:STRIDE"):
-            script.parse_runs([wrong], models)
+            parse_runs([wrong], models)
+    with pytest.raises(ValueError, match="mean of logits has none"):
+        parse_runs(["base:sliding-logits:24+lposs"], models)
     with pytest.raises(ValueError, match="names no model"):
-        script.parse_runs(["teacher:single"], models)
+        parse_runs(["teacher:single"], models)
+    with pytest.raises(ValueError, match="stands twice"):
+        parse_runs(["base:single", "base:single"], models)
     with pytest.raises(ValueError, match="names that differ"):
-        script.parse_models(["a/model", "b/model"])
+        parse_models(["a/model", "b/model"])
 
 
 def test_working_resolution_options():
-    assert script.resize_options(options()) == {}
-    assert script.resize_options(options(native=True)) == {"do_resize": False}
-    edges = script.resize_options(options(shortest_edge=384, longest_edge=512))
+    assert resize_options(options()) is None
+    assert resize_options(options(native=True)) == {"do_resize": False}
+    edges = resize_options(options(shortest_edge=384, longest_edge=512))
     assert edges["size"] == {"shortest_edge": 384, "longest_edge": 512}
     for wrong in ({"native": True, "size": [8, 8]}, {"longest_edge": 8, "size": [8, 8]}, {"size": [8]}):
         with pytest.raises(ValueError, match="--size"):
-            script.resize_options(options(**wrong))
+            resize_options(options(**wrong))
 
 
 def row(model, stride, mean_iou, seconds):
-    inference = script.Run(model, stride).inference
     return {
         "model": model,
-        "inference": inference,
+        "inference": Run(model, stride).inference,
         "stride": stride,
+        "average": "features",
+        "refinement": None,
+        "mean_boundary_iou": float("nan"),
+        "peak_memory_bytes": None,
         "mean_iou": mean_iou,
         "overall_accuracy": 0.5,
         "vision_seconds": seconds,
@@ -307,9 +472,9 @@ def row(model, stride, mean_iou, seconds):
 
 def test_share_of_the_gap_closed_and_the_table():
     rows = [row("student", 24, 0.4, 9.0), row("base", None, 0.2, 0.5), row("base", 24, 0.28, 10.0)]
-    assert script.find_gaps(rows) == []
+    assert find_gaps(rows) == []
     rows += [row("base", 96, 0.19, 1.0), row("student", None, 0.26, 0.5)]
-    gaps = script.find_gaps(rows)
+    gaps = find_gaps(rows)
     assert [(gap["student"], gap["teacher"]) for gap in gaps] == [
         ("student", "base, sliding window of stride 24"),
         ("student", "base, sliding window of stride 96"),
@@ -317,11 +482,11 @@ def test_share_of_the_gap_closed_and_the_table():
     assert gaps[0]["share_closed"] == pytest.approx(0.75)
     assert gaps[0]["times_faster"] == 20
     assert gaps[1]["share_closed"] is None  # a teacher below the base leaves no gap
-    report = {"options": {"dataset": "streets"}, "photos": 3, "vocabulary": {"a": ["a"]}, "scored_classes": ["a"]}
+    report = {"title": "streets", "split": None, "photos": 3, "vocabulary": {"a": ["a"]}, "scored_classes": ["a"]}
     out = io.StringIO()
-    script.show({**report, "runs": rows, "gaps": gaps}, Console(file=out, width=80, markup=False))
+    show({**report, "runs": rows, "gaps": gaps}, Console(file=out, width=80, markup=False))
     lines = out.getvalue().splitlines()
-    assert any("base" in line and "stride 24" in line and "28.00" in line and "20.00 ×" in line for line in lines)
+    assert any("base" in line and "stride 24" in line and "28.00" in line and "20.0 ×" in line for line in lines)
     text = " ".join(out.getvalue().split())
     assert "75 % of the gap closed" in text and "no gap to close" in text
 
@@ -331,11 +496,72 @@ def test_mask_must_fit_its_photo(dataset, checkpoint):
     path = dataset / "masks" / "photo3.png"
     mask = Image.open(path).copy()
     mask.resize((66, 130)).save(path)
-    with pytest.raises(ValueError, match=r"photo3\.png has 130×66 pixels .* its photo 131×66"):
+    with pytest.raises(ValueError, match=r"photo3 has 130×66 pixels .* its photo 131×66"):
         script.main(command)
     mask.point(lambda value: 6 if value == VOID else value).save(path)
-    with pytest.raises(ValueError, match=r"photo3.png holds the values \[6\], but classes.txt has 6 lines"):
+    with pytest.raises(ValueError, match=r"photo3 holds the values \[6\], which set \(6 classes\)"):
         script.main(command)
+
+
+def test_cut_off_measurement_goes_on_where_it_stopped(dataset, checkpoint, tmp_path):
+    output = tmp_path / "report.json"
+    command = ["--dataset", str(dataset), "--model", f"base={checkpoint('base')}", "--native", "--output", str(output)]
+    command += ["--runs", "base:single", "base:sliding:32", "--save_seconds", "0"]
+    whole = script.main(command)
+    output.unlink()
+
+    photos = [dataset / "images" / f"photo{i}.png" for i in range(5)]
+    contents = [photo.read_bytes() for photo in photos]
+    photos[3].write_bytes(b"damaged")
+    with pytest.raises(ValueError, match="Cannot read photo3"):
+        script.main(command)
+    assert not output.exists()
+    with pytest.raises(ValueError, match=r"--shortest_edge was null, is 64.*Give the same ones"):
+        script.main([*[part for part in command if part != "--native"], "--shortest_edge", "64"])
+    photos[3].write_bytes(contents[3])
+    for photo in photos[:3]:
+        photo.write_bytes(b"read again")
+    resumed = script.main(command)
+    for mine, expected in zip(resumed["runs"], whole["runs"], strict=True):
+        np.testing.assert_equal(mine["classes"], expected["classes"])
+        assert mine["mean_boundary_iou"] == expected["mean_boundary_iou"]
+    assert resumed["photos"] == 5
+    assert not (tmp_path / "report.json.parts").exists()
+    # finished: nothing is read, unless something else is asked for
+    stored = evaluate_runs(script_options(command), reuse=True)
+    assert stored["runs"][0]["mean_iou"] == whole["runs"][0]["mean_iou"]
+    with pytest.raises(ValueError, match=r"--limit was null, is 2"):
+        evaluate_runs(script_options([*command, "--limit", "2"]), reuse=True)
+
+
+def script_options(command):
+    (parsed,) = HfArgumentParser(Options).parse_args_into_dataclasses(command)
+    return parsed
+
+
+def test_results_block_of_a_model_card(dataset, checkpoint, tmp_path):
+    base, student = checkpoint("base"), checkpoint("student", shift=0.5)
+    command = ["--dataset", str(dataset), "--model", f"base={base}", f"student={student}", "--native", "--no_warmup"]
+    command += ["--runs", "base:single", "student:single", "base:sliding:64", "--card_folder", str(tmp_path / "cards")]
+    rows = script.main(command)["runs"]
+    card = ModelCard.load(tmp_path / "cards" / "base.md")
+    results = {result.metric_name: result for result in card.data.eval_results}
+    assert card.data.model_name == "base" and len(results) == 6
+    result = results["mIoU, sliding, stride 64"]
+    assert result.metric_value == pytest.approx(100 * rows[2]["mean_iou"], abs=0.006)
+    assert (result.task_type, result.metric_type, result.dataset_name) == ("image-segmentation", "mean_iou", "set")
+    assert results["boundary mIoU, single pass"].metric_value == pytest.approx(
+        100 * rows[0]["mean_boundary_iou"], abs=0.006
+    )
+    assert (tmp_path / "cards" / "student.md").is_file()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="resident memory is read from Linux's /proc")
+def test_peak_memory_of_work_on_a_cpu():
+    for megabytes in (200, 60):  # the smaller one after the larger: memory that was freed is not used unseen
+        with PeakMemory(torch.device("cpu")) as peak:
+            torch.ones(megabytes * 2**18).exp_()
+        assert peak.bytes == pytest.approx(megabytes * 2**20, rel=0.1)
 
 
 def test_two_processes_count_the_same_pixels(dataset, checkpoint, tmp_path):
@@ -362,12 +588,13 @@ def test_two_processes_count_the_same_pixels(dataset, checkpoint, tmp_path):
 
     two = json.loads(output.read_text(encoding="utf-8"), parse_constant=no_constant)
     assert [path.name for path in output.parent.iterdir()] == ["report.json"]
-    assert two["processes"] == 2 and two["photos"] == 5
+    assert two["processes"] == 2 and two["photos"] == 5  # of which one process has three, the other two
     counts = [f"{kind}_pixels" for kind in ("labelled", "predicted", "correct")]
     for row_of_one, row_of_two in zip(one["runs"], two["runs"], strict=True):
         for label in LABELS:
             for count in counts:
                 assert row_of_two["classes"][label][count] == row_of_one["classes"][label][count]
-        assert row_of_two["mean_iou"] == row_of_one["mean_iou"]
+        for mean in ("mean_iou", "mean_boundary_iou", "overall_accuracy", "mean_accuracy"):
+            assert row_of_two[mean] == row_of_one[mean]  # to the last digit
         assert 0 < row_of_two["vision_seconds"] <= row_of_two["total_seconds"]
     assert two["runs"][0]["classes"]["dog"]["accuracy"] is None  # no mask holds it

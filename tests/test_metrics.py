@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy import ndimage
 from sklearn.metrics import confusion_matrix, jaccard_score
 
-from spar_hf.metrics import MeanIoU
+from spar_hf.metrics import BoundaryIoU, MeanIoU
 
 CLASSES, VOID = 20, 255
 SIZES = [(5, 7), (16, 9), (1, 13), (12, 12)]
@@ -178,3 +179,60 @@ def test_clear_errors__wrong_use():
         MeanIoU(0)
     with pytest.raises(ValueError, match=r"\(3, 3\), got \(2, 2\)"):
         MeanIoU(3).merge(MeanIoU(2).confusion_matrix)
+
+
+def eroded_boundary(mask, distance):
+    """The definition's own way: what erosion by 3×3, `distance` times, takes away; outside of the photo is no mask."""
+    eroded = ndimage.binary_erosion(mask, np.ones((3, 3), bool), iterations=distance, border_value=0)
+    return mask & ~eroded
+
+
+def test_boundary_iou_is_that_of_eroded_masks():
+    rng = np.random.default_rng(0)
+    both, either = np.zeros(4), np.zeros(4)
+    metric = BoundaryIoU(4, dilation_ratio=0.05)
+    for height, width in ((40, 31), (7, 90), (24, 24)):
+        blocks = rng.integers(0, 3, (height // 6 + 1, width // 6 + 1))  # no pixel is of class 3
+        reference = np.kron(blocks, np.ones((6, 6), int))[:height, :width]
+        prediction = np.roll(reference, 1, axis=1)
+        reference[rng.random(reference.shape) < 0.003] = VOID
+        metric.add(prediction=prediction.astype(np.uint8), reference=reference.astype(np.uint8))
+        known = np.where(reference == VOID, VOID, prediction)
+        distance = max(1, round(0.05 * np.hypot(height, width)))
+        for label in range(4):
+            of_reference = eroded_boundary(reference == label, distance)
+            of_prediction = eroded_boundary(known == label, distance)
+            both[label] += (of_reference & of_prediction).sum()
+            either[label] += (of_reference | of_prediction).sum()
+    results = metric.compute()
+    expected = [b / e if e else np.nan for b, e in zip(both, either, strict=True)]
+    assert 0 < expected[0] < 1 and np.isnan(expected[3])
+    np.testing.assert_allclose(results["per_category_boundary_iou"], expected)
+    assert results["mean_boundary_iou"] == pytest.approx(np.mean(expected[:3]))
+
+
+def test_boundary_iou__void_neither_makes_nor_moves_a_boundary():
+    reference = np.zeros((30, 30), int)
+    reference[:, 15:] = 1
+    reference[:, 14:16] = VOID  # an outline, as VOC has it
+    metric = BoundaryIoU(2)
+    for edge in (14, 15, 16):  # all of these are right wherever there is a label
+        prediction = (np.arange(30) >= edge).astype(int) * np.ones((30, 1), int)
+        metric.add(prediction=prediction, reference=reference)
+    assert metric.compute()["mean_boundary_iou"] == 1
+    with pytest.raises(ValueError, match="dilation_ratio=0 must be above 0"):
+        BoundaryIoU(2, dilation_ratio=0)
+    with pytest.raises(ValueError, match=r"label maps \(height, width\), got shape \(4,\)"):
+        metric.add(prediction=[0, 1, 0, 1], reference=[0, 0, 1, 1])
+
+
+def test_boundary_iou__parts_merge():
+    rng = np.random.default_rng(1)
+    predictions, references = rng.integers(0, 2, (2, 3, 20, 20))
+    whole, merged = BoundaryIoU(2), BoundaryIoU(2)
+    whole.add_batch(predictions=predictions, references=references)
+    for prediction, reference in zip(predictions, references, strict=True):
+        part = BoundaryIoU(2)
+        part.add(prediction=prediction, reference=reference)
+        merged.merge(part.counts)
+    np.testing.assert_equal(merged.compute(), whole.compute())
