@@ -53,8 +53,11 @@ BACKBONE_SOURCES: dict[str, Any] = {
 CODE_FILES = (
     "backbone_spar.py",
     "configuration_spar.py",
+    "configuration_spar_universal.py",
     "image_processing_spar.py",
+    "image_processing_spar_universal.py",
     "modeling_spar.py",
+    "modeling_spar_universal.py",
     "pipeline.py",
     "processing_spar.py",
     "prompts.py",
