@@ -76,18 +76,19 @@ class SparUniversalConfig(PreTrainedConfig):
     enforce_input_projection: bool = False
 
     def __post_init__(self, **kwargs):
-        backbone = self.backbone_config
+        backbone = {} if self.backbone_config is None else self.backbone_config
         if isinstance(backbone, PreTrainedConfig):
             backbone = backbone.to_dict()
-        if backbone is not None:
-            if not isinstance(backbone, dict) or backbone.get("model_type", "spar") != "spar":
-                raise ValueError(
-                    f"`backbone_config` must be a SparConfig or its dict, got {backbone!r:.200}. Of another backbone of "
-                    "transformers, `SparVisionModel.from_backbone(...).config` is one."
-                )
-            # what belongs to the folder that the backbone came from, not to the backbone
-            dropped = ("auto_map", "custom_pipelines", "architectures", "text_config")
-            self.backbone_config = {key: value for key, value in backbone.items() if key not in dropped}
+        if not isinstance(backbone, dict) or backbone.get("model_type", "spar") != "spar":
+            kind = backbone["model_type"] if isinstance(backbone, dict) else type(backbone).__name__
+            raise ValueError(
+                f"`backbone_config` must be a SparConfig or its dict, got one of type {kind!r}. For a new head on a SPAR "
+                "model or a backbone of transformers, call `SparForUniversalSegmentation.from_spar(...)`."
+            )
+        # what belongs to the folder that the backbone came from, not to the backbone
+        dropped = ("auto_map", "custom_pipelines", "architectures", "text_config")
+        # built here: transformers would look up the name `spar`, which code that came with a folder has not registered
+        self.backbone_config = SparConfig(**{key: value for key, value in backbone.items() if key not in dropped})
         super().__post_init__(**kwargs)
         if self.hidden_dim % self.num_attention_heads or self.hidden_dim % 4:
             raise ValueError(

@@ -185,9 +185,9 @@ class SparUniversalImageProcessorPil(SparImageProcessorPil):
     ) -> list[dict[str, Any]]:
         """
         One segment per pixel. Queries of "no segment", or less sure of their class than `threshold`, are dropped; a
-        pixel goes to the query with the largest product of class and mask probability; a query that keeps no more than
+        pixel goes to the query with the largest product of class and mask probability; a query that gets no more than
         `overlap_mask_area_threshold` of the area of its own mask (probabilities from `mask_threshold` on) is dropped,
-        and its pixels with it.
+        and its pixels with it; so are pixels that lie outside of the mask of the query they went to.
 
         Args:
             outputs ([`SparUniversalSegmentationOutput`]).
@@ -206,8 +206,9 @@ class SparUniversalImageProcessorPil(SparImageProcessorPil):
         Raises:
             ValueError: outputs of another model; another number of sizes than of photos.
 
-        Source: `Mask2FormerImageProcessorPil` in transformers. As in the paper and unlike there, the mask's own area is that
-        of the mask, not of its product with the score, and fused segments are listed once.
+        Source: `Mask2FormerImageProcessorPil` in transformers. As in the code of the paper (arXiv 2112.01527) and unlike
+        there, the mask's own area is that of the mask, not of its product with the score, pixels outside of every mask stay
+        without a segment, and fused segments are listed once.
         """
         fuse = set((self.label_ids_to_fuse if label_ids_to_fuse is None else label_ids_to_fuse) or ())
         results = []
@@ -221,16 +222,18 @@ class SparUniversalImageProcessorPil(SparImageProcessorPil):
                 results.append({"segmentation": segmentation, "segments_info": segments})
                 continue
             own = torch.zeros(queries, dtype=torch.long, device=logits.device)
-            won = torch.zeros_like(own)
+            won, left = torch.zeros_like(own), torch.zeros_like(own)
             for rows, tile in mask_tiles(logits[kept], extent, size, queries, working_bytes):
-                tile = tile.sigmoid_()
-                own += (tile >= mask_threshold).flatten(1).sum(1)
+                covered = tile.sigmoid_() >= mask_threshold
+                own += covered.flatten(1).sum(1)
                 owner = tile.mul_(scores[:, None, None]).argmax(0)
                 won += torch.bincount(owner.flatten(), minlength=queries)
-                segmentation[rows] = owner.int()
-            valid = (won > 0) & (own > 0) & (won > overlap_mask_area_threshold * own)
+                inside = covered.gather(0, owner[None])[0]
+                left += torch.bincount(owner[inside], minlength=queries)
+                segmentation[rows] = torch.where(inside, owner, queries).int()
+            valid = (left > 0) & (won > overlap_mask_area_threshold * own)
             fused: dict[int, dict[str, Any]] = {}
-            ids = torch.zeros(queries, dtype=torch.int32)
+            ids = torch.zeros(queries + 1, dtype=torch.int32)  # the last is of pixels outside of every mask
             for query in valid.nonzero().flatten().tolist():
                 label, score = int(labels[query]), round(float(scores[query]), 6)
                 if label in fused:
