@@ -178,6 +178,7 @@ def test_training__learns_the_photos_and_resumes_to_the_last_bit(base, data, tmp
     # two photos learned by heart, backbone frozen
     settings = {"steps": 120, "learning_rate": 4e-3, "holdout_every": 0, "photos": 2, "save_steps": 60, "log_steps": 10}
     settings |= {"flip_probability": 0.0, "min_scale": 1.0, "max_scale": 1.0, "eval_steps": 60}
+    settings |= {"gradient_accumulation_steps": 1}
     whole = tmp_path / "whole"
     folder = panoptic.train(Options(**arguments(base, data, whole, **settings)))
     curve = json.loads((whole / "curve.json").read_text())
