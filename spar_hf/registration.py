@@ -7,15 +7,20 @@ from transformers import (
     AutoConfig,
     AutoImageProcessor,
     AutoModel,
+    AutoModelForImageSegmentation,
     AutoModelForSemanticSegmentation,
+    AutoModelForUniversalSegmentation,
     AutoProcessor,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING_NAMES
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from .backbone_spar import SparBackbone
 from .configuration_spar import SparConfig
 from .configuration_spar_semantic import SparSemanticConfig
+from .configuration_spar_universal import SparUniversalConfig
 from .image_processing_spar import SparImageProcessorPil
+from .image_processing_spar_universal import SparUniversalImageProcessorPil
 from .modeling_spar import (
     SparForOpenVocabSegmentation,
     SparOpenVocabSegmentationOutput,
@@ -29,6 +34,7 @@ from .modeling_spar_semantic import (
     SparSemanticSegmenterOutput,
     bake_vocabulary,
 )
+from .modeling_spar_universal import SparForUniversalSegmentation, SparUniversalSegmentationOutput
 from .pipeline import EncodedImage, OpenVocabSegmentationPipeline
 from .processing_spar import SparProcessor
 from .teacher import SlidingWindowTeacher
@@ -59,6 +65,16 @@ AutoImageProcessor.register(
     image_processor_classes={"pil": SparImageProcessorPil, "torchvision": SparImageProcessorPil},
     exist_ok=True,
 )
+AutoConfig.register(SparUniversalConfig.model_type, SparUniversalConfig, exist_ok=True)
+AutoModelForUniversalSegmentation.register(SparUniversalConfig, SparForUniversalSegmentation, exist_ok=True)
+# pipeline("image-segmentation") asks for this class, and its log calls unsupported what a list of its own does not hold
+AutoModelForImageSegmentation.register(SparUniversalConfig, SparForUniversalSegmentation, exist_ok=True)
+MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING_NAMES[SparUniversalConfig.model_type] = SparForUniversalSegmentation.__name__
+AutoImageProcessor.register(
+    SparUniversalConfig,
+    image_processor_classes={"pil": SparUniversalImageProcessorPil, "torchvision": SparUniversalImageProcessorPil},
+    exist_ok=True,
+)
 if "open-vocab-segmentation" not in PIPELINE_REGISTRY.get_supported_tasks():  # a second time would warn
     PIPELINE_REGISTRY.register_pipeline(
         "open-vocab-segmentation",
@@ -81,6 +97,10 @@ __all__ = [
     "SparSemanticModel",
     "SparSemanticSegmenterOutput",
     "bake_vocabulary",
+    "SparForUniversalSegmentation",
+    "SparUniversalConfig",
+    "SparUniversalImageProcessorPil",
+    "SparUniversalSegmentationOutput",
     "SparImageProcessorPil",
     "SparProcessor",
     "SparPreTrainedModel",

@@ -86,7 +86,7 @@ def check_shares(**shares: float) -> None:
 
 
 def patch_coordinates(
-    length: int, working_length: int, patch_size: int, patches: int, device: torch.device | None = None
+    length: int, working_length: float, patch_size: int, patches: int, device: torch.device | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """
     Where the pixel centres of a photo's axis lie between the patch centres of the working image.

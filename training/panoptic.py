@@ -1,0 +1,495 @@
+"""
+Train a panoptic head on the features of a SPAR model, of its base, or of any backbone that SPAR reads.
+
+Photos and masks lie in a folder (`images/`, `masks/`, `classes.txt`). Its masks tell classes, not objects, so each connected
+region of a countable class (`--things`) counts as one segment, and each other class of a photo as one. The backbone stays
+frozen unless `--train_backbone` says otherwise.
+
+    accelerate launch training/panoptic.py --model DIR --data DATA --things 80 --output DIR
+"""
+
+import json
+import logging
+import random
+import shutil
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from checkpoints import StopAtStep, cut_log, load_checkpoint, save_checkpoint
+from data import VOID, SegmentationFolder, open_segmentation_folder, read_image, read_mask
+from distill import choose_parameters, last_parts
+from huggingface_hub import ModelCardData
+from PIL import ImageOps
+from scipy import ndimage
+from torch.utils.data import DataLoader, Dataset
+from torchmetrics.detection import PanopticQuality
+from tqdm.auto import tqdm
+from transformers import HfArgumentParser, get_scheduler
+
+from spar_hf import SparForUniversalSegmentation, SparImageProcessorPil, SparUniversalImageProcessorPil
+
+logger = logging.getLogger("panoptic")
+
+CALIBRATION_PHOTOS = 64  # photos over which mean and variance of the features are taken before training
+
+
+@dataclass
+class Options:
+    """Options of the training."""
+
+    model: str = field(metadata={"help": "Hub id or folder of a SPAR model or a backbone of transformers."})
+    data: str = field(metadata={"help": "Folder with images/, masks/ (8-bit PNG of class numbers) and classes.txt."})
+    output: str = field(metadata={"help": "Folder to write to."})
+    things: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Countable classes: names, or one number N for the first N lines of classes.txt (COCO: 80)."},
+    )
+    min_area: float = field(
+        default=0.001,
+        metadata={
+            "help": "Regions of countable classes below this share of the photo are void, in training and measure."
+        },
+    )
+    include: str = field(default="*", metadata={"help": "Shell pattern of the file stems read."})
+    exclude: list[str] = field(default_factory=list, metadata={"help": "Shell patterns of file stems never read."})
+    holdout_every: int = field(
+        default=5,
+        metadata={"help": "Each n-th photo (sorted by name) is held out to measure on; 0 measures on training photos."},
+    )
+    photos: int | None = field(default=None, metadata={"help": "Train on the first so many photos; on all by default."})
+    shortest_edge: int = field(default=512, metadata={"help": "Shorter side of the photos that the model sees."})
+    min_scale: float = field(default=0.75, metadata={"help": "In training, times a factor drawn between this ..."})
+    max_scale: float = field(default=1.25, metadata={"help": "... and this."})
+    flip_probability: float = field(default=0.5, metadata={"help": "Chance of a horizontal flip."})
+    steps: int = field(default=2000, metadata={"help": "Optimizer steps."})
+    gradient_accumulation_steps: int = field(default=4, metadata={"help": "Photos per process and optimizer step."})
+    learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate of the head."})
+    train_backbone: str = field(
+        default="none", metadata={"help": "What is trained of the backbone: 'none', 'all' or a number of last blocks."}
+    )
+    backbone_learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate of the backbone."})
+    weight_decay: float = field(default=0.05, metadata={"help": "AdamW weight decay."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Name of a transformers schedule."})
+    warmup_ratio: float = field(default=0.05, metadata={"help": "Share of the steps with rising learning rate."})
+    out_features: list[str] = field(
+        default_factory=lambda: ["features"],
+        metadata={"help": "Stages of the backbone that the head reads: features, stage1, ..."},
+    )
+    hidden_dim: int = field(default=256, metadata={"help": "Width of the head."})
+    decoder_layers: int = field(default=4, metadata={"help": "Predictions of the decoder: its layers and one before."})
+    num_queries: int = field(default=100, metadata={"help": "Segments per photo at most."})
+    train_num_points: int = field(default=12544, metadata={"help": "Points at which the loss of a mask is taken."})
+    threshold: float = field(
+        default=0.5, metadata={"help": "Class probability from which a segment counts when measuring."}
+    )
+    mixed_precision: str = field(default="no", metadata={"help": "no, fp16 or bf16."})
+    workers: int = field(default=1, metadata={"help": "Processes that decode photos."})
+    seed: int = field(default=0, metadata={"help": "Seed of head, order, augmentation and the points of the loss."})
+    log_steps: int = field(default=20, metadata={"help": "Steps between lines of the log."})
+    save_steps: int = field(default=500, metadata={"help": "Steps between checkpoints; the last two are kept."})
+    eval_steps: int = field(
+        default=500, metadata={"help": "Steps between measurements; OUTPUT/model is the one with the best quality."}
+    )
+    resume: bool = field(
+        default=False, metadata={"help": "Go on from the last checkpoint in --output, to the last bit."}
+    )
+    report_to: str | None = field(default=None, metadata={"help": "Tracker of accelerate, e.g. tensorboard or wandb."})
+
+    def __post_init__(self):
+        if self.train_backbone not in ("none", "all") and not (
+            self.train_backbone.isdigit() and int(self.train_backbone) > 0
+        ):
+            raise ValueError(f"--train_backbone {self.train_backbone}: write 'none', 'all' or a number of last blocks.")
+        if not 0 < self.min_scale <= self.max_scale:
+            raise ValueError("--min_scale is above 0 and --max_scale not below it.")
+        if self.holdout_every < 0 or self.holdout_every == 1 or self.steps < 1:
+            raise ValueError("--holdout_every is 0 or at least 2, and --steps at least 1.")
+        for name in ("min_area", "flip_probability", "threshold"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"--{name} {getattr(self, name)} must lie in 0 to 1.")
+
+
+def thing_classes(things: list[str], classes: tuple[str, ...]) -> set[int]:
+    """
+    Numbers of the countable classes.
+
+    Raises:
+        ValueError: a name that is no class, or a number beyond them.
+    """
+    if len(things) == 1 and things[0].isdigit() and int(things[0]) <= len(classes):
+        return set(range(int(things[0])))
+    unknown = [name for name in things if name not in classes]
+    if unknown:
+        raise ValueError(f"--things {' '.join(unknown)}: no such class among the {len(classes)} of classes.txt.")
+    return {classes.index(name) for name in things}
+
+
+def find_segments(
+    mask: np.ndarray, things: set[int], min_area: float, most: int | None = None
+) -> tuple[np.ndarray, dict[int, int]]:
+    """
+    The segments of a mask of classes: each region of a countable class (its pixels connected over sides or corners), each
+    other class as a whole.
+
+    Args:
+        mask (`np.ndarray` of shape `(height, width)`): classes, 255 is void.
+        things: the countable classes.
+        min_area: regions of countable classes below this share of the photo are void.
+        most: only the largest so many are kept; the rest is void.
+
+    Returns:
+        `(height, width)` int32 of segment numbers, from 0, -1 is void; the class of every number.
+    """
+    segments = np.full(mask.shape, -1, np.int32)
+    classes: dict[int, int] = {}
+    for class_id in np.unique(mask[mask != VOID]).tolist():
+        regions = mask == class_id
+        if class_id in things:
+            regions, _ = ndimage.label(regions, np.ones((3, 3)))
+        areas = np.bincount(regions.ravel().astype(np.int64))
+        for region in range(1, len(areas)):
+            if class_id in things and areas[region] < min_area * mask.size:
+                continue
+            segments[regions == region] = len(classes)
+            classes[len(classes)] = class_id
+    if most is not None and len(classes) > most:
+        areas = np.bincount(segments[segments >= 0], minlength=len(classes))
+        kept = sorted(np.argsort(-areas, kind="stable")[:most].tolist())
+        renumber = np.full(len(classes) + 1, -1, np.int32)  # the last is void's
+        renumber[kept] = np.arange(most)
+        segments, classes = renumber[segments], {i: classes[old] for i, old in enumerate(kept)}
+    return segments, classes
+
+
+class Photos(Dataset):
+    """
+    Item i is the i-th photo of an endless shuffled stream, resized and flipped as (seed, i) says, whatever the worker:
+    `pixel_values`, `mask_labels` and `class_labels` as [`SparForUniversalSegmentation`] takes them. Photos without a
+    segment are passed over.
+    """
+
+    def __init__(self, pairs, things: set[int], image_processor: SparUniversalImageProcessorPil, options: Options):
+        self.pairs, self.things, self.image_processor, self.options = pairs, things, image_processor, options
+
+    def __getitem__(self, index: int) -> dict:
+        epoch, position = divmod(index, len(self.pairs))
+        order = list(range(len(self.pairs)))
+        random.Random(f"order-{self.options.seed}-{epoch}").shuffle(order)
+        for step in range(len(order)):
+            item = self.load(self.pairs[order[(position + step) % len(order)]], index)
+            if len(item["class_labels"][0]):
+                return item
+        raise ValueError(f"No mask of {self.options.data} has a segment; check --things and --min_area.")
+
+    def load(self, pair: tuple[Path, Path], index: int) -> dict:
+        rng = random.Random(f"photo-{self.options.seed}-{index}")
+        photo, mask = read_image(pair[0]), read_mask(pair[1])
+        if rng.random() < self.options.flip_probability:
+            photo, mask = ImageOps.mirror(photo), mask[:, ::-1]
+        segments, classes = find_segments(mask, self.things, self.options.min_area, self.options.num_queries)
+        scale = rng.uniform(self.options.min_scale, self.options.max_scale)
+        return dict(
+            self.image_processor(
+                photo,
+                segments,
+                instance_id_to_semantic_id=classes,
+                ignore_index=-1,
+                size={"shortest_edge": max(16, round(self.options.shortest_edge * scale))},
+                return_tensors="pt",
+            )
+        )
+
+
+def only(batch: list[dict]) -> dict:
+    """The photo of a batch of one: photos differ in size and number of segments."""
+    return batch[0]
+
+
+def split_pairs(folder: SegmentationFolder, options: Options) -> tuple[list, list]:
+    """Pairs to train on, and pairs to measure on: the held-out ones, or those trained on where none are held out."""
+    every = options.holdout_every
+    held_out = [pair for i, pair in enumerate(folder.pairs) if every and i % every == every - 1]
+    train = [pair for pair in folder.pairs if pair not in held_out][: options.photos]
+    return train, held_out or train
+
+
+@torch.no_grad()
+def measure(
+    model: SparForUniversalSegmentation,
+    image_processor: SparUniversalImageProcessorPil,
+    pairs: list,
+    things: set[int],
+    classes: tuple[str, ...],
+    options: Options,
+    accelerator: Accelerator,
+) -> dict[str, float]:
+    """
+    Panoptic, segmentation and recognition quality in per cent, over all classes that occur, things and stuff, at the size of
+    the photos, by torchmetrics. Photos are shared out among the processes.
+    """
+    # torchmetrics does not count a missed segment of which most is void in the prediction. COCO's definition counts it, so
+    # what no segment covers is given to one more class, whose own quality is left out.
+    nothing = len(classes)
+    metric = PanopticQuality(
+        things,
+        set(range(len(classes))) - things | {nothing},
+        return_sq_and_rq=True,
+        return_per_class=True,
+        sync_on_compute=False,
+    ).to(accelerator.device)
+    model.eval()
+    for image, mask in pairs[accelerator.process_index :: accelerator.num_processes]:
+        inputs = image_processor(read_image(image), return_tensors="pt").to(accelerator.device)
+        with accelerator.autocast():
+            outputs = model(inputs["pixel_values"])
+        found = image_processor.post_process_panoptic_segmentation(
+            outputs, threshold=options.threshold, target_sizes=inputs["original_sizes"]
+        )[0]
+        found_classes = torch.tensor([nothing] + [segment["label_id"] for segment in found["segments_info"]])
+        prediction = found["segmentation"].cpu().long()
+        segments, class_of = find_segments(read_mask(mask), things, options.min_area)
+        target = torch.from_numpy(segments).long()
+        target_classes = torch.tensor([*class_of.values(), nothing + 1])  # the last, an unknown class, is void's -1
+        metric.update(
+            # (height, width) -> (1, height, width, 2): class and number
+            torch.stack([found_classes[prediction], prediction], -1)[None].to(accelerator.device),
+            torch.stack([target_classes[target], target], -1)[None].to(accelerator.device),
+        )
+    for state in ("iou_sum", "true_positives", "false_positives", "false_negatives"):
+        setattr(metric, state, accelerator.reduce(getattr(metric, state)))
+    quality = metric.compute().cpu()[:nothing] * 100  # (classes, 3), things first
+    seen = (metric.true_positives + metric.false_positives + metric.false_negatives).cpu()[:nothing] > 0
+    is_thing = torch.arange(nothing) < len(things)
+    row = {}
+    for suffix, group in (("", seen), ("_things", seen & is_thing), ("_stuff", seen & ~is_thing)):
+        for name, values in zip(("pq", "sq", "rq"), quality[group].T, strict=True):
+            if len(values):
+                row[name + suffix] = round(float(values.mean()), 2)
+    return {**row, "classes": int(seen.sum()), "photos": len(pairs)}
+
+
+def save_model(model, image_processor, options: Options, record: dict, folder: Path) -> None:
+    """Write a `from_pretrained` folder under a temporary name, then rename it."""
+    temporary = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.save_pretrained(temporary)
+    image_processor.save_pretrained(temporary)
+    (temporary / "README.md").write_text(model_card(options, record), encoding="utf-8")
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
+
+
+def model_card(options: Options, record: dict) -> str:
+    data = ModelCardData(
+        library_name="transformers", pipeline_tag="image-segmentation", tags=["spar", "panoptic-segmentation"]
+    )
+    rows = "\n".join(f"| {key} | {value} |" for key, value in record.items())
+    return f"""---
+{data.to_yaml()}
+---
+# {Path(options.output).name}
+
+A panoptic head (`SparForUniversalSegmentation`: queries, Mask2Former's masked-attention decoder and loss) on the features of
+`{record["model"]}`. The licence of that model and of the photos applies to these weights.
+
+```python
+import spar_hf  # or trust_remote_code=True
+from transformers import pipeline
+
+segment = pipeline("image-segmentation", model="THIS FOLDER")
+segment("photo.jpg", threshold={options.threshold})
+```
+
+| training | |
+|---|---|
+{rows}
+
+`quality` is panoptic (pq), segmentation (sq) and recognition quality (rq) in per cent at the size of the photos, the mean
+over the classes that occur, by torchmetrics.
+"""
+
+
+def load_image_processor(options: Options, fuse: list[int]) -> SparUniversalImageProcessorPil:
+    """Mean and standard deviation of the model's own image processor, at the size of this training."""
+    source = SparImageProcessorPil.from_backbone(options.model)
+    return SparUniversalImageProcessorPil(
+        image_mean=source.image_mean,
+        image_std=source.image_std,
+        size={"shortest_edge": options.shortest_edge},
+        label_ids_to_fuse=fuse,
+    )
+
+
+def parameter_groups(model: SparForUniversalSegmentation, options: Options) -> list[dict]:
+    """The head at its learning rate, and what is trained of the backbone at its own; the rest is frozen."""
+    model.vision_model.requires_grad_(False)
+    head = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [{"params": head, "lr": options.learning_rate}]
+    if options.train_backbone != "none":
+        backbone = choose_parameters(model.vision_model, options.train_backbone)
+        groups.append({"params": backbone, "lr": options.backbone_learning_rate})
+    return groups
+
+
+def train(options: Options) -> Path:
+    """Run the training; returns the folder of the model."""
+    accelerator = Accelerator(
+        mixed_precision=options.mixed_precision,
+        gradient_accumulation_steps=options.gradient_accumulation_steps,
+        log_with=options.report_to,
+        project_dir=options.output if options.report_to else None,
+    )
+    set_seed(options.seed)
+    output = Path(options.output)
+    folder = open_segmentation_folder(options.data, options.include, options.exclude)
+    things = thing_classes(options.things, folder.classes)
+    train_pairs, measured = split_pairs(folder, options)
+    if not train_pairs:
+        raise ValueError("No photo is left to train on; check --include, --exclude and --holdout_every.")
+    image_processor = load_image_processor(options, sorted(set(range(len(folder.classes))) - things))
+    model = SparForUniversalSegmentation.from_spar(
+        options.model,
+        out_features=options.out_features,
+        id2label=dict(enumerate(folder.classes)),
+        hidden_dim=options.hidden_dim,
+        decoder_layers=options.decoder_layers,
+        num_queries=options.num_queries,
+        train_num_points=options.train_num_points,
+    ).to(accelerator.device)
+    groups = parameter_groups(model, options)
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    optimizer = torch.optim.AdamW(groups, weight_decay=options.weight_decay)
+    # accelerate steps the schedule once per process and optimizer step
+    schedule = get_scheduler(
+        options.lr_scheduler_type,
+        optimizer,
+        num_warmup_steps=int(options.warmup_ratio * options.steps) * accelerator.num_processes,
+        num_training_steps=options.steps * accelerator.num_processes,
+    )
+    wrapped, optimizer, schedule = accelerator.prepare(model, optimizer, schedule)
+    photos_per_step = accelerator.num_processes * options.gradient_accumulation_steps
+    logger.info(
+        "%d photos to train on, measured on %d%s; %.2f M of %.2f M parameters trained",
+        len(train_pairs),
+        len(measured),
+        "" if options.holdout_every else " of them",
+        sum(p.numel() for p in parameters) / 1e6,
+        sum(p.numel() for p in model.parameters()) / 1e6,
+    )
+    record = {
+        "model": last_parts(options.model),
+        "data": last_parts(options.data),
+        "photos": len(train_pairs),
+        "held_out": len(measured) if options.holdout_every else 0,
+        "things": f"{len(things)} of {len(folder.classes)} classes",
+        "min_area": options.min_area,
+        "train_backbone": options.train_backbone,
+        "steps": options.steps,
+        "photos_per_step": photos_per_step,
+        "shortest_edge": options.shortest_edge,
+        "scale": [options.min_scale, options.max_scale],
+        "learning_rate": options.learning_rate,
+        "weight_decay": options.weight_decay,
+        "seed": options.seed,
+    }
+    if options.report_to:
+        accelerator.init_trackers("spar-panoptic", config=record)
+    output.mkdir(parents=True, exist_ok=True)
+    state = {"step": 0, "running": 0.0, "curve": []}
+    if options.resume:
+        state = load_checkpoint(accelerator, output)
+    else:
+        some = random.Random(options.seed).sample(train_pairs, min(CALIBRATION_PHOTOS, len(train_pairs)))
+        photos = tqdm(some, desc="mean and variance of features", disable=not accelerator.is_main_process)
+        model.calibrate(
+            image_processor(read_image(image), return_tensors="pt")["pixel_values"].to(accelerator.device)
+            for image, _ in photos
+        )
+    step, running, curve = state["step"], state["running"], state["curve"]
+    if accelerator.is_main_process:
+        if options.resume:
+            cut_log(output / "log.jsonl", step)
+        log = (output / "log.jsonl").open("a" if options.resume else "w", encoding="utf-8")
+    # photo i of the endless stream is a function of the seed and i, so going on is starting at another i
+    photos = range(step * photos_per_step, options.steps * photos_per_step)
+    dataset = Photos(train_pairs, things, image_processor, options)
+    loader = accelerator.prepare(
+        DataLoader(dataset, batch_size=1, sampler=photos, collate_fn=only, num_workers=options.workers)
+    )
+    bar = tqdm(initial=step, total=options.steps, disable=not accelerator.is_main_process, mininterval=5)
+    stop = StopAtStep()
+    start, first = time.time(), step
+    for number, inputs in enumerate(loader, start=step * options.gradient_accumulation_steps):
+        wrapped.train()
+        model.vision_model.eval()  # no jitter of positions in features that are read as they are
+        model.feature_norm.eval()  # calibrated before: a photo at a time has no statistics worth following
+        # the points of the loss are a function of seed, process and photo, whenever the run was resumed
+        torch.manual_seed(random.Random(f"points-{options.seed}-{accelerator.process_index}-{number}").getrandbits(62))
+        with accelerator.accumulate(wrapped):
+            with accelerator.autocast():
+                loss = wrapped(**inputs).loss
+            accelerator.backward(loss)
+            if accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+        running += float(loss.detach()) / options.gradient_accumulation_steps
+        if not accelerator.sync_gradients:
+            continue
+        step += 1
+        bar.update()
+        if step % options.log_steps == 0:
+            row = {
+                "step": step,
+                "loss": running / options.log_steps,
+                "learning_rate": schedule.get_last_lr()[0],
+                "photos_per_second": round((step - first) * photos_per_step / (time.time() - start), 3),
+            }
+            running = 0.0
+            if accelerator.is_main_process:
+                log.write(json.dumps(row) + "\n")
+                log.flush()
+                bar.set_postfix(loss=f"{row['loss']:.3f}")
+            if options.report_to:
+                accelerator.log(row, step=step)
+        if step % options.eval_steps == 0 or step == options.steps:
+            quality = measure(model, image_processor, measured, things, folder.classes, options, accelerator)
+            curve.append({"step": step, **quality})
+            logger.info("step %d: %s", step, quality)
+            if accelerator.is_main_process and curve[-1]["pq"] == max(point["pq"] for point in curve):
+                save_model(
+                    model, image_processor, options, record | {"quality": curve[-1], "curve": curve}, output / "model"
+                )
+            if options.report_to:
+                accelerator.log(quality, step=step)
+        if (step % options.save_steps == 0 and step < options.steps) or stop.asked:
+            checkpoint = save_checkpoint(accelerator, output, step, running=running, curve=curve)
+            if stop.asked:
+                logger.info(
+                    "stopped after step %d; %s is complete. Go on with the same command and --resume.", step, checkpoint
+                )
+                break
+    stop.restore()
+    bar.close()
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        (output / "curve.json").write_text(json.dumps(curve, indent=1))
+        log.close()
+    accelerator.end_training()
+    return output / "model"
+
+
+def main():
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    (options,) = HfArgumentParser(Options).parse_args_into_dataclasses()
+    logger.info("written: %s", train(options))
+
+
+if __name__ == "__main__":
+    main()
