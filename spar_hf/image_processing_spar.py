@@ -318,7 +318,7 @@ class SparImageProcessorPil(PilBackend):
     ```"""
 
     _auto_class = "AutoImageProcessor"  # saved folders name this class and bring its code
-    valid_kwargs = SparImageKwargs
+    valid_kwargs: Any = SparImageKwargs
     size = None
     max_tokens = None
     patch_size = None

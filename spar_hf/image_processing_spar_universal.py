@@ -113,7 +113,7 @@ class SparUniversalImageProcessorPil(SparImageProcessorPil):
     torch.Size([200, 300])
     ```"""
 
-    valid_kwargs = SparUniversalImageProcessorKwargs
+    valid_kwargs: Any = SparUniversalImageProcessorKwargs
     ignore_index = 255
     label_ids_to_fuse = None
 
