@@ -148,7 +148,7 @@ GRIDS = [((112, 128), 24), ((96, 112), 16), ((80, 144), 40), ((48, 160), 20), ((
 
 @pytest.mark.parametrize("variant", ["tiling", "windows", "spread"])
 @pytest.mark.parametrize(("size", "stride"), GRIDS)
-@pytest.mark.parametrize("windows", [1, 2, 5])
+@pytest.mark.parametrize("windows", [1, 3])
 def test_draws_are_unbiased_on_every_cell(size, stride, windows, variant, monkeypatch):
     """The mean over every possible draw, for any features: weights are 1 and weighted targets the mean over all windows."""
     plan = WindowPlan.make(*size, 64, stride, 16)
@@ -179,7 +179,7 @@ def test_draws_are_unbiased_on_every_cell(size, stride, windows, variant, monkey
 
 
 @pytest.mark.parametrize("variant", ["tiling", "windows", "spread"])
-@pytest.mark.parametrize(("size", "stride", "windows"), [((112, 128), 24, 2), ((96, 112), 16, 3), ((80, 144), 40, 1)])
+@pytest.mark.parametrize(("size", "stride", "windows"), [((112, 128), 24, 1), ((96, 112), 16, 2), ((80, 144), 40, 3)])
 def test_sampled_gradient_is_unbiased_over_all_draws(vision_model, monkeypatch, size, stride, windows, variant):
     """The mean over every possible draw of the sampled gradient is the full teacher's gradient, exactly."""
     image = torch.randn(1, 3, *size)
@@ -216,7 +216,7 @@ def test_a_draw_costs_the_windows_asked_for(variant):
     plan = WindowPlan.make(384, 512, 192, 24, 16)
     generator = torch.Generator().manual_seed(0)
     for windows in (1, 7, 20, 134, 200):
-        positions = [plan.draw(windows, generator, variant).positions for _ in range(20)]
+        positions = [plan.draw(windows, generator, variant).positions for _ in range(5)]
         assert {len(p) for p in positions} == {min(windows, len(plan))}
         assert all(len(p.unique(dim=0)) == len(p) for p in positions)
 
