@@ -28,6 +28,7 @@ from data import list_images
 from distill import Options as Recipe
 from distill import augment
 from matplotlib import pyplot as plt
+from matplotlib.ticker import NullFormatter
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
@@ -154,7 +155,10 @@ def carry_out(run: Run, options: Options) -> dict[str, Any]:
 
 
 def windows_per_photo(options: Options, most: int = 500) -> list[int]:
-    """Windows that the full teacher needs for each photo of a stream such as distillation draws."""
+    """
+    Windows that the full teacher needs for each photo of a stream such as distillation draws. The costs of the table are
+    means over these: a sample of `n` costs the lesser of `n` and that number (tilings on average, about).
+    """
     config = SparVisionModel.from_backbone(options.model).config
     # distill.py's own defaults and what --distill says, without loading a model
     own = ["--model", options.model, "--images", *options.images, "--output", options.output]
@@ -230,12 +234,15 @@ def draw(rows: list[dict], before: float, base: float, path: Path) -> None:
                         xytext=(0, 6), textcoords="offset points", ha="center", fontsize=8, color=line.get_color(),
                     )  # fmt: skip
         panel.axhline(factor * start, color="grey", linestyle=":", label="before distillation")
-        panel.axhline(
-            final + 0.05 * (factor * start - final), color="grey", linestyle="--", label="95 % of the full gain"
-        )
+        gained = final < start if key == "mse" else final > factor * start
+        if gained:  # else there is no gain to take a share of
+            almost = final + 0.05 * (factor * start - final)
+            panel.axhline(almost, color="grey", linestyle="--", label="95 % of the full gain")
         panel.axvline(0.1 * rows[0]["windows_in_all"], color="grey", linewidth=0.8, label="10 % of the windows")
         panel.set(xscale="log", xlabel="teacher windows spent in all", ylabel=label)
-        panel.grid(alpha=0.25)
+        panel.xaxis.set_minor_formatter(NullFormatter())
+        panel.margins(0.08, 0.12)
+        panel.grid(alpha=0.25, which="both")
     panels[0].legend(fontsize=8)
     temporary = path.with_name(path.name + ".partial")
     figure.savefig(temporary, dpi=150, format="png")
@@ -246,7 +253,7 @@ def draw(rows: list[dict], before: float, base: float, path: Path) -> None:
 def show(rows: list[dict], before: float, base: float) -> None:
     """The table in the terminal."""
     table = Table(title=f"Before distillation: held-out error {before:.4f}, mIoU {100 * base:.2f} %")
-    for heading in ("teacher", "windows\na photo", "steps", "windows\nin all", "cost\n%", "held-out\nerror", "gain\n%"):
+    for heading in ("teacher", "windows\na photo", "steps", "windows\nin all", "cost\n%", "mse", "gain\n%"):
         table.add_column(heading, justify="left" if heading == "teacher" else "right")
     for heading in ("mIoU\n%", "gain\n%"):
         table.add_column(heading, justify="right")
