@@ -243,7 +243,8 @@ def draw(rows: list[dict], before: float, base: float, path: Path) -> None:
         panel.xaxis.set_minor_formatter(NullFormatter())
         panel.margins(0.08, 0.12)
         panel.grid(alpha=0.25, which="both")
-    panels[0].legend(fontsize=8)
+    for panel in panels:
+        panel.legend(fontsize=8)
     temporary = path.with_name(path.name + ".partial")
     figure.savefig(temporary, dpi=150, format="png")
     plt.close(figure)
