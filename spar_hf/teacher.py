@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -9,6 +10,7 @@ from torch import nn
 from .modeling_spar import SparVisionModel, SparVisionModelOutput, pad_to_patches
 
 CELL_BYTES = 256 * 2**20  # bound on the features of one batch of windows, laid out on the cells
+VARIANTS = ("tiling", "windows", "spread")  # ways to draw windows, see WindowPlan.draw
 
 
 def window_starts(length: int, window: int, stride: int) -> list[int]:
@@ -37,6 +39,21 @@ def subdivision(patch_size: int, stride: int) -> int:
     (2, 1, 2, 16)
     ```"""
     return next(r for r in range(1, patch_size + 1) if patch_size % r == 0 and stride % (patch_size // r) == 0)
+
+
+class Draw(NamedTuple):
+    """
+    Some of a plan's windows and how they count, see [`WindowPlan.draw`].
+
+    Attributes:
+        positions: top left cells of the drawn windows, `(drawn, 2)`.
+        window_weights: weights of the windows in the mean of a cell, `(drawn,)` float64.
+        cell_weights: weight of each cell in the loss, 0 where nothing was drawn, `(cells high, cells wide)` float64.
+    """
+
+    positions: torch.Tensor
+    window_weights: torch.Tensor
+    cell_weights: torch.Tensor
 
 
 @dataclass
@@ -82,37 +99,105 @@ class WindowPlan:
         offset = torch.arange(self.grid[axis], device=starts.device) - starts[:, None]
         return ((offset >= 0) & (offset < self.cells[axis])).float()
 
-    def draw(self, windows: int, generator: torch.Generator | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    def coverage(self, positions: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """Sum of the weights of the windows over each cell: `(cells high, cells wide)`."""
+        rows, columns = (self.covered(starts, axis).to(weights.dtype) for axis, starts in enumerate(positions.T))
+        return (rows * weights[:, None]).T @ columns
+
+    def draw(self, windows: int, generator: torch.Generator | None = None, variant: str = "tiling") -> Draw:
         """
-        Draw about `windows` windows as near-tilings, and the chance of each cell to be covered by such a draw.
+        Draw about `windows` of the windows so that a target made from them is unbiased.
 
-        Along an axis at most `m` windows cover a cell, `m` neighbours in the row of starts. Taking every `m`-th start
-        from a phase `0 ≤ p < m` therefore covers no cell twice, and every window belongs to exactly one phase. With a
-        phase for each axis the windows fall into `M = m_rows · m_columns` disjoint tilings; a cell covered by `k`
-        windows of the plan is covered by exactly `k` of the tilings. Drawing `d` of the `M` without replacement,
+        Of a draw, the target of a cell is the mean `t` of the drawn windows over it, weighted by `window_weights`, and
+        counts with its entry `W` of `cell_weights` (0 where nothing was drawn). For every variant `E[W] = 1` and
+        `E[W t]` is the mean `f` over all `k` windows that cover the cell. Hence `E[W (s - t)] = s - f` for any fixed
+        `s`: the gradient of `W |s - t|²` is on average that of `|s - f|²`, cell by cell.
 
-        - the windows over a cell that are drawn are, given their number, a uniform subset of the `k`: their mean is an
-          unbiased estimate of the mean over all `k` wherever there is at least one;
-        - there is at least one with probability `1 - C(M - k, d) / C(M, d)`.
+        - `"windows"`: `n` of the `N` windows, uniformly without replacement. Given how many of the `k` are among them
+          they are a uniform subset of the `k`, so wherever there is at least one their plain mean is `f` on average; with
+          `W = 1 / P`, `P = 1 - C(N - k, n) / C(N, n)` being the chance of at least one, both equations hold.
+        - `"tiling"`: the same with disjoint sets of windows instead of single ones. The windows over a cell are
+          neighbours in the (strictly rising) row of starts, clamped last start included, because all are of one length;
+          let `m` be the largest number of them. Two starts `m` places apart never share a cell, so every `m`-th start
+          from a phase `0 ≤ p < m` covers no cell twice, and `k ≤ m` neighbours have `k` different phases. With a phase
+          for each axis the windows fall into `M = m_rows · m_columns` tilings, of which exactly `k` cover the cell, each by
+          one window. `d` of the `M` are drawn uniformly without replacement: as above with `M`, `d` for `N`, `n`.
+        - `"spread"`: window `j` is drawn with the probability `π_j` of [`WindowPlan.chances`], by systematic sampling: on a
+          line that winds through the photo each window takes a stretch as long as its `π_j`, and the windows under the
+          points `u, u + 1, u + 2, …` are drawn for a uniform `0 ≤ u < 1`; so they lie far apart. With `window_weights`
+          `1 / π_j` and `W = sum of 1 / (k π_j)` over the drawn windows on the cell, `W t` is the sum of `f_j / (k π_j)`
+          (Horvitz and Thompson's estimator), and both equations follow from `π_j` being the chance that `j` is drawn.
+
+        Cells, not whole patches, are what counts: to wait until all cells of a patch are covered would favour the
+        windows that cover all of them at once, and the mean over the draws would not be `f`.
+
+        Raises:
+            ValueError: an unknown variant, or fewer than one window.
+        """
+        if variant not in VARIANTS or windows < 1:
+            raise ValueError(
+                f"Cannot draw {windows} windows as {variant!r}: use 1 or more, and one of {', '.join(VARIANTS)}."
+            )
+        over_rows, over_columns = self.overlaps()
+        over = torch.outer(over_rows, over_columns)  # windows over each cell, (cells high, cells wide)
+        if variant == "spread":
+            line, chances = self.chances(windows)
+            # drawn where a whole number lies on the window's stretch of the line
+            borders = torch.cat([chances.new_zeros(1), chances.cumsum(0)])
+            hit = (borders - torch.rand((), generator=generator, dtype=torch.float64)).floor().diff() > 0
+            positions, weights = self.positions()[line[hit]], 1 / chances[hit]
+            return Draw(positions, weights, self.coverage(positions, weights) / over)
+        # what is drawn: one group of windows, a tiling or a single window
+        m_rows, m_columns = int(over_rows.max()), int(over_columns.max())
+        groups = m_rows * m_columns if variant == "tiling" else len(self)
+        drawn = min(groups, max(1, round(windows * groups / len(self))))
+        order = torch.randperm(groups, generator=generator)[:drawn]
+        if variant == "tiling":
+            rows, columns = torch.tensor(self.rows), torch.tensor(self.columns)
+            phases = [(p // m_columns, p % m_columns) for p in order.tolist()]
+            positions = torch.cat([torch.cartesian_prod(rows[i::m_rows], columns[j::m_columns]) for i, j in phases])
+        else:
+            positions = self.positions()[order]
+        missed, none = groups - over, torch.ones_like(over)
+        for i in range(drawn):
+            none *= (missed - i).clamp(min=0) / (groups - i)
+        weights = none.new_ones(len(positions))
+        return Draw(positions, weights, (self.coverage(positions, weights) > 0) / (1 - none))
+
+    def overlaps(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """How many starts cover each cell of an axis: float64, `(cells high,)` and `(cells wide,)`."""
+        starts = torch.tensor(self.rows), torch.tensor(self.columns)
+        rows, columns = (self.covered(axis_starts, axis).double().sum(0) for axis, axis_starts in enumerate(starts))
+        return rows, columns
+
+    def chances(self, windows: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Chance of every window to be one of `windows` drawn ones: `∝ sqrt(sum of 1 / k² over its cells)`, at most 1.
+
+        A cell that only `k = 1` window covers has all of its target from that one, so windows at borders must come more
+        often. This is the choice of least variance if windows are drawn independently and err alike: the window's share
+        of the variance is `sum of 1 / k² / π`.
 
         Returns:
-            Top left cells of the drawn windows `(drawn, 2)` and the probabilities `(cells high, cells wide)`.
+            The windows' numbers on a line that goes there and back along the shorter axis, so that neighbours on the line
+            are neighbours in the photo, and their chances in that order, float64: `(windows,)` each.
         """
-        rows, columns = torch.tensor(self.rows), torch.tensor(self.columns)
-        over_rows, over_columns = self.covered(rows, 0).sum(0), self.covered(columns, 1).sum(0)
-        m_rows, m_columns = int(over_rows.max()), int(over_columns.max())
-        tilings = m_rows * m_columns
-        drawn = min(tilings, max(1, round(windows * tilings / len(self))))
-        phases = torch.randperm(tilings, generator=generator)[:drawn]
-        positions = [
-            torch.cartesian_prod(rows[int(p) // m_columns :: m_rows], columns[int(p) % m_columns :: m_columns])
-            for p in phases
-        ]
-        missed = tilings - torch.outer(over_rows, over_columns).double()  # tilings that miss each cell
-        none = torch.ones_like(missed)
-        for i in range(drawn):
-            none *= (missed - i).clamp(min=0) / (tilings - i)
-        return torch.cat(positions), (1 - none).float()
+        over_rows, over_columns = self.overlaps()
+        sizes = torch.outer(
+            self.covered(torch.tensor(self.rows), 0).double() @ over_rows**-2,
+            self.covered(torch.tensor(self.columns), 1).double() @ over_columns**-2,
+        ).sqrt()  # (rows, columns)
+        line = torch.arange(len(self)).view(sizes.shape)
+        if len(self.columns) > len(self.rows):
+            line = line.T.contiguous()
+        line[1::2] = line[1::2].flip(1)
+        line, total = line.flatten(), min(windows, len(self))
+        sizes = sizes.flatten()[line]
+        chances = sizes * total / sizes.sum()
+        while bool((chances > 1 + 1e-9).any()):  # who would get more than 1 gets 1, and the others share the rest
+            rest = sizes.where(chances < 1, 0)
+            chances = torch.where(chances < 1, rest * (total - int((chances >= 1).sum())) / rest.sum(), 1.0)
+        return line, chances.clamp(max=1)
 
 
 class SlidingWindowTeacher(nn.Module):
@@ -204,30 +289,58 @@ class SlidingWindowTeacher(nn.Module):
 
     @torch.no_grad()
     def sample(
-        self, pixel_values: torch.Tensor, windows: int, generator: torch.Generator | None = None
+        self,
+        pixel_values: torch.Tensor,
+        windows: int,
+        generator: torch.Generator | None = None,
+        variant: str = "tiling",
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         An unbiased target for distillation from about `windows` windows instead of all of them.
 
         With the student's feature `s` of a patch, the sampled mean `t` of each of its cells and the returned weight
         `w`, the gradient of `sum(w * |s - t|²)` over all cells is on average that of `sum(|s - full|²)` over patches, where
-        `full` is the teacher's map: the full map is linear in its cells, `w` is the share of the cell in its patch
-        divided by the probability that the cell is covered, and 0 where it is not. See [`WindowPlan.draw`].
+        `full` is the teacher's map: that map is a mean of cells, and `w` is the share of the cell in its patch times the
+        weight that makes the cell unbiased, see [`WindowPlan.draw`] for the proof. All images of a batch share the draw.
+
+        Args:
+            pixel_values (`torch.FloatTensor` of shape `(batch, 3, height, width)`): any height and width.
+            windows (`int`): windows to run per image, exactly or (tilings) on average.
+            generator (`torch.Generator`, *optional*): source of the draw, on the CPU.
+            variant (`str`, *optional*, defaults to `"tiling"`):
+                `"tiling"`, disjoint windows that tile the photo from a random phase; `"windows"`, any windows alike;
+                `"spread"`, windows far apart, those at the borders more often: the least variance of the three.
 
         Returns:
             Means `(batch, dim, cells high, cells wide)`, 0 where nothing was drawn, and weights
             `(cells high, cells wide)`.
-        """
+
+        Raises:
+            ValueError: an unknown variant, or fewer than one window.
+
+        Example:
+
+        ```python
+        >>> import torch
+        >>> from transformers import AutoModel
+        >>> from spar_hf import SPAR_TINY, SlidingWindowTeacher
+
+        >>> teacher = SlidingWindowTeacher(AutoModel.from_pretrained(SPAR_TINY), stride=24)
+        >>> target, weight = teacher.sample(torch.zeros(1, 3, 256, 320), windows=4, variant="spread")
+        >>> target.shape, weight.shape  # each patch is 2 × 2 cells
+        (torch.Size([1, 192, 32, 40]), torch.Size([32, 40]))
+        ```"""
         pixel_values = pad_to_patches(pixel_values, self.config.patch_size)
         plan = self.plan(*pixel_values.shape[-2:])
-        positions, probability = (tensor.to(pixel_values.device) for tensor in plan.draw(windows, generator))
-        sums, coverage = self.stitch(pixel_values, plan, positions)
+        draw, device = plan.draw(windows, generator, variant), pixel_values.device
+        window_weights, cell_weights = (weights.float().to(device) for weights in draw[1:])
+        sums, coverage = self.stitch(pixel_values, plan, draw.positions.to(device), weights=window_weights)
         # bilinear resizing to patches reads the two middle cells of each axis (the middle one where r is odd)
         r = self.config.patch_size // plan.cell
         share = torch.zeros(r, device=sums.device)
         share[(r - 1) // 2 : r // 2 + 1] = 1 / (r // 2 + 1 - (r - 1) // 2)
         shares = torch.outer(share, share).repeat(plan.grid[0] // r, plan.grid[1] // r)
-        return sums / coverage.clamp(min=1), shares * (coverage > 0) / probability
+        return sums / coverage.where(coverage > 0, 1), shares * cell_weights
 
     def stitch(
         self,
@@ -235,16 +348,18 @@ class SlidingWindowTeacher(nn.Module):
         plan: WindowPlan,
         positions: torch.Tensor,
         progress: Callable[[int, int], None] | None = None,
+        weights: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        Sum the features of the windows at `positions` on the grid of cells.
+        Sum the features of the windows at `positions`, times their `weights` (1 each), on the grid of cells.
 
         Returns:
-            Sums `(batch, dim, cells high, cells wide)` in float32, and how often each cell was covered
+            Sums `(batch, dim, cells high, cells wide)` in float32, and the sum of the weights over each cell
             `(cells high, cells wide)`.
         """
         batch = pixel_values.shape[0]
         device = pixel_values.device
+        weights = torch.ones(len(positions), device=device) if weights is None else weights
         rows, columns = (torch.arange(side, device=device) for side in plan.cells)
         (window_h, window_w), (grid_h, grid_w) = plan.window, plan.grid
         # (batch, 3, H, W) -> a view of every window that starts on a cell: (batch, 3, starts, starts, height, width)
@@ -262,6 +377,7 @@ class SlidingWindowTeacher(nn.Module):
                 features = nn.functional.interpolate(features, size=plan.cells, mode="bilinear", align_corners=False)
             if sums is None:
                 sums = features.new_zeros(batch * grid_h * grid_w, features.shape[1])
+            features = features * weights[chunk[:, 1]][:, None, None, None]
             # the cell under each feature, counted over the whole batch: (n, cells high, cells wide)
             cell = (top[:, None] + rows)[:, :, None] * grid_w + (left[:, None] + columns)[:, None, :]
             cell = cell + image[:, None, None] * (grid_h * grid_w)
@@ -269,9 +385,8 @@ class SlidingWindowTeacher(nn.Module):
             if progress is not None:
                 progress(int(chunk[-1, 0]) * len(positions) + int(chunk[-1, 1]) + 1, len(jobs))
         assert sums is not None  # a plan holds at least one window
-        coverage = plan.covered(positions[:, 0], 0).T @ plan.covered(positions[:, 1], 1)
         # (batch * cells, dim) -> (batch, dim, cells high, cells wide)
-        return sums.view(batch, grid_h, grid_w, -1).permute(0, 3, 1, 2), coverage
+        return sums.view(batch, grid_h, grid_w, -1).permute(0, 3, 1, 2), plan.coverage(positions, weights)
 
     def to_patches(self, cells: torch.Tensor, plan: WindowPlan) -> torch.Tensor:
         """Resize a map of cells bilinearly to patches: `(batch, dim, cells high, cells wide)` -> patches."""

@@ -1,5 +1,6 @@
 """The benchmark runs on every family it knows and compares like with like."""
 
+import benchmark_distill
 import pytest
 import torch
 from benchmark import Options, load, plain_pass, run
@@ -24,3 +25,25 @@ def test_both_sides_compute_the_same(readout, tmp_path):
 def test_an_unknown_size_is_refused():
     with pytest.raises(ValueError, match="siglip2, openclip, dinov3txt"):
         load(Options(random="resnet"))
+
+
+def test_every_suite_of_the_folder_is_known():
+    with pytest.raises(ValueError, match=r"use vision or one of .*distill"):
+        run(Options(suite="speed"))
+
+
+def test_a_distillation_step_is_measured(tmp_path, vision_model):
+    vision_model.save_pretrained(tmp_path)
+    options = Options(model=str(tmp_path), height=96, width=128, stride=16, repeats=1, device="cpu")
+    step, sampled = benchmark_distill.step_rows(options)
+    assert "15 windows" in step["name"] and "1 sampled windows over one with all 15" in sampled["name"]
+    assert all(row[key] > 0 for row in (step, sampled) for key in ("ratio", "seconds", "bare_seconds"))
+
+
+def test_memory_is_that_of_a_process_of_its_own(tmp_path, vision_model):
+    """A step on a large photo holds at least what each block keeps of it for the way back."""
+    vision_model.save_pretrained(tmp_path)
+    options = Options(model=str(tmp_path), height=512, width=1024, device="cpu")
+    tokens, hidden, mlp, blocks = 32 * 64, 32, 48, 2
+    kept = 4 * tokens * blocks * (6 * hidden + 2 * mlp) / 2**20
+    assert kept < benchmark_distill.memory_in_new_process(options, 2) < 1000

@@ -119,42 +119,117 @@ def test_windows_start_at_zero_end_flush_and_leave_no_gap(length, stride):
 # --- the sampled estimate -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("size", "stride", "draws"), [((112, 128), 24, 2), ((96, 112), 16, 3), ((80, 144), 40, 1)])
-def test_sampled_gradient_is_unbiased_over_all_draws(vision_model, monkeypatch, size, stride, draws):
+def every_draw(plan, windows, variant, monkeypatch):
+    """All that `plan.draw` can return, with its probability: the random numbers are enumerated, not drawn."""
+    if variant == "spread":
+        # the draw changes with the random point only where the point passes the border of a stretch
+        borders = {0.0, 1.0, *(plan.chances(windows)[1].cumsum(0) % 1).tolist()}
+        for low, high in itertools.pairwise(sorted(borders)):
+            middle = torch.tensor((low + high) / 2, dtype=torch.float64)
+            monkeypatch.setattr(torch, "rand", lambda *args, value=middle, **kwargs: value)
+            yield high - low
+    else:
+        sizes = []
+        monkeypatch.setattr(torch, "randperm", lambda n, generator=None: sizes.append(n) or torch.arange(n))
+        drawn = len(plan.draw(windows, variant=variant).positions)
+        groups = sizes[0]
+        drawn = drawn if variant == "windows" else min(groups, max(1, round(windows * groups / len(plan))))
+        subsets = list(itertools.combinations(range(groups), drawn))
+        for chosen in subsets:
+            rest = [i for i in range(groups) if i not in chosen]
+            order = torch.tensor([*chosen, *rest])
+            monkeypatch.setattr(torch, "randperm", lambda n, generator=None, order=order: order)
+            yield 1 / len(subsets)
+
+
+# sides whose last windows are clamped; strides that divide the patch, that do not, and that make odd gaps; a thin photo
+GRIDS = [((112, 128), 24), ((96, 112), 16), ((80, 144), 40), ((48, 160), 20), ((64, 64), 24)]
+
+
+@pytest.mark.parametrize("variant", ["tiling", "windows", "spread"])
+@pytest.mark.parametrize(("size", "stride"), GRIDS)
+@pytest.mark.parametrize("windows", [1, 3])
+def test_draws_are_unbiased_on_every_cell(size, stride, windows, variant, monkeypatch):
+    """The mean over every possible draw, for any features: weights are 1 and weighted targets the mean over all windows."""
+    plan = WindowPlan.make(*size, 64, stride, 16)
+    features = torch.randn(len(plan), *plan.cells, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    number = {tuple(position): i for i, position in enumerate(plan.positions().tolist())}
+
+    def lay(positions, weights):
+        total, count = torch.zeros(2, *plan.grid, dtype=torch.float64)
+        for (top, left), weight in zip(positions.tolist(), weights.tolist(), strict=True):
+            rows, columns = slice(top, top + plan.cells[0]), slice(left, left + plan.cells[1])
+            total[rows, columns] += weight * features[number[top, left]]
+            count[rows, columns] += weight
+        return total, count
+
+    total, count = lay(plan.positions(), torch.ones(len(plan)))
+    full = total / count
+    mean_weight, mean_target, chance_in_all = torch.zeros_like(full), torch.zeros_like(full), 0.0
+    for chance in every_draw(plan, windows, variant, monkeypatch):
+        draw = plan.draw(windows, variant=variant)
+        total, count = lay(draw.positions, draw.window_weights)
+        assert ((count > 0) == (draw.cell_weights > 0)).all()
+        mean_weight += chance * draw.cell_weights
+        mean_target += chance * draw.cell_weights * torch.where(count > 0, total / count, 0)
+        chance_in_all += chance
+    assert chance_in_all == pytest.approx(1, abs=1e-12)
+    torch.testing.assert_close(mean_weight, torch.ones_like(full), atol=1e-10, rtol=0)
+    torch.testing.assert_close(mean_target, full, atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("variant", ["tiling", "windows", "spread"])
+@pytest.mark.parametrize(("size", "stride", "windows"), [((112, 128), 24, 1), ((96, 112), 16, 2), ((80, 144), 40, 3)])
+def test_sampled_gradient_is_unbiased_over_all_draws(vision_model, monkeypatch, size, stride, windows, variant):
     """The mean over every possible draw of the sampled gradient is the full teacher's gradient, exactly."""
     image = torch.randn(1, 3, *size)
     teacher = SlidingWindowTeacher(vision_model, stride=stride)
-    plan = teacher.plan(*size)
     full = teacher(image).feature_map
     student = torch.randn_like(full, requires_grad=True)
     expected = torch.autograd.grad((student - full).square().sum(), student)[0]
-
-    rows, columns = (
-        max(sum(start <= cell < start + plan.cells[axis] for start in starts) for cell in range(plan.grid[axis]))
-        for axis, starts in enumerate((plan.rows, plan.columns))
-    )
-    tilings = rows * columns
-    total, count = torch.zeros_like(full), 0
-    for chosen in itertools.combinations(range(tilings), draws):
-        rest = [p for p in range(tilings) if p not in chosen]
-        monkeypatch.setattr(torch, "randperm", lambda n, generator=None, order=(*chosen, *rest): torch.tensor(order))
-        target, weight = teacher.sample(image, windows=draws * len(plan) / tilings)
+    mean = torch.zeros_like(full)
+    for chance in every_draw(teacher.plan(*size), windows, variant, monkeypatch):
+        target, weight = teacher.sample(image, windows, variant=variant)
         r = target.shape[-1] // student.shape[-1]
         cells = student.repeat_interleave(r, 2).repeat_interleave(r, 3)
-        total += torch.autograd.grad((weight * (cells - target).square()).sum(), student)[0]
-        count += 1
-    torch.testing.assert_close(total / count, expected, atol=1e-4, rtol=1e-4)
+        mean += chance * torch.autograd.grad((weight * (cells - target).square()).sum(), student)[0]
+    torch.testing.assert_close(mean, expected, atol=1e-4, rtol=1e-4)
 
 
-def test_sampling_everything_is_the_full_teacher(vision_model):
+@pytest.mark.parametrize("variant", ["tiling", "windows", "spread"])
+def test_sampling_everything_is_the_full_teacher(vision_model, variant):
     image = torch.randn(1, 3, 112, 128)
     teacher = SlidingWindowTeacher(vision_model, stride=16)
-    target, weight = teacher.sample(image, windows=10_000)
+    target, weight = teacher.sample(image, windows=10_000, variant=variant)
     torch.testing.assert_close(target, teacher(image).feature_map, atol=1e-5, rtol=0)
-    assert (weight == 1).all()
+    torch.testing.assert_close(weight, torch.ones_like(weight), atol=1e-6, rtol=0)
 
 
-def test_a_draw_costs_about_the_windows_asked_for():
+@pytest.mark.parametrize(("variant", "windows"), [("tilings", 4), ("windows", 0)])
+def test_an_impossible_draw_is_refused(vision_model, variant, windows):
+    with pytest.raises(ValueError, match="tiling, windows, spread"):
+        SlidingWindowTeacher(vision_model).sample(torch.zeros(1, 3, 64, 64), windows, variant=variant)
+
+
+@pytest.mark.parametrize("variant", ["windows", "spread"])
+def test_a_draw_costs_the_windows_asked_for(variant):
+    plan = WindowPlan.make(384, 512, 192, 24, 16)
+    generator = torch.Generator().manual_seed(0)
+    for windows in (1, 7, 20, 134, 200):
+        positions = [plan.draw(windows, generator, variant).positions for _ in range(5)]
+        assert {len(p) for p in positions} == {min(windows, len(plan))}
+        assert all(len(p.unique(dim=0)) == len(p) for p in positions)
+
+
+def test_tiles_do_not_overlap():
+    plan = WindowPlan.make(384, 512, 192, 24, 16)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        draw = plan.draw(1, generator, "tiling")
+        assert plan.coverage(draw.positions, draw.window_weights).max() == 1
+
+
+def test_tilings_cost_about_the_windows_asked_for():
     plan = WindowPlan.make(384, 512, 192, 24, 16)
     generator = torch.Generator().manual_seed(0)
     counts = [len(plan.draw(20, generator)[0]) for _ in range(200)]

@@ -6,8 +6,12 @@ speed drifts does not decide the result.
 
     python training/benchmark.py --output benchmark.json
     python training/benchmark.py --random siglip2 --height 512 --width 1024 --repeats 3
+    python training/benchmark.py --suite distill
+
+A suite is a module `benchmark_NAME.py` beside this file with `rows(options) -> list[dict]`, made with [`compare`].
 """
 
+import importlib
 import json
 import logging
 import math
@@ -29,11 +33,16 @@ from spar_hf import SPAR_TINY, SlidingWindowTeacher, SparConfig, SparVisionModel
 
 logger = logging.getLogger("benchmark")
 
+UNITS = {"seconds": "s", "megabytes": "MB", "images_per_second": "images/s"}  # what a row may compare
+
 
 @dataclass
 class Options:
     """Options of the benchmark."""
 
+    suite: str = field(
+        default="vision", metadata={"help": "What to measure: vision, or the NAME of a benchmark_NAME.py."}
+    )
     model: str = field(
         default=SPAR_TINY, metadata={"help": "SPAR folder or hub id; the embedded spar-tiny by default."}
     )
@@ -137,7 +146,22 @@ def plain_pass(model: SparVisionModel, pixel_values: torch.Tensor) -> torch.Tens
 
 
 def run(options: Options) -> list[dict]:
-    """All ratios; see the names in the table."""
+    """
+    The ratios of a suite; see the names in the table.
+
+    Raises:
+        ValueError: there is no such suite.
+    """
+    if options.suite == "vision":
+        return rows(options)
+    known = sorted(path.stem.removeprefix("benchmark_") for path in Path(__file__).parent.glob("benchmark_*.py"))
+    if options.suite not in known:
+        raise ValueError(f"--suite {options.suite}: use vision or one of {', '.join(known)}.")
+    return importlib.import_module(f"benchmark_{options.suite}").rows(options)
+
+
+def rows(options: Options) -> list[dict]:
+    """One pass and the teacher against their bare work."""
     device = options.device
     torch.manual_seed(0)
     model = load(options).to(device).eval()
@@ -182,23 +206,20 @@ def run(options: Options) -> list[dict]:
 def main():
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     (options,) = HfArgumentParser(Options).parse_args_into_dataclasses()
-    rows = run(options)
-    table = Table("what", "ratio", "middle half", "seconds", "bare", "goal")
-    for row in rows:
+    found = run(options)
+    table = Table("what", "ratio", "middle half", "ours", "bare", "goal")
+    for row in found:
         low, high = row["middle_half"]
-        numbers = (
-            f"{row['ratio']:.3f}",
-            f"{low:.3f}-{high:.3f}",
-            f"{row['seconds']:.3f}",
-            f"{row['bare_seconds']:.3f}",
-        )
+        unit = next(unit for unit in UNITS if unit in row)
+        amounts = (f"{row[name]:.3f} {UNITS[unit]}" for name in (unit, f"bare_{unit}"))
+        numbers = (f"{row['ratio']:.3f}", f"{low:.3f}-{high:.3f}", *amounts)
         table.add_row(row["name"], *numbers, row["goal"])
     Console().print(table)
     if options.output:
         setting = {"torch": torch.__version__, "threads": torch.get_num_threads(), "cores": os.cpu_count()}
         path = Path(options.output)
         temporary = path.with_name(path.name + ".partial")
-        temporary.write_text(json.dumps({"options": vars(options), **setting, "ratios": rows}, indent=2))
+        temporary.write_text(json.dumps({"options": vars(options), **setting, "ratios": found}, indent=2))
         temporary.replace(path)
 
 

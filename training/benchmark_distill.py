@@ -1,0 +1,216 @@
+"""Distillation as ratios: a training step over its bare parts, sampled over full, memory, and two processes over one."""
+
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from benchmark import compare, load
+from distill import distillation_loss
+from PIL import Image
+from torch import nn
+from transformers import get_scheduler
+
+from spar_hf import SlidingWindowTeacher, SparImageProcessorPil, SparVisionModel
+
+HERE = Path(__file__).parent
+
+
+def trained(model: SparVisionModel, blocks: int | None = 2) -> list[nn.Parameter]:
+    """The parameters of the last blocks (or all that dense features read), everything else frozen."""
+    model.requires_grad_(blocks is None)
+    for block in model.backbone.blocks[-blocks:] if blocks else []:
+        block.requires_grad_(True)
+    for name, parameter in model.backbone.named_parameters():
+        if any(part in name for part in model.backbone.unread):
+            parameter.requires_grad_(False)
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def training_step(options, pixel_values: torch.Tensor, teacher: SlidingWindowTeacher, windows: int | None) -> Callable:
+    """A step as distillation composes it, accelerate around everything; all windows, or about so many."""
+    accelerator = Accelerator(cpu=options.device == "cpu")
+    student = load(options).to(options.device).eval()
+    parameters = trained(student)
+    optimizer = torch.optim.AdamW(parameters, lr=1e-6)
+    schedule = get_scheduler("cosine", optimizer, num_warmup_steps=5, num_training_steps=10_000)
+    wrapped, optimizer, schedule = accelerator.prepare(student, optimizer, schedule)
+
+    def step():
+        with accelerator.autocast():
+            if windows is None:
+                target, weight = teacher(pixel_values).feature_map, None
+            else:
+                target, weight = teacher.sample(pixel_values, windows)
+        with accelerator.accumulate(wrapped):
+            with accelerator.autocast():
+                features = wrapped(pixel_values).feature_map
+            loss = distillation_loss(features.float(), target, weight)
+            accelerator.backward(loss)
+            accelerator.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+        return float(loss.detach())
+
+    return step
+
+
+def bare_step(options, pixel_values: torch.Tensor, teacher: SlidingWindowTeacher) -> Callable:
+    """The same work without the library's stitching and accelerate: all windows, one student step."""
+    student = load(options).to(options.device).eval()
+    optimizer = torch.optim.AdamW(trained(student), lr=1e-6)
+    plan = teacher.plan(*pixel_values.shape[-2:])
+    windows = torch.randn(options.window_batch_size, 3, *plan.window, device=options.device)
+    with torch.no_grad():
+        target = torch.randn_like(student(pixel_values).feature_map)
+
+    def step():
+        with torch.no_grad():
+            for done in range(0, len(plan), options.window_batch_size):
+                teacher.model(windows[: min(options.window_batch_size, len(plan) - done)])
+        nn.functional.mse_loss(student(pixel_values).feature_map, target).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def peak_megabytes(device: str) -> float:
+    """The most memory this process ever held: of the GPU, or resident."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated() / 2**20
+    status = Path("/proc/self/status")
+    if status.is_file():  # the peak that `getrusage` gives on Linux may be that of the process that started this one
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 1024)
+
+
+def student_memory(options, blocks: int | None) -> float:
+    """Megabytes that two student steps add to a process that holds the model."""
+    torch.manual_seed(0)
+    student = load(options).to(options.device).eval()
+    parameters = trained(student, blocks)
+    optimizer = torch.optim.AdamW(parameters, lr=1e-6)
+    pixel_values = torch.randn(1, 3, options.height, options.width, device=options.device)
+    before = peak_megabytes(options.device)
+    for _ in range(2):
+        student(pixel_values).feature_map.square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return peak_megabytes(options.device) - before
+
+
+def memory_in_new_process(options, blocks: int | None) -> float:
+    """[`student_memory`] of a fresh process, whose peak nothing else has raised."""
+    call = [sys.executable, str(Path(__file__)), json.dumps({"blocks": blocks, "options": vars(options)})]
+    done = subprocess.run(call, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"The memory could not be measured:\n{done.stderr[-3000:]}")
+    return float(done.stdout.splitlines()[-1])
+
+
+def photos_per_second(base: Path, photos: Path, output: Path, processes: int, options) -> float:
+    """What the log of a short distillation on the CPU says, started as users start it."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1", "--mixed_precision", "no"]
+    command += ["--dynamo_backend", "no", "--num_processes", str(processes)]
+    command += ["--multi_gpu", "--main_process_port", "0"] if processes > 1 else []
+    command += [str(HERE / "distill.py"), "--model", str(base), "--images", str(photos), "--output", str(output)]
+    command += [
+        "--steps",
+        "6",
+        "--log_steps",
+        "6",
+        "--holdout_images",
+        "0",
+        "--workers",
+        "0",
+        "--teacher_windows",
+        "10",
+    ]
+    command += ["--stride", str(options.stride), "--crop_probability", "0", "--min_scale", "1"]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        raise RuntimeError(f"distill.py failed:\n{done.stderr[-3000:]}")
+    return json.loads((output / "log.jsonl").read_text().splitlines()[-1])["photos_per_second"]
+
+
+def ratio_row(name: str, unit: str, pairs: list[tuple[float, float]], goal: str) -> dict[str, Any]:
+    """A row such as [`compare`] makes, of pairs of something else than seconds."""
+    ratios = sorted(a / b for a, b in pairs)
+    quarter = len(ratios) // 4
+    ours, bare = zip(*pairs, strict=True)
+    return {
+        "name": name,
+        "ratio": statistics.median(ratios),
+        "middle_half": [ratios[quarter], ratios[-1 - quarter]],
+        unit: statistics.median(ours),
+        f"bare_{unit}": statistics.median(bare),
+        "goal": goal,
+    }
+
+
+def step_rows(options) -> list[dict]:
+    """A training step against its bare parts, and a sampled one against a full one."""
+    torch.manual_seed(0)
+    size = f"{options.height}×{options.width}"
+    model = load(options).to(options.device).eval().requires_grad_(False)
+    teacher = SlidingWindowTeacher(model, stride=options.stride, window_batch_size=options.window_batch_size)
+    pixel_values = torch.randn(1, 3, options.height, options.width, device=options.device)
+    plan = teacher.plan(options.height, options.width)
+    few = max(1, len(plan) // 10)
+    full = training_step(options, pixel_values, teacher, None)
+    bare = bare_step(options, pixel_values, teacher)
+    name = f"training step over its bare parts ({len(plan)} windows, student step), {size}"
+    over_bare = compare(name, full, bare, "≤ 1.10", options)
+    sampled = training_step(options, pixel_values, teacher, few)
+    name = f"step with {few} sampled windows over one with all {len(plan)}, stride {options.stride}, {size}"
+    return [over_bare, compare(name, sampled, full, "≤ 0.25", options)]
+
+
+def memory_row(options) -> dict:
+    """What is held for training the last two blocks against everything."""
+    pair = (memory_in_new_process(options, 2), memory_in_new_process(options, None))
+    name = (
+        f"memory of a student step above the model's, last 2 blocks over everything, {options.height}×{options.width}"
+    )
+    return ratio_row(name, "megabytes", [pair], "< 1")
+
+
+def processes_row(options) -> dict:
+    """Photos per second of `distill.py` on two CPU processes against one."""
+    model, pairs, noise = load(options), [], np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as folder:
+        base, photos = Path(folder, "base"), Path(folder, "photos")
+        photos.mkdir()
+        model.save_pretrained(base)
+        SparImageProcessorPil().save_pretrained(base)
+        for i in range(4):
+            pixels = noise.integers(0, 256, (options.height, options.width, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(photos / f"{i}.jpg")
+        for number in range(min(2, options.repeats)):
+            two = photos_per_second(base, photos, Path(folder, f"two-{number}"), 2, options)
+            pairs.append((two, photos_per_second(base, photos, Path(folder, f"one-{number}"), 1, options)))
+    return ratio_row("photos/s of two CPU processes over one", "images_per_second", pairs, "→ 2")
+
+
+def rows(options) -> list[dict]:
+    """The ratios of distillation; options as of `benchmark.py`."""
+    return [*step_rows(options), memory_row(options), processes_row(options)]
+
+
+if __name__ == "__main__":
+    asked = json.loads(sys.argv[1])
+    sys.stdout.write(f"{student_memory(SimpleNamespace(**asked['options']), asked['blocks'])}\n")
