@@ -194,6 +194,8 @@ class Distillation:
             num_training_steps=self.steps * accelerator.num_processes,
         )
         self.wrapped, self.optimizer, self.schedule = accelerator.prepare(self.trained, optimizer, schedule)
+        # now: between a forward and its backward a sharded model shows other tensors, whose gradients nobody sees
+        self.parameters = [parameter for parameter in self.wrapped.parameters() if parameter.requires_grad]
         # deterministic: the student regresses, and dropout or RoPE jitter would only blur the target
         self.wrapped.eval()
 
@@ -333,14 +335,13 @@ class Distillation:
         )
         self.bar = tqdm(initial=step, total=self.steps, disable=not self.main, mininterval=5, unit="step")
         self.start, self.first, self.teacher_seconds, self.wait_seconds = time.perf_counter(), step, 0.0, 0.0
-        parameters = [parameter for parameter in self.wrapped.parameters() if parameter.requires_grad]
         stopped = False
         for sample in self.samples(loader) if step < self.steps else ():
             with accelerator.accumulate(self.wrapped):
                 loss = self.loss(sample)
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
-                    accelerator.clip_grad_norm_(parameters, 1.0)
+                    accelerator.clip_grad_norm_(self.parameters, 1.0)
                 self.optimizer.step()
                 self.schedule.step()
                 self.optimizer.zero_grad()

@@ -202,13 +202,13 @@ def is_saved_table(path: Path) -> bool:
 
 
 def list_shards(entry: str) -> list[str]:
-    """`entry` where it is a shard, or the shards in it where it is a folder of nothing else to read."""
+    """`entry` where it is a shard, or the shards that lie in it where it is a folder without photos."""
     path = Path(entry)
     if path.suffix in SHARDS:
         if not path.is_file():
             raise FileNotFoundError(f"{entry}: there is no such file.")
         return [entry]
-    if not path.is_dir() or is_saved_table(path) or list_files(entry) is not None:
+    if not path.is_dir() or is_saved_table(path):
         return []
     return sorted(str(shard) for shard in path.iterdir() if shard.suffix in SHARDS)
 
@@ -246,33 +246,31 @@ def open_sources(options: Options) -> list[Any]:
     Raises:
         FileNotFoundError, ValueError: a folder without photos, something that `datasets` cannot read, a mixed stream.
     """
-    sources: list[Any] = []
+    opened: list[tuple[str, Any]] = []  # what a message calls it, and the paths, the table, or the kind of its shards
     shards: dict[str, list[str]] = {}
     for entry in options.images:
-        for shard in (found := list_shards(entry)):
+        paths = list_files(entry)
+        found = list_shards(entry) if paths is None else []
+        for shard in found:
             kind = SHARDS[Path(shard).suffix]
             if kind not in shards:
                 shards[kind] = []
-                sources.append(kind)
+                opened.append((short_name(entry), kind))
             shards[kind].append(shard)
-        if found:
-            continue
-        paths = list_files(entry)
-        sources.append(open_table(entry, options) if paths is None else Files(paths))
-    if options.streaming and (len(sources) > 1 or isinstance(sources[0], Files)):
+        if not found:
+            opened.append((short_name(entry), open_table(entry, options) if paths is None else Files(paths)))
+    if options.streaming and (len(opened) > 1 or isinstance(opened[0][1], Files)):
         raise ValueError(
             "--streaming reads one data set, or shards of one kind. Folders and lists of photos are read without it."
         )
-    for i, source in enumerate(sources):
-        label = short_name(options.images[0] if len(sources) == 1 else f"{source}")
+    sources: list[Any] = []
+    for label, source in opened:
         if isinstance(source, str):
-            import datasets
+            import datasets  # as above
 
-            source = datasets.load_dataset(
-                source, data_files=shards[source], split="train", streaming=options.streaming
-            )
-        if not isinstance(source, Files):
-            sources[i] = source if options.streaming else Rows(source, label, options)
+            files = shards[source]
+            source = datasets.load_dataset(source, data_files=files, split="train", streaming=options.streaming)
+        sources.append(source if options.streaming or isinstance(source, Files) else Rows(source, label, options))
     return sources
 
 

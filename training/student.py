@@ -122,7 +122,7 @@ def merge_adapters(state: dict[str, torch.Tensor], wrapped: Any, start: str) -> 
     from peft import get_peft_model
 
     config = copy.copy(wrapped.peft_config["default"])
-    config.inference_mode = False
+    config.inference_mode, config.base_model_name_or_path = False, None
     fresh = get_peft_model(load_model(start)[1], config)
     fresh.load_state_dict(state)
     return fresh.merge_and_unload().state_dict()
