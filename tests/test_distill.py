@@ -1,7 +1,11 @@
 """The distillation script from options to written folders, run in this process; test_distill_resume.py launches it."""
 
 import json
+import os
 import shutil
+import signal
+import threading
+import time
 
 import pytest
 import torch
@@ -23,19 +27,16 @@ from transformers import (
 from spar_hf import SparForOpenVocabSegmentation, SparImageProcessorPil, SparVisionModel
 
 
-@pytest.fixture(autouse=True)
-def one_cpu_process(monkeypatch):
-    """Each run is a process of its own to accelerate."""
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-
-
 def distil(base, photos, output, *options):
-    AcceleratorState._reset_state(reset_partial_state=True)
+    """A run on the CPU, alone; each is a process of its own to accelerate."""
     arguments = ["--model", base, "--images", photos, "--output", output, "--workers", 0, "--holdout_every", 3]
-    return Distillation(parse_options([*map(str, (*arguments, *options))])).run()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        try:
+            return Distillation(parse_options([*map(str, (*arguments, *options))])).run()
+        finally:
+            AcceleratorState._reset_state(reset_partial_state=True)
+            GradientState._reset_state()
 
 
 def log_of(folder):
@@ -200,3 +201,20 @@ def test_distils_a_backbone_as_the_hub_holds_it(family, photo_folder, tmp_path, 
     else:
         assert AutoConfig.from_pretrained(folder).text_config is None
         assert type(AutoImageProcessor.from_pretrained(folder)) is SparImageProcessorPil
+
+
+def test_ctrl_c_keeps_what_was_done(base_folder, photo_folder, tmp_path, caplog):
+    def interrupt():
+        while not (tmp_path / "run" / "log.jsonl").is_file() or not (tmp_path / "run" / "log.jsonl").stat().st_size:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    options = ("--steps", 3000, "--teacher_windows", 2, "--log_steps", 1, "--eval_steps", 3000, "--report_to", "none")
+    watcher = threading.Thread(target=interrupt, daemon=True)
+    watcher.start()
+    with caplog.at_level("INFO"):
+        distil(base_folder, photo_folder, tmp_path / "run", *options)
+    assert "--resume" in caplog.text
+    (kept,) = (tmp_path / "run").glob("checkpoint-*")
+    assert json.loads((kept / "state.json").read_text())["step"] == log_of(tmp_path / "run")[-1]["step"] < 3000
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

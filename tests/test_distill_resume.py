@@ -1,15 +1,15 @@
-"""The distillation script as processes: killed, stopped, on two of them, sharded over them. Slow to start, so few."""
+"""The distillation script as processes: killed, on two of them, sharded over them. They are slow to start, so few."""
 
-import json
 import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
+from test_distill import curve, distil
 from transformers import AutoModel
 
 TRAINING = Path(__file__).parents[1] / "training"
@@ -24,18 +24,18 @@ class Launcher:
     """Runs of one base on one folder of photos."""
 
     def __init__(self, base, photos):
-        self.data = ["--model", str(base), "--images", str(photos)]
+        self.data = base, photos
 
     def start(self, output, *options, config=None, script=TRAINING / "distill.py", **environment):
         command = [sys.executable]
         if config:
             command += ["-m", "accelerate.commands.launch", "--config_file", str(TRAINING / "configs" / config)]
             command += ["--main_process_port", "0", "--mixed_precision", "no"]
-        command += [*map(str, script if isinstance(script, tuple) else (script,)), *self.data, "--output", str(output)]
+        command += [*map(str, script if isinstance(script, tuple) else (script,)), "--output", str(output)]
+        command += ["--model", str(self.data[0]), "--images", str(self.data[1])]
         return subprocess.Popen(
             [*command, *map(str, options)],
             env={**ENVIRONMENT, "ACCELERATE_USE_CPU": "true", **environment},
-            start_new_session=True,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
@@ -62,13 +62,16 @@ def whole(launcher, tmp_path_factory):
     """The same run on one process and on two, never stopped: by the number of processes."""
     folder = tmp_path_factory.mktemp("whole")
     return {
-        1: launcher.finish(folder / "1", *SETTING, *accumulate(1)),
+        1: distil(*launcher.data, folder / "1", *SETTING, *accumulate(1)),
         2: launcher.finish(folder / "2", *SETTING, *accumulate(2), config="multi_gpu.yaml"),
     }
 
 
-def curve(folder):
-    return [(row["step"], row["loss"]) for row in map(json.loads, (folder / "log.jsonl").read_text().splitlines())]
+def signal_all(run, number):
+    """A launcher gives each of its processes a session of its own, so a group is not enough."""
+    launched = psutil.Process(run.pid)
+    for process in [launched, *launched.children(recursive=True)]:
+        process.send_signal(number)
 
 
 def kill_in_the_middle_of_writing(run, output, first):
@@ -79,13 +82,13 @@ def kill_in_the_middle_of_writing(run, output, first):
     while run.poll() is None:
         if not [p for p in output.glob(".checkpoint-*.partial") if int(p.name.split("-")[1].split(".")[0]) >= first]:
             continue
-        os.killpg(run.pid, signal.SIGSTOP)
+        signal_all(run, signal.SIGSTOP)
         half = [path for path in output.glob(".checkpoint-*.partial") if not (path / "state.json").exists()]
         if half and any(half[0].iterdir()):
-            os.killpg(run.pid, signal.SIGKILL)
+            signal_all(run, signal.SIGKILL)
             run.communicate()
             return half[0]
-        os.killpg(run.pid, signal.SIGCONT)
+        signal_all(run, signal.SIGCONT)
     raise AssertionError("the run was over before it could be killed: " + run.communicate()[1][-2000:])
 
 
@@ -99,7 +102,9 @@ def test_a_run_killed_while_writing_resumes_to_the_last_bit(launcher, whole, tmp
     assert len(complete) >= 2 and half.name.strip(".").removesuffix(".partial") not in complete
     with (output / "log.jsonl").open("a") as log:  # what else a kill can leave behind
         log.write('{"step": 8, "lo')
-    found = launcher.finish(output, *SETTING, *accumulate(processes), "--resume", config=config)
+    options = (*SETTING, *accumulate(processes), "--resume")
+    resume = launcher.finish if config else lambda output, *options, config: distil(*launcher.data, output, *options)
+    found = resume(output, *options, config=config)
 
     assert curve(output) == curve(whole[processes].parent) and len(curve(output)) == 8
     weights, resumed = (AutoModel.from_pretrained(folder).state_dict() for folder in (whole[processes], found))
@@ -141,13 +146,3 @@ def test_a_sharded_student_is_the_same_and_a_plain_folder(launcher, whole, base_
     found = launcher.finish(tmp_path / "run", *options, config="fsdp.yaml", script=script, **device)
     assert list((tmp_path / "run" / "checkpoint-6").glob("pytorch_model_fsdp_0/*.distcp"))  # it was sharded
     assert_same_weights(found, whole[2], base_folder)
-
-
-def test_ctrl_c_keeps_what_was_done(launcher, tmp_path):
-    run = launcher.start(tmp_path / "run", *SETTING, "--steps", 3000, "--save_steps", 3000, "--eval_steps", 3000)
-    while run.poll() is None and not (tmp_path / "run" / "log.jsonl").exists():
-        time.sleep(0.01)
-    run.send_signal(signal.SIGINT)
-    _, said = run.communicate(timeout=120)
-    assert run.returncode == 0 and "--resume" in said
-    assert len(list((tmp_path / "run").glob("checkpoint-*/state.json"))) == 1
