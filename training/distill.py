@@ -95,7 +95,11 @@ class Distillation:
         self.settings = {name: value for name, value in asdict(self.options).items() if name not in FREE}
         if not self.options.resume:
             return
-        then = self.state["settings"]
+        then = self.state.get("settings")
+        if then is None:
+            raise ValueError(
+                f"The checkpoints in {self.output} are of an earlier version, which did not say how it ran."
+            )
         changed = [name for name, value in self.settings.items() if then.get(name) != json.loads(json.dumps(value))]
         if changed:
             shown = ", ".join(f"--{name} (was {then.get(name)!r}, is {self.settings[name]!r})" for name in changed)

@@ -27,8 +27,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "spar-all": RECIPE | {"train_layers": "all"},
     "spar-all-hires": RECIPE | {"train_layers": "all", "long_side": 5.0, "short_side": 2.5},
 }
-# what a resumed run may have otherwise: none of it changes which numbers are computed
-FREE = {"output", "resume", "workers", "log_steps", "save_steps", "eval_steps", "picture_steps", "report_to", "preset"}
+# what a resumed run may have otherwise: none of it changes what is learned
+FREE = {"output", "resume", "workers", "save_steps", "eval_steps", "picture_steps", "report_to", "preset"}
 
 
 @dataclass

@@ -4,9 +4,9 @@ Where photos come from, in which order, and how they are changed.
 The order is made in the main process, which hands tickets to the workers; they read and decode. So neither order nor
 augmentation depends on how many workers there are, and a run that goes on somewhere starts at that ticket.
 
-Photos have unequal sizes, and each process takes one at a time; `--gradient_accumulation_steps` makes the batch. Grouping
-equal sizes into batches was measured on the CPU and gains nothing there (a photo of the recipe has hundreds of patches, and
-the matrix products are large enough as they are), while it ties the order to the sizes.
+Photos have unequal sizes, and each process takes one at a time; `--gradient_accumulation_steps` makes the batch. Batches of
+equal sizes were measured against that on the CPU (spar-tiny, forward and backward of four photos): they save 3 % at 468
+patches a photo and 16 % at 192, of the student's share of a step only, and tie the order to the sizes. So there are none.
 """
 
 import itertools
