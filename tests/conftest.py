@@ -10,12 +10,14 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # last on the path: training/evaluate.py must not hide the package `evaluate`
 sys.path.append(str(Path(__file__).parents[1] / "training"))
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, SiglipTextConfig, SiglipVisionConfig
 
-from spar_hf import SparConfig, SparForOpenVocabSegmentation
+from spar_hf import SparConfig, SparForOpenVocabSegmentation, SparImageProcessorPil, SparProcessor
 
 torch.set_num_threads(1)  # two workers share two cores
 
@@ -57,6 +59,10 @@ def vision_model(two_towers):
 
 @pytest.fixture
 def tokenizer() -> PreTrainedTokenizerFast:
+    return make_tokenizer()
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
     """One id per word of the short templates and of some classes, padded to the tiny text tower's 16 tokens."""
     words = "a photo of the bright dark black and white hard to see road street car automobile sky tree dog cat grass"
     ids = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", *words.split()])}
@@ -73,6 +79,26 @@ def tokenizer() -> PreTrainedTokenizerFast:
         model_max_length=16,
         model_input_names=["input_ids"],
     )
+
+
+@pytest.fixture(scope="session")
+def base_folder(tmp_path_factory):
+    """A saved two-tower model with its processor: a teacher for the training scripts."""
+    folder = tmp_path_factory.mktemp("base")
+    randomise(SparForOpenVocabSegmentation(tiny_config())).save_pretrained(folder)
+    SparProcessor(SparImageProcessorPil(size={"shortest_edge": 128}), make_tokenizer()).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def photo_folder(tmp_path_factory):
+    """Six coloured photos, `0.jpg` to `5.jpg`, 110 px high and 150 to 205 px wide."""
+    folder = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    for i in range(6):
+        coarse = Image.fromarray(rng.integers(0, 256, (5, 7, 3), dtype=np.uint8))
+        coarse.resize((150 + 11 * i, 110), Image.Resampling.BICUBIC).save(folder / f"{i}.jpg")
+    return folder
 
 
 class RecordList(logging.Handler):

@@ -3,6 +3,7 @@
 import json
 import shutil
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +17,28 @@ def save_checkpoint(accelerator: Accelerator, output: Path, step: int, keep: int
     """
     target, temporary = output / f"checkpoint-{step}", output / f".checkpoint-{step}.partial"
     if accelerator.is_main_process:
-        shutil.rmtree(temporary, ignore_errors=True)
+        for left in output.glob(".checkpoint-*.partial"):  # by runs that were killed
+            shutil.rmtree(left)
     accelerator.wait_for_everyone()
     accelerator.save_state(str(temporary))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         (temporary / "state.json").write_text(json.dumps({"step": step, **state}))
-        shutil.rmtree(target, ignore_errors=True)
+        if target.exists():
+            discard(target)
         temporary.rename(target)
         for old in list_checkpoints(output)[:-keep]:
-            shutil.rmtree(old)
+            discard(old)
     accelerator.wait_for_everyone()
     return target
+
+
+def discard(checkpoint: Path) -> None:
+    """Remove a checkpoint under another name: half removed it must not look complete."""
+    doomed = checkpoint.with_name(f".{checkpoint.name}.partial")
+    shutil.rmtree(doomed, ignore_errors=True)
+    checkpoint.rename(doomed)
+    shutil.rmtree(doomed)
 
 
 def list_checkpoints(output: Path) -> list[Path]:
@@ -36,9 +47,9 @@ def list_checkpoints(output: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
 
 
-def load_checkpoint(accelerator: Accelerator, output: Path) -> dict[str, Any]:
+def read_state(output: Path) -> dict[str, Any]:
     """
-    Take up the last complete checkpoint; returns its `state`. Everything must be prepared already.
+    The `state` of the last complete checkpoint.
 
     Raises:
         FileNotFoundError: the run has none.
@@ -46,38 +57,59 @@ def load_checkpoint(accelerator: Accelerator, output: Path) -> dict[str, Any]:
     found = list_checkpoints(output)
     if not found:
         raise FileNotFoundError(f"{output} has no checkpoint to resume from. Start without --resume.")
-    accelerator.load_state(str(found[-1]))
     return json.loads((found[-1] / "state.json").read_text())
 
 
-def cut_log(path: Path, step: int) -> None:
-    """Drop the rows after `step` that a killed run had already written; the resumed run writes them again."""
+def load_checkpoint(accelerator: Accelerator, output: Path) -> None:
+    """Take up the last complete checkpoint. Everything must be prepared already."""
+    accelerator.load_state(str(list_checkpoints(output)[-1]))
+
+
+def cut_log(path: Path, step: int | None = None) -> None:
+    """
+    Drop the rows after `step` that a killed run had already written, the resumed run writes them again; and the line that
+    was being written.
+    """
     if not path.is_file():
         return
-    rows = [line for line in path.read_text().splitlines() if line.strip()]
     kept = []
-    for line in rows:
+    for line in path.read_text(encoding="utf-8").splitlines():
         try:
             row = json.loads(line)
-        except json.JSONDecodeError:  # the line that was being written when the run was killed
+        except json.JSONDecodeError:
             continue
-        if row["step"] <= step:
+        if step is None or row["step"] <= step:
             kept.append(line + "\n")
     temporary = path.with_name(path.name + ".partial")
-    temporary.write_text("".join(kept))
+    temporary.write_text("".join(kept), encoding="utf-8")
     temporary.replace(path)
 
 
 class StopAtStep:
-    """Ctrl-C asks for a stop at the end of the step, where weights and optimizer agree; a second one is at once."""
+    """
+    Ctrl-C, or the SIGTERM of a cluster that wants its machine back, asks for a stop at the end of the step, where weights
+    and optimizer agree; a second one is at once. A launcher hands on what its processes got already: within two seconds
+    that is no second one.
+    """
 
-    def __init__(self):
-        self.asked = False
-        self.before = signal.signal(signal.SIGINT, self.ask)
+    def __init__(self, accelerator: Accelerator):
+        self.accelerator = accelerator
+        self.first: float | None = None
+        self.before = {number: signal.signal(number, self.ask) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def ask(self, number, frame):
-        self.asked = True
-        signal.signal(signal.SIGINT, self.before)
+        if self.first is not None and time.monotonic() - self.first > 2:
+            self.restore()
+            signal.raise_signal(number)
+            return
+        self.first = self.first or time.monotonic()
+
+    def asked(self) -> bool:
+        """Whether any process was asked to stop; all must call it, and all get the same answer."""
+        if self.first is not None:
+            self.accelerator.set_trigger()
+        return self.accelerator.check_trigger()
 
     def restore(self):
-        signal.signal(signal.SIGINT, self.before)
+        for number, handler in self.before.items():
+            signal.signal(number, handler)

@@ -4,503 +4,476 @@ Distil the sliding-window teacher of a backbone into a student of the same archi
 The student starts as the teacher's encoder, sees whole photos with its position table resampled, and regresses with the
 mean squared error onto the teacher's features, un-normalised and without labels (SPAR, arXiv 2604.02252, section 3).
 
-    accelerate launch training/distill.py --model BASE --images PHOTOS --output DIR
+    accelerate launch training/distill.py --model BASE --images PHOTOS --output DIR --preset spar
+    accelerate launch --config_file training/configs/multi_gpu.yaml training/distill.py recipe.yaml --steps 20000
 """
 
 import copy
+import itertools
 import json
 import logging
 import math
 import random
-import shutil
+import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import psutil
 import torch
+import yaml
 from accelerate import Accelerator
-from accelerate.utils import set_seed
-from checkpoints import StopAtStep, cut_log, load_checkpoint, save_checkpoint
-from data import jitter, list_images, read_image
-from huggingface_hub import ModelCardData
-from PIL import Image
-from torch import nn
-from torch.utils.data import DataLoader, Dataset
-from tqdm.auto import tqdm
-from transformers import AutoConfig, HfArgumentParser, get_scheduler
-
-from spar_hf import (
-    SlidingWindowTeacher,
-    SparForOpenVocabSegmentation,
-    SparImageProcessorPil,
-    SparProcessor,
-    SparVisionModel,
+from accelerate.utils import DistributedType, broadcast_object_list, gather_object, set_seed
+from checkpoints import StopAtStep, cut_log, list_checkpoints, load_checkpoint, read_state, save_checkpoint
+from distill_losses import decision_loss, distillation_loss, error_weights
+from distill_options import FREE, Options, parse_options
+from held_out import PICTURED, HeldOut, draw_curve
+from photos import MapOrder, Photos, Sample, Skipped, SkippedList, StreamOrder, as_it_is, open_sources, split_photos
+from student import (
+    add_adapters,
+    choose_parameters,
+    finish_folder,
+    load_model,
+    merge_adapters,
+    replace_text,
+    save_adapter,
+    save_student,
+    share_frozen,
+    short_name,
 )
+from targets import FullTarget, SampledTarget, Target
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import get_scheduler
+
+from spar_hf import SlidingWindowTeacher, SparForOpenVocabSegmentation, SparImageProcessorPil, SparProcessor
 from spar_hf.prompts import Vocabulary, embed_names
 
 logger = logging.getLogger("distill")
 
-
-@dataclass
-class Options:
-    """Options of the distillation. Sizes of photos are in windows, so that the recipe fits every backbone."""
-
-    model: str = field(
-        metadata={
-            "help": "Teacher, and start of the student: hub id or folder of a backbone of transformers or a SPAR model."
-        }
-    )
-    images: list[str] = field(metadata={"help": "Folders of photos, no labels needed."})
-    output: str = field(metadata={"help": "Folder to write the student to."})
-    student: str | None = field(
-        default=None,
-        metadata={"help": "Start of the student, where it is not the teacher's encoder: an earlier student."},
-    )
-    whiten: float = field(
-        default=0.0,
-        metadata={
-            "help": "Divides the error along each principal axis of the teacher's features by their variance there to this "
-            "power: 0 is the paper's mean squared error, 1 counts all axes alike."
-        },
-    )
-    words: list[str] = field(
-        default_factory=list,
-        metadata={
-            "help": "Built-in vocabularies (coco-stuff, cityscapes, ...) over which the student is to decide as the teacher "
-            "does, beside the paper's error of the features; for models with a text tower."
-        },
-    )
-    words_weight: float = field(default=5.0, metadata={"help": "Weight of that term beside the mean squared error."})
-    exclude: list[str] = field(default_factory=list, metadata={"help": "Shell patterns of file stems never read."})
-    holdout_every: int = field(
-        default=20,
-        metadata={"help": "Each n-th photo of every folder (sorted by name) is kept for the held-out error."},
-    )
-    holdout_images: int = field(default=8, metadata={"help": "Held-out photos the error is measured on."})
-    steps: int = field(default=1000, metadata={"help": "Optimizer steps."})
-    train_layers: str = field(default="2", metadata={"help": "Trainable: number of last blocks, or 'all'."})
-    learning_rate: float = field(default=2e-5, metadata={"help": "Peak learning rate."})
-    weight_decay: float = field(default=1e-4, metadata={"help": "AdamW weight decay."})
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Name of a transformers schedule."})
-    warmup_ratio: float = field(default=0.05, metadata={"help": "Share of the steps with rising learning rate."})
-    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Photos per process and optimizer step."})
-    stride: int = field(default=24, metadata={"help": "Stride of the teacher's windows in pixels."})
-    window_size: int | None = field(
-        default=None, metadata={"help": "Teacher's window; the model's image_size by default."}
-    )
-    window_batch_size: int = field(default=16, metadata={"help": "Windows per forward pass of the teacher."})
-    teacher_windows: int | None = field(
-        default=None,
-        metadata={"help": "Windows drawn per photo for an unbiased estimate of the target; all by default."},
-    )
-    long_side: float = field(default=4.0, metadata={"help": "Photos fit this many windows along their longer side ..."})
-    short_side: float = field(default=2.0, metadata={"help": "... and this many along their shorter side,"})
-    min_scale: float = field(default=0.5, metadata={"help": "times a factor drawn between this and 1."})
-    crop_probability: float = field(default=0.5, metadata={"help": "Chance of a random crop of 40-100 % per side."})
-    flip_probability: float = field(default=0.5, metadata={"help": "Chance of a horizontal flip."})
-    jitter_probability: float = field(
-        default=0.0,
-        metadata={
-            "help": "Chance that light, contrast and colour of a photo are changed at random, for teacher and student alike "
-            "(0 in the paper). Where photos are few, the student else learns their light by heart."
-        },
-    )
-    mixed_precision: str = field(default="no", metadata={"help": "no, fp16 or bf16."})
-    save_dtype: str = field(
-        default="float32", metadata={"help": "Precision of the stored weights: float32, float16 or bfloat16."}
-    )
-    workers: int = field(default=1, metadata={"help": "Processes that decode photos."})
-    seed: int = field(default=0, metadata={"help": "Seed of order and augmentation."})
-    log_steps: int = field(default=20, metadata={"help": "Steps between lines of the log."})
-    save_steps: int = field(default=500, metadata={"help": "Steps between checkpoints; the last two are kept."})
-    eval_steps: int = field(
-        default=500, metadata={"help": "Steps between held-out errors; OUTPUT/model is the student with the least."}
-    )
-    resume: bool = field(
-        default=False, metadata={"help": "Go on from the last checkpoint in --output, to the last bit."}
-    )
-    report_to: str | None = field(default=None, metadata={"help": "Tracker of accelerate, e.g. tensorboard or wandb."})
-
-    def __post_init__(self):
-        if self.train_layers != "all" and not (self.train_layers.isdigit() and int(self.train_layers) > 0):
-            raise ValueError(f"--train_layers {self.train_layers}: write 'all' or a number of last blocks, 1 or more.")
-        if not 0 < self.min_scale <= 1 or self.holdout_every < 2 or self.steps < 1:
-            raise ValueError("--min_scale lies in (0, 1], --holdout_every is at least 2 and --steps at least 1.")
-        if self.save_dtype not in ("float32", "float16", "bfloat16"):
-            raise ValueError(f"--save_dtype {self.save_dtype}: use float32, float16 or bfloat16.")
-        for name in ("whiten", "crop_probability", "flip_probability", "jitter_probability"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"--{name} {getattr(self, name)} must lie in 0 to 1.")
-        if self.teacher_windows is not None and self.teacher_windows < 1:
-            raise ValueError(f"--teacher_windows {self.teacher_windows} must be at least 1.")
+UNREADABLE = 1000  # photos in a row that cannot be read, after which something else must be wrong
 
 
-class Photos(Dataset):
-    """
-    Item i is the i-th photo of an endless shuffled stream, resized, cropped and flipped as (seed, i) says, whatever the
-    worker: `(3, height, width)` with sides that are multiples of the patch.
-    """
+class Distillation:
+    """One run: what it is made of is made by `__init__` and checked there, [`Distillation.run`] trains."""
 
-    def __init__(self, paths: list[Path], image_processor, window: int, patch_size: int, options: Options):
-        self.paths, self.image_processor, self.window = paths, image_processor, window
-        self.patch_size, self.options = patch_size, options
-
-    def __getitem__(self, index: int) -> torch.Tensor:
-        epoch, position = divmod(index, len(self.paths))
-        order = list(range(len(self.paths)))
-        random.Random(f"order-{self.options.seed}-{epoch}").shuffle(order)
-        rng = random.Random(f"photo-{self.options.seed}-{index}")
-        photo = augment(read_image(self.paths[order[position]]), self.window, self.patch_size, self.options, rng)
-        if rng.random() < self.options.jitter_probability:
-            pixels = torch.from_numpy(np.array(photo)).permute(2, 0, 1).float() / 255  # (3, height, width)
-            photo = Image.fromarray((jitter(pixels, rng) * 255).round().byte().permute(1, 2, 0).numpy())
-        return self.pixels(photo)
-
-    def pixels(self, photo: Image.Image) -> torch.Tensor:
-        return self.image_processor(photo, do_resize=False, return_tensors="pt")["pixel_values"][0]
-
-
-def augment(photo: Image.Image, window: int, patch_size: int, options: Options, rng: random.Random) -> Image.Image:
-    """The recipe's random size, crop and flip; sides become multiples of the patch."""
-    scale = rng.uniform(options.min_scale, 1.0)
-    long_side, short_side = max(photo.size), min(photo.size)
-    factor = scale * min(options.long_side * window / long_side, options.short_side * window / short_side)
-    sides = [side * factor for side in photo.size]
-    if rng.random() < options.crop_probability:
-        cropped = [min(side, max(side * rng.uniform(0.4, 1.0), window)) for side in sides]
-    else:
-        cropped = sides
-    width, height = (max(patch_size, math.floor(side / patch_size + 1e-6) * patch_size) for side in cropped)
-    left, top = (rng.uniform(0, max(0.0, side - kept)) for side, kept in zip(sides, (width, height), strict=True))
-    box = tuple(value / factor for value in (left, top, left + width, top + height))
-    box = (box[0], box[1], min(box[2], photo.width), min(box[3], photo.height))
-    photo = photo.resize((width, height), Image.Resampling.BICUBIC, box=box)
-    if rng.random() < options.flip_probability:
-        photo = photo.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    return photo
-
-
-def last_parts(path: str) -> str:
-    """A hub id as it is, of a path the last two parts: what a record may say without naming one machine's folders."""
-    return "/".join(Path(path).parts[-2:])
-
-
-def split_photos(options: Options) -> tuple[list[Path], list[Path]]:
-    """Photos to train on and held-out photos, of all folders."""
-    train, held_out = [], []
-    for folder in options.images:
-        paths = [p for p in list_images(folder) if not any(p.match(f"{pattern}.*") for pattern in options.exclude)]
-        for i, path in enumerate(paths):
-            (held_out if i % options.holdout_every == options.holdout_every - 1 else train).append(path)
-    if not train:
-        raise ValueError("No photo is left to train on; check --images, --exclude and --holdout_every.")
-    return train, held_out
-
-
-def load_model(name: str) -> tuple[SparForOpenVocabSegmentation | SparVisionModel, SparVisionModel]:
-    """The whole model, with both towers where there are two, and its vision tower; of a SPAR folder or a backbone."""
-    if getattr(AutoConfig.from_pretrained(name), "text_config", None) is None:
-        model = SparVisionModel.from_backbone(name)
-        return model, model
-    model = SparForOpenVocabSegmentation.from_backbone(name)
-    return model, model.vision_model
-
-
-def choose_parameters(model: SparVisionModel, train_layers: str) -> list[nn.Parameter]:
-    """
-    Freeze all but the last blocks (or nothing) and return what is trained: never what dense features do not read (a
-    pooling probe, dino.txt's vision head), which would get no gradient and stop distributed training.
-    """
-    model.requires_grad_(train_layers == "all")
-    if train_layers != "all":
-        for block in model.backbone.blocks[-int(train_layers) :]:
-            block.requires_grad_(True)
-    for name, parameter in model.backbone.named_parameters():
-        if any(part in name for part in model.backbone.unread):
-            parameter.requires_grad_(False)
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
-
-
-def distillation_loss(student: torch.Tensor, target: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
-    """
-    Mean squared error of feature maps `(batch, dim, h, w)`; with the cells and weights of
-    [`SlidingWindowTeacher.sample`] instead of a full target its gradient is that of the full error on average.
-    """
-    if weight is None:
-        return nn.functional.mse_loss(student, target)
-    r = target.shape[-1] // student.shape[-1]
-    cells = student.repeat_interleave(r, 2).repeat_interleave(r, 3)  # (batch, dim, h, w) -> (batch, dim, h * r, w * r)
-    return ((cells - target).square() * weight).sum() / student.numel()
-
-
-def decision_loss(
-    student: torch.Tensor, target: torch.Tensor, texts: torch.Tensor, scale: float, weight: torch.Tensor | None = None
-) -> torch.Tensor:
-    """
-    Kullback-Leibler divergence of the student's softmax over words from the teacher's, mean over patches; arguments as of
-    [`distillation_loss`], and texts `(names, dim)` of unit length. Needs words, but no labels.
-
-    The offset that all features share is far larger than what tells two classes apart, so features that are near in the
-    mean squared error still decide otherwise.
-    """
-    logits = [
-        torch.einsum("bdhw,nd->bnhw", nn.functional.normalize(x, dim=1), texts) * scale for x in (student, target)
-    ]
-    r = target.shape[-1] // student.shape[-1]
-    found = logits[0].log_softmax(1).repeat_interleave(r, 2).repeat_interleave(r, 3)
-    divergence = nn.functional.kl_div(found, logits[1].log_softmax(1), reduction="none", log_target=True)
-    divergence = divergence.sum(1) if weight is None else divergence.sum(1) * weight
-    return divergence.sum() / student[:, 0].numel()
-
-
-@torch.no_grad()
-def error_weights(targets: list[torch.Tensor], power: float) -> torch.Tensor:
-    """
-    The symmetric matrix `(dim, dim)` that scales each principal axis of the features by its variance to minus `power / 2`;
-    a thousandth of the whole variance is added to each, so that axes of mere noise do not count.
-
-    Where most variance lies along a few axes that tell little of what a pixel is (light, place), a plain mean squared
-    error is small long before the student tells classes apart.
-    """
-    features = torch.cat([target.flatten(2).transpose(1, 2).flatten(0, 1) for target in targets])  # (patches, dim)
-    variance, axes = torch.linalg.eigh(torch.cov(features.T))
-    variance = variance.clamp(min=0) + 1e-3 * variance.sum()
-    weights = (axes * variance ** (-power / 2)) @ axes.T
-    return weights / weights.diagonal().square().mean().sqrt()
-
-
-@torch.no_grad()
-def held_out_error(student: SparVisionModel, targets: list[tuple[torch.Tensor, torch.Tensor]]) -> dict[str, float]:
-    """Mean squared error and mean cosine of student and full teacher over held-out photos."""
-    squared, cosine, patches = 0.0, 0.0, 0
-    for pixels, target in targets:
-        features = student(pixels).feature_map.float()
-        squared += float((features - target).square().mean(1).sum())
-        cosine += float(nn.functional.cosine_similarity(features, target, dim=1).sum())
-        patches += target.shape[-2] * target.shape[-1]
-    return {"mse": round(squared / patches, 6), "cosine": round(cosine / patches, 4)}
-
-
-def save_student(model, processor, options: Options, record: dict, folder: Path) -> None:
-    """Write a `from_pretrained` folder under a temporary name, then rename it."""
-    temporary = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(temporary, ignore_errors=True)
-    model.config.distillation = record
-    # the configuration's dtype stays float32: half precision is for the disk
-    dtype = getattr(torch, options.save_dtype)
-    model.save_pretrained(temporary, state_dict={name: tensor.to(dtype) for name, tensor in model.state_dict().items()})
-    processor.save_pretrained(temporary)
-    (temporary / "README.md").write_text(model_card(options, record), encoding="utf-8")
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
-
-
-def model_card(options: Options, record: dict) -> str:
-    data = ModelCardData(
-        library_name="transformers",
-        pipeline_tag="image-segmentation",
-        tags=["spar", "open-vocabulary-segmentation"],
-    )
-    rows = "\n".join(f"| {key} | {value} |" for key, value in record.items())
-    return f"""---
-{data.to_yaml()}
----
-# {Path(options.output).name}
-
-A SPAR student: dense features in one pass at any resolution, distilled from the sliding-window teacher of
-`{record["teacher"]}` (arXiv 2604.02252). The licence of the base and of the photos applies to these weights.
-
-| distillation | |
-|---|---|
-{rows}
-
-`held_out` compares the student with the full teacher on photos it was not trained on, before and after.
-"""
-
-
-def train(options: Options) -> Path:
-    """Run the distillation; returns the folder of the student."""
-    accelerator = Accelerator(
-        mixed_precision=options.mixed_precision,
-        gradient_accumulation_steps=options.gradient_accumulation_steps,
-        log_with=options.report_to,
-        project_dir=options.output if options.report_to else None,
-    )
-    set_seed(options.seed)
-    output = Path(options.output)
-    train_paths, held_out_paths = split_photos(options)
-    model, student = load_model(options.model)
-    # what the student will be saved with is loaded before any work, so that nothing lacks at the end
-    two_towers = isinstance(model, SparForOpenVocabSegmentation)
-    processor = (SparProcessor if two_towers else SparImageProcessorPil).from_backbone(options.model)
-    image_processor = processor.image_processor if two_towers else processor
-    teacher = SlidingWindowTeacher(
-        copy.deepcopy(student).eval().requires_grad_(False),
-        options.window_size,
-        options.stride,
-        options.window_batch_size,
-    ).to(accelerator.device)
-    if options.words and not two_towers:
-        raise ValueError(f"--words needs a text tower, and {options.model} has none. Leave it out.")
-    if options.words:
-        words = sorted({name for vocabulary in options.words for name in Vocabulary.parse(vocabulary).all_names})
-        texts = embed_names(model.to(accelerator.device), processor.tokenizer, words, "short")
-    if options.student is not None:
-        student.load_state_dict(load_model(options.student)[1].state_dict())
-    parameters = choose_parameters(student, options.train_layers)
-    optimizer = torch.optim.AdamW(parameters, lr=options.learning_rate, weight_decay=options.weight_decay)
-    photos_per_step = accelerator.num_processes * options.gradient_accumulation_steps
-    # accelerate steps the schedule once per process and optimizer step
-    schedule = get_scheduler(
-        options.lr_scheduler_type,
-        optimizer,
-        num_warmup_steps=int(options.warmup_ratio * options.steps) * accelerator.num_processes,
-        num_training_steps=options.steps * accelerator.num_processes,
-    )
-    dataset = Photos(train_paths, image_processor, teacher.window_size, student.config.patch_size, options)
-    wrapped, optimizer, schedule = accelerator.prepare(student, optimizer, schedule)
-    logger.info(
-        "%d photos to train on, %d held out; %.2f M of %.2f M parameters trained",
-        len(train_paths),
-        len(held_out_paths),
-        sum(p.numel() for p in parameters) / 1e6,
-        sum(p.numel() for p in student.parameters()) / 1e6,
-    )
-
-    # the held-out error is taken at the largest size of the recipe, without crop or flip, by the full teacher
-    fixed = copy.copy(options)
-    fixed.min_scale, fixed.crop_probability, fixed.flip_probability = 1.0, 0.0, 0.0
-    chosen = random.Random(options.seed).sample(held_out_paths, min(options.holdout_images, len(held_out_paths)))
-    targets = []
-    for path in tqdm(chosen, desc="teacher on held-out photos", disable=not accelerator.is_main_process):
-        photo = augment(read_image(path), teacher.window_size, student.config.patch_size, fixed, random.Random(0))
-        pixels = dataset.pixels(photo)[None].to(accelerator.device)
-        targets.append((pixels, teacher(pixels).feature_map))
-    before = held_out_error(student.eval(), targets) if targets else None
-    if options.whiten and not targets:
-        raise ValueError("--whiten measures the axes on held-out photos, and there are none; set --holdout_images.")
-    if options.whiten:
-        weights = error_weights([target for _, target in targets], options.whiten)
-    logger.info("held-out error before: %s", before)
-
-    record = {
-        "teacher": last_parts(options.model),
-        "window_size": teacher.window_size,
-        "stride": teacher.stride,
-        "teacher_windows": options.teacher_windows or "all",
-        "images": [last_parts(folder) for folder in options.images],
-        "exclude": options.exclude,
-        "photos": len(train_paths),
-        "steps": options.steps,
-        "photos_per_step": photos_per_step,
-        "photo_size": [options.long_side, options.short_side, options.min_scale],
-        "jitter_probability": options.jitter_probability,
-        "train_layers": options.train_layers,
-        "whiten": options.whiten,
-        "words": options.words,
-        "words_weight": options.words_weight,
-        "student": options.student and last_parts(options.student),
-        "learning_rate": options.learning_rate,
-        "weight_decay": options.weight_decay,
-        "seed": options.seed,
-    }
-    if options.report_to:
-        accelerator.init_trackers("spar-distillation", config=record)
-    output.mkdir(parents=True, exist_ok=True)
-    state = {"step": 0, "running": 0.0, "curve": []}
-    if options.resume:
-        state = load_checkpoint(accelerator, output)
-    step, running, curve = state["step"], state["running"], state["curve"]
-    if accelerator.is_main_process:
+    def __init__(self, options: Options):
+        self.options, self.output = options, Path(options.output)
+        self.state: dict[str, Any] = {"step": 0, "running": None, "curve": [], "after": None}
         if options.resume:
-            cut_log(output / "log.jsonl", step)
-        log = (output / "log.jsonl").open("a" if options.resume else "w", encoding="utf-8")
-    # photo i of the endless stream is a function of the seed and i, so going on is starting at another i
-    photos = range(step * photos_per_step, options.steps * photos_per_step)
-    loader = accelerator.prepare(DataLoader(dataset, batch_size=1, sampler=photos, num_workers=options.workers))
-    generator = torch.Generator()
-    bar = tqdm(initial=step, total=options.steps, disable=not accelerator.is_main_process, mininterval=5)
-    stop = StopAtStep()
-    # deterministic: the student regresses, and dropout or RoPE jitter would only blur the target
-    wrapped.eval()
-    start, first, teacher_seconds = time.time(), step, 0.0
-    for number, pixel_values in enumerate(loader, start=step * options.gradient_accumulation_steps):
-        moment = time.time()
-        with accelerator.autocast():
-            if options.teacher_windows is None:
-                target, weight = teacher(pixel_values).feature_map, None
-            else:
-                # which windows are drawn is a function of seed, process and photo, whenever the run was resumed
-                draw = random.Random(f"windows-{options.seed}-{accelerator.process_index}-{number}").getrandbits(62)
-                target, weight = teacher.sample(pixel_values, options.teacher_windows, generator.manual_seed(draw))
-        teacher_seconds += time.time() - moment
-        with accelerator.accumulate(wrapped):
-            with accelerator.autocast():
-                features = wrapped(pixel_values).feature_map
-            features = features.float()
-            if options.whiten:
-                features, target = (torch.einsum("ij,bjhw->bihw", weights, x) for x in (features, target))
-            loss = distillation_loss(features, target, weight)
-            if options.words:
-                scale = student.config.dense_logit_scale
-                loss = loss + options.words_weight * decision_loss(features, target, texts, scale, weight)
-            accelerator.backward(loss)
-            if accelerator.sync_gradients:
-                accelerator.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-        running += float(loss.detach()) / options.gradient_accumulation_steps
-        if not accelerator.sync_gradients:
-            continue
-        step += 1
-        bar.update()
-        if step % options.log_steps == 0:
-            seconds = time.time() - start
-            row = {
-                "step": step,
-                "loss": running / options.log_steps,
-                "learning_rate": schedule.get_last_lr()[0],
-                "photos_per_second": round((step - first) * photos_per_step / seconds, 3),
-                "teacher_share": round(teacher_seconds / seconds, 3),
+            self.state = read_state(self.output)
+        elif list_checkpoints(self.output):
+            raise ValueError(
+                f"{self.output} holds checkpoints of an earlier run. Go on with --resume, or write to another folder."
+            )
+        self.curve: list[dict[str, Any]] = self.state["curve"]
+        tracker = options.report_to
+        if tracker == "auto":
+            tracker = "tensorboard" if find_spec("tensorboard") else "none"
+        self.accelerator = Accelerator(
+            mixed_precision=options.mixed_precision,
+            gradient_accumulation_steps=options.gradient_accumulation_steps,
+            log_with=None if tracker == "none" else tracker,
+            project_dir=None if tracker == "none" else options.output,
+        )
+        self.main, self.device = self.accelerator.is_main_process, self.accelerator.device
+        logger.setLevel(logging.INFO if self.main else logging.WARNING)
+        self.sharded = self.accelerator.distributed_type == DistributedType.FSDP
+        self.check_resume()
+        set_seed(options.seed)
+        self.load_models()
+        self.open_photos()
+        self.prepare()
+        self.measure_before()
+
+    def check_resume(self) -> None:
+        """A resumed run must compute what the first would have: same options, same processes."""
+        processes = self.accelerator.num_processes
+        self.settings = {name: value for name, value in asdict(self.options).items() if name not in FREE}
+        if not self.options.resume:
+            return
+        then = self.state.get("settings")
+        if then is None:
+            raise ValueError(
+                f"The checkpoints in {self.output} are of an earlier version, which did not say how it ran."
+            )
+        changed = [name for name, value in self.settings.items() if then.get(name) != json.loads(json.dumps(value))]
+        if changed:
+            shown = ", ".join(f"--{name} (was {then.get(name)!r}, is {self.settings[name]!r})" for name in changed)
+            raise ValueError(
+                f"--resume goes on with the same options, but {shown}. Write another run to another folder."
+            )
+        if len(self.state["after"]) != processes:
+            raise ValueError(
+                f"The run had {len(self.state['after'])} processes and now has {processes}: photos would be seen twice or "
+                "never. Launch as many as before."
+            )
+
+    def load_models(self) -> None:
+        options = self.options
+        self.model, self.student = load_model(options.model)
+        # what the student will be saved with is loaded before any work, so that nothing lacks at the end
+        two_towers = isinstance(self.model, SparForOpenVocabSegmentation)
+        self.processor = (SparProcessor if two_towers else SparImageProcessorPil).from_backbone(options.model)
+        self.image_processor = self.processor.image_processor if two_towers else self.processor
+        encoder = copy.deepcopy(self.student).eval().requires_grad_(False)
+        self.teacher = SlidingWindowTeacher(encoder, options.window_size, options.stride, options.window_batch_size)
+        self.teacher.to(self.device)
+        if options.words and not two_towers:
+            raise ValueError(f"--words needs a text tower, and {options.model} has none. Leave it out.")
+        if options.words:
+            words = sorted({name for vocabulary in options.words for name in Vocabulary.parse(vocabulary).all_names})
+            self.texts = embed_names(self.model.to(self.device), self.processor.tokenizer, words, "short")
+        if options.student is not None:
+            self.student.load_state_dict(load_model(options.student)[1].state_dict())
+        if options.lora_rank is None:
+            choose_parameters(self.student, options.train_layers, options.train_parts)
+            self.trained = self.student
+        else:
+            self.trained = add_adapters(self.student, options)
+        self.trained.to(self.device)
+        shared = 0 if self.sharded else share_frozen(self.trained, encoder)
+        count = {p.requires_grad: 0 for p in self.trained.parameters()} | {True: 0}
+        for parameter in self.trained.parameters():
+            count[parameter.requires_grad] += parameter.numel()
+        logger.info(
+            "%.2f M of %.2f M parameters trained; %.2f M frozen ones are held once for teacher and student",
+            count[True] / 1e6,
+            sum(count.values()) / 1e6,
+            shared / 1e6,
+        )
+
+    def open_photos(self) -> None:
+        """The photos in their order, what reads them, and what makes their targets."""
+        options, accelerator = self.options, self.accelerator
+        place = accelerator.process_index, accelerator.num_processes
+        start = self.state["after"] and self.state["after"][accelerator.process_index]
+        sources = open_sources(options)
+        window, patch = self.teacher.window_size, self.student.config.patch_size
+        self.photos = Photos(sources, self.image_processor, window, patch, options)
+        self.order: StreamOrder | MapOrder
+        if options.streaming:
+            self.order, self.photo_count = StreamOrder(sources[0], options, *place, start), None
+            self.held_out_tickets = list(itertools.islice(self.order.held_out(), options.holdout_images))
+        else:
+            train, held_out = split_photos(sources, options)
+            self.order, self.photo_count = MapOrder(train, options.seed, *place, start), len(train)
+            count = min(options.holdout_images, len(held_out))
+            chosen = random.Random(options.seed).sample(range(len(held_out)), count)
+            self.held_out_tickets = [held_out.ticket(i, i, []) for i in chosen]
+        # the one place of the teacher's modes. A cache brings photos and targets of its own: its data set takes the place of
+        # `self.photos` and fills `Sample.target`, its order that of `self.order`; `self.target` is then never called.
+        self.target: Target
+        if options.teacher_mode == "cached":
+            raise ValueError("--teacher_mode cached: this version does not read teacher caches. Use full or sampled.")
+        if options.teacher_mode == "sampled":
+            assert options.teacher_windows is not None
+            self.target = SampledTarget(self.teacher, options.teacher_windows, options.seed, options.teacher_variant)
+        else:
+            self.target = FullTarget(self.teacher)
+
+    def prepare(self) -> None:
+        """Optimizer and schedule, and all of it as accelerate wants it."""
+        options, accelerator = self.options, self.accelerator
+        self.photos_per_step = accelerator.num_processes * options.gradient_accumulation_steps
+        if options.steps is None:
+            assert options.epochs is not None and self.photo_count is not None
+            self.steps = max(1, math.ceil(options.epochs * self.photo_count / self.photos_per_step))
+        else:
+            self.steps = options.steps
+        if self.sharded:
+            # the blocks: transformers' list names embeddings too, whose parts are called one by one
+            blocks = self.student.backbone.blocks
+            accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = list({type(b).__name__: 0 for b in blocks})
+        parameters = [parameter for parameter in self.trained.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(parameters, lr=options.learning_rate, weight_decay=options.weight_decay)
+        # accelerate steps the schedule once per process and optimizer step
+        schedule = get_scheduler(
+            options.lr_scheduler_type,
+            optimizer,
+            num_warmup_steps=int(options.warmup_ratio * self.steps) * accelerator.num_processes,
+            num_training_steps=self.steps * accelerator.num_processes,
+        )
+        self.wrapped, self.optimizer, self.schedule = accelerator.prepare(self.trained, optimizer, schedule)
+        # now: between a forward and its backward a sharded model shows other tensors, whose gradients nobody sees
+        self.parameters = [parameter for parameter in self.wrapped.parameters() if parameter.requires_grad]
+        # deterministic: the student regresses, and dropout or RoPE jitter would only blur the target
+        self.wrapped.eval()
+
+    def features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        # all processes of a sharded model must pass; else the plain model, in its own precision
+        model = self.wrapped if self.sharded else self.trained
+        return model(pixel_values).feature_map
+
+    def measure_before(self) -> None:
+        """Held-out photos under the full teacher, and the student's error there before any training."""
+        options = self.options
+        self.output.mkdir(parents=True, exist_ok=True)
+        self.skipped = SkippedList(self.output / "skipped.jsonl")
+        if self.main:
+            self.skipped.start(options.resume)
+        self.accelerator.wait_for_everyone()
+        # the main process measures; a sharded model needs all, and whitening needs the maps everywhere
+        here = self.main or self.sharded or bool(options.whiten)
+        self.held_out = HeldOut(
+            self.held_out_tickets if here else [], self.photos, self.teacher, self.skipped, self.main
+        )
+        targets = self.held_out.targets
+        if options.whiten and not targets:
+            raise ValueError("--whiten measures the axes on held-out photos, and there are none that can be read.")
+        if options.whiten:
+            self.weights = error_weights([target for _, target in targets], options.whiten)
+        self.before = self.state["before"] if options.resume else self.held_out.error(self.features)
+        logger.info(
+            "%s photos to train on, %d held out; held-out error before: %s",
+            self.photo_count or "streamed",
+            len(targets),
+            self.before,
+        )
+
+    def record(self) -> dict[str, Any]:
+        """What the written folder says of its making."""
+        options = self.options
+        record = {
+            "teacher": short_name(options.model),
+            "window_size": self.teacher.window_size,
+            "stride": self.teacher.stride,
+            "teacher_mode": options.teacher_mode,
+            "teacher_windows": options.teacher_windows or "all",
+            "images": [short_name(entry) for entry in options.images],
+            "exclude": options.exclude,
+            "photos": self.photo_count or "streamed",
+            "steps": self.steps,
+            "photos_per_step": self.photos_per_step,
+            "photo_size": [options.long_side, options.short_side, options.min_scale],
+            "jitter_probability": options.jitter_probability,
+            "preset": options.preset,
+            "train_layers": options.train_layers,
+            "train_parts": options.train_parts,
+            "lora_rank": options.lora_rank,
+            "whiten": options.whiten,
+            "words": options.words,
+            "words_weight": options.words_weight,
+            "student": options.student and short_name(options.student),
+            "learning_rate": options.learning_rate,
+            "weight_decay": options.weight_decay,
+            "mixed_precision": self.accelerator.mixed_precision,
+            "seed": options.seed,
+        }
+        if self.curve:
+            best = min(self.curve, key=lambda point: point["mse"])
+            record["held_out"] = {
+                "photos": len(self.held_out.targets),
+                "before": self.before,
+                "after": best,
+                "curve": self.curve,
             }
-            running = 0.0
-            if accelerator.is_main_process:
-                log.write(json.dumps(row) + "\n")
-                log.flush()
-                bar.set_postfix(loss=f"{row['loss']:.4f}", teacher=f"{row['teacher_share']:.0%}")
-            if options.report_to:
-                accelerator.log(row, step=step)
-        if (step % options.eval_steps == 0 or step == options.steps) and accelerator.is_main_process:
-            # without held-out photos the last student is the one kept
-            curve.append({"step": step, **(held_out_error(student, targets) if targets else {"mse": -step})})
-            if curve[-1]["mse"] == min(point["mse"] for point in curve):
-                held_out = {"photos": len(targets), "before": before, "after": curve[-1], "curve": curve}
-                save_student(
-                    model, processor, options, record | ({"held_out": held_out} if targets else {}), output / "model"
-                )
-                logger.info("step %d: held-out error %s, the least so far", step, curve[-1])
-        if (step % options.save_steps == 0 and step < options.steps) or stop.asked:
-            folder = save_checkpoint(accelerator, output, step, running=running, curve=curve)
-            if stop.asked:
-                logger.info(
-                    "stopped after step %d; %s is complete. Go on with the same command and --resume.", step, folder
-                )
+        return record
+
+    def loss(self, sample: Sample) -> torch.Tensor:
+        """The loss of one photo; adds the teacher's time to `teacher_seconds`."""
+        options, moment = self.options, time.perf_counter()
+        pixel_values = sample.pixel_values.to(self.device, non_blocking=True)
+        with self.accelerator.autocast():
+            if sample.target is not None:
+                target, weight = sample.target.to(self.device).float(), None
+            else:
+                target, weight = self.target(pixel_values, sample.index)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()  # or the teacher's work would be counted where it is waited for
+        self.teacher_seconds += time.perf_counter() - moment
+        with self.accelerator.autocast():
+            features = self.wrapped(pixel_values).feature_map
+        features = features.float()
+        if options.whiten:
+            features, target = (torch.einsum("ij,bjhw->bihw", self.weights, x) for x in (features, target))
+        loss = distillation_loss(features, target, weight)
+        if options.words:
+            scale = self.student.config.dense_logit_scale
+            loss = loss + options.words_weight * decision_loss(features, target, self.texts, scale, weight)
+        return loss
+
+    def samples(self, loader: DataLoader):
+        """The photos that can be read, each after the time that was spent waiting for it."""
+        failed, moment = 0, time.perf_counter()
+        for item in loader:
+            if isinstance(item, Skipped):
+                self.skipped.add(item)
+                failed += 1
+                if failed == UNREADABLE:
+                    raise ValueError(f"{UNREADABLE} photos in a row cannot be read; {self.skipped.path} says why.")
+                continue
+            failed = 0
+            self.wait_seconds += time.perf_counter() - moment
+            yield item
+            moment = time.perf_counter()
+
+    def run(self) -> Path:
+        """Train; returns the folder that was written."""
+        options, accelerator = self.options, self.accelerator
+        if accelerator.log_with:
+            plain = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in self.record().items()}
+            accelerator.init_trackers("spar-distillation", config=plain)
+        if options.resume:
+            load_checkpoint(accelerator, self.output)
+        step = self.state["step"]
+        running = self.state["running"][accelerator.process_index] if self.state["running"] else 0.0
+        stop = StopAtStep(accelerator)
+        if self.main:
+            replace_text(
+                self.output / "recipe.yaml", yaml.safe_dump(asdict(options) | {"resume": False}, sort_keys=False)
+            )
+            if options.resume:
+                cut_log(self.output / "log.jsonl", step)
+            self.log_file = (self.output / "log.jsonl").open("a" if options.resume else "w", encoding="utf-8")
+        loader = DataLoader(
+            self.photos,
+            batch_size=None,  # tickets of single photos
+            sampler=self.order,
+            num_workers=options.workers,
+            collate_fn=as_it_is,
+            generator=torch.Generator().manual_seed(options.seed),  # it would draw from the run's own random numbers
+        )
+        self.bar = tqdm(initial=step, total=self.steps, disable=not self.main, mininterval=5, unit="step")
+        self.start, self.first, self.teacher_seconds, self.wait_seconds = time.perf_counter(), step, 0.0, 0.0
+        stopped = False
+        for sample in self.samples(loader) if step < self.steps else ():
+            with accelerator.accumulate(self.wrapped):
+                loss = self.loss(sample)
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(self.parameters, 1.0)
+                self.optimizer.step()
+                self.schedule.step()
+                self.optimizer.zero_grad()
+            running += float(loss.detach()) / options.gradient_accumulation_steps
+            if not accelerator.sync_gradients:
+                continue
+            step += 1
+            self.bar.update()
+            if step % options.log_steps == 0:
+                self.log(step, running)
+                running = 0.0
+            pictured = options.picture_steps and step % options.picture_steps == 0
+            if step % options.eval_steps == 0 or step == self.steps or pictured:
+                self.evaluate(step, bool(pictured))
+            stopped = stop.asked()
+            if (step % options.save_steps == 0 and step < self.steps) or stopped:
+                state = {
+                    "running": gather_object([running]),
+                    "after": gather_object([sample.after]),
+                    "curve": self.curve,
+                    "before": self.before,
+                    "settings": self.settings,
+                }
+                folder = save_checkpoint(accelerator, self.output, step, **state)
+            if stopped or step == self.steps:
                 break
-    stop.restore()
-    bar.close()
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        log.close()
-    accelerator.end_training()
-    return output / "model"
+        stop.restore()
+        self.bar.close()
+        if stopped and step < self.steps:
+            logger.info(
+                "stopped after step %d; %s is complete. Go on with the same command and --resume.", step, folder
+            )
+        accelerator.wait_for_everyone()
+        if self.main:
+            self.log_file.close()
+            if not (stopped and step < self.steps):
+                self.finish()
+        accelerator.end_training()
+        return self.folders()[-1]
+
+    def log(self, step: int, running: float) -> None:
+        """A line of the log: the mean loss since the last one over all processes, speed, and where the time goes."""
+        seconds = time.perf_counter() - self.start
+        losses = gather_object([running])
+        if not self.main:
+            return
+        memory = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else psutil.Process().memory_info().rss
+        row = {
+            "step": step,
+            "loss": sum(losses) / len(losses) / self.options.log_steps,
+            "learning_rate": self.schedule.get_last_lr()[0],
+            "photos_per_second": round((step - self.first) * self.photos_per_step / seconds, 3),
+            "teacher_share": round(self.teacher_seconds / seconds, 3),
+            "wait_share": round(self.wait_seconds / seconds, 3),
+            "memory_gib": round(memory / 2**30, 2),
+            "skipped": self.skipped.count(),
+        }
+        self.log_file.write(json.dumps(row) + "\n")
+        self.log_file.flush()
+        self.bar.set_postfix_str(
+            f"loss {row['loss']:.4f}, {row['photos_per_second']:.2f} images/s, teacher {row['teacher_share']:.0%}, "
+            f"waiting {row['wait_share']:.0%}"
+        )
+        self.accelerator.log(row, step=step)
+
+    def evaluate(self, step: int, pictured: bool) -> None:
+        """The held-out error, a picture if asked for, and the student written if it is the best so far."""
+        point = None
+        if error := self.held_out.error(self.features, keep=PICTURED if pictured else 0):
+            point = {"step": step, **error}
+        # one process decides, or two that rounded otherwise would wait for each other
+        (point,) = broadcast_object_list([point])
+        if point is not None:
+            self.curve.append(point)
+            self.accelerator.log({f"held_out_{name}": point[name] for name in ("mse", "cosine")}, step=step)
+        if self.main and pictured and point is not None:
+            self.draw(step)
+        # without held-out photos the last student is the one kept
+        if point is None or point["mse"] == min(other["mse"] for other in self.curve):
+            self.save()
+            logger.info("step %d: held-out error %s, the least so far", step, point)
+
+    def draw(self, step: int) -> None:
+        picture = self.held_out.picture()
+        folder = self.output / "pictures"
+        folder.mkdir(exist_ok=True)
+        picture.save(folder / f"step-{step:06d}.png")
+        for tracker in self.accelerator.trackers:
+            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            if hasattr(tracker, "log_images"):
+                tracker.log_images({"photo, teacher, student": np.asarray(picture)[None]}, step=step, **layout)
+
+    def folders(self) -> list[Path]:
+        """What is written: the adapters, the whole student, or both."""
+        adapter = [self.output / "adapter"] if self.options.lora_rank is not None else []
+        return adapter + ([self.output / "model"] if not adapter or self.options.merge else [])
+
+    def save(self) -> None:
+        """Write the student as it is now. All processes must call it: a sharded one is gathered."""
+        options = self.options
+        state = self.accelerator.get_state_dict(self.wrapped)
+        if not self.main:
+            return
+        if options.lora_rank is not None:
+            save_adapter(self.trained, state, options, self.record(), self.output / "adapter")
+        if options.merge:
+            state = merge_adapters(state, self.trained, options.student or options.model)
+        if options.lora_rank is None or options.merge:
+            save_student(self.model, self.processor, state, options, self.record(), self.output / "model")
+
+    def finish(self) -> None:
+        """The curve, and all that is known at the end, into the written folders."""
+        draw_curve(self.output / "log.jsonl", self.curve, self.output / "curve.png")
+        pictures = [self.output / "curve.png"]
+        best = self.record()["held_out"]["after"]["step"] if self.curve else self.steps
+        drawn = self.output / "pictures" / f"step-{best:06d}.png"
+        if drawn.is_file():
+            pictures.append(drawn)
+        for folder in self.folders():
+            finish_folder(folder, self.options, self.record(), pictures)
+        logger.info("%d photos could not be read (skipped.jsonl)", self.skipped.count())
 
 
 def main():
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    (options,) = HfArgumentParser(Options).parse_args_into_dataclasses()
-    logger.info("written: %s", train(options))
+    logging.getLogger("accelerate").setLevel(logging.WARNING)  # five lines for every checkpoint
+    options = parse_options(sys.argv[1:])
+    logger.info("written: %s", Distillation(options).run())
 
 
 if __name__ == "__main__":

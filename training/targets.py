@@ -1,0 +1,43 @@
+"""What makes the student's targets: the teacher's modes behind one call, `(pixel_values, index) -> (target, weight)`."""
+
+import random
+from typing import Protocol
+
+import torch
+
+from spar_hf import SlidingWindowTeacher
+
+
+class Target(Protocol):
+    """
+    The target of a photo and how much each of its cells counts: `(1, dim, h, w)` and None where all patches count alike, or
+    cells and weights as [`SlidingWindowTeacher.sample`] gives them. `index` is the photo's place in the stream.
+    """
+
+    def __call__(self, pixel_values: torch.Tensor, index: int) -> tuple[torch.Tensor, torch.Tensor | None]: ...
+
+
+class FullTarget:
+    """Every window of the teacher."""
+
+    def __init__(self, teacher: SlidingWindowTeacher):
+        self.teacher = teacher
+
+    def __call__(self, pixel_values: torch.Tensor, index: int) -> tuple[torch.Tensor, None]:
+        return self.teacher(pixel_values).feature_map, None
+
+
+class SampledTarget:
+    """
+    An unbiased estimate from about `windows` windows. Which are drawn is a function of the seed and the photo's place in
+    the stream: the same after a resume, and on any number of processes.
+    """
+
+    def __init__(self, teacher: SlidingWindowTeacher, windows: int, seed: int, variant: str = "tiling"):
+        self.teacher, self.windows, self.seed = teacher, windows, seed
+        self.variant = {} if variant == "tiling" else {"variant": variant}
+        self.generator = torch.Generator()
+
+    def __call__(self, pixel_values: torch.Tensor, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        draw = random.Random(f"windows-{self.seed}-0-{index}").getrandbits(62)
+        return self.teacher.sample(pixel_values, self.windows, self.generator.manual_seed(draw), **self.variant)
