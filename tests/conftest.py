@@ -49,6 +49,7 @@ def tiny_config(**kwargs) -> SparConfig:
 
 @pytest.fixture
 def two_towers() -> SparForOpenVocabSegmentation:
+    torch.manual_seed(0)
     return randomise(SparForOpenVocabSegmentation(tiny_config()))
 
 

@@ -10,6 +10,8 @@ import time
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
+from cache_teacher import Options as CacheOptions
+from cache_teacher import make_cache
 from distill import Distillation
 from distill_options import parse_options
 from PIL import Image
@@ -24,7 +26,7 @@ from transformers import (
     DINOv3ViTModel,
 )
 
-from spar_hf import SparForOpenVocabSegmentation, SparImageProcessorPil, SparVisionModel
+from spar_hf import SlidingWindowTeacher, SparForOpenVocabSegmentation, SparImageProcessorPil, SparVisionModel
 
 
 def distil(base, photos, output, *options):
@@ -166,9 +168,23 @@ def test_adapters_are_saved_by_themselves_and_merged(base_folder, photo_folder, 
     assert str(tmp_path) not in (adapter / "README.md").read_text() + (adapter / "adapter_config.json").read_text()
 
 
-def test_a_cache_is_refused_by_name(base_folder, photo_folder, tmp_path):
-    with pytest.raises(ValueError, match="--teacher_mode cached"):
-        distil(base_folder, photo_folder, tmp_path / "run", "--teacher_mode", "cached")
+def test_a_cached_teacher_trains_on_its_own_maps(base_folder, photo_folder, tmp_path, monkeypatch):
+    cache = tmp_path / "cache"
+    arguments = (str(base_folder), [str(photo_folder)], str(cache))
+    make_cache(CacheOptions(*arguments, views=8, stride=32, holdout_every=3, mixed_precision="no"))
+    options = ("--stride", 32, "--steps", 40, "--learning_rate", 1e-3, "--train_layers", "all", "--eval_steps", 40)
+    options += ("--teacher_mode", "cached", "--teacher_cache", cache)
+    calls, run = [], SlidingWindowTeacher.forward
+    monkeypatch.setattr(SlidingWindowTeacher, "forward", lambda *a, **k: calls.append(1) or run(*a, **k))
+    folder = distil(base_folder, photo_folder, tmp_path / "run", *options)
+    assert len(calls) == 2  # the held-out photos, once
+    record = AutoConfig.from_pretrained(folder).distillation
+    assert record["photos"] == 4 * 8
+    assert record["held_out"]["after"]["mse"] < 0.8 * record["held_out"]["before"]["mse"]
+    with pytest.raises(ValueError, match="stride is 32 there and 24 here"):
+        distil(base_folder, photo_folder, tmp_path / "other", *options, "--stride", 24)
+    with pytest.raises(ValueError, match="belong together"):
+        distil(base_folder, photo_folder, tmp_path / "other", "--teacher_mode", "cached")
 
 
 @pytest.mark.parametrize("family", ["dinov3", "clip"])

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from cache_teacher import Options, make_cache
-from distill import augment
+from photos import augment
 from PIL import Image
 from teacher_cache import Crop, TeacherCache, fingerprint
 

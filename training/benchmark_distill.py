@@ -16,32 +16,22 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from benchmark import compare, load
-from distill import distillation_loss
+from distill_losses import distillation_loss
 from PIL import Image
+from student import choose_parameters
 from torch import nn
 from transformers import get_scheduler
 
-from spar_hf import SlidingWindowTeacher, SparImageProcessorPil, SparVisionModel
+from spar_hf import SlidingWindowTeacher, SparImageProcessorPil
 
 HERE = Path(__file__).parent
-
-
-def trained(model: SparVisionModel, blocks: int | None = 2) -> list[nn.Parameter]:
-    """The parameters of the last blocks (or all that dense features read), everything else frozen."""
-    model.requires_grad_(blocks is None)
-    for block in model.backbone.blocks[-blocks:] if blocks else []:
-        block.requires_grad_(True)
-    for name, parameter in model.backbone.named_parameters():
-        if any(part in name for part in model.backbone.unread):
-            parameter.requires_grad_(False)
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def training_step(options, pixel_values: torch.Tensor, teacher: SlidingWindowTeacher, windows: int | None) -> Callable:
     """A step as distillation composes it, accelerate around everything; all windows, or about so many."""
     accelerator = Accelerator(cpu=options.device == "cpu")
     student = load(options).to(options.device).eval()
-    parameters = trained(student)
+    parameters = choose_parameters(student, "2")
     optimizer = torch.optim.AdamW(parameters, lr=1e-6)
     schedule = get_scheduler("cosine", optimizer, num_warmup_steps=5, num_training_steps=10_000)
     wrapped, optimizer, schedule = accelerator.prepare(student, optimizer, schedule)
@@ -69,7 +59,7 @@ def training_step(options, pixel_values: torch.Tensor, teacher: SlidingWindowTea
 def bare_step(options, pixel_values: torch.Tensor, teacher: SlidingWindowTeacher) -> Callable:
     """The same work without the library's stitching and accelerate: all windows, one student step."""
     student = load(options).to(options.device).eval()
-    optimizer = torch.optim.AdamW(trained(student), lr=1e-6)
+    optimizer = torch.optim.AdamW(choose_parameters(student, "2"), lr=1e-6)
     plan = teacher.plan(*pixel_values.shape[-2:])
     windows = torch.randn(options.window_batch_size, 3, *plan.window, device=options.device)
     with torch.no_grad():
@@ -101,7 +91,7 @@ def student_memory(options, blocks: int | None) -> float:
     """Megabytes that two student steps add to a process that holds the model."""
     torch.manual_seed(0)
     student = load(options).to(options.device).eval()
-    parameters = trained(student, blocks)
+    parameters = choose_parameters(student, "all" if blocks is None else str(blocks))
     optimizer = torch.optim.AdamW(parameters, lr=1e-6)
     pixel_values = torch.randn(1, 3, options.height, options.width, device=options.device)
     before = peak_megabytes(options.device)

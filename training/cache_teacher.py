@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from data import list_images, read_image
-from distill import augment
+from photos import augment
 from safetensors.torch import save_file
 from teacher_cache import (
     MANIFEST,

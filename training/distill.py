@@ -31,6 +31,7 @@ from checkpoints import StopAtStep, cut_log, list_checkpoints, load_checkpoint, 
 from distill_losses import decision_loss, distillation_loss, error_weights
 from distill_options import FREE, Options, parse_options
 from held_out import PICTURED, HeldOut, draw_curve
+from local_start import start_local
 from photos import MapOrder, Photos, Sample, Skipped, SkippedList, StreamOrder, as_it_is, open_sources, split_photos
 from student import (
     add_adapters,
@@ -44,7 +45,8 @@ from student import (
     share_frozen,
     short_name,
 )
-from targets import FullTarget, SampledTarget, Target
+from targets import CachedPhotos, FullTarget, SampledTarget, Target
+from teacher_cache import TeacherCache
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import get_scheduler
@@ -86,6 +88,7 @@ class Distillation:
         set_seed(options.seed)
         self.load_models()
         self.open_photos()
+        self.choose_trained()
         self.prepare()
         self.measure_before()
 
@@ -129,22 +132,6 @@ class Distillation:
             self.texts = embed_names(self.model.to(self.device), self.processor.tokenizer, words, "short")
         if options.student is not None:
             self.student.load_state_dict(load_model(options.student)[1].state_dict())
-        if options.lora_rank is None:
-            choose_parameters(self.student, options.train_layers, options.train_parts)
-            self.trained = self.student
-        else:
-            self.trained = add_adapters(self.student, options)
-        self.trained.to(self.device)
-        shared = 0 if self.sharded else share_frozen(self.trained, encoder)
-        count = {p.requires_grad: 0 for p in self.trained.parameters()} | {True: 0}
-        for parameter in self.trained.parameters():
-            count[parameter.requires_grad] += parameter.numel()
-        logger.info(
-            "%.2f M of %.2f M parameters trained; %.2f M frozen ones are held once for teacher and student",
-            count[True] / 1e6,
-            sum(count.values()) / 1e6,
-            shared / 1e6,
-        )
 
     def open_photos(self) -> None:
         """The photos in their order, what reads them, and what makes their targets."""
@@ -164,16 +151,46 @@ class Distillation:
             count = min(options.holdout_images, len(held_out))
             chosen = random.Random(options.seed).sample(range(len(held_out)), count)
             self.held_out_tickets = [held_out.ticket(i, i, []) for i in chosen]
-        # the one place of the teacher's modes. A cache brings photos and targets of its own: its data set takes the place of
-        # `self.photos` and fills `Sample.target`, its order that of `self.order`; `self.target` is then never called.
-        self.target: Target
+            shown = random.Random(options.seed).sample(range(len(train)), min(16, len(train)))
+            self.shown = [train.ticket(i, i, []) for i in shown]
+        # the one place of the teacher's modes: a cache brings photos with targets, the others make a photo's target
+        self.data: Photos | CachedPhotos = self.photos
+        self.target: Target = FullTarget(self.teacher)
         if options.teacher_mode == "cached":
-            raise ValueError("--teacher_mode cached: this version does not read teacher caches. Use full or sampled.")
+            assert options.teacher_cache is not None
+            cache = TeacherCache.open(
+                options.teacher_cache, model=self.student, window_size=self.teacher.window_size, stride=options.stride
+            )
+            self.data = CachedPhotos(cache)
+            self.order, self.photo_count = MapOrder(self.data, options.seed, *place, start), len(self.data)
         if options.teacher_mode == "sampled":
             assert options.teacher_windows is not None
             self.target = SampledTarget(self.teacher, options.teacher_windows, options.seed, options.teacher_variant)
+
+    def choose_trained(self) -> None:
+        """What is trained, and what teacher and student can hold together."""
+        options, encoder = self.options, self.teacher.model
+        if options.local_start is not None:
+            side = 2 * self.teacher.window_size
+            photos = [self.photos.read(ticket).resize((side, side)) for ticket in self.shown]
+            pixel_values = self.image_processor(photos, do_resize=False, return_tensors="pt")["pixel_values"]
+            start_local(self.student, pixel_values, options.local_start)
+        if options.lora_rank is None:
+            choose_parameters(self.student, options.train_layers, options.train_parts)
+            self.trained = self.student
         else:
-            self.target = FullTarget(self.teacher)
+            self.trained = add_adapters(self.student, options)
+        self.trained.to(self.device)
+        shared = 0 if self.sharded else share_frozen(self.trained, encoder)
+        count = {p.requires_grad: 0 for p in self.trained.parameters()} | {True: 0}
+        for parameter in self.trained.parameters():
+            count[parameter.requires_grad] += parameter.numel()
+        logger.info(
+            "%.2f M of %.2f M parameters trained; %.2f M frozen ones are held once for teacher and student",
+            count[True] / 1e6,
+            sum(count.values()) / 1e6,
+            shared / 1e6,
+        )
 
     def prepare(self) -> None:
         """Optimizer and schedule, and all of it as accelerate wants it."""
@@ -243,6 +260,7 @@ class Distillation:
             "stride": self.teacher.stride,
             "teacher_mode": options.teacher_mode,
             "teacher_windows": options.teacher_windows or "all",
+            "teacher_variant": options.teacher_variant,
             "images": [short_name(entry) for entry in options.images],
             "exclude": options.exclude,
             "photos": self.photo_count or "streamed",
@@ -258,6 +276,7 @@ class Distillation:
             "words": options.words,
             "words_weight": options.words_weight,
             "student": options.student and short_name(options.student),
+            "local_start": options.local_start,
             "learning_rate": options.learning_rate,
             "weight_decay": options.weight_decay,
             "mixed_precision": self.accelerator.mixed_precision,
@@ -330,7 +349,7 @@ class Distillation:
                 cut_log(self.output / "log.jsonl", step)
             self.log_file = (self.output / "log.jsonl").open("a" if options.resume else "w", encoding="utf-8")
         loader = DataLoader(
-            self.photos,
+            self.data,
             batch_size=None,  # tickets of single photos
             sampler=self.order,
             num_workers=options.workers,

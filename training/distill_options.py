@@ -10,6 +10,8 @@ from student import BLOCK_PARTS, OTHER_PARTS
 from transformers import HfArgumentParser
 from transformers.trainer_utils import SchedulerType
 
+from spar_hf.teacher import VARIANTS
+
 # SPAR, section 4: photos fit 4 x 2 windows times U(0.5, 1); the third recipe's go up to 2560 px, 5 of its windows of 512 px
 RECIPE: dict[str, Any] = {
     "epochs": 10,
@@ -57,6 +59,13 @@ class Options:
     student: str | None = field(
         default=None,
         metadata={"help": "Start of the student, where it is not the teacher's encoder: an earlier student."},
+    )
+    local_start: float | None = field(
+        default=None,
+        metadata={
+            "help": "Start the student with attention that stays near (training/local_start.py): standard deviation of the "
+            "Gaussian prior over distance in halves of the photo's side, 0.6 say. For SigLIP and SigLIP2."
+        },
     )
     whiten: float = field(
         default=0.0,
@@ -136,7 +145,15 @@ class Options:
         metadata={"help": "Windows drawn per photo for an unbiased estimate of the target; all by default."},
     )
     teacher_variant: str = field(
-        default="tiling", metadata={"help": "How they are drawn: tiling (near-tilings) or windows (one by one)."}
+        default="tiling",
+        metadata={"help": "How they are drawn: tiling (near-tilings), windows (one by one), spread (far apart)."},
+    )
+    teacher_cache: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder that training/cache_teacher.py wrote, for --teacher_mode cached: its photos are trained on; "
+            "--images only gives those that are held out."
+        },
     )
     long_side: float = field(default=4.0, metadata={"help": "Photos fit this many windows along their longer side ..."})
     short_side: float = field(default=2.0, metadata={"help": "... and this many along their shorter side,"})
@@ -188,7 +205,7 @@ class Options:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"--{name} {getattr(self, name)} must lie in 0 to 1.")
         positive = "steps epochs teacher_windows gradient_accumulation_steps window_batch_size shuffle_buffer lora_rank"
-        positive += " lora_alpha log_steps save_steps eval_steps long_side short_side learning_rate"
+        positive += " lora_alpha local_start log_steps save_steps eval_steps long_side short_side learning_rate"
         for name in positive.split():
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise ValueError(f"--{name} {getattr(self, name)} must be above 0.")
@@ -196,7 +213,7 @@ class Options:
             ("save_dtype", ["float32", "float16", "bfloat16"]),
             ("mixed_precision", [None, "no", "fp16", "bf16"]),
             ("teacher_mode", [None, "full", "sampled", "cached"]),
-            ("teacher_variant", ["tiling", "windows"]),
+            ("teacher_variant", [*VARIANTS]),
             ("lr_scheduler_type", [str(kind.value) for kind in SchedulerType]),
             ("report_to", ["auto", "none", *map(str, LOGGER_TYPE_TO_CLASS)]),
             ("preset", [None, *PRESETS]),
@@ -225,8 +242,14 @@ class Options:
             raise ValueError(f"--teacher_mode {self.teacher_mode} draws no windows. Leave --teacher_windows out.")
         if self.teacher_variant != "tiling" and self.teacher_windows is None:
             raise ValueError("--teacher_variant says how --teacher_windows are drawn, and none are.")
-        if self.teacher_mode == "cached" and self.streaming:
-            raise ValueError("--teacher_mode cached reads the cache's photos in any order. Leave --streaming out.")
+        if (self.teacher_mode == "cached") != (self.teacher_cache is not None):
+            raise ValueError("--teacher_mode cached and --teacher_cache FOLDER belong together. Give both or neither.")
+        if self.teacher_mode == "cached" and (self.streaming or self.jitter_probability):
+            raise ValueError(
+                "--teacher_mode cached reads stored maps of stored crops: leave out --streaming and --jitter_probability."
+            )
+        if self.local_start is not None and self.streaming:
+            raise ValueError("--local_start looks at photos from all over the set first. Leave --streaming out.")
         if self.whiten and not self.holdout_images:
             raise ValueError("--whiten measures the axes on held-out photos, and there are none; set --holdout_images.")
         if self.lora_rank is None and (self.merge or self.lora_alpha is not None):

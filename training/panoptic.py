@@ -22,10 +22,10 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from checkpoints import StopAtStep, cut_log, load_checkpoint, save_checkpoint
 from data import VOID, SegmentationFolder, open_segmentation_folder, read_image, read_mask
-from distill import choose_parameters, last_parts
 from huggingface_hub import ModelCardData
 from PIL import ImageOps
 from scipy import ndimage
+from student import choose_parameters, short_name
 from torch.utils.data import DataLoader, Dataset
 from torchmetrics.detection import PanopticQuality
 from tqdm.auto import tqdm
@@ -382,8 +382,8 @@ def train(options: Options) -> Path:
         sum(p.numel() for p in model.parameters()) / 1e6,
     )
     record = {
-        "model": last_parts(options.model),
-        "data": last_parts(options.data),
+        "model": short_name(options.model),
+        "data": short_name(options.data),
         "photos": len(train_pairs),
         "held_out": len(measured) if options.holdout_every else 0,
         "things": f"{len(things)} of {len(folder.classes)} classes",

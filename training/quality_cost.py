@@ -25,10 +25,10 @@ matplotlib.use("Agg")
 
 from checkpoints import list_checkpoints
 from data import list_images
-from distill import Options as Recipe
-from distill import augment
+from distill_options import Options as Recipe
 from matplotlib import pyplot as plt
 from matplotlib.ticker import NullFormatter
+from photos import augment
 from PIL import Image
 from rich.console import Console
 from rich.table import Table

@@ -4,6 +4,9 @@ import random
 from typing import Protocol
 
 import torch
+from photos import Sample, Ticket
+from teacher_cache import TeacherCache
+from torch.utils.data import Dataset
 
 from spar_hf import SlidingWindowTeacher
 
@@ -35,9 +38,31 @@ class SampledTarget:
 
     def __init__(self, teacher: SlidingWindowTeacher, windows: int, seed: int, variant: str = "tiling"):
         self.teacher, self.windows, self.seed = teacher, windows, seed
-        self.variant = {} if variant == "tiling" else {"variant": variant}
+        self.variant = variant
         self.generator = torch.Generator()
 
     def __call__(self, pixel_values: torch.Tensor, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         draw = random.Random(f"windows-{self.seed}-0-{index}").getrandbits(62)
-        return self.teacher.sample(pixel_values, self.windows, self.generator.manual_seed(draw), **self.variant)
+        return self.teacher.sample(pixel_values, self.windows, self.generator.manual_seed(draw), variant=self.variant)
+
+
+class CachedPhotos(Dataset):
+    """
+    The photos of a teacher cache with their targets, in the place of photos and teacher. As a listing for [`MapOrder`] it
+    has a length and gives tickets; as a data set it gives the [`Sample`] of a ticket.
+
+    A photo or shard that changed ends the training: the targets would be of something else.
+    """
+
+    def __init__(self, cache: TeacherCache):
+        self.cache = cache
+
+    def __len__(self) -> int:
+        return len(self.cache)
+
+    def ticket(self, i: int, index: int, after: list[int]) -> Ticket:
+        return Ticket(index, str(self.cache.photo(i)), i, after)
+
+    def __getitem__(self, ticket: Ticket) -> Sample:
+        pixel_values, target = self.cache[ticket.source]
+        return Sample(ticket.index, pixel_values, ticket.after, target=target)

@@ -1,0 +1,76 @@
+"""A local start: attention that stays near, in the weights alone."""
+
+import copy
+
+import pytest
+import torch
+from conftest import randomise, tiny_config
+from distill_options import parse_options
+from local_start import start_local
+from transformers import DINOv3ViTConfig, SiglipVisionConfig
+
+from spar_hf import SparConfig, SparVisionModel
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    shape = {"hidden_size": 96, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 2}
+    config = tiny_config(backbone_config=SiglipVisionConfig(image_size=64, **shape), text_config=None)
+    model = SparVisionModel(config)
+    model.set_attn_implementation("eager")
+    return randomise(model)
+
+
+def distances(height, width):
+    """Squared distance of every two patches in halves of the photo's side: `(patches, patches)`."""
+    rows, columns = ((torch.arange(n) + 0.5) / n * 2 - 1 for n in (height, width))
+    place = torch.cartesian_prod(rows, columns)
+    return torch.cdist(place, place).square()
+
+
+def attention(model, pixel_values):
+    with torch.no_grad():
+        return model(pixel_values, output_attentions=True).attentions
+
+
+def test_attention_reaches_as_far_as_asked(model):
+    # tokens of a photo that is grey all over differ by their place alone
+    pixels, spread, apart = torch.zeros(1, 3, 96, 128), 0.5, distances(6, 8)
+    before = attention(model, pixels)
+    start_local(model, 0.1 * torch.randn(4, 3, 96, 96), spread)
+    after = attention(model, pixels)
+    gauss = (-apart / (2 * spread**2)).softmax(-1)
+    expected = (gauss * apart).sum(-1).mean()
+    for layer in range(4):
+        for untouched, head in zip(before[layer][0], after[layer][0], strict=True):
+            reach = (head * apart).sum(-1).mean()
+            if layer == 0:  # three eighths of four layers are left as they are
+                assert reach > 2 * expected
+                continue
+            assert (untouched * apart).sum(-1).mean() > 2 * expected
+            assert 0.4 * expected < reach < 1.6 * expected
+            similar = torch.corrcoef(torch.stack([head.flatten(), gauss.flatten()]))[0, 1]
+            assert similar > 0.6
+
+
+def test_first_layers_and_far_reaching_priors_change_little(model):
+    pixels = torch.randn(2, 3, 96, 128)
+    far = copy.deepcopy(model)
+    start_local(far, torch.randn(4, 3, 96, 96), 1e3)
+    with torch.no_grad():
+        before, after = model(pixels).feature_map, far(pixels).feature_map
+    assert torch.nn.functional.cosine_similarity(before, after, dim=1).mean() > 0.95
+    near = copy.deepcopy(model)
+    start_local(near, torch.randn(4, 3, 96, 96), 0.3)
+    with torch.no_grad():
+        assert torch.nn.functional.cosine_similarity(before, near(pixels).feature_map, dim=1).mean() < 0.95
+
+
+def test_other_readouts_and_streams_are_refused():
+    dinov3 = DINOv3ViTConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+    with pytest.raises(ValueError, match="SigLIP read-out"):
+        start_local(SparVisionModel(SparConfig(backbone_config=dinov3)), torch.zeros(1, 3, 32, 32), 0.6)
+    arguments = "--model m --images i --output o --local_start 0.6 --streaming"
+    with pytest.raises(ValueError, match="--streaming"):
+        parse_options(arguments.split())
