@@ -39,7 +39,7 @@ from .pipeline import EncodedImage, OpenVocabSegmentationPipeline
 from .processing_spar import SparProcessor
 from .teacher import SlidingWindowTeacher
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # the embedded model: the student, and the base it was distilled from
 SPAR_TINY = str(Path(__file__).parent / "assets" / "spar-tiny")
