@@ -69,10 +69,8 @@ class SparUniversalPreTrainedModel(SparPreTrainedModel, Mask2FormerPreTrainedMod
         if isinstance(module, EomtScaleLayer):  # as EoMT does; Mask2Former's small weights would vanish in its GELU
             for convolution in (module.conv1, module.conv2):
                 init.kaiming_uniform_(convolution.weight, a=5**0.5)
-        # as Mask2Former's own: small features would drown in its positions
-        projection: Any = getattr(self, "projection", None)
-        if module is projection:
-            init.xavier_uniform_(projection.weight)
+        if isinstance(module, SparForUniversalSegmentation):  # as Mask2Former's own: else positions drown the features
+            init.xavier_uniform_(module.projection.weight)
 
 
 class SparForUniversalSegmentation(SparUniversalPreTrainedModel):

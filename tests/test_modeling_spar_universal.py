@@ -362,7 +362,8 @@ def test_save_and_load__the_same_and_no_other_head(model, folder, tmp_path):
         SparForUniversalSegmentation.from_pretrained(broken)
 
 
-def test_pipeline__quiet_and_in_the_size_of_the_photo(folder, transformers_log):
+def test_pipeline__quiet_and_in_the_size_of_the_photo(folder, transformers_log, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked at the terminal whether to trust the folder"))
     segment = pipeline("image-segmentation", model=str(folder))
     photo = Image.open(folder / "photo.png")
     for subtask in ("panoptic", "instance"):
