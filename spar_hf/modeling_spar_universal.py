@@ -60,6 +60,11 @@ class SparUniversalPreTrainedModel(SparPreTrainedModel, Mask2FormerPreTrainedMod
     }
     _custom_pipelines = {}
 
+    def _initialize_weights(self, module, is_custom_code: bool = False):
+        # For code outside of transformers, layers that hold all their weights in sub-modules are passed by, and these start
+        # as any linear layer does. All initialisation here goes through transformers' own, which needs no such care.
+        super()._initialize_weights(module)
+
     @torch.no_grad()
     def _init_weights(self, module):
         if isinstance(module, nn.BatchNorm2d):  # ours has no weight, which Mask2Former's initialisation would look for

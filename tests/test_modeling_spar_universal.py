@@ -19,6 +19,7 @@ from transformers import (
     AutoModelForSemanticSegmentation,
     AutoModelForUniversalSegmentation,
     Mask2FormerConfig,
+    Mask2FormerForUniversalSegmentation,
     pipeline,
 )
 from transformers.models.mask2former.image_processing_pil_mask2former import compute_segments
@@ -86,6 +87,19 @@ def test_features_are_those_of_the_backbone(model, vision_model):
         features = fresh.features(pixel_values)
         torch.testing.assert_close(features[:, 32:], vision_model(pixel_values).feature_map)
     assert features.shape == (1, 64, 4, 5)
+
+
+def test_a_new_head_starts_as_transformers_starts_its_own(vision_model):
+    """Layers whose weights lie in sub-modules are easily passed by, and then start with far too small weights."""
+    torch.manual_seed(0)
+    head = SparForUniversalSegmentation.from_spar(vision_model, **CLASSES, hidden_dim=64, num_queries=5)
+    own = Mask2FormerConfig(hidden_dim=64, dim_feedforward=1024, num_queries=5, num_attention_heads=8)
+    theirs = Mask2FormerForUniversalSegmentation(own).model.transformer_module.state_dict()
+    for name, tensor in head.decoder.state_dict().items():
+        if tensor.ndim > 1 and tensor.numel() > 1000:
+            assert float(tensor.std()) == pytest.approx(float(theirs[name].std()), rel=0.1), name
+    upscale = torch.nn.ConvTranspose2d(64, 64, kernel_size=2, stride=2).weight  # EoMT starts as torch does
+    assert float(head.upscale[0].conv1.weight.std()) == pytest.approx(float(upscale.std()), rel=0.1)
 
 
 def test_calibrate__mean_and_variance_of_the_features(vision_model):
