@@ -45,16 +45,13 @@ def test_attention_reaches_as_far_as_asked(model):
     for layer in range(4):
         for untouched, head in zip(before[layer][0], after[layer][0], strict=True):
             reach = (head * apart).sum(-1).mean()
-            if layer == 0:  # three eighths of four layers are left as they are
-                assert reach > 2 * expected
-                continue
             assert (untouched * apart).sum(-1).mean() > 2 * expected
-            assert 0.4 * expected < reach < 1.6 * expected
+            assert 0.6 * expected < reach < 1.6 * expected
             similar = torch.corrcoef(torch.stack([head.flatten(), gauss.flatten()]))[0, 1]
-            assert similar > 0.6
+            assert similar > 0.9
 
 
-def test_first_layers_and_far_reaching_priors_change_little(model):
+def test_a_far_reaching_prior_changes_little(model):
     pixels = torch.randn(2, 3, 96, 128)
     far = copy.deepcopy(model)
     start_local(far, torch.randn(4, 3, 96, 96), 1e3)
