@@ -46,7 +46,7 @@ def test_attention_reaches_as_far_as_asked(model):
         for untouched, head in zip(before[layer][0], after[layer][0], strict=True):
             reach = (head * apart).sum(-1).mean()
             assert (untouched * apart).sum(-1).mean() > 2 * expected
-            assert 0.6 * expected < reach < 1.6 * expected
+            assert 0.3 * expected < reach < 1.6 * expected
             similar = torch.corrcoef(torch.stack([head.flatten(), gauss.flatten()]))[0, 1]
             assert similar > 0.9
 
