@@ -48,7 +48,7 @@ def test_attention_reaches_as_far_as_asked(model):
             assert (untouched * apart).sum(-1).mean() > 2 * expected
             assert 0.3 * expected < reach < 1.6 * expected
             similar = torch.corrcoef(torch.stack([head.flatten(), gauss.flatten()]))[0, 1]
-            assert similar > 0.9
+            assert similar > 0.7
 
 
 def test_a_far_reaching_prior_changes_little(model):
