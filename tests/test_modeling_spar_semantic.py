@@ -221,5 +221,5 @@ def test_bake_command_writes_a_folder_or_one_line(tmp_path):
     assert AutoModelForSemanticSegmentation.from_pretrained(output).config.num_labels == 3
     assert AutoImageProcessor.from_pretrained(output).size["shortest_edge"] == 384
     again = CliRunner().invoke(app, arguments)
-    assert again.exit_code == 1 and "exists" in again.output and "Traceback" not in again.output
+    assert again.exit_code == 2 and "exists" in again.output and "Traceback" not in again.output
     assert [path.name for path in tmp_path.iterdir()] == ["street"]

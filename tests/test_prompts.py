@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers.utils import logging
 
 from spar_hf import prompts
 from spar_hf.prompts import TEMPLATES, Vocabulary, embed_names, resolve_templates
@@ -112,6 +113,7 @@ def test_embeddings_are_normalised_means_of_normalised_prompts(two_towers, token
 
 def test_many_names_are_embedded_with_a_bar_and_give_the_same(two_towers, tokenizer, capsys, monkeypatch):
     monkeypatch.setattr(prompts, "PROGRESS_FROM", 3)
+    logging.enable_progress_bar()  # a command of ours run before in this process has switched bars off
     two = embed_names(two_towers, tokenizer, ["road", "sky"], "plain")
     assert capsys.readouterr().err == ""
     three = embed_names(two_towers, tokenizer, ["road", "sky", "tree"], "plain")

@@ -60,9 +60,11 @@ def read_state(output: Path) -> dict[str, Any]:
     return json.loads((found[-1] / "state.json").read_text())
 
 
-def load_checkpoint(accelerator: Accelerator, output: Path) -> None:
-    """Take up the last complete checkpoint. Everything must be prepared already."""
+def load_checkpoint(accelerator: Accelerator, output: Path) -> dict[str, Any]:
+    """Take up the last complete checkpoint and return its [`read_state`]. Everything must be prepared already."""
+    state = read_state(output)
     accelerator.load_state(str(list_checkpoints(output)[-1]))
+    return state
 
 
 def cut_log(path: Path, step: int | None = None) -> None:

@@ -422,7 +422,7 @@ def train(options: Options) -> Path:
         DataLoader(dataset, batch_size=1, sampler=photos, collate_fn=only, num_workers=options.workers)
     )
     bar = tqdm(initial=step, total=options.steps, disable=not accelerator.is_main_process, mininterval=5)
-    stop = StopAtStep()
+    stop = StopAtStep(accelerator)
     start, first = time.time(), step
     for number, inputs in enumerate(loader, start=step * options.gradient_accumulation_steps):
         wrapped.train()
@@ -468,9 +468,10 @@ def train(options: Options) -> Path:
                 )
             if options.report_to:
                 accelerator.log(quality, step=step)
-        if (step % options.save_steps == 0 and step < options.steps) or stop.asked:
+        stopped = stop.asked()
+        if (step % options.save_steps == 0 and step < options.steps) or stopped:
             checkpoint = save_checkpoint(accelerator, output, step, running=running, curve=curve)
-            if stop.asked:
+            if stopped:
                 logger.info(
                     "stopped after step %d; %s is complete. Go on with the same command and --resume.", step, checkpoint
                 )
