@@ -45,7 +45,11 @@ def vision_model():
 
 @pytest.fixture(scope="module")
 def model(vision_model):
-    return randomise(SparForUniversalSegmentation.from_spar(vision_model, **CLASSES, **HEAD))
+    torch.manual_seed(0)
+    model = randomise(SparForUniversalSegmentation.from_spar(vision_model, **CLASSES, **HEAD))
+    with torch.no_grad():
+        model.class_predictor.bias[-1] -= 5  # every query is a segment, so that there is something to compare
+    return model
 
 
 @pytest.fixture(scope="module")
