@@ -359,7 +359,6 @@ class SlidingWindowTeacher(nn.Module):
         """
         batch = pixel_values.shape[0]
         device = pixel_values.device
-        weights = torch.ones(len(positions), device=device) if weights is None else weights
         rows, columns = (torch.arange(side, device=device) for side in plan.cells)
         (window_h, window_w), (grid_h, grid_w) = plan.window, plan.grid
         # (batch, 3, H, W) -> a view of every window that starts on a cell: (batch, 3, starts, starts, height, width)
@@ -373,11 +372,12 @@ class SlidingWindowTeacher(nn.Module):
             image, (top, left) = chunk[:, 0], positions[chunk[:, 1]].unbind(1)
             windows = views[image, :, top, left]  # (n, 3, height, width)
             features = self.model(windows).feature_map.float()  # (n, dim, height / patch, width / patch)
+            if weights is not None:  # on patches, of which there are fewer than cells
+                features = features * weights[chunk[:, 1]][:, None, None, None]
             if features.shape[-2:] != plan.cells:
                 features = nn.functional.interpolate(features, size=plan.cells, mode="bilinear", align_corners=False)
             if sums is None:
                 sums = features.new_zeros(batch * grid_h * grid_w, features.shape[1])
-            features = features * weights[chunk[:, 1]][:, None, None, None]
             # the cell under each feature, counted over the whole batch: (n, cells high, cells wide)
             cell = (top[:, None] + rows)[:, :, None] * grid_w + (left[:, None] + columns)[:, None, :]
             cell = cell + image[:, None, None] * (grid_h * grid_w)
@@ -386,6 +386,7 @@ class SlidingWindowTeacher(nn.Module):
                 progress(int(chunk[-1, 0]) * len(positions) + int(chunk[-1, 1]) + 1, len(jobs))
         assert sums is not None  # a plan holds at least one window
         # (batch * cells, dim) -> (batch, dim, cells high, cells wide)
+        weights = torch.ones(len(positions), device=device) if weights is None else weights
         return sums.view(batch, grid_h, grid_w, -1).permute(0, 3, 1, 2), plan.coverage(positions, weights)
 
     def to_patches(self, cells: torch.Tensor, plan: WindowPlan) -> torch.Tensor:
