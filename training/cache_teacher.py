@@ -62,7 +62,9 @@ class Options:
     long_side: float = field(default=4.0, metadata={"help": "Photos fit this many windows along their longer side ..."})
     short_side: float = field(default=2.0, metadata={"help": "... and this many along their shorter side,"})
     min_scale: float = field(default=0.5, metadata={"help": "times a factor drawn between this and 1."})
-    crop_probability: float = field(default=0.5, metadata={"help": "Chance of a random crop of 40-100 % per side."})
+    crop_probability: float = field(
+        default=0.5, metadata={"help": "Chance of a random crop to 0.4 or more of each side."}
+    )
     flip_probability: float = field(default=0.5, metadata={"help": "Chance of a horizontal flip."})
     seed: int = field(default=0, metadata={"help": "Seed of the views."})
     shard_maps: int = field(

@@ -159,7 +159,10 @@ class Distillation:
         if options.teacher_mode == "cached":
             assert options.teacher_cache is not None
             cache = TeacherCache.open(
-                options.teacher_cache, model=self.student, window_size=self.teacher.window_size, stride=options.stride
+                options.teacher_cache,
+                model=self.teacher.model,
+                window_size=self.teacher.window_size,
+                stride=options.stride,
             )
             self.data = CachedPhotos(cache)
             self.order, self.photo_count = MapOrder(self.data, options.seed, *place, start), len(self.data)

@@ -204,7 +204,7 @@ def model_card(options: Any, record: dict, pictures: list[str] | None = None) ->
         tags=["spar", "open-vocabulary-segmentation"],
     )
     rows = "\n".join(f"| {key} | {value} |" for key, value in record.items() if key != "held_out")
-    paths = {"model", "student", "output", "images"}
+    paths = {"model", "student", "output", "images", "teacher_cache"}
     repeat = {
         name: [short_name(v) for v in value] if isinstance(value, list) and name in paths
         else short_name(value) if isinstance(value, str) and name in paths
