@@ -183,6 +183,8 @@ def test_a_cached_teacher_trains_on_its_own_maps(base_folder, photo_folder, tmp_
     assert record["held_out"]["after"]["mse"] < 0.8 * record["held_out"]["before"]["mse"]
     with pytest.raises(ValueError, match="stride is 32 there and 24 here"):
         distil(base_folder, photo_folder, tmp_path / "other", *options, "--stride", 24)
+    with pytest.raises(ValueError, match="held out here"):
+        distil(base_folder, photo_folder, tmp_path / "other", *options, "--holdout_every", 2)
     with pytest.raises(ValueError, match="belong together"):
         distil(base_folder, photo_folder, tmp_path / "other", "--teacher_mode", "cached")
 

@@ -224,7 +224,8 @@ def test_refined_run(dataset, checkpoint, monkeypatch):
 
     def double(logits, feature_map, pixel_values):
         assert feature_map.shape == (32, *logits.shape[1:])
-        assert logits.shape[1:] == tuple(-(-side // 16) for side in pixel_values.shape[1:])
+        # whole cells, whatever the photo's size
+        assert tuple(pixel_values.shape[1:]) == tuple(16 * side for side in logits.shape[1:])
         return F.interpolate(logits[None], scale_factor=2, mode="nearest")[0]
 
     known = {"same": lambda logits, feature_map, pixel_values: logits, "double": double}
@@ -235,6 +236,9 @@ def test_refined_run(dataset, checkpoint, monkeypatch):
     assert same["inference"] == "single pass, same" and double["refinement"] == "double"
     np.testing.assert_equal(same["classes"], plain["classes"])
     assert double["mean_iou"] != plain["mean_iou"]
+    monkeypatch.undo()
+    pamr, lposs = script.main([*command, "base:single+pamr", "base:single+lposs+"])["runs"]
+    assert pamr["classes"] != plain["classes"] != lposs["classes"]
     monkeypatch.setitem(sys.modules, "spar_hf.refine", None)  # as where it is not installed
     with pytest.raises(ValueError, match="Cannot refine by 'lposs'"):
         script.main([*command, "base:single+lposs"])

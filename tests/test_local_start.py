@@ -71,3 +71,5 @@ def test_other_readouts_and_streams_are_refused():
     arguments = "--model m --images i --output o --local_start 0.6 --streaming"
     with pytest.raises(ValueError, match="--streaming"):
         parse_options(arguments.split())
+    with pytest.raises(ValueError, match="adapters"):
+        parse_options(arguments.replace("--streaming", "--lora_rank 4").split())

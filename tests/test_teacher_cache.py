@@ -16,6 +16,7 @@ from cache_teacher import Options, make_cache
 from photos import augment
 from PIL import Image
 from teacher_cache import Crop, TeacherCache, fingerprint
+from transformers import HfArgumentParser
 
 from spar_hf import SlidingWindowTeacher, SparImageProcessorPil, SparVisionModel
 
@@ -180,3 +181,9 @@ def test_killed_processes_go_on_where_they_stopped(base, photos, tmp_path):
     cache = make_cache(options)
     assert len(cache) == 16
     assert all(path.stat().st_mtime_ns == moment for path, moment in made.items())
+
+
+def test_help_is_shown(capsys):
+    with pytest.raises(SystemExit) as stop:
+        HfArgumentParser(Options).parse_args_into_dataclasses(["--help"])
+    assert stop.value.code == 0 and "--crop_probability" in capsys.readouterr().out

@@ -165,6 +165,13 @@ class Distillation:
                 stride=options.stride,
             )
             self.data = CachedPhotos(cache)
+            cached = {cache.photo(i).resolve() for i in range(len(cache))}
+            held = [ticket.source for ticket in self.held_out_tickets if isinstance(ticket.source, str)]
+            if any(Path(source).resolve() in cached for source in held):
+                raise ValueError(
+                    "The teacher cache holds photos that are held out here. Give the --images, --exclude and "
+                    "--holdout_every that it was made with."
+                )
             self.order, self.photo_count = MapOrder(self.data, options.seed, *place, start), len(self.data)
         if options.teacher_mode == "sampled":
             assert options.teacher_windows is not None
@@ -175,9 +182,16 @@ class Distillation:
         options, encoder = self.options, self.teacher.model
         if options.local_start is not None:
             side = 2 * self.teacher.window_size
-            photos = [self.photos.read(ticket).resize((side, side)) for ticket in self.shown]
+            photos = []
+            for ticket in self.shown:
+                try:
+                    photos.append(self.photos.read(ticket).resize((side, side)))
+                except Exception as error:  # each of Pillow's decoders raises its own kind; training lists the photo
+                    logger.warning("%s is left out of the local start: %s", ticket.name, error)
+            if not photos:
+                raise ValueError("--local_start looks at photos, and none of those drawn can be read.")
             pixel_values = self.image_processor(photos, do_resize=False, return_tensors="pt")["pixel_values"]
-            start_local(self.student, pixel_values, options.local_start)
+            start_local(self.student.to("cpu"), pixel_values, options.local_start)
         if options.lora_rank is None:
             choose_parameters(self.student, options.train_layers, options.train_parts)
             self.trained = self.student
@@ -448,7 +462,8 @@ class Distillation:
         # without held-out photos the last student is the one kept
         if point is None or point["mse"] == min(other["mse"] for other in self.curve):
             self.save()
-            logger.info("step %d: held-out error %s, the least so far", step, point)
+            kept = f"held-out error {point}, the least so far" if point else "written; nothing is held out"
+            logger.info("step %d: %s", step, kept)
 
     def draw(self, step: int) -> None:
         picture = self.held_out.picture()

@@ -248,6 +248,10 @@ class Options:
             raise ValueError(
                 "--teacher_mode cached reads stored maps of stored crops: leave out --streaming and --jitter_probability."
             )
+        if self.local_start is not None and self.lora_rank is not None:
+            raise ValueError(
+                "--local_start changes weights that adapters do not hold, and --lora_rank writes adapters. Leave one out."
+            )
         if self.local_start is not None and self.streaming:
             raise ValueError("--local_start looks at photos from all over the set first. Leave --streaming out.")
         if self.whiten and not self.holdout_images:

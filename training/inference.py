@@ -240,7 +240,10 @@ def predict(
     if run.refinement is not None:
         refine = load_refinement(run.refinement)
         coarse = logits.shape[-2]
-        logits = refine(logits, feature_map[0].float(), pixel_values[0])
+        # a refinement is promised whole cells, padded by repeating the border
+        rows, columns = (side * cell for side in logits.shape[-2:])
+        image = nn.functional.pad(pixel_values, (0, columns - width, 0, rows - height), mode="replicate")
+        logits = refine(logits, feature_map[0].float(), image[0])
         cell = cell * coarse // logits.shape[-2]  # (names, h, w) -> (names, h * r, w * r)
     if rules.scale is not None:
         logits = logits * (rules.scale / model.config.dense_logit_scale)

@@ -40,6 +40,7 @@ from rich.console import Console
 from rich.table import Table
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from student import replace_folder
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser, get_scheduler
@@ -432,8 +433,7 @@ def write(model, image_processor, report: dict[str, Any], output: Path) -> None:
     model.save_pretrained(temporary)
     image_processor.save_pretrained(temporary)
     (temporary / "README.md").write_text(model_card(report, output.name), encoding="utf-8")
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
+    replace_folder(temporary, folder)
     text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     (output / "results.json.partial").write_text(text, encoding="utf-8")
     (output / "results.json.partial").replace(output / "results.json")

@@ -25,7 +25,7 @@ from data import VOID, SegmentationFolder, open_segmentation_folder, read_image,
 from huggingface_hub import ModelCardData
 from PIL import ImageOps
 from scipy import ndimage
-from student import choose_parameters, short_name
+from student import choose_parameters, replace_folder, short_name
 from torch.utils.data import DataLoader, Dataset
 from torchmetrics.detection import PanopticQuality
 from tqdm.auto import tqdm
@@ -280,8 +280,7 @@ def save_model(model, image_processor, options: Options, record: dict, folder: P
     model.save_pretrained(temporary)
     image_processor.save_pretrained(temporary)
     (temporary / "README.md").write_text(model_card(options, record), encoding="utf-8")
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
+    replace_folder(temporary, folder)
 
 
 def model_card(options: Options, record: dict) -> str:
