@@ -31,27 +31,6 @@ class SlidingWindowVision(SlidingWindowTeacher):
         return super().forward(pixel_values, self.progress)
 
 
-def check_device(device: str | None) -> str | None:
-    """
-    A device that is there.
-
-    Raises:
-        ValueError: an unknown or absent device; names those that are there.
-    """
-    if device is None:
-        return None
-    try:
-        if torch.empty(0, device=device).is_meta:
-            raise RuntimeError("a device without memory")
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # each back end has its own way
-        there = ["cpu"]
-        if torch.accelerator.is_available():
-            kind = torch.accelerator.current_accelerator()
-            there += [f"{kind}:{i}" for i in range(torch.accelerator.device_count())]
-        raise ValueError(f"There is no device {device!r}; there is {', '.join(there)}.") from error
-    return device
-
-
 def load_pipeline(model: str | None = None, device: str | None = None, stride: int | None = None):
     """
     The pipeline of a folder or hub id, the embedded one by default, without the notices of transformers.
@@ -67,7 +46,7 @@ def load_pipeline(model: str | None = None, device: str | None = None, stride: i
     """
     quiet_transformers()
     folder = SPAR_TINY if model is None else model
-    options: dict[str, Any] = {} if device is None else {"device": check_device(device)}
+    options: dict[str, Any] = {} if device is None else {"device": device}
     # not by `pipeline(model=folder)`, which packs what is wrong into two tracebacks
     two_towers: Any = SparForOpenVocabSegmentation.from_backbone(folder)
     processor: Any = SparProcessor.from_backbone(folder)

@@ -14,10 +14,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from spar_hf.commands import check_device, quiet_transformers
+from spar_hf.commands import quiet_transformers
 from spar_hf.files import Photo, write_atomically, write_text
 from spar_hf.image_processing_spar import SparImageProcessorPil
 from spar_hf.modeling_spar import SparVisionModel
+from spar_hf.pipeline import check_device
 from spar_hf.registration import SPAR_TINY
 from spar_hf.teacher import SlidingWindowTeacher
 
@@ -71,7 +72,8 @@ class FeatureExtractor:
         if self.window_size is not None and self.stride is None:
             raise ValueError("A window needs a step: give a stride, 24 pixels say.")
         quiet_transformers()
-        device = check_device(self.device) or ("cuda" if torch.cuda.is_available() else "cpu")
+        check_device(self.device)
+        device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
         folder = SPAR_TINY if self.model is None else self.model
         model: Any = SparVisionModel.from_backbone(folder)
         model = model.to(device).eval()

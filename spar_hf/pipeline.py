@@ -456,16 +456,22 @@ def check_output_size(size: int, output: str) -> None:
 def check_device(device: Any) -> None:
     """
     Raises:
-        ValueError: PyTorch has no such device here.
+        ValueError: an unknown device, or one that is not here; names those that are.
     """
-    if isinstance(device, (str, torch.device)):
-        try:
-            torch.empty(0, device=device)
-        except (RuntimeError, AssertionError, ImportError) as error:
-            raise ValueError(
-                f'Device {str(device)!r} is not there ({str(error).splitlines()[0]}). Use device="cpu", or leave it out for '
-                "the first accelerator that is."
-            ) from error
+    if not isinstance(device, (str, torch.device)):
+        return
+    try:
+        if torch.empty(0, device=device).is_meta:
+            raise RuntimeError("a device without memory")
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:  # each back end has its own way
+        there = ["cpu"]
+        if torch.accelerator.is_available():
+            kind = torch.accelerator.current_accelerator()
+            there += [f"{kind}:{i}" for i in range(torch.accelerator.device_count())]
+        raise ValueError(
+            f"Device {str(device)!r} is not there; there is {', '.join(there)}. Name one of these, or leave it out for the "
+            "first accelerator."
+        ) from error
 
 
 __all__ = ["EncodedImage", "OpenVocabSegmentationPipeline"]

@@ -14,7 +14,6 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING_NAMES
 from transformers.pipelines import PIPELINE_REGISTRY
-from transformers.pipelines.image_segmentation import ImageSegmentationPipeline
 
 from .backbone_spar import SparBackbone
 from .configuration_spar import SparConfig
@@ -71,8 +70,6 @@ AutoModelForUniversalSegmentation.register(SparUniversalConfig, SparForUniversal
 # pipeline("image-segmentation") asks for this class, and its log calls unsupported what a list of its own does not hold
 AutoModelForImageSegmentation.register(SparUniversalConfig, SparForUniversalSegmentation, exist_ok=True)
 MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING_NAMES[SparUniversalConfig.model_type] = SparForUniversalSegmentation.__name__
-# it would look for a video processor too, and ask at the terminal whether to trust a folder's code to be one
-ImageSegmentationPipeline._load_video_processor = False  # type: ignore[assignment]
 AutoImageProcessor.register(
     SparUniversalConfig,
     image_processor_classes={"pil": SparUniversalImageProcessorPil, "torchvision": SparUniversalImageProcessorPil},

@@ -174,7 +174,7 @@ def test_a_bad_photo_is_one_line_and_exit_status_1(photos, tmp_path, photo, mess
         ({"--map": "map.jpg"}, "must end in .png"),
         ({"--templates": "nonsense"}, "template set"),
         ({"--threshold": "0.5", "--labels": "sky " * 60}, "tokens"),
-        ({"--device": "nonsense"}, "There is no device"),
+        ({"--device": "nonsense"}, "is not there; there is cpu"),
     ],
 )
 def test_wrong_usage_is_one_line_and_exit_status_2(photos, tmp_path, monkeypatch, options, message):

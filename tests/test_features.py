@@ -139,7 +139,7 @@ def test_two_processes_share_the_photos(model, photos, tmp_path):
         (["--dtype", "int8"], "float16, bfloat16, float32"),
         (["--window-size", "48"], "give a stride"),
         (["--stride", "900"], "must lie between 1 and the window"),
-        (["--device", "cuda:7"], "There is no device 'cuda:7'"),
+        (["--device", "cuda:7"], "Device 'cuda:7' is not there"),
     ],
 )
 def test_wrong_options_name_the_fix_and_have_status_2(photos, tmp_path, options, message):

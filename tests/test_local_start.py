@@ -38,7 +38,7 @@ def test_attention_reaches_as_far_as_asked(model):
     # tokens of a photo that is grey all over differ by their place alone
     pixels, spread, apart = torch.zeros(1, 3, 96, 128), 0.5, distances(6, 8)
     before = attention(model, pixels)
-    start_local(model, 0.1 * torch.randn(4, 3, 96, 96), spread)
+    start_local(model, [0.1 * torch.randn(1, 3, 96, 96) for _ in range(4)], spread)
     after = attention(model, pixels)
     gauss = (-apart / (2 * spread**2)).softmax(-1)
     expected = (gauss * apart).sum(-1).mean()
@@ -54,20 +54,22 @@ def test_attention_reaches_as_far_as_asked(model):
 def test_a_far_reaching_prior_changes_little(model):
     pixels = torch.randn(2, 3, 96, 128)
     far = copy.deepcopy(model)
-    start_local(far, torch.randn(4, 3, 96, 96), 1e3)
+    start_local(far, [torch.randn(1, 3, 96, 96) for _ in range(4)], 1e3)
     with torch.no_grad():
         before, after = model(pixels).feature_map, far(pixels).feature_map
     assert torch.nn.functional.cosine_similarity(before, after, dim=1).mean() > 0.95
     near = copy.deepcopy(model)
-    start_local(near, torch.randn(4, 3, 96, 96), 0.3)
+    start_local(near, [torch.randn(1, 3, 96, 96) for _ in range(4)], 0.3)
     with torch.no_grad():
         assert torch.nn.functional.cosine_similarity(before, near(pixels).feature_map, dim=1).mean() < 0.95
 
 
-def test_other_readouts_and_streams_are_refused():
+def test_other_readouts_and_streams_are_refused(model):
+    with pytest.raises(ValueError, match="none that can be read"):
+        start_local(model, [], 0.6)
     dinov3 = DINOv3ViTConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
     with pytest.raises(ValueError, match="SigLIP read-out"):
-        start_local(SparVisionModel(SparConfig(backbone_config=dinov3)), torch.zeros(1, 3, 32, 32), 0.6)
+        start_local(SparVisionModel(SparConfig(backbone_config=dinov3)), [torch.zeros(1, 3, 32, 32)], 0.6)
     arguments = "--model m --images i --output o --local_start 0.6 --streaming"
     with pytest.raises(ValueError, match="--streaming"):
         parse_options(arguments.split())

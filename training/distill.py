@@ -16,6 +16,7 @@ import math
 import random
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -155,6 +156,7 @@ class Distillation:
             self.shown = [train.ticket(i, i, []) for i in shown]
         # the one place of the teacher's modes: a cache brings photos with targets, the others make a photo's target
         self.data: Photos | CachedPhotos = self.photos
+        self.photo_size = [options.long_side, options.short_side, options.min_scale]
         self.target: Target = FullTarget(self.teacher)
         if options.teacher_mode == "cached":
             assert options.teacher_cache is not None
@@ -164,14 +166,8 @@ class Distillation:
                 window_size=self.teacher.window_size,
                 stride=options.stride,
             )
-            self.data = CachedPhotos(cache)
-            cached = {cache.photo(i).resolve() for i in range(len(cache))}
-            held = [ticket.source for ticket in self.held_out_tickets if isinstance(ticket.source, str)]
-            if any(Path(source).resolve() in cached for source in held):
-                raise ValueError(
-                    "The teacher cache holds photos that are held out here. Give the --images, --exclude and "
-                    "--holdout_every that it was made with."
-                )
+            self.data = CachedPhotos(cache, self.held_out_tickets)
+            self.photo_size = [cache.setting[name] for name in ("long_side", "short_side", "min_scale")]
             self.order, self.photo_count = MapOrder(self.data, options.seed, *place, start), len(self.data)
         if options.teacher_mode == "sampled":
             assert options.teacher_windows is not None
@@ -181,17 +177,8 @@ class Distillation:
         """What is trained, and what teacher and student can hold together."""
         options, encoder = self.options, self.teacher.model
         if options.local_start is not None:
-            side = 2 * self.teacher.window_size
-            photos = []
-            for ticket in self.shown:
-                try:
-                    photos.append(self.photos.read(ticket).resize((side, side)))
-                except Exception as error:  # each of Pillow's decoders raises its own kind; training lists the photo
-                    logger.warning("%s is left out of the local start: %s", ticket.name, error)
-            if not photos:
-                raise ValueError("--local_start looks at photos, and none of those drawn can be read.")
-            pixel_values = self.image_processor(photos, do_resize=False, return_tensors="pt")["pixel_values"]
-            start_local(self.student.to("cpu"), pixel_values, options.local_start)
+            self.student.to("cpu")  # where --words has moved it
+            start_local(self.student, self.looked_at(), options.local_start)
         if options.lora_rank is None:
             choose_parameters(self.student, options.train_layers, options.train_parts)
             self.trained = self.student
@@ -208,6 +195,17 @@ class Distillation:
             sum(count.values()) / 1e6,
             shared / 1e6,
         )
+
+    def looked_at(self) -> Iterator[torch.Tensor]:
+        """The photos that a local start looks at, one by one, two windows wide and high."""
+        side = 2 * self.teacher.window_size
+        for ticket in self.shown:
+            try:
+                photo = self.photos.read(ticket).resize((side, side))
+            except Exception as error:  # each of Pillow's decoders raises its own kind; training lists the photo
+                logger.warning("%s is left out of the local start: %s", ticket.name, error)
+                continue
+            yield self.photos.pixels(photo)
 
     def prepare(self) -> None:
         """Optimizer and schedule, and all of it as accelerate wants it."""
@@ -283,7 +281,7 @@ class Distillation:
             "photos": self.photo_count or "streamed",
             "steps": self.steps,
             "photos_per_step": self.photos_per_step,
-            "photo_size": [options.long_side, options.short_side, options.min_scale],
+            "photo_size": self.photo_size,
             "jitter_probability": options.jitter_probability,
             "preset": options.preset,
             "train_layers": options.train_layers,

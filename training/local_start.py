@@ -17,6 +17,7 @@ but it stays highest at no distance.
 """
 
 import math
+from collections.abc import Iterable
 
 import torch
 
@@ -24,18 +25,18 @@ from spar_hf import SparVisionModel
 
 
 @torch.no_grad()
-def start_local(model: SparVisionModel, pixel_values: torch.Tensor, spread: float) -> None:
+def start_local(model: SparVisionModel, photos: Iterable[torch.Tensor], spread: float) -> None:
     """
     Change the weights of `model` in place.
 
     Args:
         model ([`SparVisionModel`]): with the SigLIP read-out.
-        pixel_values (`torch.FloatTensor` of shape `(batch, 3, height, width)`): photos that show which directions of the
-            token space are used.
+        photos (`Iterable[torch.FloatTensor]` of shape `(batch, 3, height, width)`): show which directions of the token
+            space are used; held one at a time.
         spread (`float`): standard deviation of the prior, in halves of the image's side.
 
     Raises:
-        ValueError: another read-out, or heads of four dimensions or fewer.
+        ValueError: another read-out, heads of four dimensions or fewer, or no photos.
     """
     if model.config.readout != "siglip":
         raise ValueError(f"A local start is written for the SigLIP read-out, not for {model.config.readout!r}.")
@@ -45,14 +46,30 @@ def start_local(model: SparVisionModel, pixel_values: torch.Tensor, spread: floa
     width = model.config.hidden_size // heads
     if width < 5:
         raise ValueError(f"A local start takes four dimensions of each head, and these have {width}.")
-    states = model(pixel_values, output_hidden_states=True).hidden_states
     size = model.config.hidden_size
+    moments = [torch.zeros(size, size, dtype=torch.float64) for _ in range(len(layers) + 1)]
+    means = [torch.zeros(size, dtype=torch.float64) for _ in moments]
+    variances, stds, tokens = [0.0] * len(moments), [0.0] * len(moments), 0
+    for pixel_values in photos:
+        for i, states in enumerate(model(pixel_values, output_hidden_states=True).hidden_states):
+            flat = states.flatten(0, 1).double()  # (tokens, hidden)
+            moments[i] += flat.T @ flat
+            means[i] += flat.sum(0)
+            variances[i] += float(flat.var(-1).sum())
+            stds[i] += float(flat.std(-1).sum())
+        tokens += len(flat)
+    if not tokens:
+        raise ValueError("A local start looks at photos, and there is none that can be read.")
     # directions of least variance over all layers, none of them the mean that a layer norm takes away
-    ones = torch.full((size, 1), size**-0.5)
-    keep = torch.eye(size) - ones @ ones.T
-    covariance = sum(torch.cov(h.flatten(0, 1).T) / h.var() for h in states)
+    ones = torch.full((size, 1), size**-0.5, dtype=torch.float64)
+    keep = torch.eye(size, dtype=torch.float64) - ones @ ones.T
+    covariance = torch.zeros(size, size, dtype=torch.float64)  # the least of it is what counts: float32 would lose that
+    for moment, total in zip(moments, means, strict=True):
+        layer_covariance = moment / tokens - torch.outer(total, total) / tokens**2
+        spread_of_all = layer_covariance.trace() / size + (total / tokens).var()
+        covariance += layer_covariance / spread_of_all
     _, directions = torch.linalg.eigh(keep @ covariance @ keep + 1e6 * ones @ ones.T)
-    u = directions[:, :4]  # (hidden, 4)
+    u = directions[:, :4].float()  # (hidden, 4)
 
     def stop_writing(linear):
         linear.weight -= u @ (u.T @ linear.weight)
@@ -74,14 +91,14 @@ def start_local(model: SparVisionModel, pixel_values: torch.Tensor, spread: floa
     squares = rows**2 + columns**2
     place = torch.stack([part.flatten() for part in (columns, rows, squares, torch.ones_like(rows))], dim=1)
     # as large as tokens are at the end: what training writes by chance is then small beside it
-    amplitude = float(states[-1].std(-1).mean())
+    amplitude = stds[-1] / tokens
     table -= table @ u @ u.T
     table += amplitude * place @ u.T
 
-    for layer, hidden in zip(layers, states, strict=False):
+    for layer, variance in zip(layers, variances, strict=False):
         attention, norm = layer.self_attn, layer.layer_norm1
         # the layer norm's divisor, with what the four numbers add to it
-        std = float((hidden.var(-1).mean() + amplitude**2 * place.square().sum(1).mean() / size).sqrt())
+        std = float((variance / tokens + amplitude**2 * place.square().sum(1).mean() / size).sqrt())
         for linear in (attention.q_proj, attention.k_proj, attention.v_proj):
             stop_reading(linear.weight, linear.bias, norm)
         stop_reading(layer.mlp.fc1.weight, layer.mlp.fc1.bias, layer.layer_norm2)

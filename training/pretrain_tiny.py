@@ -13,7 +13,6 @@ import json
 import logging
 import math
 import random
-import shutil
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +25,7 @@ from accelerate.utils import set_seed
 from checkpoints import cut_log, load_checkpoint, save_checkpoint
 from data import VOID, jitter, list_images, open_segmentation_folder, read_image, read_mask, readable_name
 from PIL import Image
+from student import replace_folder
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
@@ -401,8 +401,7 @@ def train(options: Options) -> Path:
         model.save_pretrained(temporary, state_dict=half)
         working_size = {"shortest_edge": 2 * options.window, "longest_edge": 8 * options.window}
         SparProcessor(SparImageProcessorPil(size=working_size), tokenizer).save_pretrained(temporary)
-        shutil.rmtree(final, ignore_errors=True)
-        temporary.rename(final)
+        replace_folder(temporary, final)
     return output / "model"
 
 

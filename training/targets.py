@@ -1,6 +1,7 @@
 """What makes the student's targets: the teacher's modes behind one call, `(pixel_values, index) -> (target, weight)`."""
 
 import random
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -54,8 +55,18 @@ class CachedPhotos(Dataset):
     A photo or shard that changed ends the training: the targets would be of something else.
     """
 
-    def __init__(self, cache: TeacherCache):
+    def __init__(self, cache: TeacherCache, held_out: list[Ticket]):
+        """
+        Raises:
+            ValueError: the cache holds a photo that is held out.
+        """
         self.cache = cache
+        cached = {cache.photo(i).resolve() for i in range(len(cache))}
+        if any(Path(ticket.source).resolve() in cached for ticket in held_out if isinstance(ticket.source, str)):
+            raise ValueError(
+                "The teacher cache holds photos that are held out here. Give the --images, --exclude and --holdout_every "
+                "that it was made with."
+            )
 
     def __len__(self) -> int:
         return len(self.cache)
