@@ -64,7 +64,7 @@ class Options:
         default=None,
         metadata={
             "help": "Start the student with attention that stays near (training/local_start.py): standard deviation of the "
-            "Gaussian prior over distance in halves of the photo's side, 0.6 say. For SigLIP and SigLIP2."
+            "Gaussian prior over distance in halves of the photo's side, 0.4 say. For SigLIP and SigLIP2."
         },
     )
     whiten: float = field(

@@ -3,17 +3,23 @@ A student that starts out looking nearby: locality written into the weights of a
 
 Inside a window attention sees 144 or 1024 patches, all of them near. In one pass over a large photo the same weights see
 many times more, most of them of other things; the features of a sliding window are those of an attention that stays near. So
-before distillation every head gets a Gaussian prior over distance. It costs nothing at run time and the architecture stays
-what it is, because
+before distillation every head gets a prior over distance that is a Gaussian as far as it matters. It costs nothing at run
+time and the architecture stays what it is, because
 
-    -|p - q|² / 2σ² = (p·q - |q|² / 2 - |p|² / 2) / σ²
+    cos w(x - x') + cos w(y - y') - 2  ~  -w² |p - p'|² / 2
 
-is an inner product of (x, y, 1, x² + y²) at the query and (x, y, -(x² + y²) / 2, -1 / 2) at the key: four numbers that a
-position table can carry, a constant and linear and quadratic functions of place that resampling keeps. They take the four
-directions of the token space that the encoder uses least, which it stops reading and writing otherwise, and the four weakest
-of each head's dimensions. |p|² is the same for all keys and could be left out, were it not for the layer norm before
-attention: it scales what is read of a token by the token's size. With all four, that makes the prior wider or narrower,
-but it stays highest at no distance.
+is an inner product of (cos wx, sin wx, cos wy, sin wy, -2) at the query and (cos wx', sin wx', cos wy', sin wy', 1) at the
+key: five numbers that a position table can carry, smooth functions of place that resampling keeps. They take the five
+directions of the token space that the encoder uses least, which it stops reading and writing otherwise, and the five weakest
+of each head's dimensions.
+
+The layer norm before attention divides what is read of a token by the token's size, which differs from token to token. The
+five numbers have the same length everywhere, so they change that size alike at every place, and the norms' weights make up
+for it. Where a token is larger or smaller than most, the whole prior is multiplied: wider or narrower, but always highest at
+no distance, which it would not be without the -2.
+
+Training would soon drown five numbers that small in what it writes beside them (300 steps at 5e-5: the error doubles, where
+with [`keep_place`] after every step it falls by a third), so the encoder goes on not writing there.
 """
 
 import math
@@ -24,10 +30,14 @@ import torch
 from spar_hf import SparVisionModel
 
 
+NUMBERS = 5
+FREQUENCY = 0.8  # of the cosines, over halves of the image's side: no repeat within it, and a Gaussian to 10 % over half of it
+
+
 @torch.no_grad()
-def start_local(model: SparVisionModel, photos: Iterable[torch.Tensor], spread: float) -> None:
+def start_local(model: SparVisionModel, photos: Iterable[torch.Tensor], spread: float) -> torch.Tensor:
     """
-    Change the weights of `model` in place.
+    Change the weights of `model` in place, and return the directions that hold the place: `(hidden_size, 5)`.
 
     Args:
         model ([`SparVisionModel`]): with the SigLIP read-out.
@@ -36,7 +46,7 @@ def start_local(model: SparVisionModel, photos: Iterable[torch.Tensor], spread: 
         spread (`float`): standard deviation of the prior, in halves of the image's side.
 
     Raises:
-        ValueError: another read-out, heads of four dimensions or fewer, or no photos.
+        ValueError: another read-out, heads of five dimensions or fewer, or no photos.
     """
     if model.config.readout != "siglip":
         raise ValueError(f"A local start is written for the SigLIP read-out, not for {model.config.readout!r}.")
@@ -44,77 +54,71 @@ def start_local(model: SparVisionModel, photos: Iterable[torch.Tensor], spread: 
     layers = backbone.encoder.layers
     heads = layers[0].self_attn.num_heads
     width = model.config.hidden_size // heads
-    if width < 5:
-        raise ValueError(f"A local start takes four dimensions of each head, and these have {width}.")
+    if width <= NUMBERS:
+        raise ValueError(f"A local start takes {NUMBERS} dimensions of each head, and these have {width}.")
     size = model.config.hidden_size
     moments = [torch.zeros(size, size, dtype=torch.float64) for _ in range(len(layers) + 1)]
     means = [torch.zeros(size, dtype=torch.float64) for _ in moments]
-    variances, stds, tokens = [0.0] * len(moments), [0.0] * len(moments), 0
+    variances, tokens = [0.0] * len(moments), 0  # of a token over its dimensions, as the layer norms take it
     for pixel_values in photos:
         for i, states in enumerate(model(pixel_values, output_hidden_states=True).hidden_states):
             flat = states.flatten(0, 1).double()  # (tokens, hidden)
             moments[i] += flat.T @ flat
             means[i] += flat.sum(0)
-            variances[i] += float(flat.var(-1).sum())
-            stds[i] += float(flat.std(-1).sum())
+            variances[i] += float(flat.var(-1, correction=0).sum())
         tokens += len(flat)
     if not tokens:
         raise ValueError("A local start looks at photos, and there is none that can be read.")
+    variances = [variance / tokens for variance in variances]
     # directions of least variance over all layers, none of them the mean that a layer norm takes away
     ones = torch.full((size, 1), size**-0.5, dtype=torch.float64)
     keep = torch.eye(size, dtype=torch.float64) - ones @ ones.T
     covariance = torch.zeros(size, size, dtype=torch.float64)  # the least of it is what counts: float32 would lose that
     for moment, total in zip(moments, means, strict=True):
         layer_covariance = moment / tokens - torch.outer(total, total) / tokens**2
-        spread_of_all = layer_covariance.trace() / size + (total / tokens).var()
-        covariance += layer_covariance / spread_of_all
+        covariance += layer_covariance / layer_covariance.trace()
     _, directions = torch.linalg.eigh(keep @ covariance @ keep + 1e6 * ones @ ones.T)
-    u = directions[:, :4].float()  # (hidden, 4)
-
-    def stop_writing(linear):
-        linear.weight -= u @ (u.T @ linear.weight)
-        linear.bias -= u @ (u.T @ linear.bias)
+    u = directions[:, :NUMBERS].float()  # (hidden, numbers)
 
     def stop_reading(weight, bias, norm):
         # what is read of z = (h - mean) / std is weight @ (gamma * z + beta)
-        read = weight @ (norm.weight[:, None] * u)  # (out, 4)
+        read = weight @ (norm.weight[:, None] * u)  # (out, numbers)
         weight -= read @ (u / norm.weight[:, None]).T
         bias += read @ (u / norm.weight[:, None]).T @ norm.bias
 
-    patch = backbone.embeddings.patch_embedding
-    patch.weight -= torch.einsum("ij,jcyx->icyx", u @ u.T, patch.weight)
-    patch.bias -= u @ (u.T @ patch.bias)
+    keep_place(model, u)
     table = backbone.embeddings.position_embedding.weight
     side = math.isqrt(len(table))
-    axis = (torch.arange(side) + 0.5) / side * 2 - 1
-    rows, columns = torch.meshgrid(axis, axis, indexing="ij")
-    squares = rows**2 + columns**2
-    place = torch.stack([part.flatten() for part in (columns, rows, squares, torch.ones_like(rows))], dim=1)
-    # as large as tokens are at the end: what training writes by chance is then small beside it
-    amplitude = stds[-1] / tokens
+    axis = FREQUENCY * ((torch.arange(side) + 0.5) / side * 2 - 1)
+    rows, columns = (angle.flatten() for angle in torch.meshgrid(axis, axis, indexing="ij"))
+    place = torch.stack([columns.cos(), columns.sin(), rows.cos(), rows.sin(), torch.ones_like(rows)], dim=1)
+    # small: the layer norms' divisor should stay the token's own
+    amplitude = 0.3 * variances[-1] ** 0.5
+    added = amplitude**2 * 3 / size  # to a token's variance: cos² + sin² is 1, twice, and the constant
     table -= table @ u @ u.T
     table += amplitude * place @ u.T
 
+    def make_up(norm, variance):
+        norm.weight *= (1 + added / variance) ** 0.5
+
     for layer, variance in zip(layers, variances, strict=False):
         attention, norm = layer.self_attn, layer.layer_norm1
-        # the layer norm's divisor, with what the four numbers add to it
-        std = float((variance / tokens + amplitude**2 * place.square().sum(1).mean() / size).sqrt())
         for linear in (attention.q_proj, attention.k_proj, attention.v_proj):
             stop_reading(linear.weight, linear.bias, norm)
         stop_reading(layer.mlp.fc1.weight, layer.mlp.fc1.bias, layer.layer_norm2)
-        stop_writing(attention.out_proj)
-        stop_writing(layer.mlp.fc2)
-        gain = std / (amplitude * spread * attention.scale**0.5)
-        reader = gain * (u / norm.weight[:, None]).T  # (4, hidden): reads x, y, x² + y², 1 of a token
-        query_reader = torch.stack([reader[0], reader[1], reader[3], reader[2]])
-        key_reader = torch.stack([reader[0], reader[1], -reader[2] / 2, -reader[3] / 2])
+        make_up(norm, variance)
+        make_up(layer.layer_norm2, variance)
+        gain = (variance + added) ** 0.5 / (amplitude * spread * FREQUENCY * attention.scale**0.5)
+        key_reader = gain * (u / norm.weight[:, None]).T  # (numbers, hidden)
+        query_reader = key_reader * torch.tensor([1.0, 1.0, 1.0, 1.0, -2.0])[:, None]
+        kept = width - NUMBERS
         for head in range(heads):
             rows_of_head = slice(head * width, (head + 1) * width)
             query = torch.cat([attention.q_proj.weight, attention.q_proj.bias[:, None]], 1)[rows_of_head]
             key = torch.cat([attention.k_proj.weight, attention.k_proj.bias[:, None]], 1)[rows_of_head]
             # the same inner products from fewer dimensions: (width, hidden + 1) twice
             left, sizes, right = torch.linalg.svd(query.T @ key)
-            root, kept = sizes[: width - 4].sqrt()[:, None], width - 4
+            root = sizes[:kept].sqrt()[:, None]
             query[:kept], key[:kept] = root * left.T[:kept], root * right[:kept]
             for rows_of, own in ((query, query_reader), (key, key_reader)):
                 rows_of[kept:, :-1], rows_of[kept:, -1] = own, -own @ norm.bias
@@ -122,3 +126,16 @@ def start_local(model: SparVisionModel, photos: Iterable[torch.Tensor], spread: 
             attention.k_proj.weight[rows_of_head], attention.k_proj.bias[rows_of_head] = key[:, :-1], key[:, -1]
     norm, head = backbone.post_layernorm, backbone.head.attention
     stop_reading(head.in_proj_weight, head.in_proj_bias, norm)
+    make_up(norm, variances[-1])
+    return u
+
+
+@torch.no_grad()
+def keep_place(model: SparVisionModel, directions: torch.Tensor) -> None:
+    """Let nothing but the position table write into the directions that [`start_local`] returned; after every step."""
+    directions = directions.to(model.device)
+    writers = [linear for layer in model.backbone.encoder.layers for linear in (layer.self_attn.out_proj, layer.mlp.fc2)]
+    for writer in (model.backbone.embeddings.patch_embedding, *writers):
+        for parameter in (writer.weight, writer.bias):
+            flat = parameter.view(len(parameter), -1)  # (hidden, what is read): a view, so that the parameter changes
+            flat -= directions @ (directions.T @ flat)
