@@ -179,7 +179,9 @@ class Distillation:
         self.place: torch.Tensor | None = None
         if options.local_start is not None:
             if self.sharded:
-                raise ValueError("--local_start mends whole weights after every step, and FSDP has parts. Launch with DDP.")
+                raise ValueError(
+                    "--local_start mends whole weights after every step, and FSDP has parts. Launch with DDP."
+                )
             self.student.to("cpu")  # where --words has moved it
             self.place = start_local(self.student, self.looked_at(), options.local_start)
         if options.lora_rank is None:
