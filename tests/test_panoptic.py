@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from accelerate import Accelerator
 from conftest import randomise, tiny_config
 from panoptic import Options, find_segments, measure, thing_classes
 from PIL import Image
+from torch.utils.data import DataLoader
 from transformers import AutoImageProcessor, AutoModelForUniversalSegmentation, pipeline
 
 from spar_hf import (
@@ -151,6 +153,32 @@ def test_measure__the_definition_of_coco(data):
     assert row["pq_stuff"] == pytest.approx(50 * (by_hand[1] + by_hand[2]), abs=0.01)
     assert row["pq"] == pytest.approx(100 * np.mean(list(by_hand.values())), abs=0.01)
     assert (row["classes"], row["photos"]) == (3, 1)
+
+
+def test_photos__the_same_whatever_the_workers_and_the_start(data, tmp_path):
+    """Which photo an item is, is told by a shuffle of its own; one without a segment is passed over."""
+    pairs = [(path, data / "masks" / path.name) for path in sorted((data / "images").iterdir())]
+    pairs[2] = pairs[2][0], tmp_path / "void.png"
+    Image.new("L", Image.open(pairs[2][0]).size, 255).save(tmp_path / "void.png")
+    options = Options(
+        model="", data="", output="", seed=5, shortest_edge=64, flip_probability=0, max_scale=1, min_scale=1
+    )
+    processor = SparUniversalImageProcessorPil()
+
+    def photos(start, workers):
+        made = panoptic.Photos(pairs, {0}, processor, options)
+        return list(DataLoader(made, 1, sampler=range(start, 11), collate_fn=panoptic.only, num_workers=workers))
+
+    whole = photos(0, workers=0)
+    for i, item in enumerate(whole):
+        order = list(range(4))
+        random.Random(f"order-5-{i // 4}").shuffle(order)
+        chosen = next(photo for photo in (order * 2)[i % 4 :] if photo != 2)
+        expected = processor(Image.open(pairs[chosen][0]), size={"shortest_edge": 64}, return_tensors="pt")
+        assert torch.equal(item["pixel_values"], expected["pixel_values"]), i
+    for start, workers in ((0, 2), (6, 0), (6, 1)):
+        for item, expected in zip(photos(start, workers), whole[start:], strict=True):
+            assert torch.equal(item["pixel_values"], expected["pixel_values"])
 
 
 def test_script__launched(base, data, tmp_path):

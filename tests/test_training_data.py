@@ -1,8 +1,11 @@
-"""Folder layouts of the training scripts."""
+"""Folder layouts of the training scripts, and the order of photos."""
 
+import random
+
+import data
 import numpy as np
 import pytest
-from data import list_images, open_segmentation_folder, read_mask, readable_name
+from data import ShuffledStream, list_images, open_segmentation_folder, read_mask, readable_name
 from PIL import Image
 
 
@@ -63,3 +66,27 @@ def test_masks_are_class_numbers_also_from_palettes(folder):
 )  # fmt: skip
 def test_readable_names(name, words):
     assert readable_name(name) == words
+
+
+def test_shuffled_stream__whoever_asks_and_one_shuffle_an_epoch(monkeypatch):
+    """Against a shuffle of all numbers for every single one: in turn, from the middle, every third one, backwards."""
+    seeds = []
+
+    class Counted(random.Random):
+        def __init__(self, seed):
+            seeds.append(seed)
+            super().__init__(seed)
+
+    def anew(index):
+        order = list(range(7))
+        random.Random(f"order-3-{index // 7}").shuffle(order)
+        return order[index % 7]
+
+    expected = [anew(i) for i in range(30)]
+    assert sorted(expected[7:14]) == list(range(7)) and expected[:7] != expected[7:14] != expected[14:21]
+    monkeypatch.setattr(data.random, "Random", Counted)
+    for asked in (range(30), range(11, 30), range(2, 30, 3), range(29, -1, -1)):
+        stream = ShuffledStream(7, "order-3")
+        seeds.clear()
+        assert [stream[i] for i in asked] == [expected[i] for i in asked]
+        assert len(seeds) == len({i // 7 for i in asked})

@@ -100,6 +100,25 @@ def readable_name(name: str) -> str:
     return re.sub(r"[-_]+", " ", name).strip().lower()
 
 
+class ShuffledStream:
+    """
+    An endless stream of the numbers below `count`, shuffled anew each epoch: `stream[i]` is a function of the seed and i
+    alone, whoever asks and in whatever order. An epoch is shuffled once for as long as it is asked for.
+    """
+
+    def __init__(self, count: int, seed: str | int):
+        self.count, self.seed = count, seed
+        self.epoch, self.order = -1, [0]
+
+    def __getitem__(self, index: int) -> int:
+        epoch, position = divmod(index, self.count)
+        if epoch != self.epoch:
+            order = list(range(self.count))
+            random.Random(f"{self.seed}-{epoch}").shuffle(order)
+            self.epoch, self.order = epoch, order
+        return self.order[position]
+
+
 def jitter(pixels: torch.Tensor, rng: random.Random) -> torch.Tensor:
     """Light, contrast, colour and white balance of another hour and camera; `(3, height, width)` in 0 to 1."""
     pixels = pixels.clamp(1e-4, 1) ** math.exp(rng.uniform(-0.5, 0.5))

@@ -19,7 +19,6 @@ Photos are split over processes. Batch norm sees the batch of its process.
 import hashlib
 import json
 import logging
-import random
 import shutil
 import sys
 import time
@@ -34,7 +33,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from data import VOID, open_segmentation_folder, read_image, read_mask
+from data import VOID, ShuffledStream, open_segmentation_folder, read_image, read_mask
 from huggingface_hub import EvalResult, ModelCardData
 from rich.console import Console
 from rich.table import Table
@@ -301,14 +300,6 @@ def draw(entry: dict[str, torch.Tensor], mask: np.ndarray, pixels: int, seed: li
     }
 
 
-def stream(count: int, seed: int, index: int) -> int:
-    """Photo `index` of an endless stream of `count` photos, each epoch in an order of its own."""
-    epoch, position = divmod(index, count)
-    order = list(range(count))
-    random.Random(f"{seed}-{epoch}").shuffle(order)
-    return order[position]
-
-
 def probe(options: Options) -> dict[str, Any]:
     """Train and measure the heads; every process gets the report."""
     accelerator = Accelerator(mixed_precision=options.mixed_precision)
@@ -346,12 +337,13 @@ def probe(options: Options) -> dict[str, Any]:
     )
     wrapped, optimizer, schedule = accelerator.prepare(heads, optimizer, schedule)
     wrapped.train()
+    order = ShuffledStream(len(pairs), options.seed)
     bar = tqdm(range(options.steps), desc="training", disable=not main, mininterval=2)
     for step in bar:
         first = (step * accelerator.num_processes + accelerator.process_index) * options.batch_size
         batch = []
         for index in range(first, first + options.batch_size):
-            image, mask = pairs[stream(len(pairs), options.seed, index)]
+            image, mask = pairs[order[index]]
             entry = features(image)
             labels = read_labels(mask, classes, tuple(entry["photo_size"].tolist()))
             item = draw(entry, labels, options.pixels, [options.seed, index], device)

@@ -21,7 +21,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from checkpoints import StopAtStep, cut_log, load_checkpoint, save_checkpoint
-from data import VOID, SegmentationFolder, open_segmentation_folder, read_image, read_mask
+from data import VOID, SegmentationFolder, ShuffledStream, open_segmentation_folder, read_image, read_mask
 from huggingface_hub import ModelCardData
 from PIL import ImageOps
 from scipy import ndimage
@@ -175,13 +175,13 @@ class Photos(Dataset):
 
     def __init__(self, pairs, things: set[int], image_processor: SparUniversalImageProcessorPil, options: Options):
         self.pairs, self.things, self.image_processor, self.options = pairs, things, image_processor, options
+        self.order = ShuffledStream(len(pairs), f"order-{options.seed}")
 
     def __getitem__(self, index: int) -> dict:
-        epoch, position = divmod(index, len(self.pairs))
-        order = list(range(len(self.pairs)))
-        random.Random(f"order-{self.options.seed}-{epoch}").shuffle(order)
-        for step in range(len(order)):
-            item = self.load(self.pairs[order[(position + step) % len(order)]], index)
+        position = index % len(self.pairs)
+        for step in range(len(self.pairs)):
+            turn = index - position + (position + step) % len(self.pairs)  # within the epoch
+            item = self.load(self.pairs[self.order[turn]], index)
             if len(item["class_labels"][0]):
                 return item
         raise ValueError(f"No mask of {self.options.data} has a segment; check --things and --min_area.")
