@@ -14,8 +14,10 @@ import pytest
 import torch
 from accelerate import Accelerator
 from conftest import randomise, tiny_config
-from panoptic import Options, find_segments, measure, thing_classes
+from data import open_segmentation_folder
+from panoptic import Options, measure
 from PIL import Image
+from segments import Photos, find_segments, only, thing_classes
 from torch.utils.data import DataLoader
 from transformers import AutoImageProcessor, AutoModelForUniversalSegmentation, pipeline
 
@@ -136,7 +138,7 @@ def test_measure__the_definition_of_coco(data):
     pairs = [(data / "images" / "0.png", data / "masks" / "0.png")]
     options = Options(model="", data="", output="")
     processor = SparUniversalImageProcessorPil(label_ids_to_fuse=[1, 2])
-    row = measure(Drawn(), processor, pairs, {0}, CLASSES, options, Accelerator())
+    row = measure(Drawn(), processor, open_segmentation_folder(data), pairs, {0}, options, Accelerator())
 
     mask = np.array(Image.open(pairs[0][1]))
     drawn = np.zeros(mask.shape, int)
@@ -166,8 +168,8 @@ def test_photos__the_same_whatever_the_workers_and_the_start(data, tmp_path):
     processor = SparUniversalImageProcessorPil()
 
     def photos(start, workers):
-        made = panoptic.Photos(pairs, {0}, processor, options)
-        return list(DataLoader(made, 1, sampler=range(start, 11), collate_fn=panoptic.only, num_workers=workers))
+        made = Photos(open_segmentation_folder(data), pairs, {0}, processor, options)
+        return list(DataLoader(made, 1, sampler=range(start, 11), collate_fn=only, num_workers=workers))
 
     whole = photos(0, workers=0)
     for i, item in enumerate(whole):
@@ -184,7 +186,9 @@ def test_photos__the_same_whatever_the_workers_and_the_start(data, tmp_path):
 def test_script__launched(base, data, tmp_path):
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
     command += ["--mixed_precision", "no", "--dynamo_backend", "no", str(Path(panoptic.__file__))]
+    (tmp_path / "classes.json").write_text('{"person": ["person"], "outside": ["sky", "grass"]}')
     options = arguments(base, data, tmp_path / "run", steps=4, train_backbone="1", holdout_every=2, learning_rate=1e-3)
+    options["classes"] = tmp_path / "classes.json"
     for name, value in options.items():
         command += [f"--{name}", *(value if isinstance(value, list) else [str(value)])]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
@@ -196,7 +200,8 @@ def test_script__launched(base, data, tmp_path):
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed and all(name.startswith("backbone.encoder.layers.1.") for name in changed)
     processor = AutoImageProcessor.from_pretrained(folder)
-    assert list(processor.image_mean) == [0.4, 0.5, 0.6] and processor.label_ids_to_fuse == [1, 2]
+    assert list(processor.image_mean) == [0.4, 0.5, 0.6] and processor.label_ids_to_fuse == [1]
+    assert model.config.id2label == {0: "person", 1: "outside"}
     card = (folder / "README.md").read_text()
     assert "pq" in card and str(tmp_path) not in card
     assert [row["step"] for row in map(json.loads, (tmp_path / "run" / "log.jsonl").read_text().splitlines())] == [2, 4]

@@ -1,12 +1,16 @@
 """Folder layouts of the training scripts, and the order of photos."""
 
+import json
 import random
+from pathlib import Path
 
 import data
 import numpy as np
 import pytest
 from data import ShuffledStream, list_images, open_segmentation_folder, read_mask, readable_name
 from PIL import Image
+
+from spar_hf.prompts import Vocabulary
 
 
 @pytest.fixture
@@ -90,3 +94,44 @@ def test_shuffled_stream__whoever_asks_and_one_shuffle_an_epoch(monkeypatch):
         seeds.clear()
         assert [stream[i] for i in asked] == [expected[i] for i in asked]
         assert len(seeds) == len({i // 7 for i in asked})
+
+
+def test_classes_are_merged_in_the_order_of_the_file(folder):
+    (folder / "classes.txt").write_text("sky\nroad\nkerb\ncar\n")
+    values = np.array([[0, 1, 2, 3, 255, 0]] * 6 + [[3, 3, 3, 1, 1, 2]] * 2, np.uint8).T
+    Image.fromarray(values).save(folder / "masks" / "a_1.png")
+    (folder / "merged.json").write_text('{"ground": ["kerb", "road"], "car": ["car"]}')
+    opened = open_segmentation_folder(folder, classes=folder / "merged.json")
+    assert opened.classes == ("ground", "car")
+    number = {0: 255, 1: 0, 2: 0, 3: 1, 255: 255}
+    labels = opened.read_mask(opened.pairs[0][1], (6, 8))
+    assert labels.dtype == np.uint8 and labels.tolist() == [[number[v] for v in row] for row in values.tolist()]
+    np.testing.assert_array_equal(open_segmentation_folder(folder).read_mask(opened.pairs[0][1], (6, 8)), values)
+    with pytest.raises(ValueError, match=r"its photo \(8, 6\)"):
+        opened.read_mask(opened.pairs[0][1], (8, 6))
+    (folder / "classes.txt").write_text("road\nkerb\ncar\n")
+    with pytest.raises(ValueError, match=r"the values \[3\], but classes.txt has 3 lines"):
+        open_segmentation_folder(folder, classes=folder / "merged.json").read_mask(opened.pairs[0][1], (6, 8))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"a": ["sky", "tree"]}', "tree: no such line among the 2"),
+        ('{"a": ["sky"], "b": ["road", "sky"]}', "sky: named more than once"),
+        ('{"a": "sky"}', "must hold {class:"),
+        ("[]", "must hold {class:"),
+    ],
+)
+def test_classes_that_cannot_be_merged_are_named(folder, text, message):
+    (folder / "merged.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        open_segmentation_folder(folder, classes=folder / "merged.json")
+
+
+def test_supercategories_of_coco_take_each_class_once():
+    file = Path(data.__file__).parent / "configs" / "coco_supercategories.json"
+    merged = json.loads(file.read_text())
+    names = [readable_name(name) for group in merged.values() for name in group]
+    assert len(merged) == 27 and len(names) == 133
+    assert {*Vocabulary.parse("coco-object").labels} - {"background"} <= {*names}

@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from data import VOID, ShuffledStream, open_segmentation_folder, read_mask
+from data import VOID, ShuffledStream, open_segmentation_folder
 from frozen_features import FrozenFeatures, parse_inference
 from huggingface_hub import EvalResult, ModelCardData
 from rich.console import Console
@@ -125,24 +125,6 @@ class Heads(nn.Module):
         weight = torch.stack([layer.weight for layer in self.linear]).double() * scale
         bias = torch.stack([layer.bias for layer in self.linear]).double()
         return weight, bias - weight @ self.norm.running_mean.double()
-
-
-def read_labels(path: Path, classes: int, photo_size: tuple[int, int]) -> np.ndarray:
-    """
-    A mask `(height, width)` uint8.
-
-    Raises:
-        ValueError: a value that is no line of `classes.txt`, or another size than the photo's.
-    """
-    mask = read_mask(path)
-    if mask.shape != photo_size:
-        raise ValueError(
-            f"{path} has {mask.shape} pixels (height, width), its photo {photo_size}. Resize the mask by nearest neighbour."
-        )
-    wrong = [int(value) for value in np.bincount(mask.ravel()).nonzero()[0] if classes <= value != VOID]
-    if wrong:
-        raise ValueError(f"{path} holds the values {wrong}, but classes.txt has {classes} lines; void is {VOID}.")
-    return mask
 
 
 def logits_at(
@@ -249,7 +231,7 @@ def probe(options: Options) -> dict[str, Any]:
         for index in range(first, first + options.batch_size):
             image, mask = pairs[order[index]]
             entry = features(image)
-            labels = read_labels(mask, classes, tuple(entry["photo_size"].tolist()))
+            labels = train.read_mask(mask, tuple(entry["photo_size"].tolist()))
             item = draw(entry, labels, options.pixels, [options.seed, index], device)
             if len(item["labels"]):
                 batch.append(item)
@@ -268,7 +250,7 @@ def probe(options: Options) -> dict[str, Any]:
     share = test.pairs[accelerator.process_index :: accelerator.num_processes]
     for image, mask in tqdm(share, desc="test", disable=not main):
         entry = features(image)
-        labels = read_labels(mask, classes, tuple(entry["photo_size"].tolist()))
+        labels = test.read_mask(mask, tuple(entry["photo_size"].tolist()))
         grid = entry["features"].to(device).float()
         for metric, head_weight, head_bias in zip(metrics, weight, bias, strict=True):
             logits = torch.einsum("dhw,nd->nhw", grid, head_weight) + head_bias[:, None, None]
