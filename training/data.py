@@ -84,8 +84,8 @@ def merge_classes(lines: tuple[str, ...], file: str | Path) -> dict[str, list[st
     if not isinstance(merged, dict) or not merged or not all(isinstance(names, list) for names in merged.values()):
         raise ValueError(f"{file} must hold {{class: [line of classes.txt, ...], ...}}.")
     names = [name for group in merged.values() for name in group]
-    if unknown := sorted({name for name in names if name not in lines}):
-        raise ValueError(f"{file}: {', '.join(unknown)}: no such line among the {len(lines)} of classes.txt.")
+    if unknown := [name for name in names if name not in lines]:
+        raise ValueError(f"{file}: {', '.join(map(str, unknown))}: no such line among the {len(lines)} of classes.txt.")
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"{file}: {', '.join(twice)}: named more than once.")
     return merged
@@ -116,11 +116,14 @@ def open_segmentation_folder(
     if classes_file is None or not (folder / "images").is_dir() or not (folder / "masks").is_dir():
         raise FileNotFoundError(layout)
     lines = tuple(line.strip() for line in classes_file.read_text(encoding="utf-8").splitlines() if line.strip())
-    merged = {line: [line] for line in lines} if classes is None else merge_classes(lines, classes)
+    names, number_of = lines, list(range(len(lines)))
+    if classes is not None:
+        merged = merge_classes(lines, classes)
+        group_of = {line: number for number, group in enumerate(merged.values()) for line in group}
+        names, number_of = tuple(merged), [group_of.get(line, VOID) for line in lines]
     table = np.full(256, -1, np.int16)
-    table[[*range(len(lines)), VOID]] = VOID
-    for number, names in enumerate(merged.values()):
-        table[[lines.index(name) for name in names]] = number
+    table[: min(len(lines), VOID)] = number_of[:VOID]
+    table[VOID] = VOID
     pairs = []
     for image in list_images(folder / "images"):
         if not fnmatch.fnmatch(image.stem, include) or any(fnmatch.fnmatch(image.stem, p) for p in exclude or ()):
@@ -131,7 +134,7 @@ def open_segmentation_folder(
         pairs.append((image, mask))
     if not pairs:
         raise FileNotFoundError(f"No image of {folder} passes include={include!r}, exclude={exclude!r}.")
-    return SegmentationFolder(folder, tuple(merged), tuple(pairs), table)
+    return SegmentationFolder(folder, names, tuple(pairs), table)
 
 
 def read_image(path: Path) -> Image.Image:
