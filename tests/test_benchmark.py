@@ -1,5 +1,7 @@
 """The benchmark runs on every family it knows and compares like with like."""
 
+import os
+
 import benchmark_distill
 import pytest
 import torch
@@ -47,3 +49,25 @@ def test_memory_is_that_of_a_process_of_its_own(tmp_path, vision_model):
     tokens, hidden, mlp, blocks = 32 * 64, 32, 48, 2
     kept = 4 * tokens * blocks * (6 * hidden + 2 * mlp) / 2**20
     assert kept < benchmark_distill.memory_in_new_process(options, 2) < 1000
+
+
+@pytest.mark.skipif(benchmark_distill.places("cpu") < 2, reason="two processes need two cores")
+def test_two_processes_are_measured_against_one__steps_apart_from_the_start(tmp_path, vision_model):
+    vision_model.save_pretrained(tmp_path)
+    options = Options(model=str(tmp_path), height=96, width=128, stride=16, repeats=1, device="cpu")
+    steps, start = benchmark_distill.process_rows(options)
+    two, one = steps["images_per_second"], steps["bare_images_per_second"]
+    assert "4 photos a step" in steps["name"] and steps["ratio"] == pytest.approx(two / one)
+    # steps of this model take milliseconds, and importing torch alone takes longer than all of them
+    assert all(seconds > 48 / rate for seconds, rate in ((start["seconds"], two), (start["bare_seconds"], one)))
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system cannot give a process fewer cores")
+def test_two_processes_on_one_core_are_left_out(vision_model, caplog):
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(cores)})
+    try:
+        assert benchmark_distill.process_rows(Options(device="cpu")) == []
+    finally:
+        os.sched_setaffinity(0, cores)
+    assert "two cores" in caplog.text

@@ -11,7 +11,8 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from conftest import randomise
-from linear_probe import Heads, Options, logits_at, main, parse_inference
+from frozen_features import parse_inference
+from linear_probe import Heads, logits_at, main
 from PIL import Image
 from test_backbones import CONFIGS
 from torch.nn import functional as F
@@ -180,4 +181,3 @@ def test_masks_beyond_the_classes_are_refused(backbone, dataset, tmp_path):
 
 def test_inference_is_read_as_documented():
     assert (parse_inference("single"), parse_inference("sliding:24")) == (None, 24)
-    assert Options(model="m", train_dataset="a", test_dataset="b", output="o", inference="sliding:8").stride == 8

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -13,8 +14,11 @@ import pytest
 import torch
 from accelerate import Accelerator
 from conftest import randomise, tiny_config
-from panoptic import Options, find_segments, measure, thing_classes
+from data import open_segmentation_folder
+from panoptic import Options, measure
 from PIL import Image
+from segments import Photos, find_segments, only, thing_classes
+from torch.utils.data import DataLoader
 from transformers import AutoImageProcessor, AutoModelForUniversalSegmentation, pipeline
 
 from spar_hf import (
@@ -134,7 +138,7 @@ def test_measure__the_definition_of_coco(data):
     pairs = [(data / "images" / "0.png", data / "masks" / "0.png")]
     options = Options(model="", data="", output="")
     processor = SparUniversalImageProcessorPil(label_ids_to_fuse=[1, 2])
-    row = measure(Drawn(), processor, pairs, {0}, CLASSES, options, Accelerator())
+    row = measure(Drawn(), processor, open_segmentation_folder(data), pairs, {0}, options, Accelerator())
 
     mask = np.array(Image.open(pairs[0][1]))
     drawn = np.zeros(mask.shape, int)
@@ -153,10 +157,38 @@ def test_measure__the_definition_of_coco(data):
     assert (row["classes"], row["photos"]) == (3, 1)
 
 
+def test_photos__the_same_whatever_the_workers_and_the_start(data, tmp_path):
+    """Which photo an item is, is told by a shuffle of its own; one without a segment is passed over."""
+    pairs = [(path, data / "masks" / path.name) for path in sorted((data / "images").iterdir())]
+    pairs[2] = pairs[2][0], tmp_path / "void.png"
+    Image.new("L", Image.open(pairs[2][0]).size, 255).save(tmp_path / "void.png")
+    options = Options(
+        model="", data="", output="", seed=5, shortest_edge=64, flip_probability=0, max_scale=1, min_scale=1
+    )
+    processor = SparUniversalImageProcessorPil()
+
+    def photos(start, workers):
+        made = Photos(open_segmentation_folder(data), pairs, {0}, processor, options)
+        return list(DataLoader(made, 1, sampler=range(start, 11), collate_fn=only, num_workers=workers))
+
+    whole = photos(0, workers=0)
+    for i, item in enumerate(whole):
+        order = list(range(4))
+        random.Random(f"order-5-{i // 4}").shuffle(order)
+        chosen = next(photo for photo in (order * 2)[i % 4 :] if photo != 2)
+        expected = processor(Image.open(pairs[chosen][0]), size={"shortest_edge": 64}, return_tensors="pt")
+        assert torch.equal(item["pixel_values"], expected["pixel_values"]), i
+    for start, workers in ((0, 2), (6, 0), (6, 1)):
+        for item, expected in zip(photos(start, workers), whole[start:], strict=True):
+            assert torch.equal(item["pixel_values"], expected["pixel_values"])
+
+
 def test_script__launched(base, data, tmp_path):
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
     command += ["--mixed_precision", "no", "--dynamo_backend", "no", str(Path(panoptic.__file__))]
+    (tmp_path / "classes.json").write_text('{"person": ["person"], "outside": ["sky", "grass"]}')
     options = arguments(base, data, tmp_path / "run", steps=4, train_backbone="1", holdout_every=2, learning_rate=1e-3)
+    options["classes"] = tmp_path / "classes.json"
     for name, value in options.items():
         command += [f"--{name}", *(value if isinstance(value, list) else [str(value)])]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
@@ -168,7 +200,8 @@ def test_script__launched(base, data, tmp_path):
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed and all(name.startswith("backbone.encoder.layers.1.") for name in changed)
     processor = AutoImageProcessor.from_pretrained(folder)
-    assert list(processor.image_mean) == [0.4, 0.5, 0.6] and processor.label_ids_to_fuse == [1, 2]
+    assert list(processor.image_mean) == [0.4, 0.5, 0.6] and processor.label_ids_to_fuse == [1]
+    assert model.config.id2label == {0: "person", 1: "outside"}
     card = (folder / "README.md").read_text()
     assert "pq" in card and str(tmp_path) not in card
     assert [row["step"] for row in map(json.loads, (tmp_path / "run" / "log.jsonl").read_text().splitlines())] == [2, 4]

@@ -1,12 +1,23 @@
-"""Distillation as ratios: a training step over its bare parts, sampled over full, memory, and two processes over one."""
+"""
+Distillation as ratios: a training step over its bare parts, a step with few sampled windows over one with all, the memory
+of training the last two blocks over that of everything, and `distill.py` on two processes over one.
+
+The last launches the script itself, two processes and one in turn, with the same number of photos a step: on the CPU (gloo)
+with a thread a process, on GPUs (NCCL) with a GPU a process. Photos per second are those of the later half of the steps;
+the start (imports, models, process group) and the end (the folder written) have a row of their own. Where there is but one
+core or GPU the two rows are left out. Give the machine no other work meanwhile: what takes one of two cores makes two
+processes look slow and not one.
+"""
 
 import json
+import logging
 import os
 import resource
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,11 +31,17 @@ from distill_losses import distillation_loss
 from PIL import Image
 from student import choose_parameters
 from torch import nn
+from tqdm.auto import tqdm
 from transformers import get_scheduler
 
 from spar_hf import SlidingWindowTeacher, SparImageProcessorPil
 
+logger = logging.getLogger("benchmark")
+
 HERE = Path(__file__).parent
+PHOTOS_PER_STEP = 4  # of all processes together, where launched runs are compared
+HALF_STEPS = 6  # steps before their clock runs, and as many under it
+MOST_LAUNCHES = 5  # pairs of launched runs at most, a matter of minutes
 
 
 def training_step(options, pixel_values: torch.Tensor, teacher: SlidingWindowTeacher, windows: int | None) -> Callable:
@@ -111,30 +128,42 @@ def memory_in_new_process(options, blocks: int | None) -> float:
     return float(done.stdout.splitlines()[-1])
 
 
-def photos_per_second(base: Path, photos: Path, output: Path, processes: int, options) -> float:
-    """What the log of a short distillation on the CPU says, started as users start it."""
+def short_distillation(base: Path, photos: Path, output: Path, processes: int, options) -> tuple[float, float]:
+    """
+    A short distillation, started as users start it: (photos per second of the later half of its steps, seconds of all that
+    is no step). Both come from its log, whose rate is that of all steps so far.
+    """
+    cpu = options.device == "cpu"
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1", "--mixed_precision", "no"]
     command += ["--dynamo_backend", "no", "--num_processes", str(processes)]
     command += ["--multi_gpu", "--main_process_port", "0"] if processes > 1 else []
-    command += [str(HERE / "distill.py"), "--model", str(base), "--images", str(photos), "--output", str(output)]
-    command += [
-        "--steps",
-        "6",
-        "--log_steps",
-        "6",
-        "--holdout_images",
-        "0",
-        "--workers",
-        "0",
-        "--teacher_windows",
-        "10",
-    ]
-    command += ["--stride", str(options.stride), "--crop_probability", "0", "--min_scale", "1"]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    settings = {
+        "model": base,
+        "images": photos,
+        "output": output,
+        "steps": 2 * HALF_STEPS,
+        "log_steps": HALF_STEPS,
+        "gradient_accumulation_steps": PHOTOS_PER_STEP // processes,
+        "holdout_images": 0,
+        "workers": 0,  # each worker would want a core of its own
+        "teacher_windows": 10,
+        "stride": options.stride,
+        "crop_probability": 0,
+        "min_scale": 1,
+        "report_to": "none",
+    }
+    command.append(str(HERE / "distill.py"))
+    for name, value in settings.items():
+        command += [f"--{name}", str(value)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"} | ({"ACCELERATE_USE_CPU": "true"} if cpu else {})
+    start = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    whole = time.perf_counter() - start
     if done.returncode:
         raise RuntimeError(f"distill.py failed:\n{done.stderr[-3000:]}")
-    return json.loads((output / "log.jsonl").read_text().splitlines()[-1])["photos_per_second"]
+    lines = map(json.loads, (output / "log.jsonl").read_text().splitlines())
+    half, end = (line["step"] * PHOTOS_PER_STEP / line["photos_per_second"] for line in lines)  # seconds of steps
+    return HALF_STEPS * PHOTOS_PER_STEP / (end - half), whole - end
 
 
 def ratio_row(name: str, unit: str, pairs: list[tuple[float, float]], goal: str) -> dict[str, Any]:
@@ -179,9 +208,21 @@ def memory_row(options) -> dict:
     return ratio_row(name, "megabytes", [pair], "< 1")
 
 
-def processes_row(options) -> dict:
-    """Photos per second of `distill.py` on two CPU processes against one."""
-    model, pairs, noise = load(options), [], np.random.default_rng(0)
+def places(device: str) -> int:
+    """How many processes can each have a core, or a GPU, to itself."""
+    if device != "cpu":
+        return torch.cuda.device_count()
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def process_rows(options) -> list[dict]:
+    """`distill.py` on two processes against one of as many photos a step: its steps, and its start by itself."""
+    kind = "core" if options.device == "cpu" else "GPU"
+    if places(options.device) < 2:
+        logger.warning("Two processes against one are left out: they need two %ss, and this machine has fewer.", kind)
+        return []
+    model, noise = load(options), np.random.default_rng(0)
+    rates, starts = [], []
     with tempfile.TemporaryDirectory() as folder:
         base, photos = Path(folder, "base"), Path(folder, "photos")
         photos.mkdir()
@@ -190,15 +231,21 @@ def processes_row(options) -> dict:
         for i in range(4):
             pixels = noise.integers(0, 256, (options.height, options.width, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(photos / f"{i}.jpg")
-        for number in range(min(2, options.repeats)):
-            two = photos_per_second(base, photos, Path(folder, f"two-{number}"), 2, options)
-            pairs.append((two, photos_per_second(base, photos, Path(folder, f"one-{number}"), 1, options)))
-    return ratio_row("photos/s of two CPU processes over one", "images_per_second", pairs, "→ 2")
+        for number in tqdm(range(min(MOST_LAUNCHES, options.repeats)), desc="two processes over one", leave=False):
+            two = short_distillation(base, photos, Path(folder, f"two-{number}"), 2, options)
+            one = short_distillation(base, photos, Path(folder, f"one-{number}"), 1, options)
+            rates.append((two[0], one[0]))
+            starts.append((two[1], one[1]))
+    name = f"two processes over one, a {kind} each, {PHOTOS_PER_STEP} photos a step"
+    return [
+        ratio_row(f"photos/s of {name}, steps alone", "images_per_second", rates, "→ 2"),
+        ratio_row(f"start and end of {name}: imports, models, the folder written", "seconds", starts, ""),
+    ]
 
 
 def rows(options) -> list[dict]:
     """The ratios of distillation; options as of `benchmark.py`."""
-    return [*step_rows(options), memory_row(options), processes_row(options)]
+    return [*step_rows(options), memory_row(options), *process_rows(options)]
 
 
 if __name__ == "__main__":

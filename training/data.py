@@ -1,6 +1,7 @@
 """Photos on disk: the folder layouts that the training scripts read, checked before any work starts."""
 
 import fnmatch
+import json
 import math
 import random
 import re
@@ -26,13 +27,34 @@ class SegmentationFolder:
 
     Attributes:
         path: the folder.
-        classes: the lines of `classes.txt`.
+        classes: the classes told apart: the lines of `classes.txt`, or what is made of them.
         pairs: (image, mask) paths, sorted by name.
+        table: the class of every mask value, `(256,)` int16: 255 for void, -1 for values that must not occur.
     """
 
     path: Path
     classes: tuple[str, ...]
     pairs: tuple[tuple[Path, Path], ...]
+    table: np.ndarray
+
+    def read_mask(self, path: Path, photo_size: tuple[int, int]) -> np.ndarray:
+        """
+        A mask of the folder in its classes, `(height, width)` uint8.
+
+        Raises:
+            ValueError: a value that is no line of `classes.txt`, or another size than the photo's.
+        """
+        mask = read_mask(path)
+        if mask.shape != photo_size:
+            raise ValueError(
+                f"{path} has {mask.shape} pixels (height, width), its photo {photo_size}. Resize the mask by nearest "
+                "neighbour."
+            )
+        labels = self.table[mask]
+        if labels.min() < 0:
+            wrong, lines = np.unique(mask[labels < 0]).tolist(), int((self.table[:VOID] >= 0).sum())
+            raise ValueError(f"{path} holds the values {wrong}, but classes.txt has {lines} lines; void is {VOID}.")
+        return labels.astype(np.uint8)
 
 
 def list_images(folder: str | Path) -> list[Path]:
@@ -51,23 +73,57 @@ def list_images(folder: str | Path) -> list[Path]:
     return images
 
 
+def merge_classes(lines: tuple[str, ...], file: str | Path) -> dict[str, list[str]]:
+    """
+    A JSON file {class: [line of `classes.txt`, ...]} of the classes to tell apart.
+
+    Raises:
+        ValueError: something else, a name that is no line, or one that stands in two classes.
+    """
+    merged = json.loads(Path(file).read_text(encoding="utf-8"))
+    if not isinstance(merged, dict) or not merged or not all(isinstance(names, list) for names in merged.values()):
+        raise ValueError(f"{file} must hold {{class: [line of classes.txt, ...], ...}}.")
+    names = [name for group in merged.values() for name in group]
+    if unknown := [name for name in names if name not in lines]:
+        raise ValueError(f"{file}: {', '.join(map(str, unknown))}: no such line among the {len(lines)} of classes.txt.")
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"{file}: {', '.join(twice)}: named more than once.")
+    return merged
+
+
 def open_segmentation_folder(
-    folder: str | Path, include: str = "*", exclude: list[str] | None = None
+    folder: str | Path, include: str = "*", exclude: list[str] | None = None, classes: str | Path | None = None
 ) -> SegmentationFolder:
     """
-    Open a folder of photos with masks; `include` and `exclude` are shell patterns on the file stem.
+    Open a folder of photos with masks.
 
     `classes.txt` may stand in the folder or in its parent (splits of one set share it).
 
+    Args:
+        folder: the folder.
+        include: shell pattern of the file stems taken.
+        exclude: shell patterns of those left out.
+        classes: JSON file {class: [line of `classes.txt`, ...]}: these classes in place of the lines; a line that none of
+            them names is void.
+
     Raises:
         FileNotFoundError: a part of the layout is missing, or an image has no mask.
+        ValueError: `classes` names something that is no line, or a line twice.
     """
     folder = Path(folder)
     layout = f"{folder} must hold `images/`, `masks/` (PNG of the same stem) and `classes.txt` (also in its parent)."
     classes_file = next((d / "classes.txt" for d in (folder, folder.parent) if (d / "classes.txt").is_file()), None)
     if classes_file is None or not (folder / "images").is_dir() or not (folder / "masks").is_dir():
         raise FileNotFoundError(layout)
-    classes = tuple(line.strip() for line in classes_file.read_text(encoding="utf-8").splitlines() if line.strip())
+    lines = tuple(line.strip() for line in classes_file.read_text(encoding="utf-8").splitlines() if line.strip())
+    names, number_of = lines, list(range(len(lines)))
+    if classes is not None:
+        merged = merge_classes(lines, classes)
+        group_of = {line: number for number, group in enumerate(merged.values()) for line in group}
+        names, number_of = tuple(merged), [group_of.get(line, VOID) for line in lines]
+    table = np.full(256, -1, np.int16)
+    table[: min(len(lines), VOID)] = number_of[:VOID]
+    table[VOID] = VOID
     pairs = []
     for image in list_images(folder / "images"):
         if not fnmatch.fnmatch(image.stem, include) or any(fnmatch.fnmatch(image.stem, p) for p in exclude or ()):
@@ -78,7 +134,7 @@ def open_segmentation_folder(
         pairs.append((image, mask))
     if not pairs:
         raise FileNotFoundError(f"No image of {folder} passes include={include!r}, exclude={exclude!r}.")
-    return SegmentationFolder(folder, classes, tuple(pairs))
+    return SegmentationFolder(folder, names, tuple(pairs), table)
 
 
 def read_image(path: Path) -> Image.Image:
@@ -98,6 +154,25 @@ def readable_name(name: str) -> str:
     """A data set's class name as a person would write it: `floor-other-merged` -> `floor`."""
     name = re.sub(r"-(merged|other|stuff)\b", "", name)
     return re.sub(r"[-_]+", " ", name).strip().lower()
+
+
+class ShuffledStream:
+    """
+    An endless stream of the numbers below `count`, shuffled anew each epoch: `stream[i]` is a function of the seed and i
+    alone, whoever asks and in whatever order. An epoch is shuffled once for as long as it is asked for.
+    """
+
+    def __init__(self, count: int, seed: str | int):
+        self.count, self.seed = count, seed
+        self.epoch, self.order = -1, [0]
+
+    def __getitem__(self, index: int) -> int:
+        epoch, position = divmod(index, self.count)
+        if epoch != self.epoch:
+            order = list(range(self.count))
+            random.Random(f"{self.seed}-{epoch}").shuffle(order)
+            self.epoch, self.order = epoch, order
+        return self.order[position]
 
 
 def jitter(pixels: torch.Tensor, rng: random.Random) -> torch.Tensor:

@@ -16,13 +16,10 @@ has them all.
 Photos are split over processes. Batch norm sees the batch of its process.
 """
 
-import hashlib
 import json
 import logging
-import random
 import shutil
 import sys
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,22 +31,19 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from data import VOID, open_segmentation_folder, read_image, read_mask
+from data import VOID, ShuffledStream, open_segmentation_folder
+from frozen_features import FrozenFeatures, parse_inference
 from huggingface_hub import EvalResult, ModelCardData
 from rich.console import Console
 from rich.table import Table
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from student import replace_folder
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser, get_scheduler
 
-from spar_hf import SlidingWindowTeacher, SparForSemanticSegmentation, SparImageProcessorPil, SparVisionModel
+from spar_hf import SparForSemanticSegmentation
 from spar_hf.metrics import MeanIoU
 from spar_hf.segmentation import decide, patch_coordinates
-
-logger = logging.getLogger("linear_probe")
 
 
 @dataclass
@@ -105,106 +99,7 @@ class Options:
                 raise ValueError(f"--{name} {getattr(self, name)} must be at least 1.")
         if not self.learning_rates or min(self.learning_rates) <= 0:
             raise ValueError(f"--learning_rates {self.learning_rates} must be positive numbers, one or more.")
-        self.stride = parse_inference(self.inference)
-
-
-def parse_inference(text: str) -> int | None:
-    """
-    `single` -> `None`, `sliding:STRIDE` -> the stride.
-
-    Raises:
-        ValueError: another form.
-    """
-    kind, _, stride = text.partition(":")
-    if text == "single":
-        return None
-    if kind == "sliding" and stride.isdecimal() and int(stride) > 0:
-        return int(stride)
-    raise ValueError(f"Cannot read --inference {text}: write single or sliding:STRIDE, e.g. sliding:24.")
-
-
-class FrozenFeatures:
-    """
-    Features of photos by path, from the disk where they are there: a dict of `features` `(dim, h, w)` bfloat16,
-    `working_size` (the image that the model saw) and `photo_size`, both (height, width) as tensors.
-    """
-
-    def __init__(self, options: Options, accelerator: Accelerator):
-        self.accelerator = accelerator
-        self.model = SparVisionModel.from_backbone(options.model).eval().requires_grad_(False).to(accelerator.device)
-        self.image_processor = SparImageProcessorPil.from_backbone(options.model)
-        edges = {"shortest_edge": options.shortest_edge, "longest_edge": options.longest_edge}
-        edges = {key: length for key, length in edges.items() if length is not None}
-        if edges:
-            self.image_processor = SparImageProcessorPil.from_dict({**self.image_processor.to_dict(), "size": edges})
-        self.encoder: Any = self.model
-        if options.stride is not None:
-            self.encoder = SlidingWindowTeacher(
-                self.model, stride=options.stride, window_batch_size=options.window_batch_size
-            )
-        self.folder: Path | None = None
-        if options.cache is not None:
-            self.folder = Path(options.cache) / self.fingerprint(options.inference)
-            self.folder.mkdir(parents=True, exist_ok=True)
-        self.names: dict[Path, str] = {}
-        self.made, self.seconds = 0, 0.0
-
-    def fingerprint(self, inference: str) -> str:
-        """A name for all that features depend on but the photo."""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.model.state_dict().items()):
-            digest.update(name.encode() + tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-        config = self.model.config
-        parts = [config.backbone_config.to_json_string(), config.readout, config.position_resampling, inference]
-        parts += [self.image_processor.to_json_string(), self.accelerator.mixed_precision]
-        digest.update("\n".join(parts).encode())
-        return digest.hexdigest()[:20]
-
-    def file(self, path: Path) -> Path:
-        assert self.folder is not None
-        if path not in self.names:
-            self.names[path] = hashlib.sha256(path.read_bytes()).hexdigest()[:32]
-        return self.folder / f"{self.names[path]}.safetensors"
-
-    def fill(self, paths: list[Path]) -> None:
-        """Make what the disk does not hold yet; every process its share."""
-        if self.folder is None:
-            return
-        share = paths[self.accelerator.process_index :: self.accelerator.num_processes]
-        for path in tqdm(share, desc="features", disable=not self.accelerator.is_main_process):
-            self(path)
-        self.accelerator.wait_for_everyone()
-
-    def __call__(self, path: Path) -> dict[str, torch.Tensor]:
-        if self.folder is None:
-            return self.make(path)
-        file = self.file(path)
-        if file.is_file():
-            try:
-                return load_file(file)
-            except SafetensorError:
-                logger.warning("%s is damaged and made again", file)
-        made = self.make(path)
-        temporary = file.with_suffix(f".{self.accelerator.process_index}.partial")
-        save_file(made, temporary)
-        temporary.replace(file)
-        return made
-
-    @torch.no_grad()
-    def make(self, path: Path) -> dict[str, torch.Tensor]:
-        start = time.perf_counter()
-        inputs = self.image_processor(read_image(path), return_tensors="pt")
-        pixel_values = inputs["pixel_values"].to(self.accelerator.device)
-        with self.accelerator.autocast():
-            features = self.encoder(pixel_values).feature_map[0]
-        # rounded as on the disk, so that both ways give the same probe
-        made = {
-            "features": features.bfloat16().cpu().contiguous(),
-            "working_size": torch.tensor(pixel_values.shape[-2:]),
-            "photo_size": torch.tensor(inputs["original_sizes"][0]),
-        }
-        self.made, self.seconds = self.made + 1, self.seconds + time.perf_counter() - start
-        return made
+        parse_inference(self.inference)
 
 
 class Heads(nn.Module):
@@ -230,24 +125,6 @@ class Heads(nn.Module):
         weight = torch.stack([layer.weight for layer in self.linear]).double() * scale
         bias = torch.stack([layer.bias for layer in self.linear]).double()
         return weight, bias - weight @ self.norm.running_mean.double()
-
-
-def read_labels(path: Path, classes: int, photo_size: tuple[int, int]) -> np.ndarray:
-    """
-    A mask `(height, width)` uint8.
-
-    Raises:
-        ValueError: a value that is no line of `classes.txt`, or another size than the photo's.
-    """
-    mask = read_mask(path)
-    if mask.shape != photo_size:
-        raise ValueError(
-            f"{path} has {mask.shape} pixels (height, width), its photo {photo_size}. Resize the mask by nearest neighbour."
-        )
-    wrong = [int(value) for value in np.bincount(mask.ravel()).nonzero()[0] if classes <= value != VOID]
-    if wrong:
-        raise ValueError(f"{path} holds the values {wrong}, but classes.txt has {classes} lines; void is {VOID}.")
-    return mask
 
 
 def logits_at(
@@ -301,14 +178,6 @@ def draw(entry: dict[str, torch.Tensor], mask: np.ndarray, pixels: int, seed: li
     }
 
 
-def stream(count: int, seed: int, index: int) -> int:
-    """Photo `index` of an endless stream of `count` photos, each epoch in an order of its own."""
-    epoch, position = divmod(index, count)
-    order = list(range(count))
-    random.Random(f"{seed}-{epoch}").shuffle(order)
-    return order[position]
-
-
 def probe(options: Options) -> dict[str, Any]:
     """Train and measure the heads; every process gets the report."""
     accelerator = Accelerator(mixed_precision=options.mixed_precision)
@@ -327,7 +196,15 @@ def probe(options: Options) -> dict[str, Any]:
             f"{len(both)} photos are to be trained and tested on, {min(both).name} among them. Tell them apart by "
             "--train_exclude and --test_include."
         )
-    features = FrozenFeatures(options, accelerator)
+    edges = {"shortest_edge": options.shortest_edge, "longest_edge": options.longest_edge}
+    features = FrozenFeatures(
+        options.model,
+        accelerator,
+        inference=options.inference,
+        size={name: length for name, length in edges.items() if length is not None},
+        window_batch_size=options.window_batch_size,
+        cache=options.cache,
+    )
     features.fill([image for image, _ in (*pairs, *test.pairs)])
 
     patch_size, classes = features.model.config.patch_size, len(train.classes)
@@ -346,14 +223,15 @@ def probe(options: Options) -> dict[str, Any]:
     )
     wrapped, optimizer, schedule = accelerator.prepare(heads, optimizer, schedule)
     wrapped.train()
+    order = ShuffledStream(len(pairs), options.seed)
     bar = tqdm(range(options.steps), desc="training", disable=not main, mininterval=2)
     for step in bar:
         first = (step * accelerator.num_processes + accelerator.process_index) * options.batch_size
         batch = []
         for index in range(first, first + options.batch_size):
-            image, mask = pairs[stream(len(pairs), options.seed, index)]
+            image, mask = pairs[order[index]]
             entry = features(image)
-            labels = read_labels(mask, classes, tuple(entry["photo_size"].tolist()))
+            labels = train.read_mask(mask, tuple(entry["photo_size"].tolist()))
             item = draw(entry, labels, options.pixels, [options.seed, index], device)
             if len(item["labels"]):
                 batch.append(item)
@@ -372,7 +250,7 @@ def probe(options: Options) -> dict[str, Any]:
     share = test.pairs[accelerator.process_index :: accelerator.num_processes]
     for image, mask in tqdm(share, desc="test", disable=not main):
         entry = features(image)
-        labels = read_labels(mask, classes, tuple(entry["photo_size"].tolist()))
+        labels = test.read_mask(mask, tuple(entry["photo_size"].tolist()))
         grid = entry["features"].to(device).float()
         for metric, head_weight, head_bias in zip(metrics, weight, bias, strict=True):
             logits = torch.einsum("dhw,nd->nhw", grid, head_weight) + head_bias[:, None, None]

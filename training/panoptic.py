@@ -2,8 +2,8 @@
 Train a panoptic head on the features of a SPAR model, of its base, or of any backbone that SPAR reads.
 
 Photos and masks lie in a folder (`images/`, `masks/`, `classes.txt`). Its masks tell classes, not objects, so each connected
-region of a countable class (`--things`) counts as one segment, and each other class of a photo as one. The backbone stays
-frozen unless `--train_backbone` says otherwise.
+region of a countable class (`--things`) counts as one segment, and each other class of a photo as one. With few photos, tell
+fewer classes apart (`--classes`). The backbone stays frozen unless `--train_backbone` says otherwise.
 
     accelerate launch training/panoptic.py --model DIR --data DATA --things 80 --output DIR
 """
@@ -16,17 +16,15 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from checkpoints import StopAtStep, cut_log, load_checkpoint, save_checkpoint
-from data import VOID, SegmentationFolder, open_segmentation_folder, read_image, read_mask
+from data import SegmentationFolder, open_segmentation_folder, read_image
 from huggingface_hub import ModelCardData
-from PIL import ImageOps
-from scipy import ndimage
+from segments import Photos, find_segments, only, thing_classes
 from student import choose_parameters, replace_folder, short_name
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from torchmetrics.detection import PanopticQuality
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser, get_scheduler
@@ -45,9 +43,18 @@ class Options:
     model: str = field(metadata={"help": "Hub id or folder of a SPAR model or a backbone of transformers."})
     data: str = field(metadata={"help": "Folder with images/, masks/ (8-bit PNG of class numbers) and classes.txt."})
     output: str = field(metadata={"help": "Folder to write to."})
+    classes: str | None = field(
+        default=None,
+        metadata={
+            "help": "JSON file {class: [line of classes.txt, ...]}: the classes told apart; what none names is void. "
+            "E.g. training/configs/coco_supercategories.json. Default: each line of classes.txt is one."
+        },
+    )
     things: list[str] = field(
         default_factory=list,
-        metadata={"help": "Countable classes: names, or one number N for the first N lines of classes.txt (COCO: 80)."},
+        metadata={
+            "help": "Countable classes: names, or one number N for the first N (COCO: 80, its supercategories: 12)."
+        },
     )
     min_area: float = field(
         default=0.001,
@@ -114,107 +121,11 @@ class Options:
                 raise ValueError(f"--{name} {getattr(self, name)} must lie in 0 to 1.")
 
 
-def thing_classes(things: list[str], classes: tuple[str, ...]) -> set[int]:
-    """
-    Numbers of the countable classes.
-
-    Raises:
-        ValueError: a name that is no class, or a number beyond them.
-    """
-    if len(things) == 1 and things[0].isdigit() and int(things[0]) <= len(classes):
-        return set(range(int(things[0])))
-    unknown = [name for name in things if name not in classes]
-    if unknown:
-        raise ValueError(f"--things {' '.join(unknown)}: no such class among the {len(classes)} of classes.txt.")
-    return {classes.index(name) for name in things}
-
-
-def find_segments(
-    mask: np.ndarray, things: set[int], min_area: float, most: int | None = None
-) -> tuple[np.ndarray, dict[int, int]]:
-    """
-    The segments of a mask of classes: each region of a countable class (its pixels connected over sides or corners), each
-    other class as a whole.
-
-    Args:
-        mask (`np.ndarray` of shape `(height, width)`): classes, 255 is void.
-        things: the countable classes.
-        min_area: regions of countable classes below this share of the photo are void.
-        most: only the largest so many are kept; the rest is void.
-
-    Returns:
-        `(height, width)` int32 of segment numbers, from 0, -1 is void; the class of every number.
-    """
-    segments = np.full(mask.shape, -1, np.int32)
-    classes: dict[int, int] = {}
-    for class_id in np.unique(mask[mask != VOID]).tolist():
-        regions = mask == class_id
-        if class_id in things:
-            regions, _ = ndimage.label(regions, np.ones((3, 3)))
-        areas = np.bincount(regions.ravel().astype(np.int64))
-        for region in range(1, len(areas)):
-            if class_id in things and areas[region] < min_area * mask.size:
-                continue
-            segments[regions == region] = len(classes)
-            classes[len(classes)] = class_id
-    if most is not None and len(classes) > most:
-        areas = np.bincount(segments[segments >= 0], minlength=len(classes))
-        kept = sorted(np.argsort(-areas, kind="stable")[:most].tolist())
-        renumber = np.full(len(classes) + 1, -1, np.int32)  # the last is void's
-        renumber[kept] = np.arange(most)
-        segments, classes = renumber[segments], {i: classes[old] for i, old in enumerate(kept)}
-    return segments, classes
-
-
-class Photos(Dataset):
-    """
-    Item i is the i-th photo of an endless shuffled stream, resized and flipped as (seed, i) says, whatever the worker:
-    `pixel_values`, `mask_labels` and `class_labels` as [`SparForUniversalSegmentation`] takes them. Photos without a
-    segment are passed over.
-    """
-
-    def __init__(self, pairs, things: set[int], image_processor: SparUniversalImageProcessorPil, options: Options):
-        self.pairs, self.things, self.image_processor, self.options = pairs, things, image_processor, options
-
-    def __getitem__(self, index: int) -> dict:
-        epoch, position = divmod(index, len(self.pairs))
-        order = list(range(len(self.pairs)))
-        random.Random(f"order-{self.options.seed}-{epoch}").shuffle(order)
-        for step in range(len(order)):
-            item = self.load(self.pairs[order[(position + step) % len(order)]], index)
-            if len(item["class_labels"][0]):
-                return item
-        raise ValueError(f"No mask of {self.options.data} has a segment; check --things and --min_area.")
-
-    def load(self, pair: tuple[Path, Path], index: int) -> dict:
-        rng = random.Random(f"photo-{self.options.seed}-{index}")
-        photo, mask = read_image(pair[0]), read_mask(pair[1])
-        if rng.random() < self.options.flip_probability:
-            photo, mask = ImageOps.mirror(photo), mask[:, ::-1]
-        segments, classes = find_segments(mask, self.things, self.options.min_area, self.options.num_queries)
-        scale = rng.uniform(self.options.min_scale, self.options.max_scale)
-        return dict(
-            self.image_processor(
-                photo,
-                segments,
-                instance_id_to_semantic_id=classes,
-                ignore_index=-1,
-                size={"shortest_edge": max(16, round(self.options.shortest_edge * scale))},
-                return_tensors="pt",
-            )
-        )
-
-
-def only(batch: list[dict]) -> dict:
-    """The photo of a batch of one: photos differ in size and number of segments."""
-    return batch[0]
-
-
 def split_pairs(folder: SegmentationFolder, options: Options) -> tuple[list, list]:
     """Pairs to train on, and pairs to measure on: the held-out ones, or those trained on where none are held out."""
     every = options.holdout_every
     held_out = [pair for i, pair in enumerate(folder.pairs) if every and i % every == every - 1]
-    train = [pair for pair in folder.pairs if pair not in held_out][: options.photos]
+    train = [pair for i, pair in enumerate(folder.pairs) if not every or i % every != every - 1][: options.photos]
     return train, held_out or train
 
 
@@ -222,9 +133,9 @@ def split_pairs(folder: SegmentationFolder, options: Options) -> tuple[list, lis
 def measure(
     model: SparForUniversalSegmentation,
     image_processor: SparUniversalImageProcessorPil,
+    folder: SegmentationFolder,
     pairs: list,
     things: set[int],
-    classes: tuple[str, ...],
     options: Options,
     accelerator: Accelerator,
 ) -> dict[str, float]:
@@ -234,17 +145,18 @@ def measure(
     """
     # torchmetrics does not count a missed segment of which most is void in the prediction. COCO's definition counts it, so
     # what no segment covers is given to one more class, whose own quality is left out.
-    nothing = len(classes)
+    nothing = len(folder.classes)
     metric = PanopticQuality(
         things,
-        set(range(len(classes))) - things | {nothing},
+        set(range(nothing)) - things | {nothing},
         return_sq_and_rq=True,
         return_per_class=True,
         sync_on_compute=False,
     ).to(accelerator.device)
     model.eval()
     for image, mask in pairs[accelerator.process_index :: accelerator.num_processes]:
-        inputs = image_processor(read_image(image), return_tensors="pt").to(accelerator.device)
+        photo = read_image(image)
+        inputs = image_processor(photo, return_tensors="pt").to(accelerator.device)
         with accelerator.autocast():
             outputs = model(inputs["pixel_values"])
         found = image_processor.post_process_panoptic_segmentation(
@@ -252,7 +164,7 @@ def measure(
         )[0]
         found_classes = torch.tensor([nothing] + [segment["label_id"] for segment in found["segments_info"]])
         prediction = found["segmentation"].cpu().long()
-        segments, class_of = find_segments(read_mask(mask), things, options.min_area)
+        segments, class_of = find_segments(folder.read_mask(mask, photo.size[::-1]), things, options.min_area)
         target = torch.from_numpy(segments).long()
         target_classes = torch.tensor([*class_of.values(), nothing + 1])  # the last, an unknown class, is void's -1
         metric.update(
@@ -345,7 +257,7 @@ def train(options: Options) -> Path:
     )
     set_seed(options.seed)
     output = Path(options.output)
-    folder = open_segmentation_folder(options.data, options.include, options.exclude)
+    folder = open_segmentation_folder(options.data, options.include, options.exclude, options.classes)
     things = thing_classes(options.things, folder.classes)
     train_pairs, measured = split_pairs(folder, options)
     if not train_pairs:
@@ -385,6 +297,7 @@ def train(options: Options) -> Path:
         "data": short_name(options.data),
         "photos": len(train_pairs),
         "held_out": len(measured) if options.holdout_every else 0,
+        "classes": short_name(options.classes) if options.classes else "classes.txt",
         "things": f"{len(things)} of {len(folder.classes)} classes",
         "min_area": options.min_area,
         "train_backbone": options.train_backbone,
@@ -416,7 +329,7 @@ def train(options: Options) -> Path:
         log = (output / "log.jsonl").open("a" if options.resume else "w", encoding="utf-8")
     # photo i of the endless stream is a function of the seed and i, so going on is starting at another i
     photos = range(step * photos_per_step, options.steps * photos_per_step)
-    dataset = Photos(train_pairs, things, image_processor, options)
+    dataset = Photos(folder, train_pairs, things, image_processor, options)
     loader = accelerator.prepare(
         DataLoader(dataset, batch_size=1, sampler=photos, collate_fn=only, num_workers=options.workers)
     )
@@ -458,7 +371,7 @@ def train(options: Options) -> Path:
             if options.report_to:
                 accelerator.log(row, step=step)
         if step % options.eval_steps == 0 or step == options.steps:
-            quality = measure(model, image_processor, measured, things, folder.classes, options, accelerator)
+            quality = measure(model, image_processor, folder, measured, things, options, accelerator)
             curve.append({"step": step, **quality})
             logger.info("step %d: %s", step, quality)
             if accelerator.is_main_process and curve[-1]["pq"] == max(point["pq"] for point in curve):

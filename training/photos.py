@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from checkpoints import cut_log
-from data import jitter, list_images
+from data import ShuffledStream, jitter, list_images
 from distill_options import Options
 from PIL import Image
 from student import short_name
@@ -336,14 +336,10 @@ class MapOrder(Sampler):
         self.start = start or [0]
 
     def __iter__(self) -> Iterator[Ticket]:
-        epoch, order = -1, []
+        order = ShuffledStream(len(self.photos), f"order-{self.seed}")
         for turn in itertools.count(self.start[0]):
             index = turn * self.processes + self.process
-            found, position = divmod(index, len(self.photos))
-            if found != epoch:
-                epoch, order = found, list(range(len(self.photos)))
-                random.Random(f"order-{self.seed}-{epoch}").shuffle(order)
-            yield self.photos.ticket(order[position], index, [turn + 1])
+            yield self.photos.ticket(order[index], index, [turn + 1])
 
 
 class StreamOrder(Sampler):
