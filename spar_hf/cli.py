@@ -248,10 +248,16 @@ def write_classes(path: Path, names: list[str], going_on: bool) -> None:
 
 
 def show_classes(result: dict[str, Any]) -> None:
-    """A line per class: its share of the photo and its score."""
-    for i, (label, score) in enumerate(zip(result["labels"], result["scores"], strict=True)):
-        area = (result["map"] == i).mean()
-        typer.echo(f"{label:24} {area:7.1%} of the photo" + (f", score {score:.2f}" if area else ""))
+    """A line per class that has pixels, its share of the photo and its score; and how many classes have none."""
+    import numpy as np
+
+    pixels = np.bincount(result["map"].ravel(), minlength=len(result["labels"]))
+    for i in pixels.nonzero()[0].tolist():
+        share = pixels[i] / result["map"].size
+        shown = f"{share:.1%}" if share >= 0.0005 else "<0.1%"
+        typer.echo(f"{result['labels'][i]:24} {shown:>7} of the photo, score {result['scores'][i]:.2f}")
+    if absent := int((pixels == 0).sum()):
+        typer.echo(f"{absent} of {len(pixels)} classes not found")
 
 
 def json_text(content: Any) -> str:

@@ -75,6 +75,17 @@ def test_segment_writes_overlay_and_map(photos, tmp_path):
     assert not list(tmp_path.rglob("*.partial*"))
 
 
+def test_segment_lists_the_classes_that_have_pixels_and_counts_the_others(photos, tmp_path):
+    labels = "; ".join(f"thing {i}" for i in range(40))
+    map_output = tmp_path / "map.png"
+    text = run(photos / "street.png", "--labels", labels, "--output", tmp_path / "o.png", "--map", map_output)
+    found = {f"thing {i}" for i in np.unique(np.asarray(Image.open(map_output))).tolist()}
+    assert 0 < len(found) < 40
+    assert {line.split("  ")[0] for line in text.splitlines() if "of the photo" in line} == found
+    assert f"{40 - len(found)} of 40 classes not found" in text
+    assert "not found" not in run(photos / "street.png", "--labels", "sky", "--output", tmp_path / "o.png")
+
+
 def test_a_folder_gives_every_format_and_bad_files_lose_no_other(photos, tmp_path):
     coco = pytest.importorskip("pycocotools.coco", reason="COCO's masks need pycocotools (extra coco)")
     output = tmp_path / "out"
