@@ -224,7 +224,8 @@ class SparPreTrainedModel(PreTrainedModel):
             kwargs: options of `from_pretrained` of the backbone's class (`dtype`, `revision`, `token`, ...).
 
         Raises:
-            ValueError: a model type that SPAR does not read; a two-tower class and a backbone without text tower.
+            ValueError: a model type that SPAR does not read, a trained head's among them; a two-tower class and a backbone
+                without text tower.
             RuntimeError: the folder lacks weights.
 
         Example:
@@ -241,6 +242,12 @@ class SparPreTrainedModel(PreTrainedModel):
         source_config = AutoConfig.from_pretrained(pretrained_model_name_or_path, **hub)
         if source_config.model_type == SparConfig.model_type:
             return cls.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        if source_config.model_type.startswith("spar_"):  # a trained head or a baked vocabulary
+            raise ValueError(
+                f"{pretrained_model_name_or_path} has its classes in it (model type {source_config.model_type!r}), and "
+                f'pipeline("image-segmentation", model={str(pretrained_model_name_or_path)!r}) runs it without words. For '
+                "words or features, name the model that it was made of."
+            )
         if source_config.model_type not in BACKBONE_SOURCES:
             raise ValueError(
                 f"{pretrained_model_name_or_path} is a model of type {source_config.model_type!r}; SPAR reads "
