@@ -44,6 +44,7 @@ from student import replace_folder
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser, get_scheduler
+from usage import run_script, work_begins
 
 from spar_hf import SlidingWindowTeacher, SparForSemanticSegmentation, SparImageProcessorPil, SparVisionModel
 from spar_hf.metrics import MeanIoU
@@ -328,6 +329,7 @@ def probe(options: Options) -> dict[str, Any]:
             "--train_exclude and --test_include."
         )
     features = FrozenFeatures(options, accelerator)
+    work_begins()
     features.fill([image for image, _ in (*pairs, *test.pairs)])
 
     patch_size, classes = features.model.config.patch_size, len(train.classes)
@@ -511,4 +513,4 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)
