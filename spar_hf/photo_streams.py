@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from .image_processing_spar import read_image
+from .image_input import read_image
 
 
 @dataclass(repr=False)
