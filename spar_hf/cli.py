@@ -127,7 +127,7 @@ def segment(
     from PIL import Image
 
     from spar_hf.commands import load_pipeline, timed
-    from spar_hf.image_processing_spar import read_image, to_rgb
+    from spar_hf.image_input import read_image, to_rgb
 
     asked = {
         "templates": templates,
@@ -139,6 +139,8 @@ def segment(
     options: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
     if shortest_edge is not None:
         options["size"] = {"shortest_edge": shortest_edge}
+    if len(vocabulary.labels) == 1 and background is None:
+        typer.secho(f"note: {about_one_class(labels)}", err=True)
     try:
         pipe = load_pipeline(model, device)
     except ValueError as error:
@@ -194,6 +196,18 @@ def read_labels(labels: str):
             ) from error
         labels = "\n".join(line for line in lines if not line.lstrip().startswith("#"))
     return read_words(labels)
+
+
+def about_one_class(labels: str) -> str:
+    """Why the masks of one class say nothing, and what was perhaps meant."""
+    from difflib import get_close_matches
+
+    from spar_hf.vocabularies import VOCABULARIES
+
+    text = "one class alone gets the whole photo."
+    if near := get_close_matches(labels.strip().lower(), VOCABULARIES, 1):
+        return f"{text} Did you mean the built-in {near[0]}?"
+    return f'{text} Put ";" between classes ("road; sky"; commas join names of one class), or name a --background.'
 
 
 def is_single(output: Path, many: bool) -> bool:
