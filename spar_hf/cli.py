@@ -139,8 +139,6 @@ def segment(
     options: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
     if shortest_edge is not None:
         options["size"] = {"shortest_edge": shortest_edge}
-    if len(vocabulary.labels) == 1 and background is None:
-        typer.secho(f"note: {about_one_class(labels)}", err=True)
     try:
         pipe = load_pipeline(model, device)
     except ValueError as error:
@@ -151,6 +149,8 @@ def segment(
         names = timed(pipe, Image.new("RGB", (32, 32)), vocabulary, **options)["labels"]
     except ValueError as error:
         fail(error, 2)
+    if len(vocabulary.labels) == 1 and background is None:
+        typer.secho(f"note: {about_one_class(labels)}", err=True)
 
     def work(photo: Photo) -> None:
         image = to_rgb(read_image(photo.source))

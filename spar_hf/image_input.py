@@ -70,15 +70,16 @@ def download(url: str) -> bytes:
         raise ConnectionError(f"Cannot download {url[:200]!r}: {error}. Check the address and the network.") from error
 
 
-def turn_upright(image: Image.Image, name: str = "the image") -> Image.Image:
-    """Decode an image and apply its EXIF orientation; the copy has no orientation left to apply again."""
+def turn_upright(image: Image.Image, name: str | None = None) -> Image.Image:
+    """Decode an image, of a file called `name`, and apply its EXIF orientation; the copy has none left to apply again."""
     try:
         return ImageOps.exif_transpose(image)
     except Exception as error:  # each of Pillow's decoders raises its own kind
-        raise ValueError(
-            f"Cannot decode {name}: {error}. A file that is truncated or damaged must be copied or downloaded "
-            "again; a PIL image must not be closed yet."
-        ) from error
+        if name is None:
+            raise ValueError(
+                f"Cannot decode the image: {error}. Its file is damaged, or was closed too early."
+            ) from error
+        raise ValueError(f"Cannot decode {name}: {error}. Copy or download it again: the file is damaged.") from error
 
 
 def to_eight_bits(values: np.ndarray) -> np.ndarray:

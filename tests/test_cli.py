@@ -93,6 +93,7 @@ def test_a_folder_gives_every_format_and_bad_files_lose_no_other(photos, tmp_pat
     assert "3 done, 3 failed" in text
     for message in ("empty (0 bytes)", "Cannot decode", "no image that Pillow can read"):
         assert message in text
+    assert "the file is damaged" in text and "closed" not in text
     assert (output / "classes.txt").read_text() == "road\ncar\nsky\n"
     merged = coco.COCO(output / "annotations.json")
     assert [c["name"] for c in merged.loadCats(merged.getCatIds())] == ["road", "car", "sky"]
