@@ -22,9 +22,8 @@ def run_script(main: Callable[[], object]) -> None:
     try:
         main()
     except (ValueError, OSError) as error:
-        on_purpose = type(error) is ValueError and traceback.extract_tb(error.__traceback__)[-1].line.startswith(
-            "raise "
-        )
+        line = traceback.extract_tb(error.__traceback__)[-1].line or ""
+        on_purpose = type(error) is ValueError and line.startswith("raise ")
         if _work["begun"] or not (on_purpose or isinstance(error, OSError)):
             raise
         sys.stderr.write(f"error: {' '.join(str(error).split())}\n")

@@ -36,9 +36,7 @@ def read_tensors(path: str | Path) -> dict[str, torch.Tensor]:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # torch's, of a file that it then refuses
                 content = torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        Exception
-    ) as error:  # UnpicklingError, RuntimeError, EOFError, SafetensorError and what else random bytes lead to
+    except Exception as error:  # UnpicklingError, EOFError, SafetensorError and whatever else random bytes lead to
         raise ValueError(f"{path} {what_is_wrong(path, error)}") from error
     for key in ("state_dict", "model", "teacher"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
