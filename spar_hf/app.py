@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from spar_hf.commands import load_pipeline, read_words, timed, untouched
-from spar_hf.image_processing_spar import read_image, to_rgb
+from spar_hf.image_input import read_image, to_rgb
 from spar_hf.visualization import overlay, palette
 
 DISPLAY_EDGE = 1280  # longer side in pixels of the pictures that go to the page; masks are made in the photo's size

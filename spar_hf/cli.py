@@ -127,7 +127,7 @@ def segment(
     from PIL import Image
 
     from spar_hf.commands import load_pipeline, timed
-    from spar_hf.image_processing_spar import read_image, to_rgb
+    from spar_hf.image_input import read_image, to_rgb
 
     asked = {
         "templates": templates,
@@ -149,6 +149,8 @@ def segment(
         names = timed(pipe, Image.new("RGB", (32, 32)), vocabulary, **options)["labels"]
     except ValueError as error:
         fail(error, 2)
+    if len(vocabulary.labels) == 1 and background is None:
+        typer.secho(f"note: {about_one_class(labels)}", err=True)
 
     def work(photo: Photo) -> None:
         image = to_rgb(read_image(photo.source))
@@ -194,6 +196,18 @@ def read_labels(labels: str):
             ) from error
         labels = "\n".join(line for line in lines if not line.lstrip().startswith("#"))
     return read_words(labels)
+
+
+def about_one_class(labels: str) -> str:
+    """Why the masks of one class say nothing, and what was perhaps meant."""
+    from difflib import get_close_matches
+
+    from spar_hf.vocabularies import VOCABULARIES
+
+    text = "one class alone gets the whole photo."
+    if near := get_close_matches(labels.strip().lower(), VOCABULARIES, 1):
+        return f"{text} Did you mean the built-in {near[0]}?"
+    return f'{text} Put ";" between classes ("road; sky"; commas join names of one class), or name a --background.'
 
 
 def is_single(output: Path, many: bool) -> bool:
@@ -248,10 +262,16 @@ def write_classes(path: Path, names: list[str], going_on: bool) -> None:
 
 
 def show_classes(result: dict[str, Any]) -> None:
-    """A line per class: its share of the photo and its score."""
-    for i, (label, score) in enumerate(zip(result["labels"], result["scores"], strict=True)):
-        area = (result["map"] == i).mean()
-        typer.echo(f"{label:24} {area:7.1%} of the photo" + (f", score {score:.2f}" if area else ""))
+    """A line per class that has pixels, its share of the photo and its score; and how many classes have none."""
+    import numpy as np
+
+    pixels = np.bincount(result["map"].ravel(), minlength=len(result["labels"]))
+    for i in pixels.nonzero()[0].tolist():
+        share = pixels[i] / result["map"].size
+        shown = f"{share:.1%}" if share >= 0.0005 else "<0.1%"
+        typer.echo(f"{result['labels'][i]:24} {shown:>7} of the photo, score {result['scores'][i]:.2f}")
+    if absent := int((pixels == 0).sum()):
+        typer.echo(f"{absent} of {len(pixels)} classes not found")
 
 
 def json_text(content: Any) -> str:

@@ -9,17 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import (
-    AutoConfig,
-    CLIPModel,
     CLIPTextModelWithProjection,
-    CLIPVisionModelWithProjection,
-    DINOv3ViTModel,
-    Siglip2Model,
     Siglip2TextModel,
-    Siglip2VisionModel,
-    SiglipModel,
     SiglipTextModel,
-    SiglipVisionModel,
 )
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -29,6 +21,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .backbone_sources import load_source_config, read_backbone
 from .configuration_spar import SparConfig
 from .readouts import READOUTS
 
@@ -38,23 +31,15 @@ TEXT_MODELS: dict[str, Any] = {
     "siglip2_text_model": Siglip2TextModel,
     "clip_text_model": CLIPTextModelWithProjection,
 }
-# what `from_backbone` loads, by the model type of the folder
-BACKBONE_SOURCES: dict[str, Any] = {
-    "siglip": SiglipModel,
-    "siglip_vision_model": SiglipVisionModel,
-    "siglip2": Siglip2Model,
-    "siglip2_vision_model": Siglip2VisionModel,
-    "clip": CLIPModel,
-    "clip_vision_model": CLIPVisionModelWithProjection,
-    "dinov3_vit": DINOv3ViTModel,
-}
 # What travels with every folder, so that `trust_remote_code=True` loads it where this library is not installed: flat files
 # that import only each other, torch, transformers, Pillow and NumPy.
 CODE_FILES = (
+    "backbone_sources.py",
     "backbone_spar.py",
     "configuration_spar.py",
     "configuration_spar_semantic.py",
     "configuration_spar_universal.py",
+    "image_input.py",
     "image_processing_spar.py",
     "image_processing_spar_universal.py",
     "modeling_spar.py",
@@ -150,15 +135,6 @@ def pad_to_patches(pixel_values: torch.Tensor, patch_size: int) -> torch.Tensor:
     return nn.functional.pad(pixel_values, (0, padded_width - width, 0, padded_height - height))
 
 
-def spar_name(name: str, clip: bool) -> str:
-    """Where a weight of a backbone of transformers lies in [`SparForOpenVocabSegmentation`]."""
-    if name.startswith("logit_"):
-        return name
-    if name.startswith(("text_model.", "text_projection.")):  # CLIP's text class with projection wraps the text model
-        return f"text_model.{name}" if clip else name
-    return "vision_model.backbone." + name.removeprefix("vision_model.")
-
-
 class SparPreTrainedModel(PreTrainedModel):
     """What all SPAR models share: configuration class, attention back ends, initialisation."""
 
@@ -224,7 +200,9 @@ class SparPreTrainedModel(PreTrainedModel):
             kwargs: options of `from_pretrained` of the backbone's class (`dtype`, `revision`, `token`, ...).
 
         Raises:
-            ValueError: a model type that SPAR does not read; a two-tower class and a backbone without text tower.
+            ValueError: a model type that SPAR does not read, a trained head's among them; a two-tower class and a backbone
+                without text tower.
+            OSError: neither a folder nor a model that the hub gives.
             RuntimeError: the folder lacks weights.
 
         Example:
@@ -238,39 +216,13 @@ class SparPreTrainedModel(PreTrainedModel):
         'dinov3'
         ```"""
         hub = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "local_files_only") if key in kwargs}
-        source_config = AutoConfig.from_pretrained(pretrained_model_name_or_path, **hub)
+        source_config = load_source_config(pretrained_model_name_or_path, **hub)
         if source_config.model_type == SparConfig.model_type:
             return cls.from_pretrained(pretrained_model_name_or_path, **kwargs)
-        if source_config.model_type not in BACKBONE_SOURCES:
-            raise ValueError(
-                f"{pretrained_model_name_or_path} is a model of type {source_config.model_type!r}; SPAR reads "
-                f"{', '.join(BACKBONE_SOURCES)}."
-            )
-        loaded: Any = BACKBONE_SOURCES[source_config.model_type].from_pretrained(
-            pretrained_model_name_or_path, output_loading_info=True, **kwargs
-        )
-        source, info = loaded
-        if info["missing_keys"]:
-            raise RuntimeError(
-                f"{pretrained_model_name_or_path} lacks {len(info['missing_keys'])} weights of {type(source).__name__}: "
-                f"{', '.join(sorted(info['missing_keys'])[:8])}. The files are incomplete: copy the folder again."
-            )
-        if source_config.model_type == "clip":  # both of its projections have the width at the top of its configuration
-            source.config.vision_config.projection_dim = source.config.projection_dim
-            source.config.text_config.projection_dim = source.config.projection_dim
-        config = SparConfig(
-            backbone_config=getattr(source.config, "vision_config", source.config),
-            text_config=getattr(source.config, "text_config", None),
-            dtype="float32",
-            **(spar_config or {}),
-        )
-        model = cls(config).to(source.dtype)  # refuses a two-tower class without text tower
+        config, weights, dtype = read_backbone(pretrained_model_name_or_path, source_config, spar_config, **kwargs)
+        model: Any = cls(config)  # refuses a two-tower class without text tower
+        model.to(dtype)
         model.name_or_path = str(pretrained_model_name_or_path)
-        weights = {
-            spar_name(name, isinstance(source, CLIPModel)): tensor for name, tensor in source.state_dict().items()
-        }
-        for name in weights.keys() & {"logit_scale", "logit_bias"}:
-            weights[name] = weights[name].reshape(1)  # CLIP's is a scalar
         if isinstance(model, SparVisionModel):
             inside = "vision_model."
             weights = {name[len(inside) :]: tensor for name, tensor in weights.items() if name.startswith(inside)}

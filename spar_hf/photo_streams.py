@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from .image_processing_spar import read_image
+from .image_input import read_image
 
 
-@dataclass
+@dataclass(repr=False)
 class EncodedImage:
     """
     A photo after the vision tower, to be compared with any number of vocabularies.
@@ -29,6 +29,13 @@ class EncodedImage:
     feature_map: torch.Tensor
     pixel_values: torch.Tensor
     original_size: tuple[int, int]
+
+    def __repr__(self) -> str:
+        dim, *grid = self.feature_map.shape  # not the tensors: they fill a screen
+        return (
+            f"{type(self).__name__}(grid={tuple(grid)}, dim={dim}, working_size={self.working_size}, "
+            f"original_size={tuple(self.original_size)}, device={str(self.feature_map.device)!r})"
+        )
 
     @property
     def working_size(self) -> tuple[int, int]:

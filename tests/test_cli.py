@@ -75,6 +75,17 @@ def test_segment_writes_overlay_and_map(photos, tmp_path):
     assert not list(tmp_path.rglob("*.partial*"))
 
 
+def test_segment_lists_the_classes_that_have_pixels_and_counts_the_others(photos, tmp_path):
+    labels = "; ".join(f"thing {i}" for i in range(40))
+    map_output = tmp_path / "map.png"
+    options = ["--labels", labels, "--templates", "plain", "--output", tmp_path / "o.png", "--map", map_output]
+    text = run(photos / "street.png", *options)
+    found = {f"thing {i}" for i in np.unique(np.asarray(Image.open(map_output))).tolist()}
+    assert 0 < len(found) < 40
+    assert {line.split("  ")[0] for line in text.splitlines() if "of the photo" in line} == found
+    assert f"{40 - len(found)} of 40 classes not found" in text
+
+
 def test_a_folder_gives_every_format_and_bad_files_lose_no_other(photos, tmp_path):
     coco = pytest.importorskip("pycocotools.coco", reason="COCO's masks need pycocotools (extra coco)")
     output = tmp_path / "out"
@@ -82,6 +93,7 @@ def test_a_folder_gives_every_format_and_bad_files_lose_no_other(photos, tmp_pat
     assert "3 done, 3 failed" in text
     for message in ("empty (0 bytes)", "Cannot decode", "no image that Pillow can read"):
         assert message in text
+    assert "the file is damaged" in text and "closed" not in text
     assert (output / "classes.txt").read_text() == "road\ncar\nsky\n"
     merged = coco.COCO(output / "annotations.json")
     assert [c["name"] for c in merged.loadCats(merged.getCatIds())] == ["road", "car", "sky"]
@@ -198,4 +210,15 @@ def test_a_vision_only_folder_and_a_missing_one_say_what_is_wrong(photos, tmp_pa
     vision_model.save_pretrained(tmp_path / "vision")
     options = [photos / "street.png", "--labels", LABELS, "--output", tmp_path / "o.png", "--model"]
     assert "has no text tower" in run(*options, tmp_path / "vision", status=2)
-    assert "nowhere" in run(*options, tmp_path / "nowhere", status=1)
+    for model, message in (("nowhere", "is no folder here"), ("vision/config.json", "is a file. Name the folder of")):
+        text = run(*options, tmp_path / model, status=1)
+        assert f"{tmp_path / model} {message}" in text and text.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [("road, sky, tree", '"road; sky"'), ("ade20", "Did you mean the built-in ade20k?"), ("sky; tree", None)],
+)
+def test_one_class_alone_is_noted(photos, tmp_path, labels, message):
+    text = run(photos / "street.png", "--labels", labels, "--templates", "plain", "--output", tmp_path / "o.png")
+    assert message in text if message else "note:" not in text

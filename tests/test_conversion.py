@@ -1,14 +1,17 @@
 """Checkpoints in their original naming become folders that give the published features, or nothing is written."""
 
+import datetime
 import json
 import math
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from plain_torch import (
     PlainDinov3Txt,
     PlainMaskClip,
@@ -37,6 +40,7 @@ from typer.testing import CliRunner
 from spar_hf import SlidingWindowTeacher, SparForOpenVocabSegmentation, SparProcessor, SparVisionModel
 from spar_hf.cli import app
 from spar_hf.conversion import convert
+from spar_hf.conversion.source import read_tensors
 
 VOCAB, LENGTH = 40, 12
 SIZES = [(32, 32), (48, 24), (24, 64), (64, 48), (16, 64)]  # native, others, and as many patches in another shape
@@ -254,7 +258,58 @@ def test_code_in_a_checkpoint_is_never_run(tmp_path, monkeypatch):
     torch.save({"state_dict": state, "hyper_parameters": Code()}, tmp_path / "evil.ckpt")
     with pytest.raises(ValueError, match="never run"):
         convert(tmp_path / "evil.ckpt", "siglip2", str(tmp_path / "base"), tmp_path / "out")
+    with (tmp_path / "bare.pt").open("wb") as file:
+        pickle.dump({"code": Code()}, file, protocol=4)
+    with pytest.raises(ValueError, match="never run"):
+        read_tensors(tmp_path / "bare.pt")
     assert not (tmp_path / "was_run").exists() and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("photo.jpg", "is no checkpoint"),
+        ("text.pt", "is no checkpoint"),
+        ("empty.pt", "is empty"),
+        ("empty.safetensors", "is empty"),
+        ("cut.safetensors", "is no whole safetensors file"),
+        ("zip.safetensors", "is no whole safetensors file"),
+        ("cut.pt", "is damaged or cut short"),
+        ("cut_old.ckpt", "is damaged or cut short"),
+        ("objects.pt", r"holds Python objects \(datetime.timedelta\)"),
+        ("list.pt", "holds a list"),
+    ],
+)
+def test_what_is_no_checkpoint_is_one_line_that_never_advises_to_run_code(tmp_path, recwarn, name, message):
+    weights = {"weight": torch.zeros(1000)}
+    save_file(weights, tmp_path / "whole.safetensors")
+    torch.save(weights, tmp_path / "whole.pt")
+    torch.save(weights, tmp_path / "whole_old.ckpt", _use_new_zipfile_serialization=False)
+    for whole in ("whole.safetensors", "whole.pt", "whole_old.ckpt"):
+        content = (tmp_path / whole).read_bytes()
+        (tmp_path / whole.replace("whole", "cut")).write_bytes(content[: len(content) // 2])
+    Image.new("RGB", (40, 30)).save(tmp_path / "photo.jpg")
+    (tmp_path / "text.pt").write_text("no checkpoint")
+    (tmp_path / "empty.pt").touch()
+    (tmp_path / "empty.safetensors").touch()
+    torch.save(weights, tmp_path / "zip.safetensors")
+    torch.save({"state_dict": weights, "time": datetime.timedelta(1)}, tmp_path / "objects.pt")
+    torch.save([1, 2], tmp_path / "list.pt")
+    command = [
+        "convert",
+        str(tmp_path / name),
+        "--family",
+        "siglip2",
+        "--base",
+        "base",
+        "--output",
+        str(tmp_path / "o"),
+    ]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 1 and result.output.count("\n") == 1, result.output
+    assert "weights_only" not in result.output and not recwarn.list
+    with pytest.raises(ValueError, match=message):
+        read_tensors(tmp_path / name)
 
 
 def test_command_line_refuses_to_overwrite(tmp_path):

@@ -12,7 +12,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 from cache_teacher import Options as CacheOptions
 from cache_teacher import make_cache
-from distill import Distillation
+from distill import Distillation, main
 from distill_options import parse_options
 from PIL import Image
 from transformers import (
@@ -237,3 +237,24 @@ def test_ctrl_c_keeps_what_was_done(base_folder, photo_folder, tmp_path, caplog)
     (kept,) = (tmp_path / "run").glob("checkpoint-*")
     assert json.loads((kept / "state.json").read_text())["step"] == log_of(tmp_path / "run")[-1]["step"] < 3000
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_resume_of_a_finished_run_says_so(base_folder, photo_folder, tmp_path, monkeypatch, caplog):
+    arguments = ["--model", base_folder, "--images", photo_folder, "--output", tmp_path / "run", "--holdout_every", 3]
+    arguments += ["--workers", 0, "--teacher_windows", 2, "--picture_steps", 0, "--report_to", "none", "--resume"]
+
+    def resume(*options):
+        monkeypatch.setattr("sys.argv", ["distill.py", *map(str, (*arguments, *options))])
+        with caplog.at_level("INFO"):
+            main()
+        return caplog.messages[-1]
+
+    folder = distil(base_folder, photo_folder, tmp_path / "run", *arguments[6:-1], "--steps", 1)
+    weights = (folder / "model.safetensors").stat().st_mtime_ns
+    assert str(folder) in resume("--steps", 1) and "complete" in caplog.messages[-1]
+    assert (folder / "model.safetensors").stat().st_mtime_ns == weights
+    with pytest.raises(ValueError, match=r"no checkpoint to go on from with --steps \(was 1, is 2\)"):
+        resume("--steps", 2)
+    (tmp_path / "run" / "recipe.yaml").touch()  # another run began in the folder since, and was killed
+    with pytest.raises(FileNotFoundError, match="no checkpoint"):
+        resume("--steps", 1)

@@ -223,3 +223,11 @@ def test_bake_command_writes_a_folder_or_one_line(tmp_path):
     again = CliRunner().invoke(app, arguments)
     assert again.exit_code == 2 and "exists" in again.output and "Traceback" not in again.output
     assert [path.name for path in tmp_path.iterdir()] == ["street"]
+
+    Image.new("RGB", (40, 30)).save(tmp_path / "photo.png")
+    words = ["segment", str(tmp_path / "photo.png"), "--labels", "sky", "--output", str(tmp_path / "masks.png")]
+    for command in (words, ["app"], ["bake", "--labels", "sky", "--output", str(tmp_path / "again")]):
+        asked = CliRunner().invoke(app, [*command, "--model", str(output)])
+        assert asked.exit_code and asked.output.count("\n") == 1, asked.output
+        assert "has its classes in it" in asked.output
+        assert f'pipeline("image-segmentation", model={str(output)!r})' in asked.output

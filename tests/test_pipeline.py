@@ -277,6 +277,8 @@ def test_encode__once_for_any_number_of_vocabularies(segment, photo, forwards):
     encoded = segment.encode(photo, size={"shortest_edge": 60})
     assert encoded.working_size == (60, 87) and encoded.original_size == (90, 131)
     assert encoded.feature_map.shape == (32, 4, 6)
+    told = "EncodedImage(grid=(4, 6), dim=32, working_size=(60, 87), original_size=(90, 131), device='cpu')"
+    assert repr(encoded) == told
     first = segment(encoded, candidate_labels=LABELS, output="map")
     second = segment([encoded], candidate_labels=["tree", "dog"], output="map")[0]
     assert len(forwards) == 1

@@ -28,6 +28,7 @@ from rich.table import Table
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import CLIPVisionConfig, DINOv3ViTConfig, HfArgumentParser, SiglipVisionConfig
+from usage import run_script, work_begins
 
 from spar_hf import SPAR_TINY, SlidingWindowTeacher, SparConfig, SparVisionModel
 
@@ -72,6 +73,7 @@ def seconds(work: Callable[[], object], device: str) -> float:
 def compare(name: str, ours: Callable, bare: Callable, goal: str, options: Options) -> dict:
     """Median of the pairwise ratios of `ours` over `bare`, with the range of the middle half."""
     ours(), bare()
+    work_begins()
     pairs = []
     for _ in tqdm(range(options.repeats), desc=name, leave=False):
         pairs.append((seconds(ours, options.device), seconds(bare, options.device)))
@@ -224,4 +226,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

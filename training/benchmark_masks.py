@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from torch.nn import functional as F
 from transformers import AutoTokenizer, HfArgumentParser, SiglipTextConfig, SiglipVisionConfig, pipeline
+from usage import run_script
 
 from spar_hf import SPAR_TINY, SparConfig, SparForOpenVocabSegmentation, SparImageProcessorPil
 from spar_hf.prompts import Vocabulary
@@ -235,4 +236,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -25,7 +25,7 @@ import numpy as np
 from data import VOID, open_segmentation_folder, readable_name
 from PIL import Image
 
-from spar_hf.image_processing_spar import to_rgb
+from spar_hf.image_input import to_rgb
 from spar_hf.prompts import Vocabulary
 
 UNKNOWN = -1  # in a table: a value that masks of the set do not hold

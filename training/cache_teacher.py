@@ -36,6 +36,7 @@ from teacher_cache import (
 )
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
+from usage import run_script, work_begins
 
 from spar_hf import SlidingWindowTeacher, SparImageProcessorPil, SparVisionModel
 
@@ -189,6 +190,7 @@ def make_cache(options: Options) -> TeacherCache:
     teacher.to(accelerator.device)
     shards = -(-len(photos) * options.views // options.shard_maps)
     mine = range(accelerator.process_index, shards, accelerator.num_processes)
+    work_begins()
     for number in tqdm(mine, desc="shards", disable=not accelerator.is_main_process):
         if finished(output, number) is None:
             make_shard(number, photos, teacher, image_processor, options, accelerator)
@@ -241,4 +243,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import yaml
 from accelerate import Accelerator
 
 
@@ -58,6 +59,29 @@ def read_state(output: Path) -> dict[str, Any]:
     if not found:
         raise FileNotFoundError(f"{output} has no checkpoint to resume from. Start without --resume.")
     return json.loads((found[-1] / "state.json").read_text())
+
+
+def is_finished(output: Path, written: Path, settings: dict[str, Any]) -> bool:
+    """
+    Whether the last run in `output` has come to its end, with these settings: it writes `recipe.yaml` when it starts, at its
+    end `curve.png` and then the card of the folder `written`.
+
+    Raises:
+        ValueError: it has, with other settings, and left no checkpoint.
+    """
+    marks = [output / "recipe.yaml", output / "curve.png", written / "README.md"]
+    times = [mark.stat().st_mtime_ns for mark in marks if mark.is_file()]
+    if len(times) < len(marks) or times != sorted(times):
+        return False
+    then = yaml.safe_load(marks[0].read_text(encoding="utf-8"))
+    changed = [name for name, value in settings.items() if then.get(name) != value]
+    if changed and not list_checkpoints(output):
+        shown = ", ".join(f"--{name} (was {then.get(name)!r}, is {settings[name]!r})" for name in changed)
+        raise ValueError(
+            f"The run in {output} is complete ({written}), and a finished run has no checkpoint to go on from with {shown}. "
+            "Write another run to another folder; --student starts from a finished model."
+        )
+    return not changed
 
 
 def load_checkpoint(accelerator: Accelerator, output: Path) -> dict[str, Any]:

@@ -14,8 +14,8 @@ from PIL import Image
 from torch import nn
 
 from spar_hf.files import IMAGE_SUFFIXES
-from spar_hf.image_processing_spar import read_image as read_upright
-from spar_hf.image_processing_spar import to_rgb
+from spar_hf.image_input import read_image as read_upright
+from spar_hf.image_input import to_rgb
 
 VOID = 255  # the mask value of pixels without a label
 

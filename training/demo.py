@@ -23,7 +23,7 @@ from transformers import HfArgumentParser
 from spar_hf import SPAR_TINY, SPAR_TINY_BASE
 from spar_hf.commands import load_pipeline, read_words, timed
 from spar_hf.files import Photo, find_photos, work_through, write_text
-from spar_hf.image_processing_spar import read_image, to_rgb
+from spar_hf.image_input import read_image, to_rgb
 from spar_hf.visualization import overlay, palette
 
 logger = logging.getLogger("demo")

@@ -28,7 +28,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, broadcast_object_list, gather_object, set_seed
-from checkpoints import StopAtStep, cut_log, list_checkpoints, load_checkpoint, read_state, save_checkpoint
+from checkpoints import StopAtStep, cut_log, is_finished, list_checkpoints, load_checkpoint, read_state, save_checkpoint
 from distill_losses import decision_loss, distillation_loss, error_weights
 from distill_options import FREE, Options, parse_options
 from held_out import PICTURED, HeldOut, draw_curve
@@ -51,6 +51,7 @@ from teacher_cache import TeacherCache
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import get_scheduler
+from usage import run_script, work_begins
 
 from spar_hf import SlidingWindowTeacher, SparForOpenVocabSegmentation, SparImageProcessorPil, SparProcessor
 from spar_hf.prompts import Vocabulary, embed_names
@@ -515,8 +516,16 @@ def main():
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("accelerate").setLevel(logging.WARNING)  # five lines for every checkpoint
     options = parse_options(sys.argv[1:])
-    logger.info("written: %s", Distillation(options).run())
+    output, adapter = Path(options.output), options.lora_rank is not None and not options.merge
+    written = output / ("adapter" if adapter else "model")
+    settings = {name: value for name, value in asdict(options).items() if name not in FREE}
+    if options.resume and is_finished(output, written, settings):
+        logger.info("The run is complete, nothing is left to do: %s", written)
+        return
+    run = Distillation(options)
+    work_begins()
+    logger.info("written: %s", run.run())
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

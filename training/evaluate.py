@@ -21,6 +21,7 @@ from measure import evaluate_runs
 from options import Options
 from rich.console import Console
 from transformers import HfArgumentParser
+from usage import run_script
 
 
 def main(args: list[str] | None = None) -> dict[str, Any]:
@@ -29,4 +30,4 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -29,6 +29,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 from transformers import HfArgumentParser
+from usage import run_script
 
 COLOURS = ("#c1272d", "#1b7f4b", "#7b4fa3", "#c77700", "#008b9e")  # students, in their order
 BASE, WINDOW = "#777777", "#2b5fa5"
@@ -214,4 +215,4 @@ def main(args: list[str] | None = None) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

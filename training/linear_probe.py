@@ -40,6 +40,7 @@ from student import replace_folder
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser, get_scheduler
+from usage import run_script, work_begins
 
 from spar_hf import SparForSemanticSegmentation
 from spar_hf.metrics import MeanIoU
@@ -205,6 +206,7 @@ def probe(options: Options) -> dict[str, Any]:
         window_batch_size=options.window_batch_size,
         cache=options.cache,
     )
+    work_begins()
     features.fill([image for image, _ in (*pairs, *test.pairs)])
 
     patch_size, classes = features.model.config.patch_size, len(train.classes)
@@ -389,4 +391,4 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -28,6 +28,7 @@ from reports import card_block, find_gaps, make_row, show, write_json, write_tex
 from rich.console import Console
 from tally import PartialCounts, Tally, refuse_others
 from tqdm.auto import tqdm
+from usage import work_begins
 
 from spar_hf.metrics import BoundaryIoU, MeanIoU
 from spar_hf.prompts import Vocabulary, resolve_templates
@@ -151,6 +152,7 @@ def evaluate_runs(options: Options, console: Console | None = None, reuse: bool 
     tally, saved = Tally(len(runs), len(labels)), time.monotonic()
     share = left[accelerator.process_index :: accelerator.num_processes]
     bar = tqdm(share, desc="photos", disable=not accelerator.is_main_process)
+    work_begins()
     for step, number in enumerate(bar):
         photo, reference = data.read(number)
         predictions, spent = [], []

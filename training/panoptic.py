@@ -28,6 +28,7 @@ from torch.utils.data import DataLoader
 from torchmetrics.detection import PanopticQuality
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser, get_scheduler
+from usage import run_script, work_begins
 
 from spar_hf import SparForUniversalSegmentation, SparImageProcessorPil, SparUniversalImageProcessorPil
 
@@ -335,6 +336,7 @@ def train(options: Options) -> Path:
     )
     bar = tqdm(initial=step, total=options.steps, disable=not accelerator.is_main_process, mininterval=5)
     stop = StopAtStep(accelerator)
+    work_begins()
     start, first = time.time(), step
     for number, inputs in enumerate(loader, start=step * options.gradient_accumulation_steps):
         wrapped.train()
@@ -405,4 +407,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

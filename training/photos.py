@@ -29,7 +29,7 @@ from PIL import Image
 from student import short_name
 from torch.utils.data import Dataset, Sampler
 
-from spar_hf.image_processing_spar import to_rgb, turn_upright
+from spar_hf.image_input import to_rgb, turn_upright
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp")
 NAME_COLUMNS = ("__key__", "file_name")

@@ -36,6 +36,7 @@ from transformers import (
     SiglipVisionConfig,
     get_cosine_schedule_with_warmup,
 )
+from usage import run_script, work_begins
 from words import build_tokenizer, common_words, teach_words
 
 from spar_hf import SparConfig, SparForOpenVocabSegmentation, SparImageProcessorPil, SparProcessor
@@ -374,6 +375,7 @@ def train(options: Options) -> Path:
     loader = DataLoader(batches, batch_size=None, sampler=range(first, options.steps), num_workers=options.workers)
     log = (output / "log.jsonl").open("a" if options.resume else "w", encoding="utf-8")
     bar = tqdm(loader, initial=first, total=options.steps, disable=not accelerator.is_main_process, mininterval=5)
+    work_begins()
     towers.train()
     start = time.time()
     for step, groups in enumerate(bar, start=first):
@@ -412,4 +414,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -34,6 +34,7 @@ from rich.console import Console
 from rich.table import Table
 from teacher_cache import Crop, seeded, write_json
 from transformers import HfArgumentParser
+from usage import run_script, work_begins
 
 from spar_hf import SparVisionModel
 from spar_hf.teacher import VARIANTS, WindowPlan
@@ -275,6 +276,7 @@ def study(options: Options) -> dict[str, Any]:
     output.mkdir(parents=True, exist_ok=True)
     counts = windows_per_photo(options)
     runs, results = plan_runs(options), []
+    work_begins()
     for number, run in enumerate(runs):
         logger.info("%s (%d of %d)", run.name, number + 1, len(runs))
         results.append(carry_out(run, options))
@@ -301,4 +303,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -25,6 +25,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 from transformers import HfArgumentParser
+from usage import run_script
 
 from spar_hf.metrics import mean_of_present
 
@@ -105,4 +106,4 @@ def main(args: list[str] | None = None) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -11,9 +11,9 @@ import torch
 import yaml
 from huggingface_hub import ModelCardData
 from torch import nn
-from transformers import AutoConfig
 
 from spar_hf import SparForOpenVocabSegmentation, SparVisionModel
+from spar_hf.backbone_sources import load_source_config
 
 # parts by name, as patterns of parameters' names: inside a block, and in the backbone around the blocks
 BLOCK_PARTS = {
@@ -32,7 +32,7 @@ OTHER_PARTS = {
 
 def load_model(name: str) -> tuple[SparForOpenVocabSegmentation | SparVisionModel, SparVisionModel]:
     """The whole model, with both towers where there are two, and its vision tower; of a SPAR folder or a backbone."""
-    if getattr(AutoConfig.from_pretrained(name), "text_config", None) is None:
+    if getattr(load_source_config(name), "text_config", None) is None:
         model = SparVisionModel.from_backbone(name)
         return model, model
     model = SparForOpenVocabSegmentation.from_backbone(name)

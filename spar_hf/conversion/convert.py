@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, DINOv3ViTModel
+from transformers import AutoTokenizer, DINOv3ViTModel
 
+from ..backbone_sources import load_source_config
 from ..configuration_spar import SparConfig
 from ..image_processing_spar import SparImageProcessorPil
 from ..modeling_spar import SparForOpenVocabSegmentation, SparVisionModel
@@ -156,7 +157,7 @@ def build_config(
     vision_act: str | None,
 ) -> SparConfig:
     """The configuration: the base's, with what the family's published code computes differently."""
-    base_config = AutoConfig.from_pretrained(base)
+    base_config = load_source_config(base)
     if base_config.model_type not in names.MODEL_TYPES:
         raise ValueError(
             f"{base} is a model of type {base_config.model_type!r}, but the base of a {family} checkpoint must be one of "

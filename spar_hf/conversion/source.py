@@ -1,5 +1,8 @@
 """A checkpoint in its original naming: read without unpickling code, every tensor used once or named with a reason."""
 
+import pickle
+import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +12,8 @@ from safetensors.torch import load_file
 
 # what wrappers, Lightning and data parallelism put before a model's own names
 PREFIXES = ("segmentor.net.", "module.", "model.")
+FORMATS = "A checkpoint is a .safetensors file, or a .ckpt, .pt, .pth or .bin file of tensors alone."
+TORCH_STARTS = (b"PK\x03\x04", b"\x80")  # of what torch.save writes: a zip archive, in old versions a pickle
 
 
 def read_tensors(path: str | Path) -> dict[str, torch.Tensor]:
@@ -17,24 +22,22 @@ def read_tensors(path: str | Path) -> dict[str, torch.Tensor]:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: the file holds Python objects besides tensors (never unpickled), is damaged, or holds no tensors.
+        ValueError: the file holds Python objects besides tensors (never unpickled), is damaged, is no checkpoint, or holds
+            no tensors.
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is no file. Name the checkpoint: a .ckpt, .pt, .pth or .safetensors file.")
+        raise FileNotFoundError(f"{path} is no file. {FORMATS}")
     content: Any
     try:
         if path.suffix == ".safetensors":
             content = load_file(path)
         else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # UnpicklingError, RuntimeError, EOFError, SafetensorError
-        if path.suffix == ".safetensors":
-            raise ValueError(f"{path} is damaged: {error}. Copy or download it again.") from error
-        raise ValueError(
-            f"{path} cannot be read as tensors alone: {str(error).splitlines()[0]} Code in a checkpoint is never run. "
-            "Where you trust its source, load it there with `weights_only=False` and save its `state_dict` alone."
-        ) from error
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch's, of a file that it then refuses
+                content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # UnpicklingError, EOFError, SafetensorError and whatever else random bytes lead to
+        raise ValueError(f"{path} {what_is_wrong(path, error)}") from error
     for key in ("state_dict", "model", "teacher"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
@@ -53,6 +56,25 @@ def read_tensors(path: str | Path) -> dict[str, torch.Tensor]:
         if all(name.startswith(prefix) for name in tensors):
             tensors = {name[len(prefix) :]: value for name, value in tensors.items()}
     return tensors
+
+
+def what_is_wrong(path: Path, error: Exception) -> str:
+    """Why a file cannot be read. Not in torch's words, which advise to run the code in it."""
+    with path.open("rb") as file:
+        start = file.read(4)
+    if not start:
+        return "is empty (0 bytes). Copy or download it again."
+    if path.suffix == ".safetensors":
+        return f"is no whole safetensors file ({error}). Copy or download it again."
+    if not start.startswith(TORCH_STARTS):
+        return f"is no checkpoint. {FORMATS}"
+    if isinstance(error, pickle.UnpicklingError):
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        return (
+            f"holds Python objects{f' ({named[1]})' if named else ''} besides tensors, and code in a checkpoint is never "
+            "run. Save the model's `state_dict` alone where the checkpoint was made."
+        )
+    return f"is damaged or cut short. Copy or download it again. {FORMATS}"
 
 
 class Source:

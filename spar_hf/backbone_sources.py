@@ -1,0 +1,104 @@
+"""What untouched backbones of transformers are to SPAR: their configuration and their weights under its names."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    CLIPModel,
+    CLIPVisionModelWithProjection,
+    DINOv3ViTModel,
+    Siglip2Model,
+    Siglip2VisionModel,
+    SiglipModel,
+    SiglipVisionModel,
+)
+
+from .configuration_spar import SparConfig
+
+# what `from_backbone` loads, by the model type of the folder
+BACKBONE_SOURCES: dict[str, Any] = {
+    "siglip": SiglipModel,
+    "siglip_vision_model": SiglipVisionModel,
+    "siglip2": Siglip2Model,
+    "siglip2_vision_model": Siglip2VisionModel,
+    "clip": CLIPModel,
+    "clip_vision_model": CLIPVisionModelWithProjection,
+    "dinov3_vit": DINOv3ViTModel,
+}
+
+
+def load_source_config(name: str, **hub: Any) -> Any:
+    """
+    The configuration of a folder or of a model of the hub.
+
+    Raises:
+        OSError: there is no such folder, and no model of that name that the hub gives; in one line.
+    """
+    if Path(name).is_file():  # of a config.json, transformers would read that
+        raise OSError(f"{name} is a file. Name the folder of the model, {Path(name).parent} perhaps.")
+    try:
+        return AutoConfig.from_pretrained(name, **hub)
+    except OSError as error:
+        if Path(name).is_dir():
+            raise
+        reason = str(error).splitlines()[0]
+        raise OSError(f"{name} is no folder here, and no model of that name came from the hub: {reason}") from error
+
+
+def spar_name(name: str, clip: bool) -> str:
+    """Where a weight of a backbone of transformers lies in [`SparForOpenVocabSegmentation`]."""
+    if name.startswith("logit_"):
+        return name
+    if name.startswith(("text_model.", "text_projection.")):  # CLIP's text class with projection wraps the text model
+        return f"text_model.{name}" if clip else name
+    return "vision_model.backbone." + name.removeprefix("vision_model.")
+
+
+def read_backbone(
+    name: str, source_config: Any, spar_config: dict[str, Any] | None = None, **kwargs: Any
+) -> tuple[SparConfig, dict[str, torch.Tensor], torch.dtype]:
+    """
+    Configuration, weights under the names of [`SparForOpenVocabSegmentation`], and dtype of the SPAR model of a backbone.
+
+    Args:
+        name: hub id or folder.
+        source_config: its [`load_source_config`].
+        spar_config: further fields of [`SparConfig`].
+        kwargs: options of `from_pretrained` of the backbone's class.
+
+    Raises:
+        ValueError: a model type that SPAR does not read, a trained head's among them.
+        RuntimeError: the folder lacks weights.
+    """
+    if source_config.model_type.startswith("spar_"):  # a trained head or a baked vocabulary
+        raise ValueError(
+            f"{name} has its classes in it (model type {source_config.model_type!r}), and "
+            f'pipeline("image-segmentation", model={str(name)!r}) runs it without words. For '
+            "words or features, name the model that it was made of."
+        )
+    if source_config.model_type not in BACKBONE_SOURCES:
+        raise ValueError(
+            f"{name} is a model of type {source_config.model_type!r}; SPAR reads {', '.join(BACKBONE_SOURCES)}."
+        )
+    loaded: Any = BACKBONE_SOURCES[source_config.model_type].from_pretrained(name, output_loading_info=True, **kwargs)
+    source, info = loaded
+    if info["missing_keys"]:
+        raise RuntimeError(
+            f"{name} lacks {len(info['missing_keys'])} weights of {type(source).__name__}: "
+            f"{', '.join(sorted(info['missing_keys'])[:8])}. The files are incomplete: copy the folder again."
+        )
+    if source_config.model_type == "clip":  # both of its projections have the width at the top of its configuration
+        source.config.vision_config.projection_dim = source.config.projection_dim
+        source.config.text_config.projection_dim = source.config.projection_dim
+    config = SparConfig(
+        backbone_config=getattr(source.config, "vision_config", source.config),
+        text_config=getattr(source.config, "text_config", None),
+        dtype="float32",
+        **(spar_config or {}),
+    )
+    weights = {spar_name(name, isinstance(source, CLIPModel)): tensor for name, tensor in source.state_dict().items()}
+    for scalar in weights.keys() & {"logit_scale", "logit_bias"}:
+        weights[scalar] = weights[scalar].reshape(1)  # CLIP's is a scalar
+    return config, weights, source.dtype
