@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import randomise, tiny_config
 from distill_options import parse_options
-from local_start import keep_place, start_local
+from local_start import find_place, keep_place, start_local
 from test_distill import distil
 from transformers import AutoModel, DINOv3ViTConfig, SiglipVisionConfig
 
@@ -66,6 +66,13 @@ def test_a_far_reaching_prior_changes_little(model):
     start_local(near, [torch.randn(1, 3, 96, 96) for _ in range(4)], 0.3)
     with torch.no_grad():
         assert torch.nn.functional.cosine_similarity(before, near(pixels).feature_map, dim=1).mean() < 0.93
+
+
+def test_the_place_is_found_again__in_half_precision(model):
+    assert find_place(model) is None
+    directions = start_local(model, [torch.randn(1, 3, 96, 96) for _ in range(4)], 0.5)
+    found = find_place(model.half().float())
+    torch.testing.assert_close(found @ found.T, directions @ directions.T, atol=1e-2, rtol=0)
 
 
 def test_the_place_is_kept_whatever_training_writes(model):

@@ -32,7 +32,7 @@ from checkpoints import StopAtStep, cut_log, is_finished, list_checkpoints, load
 from distill_losses import decision_loss, distillation_loss, error_weights
 from distill_options import FREE, Options, parse_options
 from held_out import PICTURED, HeldOut, draw_curve
-from local_start import keep_place, start_local
+from local_start import find_place, keep_place, start_local
 from photos import MapOrder, Photos, Sample, Skipped, SkippedList, StreamOrder, as_it_is, open_sources, split_photos
 from student import (
     add_adapters,
@@ -177,14 +177,12 @@ class Distillation:
     def choose_trained(self) -> None:
         """What is trained, and what teacher and student can hold together."""
         options, encoder = self.options, self.teacher.model
-        self.place: torch.Tensor | None = None
+        self.place = find_place(self.student)  # of an earlier student that had a local start
         if options.local_start is not None:
-            if self.sharded:
-                raise ValueError(
-                    "--local_start mends whole weights after every step, and FSDP has parts. Launch with DDP."
-                )
             self.student.to("cpu")  # where --words has moved it
             self.place = start_local(self.student, self.looked_at(), options.local_start)
+        if self.sharded and self.place is not None:
+            raise ValueError("A local start mends whole weights after every step, and FSDP has parts. Launch with DDP.")
         if options.lora_rank is None:
             choose_parameters(self.student, options.train_layers, options.train_parts)
             self.trained = self.student

@@ -134,10 +134,27 @@ def start_local(model: SparVisionModel, photos: Iterable[torch.Tensor], spread: 
 def keep_place(model: SparVisionModel, directions: torch.Tensor) -> None:
     """Let nothing but the position table write into the directions that [`start_local`] returned; after every step."""
     directions = directions.to(model.device)
-    writers = [
-        linear for layer in model.backbone.encoder.layers for linear in (layer.self_attn.out_proj, layer.mlp.fc2)
-    ]
-    for writer in (model.backbone.embeddings.patch_embedding, *writers):
-        for parameter in (writer.weight, writer.bias):
-            flat = parameter.view(len(parameter), -1)  # (hidden, what is read): a view, so that the parameter changes
-            flat -= directions @ (directions.T @ flat)
+    for parameter in writers(model):
+        flat = parameter.view(len(parameter), -1)  # a view, so that the parameter changes
+        flat -= directions @ (directions.T @ flat)
+
+
+@torch.no_grad()
+def find_place(model: SparVisionModel) -> torch.Tensor | None:
+    """
+    The directions `(hidden_size, 5)` of a student that had a local start: those that nothing writes into but the position
+    table. None where every direction is written into.
+    """
+    if model.config.readout != "siglip":
+        return None
+    written = torch.cat([parameter.float().view(len(parameter), -1) for parameter in writers(model)], dim=1)
+    strength, directions = torch.linalg.eigh(written @ written.T)
+    # half precision leaves a millionth; what is written into at all is far above
+    return directions[:, :NUMBERS] if strength[NUMBERS - 1] < 1e-4 * strength[NUMBERS] else None
+
+
+def writers(model: SparVisionModel) -> list[torch.nn.Parameter]:
+    """All weights and biases that write into the tokens, `(hidden_size, ...)` each, but the position table."""
+    layers = model.backbone.encoder.layers
+    linears = [linear for layer in layers for linear in (layer.self_attn.out_proj, layer.mlp.fc2)]
+    return [p for linear in (model.backbone.embeddings.patch_embedding, *linears) for p in (linear.weight, linear.bias)]
