@@ -262,7 +262,7 @@ class Distillation:
             raise ValueError("--whiten measures the axes on held-out photos, and there are none that can be read.")
         if options.whiten:
             self.weights = error_weights([target for _, target in targets], options.whiten)
-        self.before = self.state["before"] if options.resume else self.held_out.error(self.features)
+        self.before = self.state["before"] if options.resume else self.held_out_error()
         logger.info(
             "%s photos to train on, %d held out; held-out error before: %s",
             self.photo_count or "streamed",
@@ -302,7 +302,7 @@ class Distillation:
             "seed": options.seed,
         }
         if self.curve:
-            best = min(self.curve, key=lambda point: point["mse"])
+            best = min(self.curve, key=self.selected_by)
             record["held_out"] = {
                 "photos": len(self.held_out.targets),
                 "before": self.before,
@@ -330,9 +330,20 @@ class Distillation:
             features, target = (torch.einsum("ij,bjhw->bihw", self.weights, x) for x in (features, target))
         loss = distillation_loss(features, target, weight)
         if options.words:
-            scale = self.student.config.dense_logit_scale
-            loss = loss + options.words_weight * decision_loss(features, target, self.texts, scale, weight)
+            loss = loss + options.words_weight * self.decision(features, target, weight)
         return loss
+
+    def decision(
+        self, features: torch.Tensor, target: torch.Tensor, weight: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        return decision_loss(features, target, self.texts, self.student.config.dense_logit_scale, weight)
+
+    def held_out_error(self, keep: int = 0) -> dict[str, float] | None:
+        return self.held_out.error(self.features, keep, self.decision if self.options.words else None)
+
+    def selected_by(self, point: dict[str, float]) -> float:
+        """What the kept student has least of: the loss as it is trained on, on held-out photos (whitening aside)."""
+        return point["mse"] + self.options.words_weight * point.get("words", 0.0)
 
     def samples(self, loader: DataLoader):
         """The photos that can be read, each after the time that was spent waiting for it."""
@@ -454,17 +465,19 @@ class Distillation:
     def evaluate(self, step: int, pictured: bool) -> None:
         """The held-out error, a picture if asked for, and the student written if it is the best so far."""
         point = None
-        if error := self.held_out.error(self.features, keep=PICTURED if pictured else 0):
+        if error := self.held_out_error(PICTURED if pictured else 0):
             point = {"step": step, **error}
         # one process decides, or two that rounded otherwise would wait for each other
         (point,) = broadcast_object_list([point])
         if point is not None:
             self.curve.append(point)
-            self.accelerator.log({f"held_out_{name}": point[name] for name in ("mse", "cosine")}, step=step)
+            self.accelerator.log(
+                {f"held_out_{name}": value for name, value in point.items() if name != "step"}, step=step
+            )
         if self.main and pictured and point is not None:
             self.draw(step)
         # without held-out photos the last student is the one kept
-        if point is None or point["mse"] == min(other["mse"] for other in self.curve):
+        if point is None or self.selected_by(point) == min(map(self.selected_by, self.curve)):
             self.save()
             kept = f"held-out error {point}, the least so far" if point else "written; nothing is held out"
             logger.info("step %d: %s", step, kept)
@@ -499,7 +512,8 @@ class Distillation:
 
     def finish(self) -> None:
         """The curve, and all that is known at the end, into the written folders."""
-        draw_curve(self.output / "log.jsonl", self.curve, self.output / "curve.png")
+        kept = min(self.curve, key=self.selected_by, default=None)
+        draw_curve(self.output / "log.jsonl", self.curve, kept, self.output / "curve.png")
         pictures = [self.output / "curve.png"]
         best = self.record()["held_out"]["after"]["step"] if self.curve else self.steps
         drawn = self.output / "pictures" / f"step-{best:06d}.png"

@@ -54,23 +54,34 @@ class HeldOut:
             self.pictured += [photo] if len(self.pictured) < PICTURED else []
 
     @torch.no_grad()
-    def error(self, features: Callable[[torch.Tensor], torch.Tensor], keep: int = 0) -> dict[str, float] | None:
+    def error(
+        self,
+        features: Callable[[torch.Tensor], torch.Tensor],
+        keep: int = 0,
+        decision: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+    ) -> dict[str, float] | None:
         """
         Mean squared error and mean cosine of student and full teacher; None without photos.
 
         Args:
             features: the student, pixel values -> feature map.
             keep: of how many photos to keep the student's maps for [`HeldOut.picture`].
+            decision: student's and teacher's map -> the mean over patches that is given as `words`.
         """
-        squared, cosine, patches = 0.0, 0.0, 0
+        squared, cosine, words, patches = 0.0, 0.0, 0.0, 0
         self.found: list[torch.Tensor] = []
         for pixel_values, target in self.targets:
             found = features(pixel_values).float()
             squared += float((found - target).square().mean(1).sum())
             cosine += float(nn.functional.cosine_similarity(found, target, dim=1).sum())
+            if decision is not None:
+                words += float(decision(found, target)) * target.shape[-2] * target.shape[-1]
             patches += target.shape[-2] * target.shape[-1]
             self.found += [found[0]] if len(self.found) < keep else []
-        return {"mse": round(squared / patches, 6), "cosine": round(cosine / patches, 4)} if patches else None
+        if not patches:
+            return None
+        errors = {"mse": round(squared / patches, 6), "cosine": round(cosine / patches, 4)}
+        return errors if decision is None else {**errors, "words": round(words / patches, 6)}
 
     def picture(self) -> Image.Image:
         """The photos whose maps were kept, beside the maps of teacher and student."""
@@ -120,19 +131,18 @@ def compare_features(
     return sheet
 
 
-def draw_curve(log: Path, held_out: list[dict[str, Any]], path: Path) -> None:
-    """The training loss of `log.jsonl` and the held-out errors over the steps, as a picture."""
+def draw_curve(log: Path, held_out: list[dict[str, Any]], kept: dict[str, Any] | None, path: Path) -> None:
+    """The training loss of `log.jsonl` and the held-out errors over the steps, the kept student's marked, as a picture."""
     from matplotlib.figure import Figure  # a second of import, once at the end; a figure by itself needs no display
 
     rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     axes.plot([row["step"] for row in rows], [row["loss"] for row in rows], color="0.6", label="training loss")
-    if held_out:
+    if kept is not None:
         steps, errors = [point["step"] for point in held_out], [point["mse"] for point in held_out]
         axes.plot(steps, errors, "o-", color="C0", label="held-out mean squared error")
-        best = min(held_out, key=lambda point: point["mse"])
-        axes.plot(best["step"], best["mse"], "o", color="C3", label=f"the student kept (step {best['step']})")
+        axes.plot(kept["step"], kept["mse"], "o", color="C3", label=f"the student kept (step {kept['step']})")
     axes.set_xlabel("optimizer step")
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
