@@ -145,16 +145,16 @@ class OpenVocabSegmentationPipeline(Pipeline):
 
         | rule            | CamVid: kept, right, mIoU, found | COCO: kept, right, mIoU, found |
         |-----------------|----------------------------------|--------------------------------|
-        | none            | 100 %, 72 %, 35.1, 78 %          | 100 %, 23 %, 3.5, 41 %         |
-        | `threshold` 0.1 | 100 %, 72 %, 35.1, 78 %          | 86 %, 25 %, 3.8, 32 %          |
-        | `threshold` 0.2 | 100 %, 72 %, 35.1, 78 %          | 49 %, 35 %, 3.9, 23 %          |
-        | `threshold` 0.3 | 97 %, 74 %, 35.0, 78 %           | 30 %, 47 %, 3.3, 19 %          |
-        | `threshold` 0.5 | 80 %, 79 %, 31.1, 55 %           | 14 %, 59 %, 2.2, 9 %           |
-        | `threshold` 0.7 | 46 %, 95 %, 23.0, 54 %           | 6 %, 74 %, 1.2, 4 %            |
-        | `threshold` 0.9 | 29 %, 99 %, 15.0, 22 %           | 2 %, 100 %, 0.6, 2 %           |
-        | `min_area` 0.01 | 99 %, 73 %, 34.0, 64 %           | 98 %, 23 %, 4.1, 29 %          |
-        | `min_area` 0.05 | 94 %, 74 %, 30.0, 44 %           | 89 %, 25 %, 4.7, 23 %          |
-        | `min_area` 0.1  | 79 %, 73 %, 19.7, 28 %           | 76 %, 26 %, 4.3, 16 %          |
+        | none            | 100 %, 81 %, 42.2, 80 %          | 100 %, 20 %, 3.4, 43 %         |
+        | `threshold` 0.1 | 100 %, 81 %, 42.2, 80 %          | 87 %, 23 %, 3.7, 35 %          |
+        | `threshold` 0.2 | 100 %, 81 %, 42.3, 80 %          | 51 %, 34 %, 3.9, 26 %          |
+        | `threshold` 0.3 | 97 %, 83 %, 42.1, 77 %           | 32 %, 42 %, 3.1, 16 %          |
+        | `threshold` 0.5 | 82 %, 89 %, 38.1, 58 %           | 14 %, 58 %, 2.0, 9 %           |
+        | `threshold` 0.7 | 53 %, 97 %, 27.2, 54 %           | 5 %, 73 %, 1.0, 7 %            |
+        | `threshold` 0.9 | 28 %, 100 %, 14.9, 31 %          | 1 %, 100 %, 0.3, 2 %           |
+        | `min_area` 0.01 | 100 %, 82 %, 41.6, 66 %          | 98 %, 21 %, 3.9, 30 %          |
+        | `min_area` 0.05 | 95 %, 84 %, 36.2, 46 %           | 89 %, 22 %, 4.6, 20 %          |
+        | `min_area` 0.1  | 86 %, 84 %, 28.7, 37 %           | 73 %, 23 %, 3.9, 9 %           |
 
         A threshold means another thing for every number of words: the same photo has lower probabilities among more. The
         same COCO photos with words for things only, all else being background (mean IoU of the things in a photo /
@@ -162,11 +162,11 @@ class OpenVocabSegmentationPipeline(Pipeline):
 
         | rule                        | words: the photo's things | words: COCO's 80 things |
         |-----------------------------|---------------------------|-------------------------|
-        | none                        | 15.5 / 37.8 / 0           | 5.6 / 37.8 / 0          |
-        | `threshold` 0.3             | 15.5 / 37.8 / 0           | 2.9 / 17.3 / 47.7       |
-        | `threshold` 0.7             | 14.0 / 33.9 / 21.2        | 0 / 0.6 / 61.3          |
-        | `background="auto"`         | 8.3 / 20.4 / 63.6         | 4.6 / 48.9 / 57.3       |
-        | the same, `threshold` 0.1   | 8.3 / 20.4 / 63.6         | 3.6 / 45.8 / 58.5       |
+        | none                        | 19.1 / 37.8 / 0           | 6.0 / 37.8 / 0          |
+        | `threshold` 0.3             | 19.1 / 37.8 / 0           | 3.8 / 19.8 / 47.8       |
+        | `threshold` 0.7             | 18.5 / 33.1 / 21.5        | 0 / 0.7 / 61.3          |
+        | `background="auto"`         | 8.9 / 18.8 / 63.4         | 4.8 / 46.8 / 54.3       |
+        | the same, `threshold` 0.1   | 8.9 / 18.8 / 63.4         | 4.5 / 43.1 / 55.3       |
 
         `"auto"` finds the background best; where words are few it takes much of the things along.
         """
