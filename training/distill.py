@@ -434,6 +434,11 @@ class Distillation:
             self.log_file.close()
             if not (stopped and step < self.steps):
                 self.finish()
+        # before the process group: DDP's reducer, were it the last to hold that, would wait for gloo's thread with the
+        # interpreter's lock held, and the thread for the lock
+        self.wrapped, self.optimizer, self.schedule = accelerator.free_memory(
+            self.wrapped, self.optimizer, self.schedule
+        )
         accelerator.end_training()
         return self.folders()[-1]
 
