@@ -1,6 +1,7 @@
 """Mean intersection over union, of areas and of boundaries, as `evaluate.Metric`s in the memory of their counts."""
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from datasets import Sequence as SequenceFeature
 from scipy import ndimage
 
 
-class LabelMapMetric(evaluate.Metric):
+class LabelMapMetric(evaluate.Metric, ABC):
     """
     What the metrics of this module share: label maps in, integer counts, results out.
 
@@ -50,17 +51,17 @@ class LabelMapMetric(evaluate.Metric):
         self.ignore_index = ignore_index
         self.reset()
 
+    @abstractmethod
     def count(self, predicted: np.ndarray, wanted: np.ndarray) -> np.ndarray:
         """What one photo adds to `counts`; two label maps of one shape, int64."""
-        raise NotImplementedError
 
+    @abstractmethod
     def results(self, counts: np.ndarray) -> dict[str, Any]:
         """What `compute` returns for these counts."""
-        raise NotImplementedError
 
+    @abstractmethod
     def empty_counts(self) -> np.ndarray:
         """Counts of nothing, int64."""
-        raise NotImplementedError
 
     def _info(self) -> evaluate.MetricInfo:
         label_map = SequenceFeature(SequenceFeature(Value("int64")))

@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +23,7 @@ from transformers import HfArgumentParser
 
 from spar_hf import SlidingWindowTeacher, SparForOpenVocabSegmentation, SparImageProcessorPil
 from spar_hf.prompts import TEMPLATES
+from spar_hf.refine import REFINEMENTS
 
 TRAINING = Path(__file__).parents[1] / "training"
 # by its path: as a module its name would hide the package `evaluate`
@@ -218,26 +218,23 @@ def test_refined_run(dataset, checkpoint, monkeypatch):
     folder = checkpoint("base")
     command = ["--dataset", str(dataset), "--model", f"base={folder}", "--native", "--no_warmup", "--runs"]
 
-    def double(logits, feature_map, pixel_values):
+    def twice(logits, feature_map, pixel_values):
         assert feature_map.shape == (32, *logits.shape[1:])
         # whole cells, whatever the photo's size
         assert tuple(pixel_values.shape[1:]) == tuple(16 * side for side in logits.shape[1:])
         return F.interpolate(logits[None], scale_factor=2, mode="nearest")[0]
 
-    known = {"same": lambda logits, feature_map, pixel_values: logits, "double": double}
-    module = types.SimpleNamespace(resolve_refinement=known.__getitem__)
-    monkeypatch.setitem(sys.modules, "spar_hf.refine", module)
+    monkeypatch.setitem(REFINEMENTS, "same", lambda: lambda logits, feature_map, pixel_values: logits)
+    monkeypatch.setitem(REFINEMENTS, "double", lambda: twice)
     report = script.main([*command, "base:single", "base:single+same", "base:sliding:32+double"])
     plain, same, double = report["runs"]
     assert same["inference"] == "single pass, same" and double["refinement"] == "double"
     np.testing.assert_equal(same["classes"], plain["classes"])
     assert double["mean_iou"] != plain["mean_iou"]
-    monkeypatch.undo()
     pamr, lposs = script.main([*command, "base:single+pamr", "base:single+lposs+"])["runs"]
     assert pamr["classes"] != plain["classes"] != lposs["classes"]
-    monkeypatch.setitem(sys.modules, "spar_hf.refine", None)  # as where it is not installed
-    with pytest.raises(ValueError, match="Cannot refine by 'lposs'"):
-        script.main([*command, "base:single+lposs"])
+    with pytest.raises(ValueError, match="Unknown refinement 'nonsense'"):
+        script.main([*command, "base:single+nonsense"])
 
 
 def test_protocol__settings_of_the_published_evaluation():

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import randomise, tiny_config
 from distill_options import parse_options
-from local_start import find_place, keep_place, start_local
+from local_start import find_place, keep_place, start_local, writers
 from test_distill import distil
 from transformers import AutoModel, DINOv3ViTConfig, SiglipVisionConfig
 
@@ -85,7 +85,7 @@ def test_the_place_is_kept_whatever_training_writes(model):
     photos = torch.randn(1, 3, 96, 128), torch.randn(1, 3, 96, 128)
     randomise(model, seed=7)  # a step of training, in effect
     assert (place_of(photos[0]) - place_of(photos[1])).abs().max() > 0.1
-    keep_place(model, directions)
+    keep_place(writers(model), directions)
     first, second = map(place_of, photos)
     torch.testing.assert_close(first, second, atol=2e-5, rtol=0)  # of the photo nothing
     torch.testing.assert_close(first, first[:1].expand_as(first), atol=2e-5, rtol=0)  # and in all layers the same

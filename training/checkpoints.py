@@ -61,6 +61,12 @@ def read_state(output: Path) -> dict[str, Any]:
     return json.loads((found[-1] / "state.json").read_text())
 
 
+def differences(then: dict[str, Any], now: dict[str, Any]) -> str:
+    """The options that were otherwise, as a message has them; empty where none was."""
+    changed = [name for name, value in now.items() if then.get(name) != value]
+    return ", ".join(f"--{name} (was {then.get(name)!r}, is {now[name]!r})" for name in changed)
+
+
 def is_finished(output: Path, written: Path, settings: dict[str, Any]) -> bool:
     """
     Whether the last run in `output` has come to its end, with these settings: it writes `recipe.yaml` when it starts, at its
@@ -74,12 +80,11 @@ def is_finished(output: Path, written: Path, settings: dict[str, Any]) -> bool:
     if len(times) < len(marks) or times != sorted(times):
         return False
     then = yaml.safe_load(marks[0].read_text(encoding="utf-8"))
-    changed = [name for name, value in settings.items() if then.get(name) != value]
+    changed = differences(then, settings)
     if changed and not list_checkpoints(output):
-        shown = ", ".join(f"--{name} (was {then.get(name)!r}, is {settings[name]!r})" for name in changed)
         raise ValueError(
-            f"The run in {output} is complete ({written}), and a finished run has no checkpoint to go on from with {shown}. "
-            "Write another run to another folder; --student starts from a finished model."
+            f"The run in {output} is complete ({written}), and a finished run has no checkpoint to go on from with "
+            f"{changed}. Write another run to another folder; --student starts from a finished model."
         )
     return not changed
 

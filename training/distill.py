@@ -16,7 +16,6 @@ import math
 import random
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,11 +27,20 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, broadcast_object_list, gather_object, set_seed
-from checkpoints import StopAtStep, cut_log, is_finished, list_checkpoints, load_checkpoint, read_state, save_checkpoint
+from checkpoints import (
+    StopAtStep,
+    cut_log,
+    differences,
+    is_finished,
+    list_checkpoints,
+    load_checkpoint,
+    read_state,
+    save_checkpoint,
+)
 from distill_losses import decision_loss, distillation_loss, error_weights
-from distill_options import FREE, Options, parse_options
+from distill_options import RECORDED, Options, parse_options
 from held_out import PICTURED, HeldOut, draw_curve
-from local_start import find_place, keep_place, start_local
+from local_start import find_place, keep_place, start_local, writers
 from photos import MapOrder, Photos, Sample, Skipped, SkippedList, StreamOrder, as_it_is, open_sources, split_photos
 from student import (
     add_adapters,
@@ -97,7 +105,6 @@ class Distillation:
     def check_resume(self) -> None:
         """A resumed run must compute what the first would have: same options, same processes."""
         processes = self.accelerator.num_processes
-        self.settings = {name: value for name, value in asdict(self.options).items() if name not in FREE}
         if not self.options.resume:
             return
         then = self.state.get("settings")
@@ -105,11 +112,9 @@ class Distillation:
             raise ValueError(
                 f"The checkpoints in {self.output} are of an earlier version, which did not say how it ran."
             )
-        changed = [name for name, value in self.settings.items() if then.get(name) != json.loads(json.dumps(value))]
-        if changed:
-            shown = ", ".join(f"--{name} (was {then.get(name)!r}, is {self.settings[name]!r})" for name in changed)
+        if changed := differences(then, self.options.settings):
             raise ValueError(
-                f"--resume goes on with the same options, but {shown}. Write another run to another folder."
+                f"--resume goes on with the same options, but {changed}. Write another run to another folder."
             )
         if len(self.state["after"]) != processes:
             raise ValueError(
@@ -177,11 +182,13 @@ class Distillation:
     def choose_trained(self) -> None:
         """What is trained, and what teacher and student can hold together."""
         options, encoder = self.options, self.teacher.model
-        self.place = find_place(self.student)  # of an earlier student that had a local start
-        if options.local_start is not None:
+        if options.local_start is None:
+            place = find_place(self.student)  # of an earlier student that had a local start
+        else:
             self.student.to("cpu")  # where --words has moved it
-            self.place = start_local(self.student, self.looked_at(), options.local_start)
-        if self.sharded and self.place is not None:
+            side = 2 * self.teacher.window_size
+            place = start_local(self.student, self.photos.squares(self.shown, side), options.local_start)
+        if self.sharded and place is not None:
             raise ValueError("A local start mends whole weights after every step, and FSDP has parts. Launch with DDP.")
         if options.lora_rank is None:
             choose_parameters(self.student, options.train_layers, options.train_parts)
@@ -189,6 +196,9 @@ class Distillation:
         else:
             self.trained = add_adapters(self.student, options)
         self.trained.to(self.device)
+        self.place = None if place is None else place.to(self.device)
+        # frozen ones stay as they are, and may be the teacher's too
+        self.place_writers = [] if place is None else [p for p in writers(self.student) if p.requires_grad]
         shared = 0 if self.sharded else share_frozen(self.trained, encoder)
         count = {p.requires_grad: 0 for p in self.trained.parameters()} | {True: 0}
         for parameter in self.trained.parameters():
@@ -199,17 +209,6 @@ class Distillation:
             sum(count.values()) / 1e6,
             shared / 1e6,
         )
-
-    def looked_at(self) -> Iterator[torch.Tensor]:
-        """The photos that a local start looks at, one by one, two windows wide and high."""
-        side = 2 * self.teacher.window_size
-        for ticket in self.shown:
-            try:
-                photo = self.photos.read(ticket).resize((side, side))
-            except Exception as error:  # each of Pillow's decoders raises its own kind; training lists the photo
-                logger.warning("%s is left out of the local start: %s", ticket.name, error)
-                continue
-            yield self.photos.pixels(photo)
 
     def prepare(self) -> None:
         """Optimizer and schedule, and all of it as accelerate wants it."""
@@ -275,38 +274,23 @@ class Distillation:
         options = self.options
         record = {
             "teacher": short_name(options.model),
+            "student": options.student and short_name(options.student),
             "window_size": self.teacher.window_size,
             "stride": self.teacher.stride,
-            "teacher_mode": options.teacher_mode,
             "teacher_windows": options.teacher_windows or "all",
-            "teacher_variant": options.teacher_variant,
             "images": [short_name(entry) for entry in options.images],
-            "exclude": options.exclude,
             "photos": self.photo_count or "streamed",
+            "photo_size": self.photo_size,
             "steps": self.steps,
             "photos_per_step": self.photos_per_step,
-            "photo_size": self.photo_size,
-            "jitter_probability": options.jitter_probability,
-            "preset": options.preset,
-            "train_layers": options.train_layers,
-            "train_parts": options.train_parts,
-            "lora_rank": options.lora_rank,
-            "whiten": options.whiten,
-            "words": options.words,
-            "words_weight": options.words_weight,
-            "student": options.student and short_name(options.student),
-            "local_start": options.local_start,
-            "learning_rate": options.learning_rate,
-            "weight_decay": options.weight_decay,
             "mixed_precision": self.accelerator.mixed_precision,
-            "seed": options.seed,
+            **{name: getattr(options, name) for name in RECORDED},
         }
-        if self.curve:
-            best = min(self.curve, key=self.selected_by)
+        if self.kept is not None:
             record["held_out"] = {
                 "photos": len(self.held_out.targets),
                 "before": self.before,
-                "after": best,
+                "after": self.kept,
                 "curve": self.curve,
             }
         return record
@@ -341,9 +325,11 @@ class Distillation:
     def held_out_error(self, keep: int = 0) -> dict[str, float] | None:
         return self.held_out.error(self.features, keep, self.decision if self.options.words else None)
 
-    def selected_by(self, point: dict[str, float]) -> float:
-        """What the kept student has least of: the loss as it is trained on, on held-out photos (whitening aside)."""
-        return point["mse"] + self.options.words_weight * point.get("words", 0.0)
+    @property
+    def kept(self) -> dict[str, Any] | None:
+        """The point of the student that is kept: of the least loss as trained on (whitening aside), on held-out photos."""
+        weight = self.options.words_weight
+        return min(self.curve, key=lambda point: point["mse"] + weight * point.get("words", 0.0), default=None)
 
     def samples(self, loader: DataLoader):
         """The photos that can be read, each after the time that was spent waiting for it."""
@@ -397,7 +383,7 @@ class Distillation:
                     accelerator.clip_grad_norm_(self.parameters, 1.0)
                 self.optimizer.step()
                 if self.place is not None:
-                    keep_place(self.student, self.place)
+                    keep_place(self.place_writers, self.place)
                 self.schedule.step()
                 self.optimizer.zero_grad()
             running += float(loss.detach()) / options.gradient_accumulation_steps
@@ -418,7 +404,7 @@ class Distillation:
                     "after": gather_object([sample.after]),
                     "curve": self.curve,
                     "before": self.before,
-                    "settings": self.settings,
+                    "settings": options.settings,
                 }
                 folder = save_checkpoint(accelerator, self.output, step, **state)
             if stopped or step == self.steps:
@@ -440,7 +426,7 @@ class Distillation:
             self.wrapped, self.optimizer, self.schedule
         )
         accelerator.end_training()
-        return self.folders()[-1]
+        return self.options.folders[-1]
 
     def log(self, step: int, running: float) -> None:
         """A line of the log: the mean loss since the last one over all processes, speed, and where the time goes."""
@@ -482,7 +468,7 @@ class Distillation:
         if self.main and pictured and point is not None:
             self.draw(step)
         # without held-out photos the last student is the one kept
-        if point is None or self.selected_by(point) == min(map(self.selected_by, self.curve)):
+        if point is self.kept:
             self.save()
             kept = f"held-out error {point}, the least so far" if point else "written; nothing is held out"
             logger.info("step %d: %s", step, kept)
@@ -496,11 +482,6 @@ class Distillation:
             layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
             if hasattr(tracker, "log_images"):
                 tracker.log_images({"photo, teacher, student": np.asarray(picture)[None]}, step=step, **layout)
-
-    def folders(self) -> list[Path]:
-        """What is written: the adapters, the whole student, or both."""
-        adapter = [self.output / "adapter"] if self.options.lora_rank is not None else []
-        return adapter + ([self.output / "model"] if not adapter or self.options.merge else [])
 
     def save(self) -> None:
         """Write the student as it is now. All processes must call it: a sharded one is gathered."""
@@ -517,14 +498,13 @@ class Distillation:
 
     def finish(self) -> None:
         """The curve, and all that is known at the end, into the written folders."""
-        kept = min(self.curve, key=self.selected_by, default=None)
-        draw_curve(self.output / "log.jsonl", self.curve, kept, self.output / "curve.png")
+        draw_curve(self.output / "log.jsonl", self.curve, self.kept, self.output / "curve.png")
         pictures = [self.output / "curve.png"]
-        best = self.record()["held_out"]["after"]["step"] if self.curve else self.steps
+        best = self.steps if self.kept is None else self.kept["step"]
         drawn = self.output / "pictures" / f"step-{best:06d}.png"
         if drawn.is_file():
             pictures.append(drawn)
-        for folder in self.folders():
+        for folder in self.options.folders:
             finish_folder(folder, self.options, self.record(), pictures)
         logger.info("%d photos could not be read (skipped.jsonl)", self.skipped.count())
 
@@ -533,10 +513,8 @@ def main():
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("accelerate").setLevel(logging.WARNING)  # five lines for every checkpoint
     options = parse_options(sys.argv[1:])
-    output, adapter = Path(options.output), options.lora_rank is not None and not options.merge
-    written = output / ("adapter" if adapter else "model")
-    settings = {name: value for name, value in asdict(options).items() if name not in FREE}
-    if options.resume and is_finished(output, written, settings):
+    written = options.folders[-1]
+    if options.resume and is_finished(Path(options.output), written, options.settings):
         logger.info("The run is complete, nothing is left to do: %s", written)
         return
     run = Distillation(options)

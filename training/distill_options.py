@@ -1,6 +1,7 @@
 """What a distillation can be told, in one dataclass; recipes by name and from YAML; checks before any work starts."""
 
-from dataclasses import dataclass, field, fields
+import json
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,24 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 # what a resumed run may have otherwise: none of it changes what is learned
 FREE = {"output", "resume", "workers", "save_steps", "eval_steps", "picture_steps", "report_to", "preset"}
+# what the written folder says of its making as it was given
+RECORDED = [
+    "teacher_mode",
+    "teacher_variant",
+    "exclude",
+    "jitter_probability",
+    "preset",
+    "train_layers",
+    "train_parts",
+    "lora_rank",
+    "whiten",
+    "words",
+    "words_weight",
+    "local_start",
+    "learning_rate",
+    "weight_decay",
+    "seed",
+]
 
 
 @dataclass
@@ -228,6 +247,17 @@ class Options:
         self.teacher_mode = self.teacher_mode or ("full" if self.teacher_windows is None else "sampled")
         if self.steps is None and self.epochs is None:
             self.steps = 1000
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What a resumed run must have as well, as JSON and YAML give it back."""
+        return json.loads(json.dumps({name: value for name, value in asdict(self).items() if name not in FREE}))
+
+    @property
+    def folders(self) -> list[Path]:
+        """What is written: the adapters, the whole student, or both."""
+        adapter = [Path(self.output) / "adapter"] if self.lora_rank is not None else []
+        return adapter + ([Path(self.output) / "model"] if not adapter or self.merge else [])
 
     def _check_combinations(self):
         if self.steps is not None and self.epochs is not None:

@@ -1,9 +1,8 @@
 """Ways of running a model on a photo: one pass, sliding windows over features or logits, refined; with time and memory."""
 
 import ctypes
-import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from torch import nn
 from spar_hf import SparForOpenVocabSegmentation, SparProcessor
 from spar_hf.modeling_spar import SparVisionModelOutput, pad_to_patches
 from spar_hf.prompts import Vocabulary, embed_names
+from spar_hf.refine import refined_logits
 from spar_hf.segmentation import decide, give_to_background
 from spar_hf.teacher import SlidingWindowTeacher
 
@@ -176,24 +176,6 @@ def average_logits(candidate: Candidate, pixel_values: torch.Tensor, stride: int
     return sums / coverage, plan.cell
 
 
-@functools.cache
-def load_refinement(name: str) -> Callable[..., torch.Tensor]:
-    """
-    A refinement of logits: called with logits `(names, h, w)`, features `(dim, h, w)` and the normalised photo
-    `(3, H, W)`, it returns logits `(names, h * r, w * r)`.
-
-    Raises:
-        ValueError: there is none of this name, or this installation has no refinements.
-    """
-    try:
-        from spar_hf.refine import resolve_refinement
-    except ImportError as error:
-        raise ValueError(
-            f"Cannot refine by {name!r}: {error}. Refinements need spar_hf.refine and `pip install 'spar-hf[refine]'`."
-        ) from error
-    return resolve_refinement(name)
-
-
 def now(device: torch.device) -> int:
     """Nanoseconds, after all work that the device was given."""
     if device.type != "cpu":
@@ -234,17 +216,13 @@ def predict(
             feature_map = encoder(pixel_values).feature_map
     after = now(device)
     # in float32 from here on: half precision could not tell names of nearly the same cosine apart
-    if run.average == "features":
-        logits = model.dense_logits(feature_map.float(), candidate.text_embeds)
-    logits = logits[0]
     if run.refinement is not None:
-        refine = load_refinement(run.refinement)
-        coarse = logits.shape[-2]
-        # a refinement is promised whole cells, padded by repeating the border
-        rows, columns = (side * cell for side in logits.shape[-2:])
-        image = nn.functional.pad(pixel_values, (0, columns - width, 0, rows - height), mode="replicate")
-        logits = refine(logits, feature_map[0].float(), image[0])
-        cell = cell * coarse // logits.shape[-2]  # (names, h, w) -> (names, h * r, w * r)
+        parts = (feature_map[0].float(), candidate.text_embeds, pixel_values[0])
+        logits, cell = refined_logits(model, *parts, run.refinement)
+    elif run.average == "features":
+        logits = model.dense_logits(feature_map.float(), candidate.text_embeds)[0]
+    else:
+        logits = logits[0]
     if rules.scale is not None:
         logits = logits * (rules.scale / model.config.dense_logit_scale)
     # cells that hold nothing but the model's own padding: only there where cells are smaller than patches

@@ -302,6 +302,8 @@ def probe(options: Options) -> dict[str, Any]:
         model = SparForSemanticSegmentation.from_weights(features.model, train.classes, weight[best], bias[best])
         write(model, features.image_processor, report, Path(options.output))
         show(report, Console(markup=False, highlight=False))
+    # before the process group, see distill.py
+    wrapped, optimizer, schedule = accelerator.free_memory(wrapped, optimizer, schedule)
     accelerator.end_training()
     return report
 

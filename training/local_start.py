@@ -86,7 +86,7 @@ def start_local(model: SparVisionModel, photos: Iterable[torch.Tensor], spread: 
         weight -= read @ (u / norm.weight[:, None]).T
         bias += read @ (u / norm.weight[:, None]).T @ norm.bias
 
-    keep_place(model, u)
+    keep_place(writers(model), u)
     table = backbone.embeddings.position_embedding.weight
     side = math.isqrt(len(table))
     axis = FREQUENCY * ((torch.arange(side) + 0.5) / side * 2 - 1)
@@ -131,10 +131,9 @@ def start_local(model: SparVisionModel, photos: Iterable[torch.Tensor], spread: 
 
 
 @torch.no_grad()
-def keep_place(model: SparVisionModel, directions: torch.Tensor) -> None:
-    """Let nothing but the position table write into the directions that [`start_local`] returned; after every step."""
-    directions = directions.to(model.device)
-    for parameter in writers(model):
+def keep_place(parameters: Iterable[torch.nn.Parameter], directions: torch.Tensor) -> None:
+    """Let these [`writers`] write nothing into the directions that [`start_local`] returned; after every step."""
+    for parameter in parameters:
         flat = parameter.view(len(parameter), -1)  # a view, so that the parameter changes
         flat -= directions @ (directions.T @ flat)
 

@@ -21,7 +21,7 @@ import torch
 from accelerate import Accelerator
 from benchmarks import SegmentationSet
 from data import VOID
-from inference import Candidate, PeakMemory, Rules, Run, load_refinement, parse_models, parse_runs, predict
+from inference import Candidate, PeakMemory, Rules, Run, parse_models, parse_runs, predict
 from options import Options, build_vocabulary, choose_photos, indices, resize_options
 from protocols import PROTOCOLS, Protocol
 from reports import card_block, find_gaps, make_row, show, write_json, write_text
@@ -32,6 +32,7 @@ from usage import work_begins
 
 from spar_hf.metrics import BoundaryIoU, MeanIoU
 from spar_hf.prompts import Vocabulary, resolve_templates
+from spar_hf.refine import resolve_refinement
 
 # what changes neither counts nor times
 FREE_OPTIONS = {"output", "card_folder", "save_seconds"}
@@ -123,7 +124,7 @@ def evaluate_runs(options: Options, console: Console | None = None, reuse: bool 
         resolve_templates(options.templates)
     for run in runs:
         if run.refinement is not None:
-            load_refinement(run.refinement)
+            resolve_refinement(run.refinement)
     protocol = find_protocol(options, readout="")  # what depends on the model comes later
     data = choose_photos(options)
     vocabulary, data = build_vocabulary(

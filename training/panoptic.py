@@ -396,6 +396,8 @@ def train(options: Options) -> Path:
     if accelerator.is_main_process:
         (output / "curve.json").write_text(json.dumps(curve, indent=1))
         log.close()
+    # before the process group, see distill.py
+    wrapped, optimizer, schedule = accelerator.free_memory(wrapped, optimizer, schedule)
     accelerator.end_training()
     return output / "model"
 

@@ -11,6 +11,7 @@ patches a photo and 16 % at 192, of the student's share of a step only, and tie 
 
 import itertools
 import json
+import logging
 import math
 import random
 import zlib
@@ -30,6 +31,8 @@ from student import short_name
 from torch.utils.data import Dataset, Sampler
 
 from spar_hf.image_input import to_rgb, turn_upright
+
+logger = logging.getLogger("distill")
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp")
 NAME_COLUMNS = ("__key__", "file_name")
@@ -426,6 +429,16 @@ class Photos(Dataset):
             pixels = torch.from_numpy(np.array(photo)).permute(2, 0, 1).float() / 255  # (3, height, width)
             photo = Image.fromarray((jitter(pixels, rng) * 255).round().byte().permute(1, 2, 0).numpy())
         return Sample(ticket.index, self.pixels(photo), ticket.after)
+
+    def squares(self, tickets: list[Ticket], side: int) -> Iterator[torch.Tensor]:
+        """The photos of tickets, those that can be read, as squares of `side` pixels: `(1, 3, side, side)` one by one."""
+        for ticket in tickets:
+            try:
+                photo = self.read(ticket)
+            except Exception as error:  # as above; training lists the photo
+                logger.warning("%s is passed over: %s", ticket.name, error)
+                continue
+            yield self.pixels(photo.resize((side, side)))
 
     def pixels(self, photo: Image.Image) -> torch.Tensor:
         return self.image_processor(photo, do_resize=False, return_tensors="pt")["pixel_values"]
