@@ -212,7 +212,8 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         write (`Callable[[Path], object]`): writes to the path it is given, which ends in the same suffix.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.partial{path.suffix}")
+    # of this process alone: where two write the same file, neither takes the other's half away
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial{path.suffix}")
     try:
         write(temporary)
         temporary.replace(path)

@@ -9,13 +9,15 @@ import time
 from pathlib import Path
 from random import Random
 
+import distill_options
 import numpy as np
 import pytest
 import torch
 from cache_teacher import Options, make_cache
-from photos import augment
+from photos import Photos, Ticket, augment
 from PIL import Image
 from teacher_cache import Crop, TeacherCache, fingerprint
+from test_distill_resume import signal_all
 from transformers import HfArgumentParser
 
 from spar_hf import SlidingWindowTeacher, SparImageProcessorPil, SparVisionModel
@@ -61,6 +63,20 @@ def test_a_pinned_crop_is_what_the_augmentation_does(size):
         assert np.array_equal(np.asarray(crop(photo)), np.asarray(expected))
         flips.add(crop.flip)
     assert flips == {True, False}
+
+
+def test_views_are_those_that_distillation_draws(options, photos):
+    """The first epoch of a training on the same photos with the same seed, if it took them in the order of the cache."""
+    options.jitter_probability = 0.5
+    cache = make_cache(options)
+    same = "long_side", "short_side", "min_scale", "crop_probability", "flip_probability", "jitter_probability", "seed"
+    settings = distill_options.Options("m", [str(photos)], "o", **{name: getattr(options, name) for name in same})
+    drawn = Photos([], cache.image_processor, cache.setting["window_size"], 16, settings)
+    jittered = [entry["crop"]["jitter"] is not None for shard in cache.shards for entry in shard["maps"]]
+    assert set(jittered) == {True, False}
+    for i in range(len(cache)):
+        expected = drawn[Ticket(i, cache.photo(i).name, str(cache.photo(i)), [])].pixel_values
+        assert torch.equal(cache.pixel_values(i), expected)
 
 
 def test_maps_are_the_teachers_and_half_the_size(options, vision_model, caplog):
@@ -167,20 +183,20 @@ def test_killed_processes_go_on_where_they_stopped(base, photos, tmp_path):
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1", "--mixed_precision", "no"]
     launch += ["--dynamo_backend", "no", "--multi_gpu", "--main_process_port", "0", "--num_processes", "2", *script]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    run = subprocess.Popen(
-        list(map(str, launch)), env=environment, start_new_session=True, stderr=subprocess.PIPE, text=True
-    )
+    run = subprocess.Popen(list(map(str, launch)), env=environment, stderr=subprocess.PIPE, text=True)
     while run.poll() is None and not list(output.glob("*.safetensors.json")):
         time.sleep(0.01)
     assert run.poll() is None, run.stderr.read()[-3000:]
-    os.killpg(run.pid, signal.SIGKILL)
+    signal_all(run, signal.SIGKILL)
     run.wait()
     made = {path: path.stat().st_mtime_ns for path in output.glob("*.safetensors.json")}
     assert 0 < len(made) < 16, "the run was over before it could be killed"
+    (output / "maps-00015.safetensors.1.partial").write_bytes(b"half")  # as a killed process may leave one
     options = Options(str(base), [str(photos)], str(output), 4, holdout_every=5, stride=8, shard_maps=1)
     cache = make_cache(options)
     assert len(cache) == 16
     assert all(path.stat().st_mtime_ns == moment for path, moment in made.items())
+    assert not list(output.glob("*.partial*"))
 
 
 def test_help_is_shown(capsys):

@@ -67,6 +67,9 @@ class Options:
         default=0.5, metadata={"help": "Chance of a random crop to 0.4 or more of each side."}
     )
     flip_probability: float = field(default=0.5, metadata={"help": "Chance of a horizontal flip."})
+    jitter_probability: float = field(
+        default=0.0, metadata={"help": "Chance that light, contrast and colour of a photo are changed at random."}
+    )
     seed: int = field(default=0, metadata={"help": "Seed of the views."})
     shard_maps: int = field(
         default=16, metadata={"help": "Maps per shard: what a killed process has to compute again at most."}
@@ -134,6 +137,8 @@ def make_shard(
             continue
         rng = seeded(options.seed, index)
         crop = Crop.draw(augment, photo.size, teacher.window_size, teacher.config.patch_size, options, rng)
+        if rng.random() < options.jitter_probability:
+            crop.jitter = rng.getrandbits(32)
         pixels = image_processor(crop(photo), do_resize=False, return_tensors="pt")["pixel_values"]
         with accelerator.autocast():
             features = teacher(pixels.to(accelerator.device)).feature_map
@@ -141,7 +146,8 @@ def make_shard(
         image = os.path.relpath(path.resolve(), output.resolve())
         entries.append({"image": image, "bytes": size, "sha256": digest, "crop": asdict(crop)})
     path = output / shard_name(number)
-    temporary = path.with_name(path.name + ".partial")
+    # of this process alone: workers outlive a launcher that is killed, and may be at the same shard
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")
     save_file(maps, temporary)
     record = {"file": path.name, "sha256": sha256(temporary), "bytes": temporary.stat().st_size}
     temporary.replace(path)
@@ -176,6 +182,7 @@ def make_cache(options: Options) -> TeacherCache:
         "min_scale",
         "crop_probability",
         "flip_probability",
+        "jitter_probability",
         "seed",
         "shard_maps",
     ]
@@ -185,6 +192,8 @@ def make_cache(options: Options) -> TeacherCache:
     accelerator.wait_for_everyone()  # all have compared the old manifest before it is written anew
     if accelerator.is_main_process:
         output.mkdir(parents=True, exist_ok=True)
+        for left in output.glob("*.partial*"):  # by killed runs
+            left.unlink(missing_ok=True)
         write_json(output / MANIFEST, {"complete": False, "setting": setting, "shards": []})
     accelerator.wait_for_everyone()
     teacher.to(accelerator.device)

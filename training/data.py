@@ -188,3 +188,10 @@ def jitter(pixels: torch.Tensor, rng: random.Random) -> torch.Tensor:
         small = nn.functional.avg_pool2d(pixels[None], 2)
         pixels = nn.functional.interpolate(small, size=pixels.shape[-2:], mode="bilinear")[0]
     return pixels.clamp(0, 1)
+
+
+def jitter_image(photo: Image.Image, seed: int) -> Image.Image:
+    """An RGB photo after [`jitter`], the same for the same seed."""
+    pixels = torch.from_numpy(np.array(photo)).permute(2, 0, 1).float() / 255  # (3, height, width)
+    pixels = jitter(pixels, random.Random(seed)) * 255
+    return Image.fromarray(pixels.round().byte().permute(1, 2, 0).numpy())

@@ -38,7 +38,7 @@ from checkpoints import (
     save_checkpoint,
 )
 from distill_losses import decision_loss, distillation_loss, error_weights
-from distill_options import RECORDED, Options, parse_options
+from distill_options import RECORDED, VIEW, Options, parse_options
 from held_out import PICTURED, HeldOut, draw_curve
 from local_start import find_place, keep_place, start_local, writers
 from photos import MapOrder, Photos, Sample, Skipped, SkippedList, StreamOrder, as_it_is, open_sources, split_photos
@@ -162,7 +162,7 @@ class Distillation:
             self.shown = [train.ticket(i, i, []) for i in shown]
         # the one place of the teacher's modes: a cache brings photos with targets, the others make a photo's target
         self.data: Photos | CachedPhotos = self.photos
-        self.photo_size = [options.long_side, options.short_side, options.min_scale]
+        self.views = {name: getattr(options, name) for name in VIEW}
         self.target: Target = FullTarget(self.teacher)
         if options.teacher_mode == "cached":
             assert options.teacher_cache is not None
@@ -173,7 +173,7 @@ class Distillation:
                 stride=options.stride,
             )
             self.data = CachedPhotos(cache, self.held_out_tickets)
-            self.photo_size = [cache.setting[name] for name in ("long_side", "short_side", "min_scale")]
+            self.views = {name: cache.setting[name] for name in VIEW}
             self.order, self.photo_count = MapOrder(self.data, options.seed, *place, start), len(self.data)
         if options.teacher_mode == "sampled":
             assert options.teacher_windows is not None
@@ -280,11 +280,12 @@ class Distillation:
             "teacher_windows": options.teacher_windows or "all",
             "images": [short_name(entry) for entry in options.images],
             "photos": self.photo_count or "streamed",
-            "photo_size": self.photo_size,
+            "photo_size": [self.views[name] for name in ("long_side", "short_side", "min_scale")],
             "steps": self.steps,
             "photos_per_step": self.photos_per_step,
             "mixed_precision": self.accelerator.mixed_precision,
             **{name: getattr(options, name) for name in RECORDED},
+            **{name: self.views[name] for name in VIEW if name.endswith("_probability")},
         }
         if self.kept is not None:
             record["held_out"] = {

@@ -32,12 +32,13 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 # what a resumed run may have otherwise: none of it changes what is learned
 FREE = {"output", "resume", "workers", "save_steps", "eval_steps", "picture_steps", "report_to", "preset"}
+# what a photo's view is drawn with; of stored maps the cache says it
+VIEW = ["long_side", "short_side", "min_scale", "crop_probability", "flip_probability", "jitter_probability"]
 # what the written folder says of its making as it was given
 RECORDED = [
     "teacher_mode",
     "teacher_variant",
     "exclude",
-    "jitter_probability",
     "preset",
     "train_layers",
     "train_parts",
@@ -276,7 +277,8 @@ class Options:
             raise ValueError("--teacher_mode cached and --teacher_cache FOLDER belong together. Give both or neither.")
         if self.teacher_mode == "cached" and (self.streaming or self.jitter_probability):
             raise ValueError(
-                "--teacher_mode cached reads stored maps of stored crops: leave out --streaming and --jitter_probability."
+                "--teacher_mode cached reads stored maps of stored crops: leave out --streaming, and give "
+                "--jitter_probability to training/cache_teacher.py instead."
             )
         if self.local_start is not None and self.lora_rank is not None:
             raise ValueError(

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from checkpoints import cut_log
-from data import ShuffledStream, jitter, list_images
+from data import ShuffledStream, jitter_image, list_images
 from distill_options import Options
 from PIL import Image
 from student import short_name
@@ -426,8 +426,7 @@ class Photos(Dataset):
             return Skipped(ticket.name, str(error) or type(error).__name__)
         photo = augment(photo, self.window, self.patch_size, self.options, rng)
         if rng.random() < self.options.jitter_probability:
-            pixels = torch.from_numpy(np.array(photo)).permute(2, 0, 1).float() / 255  # (3, height, width)
-            photo = Image.fromarray((jitter(pixels, rng) * 255).round().byte().permute(1, 2, 0).numpy())
+            photo = jitter_image(photo, rng.getrandbits(32))
         return Sample(ticket.index, self.pixels(photo), ticket.after)
 
     def squares(self, tickets: list[Ticket], side: int) -> Iterator[torch.Tensor]:

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from data import read_image
+from data import jitter_image, read_image
 from PIL import Image
 from safetensors import safe_open
 
 from spar_hf import SparImageProcessorPil, SparVisionModel
+from spar_hf.files import write_text
 
 MANIFEST = "manifest.json"
 AGAIN = "Make the cache again with training/cache_teacher.py"
@@ -41,12 +42,14 @@ def fingerprint(model: SparVisionModel) -> str:
 class Crop:
     """
     What an augmentation did to a photo: `box` (left, top, right, bottom, in pixels of the photo, fractions allowed)
-    resized to `size` (width, height), then perhaps flipped left to right.
+    resized to `size` (width, height), then perhaps flipped left to right, then perhaps its light changed
+    ([`jitter_image`] with the seed `jitter`).
     """
 
     size: tuple[int, int]
     box: tuple[float, float, float, float]
     flip: bool
+    jitter: int | None = None
 
     @classmethod
     def draw(cls, augment, photo_size: tuple[int, int], *args: Any) -> "Crop":
@@ -62,7 +65,9 @@ class Crop:
 
     def __call__(self, photo: Image.Image) -> Image.Image:
         photo = photo.resize(tuple(self.size), Image.Resampling.BICUBIC, box=tuple(self.box))
-        return photo.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if self.flip else photo
+        if self.flip:
+            photo = photo.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        return photo if self.jitter is None else jitter_image(photo, self.jitter)
 
 
 class StandIn:
@@ -119,9 +124,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file whole or not at all."""
-    temporary = path.with_name(path.name + ".partial")
-    temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
 class TeacherCache:
