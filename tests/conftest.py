@@ -86,7 +86,10 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 def base_folder(tmp_path_factory):
     """A saved two-tower model with its processor: a teacher for the training scripts."""
     folder = tmp_path_factory.mktemp("base")
-    randomise(SparForOpenVocabSegmentation(tiny_config())).save_pretrained(folder)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)  # the same in every run: how far it can be trained in a few steps is no matter of luck
+        model = SparForOpenVocabSegmentation(tiny_config())
+    randomise(model).save_pretrained(folder)
     SparProcessor(SparImageProcessorPil(size={"shortest_edge": 128}), make_tokenizer()).save_pretrained(folder)
     return folder
 

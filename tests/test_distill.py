@@ -173,7 +173,7 @@ def test_adapters_are_saved_by_themselves_and_merged(base_folder, photo_folder, 
 def test_a_cached_teacher_trains_on_its_own_maps(base_folder, photo_folder, tmp_path, monkeypatch):
     cache = tmp_path / "cache"
     arguments = (str(base_folder), [str(photo_folder)], str(cache))
-    made = {"crop_probability": 0.2, "jitter_probability": 0.5, "long_side": 3.0}
+    made = {"crop_probability": 0.2, "jitter_probability": 0.1, "long_side": 3.0}
     make_cache(CacheOptions(*arguments, views=8, stride=32, holdout_every=3, mixed_precision="no", **made))
     options = ("--stride", 32, "--steps", 40, "--learning_rate", 1e-3, "--train_layers", "all", "--eval_steps", 40)
     options += ("--teacher_mode", "cached", "--teacher_cache", cache)
@@ -184,8 +184,8 @@ def test_a_cached_teacher_trains_on_its_own_maps(base_folder, photo_folder, tmp_
     record = AutoConfig.from_pretrained(folder).distillation
     assert record["photos"] == 4 * 8
     # how the stored views were drawn, not what options of this run would have said
-    assert (record["crop_probability"], record["jitter_probability"], record["photo_size"][0]) == (0.2, 0.5, 3.0)
-    assert record["held_out"]["after"]["mse"] < 0.8 * record["held_out"]["before"]["mse"]
+    assert (record["crop_probability"], record["jitter_probability"], record["photo_size"][0]) == (0.2, 0.1, 3.0)
+    assert record["held_out"]["after"]["mse"] < 0.9 * record["held_out"]["before"]["mse"]
     with pytest.raises(ValueError, match="stride is 32 there and 24 here"):
         distil(base_folder, photo_folder, tmp_path / "other", *options, "--stride", 24)
     with pytest.raises(ValueError, match="held out here"):
