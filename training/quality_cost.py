@@ -56,6 +56,12 @@ class Options:
     variants: list[str] = field(
         default_factory=lambda: list(VARIANTS), metadata={"help": f"How they are drawn: {', '.join(VARIANTS)}."}
     )
+    photos: list[int] = field(
+        default_factory=lambda: [1],
+        metadata={
+            "help": "Photos whose gradients a step averages; sampled students once per number, the full teacher's at 1."
+        },
+    )
     full_steps: list[int] = field(
         default_factory=list,
         metadata={"help": "Also train with the full teacher for so many steps: the other way to spend fewer windows."},
@@ -71,32 +77,42 @@ class Options:
 
     def __post_init__(self):
         unknown = [variant for variant in self.variants if variant not in VARIANTS]
-        if unknown or min([*self.windows, *self.full_steps, self.steps], default=1) < 1:
+        if unknown or min([*self.windows, *self.photos, *self.full_steps, self.steps], default=1) < 1:
             raise ValueError(
-                f"--variants are of {', '.join(VARIANTS)}; --windows, --steps and --full_steps at least 1."
+                f"--variants are of {', '.join(VARIANTS)}; --windows, --photos, --steps and --full_steps at least 1."
             )
 
 
 @dataclass(frozen=True)
 class Run:
-    """A student: `windows` is None for the full teacher."""
+    """A student: `windows` of each of a step's `photos`, None for the full teacher."""
 
     variant: str
     windows: int | None
+    photos: int
     steps: int
     seed: int
 
     @property
     def name(self) -> str:
-        return f"{self.variant}-{self.windows or 'all'}-{self.steps}-{self.seed}"
+        return f"{self.variant}-{self.windows or 'all'}x{self.photos}-{self.steps}-{self.seed}"
+
+    @property
+    def kind(self) -> tuple[str, int | None, int, int]:
+        return self.variant, self.windows, self.photos, self.steps
 
 
 def plan_runs(options: Options) -> list[Run]:
     """The full teacher's students first: all others are measured against them."""
-    kinds: list[tuple[str, int | None, int]] = [
-        ("full", None, steps) for steps in dict.fromkeys([options.steps, *options.full_steps])
+    kinds: list[tuple[str, int | None, int, int]] = [
+        ("full", None, 1, steps) for steps in dict.fromkeys([options.steps, *options.full_steps])
     ]
-    kinds += [(variant, windows, options.steps) for variant in options.variants for windows in options.windows]
+    kinds += [
+        (variant, windows, photos, options.steps)
+        for variant in options.variants
+        for photos in options.photos
+        for windows in options.windows
+    ]
     return [Run(*kind, seed) for kind in kinds for seed in options.seeds]
 
 
@@ -130,7 +146,7 @@ def carry_out(run: Run, options: Options) -> dict[str, Any]:
     """
     folder = Path(options.output) / run.name
     arguments = ["--model", options.model, "--images", *options.images, "--output", folder, "--steps", run.steps]
-    arguments += ["--seed", run.seed, "--stride", options.stride]
+    arguments += ["--seed", run.seed, "--stride", options.stride, "--gradient_accumulation_steps", run.photos]
     if run.windows is not None:
         arguments += ["--teacher_windows", run.windows]
         arguments += ["--teacher_variant", run.variant] if run.variant != "tiling" else []  # the default
@@ -183,9 +199,9 @@ def summarise(
     """A row per kind of student, mean over the seeds; gains in % of the full teacher's with the same steps."""
     kinds: dict[tuple, list[dict[str, Any]]] = {}
     for run, result in zip(runs, results, strict=True):
-        kinds.setdefault((run.variant, run.windows, run.steps), []).append(result)
+        kinds.setdefault(run.kind, []).append(result)
     mean = {kind: {key: statistics.mean(r[key] for r in found) for key in found[0]} for kind, found in kinds.items()}
-    full = mean["full", None, options.steps]
+    full = mean["full", None, 1, options.steps]
 
     def share(gain: float, full_gain: float) -> float | None:
         return 100 * gain / full_gain if full_gain > 0 else None
@@ -197,18 +213,20 @@ def summarise(
         {
             "variant": variant,
             "windows": windows,
+            "photos": photos,
             "steps": steps,
-            "seeds": len(kinds[variant, windows, steps]),
-            "windows_in_all": cost(windows) * steps,
-            "cost_percent": 100 * cost(windows) * steps / (cost(None) * options.steps),
+            "seeds": len(found),
+            "windows_in_all": cost(windows) * photos * steps,
+            "cost_percent": 100 * cost(windows) * photos * steps / (cost(None) * options.steps),
             "mse": row["mse"],
             "mean_iou": row["mean_iou"],
             "mse_gain_percent": share(row["before"] - row["mse"], full["before"] - full["mse"]),
             "mean_iou_gain_percent": share(row["mean_iou"] - base, full["mean_iou"] - base),
-            "mse_of_seeds": [r["mse"] for r in kinds[variant, windows, steps]],
-            "mean_iou_of_seeds": [r["mean_iou"] for r in kinds[variant, windows, steps]],
+            "mse_of_seeds": [r["mse"] for r in found],
+            "mean_iou_of_seeds": [r["mean_iou"] for r in found],
         }
-        for (variant, windows, steps), row in mean.items()
+        for (variant, windows, photos, steps), found in kinds.items()
+        for row in [mean[variant, windows, photos, steps]]
     ]
 
 
@@ -220,10 +238,12 @@ def draw(rows: list[dict], before: float, base: float, path: Path) -> None:
         (panels[1], "mean_iou", base, 100, "mIoU in %"),
     ):
         final = factor * rows[0][key]
-        for variant in dict.fromkeys(row["variant"] for row in rows):
-            own = sorted((row for row in rows if row["variant"] == variant), key=lambda row: row["windows_in_all"])
+        for variant, photos in dict.fromkeys((row["variant"], row["photos"]) for row in rows):
+            own = [row for row in rows if (row["variant"], row["photos"]) == (variant, photos)]
+            own.sort(key=lambda row: row["windows_in_all"])
             spent, values = [row["windows_in_all"] for row in own], [factor * row[key] for row in own]
             name = "full teacher" if variant == "full" else f"sampled: {variant}"
+            name += f", {photos} photos a step" if photos > 1 else ""
             line = panel.plot(spent, values, "o-", label=name, zorder=3, alpha=0.9)[0]
             for row in own:
                 seeds = [factor * value for value in row[f"{key}_of_seeds"]]
@@ -255,7 +275,16 @@ def draw(rows: list[dict], before: float, base: float, path: Path) -> None:
 def show(rows: list[dict], before: float, base: float) -> None:
     """The table in the terminal."""
     table = Table(title=f"Before distillation: held-out error {before:.4f}, mIoU {100 * base:.2f} %")
-    for heading in ("teacher", "windows\na photo", "steps", "windows\nin all", "cost\n%", "mse", "gain\n%"):
+    for heading in (
+        "teacher",
+        "windows\na photo",
+        "photos\na step",
+        "steps",
+        "windows\nin all",
+        "cost\n%",
+        "mse",
+        "gain\n%",
+    ):
         table.add_column(heading, justify="left" if heading == "teacher" else "right")
     for heading in ("mIoU\n%", "gain\n%"):
         table.add_column(heading, justify="right")
@@ -264,7 +293,7 @@ def show(rows: list[dict], before: float, base: float) -> None:
         return "" if value is None else f"{value:.1f}"
 
     for row in rows:
-        numbers = [str(row["windows"] or "all"), str(row["steps"]), f"{row['windows_in_all']:.0f}"]
+        numbers = [str(row["windows"] or "all"), str(row["photos"]), str(row["steps"]), f"{row['windows_in_all']:.0f}"]
         numbers += [percent(row["cost_percent"]), f"{row['mse']:.4f}", percent(row["mse_gain_percent"])]
         table.add_row(row["variant"], *numbers, f"{100 * row['mean_iou']:.2f}", percent(row["mean_iou_gain_percent"]))
     Console().print(table)
