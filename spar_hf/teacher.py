@@ -10,7 +10,7 @@ from torch import nn
 from .modeling_spar import SparVisionModel, SparVisionModelOutput, pad_to_patches
 
 CELL_BYTES = 256 * 2**20  # bound on the features of one batch of windows, laid out on the cells
-VARIANTS = ("tiling", "windows", "spread")  # ways to draw windows, see WindowPlan.draw
+VARIANTS = ("spread", "tiling", "windows")  # ways to draw windows, see WindowPlan.draw
 
 
 def window_starts(length: int, window: int, stride: int) -> list[int]:
@@ -104,7 +104,7 @@ class WindowPlan:
         rows, columns = (self.covered(starts, axis).to(weights.dtype) for axis, starts in enumerate(positions.T))
         return (rows * weights[:, None]).T @ columns
 
-    def draw(self, windows: int, generator: torch.Generator | None = None, variant: str = "tiling") -> Draw:
+    def draw(self, windows: int, generator: torch.Generator | None = None, variant: str = "spread") -> Draw:
         """
         Draw about `windows` of the windows so that a target made from them is unbiased.
 
@@ -293,7 +293,7 @@ class SlidingWindowTeacher(nn.Module):
         pixel_values: torch.Tensor,
         windows: int,
         generator: torch.Generator | None = None,
-        variant: str = "tiling",
+        variant: str = "spread",
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         An unbiased target for distillation from about `windows` windows instead of all of them.
@@ -307,9 +307,9 @@ class SlidingWindowTeacher(nn.Module):
             pixel_values (`torch.FloatTensor` of shape `(batch, 3, height, width)`): any height and width.
             windows (`int`): windows to run per image, exactly or (tilings) on average.
             generator (`torch.Generator`, *optional*): source of the draw, on the CPU.
-            variant (`str`, *optional*, defaults to `"tiling"`):
-                `"tiling"`, disjoint windows that tile the photo from a random phase; `"windows"`, any windows alike;
-                `"spread"`, windows far apart, those at the borders more often: the least variance of the three.
+            variant (`str`, *optional*, defaults to `"spread"`):
+                `"spread"`, windows far apart, those at the borders more often: the least variance of the three;
+                `"tiling"`, disjoint windows that tile the photo from a random phase; `"windows"`, any windows alike.
 
         Returns:
             Means `(batch, dim, cells high, cells wide)`, 0 where nothing was drawn, and weights
@@ -326,7 +326,7 @@ class SlidingWindowTeacher(nn.Module):
         >>> from spar_hf import SPAR_TINY, SlidingWindowTeacher
 
         >>> teacher = SlidingWindowTeacher(AutoModel.from_pretrained(SPAR_TINY), stride=24)
-        >>> target, weight = teacher.sample(torch.zeros(1, 3, 256, 320), windows=4, variant="spread")
+        >>> target, weight = teacher.sample(torch.zeros(1, 3, 256, 320), windows=4)
         >>> target.shape, weight.shape  # each patch is 2 × 2 cells
         (torch.Size([1, 192, 32, 40]), torch.Size([32, 40]))
         ```"""

@@ -207,7 +207,7 @@ def test_sampling_everything_is_the_full_teacher(vision_model, variant):
 
 @pytest.mark.parametrize(("variant", "windows"), [("tilings", 4), ("windows", 0)])
 def test_an_impossible_draw_is_refused(vision_model, variant, windows):
-    with pytest.raises(ValueError, match="tiling, windows, spread"):
+    with pytest.raises(ValueError, match="spread, tiling, windows"):
         SlidingWindowTeacher(vision_model).sample(torch.zeros(1, 3, 64, 64), windows, variant=variant)
 
 

@@ -165,8 +165,8 @@ class Options:
         metadata={"help": "Windows drawn per photo for an unbiased estimate of the target; all by default."},
     )
     teacher_variant: str = field(
-        default="tiling",
-        metadata={"help": "How they are drawn: tiling (near-tilings), windows (one by one), spread (far apart)."},
+        default="spread",
+        metadata={"help": "How they are drawn: spread (far apart), tiling (near-tilings), windows (one by one)."},
     )
     teacher_cache: str | None = field(
         default=None,
@@ -271,7 +271,7 @@ class Options:
             raise ValueError("--teacher_mode sampled draws --teacher_windows of the windows: say how many, 20 say.")
         if self.teacher_mode in ("full", "cached") and self.teacher_windows is not None:
             raise ValueError(f"--teacher_mode {self.teacher_mode} draws no windows. Leave --teacher_windows out.")
-        if self.teacher_variant != "tiling" and self.teacher_windows is None:
+        if self.teacher_variant != "spread" and self.teacher_windows is None:
             raise ValueError("--teacher_variant says how --teacher_windows are drawn, and none are.")
         if (self.teacher_mode == "cached") != (self.teacher_cache is not None):
             raise ValueError("--teacher_mode cached and --teacher_cache FOLDER belong together. Give both or neither.")

@@ -148,8 +148,7 @@ def carry_out(run: Run, options: Options) -> dict[str, Any]:
     arguments = ["--model", options.model, "--images", *options.images, "--output", folder, "--steps", run.steps]
     arguments += ["--seed", run.seed, "--stride", options.stride, "--gradient_accumulation_steps", run.photos]
     if run.windows is not None:
-        arguments += ["--teacher_windows", run.windows]
-        arguments += ["--teacher_variant", run.variant] if run.variant != "tiling" else []  # the default
+        arguments += ["--teacher_windows", run.windows, "--teacher_variant", run.variant]
     arguments += shlex.split(options.distill)
     setting = [*map(str, arguments), options.dataset, *shlex.split(options.evaluate)]
     started, finished = folder / "setting.json", folder / "result.json"

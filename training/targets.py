@@ -37,7 +37,7 @@ class SampledTarget:
     the stream: the same after a resume, and on any number of processes.
     """
 
-    def __init__(self, teacher: SlidingWindowTeacher, windows: int, seed: int, variant: str = "tiling"):
+    def __init__(self, teacher: SlidingWindowTeacher, windows: int, seed: int, variant: str = "spread"):
         self.teacher, self.windows, self.seed = teacher, windows, seed
         self.variant = variant
         self.generator = torch.Generator()
