@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import randomise, tiny_config
 from distill_options import parse_options
-from local_start import find_place, keep_place, start_local, writers
+from local_start import find_place, fit_prior, keep_place, scale_prior, start_local, writers
 from test_distill import distil
 from transformers import AutoModel, DINOv3ViTConfig, SiglipVisionConfig
 
@@ -91,9 +91,39 @@ def test_the_place_is_kept_whatever_training_writes(model):
     torch.testing.assert_close(first, first[:1].expand_as(first), atol=2e-5, rtol=0)  # and in all layers the same
 
 
+def test_four_times_the_exponent_is_half_the_spread(model):
+    photos = [torch.randn(1, 3, 96, 96) for _ in range(4)]
+    narrow = copy.deepcopy(model)
+    start_local(narrow, photos, 0.3)
+    directions = start_local(model, photos, 0.6)
+    for block in range(4):
+        scale_prior(model, directions, block, 4.0)
+    with torch.no_grad():
+        found, expected = (m(torch.ones(1, 3, 96, 128)).feature_map for m in (model, narrow))
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_priors_are_fitted_to_a_teacher(model):
+    directions = start_local(model, [torch.randn(1, 3, 96, 96) for _ in range(4)], 0.5)
+    photos = [torch.randn(1, 3, 96, 128) for _ in range(2)]
+    own = [(photo, model(photo).feature_map.detach()) for photo in photos]
+    weights = copy.deepcopy(model.state_dict())
+    assert fit_prior(model, directions, own) == [1.0] * 4  # nothing is nearer to it than itself
+    for name, weight in model.state_dict().items():
+        torch.testing.assert_close(weight, weights[name], atol=1e-5, rtol=1e-5)
+    teacher = copy.deepcopy(model)
+    scale_prior(teacher, directions, 0, 1.4)
+    scale_prior(teacher, directions, 3, 1 / 1.4**2)
+    pairs = [(photo, teacher(photo).feature_map.detach()) for photo in photos]
+    factors = fit_prior(model, directions, pairs)
+    assert factors == pytest.approx([1.4, 1, 1, 1.4**-2])
+    with torch.no_grad():
+        assert all(torch.allclose(model(photo).feature_map, target, atol=1e-4) for photo, target in pairs)
+
+
 def test_a_local_run_resumes_to_the_last_bit(base_folder, photo_folder, tmp_path):
     options = ("--steps", 4, "--save_steps", 2, "--train_layers", "all", "--learning_rate", 1e-3, "--local_start", 0.5)
-    options += ("--teacher_windows", 2, "--report_to", "none", "--holdout_images", 0)
+    options += ("--teacher_windows", 2, "--report_to", "none", "--holdout_images", 0, "--fit_prior", 2)
     whole = distil(base_folder, photo_folder, tmp_path / "whole", *options)
     shutil.copytree(tmp_path / "whole", tmp_path / "half")
     half = distil(base_folder, photo_folder, tmp_path / "half", *options, "--resume")
@@ -112,3 +142,11 @@ def test_other_readouts_and_streams_are_refused(model):
         parse_options(arguments.split())
     with pytest.raises(ValueError, match="adapters"):
         parse_options(arguments.replace("--streaming", "--lora_rank 4").split())
+    with pytest.raises(ValueError, match="--fit_prior takes up to 16"):
+        parse_options("--model m --images i --output o --fit_prior 4".split())
+
+
+def test_a_prior_can_only_be_fitted_where_there_is_one(base_folder, photo_folder, tmp_path):
+    options = ("--steps", 1, "--holdout_images", 0, "--student", base_folder, "--fit_prior", 2)
+    with pytest.raises(ValueError, match="had no local start"):
+        distil(base_folder, photo_folder, tmp_path / "run", *options)

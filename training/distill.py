@@ -40,7 +40,7 @@ from checkpoints import (
 from distill_losses import decision_loss, distillation_loss, error_weights
 from distill_options import RECORDED, VIEW, Options, parse_options
 from held_out import PICTURED, HeldOut, draw_curve
-from local_start import find_place, keep_place, start_local, writers
+from local_start import find_place, fit_prior, keep_place, start_local, writers
 from photos import MapOrder, Photos, Sample, Skipped, SkippedList, StreamOrder, as_it_is, open_sources, split_photos
 from student import (
     add_adapters,
@@ -261,6 +261,11 @@ class Distillation:
             raise ValueError("--whiten measures the axes on held-out photos, and there are none that can be read.")
         if options.whiten:
             self.weights = error_weights([target for _, target in targets], options.whiten)
+        if options.fit_prior and not options.resume:
+            if self.place is None:
+                raise ValueError("--fit_prior needs a prior, and this student had no local start. Give --local_start.")
+            photos = HeldOut(self.shown[: options.fit_prior], self.photos, self.teacher, self.skipped, self.main)
+            logger.info("priors multiplied by %s", fit_prior(self.student, self.place, photos.targets))
         self.before = self.state["before"] if options.resume else self.held_out_error()
         logger.info(
             "%s photos to train on, %d held out; held-out error before: %s",

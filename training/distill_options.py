@@ -47,6 +47,7 @@ RECORDED = [
     "words",
     "words_weight",
     "local_start",
+    "fit_prior",
     "learning_rate",
     "weight_decay",
     "seed",
@@ -85,6 +86,13 @@ class Options:
         metadata={
             "help": "Start the student with attention that stays near (training/local_start.py): standard deviation of the "
             "Gaussian prior over distance in halves of the photo's side, 0.4 say. For SigLIP and SigLIP2."
+        },
+    )
+    fit_prior: int = field(
+        default=0,
+        metadata={
+            "help": "Training photos, with all windows of the teacher, on which the strength of each block's prior is set "
+            "before training: of --local_start, or of a --student that had one. At most 16; 0 for none."
         },
     )
     whiten: float = field(
@@ -280,12 +288,19 @@ class Options:
                 "--teacher_mode cached reads stored maps of stored crops: leave out --streaming, and give "
                 "--jitter_probability to training/cache_teacher.py instead."
             )
-        if self.local_start is not None and self.lora_rank is not None:
+        if (self.local_start is not None or self.fit_prior) and self.lora_rank is not None:
             raise ValueError(
-                "--local_start changes weights that adapters do not hold, and --lora_rank writes adapters. Leave one out."
+                "--local_start and --fit_prior change weights that adapters do not hold, and --lora_rank writes adapters. "
+                "Leave one out."
             )
-        if self.local_start is not None and self.streaming:
-            raise ValueError("--local_start looks at photos from all over the set first. Leave --streaming out.")
+        if not 0 <= self.fit_prior <= 16 or (self.fit_prior and self.local_start is None and self.student is None):
+            raise ValueError(
+                "--fit_prior takes up to 16 photos, for --local_start or a --student that had one. Give one of them."
+            )
+        if (self.local_start is not None or self.fit_prior) and self.streaming:
+            raise ValueError(
+                "--local_start and --fit_prior look at photos from all over the set first. Leave --streaming out."
+            )
         if self.whiten and not self.holdout_images:
             raise ValueError("--whiten measures the axes on held-out photos, and there are none; set --holdout_images.")
         if self.lora_rank is None and (self.merge or self.lora_alpha is not None):

@@ -42,7 +42,7 @@ class HeldOut:
         self.targets: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.pictured: list[Image.Image] = []
         device = next(teacher.parameters()).device
-        for ticket in tqdm(tickets, "teacher on held-out photos", disable=not progress):
+        for ticket in tqdm(tickets, "full teacher", disable=not progress):
             try:
                 photo = photos.read(ticket)
             except Exception as error:  # as for photos to train on: no file may end a training
