@@ -39,7 +39,7 @@ from checkpoints import (
 )
 from distill_losses import decision_loss, distillation_loss, error_weights
 from distill_options import RECORDED, VIEW, Options, parse_options
-from held_out import PICTURED, HeldOut, draw_curve
+from held_out import PICTURED, HeldOut, draw_curve, training_pairs
 from local_start import find_place, fit_prior, keep_place, start_local, writers
 from photos import MapOrder, Photos, Sample, Skipped, SkippedList, StreamOrder, as_it_is, open_sources, split_photos
 from student import (
@@ -154,6 +154,7 @@ class Distillation:
             self.held_out_tickets = list(itertools.islice(self.order.held_out(), options.holdout_images))
         else:
             train, held_out = split_photos(sources, options)
+            self.train = train
             self.order, self.photo_count = MapOrder(train, options.seed, *place, start), len(train)
             count = min(options.holdout_images, len(held_out))
             chosen = random.Random(options.seed).sample(range(len(held_out)), count)
@@ -264,8 +265,11 @@ class Distillation:
         if options.fit_prior and not options.resume:
             if self.place is None:
                 raise ValueError("--fit_prior needs a prior, and this student had no local start. Give --local_start.")
-            photos = HeldOut(self.shown[: options.fit_prior], self.photos, self.teacher, self.skipped, self.main)
-            logger.info("priors multiplied by %s", fit_prior(self.student, self.place, photos.targets))
+            views = self.data if isinstance(self.data, CachedPhotos) else self.train
+            chosen = random.Random(options.seed).sample(range(len(views)), min(options.fit_prior, len(views)))
+            tickets = [views.ticket(i, i, []) for i in chosen]
+            pairs = training_pairs(tickets, self.data, self.teacher, self.skipped, self.main)
+            logger.info("priors multiplied by %s", fit_prior(self.student, self.place, pairs))
         self.before = self.state["before"] if options.resume else self.held_out_error()
         logger.info(
             "%s photos to train on, %d held out; held-out error before: %s",

@@ -92,7 +92,7 @@ class Options:
         default=0,
         metadata={
             "help": "Training photos, with all windows of the teacher, on which the strength of each block's prior is set "
-            "before training: of --local_start, or of a --student that had one. At most 16; 0 for none."
+            "before training: of --local_start, or of a --student that had one; 20 say, 0 for none."
         },
     )
     whiten: float = field(
@@ -293,9 +293,9 @@ class Options:
                 "--local_start and --fit_prior change weights that adapters do not hold, and --lora_rank writes adapters. "
                 "Leave one out."
             )
-        if not 0 <= self.fit_prior <= 16 or (self.fit_prior and self.local_start is None and self.student is None):
+        if self.fit_prior < 0 or (self.fit_prior and self.local_start is None and self.student is None):
             raise ValueError(
-                "--fit_prior takes up to 16 photos, for --local_start or a --student that had one. Give one of them."
+                "--fit_prior takes a number of photos, for --local_start or a --student that had one. Give one of them."
             )
         if (self.local_start is not None or self.fit_prior) and self.streaming:
             raise ValueError(

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from photos import Photos, Skipped, SkippedList, Ticket, augment
 from PIL import Image
+from targets import CachedPhotos
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -129,6 +130,29 @@ def compare_features(
     for i, row in enumerate(rows):
         sheet.paste(row, (0, i * (side + 8)))
     return sheet
+
+
+@torch.no_grad()
+def training_pairs(
+    tickets: list[Ticket],
+    data: Photos | CachedPhotos,
+    teacher: SlidingWindowTeacher,
+    skipped: SkippedList,
+    progress: bool = True,
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """
+    Photos as training sees them and the full teacher's maps of them: `(1, 3, height, width)` and `(1, dim, h, w)` each;
+    those that cannot be read are listed.
+    """
+    pairs, device = [], next(teacher.parameters()).device
+    for ticket in tqdm(tickets, "full teacher", disable=not progress):
+        sample = data[ticket]
+        if isinstance(sample, Skipped):
+            skipped.add(sample)
+            continue
+        pixel_values, target = sample.pixel_values.to(device), sample.target
+        pairs.append((pixel_values, teacher(pixel_values).feature_map if target is None else target.to(device)))
+    return pairs
 
 
 def draw_curve(log: Path, held_out: list[dict[str, Any]], kept: dict[str, Any] | None, path: Path) -> None:
