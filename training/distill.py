@@ -39,7 +39,7 @@ from checkpoints import (
 )
 from distill_losses import decision_loss, distillation_loss, error_weights
 from distill_options import RECORDED, VIEW, Options, parse_options
-from held_out import PICTURED, HeldOut, draw_curve, training_pairs
+from held_out import PICTURED, HeldOut, draw_curve, whole_photos
 from local_start import find_place, fit_prior, keep_place, start_local, writers
 from photos import MapOrder, Photos, Sample, Skipped, SkippedList, StreamOrder, as_it_is, open_sources, split_photos
 from student import (
@@ -265,10 +265,9 @@ class Distillation:
         if options.fit_prior and not options.resume:
             if self.place is None:
                 raise ValueError("--fit_prior needs a prior, and this student had no local start. Give --local_start.")
-            views = self.data if isinstance(self.data, CachedPhotos) else self.train
-            chosen = random.Random(options.seed).sample(range(len(views)), min(options.fit_prior, len(views)))
-            tickets = [views.ticket(i, i, []) for i in chosen]
-            pairs = training_pairs(tickets, self.data, self.teacher, self.skipped, self.main)
+            chosen = random.Random(options.seed).sample(range(len(self.train)), min(options.fit_prior, len(self.train)))
+            tickets = [self.train.ticket(i, i, []) for i in chosen]
+            pairs = whole_photos(tickets, self.photos, self.teacher, self.skipped, self.main)
             logger.info("priors multiplied by %s", fit_prior(self.student, self.place, pairs))
         self.before = self.state["before"] if options.resume else self.held_out_error()
         logger.info(

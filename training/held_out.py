@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from photos import Photos, Skipped, SkippedList, Ticket, augment
 from PIL import Image
-from targets import CachedPhotos
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -133,25 +132,23 @@ def compare_features(
 
 
 @torch.no_grad()
-def training_pairs(
-    tickets: list[Ticket],
-    data: Photos | CachedPhotos,
-    teacher: SlidingWindowTeacher,
-    skipped: SkippedList,
-    progress: bool = True,
+def whole_photos(
+    tickets: list[Ticket], photos: Photos, teacher: SlidingWindowTeacher, skipped: SkippedList, progress: bool = True
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """
-    Photos as training sees them and the full teacher's maps of them: `(1, 3, height, width)` and `(1, dim, h, w)` each;
-    those that cannot be read are listed.
+    Photos at the random sizes of training but not cropped, as they are used later, and the full teacher's maps of them:
+    `(1, 3, height, width)` and `(1, dim, h, w)` each. Those that cannot be read are listed.
     """
-    pairs, device = [], next(teacher.parameters()).device
+    whole, pairs, device = copy.copy(photos), [], next(teacher.parameters()).device
+    whole.options = copy.copy(photos.options)
+    whole.options.crop_probability = 0.0
     for ticket in tqdm(tickets, "full teacher", disable=not progress):
-        sample = data[ticket]
+        sample = whole[ticket]
         if isinstance(sample, Skipped):
             skipped.add(sample)
             continue
-        pixel_values, target = sample.pixel_values.to(device), sample.target
-        pairs.append((pixel_values, teacher(pixel_values).feature_map if target is None else target.to(device)))
+        pixel_values = sample.pixel_values.to(device)
+        pairs.append((pixel_values, teacher(pixel_values).feature_map))
     return pairs
 
 
