@@ -39,6 +39,7 @@ from transformers import HfArgumentParser
 from usage import run_script, work_begins
 
 from spar_hf import SlidingWindowTeacher, SparImageProcessorPil, SparVisionModel
+from spar_hf.files import write_atomically
 
 logger = logging.getLogger("cache_teacher")
 
@@ -146,11 +147,9 @@ def make_shard(
         image = os.path.relpath(path.resolve(), output.resolve())
         entries.append({"image": image, "bytes": size, "sha256": digest, "crop": asdict(crop)})
     path = output / shard_name(number)
-    # of this process alone: workers outlive a launcher that is killed, and may be at the same shard
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    save_file(maps, temporary)
-    record = {"file": path.name, "sha256": sha256(temporary), "bytes": temporary.stat().st_size}
-    temporary.replace(path)
+    # workers outlive a launcher that is killed, and may be at the same shard: each has a temporary file of its own
+    write_atomically(path, lambda temporary: save_file(maps, temporary))
+    record = {"file": path.name, "sha256": sha256(path), "bytes": path.stat().st_size}
     values = sum(map.numel() for map in maps.values())
     record |= {"values": values, "maps": entries, "skipped": skipped}
     write_json(path.with_name(f"{path.name}.json"), record)

@@ -10,6 +10,8 @@ from typing import Any
 import yaml
 from accelerate import Accelerator
 
+from spar_hf.files import write_text
+
 
 def save_checkpoint(accelerator: Accelerator, output: Path, step: int, keep: int = 2, **state: Any) -> Path:
     """
@@ -111,9 +113,7 @@ def cut_log(path: Path, step: int | None = None) -> None:
             continue
         if step is None or row["step"] <= step:
             kept.append(line + "\n")
-    temporary = path.with_name(path.name + ".partial")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, "".join(kept))
 
 
 class StopAtStep:

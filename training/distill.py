@@ -268,7 +268,7 @@ class Distillation:
             chosen = random.Random(options.seed).sample(range(len(self.train)), min(options.fit_prior, len(self.train)))
             tickets = [self.train.ticket(i, i, []) for i in chosen]
             pairs = whole_photos(tickets, self.photos, self.teacher, self.skipped, self.main)
-            logger.info("priors multiplied by %s", fit_prior(self.student, self.place, pairs))
+            logger.info("priors multiplied by %s", fit_prior(self.student, self.place, pairs, progress=self.main))
         self.before = self.state["before"] if options.resume else self.held_out_error()
         logger.info(
             "%s photos to train on, %d held out; held-out error before: %s",

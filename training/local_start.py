@@ -176,6 +176,7 @@ def fit_prior(
     directions: torch.Tensor,
     pairs: Sequence[tuple[torch.Tensor, torch.Tensor]],
     step: float = 1.4,
+    progress: bool = True,
 ) -> list[float]:
     """
     Widen or narrow the prior of every block as long as the mean squared error to the teacher falls; in place.
@@ -188,6 +189,7 @@ def fit_prior(
         directions (`torch.FloatTensor` of shape `(hidden_size, 5)`): as [`start_local`] or [`find_place`] gave them.
         pairs (`Sequence[tuple[torch.FloatTensor, torch.FloatTensor]]`): photos and the full teacher's maps of them.
         step (`float`): factor between two strengths that are tried.
+        progress (`bool`): whether a bar is shown.
 
     Returns:
         the factor of each block's exponent, 1 where it stayed.
@@ -197,7 +199,7 @@ def fit_prior(
         return sum(float((model(photo).feature_map - target).square().mean()) for photo, target in pairs)
 
     factors, least = [1.0] * len(model.backbone.encoder.layers), error()
-    for block in tqdm(range(len(factors)), desc="priors of the blocks"):
+    for block in tqdm(range(len(factors)), desc="priors of the blocks", disable=not progress):
         for change in (step, 1 / step):
             while True:
                 scale_prior(model, directions, block, change)

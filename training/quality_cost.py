@@ -37,6 +37,7 @@ from transformers import HfArgumentParser
 from usage import run_script, work_begins
 
 from spar_hf import SparVisionModel
+from spar_hf.files import write_atomically
 from spar_hf.teacher import VARIANTS, WindowPlan
 
 logger = logging.getLogger("quality_cost")
@@ -265,10 +266,8 @@ def draw(rows: list[dict], before: float, base: float, path: Path) -> None:
         panel.grid(alpha=0.25, which="both")
     for panel in panels:
         panel.legend(fontsize=8)
-    temporary = path.with_name(path.name + ".partial")
-    figure.savefig(temporary, dpi=150, format="png")
+    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=150))
     plt.close(figure)
-    temporary.replace(path)
 
 
 def show(rows: list[dict], before: float, base: float) -> None:
