@@ -66,6 +66,12 @@ class SparConfig(BackboneConfigMixin, PreTrainedConfig):
             How positions are taken to another grid. It belongs to the checkpoint: features change with it.
             `"bicubic"`: by target size, without antialiasing (SigLIP). `"bilinear_antialias"`: by target size (NaFlex).
             `"bicubic_offset"`: by the scale factor `(target + 0.1) / source` (MaskCLIP). `"rope"`: no table (DINOv3).
+        position_extent (`int`, *optional*):
+            Pixels that the position table spans. `None`, as for all pre-trained checkpoints: the photo, whatever its size,
+            so that a step of one patch is a smaller step in the table the larger the photo. With a number that step is
+            the same in all photos up to this size, which read the middle of the table; of larger ones the longer side
+            spans it. For students distilled that way (`"bicubic"` resampling only): what is near in patches is then near
+            in the table at every size.
         projection_dim (`int`, *optional*):
             Width of the dense features and of what faces them of the text embeddings. Follows from the backbone.
         dense_logit_scale (`float`, *optional*, defaults to 40.0):
@@ -79,7 +85,8 @@ class SparConfig(BackboneConfigMixin, PreTrainedConfig):
             The stages that [`SparBackbone`] gives; `["features"]`, the dense features, by default.
 
     Raises:
-        ValueError: a backbone, text tower, read-out, resampling or template set that does not exist; a template
+        ValueError: a backbone, text tower, read-out, resampling or template set that does not exist; a `position_extent`
+            that is no multiple of the patch from the pre-training size on, or with another resampling; a template
             without exactly one `{}`; a `dense_logit_scale` that is not positive; a `projection_dim` or a text
             tower of another width than the dense features.
 
@@ -108,6 +115,7 @@ class SparConfig(BackboneConfigMixin, PreTrainedConfig):
     text_config: Any = None
     readout: str = None  # type: ignore[assignment]
     position_resampling: str = None  # type: ignore[assignment]
+    position_extent: int | None = None
     projection_dim: int = None  # type: ignore[assignment]
     dense_logit_scale: float | int = 40.0
     templates: str | Sequence[str] = "imagenet80"
@@ -145,6 +153,17 @@ class SparConfig(BackboneConfigMixin, PreTrainedConfig):
         resamplings = READOUT_RESAMPLINGS[self.readout]
         self.position_resampling = resamplings[0] if self.position_resampling is None else self.position_resampling
         _check_choice("`position_resampling`", self.position_resampling, resamplings)
+
+        extent = self.position_extent
+        if extent is not None and self.position_resampling != "bicubic":
+            raise ValueError(
+                f"`position_extent` is for 'bicubic' positions, and these are {self.position_resampling!r}. Leave it out."
+            )
+        if extent is not None and (not isinstance(extent, int) or extent < self.image_size or extent % self.patch_size):
+            raise ValueError(
+                f"`position_extent` {extent!r} must be a number of pixels, a multiple of the patch ({self.patch_size}) and "
+                f"at least the pre-training size ({self.image_size})."
+            )
 
         width = getattr(self.backbone_config, READOUT_WIDTHS[self.readout])
         self.projection_dim = width if self.projection_dim is None else self.projection_dim

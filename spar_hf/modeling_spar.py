@@ -296,7 +296,8 @@ class SparVisionModel(SparPreTrainedModel):
             )
         padded = pad_to_patches(pixel_values.to(self.dtype), self.config.patch_size)
         height, width = (side // self.config.patch_size for side in padded.shape[-2:])
-        hidden_states = self.backbone.embed(padded, self.config.position_resampling)
+        extent = self.config.position_extent and self.config.position_extent // self.config.patch_size
+        hidden_states = self.backbone.embed(padded, self.config.position_resampling, extent)
         last_hidden_state, features, pool_input = self.backbone.encode(hidden_states, (height, width), **kwargs)
         return SparVisionModelOutput(
             last_hidden_state=last_hidden_state,

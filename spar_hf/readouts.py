@@ -4,7 +4,8 @@ Read-outs: how each family of backbones is run at any resolution and gives one f
 A read-out is a subclass of the family's model in transformers, so it loads that family's checkpoints as they are
 and copies none of its layers. It adds three short methods:
 
-- `embed(pixel_values, method)`: `(batch, 3, height, width)` -> `(batch, tokens, hidden)`, positions resampled to the grid;
+- `embed(pixel_values, method, extent)`: `(batch, 3, height, width)` -> `(batch, tokens, hidden)`, positions resampled to
+  the grid as the configuration's `position_resampling` and `position_extent` (in patches) say;
 - `encode(hidden_states, grid)`: -> the post-norm tokens, the dense features of the patches `(batch, patches, dim)`, and
   what the pooling head reads;
 - `pool(pool_input)`: -> the family's pooled image embedding `(batch, dim)`, run only on request.
@@ -34,12 +35,17 @@ CUBIC = -0.75  # the coefficient of torch's (and OpenCV's) bicubic kernel
 
 
 def bicubic_matrix(
-    source: int, target: int, device: torch.device | None = None, offset: float | torch.Tensor = 0.0
+    source: int,
+    target: int,
+    device: torch.device | None = None,
+    offset: float | torch.Tensor = 0.0,
+    span: int | None = None,
 ) -> torch.Tensor:
     """
     Matrix that resamples a line of `source` values to `target` values as
     `torch.nn.functional.interpolate(mode="bicubic", align_corners=False)` does with `size=target`, or with
-    `scale_factor=(target + offset) / source`: `(target, source)`, float32.
+    `scale_factor=(target + offset) / source`: `(target, source)`, float32. With `span` the source is resampled to that many
+    values, of which the middle `target` are taken.
 
     It has no branch on the sizes, so a graph exported with dynamic sizes accepts all that are larger than a patch,
     the native grid included (where it is exactly the identity).
@@ -50,8 +56,9 @@ def bicubic_matrix(
     >>> bicubic_matrix(2, 3).shape
     torch.Size([3, 2])
     ```"""
-    step = source / (target + offset)
-    centre = (torch.arange(target, device=device, dtype=torch.float32) + 0.5) * step - 0.5  # (target,)
+    step = source / (target + offset if span is None else span)
+    before = 0 if span is None else (span - target) / 2
+    centre = (torch.arange(target, device=device, dtype=torch.float32) + before + 0.5) * step - 0.5  # (target,)
     base = centre.floor()
     fraction = centre - base
     taps = torch.arange(-1, 3, device=device, dtype=torch.float32)  # the four neighbours
@@ -76,18 +83,23 @@ def bilinear_antialias_matrix(source: int, target: int, device: torch.device | N
     return weights / weights.sum(1, keepdim=True)
 
 
-def resample_positions(table: torch.Tensor, height: int, width: int, method: str) -> torch.Tensor:
+def resample_positions(
+    table: torch.Tensor, height: int, width: int, method: str, extent: int | None = None
+) -> torch.Tensor:
     """
     Take a square position table to another grid: `(side * side, hidden)` -> `(height * width, hidden)`.
 
-    `method` is the configuration's `position_resampling`. Computed in float32, one small matrix per axis.
+    `method` is the configuration's `position_resampling`; `extent` its `position_extent`, in patches, for `"bicubic"`.
+    Computed in float32, one small matrix per axis.
 
     Raises:
         ValueError: unknown `method`.
     """
     side, device = math.isqrt(table.shape[0]), table.device
     if method == "bicubic":
-        rows, columns = bicubic_matrix(side, height, device), bicubic_matrix(side, width, device)
+        # sym_max: an exported graph holds no branch on the sizes
+        span = None if extent is None else torch.sym_max(torch.sym_max(height, width), extent)
+        rows, columns = (bicubic_matrix(side, length, device, span=span) for length in (height, width))
     elif method == "bilinear_antialias":
         rows, columns = (bilinear_antialias_matrix(side, length, device) for length in (height, width))
     elif method == "bicubic_offset":
@@ -171,10 +183,10 @@ class SiglipReadout(PoolingHead, SiglipVisionModel):
         check_head(config)
         super().__init__(config)
 
-    def embed(self, pixel_values: torch.Tensor, method: str) -> torch.Tensor:
+    def embed(self, pixel_values: torch.Tensor, method: str, extent: int | None = None) -> torch.Tensor:
         patches = self.embeddings.patch_embedding(pixel_values)  # (batch, 3, H, W) -> (batch, hidden, h, w)
         height, width = patches.shape[-2:]
-        positions = resample_positions(self.embeddings.position_embedding.weight, height, width, method)
+        positions = resample_positions(self.embeddings.position_embedding.weight, height, width, method, extent)
         return patches.flatten(2).transpose(1, 2) + positions  # (batch, h * w, hidden)
 
 
@@ -193,7 +205,7 @@ class NaflexReadout(PoolingHead, Siglip2VisionModel):
         check_head(config)
         super().__init__(config)
 
-    def embed(self, pixel_values: torch.Tensor, method: str) -> torch.Tensor:
+    def embed(self, pixel_values: torch.Tensor, method: str, extent: int | None = None) -> torch.Tensor:
         size: Any = self.config.patch_size  # an int for all that SparConfig lets in
         grid = (pixel_values.shape[-2] // size, pixel_values.shape[-1] // size)
         # (batch, 3, h * p, w * p) -> (batch, h * w, p * p * 3), the channel last as NaFlex patchifies
@@ -228,7 +240,7 @@ class MaskClipReadout(Readout, CLIPVisionModel):
         self.visual_projection = nn.Linear(config.hidden_size, config.projection_dim, bias=False)
         self.post_init()
 
-    def embed(self, pixel_values: torch.Tensor, method: str) -> torch.Tensor:
+    def embed(self, pixel_values: torch.Tensor, method: str, extent: int | None = None) -> torch.Tensor:
         patches = self.embeddings.patch_embedding(pixel_values)  # (batch, 3, H, W) -> (batch, hidden, h, w)
         table = self.embeddings.position_embedding.weight  # the class token's position stands first
         height, width = patches.shape[-2:]
@@ -282,7 +294,7 @@ class Dinov3Readout(Readout, DINOv3ViTModel):
         if isinstance(module, DINOv3ViTRopePositionEmbedding) and periods is not None:
             init.copy_(module.inv_freq, 1 / torch.tensor(periods, dtype=torch.float32))
 
-    def embed(self, pixel_values: torch.Tensor, method: str) -> torch.Tensor:
+    def embed(self, pixel_values: torch.Tensor, method: str, extent: int | None = None) -> torch.Tensor:
         return self.embeddings(pixel_values)  # (batch, 1 + registers + h * w, hidden)
 
     def encode(self, hidden_states: torch.Tensor, grid: tuple[int, int], **kwargs):

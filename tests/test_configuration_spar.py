@@ -15,6 +15,7 @@ CONFIGS = {
     "everything set": {
         "readout": "siglip",
         "position_resampling": "bicubic",
+        "position_extent": 128,
         "projection_dim": 32,
         "dense_logit_scale": 65,
         "templates": ["a photo of a {}.", "{}"],
@@ -94,6 +95,10 @@ def test_making_saving_and_showing_a_config_logs_nothing(transformers_log, tmp_p
         ({"text_config": {"model_type": "bert"}}, "`text_config` of type 'bert'.*siglip_text_model"),
         ({"readout": "clip"}, "`readout` 'clip'.*siglip"),
         ({"position_resampling": "bilinear"}, "`position_resampling` 'bilinear'.*bicubic"),
+        ({"position_extent": 100}, "`position_extent` 100.*multiple of the patch"),
+        ({"position_extent": 48}, "at least the pre-training size .64"),
+        ({"position_extent": 128.0}, "must be a number of pixels"),
+        ({"position_extent": 128, "text_config": None, "backbone_config": {"model_type": "dinov3_vit"}}, "'rope'"),
         ({"projection_dim": 48}, "dense features have 32 dimensions"),
         (
             {"text_config": SiglipTextConfig(hidden_size=48, num_attention_heads=2)},

@@ -40,10 +40,11 @@ def open_vocab_inputs(size, names=3):
 
 
 MODELS = {
-    "vision": (SparVisionModel, vision_inputs),
-    "two towers": (SparForOpenVocabSegmentation, open_vocab_inputs),
+    "vision": (SparVisionModel, vision_inputs, {}),
+    "two towers": (SparForOpenVocabSegmentation, open_vocab_inputs, {}),
+    "positions of an extent": (SparVisionModel, vision_inputs, {"position_extent": 112}),
 }
-each_model = pytest.mark.parametrize("model_class, inputs", MODELS.values(), ids=MODELS)
+each_model = pytest.mark.parametrize("model_class, inputs, options", MODELS.values(), ids=MODELS)
 
 
 def assert_same(actual, expected, atol):
@@ -54,9 +55,9 @@ def assert_same(actual, expected, atol):
 
 @each_model
 @torch.no_grad()
-def test_compiles_once_as_one_graph_for_all_sizes(model_class, inputs):
+def test_compiles_once_as_one_graph_for_all_sizes(model_class, inputs, options):
     torch._dynamo.reset()
-    model = randomise(model_class(tiny_config()))
+    model = randomise(model_class(tiny_config(**options)))
     backend = CompileCounterWithBackend("eager")
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=backend)
     for size in [(80, 112), *SIZES]:
@@ -79,8 +80,8 @@ def test_compiles_with_inductor():
 @pytest.mark.parametrize("strict, traced_at", [(False, (64, 64)), (True, (83, 119))], ids=["default", "strict"])
 @each_model
 @torch.no_grad()
-def test_exported_graph_holds_for_all_sizes(model_class, inputs, traced_at, strict):
-    model = randomise(model_class(tiny_config()))
+def test_exported_graph_holds_for_all_sizes(model_class, inputs, options, traced_at, strict):
+    model = randomise(model_class(tiny_config(**options)))
     dynamic_shapes = {"pixel_values": {2: Dim("height", **SIDE), 3: Dim("width", **SIDE)}}
     if model_class is SparForOpenVocabSegmentation:
         dynamic_shapes["text_embeds"] = {0: Dim("names", min=1, max=1000)}

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import randomise, tiny_config
 from distill_options import parse_options
-from local_start import find_place, fit_prior, keep_place, scale_prior, start_local, writers
+from local_start import find_place, fit_prior, keep_place, scale_prior, spread_positions, start_local, writers
 from test_distill import distil
 from transformers import AutoModel, DINOv3ViTConfig, SiglipVisionConfig
 
@@ -46,6 +46,11 @@ def test_attention_reaches_as_far_as_asked(model):
     before = attention(model, pixels)
     start_local(model, [0.1 * torch.randn(1, 3, 96, 96) for _ in range(4)], spread)
     after = attention(model, pixels)
+    assert_gaussian(after, before, apart, spread)
+
+
+def assert_gaussian(after, before, apart, spread):
+    """Every head, after but not before, looks around itself as a Gaussian over squared distances `apart` would."""
     gauss = (-apart / (2 * spread**2)).softmax(-1)
     expected = (gauss * apart).sum(-1).mean()
     for layer in range(4):
@@ -53,6 +58,42 @@ def test_attention_reaches_as_far_as_asked(model):
             assert (untouched * apart).sum(-1).mean() > 2 * expected
             assert 0.8 * expected < (head * apart).sum(-1).mean() < 2 * expected
             assert torch.corrcoef(torch.stack([head.flatten(), gauss.flatten()]))[0, 1] > 0.9
+
+
+@pytest.mark.parametrize("first", ["extent", "prior"])
+def test_with_an_extent_attention_reaches_as_many_patches_in_every_photo(model, first):
+    with torch.no_grad():  # as above
+        for layer in model.backbone.encoder.layers:
+            layer.self_attn.q_proj.weight *= 0.05
+            layer.self_attn.q_proj.bias *= 0.05
+    untouched, spread = copy.deepcopy(model), 0.4
+    squares = [0.1 * torch.randn(1, 3, 128, 128) for _ in range(4)]
+    if first == "extent":
+        spread_positions(model, None, 320, 64)
+        model.config.position_extent = 320
+        start_local(model, squares, spread)
+    else:  # a student that had its local start with a stretched table
+        directions = start_local(model, squares, spread)
+        spread_positions(model, directions, 320, 64)
+        model.config.position_extent = 320
+    for height, width in ((80, 240), (192, 64), (320, 112)):
+        pixels = 0.1 * torch.randn(1, 3, height, width)
+        windows = torch.cartesian_prod(torch.arange(height // 16) / 4.0, torch.arange(width // 16) / 4.0)
+        apart = torch.cdist(windows, windows).square()
+        assert_gaussian(attention(model, pixels), attention(untouched, pixels), apart, spread)
+
+
+def test_positions_stay_what_they_were_at_two_windows_a_side(model):
+    table = model.backbone.embeddings.position_embedding.weight
+    with torch.no_grad():  # smooth, as trained tables are: five cells of the new one hold the old
+        place = torch.cartesian_prod(torch.arange(4) / 3.0, torch.arange(4) / 3.0)
+        table.copy_(place @ torch.randn(2, 96))
+    pixels = 0.1 * torch.randn(1, 3, 128, 128)
+    before = model(pixels, output_hidden_states=True).hidden_states[0]
+    spread_positions(model, None, 256, 64)
+    model.config.position_extent = 256
+    after = model(pixels, output_hidden_states=True).hidden_states[0]
+    assert (before - after).square().mean() < 0.05 * (before - before.mean(1, keepdim=True)).square().mean()
 
 
 def test_a_far_reaching_prior_changes_little(model):
@@ -123,12 +164,23 @@ def test_priors_are_fitted_to_a_teacher(model):
 
 def test_a_local_run_resumes_to_the_last_bit(base_folder, photo_folder, tmp_path):
     options = ("--steps", 4, "--save_steps", 2, "--train_layers", "all", "--learning_rate", 1e-3, "--local_start", 0.5)
+    options += ("--position_extent", 128)
     options += ("--teacher_windows", 2, "--report_to", "none", "--holdout_images", 0, "--fit_prior", 2)
     whole = distil(base_folder, photo_folder, tmp_path / "whole", *options)
     shutil.copytree(tmp_path / "whole", tmp_path / "half")
     half = distil(base_folder, photo_folder, tmp_path / "half", *options, "--resume")
     weights, resumed = (AutoModel.from_pretrained(folder).state_dict() for folder in (whole, half))
     assert all(torch.equal(resumed[name], weight) for name, weight in weights.items())
+    # the positions go with the student, and it can go on without being told
+    assert AutoModel.from_pretrained(whole).config.position_extent == 128
+    options = ("--steps", 1, "--student", whole, "--learning_rate", 1e-9, "--report_to", "none", "--holdout_images", 0)
+    after = AutoModel.from_pretrained(distil(base_folder, photo_folder, tmp_path / "after", *options))
+    pixels = torch.randn(1, 3, 96, 200)
+    with torch.no_grad():
+        found, expected = (model(pixels).feature_map for model in (after, AutoModel.from_pretrained(whole)))
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    with pytest.raises(ValueError, match="span 128 px"):
+        distil(base_folder, photo_folder, tmp_path / "other", *options, "--position_extent", 256)
 
 
 def test_other_readouts_and_streams_are_refused(model):
@@ -142,6 +194,14 @@ def test_other_readouts_and_streams_are_refused(model):
         parse_options(arguments.split())
     with pytest.raises(ValueError, match="adapters"):
         parse_options(arguments.replace("--streaming", "--lora_rank 4").split())
+    with pytest.raises(ValueError, match="adapters"):
+        parse_options(
+            ["--model", "m", "--images", "i", "--output", "o", "--position_extent", "512", "--lora_rank", "4"]
+        )
+    with pytest.raises(ValueError, match="SigLIP read-out"):
+        spread_positions(SparVisionModel(SparConfig(backbone_config=dinov3)), None, 1024, 224)
+    with pytest.raises(ValueError, match=r"at most 5\.8 windows, 371 px"):
+        spread_positions(model, None, 384, 64)
     with pytest.raises(ValueError, match="--fit_prior takes a number"):
         parse_options(["--model", "m", "--images", "i", "--output", "o", "--fit_prior", "4"])
 

@@ -183,6 +183,32 @@ def test_positions_are_untouched_on_the_native_grid(dtype):
     assert torch.equal(resample_positions(table, 12, 12, "bicubic"), table)
 
 
+@pytest.mark.parametrize("grid", [(4, 4), (9, 14), (12, 3), (14, 14), (14, 30), (31, 9)], ids=str)
+def test_positions_of_an_extent_have_one_step_in_every_photo(grid):
+    table = torch.randn(36, 8, generator=torch.Generator().manual_seed(4))
+    reach = max(*grid, 14)  # patches that the table spans
+    # places in halves of the table, the photo in its middle; grid_sample's bicubic kernel is interpolate's
+    rows, columns = ((torch.arange(n) + 0.5 - n / 2) * 2 / reach for n in grid)
+    where = torch.stack(torch.meshgrid(columns, rows, indexing="xy"), dim=-1)[None]
+    image = table.T.reshape(1, 8, 6, 6)
+    expected = F.grid_sample(image, where, mode="bicubic", padding_mode="border", align_corners=False)[0].flatten(1).T
+    close(resample_positions(table, *grid, "bicubic", 14), expected, atol=2e-5)
+
+
+@torch.no_grad()
+def test_a_photo_in_the_middle_of_a_larger_one_has_its_positions(vision_model):
+    config = tiny_config(text_config=None, position_extent=192)
+    model = SparVisionModel(config).eval()
+    model.load_state_dict(vision_model.state_dict())
+    stems = [
+        model(torch.zeros(1, 3, *size), output_hidden_states=True).hidden_states[0] for size in ((128, 96), (64, 160))
+    ]
+    large, wide = (stem[0].unflatten(0, grid) for stem, grid in zip(stems, ((8, 6), (4, 10)), strict=True))
+    close(large[2:6], wide[:, 2:8], atol=1e-5)
+    stretched = vision_model(torch.zeros(1, 3, 128, 96), output_hidden_states=True).hidden_states[0]
+    assert not torch.allclose(stems[0], stretched, atol=1e-2)
+
+
 def test_unknown_resampling_is_refused():
     with pytest.raises(ValueError, match=r"bilinear.*bicubic"):
         resample_positions(torch.zeros(16, 8), 4, 4, "bilinear")

@@ -133,6 +133,9 @@ def test_another_setting_is_refused(options, base, photos):
     with pytest.raises(ValueError, match="seed is 0 there and 1 here"):
         make_cache(Options(**(vars(options) | {"seed": 1})))
     same = fingerprint(model)
+    model.config.position_extent = 128
+    assert fingerprint(model) != same
+    model.config.position_extent = None
     with torch.no_grad():
         next(model.parameters()).view(-1)[0] += 1e-3
     assert fingerprint(model) != same

@@ -26,7 +26,7 @@ import psutil
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, broadcast_object_list, gather_object, set_seed
+from accelerate.utils import DistributedType, broadcast, broadcast_object_list, gather_object, set_seed
 from checkpoints import (
     StopAtStep,
     cut_log,
@@ -40,7 +40,7 @@ from checkpoints import (
 from distill_losses import decision_loss, distillation_loss, error_weights
 from distill_options import RECORDED, VIEW, Options, parse_options
 from held_out import PICTURED, HeldOut, draw_curve, whole_photos
-from local_start import find_place, fit_prior, keep_place, start_local, writers
+from local_start import find_place, fit_prior, keep_place, spread_positions, start_local, writers
 from photos import MapOrder, Photos, Sample, Skipped, SkippedList, StreamOrder, as_it_is, open_sources, split_photos
 from student import (
     add_adapters,
@@ -138,7 +138,14 @@ class Distillation:
             words = sorted({name for vocabulary in options.words for name in Vocabulary.parse(vocabulary).all_names})
             self.texts = embed_names(self.model.to(self.device), self.processor.tokenizer, words, "short")
         if options.student is not None:
-            self.student.load_state_dict(load_model(options.student)[1].state_dict())
+            start = load_model(options.student)[1]
+            self.student.load_state_dict(start.state_dict())
+            self.set_extent(start.config.position_extent)
+
+    def set_extent(self, extent: int | None) -> None:
+        """How far the student's position table reaches; the model that is written has a configuration of its own."""
+        for config in (self.model.config, self.student.config):
+            config.position_extent = extent
 
     def open_photos(self) -> None:
         """The photos in their order, what reads them, and what makes their targets."""
@@ -183,10 +190,17 @@ class Distillation:
     def choose_trained(self) -> None:
         """What is trained, and what teacher and student can hold together."""
         options, encoder = self.options, self.teacher.model
-        if options.local_start is None:
-            place = find_place(self.student)  # of an earlier student that had a local start
-        else:
-            self.student.to("cpu")  # where --words has moved it
+        self.student.to("cpu")  # where --words has moved it
+        place = find_place(self.student)  # of an earlier student that had a local start
+        extent, held = options.position_extent, self.student.config.position_extent
+        if extent is not None and held is None:
+            spread_positions(self.student, place, extent, self.teacher.window_size)
+            self.set_extent(extent)
+        elif extent not in (None, held):
+            raise ValueError(
+                f"--position_extent {extent}: the positions of {options.student} span {held} px. Leave it out."
+            )
+        if options.local_start is not None:
             side = 2 * self.teacher.window_size
             place = start_local(self.student, self.photos.squares(self.shown, side), options.local_start)
         if self.sharded and place is not None:
@@ -265,10 +279,15 @@ class Distillation:
         if options.fit_prior and not options.resume:
             if self.place is None:
                 raise ValueError("--fit_prior needs a prior, and this student had no local start. Give --local_start.")
-            chosen = random.Random(options.seed).sample(range(len(self.train)), min(options.fit_prior, len(self.train)))
-            tickets = [self.train.ticket(i, i, []) for i in chosen]
-            pairs = whole_photos(tickets, self.photos, self.teacher, self.skipped, self.main)
-            logger.info("priors multiplied by %s", fit_prior(self.student, self.place, pairs, progress=self.main))
+            if self.main:
+                count = min(options.fit_prior, len(self.train))
+                chosen = random.Random(options.seed).sample(range(len(self.train)), count)
+                tickets = [self.train.ticket(i, i, []) for i in chosen]
+                pairs = whole_photos(tickets, self.photos, self.teacher, self.skipped)
+                logger.info("priors multiplied by %s", fit_prior(self.student, self.place, pairs))
+            # to the last bit: processes that each fitted could round otherwise and drift apart
+            for parameter in self.student.parameters():
+                broadcast(parameter.data)
         self.before = self.state["before"] if options.resume else self.held_out_error()
         logger.info(
             "%s photos to train on, %d held out; held-out error before: %s",

@@ -47,6 +47,7 @@ RECORDED = [
     "words",
     "words_weight",
     "local_start",
+    "position_extent",
     "fit_prior",
     "learning_rate",
     "weight_decay",
@@ -85,7 +86,16 @@ class Options:
         default=None,
         metadata={
             "help": "Start the student with attention that stays near (training/local_start.py): standard deviation of the "
-            "Gaussian prior over distance in halves of the photo's side, 0.4 say. For SigLIP and SigLIP2."
+            "Gaussian prior over distance in halves of the photo's side, 0.3 say; with --position_extent in windows, which "
+            "is the same at two windows a side. For SigLIP and SigLIP2."
+        },
+    )
+    position_extent: int | None = field(
+        default=None,
+        metadata={
+            "help": "Let the student read its position table at one step per patch in photos up to this many pixels, 1024 "
+            "say, instead of stretching it over each (`SparConfig.position_extent`). It begins as it was at two windows a "
+            "side. For SigLIP and SigLIP2."
         },
     )
     fit_prior: int = field(
@@ -233,7 +243,9 @@ class Options:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"--{name} {getattr(self, name)} must lie in 0 to 1.")
         positive = "steps epochs teacher_windows gradient_accumulation_steps window_batch_size shuffle_buffer lora_rank"
-        positive += " lora_alpha local_start log_steps save_steps eval_steps long_side short_side learning_rate"
+        positive += (
+            " lora_alpha local_start position_extent log_steps save_steps eval_steps long_side short_side learning_rate"
+        )
         for name in positive.split():
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise ValueError(f"--{name} {getattr(self, name)} must be above 0.")
@@ -288,10 +300,10 @@ class Options:
                 "--teacher_mode cached reads stored maps of stored crops: leave out --streaming, and give "
                 "--jitter_probability to training/cache_teacher.py instead."
             )
-        if (self.local_start is not None or self.fit_prior) and self.lora_rank is not None:
+        if (self.local_start or self.fit_prior or self.position_extent) and self.lora_rank is not None:
             raise ValueError(
-                "--local_start and --fit_prior change weights that adapters do not hold, and --lora_rank writes adapters. "
-                "Leave one out."
+                "--local_start, --position_extent and --fit_prior change weights that adapters do not hold, and --lora_rank "
+                "writes adapters. Leave one out."
             )
         if self.fit_prior < 0 or (self.fit_prior and self.local_start is None and self.student is None):
             raise ValueError(

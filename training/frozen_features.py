@@ -85,6 +85,7 @@ class FrozenFeatures:
             digest.update(name.encode() + tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
         config = self.model.config
         parts = [config.backbone_config.to_json_string(), config.readout, config.position_resampling, inference]
+        parts += [] if config.position_extent is None else [str(config.position_extent)]
         parts += [self.image_processor.to_json_string(), self.accelerator.mixed_precision]
         digest.update("\n".join(parts).encode())
         return digest.hexdigest()[:20]

@@ -133,7 +133,7 @@ def compare_features(
 
 @torch.no_grad()
 def whole_photos(
-    tickets: list[Ticket], photos: Photos, teacher: SlidingWindowTeacher, skipped: SkippedList, progress: bool = True
+    tickets: list[Ticket], photos: Photos, teacher: SlidingWindowTeacher, skipped: SkippedList
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """
     Photos at the random sizes of training but not cropped, as they are used later, and the full teacher's maps of them:
@@ -142,7 +142,7 @@ def whole_photos(
     whole, pairs, device = copy.copy(photos), [], next(teacher.parameters()).device
     whole.options = copy.copy(photos.options)
     whole.options.crop_probability = 0.0
-    for ticket in tqdm(tickets, "full teacher", disable=not progress):
+    for ticket in tqdm(tickets, "full teacher"):
         sample = whole[ticket]
         if isinstance(sample, Skipped):
             skipped.add(sample)

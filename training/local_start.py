@@ -31,8 +31,11 @@ from tqdm.auto import tqdm
 from spar_hf import SparVisionModel
 
 NUMBERS = 5
-# of the cosines, over halves of the image's side: up to one of these the exponent is a Gaussian's to 5 %, beyond it weaker
+# of the cosines, over halves of the image's side: up to one of these the exponent is a Gaussian's to 5 %, beyond it weaker.
+# Where the table has a step of its own (`SparConfig.position_extent`), over windows: the same at two windows a side.
 FREQUENCY = 0.8
+# windows: in a table that spans more, opposite ends would look near, a whole turn of the cosines apart
+LARGEST_EXTENT = 5.8
 
 
 @torch.no_grad()
@@ -44,7 +47,8 @@ def start_local(model: SparVisionModel, photos: Iterable[torch.Tensor], spread: 
         model ([`SparVisionModel`]): with the SigLIP read-out.
         photos (`Iterable[torch.FloatTensor]` of shape `(batch, 3, height, width)`): show which directions of the token
             space are used; held one at a time.
-        spread (`float`): standard deviation of the prior, in halves of the image's side.
+        spread (`float`): standard deviation of the prior, in halves of the image's side, or in pre-training sizes where the
+            configuration has a `position_extent`.
 
     Raises:
         ValueError: another read-out, heads of five dimensions or fewer, or no photos.
@@ -90,9 +94,8 @@ def start_local(model: SparVisionModel, photos: Iterable[torch.Tensor], spread: 
     keep_place(writers(model), u)
     table = backbone.embeddings.position_embedding.weight
     side = math.isqrt(len(table))
-    axis = FREQUENCY * ((torch.arange(side) + 0.5) / side * 2 - 1)
-    rows, columns = (angle.flatten() for angle in torch.meshgrid(axis, axis, indexing="ij"))
-    place = torch.stack([columns.cos(), columns.sin(), rows.cos(), rows.sin(), torch.ones_like(rows)], dim=1)
+    extent, window = model.config.position_extent, model.config.image_size
+    place = place_numbers(side, 1.0 if extent is None else extent / (2 * window))
     # small: the layer norms' divisor should stay the token's own
     amplitude = 0.3 * variances[-1] ** 0.5
     added = amplitude**2 * 3 / size  # to a token's variance: cos² + sin² is 1, twice, and the constant
@@ -129,6 +132,56 @@ def start_local(model: SparVisionModel, photos: Iterable[torch.Tensor], spread: 
     stop_reading(head.in_proj_weight, head.in_proj_bias, norm)
     make_up(norm, variances[-1])
     return u
+
+
+def place_numbers(side: int, reach: float) -> torch.Tensor:
+    """The five numbers in every cell of a table that reaches from `-reach` to `reach` both ways: `(side * side, 5)`."""
+    axis = FREQUENCY * reach * ((torch.arange(side) + 0.5) / side * 2 - 1)
+    rows, columns = (angle.flatten() for angle in torch.meshgrid(axis, axis, indexing="ij"))
+    return torch.stack([columns.cos(), columns.sin(), rows.cos(), rows.sin(), torch.ones_like(rows)], dim=1)
+
+
+@torch.no_grad()
+def spread_positions(model: SparVisionModel, directions: torch.Tensor | None, extent: int, window: int) -> None:
+    """
+    Rewrite a table that is stretched over every photo for a `position_extent`: in a photo of two windows a side the
+    positions stay what they were, and a patch's step there becomes that of every photo. In place; the caller sets the
+    configuration.
+
+    Attention that stays near does so in patches then, which a table that is stretched cannot hold: the larger the photo, the
+    farther it looks, farther along the longer side, and one width would have to suit all sizes that are trained on.
+
+    Args:
+        model ([`SparVisionModel`]): with the SigLIP read-out and no `position_extent`.
+        directions (`torch.FloatTensor` of shape `(hidden_size, 5)`, *optional*): as [`find_place`] gives them. There the
+            cosines go on beyond the old table's border; all else repeats what stands there.
+        extent (`int`): pixels.
+        window (`int`): pixels.
+
+    Raises:
+        ValueError: another read-out, or more than 5.8 windows.
+    """
+    if model.config.readout != "siglip":
+        raise ValueError(f"--position_extent is written for the SigLIP read-out, not for {model.config.readout!r}.")
+    if extent > LARGEST_EXTENT * window:
+        raise ValueError(
+            f"--position_extent {extent}: give at most {LARGEST_EXTENT} windows, {int(LARGEST_EXTENT * window)} px. "
+            "Larger photos are read all the same."
+        )
+    table = model.backbone.embeddings.position_embedding.weight
+    side, reach = math.isqrt(len(table)), extent / (2 * window)
+    place = torch.zeros_like(table)
+    if directions is not None:
+        # training may have turned and scaled the five numbers: what they are of the cosines, by least squares
+        held = torch.linalg.lstsq(place_numbers(side, 1.0), table @ directions).solution  # (numbers, numbers)
+        place = place_numbers(side, reach) @ held @ directions.T
+        table -= table @ directions @ directions.T
+    axis = reach * ((torch.arange(side) + 0.5) / side * 2 - 1)
+    rows, columns = torch.meshgrid(axis, axis, indexing="ij")
+    where = torch.stack([columns, rows], dim=-1)[None]  # grid_sample wants x before y
+    old = table.T.view(1, -1, side, side)  # (side * side, hidden) -> (1, hidden, side, side)
+    new = torch.nn.functional.grid_sample(old, where, mode="bilinear", padding_mode="border", align_corners=False)
+    table.copy_(new[0].flatten(1).T + place)
 
 
 @torch.no_grad()
@@ -176,7 +229,6 @@ def fit_prior(
     directions: torch.Tensor,
     pairs: Sequence[tuple[torch.Tensor, torch.Tensor]],
     step: float = 1.4,
-    progress: bool = True,
 ) -> list[float]:
     """
     Widen or narrow the prior of every block as long as the mean squared error to the teacher falls; in place.
@@ -189,7 +241,6 @@ def fit_prior(
         directions (`torch.FloatTensor` of shape `(hidden_size, 5)`): as [`start_local`] or [`find_place`] gave them.
         pairs (`Sequence[tuple[torch.FloatTensor, torch.FloatTensor]]`): photos and the full teacher's maps of them.
         step (`float`): factor between two strengths that are tried.
-        progress (`bool`): whether a bar is shown.
 
     Returns:
         the factor of each block's exponent, 1 where it stayed.
@@ -199,7 +250,7 @@ def fit_prior(
         return sum(float((model(photo).feature_map - target).square().mean()) for photo, target in pairs)
 
     factors, least = [1.0] * len(model.backbone.encoder.layers), error()
-    for block in tqdm(range(len(factors)), desc="priors of the blocks", disable=not progress):
+    for block in tqdm(range(len(factors)), desc="priors of the blocks"):
         for change in (step, 1 / step):
             while True:
                 scale_prior(model, directions, block, change)

@@ -31,7 +31,9 @@ def sha256(path: Path) -> str:
 
 def fingerprint(model: SparVisionModel) -> str:
     """Hash of all that a model's features depend on: names, types, shapes and bytes of its weights, and its read-out."""
-    digest = hashlib.sha256(f"{model.config.readout} {model.config.position_resampling}".encode())
+    config = model.config
+    extent = "" if config.position_extent is None else f" {config.position_extent}"
+    digest = hashlib.sha256(f"{config.readout} {config.position_resampling}{extent}".encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
