@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from spar_hf.commands import quiet_transformers
-from spar_hf.files import Photo, write_atomically, write_text
+from spar_hf.files import Photo, write_atomically, write_json
 from spar_hf.image_processing_spar import SparImageProcessorPil
 from spar_hf.modeling_spar import SparVisionModel
 from spar_hf.pipeline import check_device
@@ -224,7 +224,7 @@ def write_index(output: Path, settings: dict[str, Any]) -> int:
         size += shard.stat().st_size
         weight_map.update(dict.fromkeys(check_settings(shard, settings), shard.name))
     index = {"metadata": {**settings, "total_size": size}, "weight_map": weight_map}
-    write_text(output / INDEX, json.dumps(index, ensure_ascii=False, indent=1) + "\n")
+    write_json(output / INDEX, index)
     return len(weight_map)
 
 

@@ -6,6 +6,7 @@ nothing. No torch, so that the command line can say what is wrong with its argum
 import contextlib
 import errno
 import glob
+import json
 import os
 import re
 import sys
@@ -15,6 +16,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from tqdm.auto import tqdm
 
@@ -226,6 +228,19 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write UTF-8 text as a whole or not at all."""
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON as a whole or not at all; it knows no NaN, so what is not a number becomes null."""
+
+    def without_nan(entry: Any) -> Any:
+        if isinstance(entry, dict):
+            return {key: without_nan(part) for key, part in entry.items()}
+        if isinstance(entry, (list, tuple)):
+            return [without_nan(part) for part in entry]
+        return None if entry != entry else entry
+
+    write_text(path, json.dumps(without_nan(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def work_through(

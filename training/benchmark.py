@@ -12,7 +12,6 @@ A suite is a module `benchmark_NAME.py` beside this file with `rows(options) -> 
 """
 
 import importlib
-import json
 import logging
 import math
 import os
@@ -31,6 +30,7 @@ from transformers import CLIPVisionConfig, DINOv3ViTConfig, HfArgumentParser, Si
 from usage import run_script, work_begins
 
 from spar_hf import SPAR_TINY, SlidingWindowTeacher, SparConfig, SparVisionModel
+from spar_hf.files import write_json
 
 logger = logging.getLogger("benchmark")
 
@@ -219,10 +219,7 @@ def main():
     Console().print(table)
     if options.output:
         setting = {"torch": torch.__version__, "threads": torch.get_num_threads(), "cores": os.cpu_count()}
-        path = Path(options.output)
-        temporary = path.with_name(path.name + ".partial")
-        temporary.write_text(json.dumps({"options": vars(options), **setting, "ratios": found}, indent=2))
-        temporary.replace(path)
+        write_json(Path(options.output), {"options": vars(options), **setting, "ratios": found})
 
 
 if __name__ == "__main__":

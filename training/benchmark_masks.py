@@ -5,7 +5,6 @@ vision forward, and the throughput of a folder.
     python training/benchmark_masks.py --output masks.json
 """
 
-import json
 import logging
 import statistics
 import threading
@@ -26,6 +25,7 @@ from transformers import AutoTokenizer, HfArgumentParser, SiglipTextConfig, Sigl
 from usage import run_script
 
 from spar_hf import SPAR_TINY, SparConfig, SparForOpenVocabSegmentation, SparImageProcessorPil
+from spar_hf.files import write_json
 from spar_hf.prompts import Vocabulary
 from spar_hf.segmentation import decide
 
@@ -229,10 +229,7 @@ def main():
         table.add_row(row["name"], *times, *memory, equal, row["goal"])
     Console().print(table)
     if options.output:
-        path = Path(options.output)
-        temporary = path.with_name(path.name + ".partial")
-        temporary.write_text(json.dumps({"options": vars(options), "ratios": results}, indent=2))
-        temporary.replace(path)
+        write_json(Path(options.output), {"options": vars(options), "ratios": results})
 
 
 if __name__ == "__main__":

@@ -32,14 +32,13 @@ from teacher_cache import (
     read_manifest,
     seeded,
     sha256,
-    write_json,
 )
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 from usage import run_script, work_begins
 
 from spar_hf import SlidingWindowTeacher, SparImageProcessorPil, SparVisionModel
-from spar_hf.files import write_atomically
+from spar_hf.files import write_atomically, write_json
 
 logger = logging.getLogger("cache_teacher")
 

@@ -48,7 +48,6 @@ from student import (
     finish_folder,
     load_model,
     merge_adapters,
-    replace_text,
     save_adapter,
     save_student,
     share_frozen,
@@ -62,6 +61,7 @@ from transformers import get_scheduler
 from usage import run_script, work_begins
 
 from spar_hf import SlidingWindowTeacher, SparForOpenVocabSegmentation, SparImageProcessorPil, SparProcessor
+from spar_hf.files import write_text
 from spar_hf.prompts import Vocabulary, embed_names
 
 logger = logging.getLogger("distill")
@@ -386,7 +386,7 @@ class Distillation:
         running = self.state["running"][accelerator.process_index] if self.state["running"] else 0.0
         stop = StopAtStep(accelerator)
         if self.main:
-            replace_text(
+            write_text(
                 self.output / "recipe.yaml", yaml.safe_dump(asdict(options) | {"resume": False}, sort_keys=False)
             )
             if options.resume:

@@ -24,12 +24,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from measure import evaluate_runs
 from options import Options
-from reports import write_json
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from transformers import HfArgumentParser
 from usage import run_script
+
+from spar_hf.files import write_atomically, write_json
 
 COLOURS = ("#c1272d", "#1b7f4b", "#7b4fa3", "#c77700", "#008b9e")  # students, in their order
 BASE, WINDOW = "#777777", "#2b5fa5"
@@ -201,10 +202,8 @@ def make_figure(options: FigureOptions, console: Console) -> list[dict[str, Any]
     if PartialState().is_main_process:
         output = Path(options.output)
         drawing = draw_strides(rows) if options.figure == "strides" else draw_resolutions(rows, options.stride)
-        write_json({"rows": rows, "against_the_teacher": against_teacher(rows)}, output / f"{options.figure}.json")
-        temporary = output / f".{options.figure}.partial.png"
-        drawing.savefig(temporary, dpi=160)
-        temporary.replace(output / f"{options.figure}.png")
+        write_json(output / f"{options.figure}.json", {"rows": rows, "against_the_teacher": against_teacher(rows)})
+        write_atomically(output / f"{options.figure}.png", lambda temporary: drawing.savefig(temporary, dpi=160))
         print_rows(rows, console)
     return rows
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
 from spar_hf import SlidingWindowTeacher, SparImageProcessorPil, SparVisionModel
+from spar_hf.files import write_atomically
 
 logger = logging.getLogger("frozen_features")
 
@@ -115,9 +116,7 @@ class FrozenFeatures:
             except SafetensorError:
                 logger.warning("%s is damaged and made again", file)
         made = self.make(path)
-        temporary = file.with_suffix(f".{self.accelerator.process_index}.partial")
-        save_file(made, temporary)
-        temporary.replace(file)
+        write_atomically(file, lambda temporary: save_file(made, temporary))
         return made
 
     @torch.no_grad()

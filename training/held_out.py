@@ -17,6 +17,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from spar_hf import SlidingWindowTeacher
+from spar_hf.files import write_atomically
 
 PICTURED = 3  # photos in a picture of feature maps
 
@@ -168,6 +169,4 @@ def draw_curve(log: Path, held_out: list[dict[str, Any]], kept: dict[str, Any] |
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     axes.legend()
-    temporary = path.with_name(f".{path.name}.partial")
-    figure.savefig(temporary, dpi=120, format="png")
-    temporary.replace(path)
+    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=120))

@@ -16,7 +16,6 @@ has them all.
 Photos are split over processes. Batch norm sees the batch of its process.
 """
 
-import json
 import logging
 import shutil
 import sys
@@ -43,6 +42,7 @@ from transformers import HfArgumentParser, get_scheduler
 from usage import run_script, work_begins
 
 from spar_hf import SparForSemanticSegmentation
+from spar_hf.files import write_json
 from spar_hf.metrics import MeanIoU
 from spar_hf.segmentation import decide, patch_coordinates
 
@@ -316,9 +316,7 @@ def write(model, image_processor, report: dict[str, Any], output: Path) -> None:
     image_processor.save_pretrained(temporary)
     (temporary / "README.md").write_text(model_card(report, output.name), encoding="utf-8")
     replace_folder(temporary, folder)
-    text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    (output / "results.json.partial").write_text(text, encoding="utf-8")
-    (output / "results.json.partial").replace(output / "results.json")
+    write_json(output / "results.json", report)
 
 
 def model_card(report: dict[str, Any], name: str) -> str:

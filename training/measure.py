@@ -24,12 +24,13 @@ from data import VOID
 from inference import Candidate, PeakMemory, Rules, Run, parse_models, parse_runs, predict
 from options import Options, build_vocabulary, choose_photos, indices, resize_options
 from protocols import PROTOCOLS, Protocol
-from reports import card_block, find_gaps, make_row, show, write_json, write_text
+from reports import card_block, find_gaps, make_row, show
 from rich.console import Console
 from tally import PartialCounts, Tally, refuse_others
 from tqdm.auto import tqdm
 from usage import work_begins
 
+from spar_hf.files import write_json, write_text
 from spar_hf.metrics import BoundaryIoU, MeanIoU
 from spar_hf.prompts import Vocabulary, resolve_templates
 from spar_hf.refine import resolve_refinement
@@ -185,10 +186,10 @@ def evaluate_runs(options: Options, console: Console | None = None, reuse: bool 
     report["settings"] = settings
     if accelerator.is_main_process:
         if options.output is not None:
-            write_json(report, Path(options.output))
+            write_json(Path(options.output), report)
         if options.card_folder is not None:
             for name in candidates:
-                write_text(card_block(report, name), Path(options.card_folder) / f"{name.replace('/', '-')}.md")
+                write_text(Path(options.card_folder) / f"{name.replace('/', '-')}.md", card_block(report, name))
         if parts is not None:
             parts.remove()
         if console is not None:

@@ -32,12 +32,12 @@ from photos import augment
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
-from teacher_cache import Crop, seeded, write_json
+from teacher_cache import Crop, seeded
 from transformers import HfArgumentParser
 from usage import run_script, work_begins
 
 from spar_hf import SparVisionModel
-from spar_hf.files import write_atomically
+from spar_hf.files import write_atomically, write_json
 from spar_hf.teacher import VARIANTS, WindowPlan
 
 logger = logging.getLogger("quality_cost")

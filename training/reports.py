@@ -1,9 +1,6 @@
 """Counts -> results: rows, the gap that students close, a table for the terminal, JSON, the block of a model card."""
 
-import json
-import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -105,26 +102,6 @@ def make_row(
             for i, label in enumerate(labels)
         },
     }
-
-
-def write_json(report: dict[str, Any], path: Path) -> None:
-    """Write a report whole or not at all; JSON knows no NaN, so classes that do not occur get null."""
-
-    def without_nan(value):
-        if isinstance(value, dict):
-            return {key: without_nan(entry) for key, entry in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [without_nan(entry) for entry in value]
-        return None if value != value else value
-
-    write_text(json.dumps(without_nan(report), indent=2, ensure_ascii=False, allow_nan=False) + "\n", path)
-
-
-def write_text(text: str, path: Path) -> None:
-    """Write to a temporary name and rename."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def percent(value: float | None) -> str:

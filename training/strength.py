@@ -20,13 +20,14 @@ import numpy as np
 import yaml
 from measure import evaluate_runs
 from options import Options, choose_photos
-from reports import percent, write_json
+from reports import percent
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from transformers import HfArgumentParser
 from usage import run_script
 
+from spar_hf.files import write_json
 from spar_hf.metrics import mean_of_present
 
 
@@ -88,7 +89,7 @@ def measure_strength(options: StrengthOptions, console: Console) -> list[dict[st
                 np.array([row["classes"][label]["iou"] for label in present])
             )
             rows.append({"set": name, "part": part, "photos": report["photos"], "classes": present} | scores)
-    write_json({"rows": rows}, Path(options.output) / "strength.json")
+    write_json(Path(options.output) / "strength.json", {"rows": rows})
     table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
     for heading in ("set", "part", "photos", "classes", "model", "inference", "mIoU\n%", "of\npresent", "acc.\n%"):
         table.add_column(heading)

@@ -14,6 +14,7 @@ from torch import nn
 
 from spar_hf import SparForOpenVocabSegmentation, SparVisionModel
 from spar_hf.backbone_sources import load_source_config
+from spar_hf.files import write_json, write_text
 
 # parts by name, as patterns of parameters' names: inside a block, and in the backbone around the blocks
 BLOCK_PARTS = {
@@ -180,14 +181,8 @@ def finish_folder(folder: Path, options: Any, record: dict, pictures: list[Path]
     for name, part in (("config.json", "distillation"), ("distillation.json", None)):
         if (folder / name).is_file():
             held = json.loads((folder / name).read_text(encoding="utf-8"))
-            replace_text(folder / name, json.dumps(held | {part: record} if part else record, indent=2) + "\n")
-    replace_text(folder / "README.md", model_card(options, record, [picture.name for picture in pictures]))
-
-
-def replace_text(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+            write_json(folder / name, held | {part: record} if part else record)
+    write_text(folder / "README.md", model_card(options, record, [picture.name for picture in pictures]))
 
 
 def short_name(path: str) -> str:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
+from spar_hf.files import write_json
 from spar_hf.metrics import BoundaryIoU, MeanIoU
 
 ARRAYS = ("confusion", "boundary", "nanoseconds", "memory")
@@ -122,10 +123,7 @@ class PartialCounts:
         self.folder = folder
         file = folder / "settings.json"
         if accelerator.is_main_process and not file.is_file():
-            folder.mkdir(parents=True, exist_ok=True)
-            temporary = folder / ".settings.partial"
-            temporary.write_text(json.dumps(settings, indent=2), encoding="utf-8")
-            os.replace(temporary, file)
+            write_json(file, settings)
         accelerator.wait_for_everyone()
         refuse_others(json.loads(file.read_text(encoding="utf-8")), settings, folder)
         self.found = sorted(folder.glob("*.npz"))

@@ -14,7 +14,6 @@ from PIL import Image
 from safetensors import safe_open
 
 from spar_hf import SparImageProcessorPil, SparVisionModel
-from spar_hf.files import write_text
 
 MANIFEST = "manifest.json"
 AGAIN = "Make the cache again with training/cache_teacher.py"
@@ -122,11 +121,6 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{folder} holds no {MANIFEST}. {AGAIN} --output {folder}.")
     return json.loads(path.read_text(encoding="utf-8"))
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file whole or not at all."""
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
 class TeacherCache:
