@@ -154,16 +154,7 @@ class SparConfig(BackboneConfigMixin, PreTrainedConfig):
         self.position_resampling = resamplings[0] if self.position_resampling is None else self.position_resampling
         _check_choice("`position_resampling`", self.position_resampling, resamplings)
 
-        extent = self.position_extent
-        if extent is not None and self.position_resampling != "bicubic":
-            raise ValueError(
-                f"`position_extent` is for 'bicubic' positions, and these are {self.position_resampling!r}. Leave it out."
-            )
-        if extent is not None and (not isinstance(extent, int) or extent < self.image_size or extent % self.patch_size):
-            raise ValueError(
-                f"`position_extent` {extent!r} must be a number of pixels, a multiple of the patch ({self.patch_size}) and "
-                f"at least the pre-training size ({self.image_size})."
-            )
+        self.check_position_extent()
 
         width = getattr(self.backbone_config, READOUT_WIDTHS[self.readout])
         self.projection_dim = width if self.projection_dim is None else self.projection_dim
@@ -188,6 +179,23 @@ class SparConfig(BackboneConfigMixin, PreTrainedConfig):
         resolve_templates(self.templates)
         if not isinstance(self.templates, str):
             self.templates = list(self.templates)  # as JSON gives it back
+
+    def check_position_extent(self) -> None:
+        """
+        Raises:
+            ValueError: `position_extent` is no multiple of the patch from the pre-training size on, or the positions are not
+                `"bicubic"`. Models call it as well: an attribute can be set after a configuration was made.
+        """
+        extent = self.position_extent
+        if extent is not None and self.position_resampling != "bicubic":
+            raise ValueError(
+                f"`position_extent` is for 'bicubic' positions, and these are {self.position_resampling!r}. Leave it out."
+            )
+        if extent is not None and (not isinstance(extent, int) or extent < self.image_size or extent % self.patch_size):
+            raise ValueError(
+                f"`position_extent` {extent!r} must be a number of pixels, a multiple of the patch ({self.patch_size}) and "
+                f"at least the pre-training size ({self.image_size})."
+            )
 
     @classmethod
     def default_config_fields(cls) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Configuration of a SPAR vision model with a linear classifier on its dense features."""
 
+import copy
 from typing import Any
 
 from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
@@ -55,9 +56,10 @@ class SparSemanticConfig(PreTrainedConfig):
             )
         # made here: transformers builds what is called `backbone_config` of its registry, where remote code has not put it
         part = {} if part is None else part
-        self.backbone_config = SparConfig(**part) if isinstance(part, dict) else part
-        super().__post_init__(**kwargs)
+        # a copy: the caller's configuration keeps its text tower
+        self.backbone_config = SparConfig(**part) if isinstance(part, dict) else copy.deepcopy(part)
         self.backbone_config.text_config = None
+        super().__post_init__(**kwargs)
         classes = len(self.id2label or ())
         if self.names is not None and len(self.names) != classes:
             raise ValueError(

@@ -7,8 +7,10 @@ import contextlib
 import errno
 import glob
 import json
+import math
 import os
 import re
+import shutil
 import sys
 import time
 import urllib.parse
@@ -225,22 +227,34 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         raise
 
 
+def replace_folder(temporary: Path, folder: Path) -> None:
+    """Put a finished folder in the place of an older one."""
+    if folder.exists():
+        old = folder.with_name(f".{folder.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+        temporary.rename(folder)
+        shutil.rmtree(old)
+    else:
+        temporary.rename(folder)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write UTF-8 text as a whole or not at all."""
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON as a whole or not at all; it knows no NaN, so what is not a number becomes null."""
+    """Write JSON as a whole or not at all; it knows no NaN and no infinity, which become null."""
 
-    def without_nan(entry: Any) -> Any:
+    def finite(entry: Any) -> Any:
         if isinstance(entry, dict):
-            return {key: without_nan(part) for key, part in entry.items()}
+            return {key: finite(part) for key, part in entry.items()}
         if isinstance(entry, (list, tuple)):
-            return [without_nan(part) for part in entry]
-        return None if entry != entry else entry
+            return [finite(part) for part in entry]
+        return None if isinstance(entry, float) and not math.isfinite(entry) else entry
 
-    write_text(path, json.dumps(without_nan(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(path, json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def work_through(

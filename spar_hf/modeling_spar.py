@@ -201,7 +201,7 @@ class SparPreTrainedModel(PreTrainedModel):
 
         Raises:
             ValueError: a model type that SPAR does not read, a trained head's among them; a two-tower class and a backbone
-                without text tower.
+                without text tower; `spar_config` for a SPAR folder.
             OSError: neither a folder nor a model that the hub gives.
             RuntimeError: the folder lacks weights.
 
@@ -218,6 +218,11 @@ class SparPreTrainedModel(PreTrainedModel):
         hub = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "local_files_only") if key in kwargs}
         source_config = load_source_config(pretrained_model_name_or_path, **hub)
         if source_config.model_type == SparConfig.model_type:
+            if spar_config:
+                raise ValueError(
+                    f"`spar_config` completes an untouched backbone, and {pretrained_model_name_or_path} is a SPAR folder "
+                    "with a configuration of its own. Leave it out."
+                )
             return cls.from_pretrained(pretrained_model_name_or_path, **kwargs)
         config, weights, dtype = read_backbone(pretrained_model_name_or_path, source_config, spar_config, **kwargs)
         model: Any = cls(config)  # refuses a two-tower class without text tower
@@ -267,6 +272,7 @@ class SparVisionModel(SparPreTrainedModel):
             config = copy.copy(config)
             config.text_config = None
         super().__init__(config)
+        config.check_position_extent()
         self.backbone = READOUTS[config.readout]._from_config(config.backbone_config)
         self.post_init()
 

@@ -299,7 +299,7 @@ def embed_names(
     encoded = []
     for start in range(0, len(names), 256):  # of names: lists of Python numbers would be large
         # names x templates, name by name
-        prompts = [template.format(name) for name in names[start : start + 256] for template in prompts_of]
+        prompts = [template.replace("{}", name) for name in names[start : start + 256] for template in prompts_of]
         encoded.append(_tokenise(tokenizer, prompts, model.config.text_config.max_position_embeddings))
     ids = torch.cat(encoded)
     features = []

@@ -259,6 +259,8 @@ def test_two_towers_come_straight_from_a_backbone(name, tmp_path):
 
     model.save_pretrained(tmp_path / "spar")
     again = SparForOpenVocabSegmentation.from_backbone(str(tmp_path / "spar"))  # a SPAR folder loads as it is
+    with pytest.raises(ValueError, match="configuration of its own"):
+        SparForOpenVocabSegmentation.from_backbone(str(tmp_path / "spar"), spar_config={"templates": "short"})
     for key, tensor in model.state_dict().items():
         torch.testing.assert_close(again.state_dict()[key], tensor)
 

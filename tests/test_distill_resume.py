@@ -127,7 +127,7 @@ def test_two_processes_train_as_one_with_the_doubled_batch(whole, base_folder):
     assert [loss for _, loss in two] == pytest.approx([loss for _, loss in one], rel=1e-3)
 
 
-def test_a_prior_is_fitted_once_for_all_processes(launcher, tmp_path):
+def test_processes_agree_after_a_prior_was_fitted(launcher, tmp_path):
     options = (*SETTING, "--steps", 2, "--local_start", 0.5, "--position_extent", 128, "--fit_prior", 2)
     one = distil(*launcher.data, tmp_path / "1", *options, *accumulate(1))
     two = launcher.finish(tmp_path / "2", *options, *accumulate(2), config="multi_gpu.yaml")

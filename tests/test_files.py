@@ -1,11 +1,21 @@
 """Which photos a command reads, where it writes, and that nothing is lost on the way."""
 
 import errno
+import json
 from pathlib import Path
 
 import pytest
 
-from spar_hf.files import Photo, find_photos, refuse_overwriting, url_name, work_through, write_atomically
+from spar_hf.files import (
+    Photo,
+    find_photos,
+    refuse_overwriting,
+    replace_folder,
+    url_name,
+    work_through,
+    write_atomically,
+    write_json,
+)
 
 
 @pytest.fixture
@@ -105,6 +115,21 @@ def test_write_atomically__a_failure_leaves_the_old_file_and_nothing_else(tmp_pa
     with pytest.raises(OSError, match="unplugged"):
         write_atomically(path, half)
     assert path.read_text() == "old" and [p.name for p in path.parent.iterdir()] == ["file.txt"]
+
+
+def test_write_json__what_is_no_finite_number_is_null(tmp_path):
+    value = {"a": [1, float("nan"), (float("inf"), -2.5)], "b": {"c": float("-inf"), "d": "NaN", "e": None, "f": True}}
+    write_json(tmp_path / "x.json", value)
+    expected = {"a": [1, None, [None, -2.5]], "b": {"c": None, "d": "NaN", "e": None, "f": True}}
+    assert json.loads((tmp_path / "x.json").read_text(), parse_constant=pytest.fail) == expected
+
+
+def test_replace_folder__also_after_a_run_that_was_killed_while_replacing(tmp_path):
+    for name, text in (("new.partial", "new"), ("out", "old"), (".out.old", "older")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text(text)
+    replace_folder(tmp_path / "new.partial", tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"] and (tmp_path / "out" / "file").read_text() == "new"
 
 
 PHOTOS = [Photo(f"{name}.jpg", name) for name in "abcd"]

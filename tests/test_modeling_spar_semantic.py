@@ -131,6 +131,11 @@ def test_auto_classes_load_the_folder_silently_and_exactly(folder, two_towers, t
     assert transformers_log == []
 
 
+def test_a_head_on_a_models_configuration_leaves_that_its_text_tower(two_towers):
+    config = SparSemanticConfig(backbone_config=two_towers.config)
+    assert config.backbone_config.text_config is None and two_towers.config.text_config is not None
+
+
 def test_another_heads_folder_is_refused(folder, two_towers, tmp_path):
     with pytest.raises(ValueError, match="no text tower"):
         SparForOpenVocabSegmentation.from_pretrained(folder)

@@ -97,6 +97,14 @@ def test_templates():
 
 
 @torch.no_grad()
+def test_other_braces_in_a_template_are_text(two_towers, tokenizer):
+    odd, plain = (embed_names(two_towers, tokenizer, ["road"], [text]) for text in ("{x} {}", "{x} road{}"))
+    road_twice = embed_names(two_towers, tokenizer, [""], ["{x} road{}"])
+    torch.testing.assert_close(odd, road_twice)
+    assert not torch.allclose(odd, plain)
+
+
+@torch.no_grad()
 def test_embeddings_are_normalised_means_of_normalised_prompts(two_towers, tokenizer):
     names, templates = ["road", "sky"], ["a photo of a {}.", "the {}"]
     embeds = embed_names(two_towers, tokenizer, names, templates, batch_size=3)

@@ -146,6 +146,7 @@ class Distillation:
         """How far the student's position table reaches; the model that is written has a configuration of its own."""
         for config in (self.model.config, self.student.config):
             config.position_extent = extent
+            config.check_position_extent()
 
     def open_photos(self) -> None:
         """The photos in their order, what reads them, and what makes their targets."""
@@ -192,17 +193,16 @@ class Distillation:
         options, encoder = self.options, self.teacher.model
         self.student.to("cpu")  # where --words has moved it
         place = find_place(self.student)  # of an earlier student that had a local start
-        extent, held = options.position_extent, self.student.config.position_extent
+        extent, held, window = options.position_extent, self.student.config.position_extent, self.teacher.window_size
         if extent is not None and held is None:
-            spread_positions(self.student, place, extent, self.teacher.window_size)
-            self.set_extent(extent)
+            self.set_extent(extent)  # refuses what no model could be loaded with
+            spread_positions(self.student, place, extent, window)
         elif extent not in (None, held):
-            raise ValueError(
-                f"--position_extent {extent}: the positions of {options.student} span {held} px. Leave it out."
-            )
+            start = options.student or options.model
+            raise ValueError(f"--position_extent {extent}: the positions of {start} span {held} px. Leave it out.")
         if options.local_start is not None:
-            side = 2 * self.teacher.window_size
-            place = start_local(self.student, self.photos.squares(self.shown, side), options.local_start)
+            squares = self.photos.squares(self.shown, 2 * window)
+            place = start_local(self.student, squares, options.local_start, window)
         if self.sharded and place is not None:
             raise ValueError("A local start mends whole weights after every step, and FSDP has parts. Launch with DDP.")
         if options.lora_rank is None:

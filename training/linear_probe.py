@@ -35,14 +35,13 @@ from frozen_features import FrozenFeatures, parse_inference
 from huggingface_hub import EvalResult, ModelCardData
 from rich.console import Console
 from rich.table import Table
-from student import replace_folder
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser, get_scheduler
 from usage import run_script, work_begins
 
 from spar_hf import SparForSemanticSegmentation
-from spar_hf.files import write_json
+from spar_hf.files import replace_folder, write_json
 from spar_hf.metrics import MeanIoU
 from spar_hf.segmentation import decide, patch_coordinates
 

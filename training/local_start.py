@@ -34,12 +34,15 @@ NUMBERS = 5
 # of the cosines, over halves of the image's side: up to one of these the exponent is a Gaussian's to 5 %, beyond it weaker.
 # Where the table has a step of its own (`SparConfig.position_extent`), over windows: the same at two windows a side.
 FREQUENCY = 0.8
-# windows: in a table that spans more, opposite ends would look near, a whole turn of the cosines apart
+# windows: opposite ends of a table that spans so many are three quarters of a turn of the cosines apart, where the prior is
+# as weak as at two windows; a whole turn (7.9) would make them look near
 LARGEST_EXTENT = 5.8
 
 
 @torch.no_grad()
-def start_local(model: SparVisionModel, photos: Iterable[torch.Tensor], spread: float) -> torch.Tensor:
+def start_local(
+    model: SparVisionModel, photos: Iterable[torch.Tensor], spread: float, window: int | None = None
+) -> torch.Tensor:
     """
     Change the weights of `model` in place, and return the directions that hold the place: `(hidden_size, 5)`.
 
@@ -47,14 +50,18 @@ def start_local(model: SparVisionModel, photos: Iterable[torch.Tensor], spread: 
         model ([`SparVisionModel`]): with the SigLIP read-out.
         photos (`Iterable[torch.FloatTensor]` of shape `(batch, 3, height, width)`): show which directions of the token
             space are used; held one at a time.
-        spread (`float`): standard deviation of the prior, in halves of the image's side, or in pre-training sizes where the
+        spread (`float`): standard deviation of the prior, in halves of the image's side, or in windows where the
             configuration has a `position_extent`.
+        window (`int`, *optional*): pixels, the pre-training size by default.
 
     Raises:
-        ValueError: another read-out, heads of five dimensions or fewer, or no photos.
+        ValueError: another read-out, heads of five dimensions or fewer, no photos, or a `position_extent` of more than 5.8
+            windows.
     """
     if model.config.readout != "siglip":
         raise ValueError(f"A local start is written for the SigLIP read-out, not for {model.config.readout!r}.")
+    window = model.config.image_size if window is None else window
+    reach = 1.0 if model.config.position_extent is None else check_reach(model.config.position_extent, window)
     backbone = model.backbone
     layers = backbone.encoder.layers
     heads = layers[0].self_attn.num_heads
@@ -94,8 +101,7 @@ def start_local(model: SparVisionModel, photos: Iterable[torch.Tensor], spread: 
     keep_place(writers(model), u)
     table = backbone.embeddings.position_embedding.weight
     side = math.isqrt(len(table))
-    extent, window = model.config.position_extent, model.config.image_size
-    place = place_numbers(side, 1.0 if extent is None else extent / (2 * window))
+    place = place_numbers(side, reach)
     # small: the layer norms' divisor should stay the token's own
     amplitude = 0.3 * variances[-1] ** 0.5
     added = amplitude**2 * 3 / size  # to a token's variance: cos² + sin² is 1, twice, and the constant
@@ -141,12 +147,25 @@ def place_numbers(side: int, reach: float) -> torch.Tensor:
     return torch.stack([columns.cos(), columns.sin(), rows.cos(), rows.sin(), torch.ones_like(rows)], dim=1)
 
 
+def check_reach(extent: int, window: int) -> float:
+    """How far a table of that many pixels reaches from its middle, in windows; not so far that its ends would look near."""
+    if extent > LARGEST_EXTENT * window:
+        raise ValueError(
+            f"--position_extent {extent}: give at most {LARGEST_EXTENT} windows, {int(LARGEST_EXTENT * window)} px. "
+            "Larger photos are read all the same."
+        )
+    return extent / (2 * window)
+
+
 @torch.no_grad()
 def spread_positions(model: SparVisionModel, directions: torch.Tensor | None, extent: int, window: int) -> None:
     """
-    Rewrite a table that is stretched over every photo for a `position_extent`: in a photo of two windows a side the
-    positions stay what they were, and a patch's step there becomes that of every photo. In place; the caller sets the
-    configuration.
+    Rewrite a table that is stretched over every photo for a `position_extent`: a patch's step in a photo of two windows a
+    side becomes that of every photo. In place; the caller sets the configuration.
+
+    What is coarse in the positions stays what it was in such a photo, what changes from cell to cell is averaged away: each
+    cell of the new table covers several of the old one. Of spar-tiny's positions the latter is almost half of the variance,
+    of the features that come of it at 384 x 384 px less than half a percent.
 
     Attention that stays near does so in patches then, which a table that is stretched cannot hold: the larger the photo, the
     farther it looks, farther along the longer side, and one width would have to suit all sizes that are trained on.
@@ -163,13 +182,8 @@ def spread_positions(model: SparVisionModel, directions: torch.Tensor | None, ex
     """
     if model.config.readout != "siglip":
         raise ValueError(f"--position_extent is written for the SigLIP read-out, not for {model.config.readout!r}.")
-    if extent > LARGEST_EXTENT * window:
-        raise ValueError(
-            f"--position_extent {extent}: give at most {LARGEST_EXTENT} windows, {int(LARGEST_EXTENT * window)} px. "
-            "Larger photos are read all the same."
-        )
     table = model.backbone.embeddings.position_embedding.weight
-    side, reach = math.isqrt(len(table)), extent / (2 * window)
+    side, reach = math.isqrt(len(table)), check_reach(extent, window)
     place = torch.zeros_like(table)
     if directions is not None:
         # training may have turned and scaled the five numbers: what they are of the cosines, by least squares
@@ -244,18 +258,23 @@ def fit_prior(
 
     Returns:
         the factor of each block's exponent, 1 where it stayed.
+
+    Raises:
+        ValueError: no pairs, or an error that is not finite.
     """
 
     def error() -> float:
         return sum(float((model(photo).feature_map - target).square().mean()) for photo, target in pairs)
 
     factors, least = [1.0] * len(model.backbone.encoder.layers), error()
+    if not pairs or not math.isfinite(least):
+        raise ValueError(f"The priors are fitted to photos, and the error on {len(pairs)} is {least}. Give others.")
     for block in tqdm(range(len(factors)), desc="priors of the blocks"):
         for change in (step, 1 / step):
             while True:
                 scale_prior(model, directions, block, change)
                 found = error()
-                if found >= least:
+                if not found < least:  # NaN too
                     scale_prior(model, directions, block, 1 / change)
                     break
                 least, factors[block] = found, factors[block] * change

@@ -23,7 +23,7 @@ from checkpoints import StopAtStep, cut_log, load_checkpoint, save_checkpoint
 from data import SegmentationFolder, open_segmentation_folder, read_image
 from huggingface_hub import ModelCardData
 from segments import Photos, find_segments, only, thing_classes
-from student import choose_parameters, replace_folder, short_name
+from student import choose_parameters, short_name
 from torch.utils.data import DataLoader
 from torchmetrics.detection import PanopticQuality
 from tqdm.auto import tqdm
@@ -31,6 +31,7 @@ from transformers import HfArgumentParser, get_scheduler
 from usage import run_script, work_begins
 
 from spar_hf import SparForUniversalSegmentation, SparImageProcessorPil, SparUniversalImageProcessorPil
+from spar_hf.files import replace_folder
 
 logger = logging.getLogger("panoptic")
 

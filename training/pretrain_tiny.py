@@ -25,7 +25,6 @@ from accelerate.utils import set_seed
 from checkpoints import cut_log, load_checkpoint, save_checkpoint
 from data import VOID, jitter, list_images, open_segmentation_folder, read_image, read_mask, readable_name
 from PIL import Image
-from student import replace_folder
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
@@ -40,6 +39,7 @@ from usage import run_script, work_begins
 from words import build_tokenizer, common_words, teach_words
 
 from spar_hf import SparConfig, SparForOpenVocabSegmentation, SparImageProcessorPil, SparProcessor
+from spar_hf.files import replace_folder
 from spar_hf.prompts import TEMPLATES
 
 logger = logging.getLogger("pretrain_tiny")

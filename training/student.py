@@ -14,7 +14,7 @@ from torch import nn
 
 from spar_hf import SparForOpenVocabSegmentation, SparVisionModel
 from spar_hf.backbone_sources import load_source_config
-from spar_hf.files import write_json, write_text
+from spar_hf.files import replace_folder, write_json, write_text
 
 # parts by name, as patterns of parameters' names: inside a block, and in the backbone around the blocks
 BLOCK_PARTS = {
@@ -127,18 +127,6 @@ def merge_adapters(state: dict[str, torch.Tensor], wrapped: Any, start: str) -> 
     fresh = get_peft_model(load_model(start)[1], config)
     fresh.load_state_dict(state)
     return fresh.merge_and_unload().state_dict()
-
-
-def replace_folder(temporary: Path, folder: Path) -> None:
-    """Put a finished folder in the place of an older one."""
-    if folder.exists():
-        old = folder.with_name(f".{folder.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        folder.rename(old)
-        temporary.rename(folder)
-        shutil.rmtree(old)
-    else:
-        temporary.rename(folder)
 
 
 def save_student(

@@ -4,7 +4,6 @@ counts lie on disk, so that a measurement that was cut off goes on where it stop
 """
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from spar_hf.files import write_json
+from spar_hf.files import write_atomically, write_json
 from spar_hf.metrics import BoundaryIoU, MeanIoU
 
 ARRAYS = ("confusion", "boundary", "nanoseconds", "memory")
@@ -80,11 +79,9 @@ class Tally:
         return total
 
     def save(self, path: Path) -> None:
-        """Write to a temporary name and rename."""
-        temporary = path.with_name(f".{path.name}.partial")
-        with temporary.open("wb") as file:
-            np.savez(file, done=self.done, **{name: getattr(self, name) for name in ARRAYS})
-        os.replace(temporary, path)
+        """Write whole or not at all."""
+        arrays = {name: getattr(self, name) for name in ("done", *ARRAYS)}
+        write_atomically(path, lambda temporary: np.savez(temporary, **arrays))
 
     def load(self, path: Path) -> None:
         """
@@ -126,7 +123,7 @@ class PartialCounts:
             write_json(file, settings)
         accelerator.wait_for_everyone()
         refuse_others(json.loads(file.read_text(encoding="utf-8")), settings, folder)
-        self.found = sorted(folder.glob("*.npz"))
+        self.found = sorted(folder.glob("[0-9]*.npz"))  # no half files of killed runs
         start = 1 + max((int(path.stem.split("-")[0]) for path in self.found), default=0)
         self.path = folder / f"{start:04}-{accelerator.process_index:03}.npz"
         accelerator.wait_for_everyone()  # nobody writes before everybody has looked

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, DINOv3ViTModel
 
+from spar_hf.files import replace_folder
+
 from ..backbone_sources import load_source_config
 from ..configuration_spar import SparConfig
 from ..image_processing_spar import SparImageProcessorPil
@@ -130,13 +132,7 @@ def convert(
                 f"The converted model differs from the source's formulae by {worst:.1e} (allowed: {TOLERANCE:.0e}): "
                 f"{report.differences}. Check that {base} is the base of this checkpoint; nothing was written."
             )
-        if output.exists():
-            before = output.with_name(f".{output.name}.before")
-            output.rename(before)
-            temporary.rename(output)
-            shutil.rmtree(before)
-        else:
-            temporary.rename(output)
+        replace_folder(temporary, output)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return report
