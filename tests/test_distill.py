@@ -6,6 +6,7 @@ import shutil
 import signal
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -263,3 +264,20 @@ def test_resume_of_a_finished_run_says_so(base_folder, photo_folder, tmp_path, m
     (tmp_path / "run" / "recipe.yaml").touch()  # another run began in the folder since, and was killed
     with pytest.raises(FileNotFoundError, match="no checkpoint"):
         resume("--steps", 1)
+
+
+def test_several_students_start_as_their_mean(base_folder, photo_folder, tmp_path):
+    options = ("--teacher_windows", 2, "--report_to", "none", "--holdout_images", 0, "--train_layers", "all")
+    one = distil(base_folder, photo_folder, tmp_path / "1", *options, "--steps", 2, "--learning_rate", 1e-2)
+    options += ("--steps", 1, "--learning_rate", 1e-12, "--student")
+    found = distil(base_folder, photo_folder, tmp_path / "2", *options, base_folder, one)
+    base, trained, mean = (AutoModel.from_pretrained(folder).state_dict() for folder in (base_folder, one, found))
+    for name, weight in mean.items():
+        torch.testing.assert_close(weight, (base[name] + trained[name]) / 2)
+    assert any(not torch.equal(trained[name], weight) for name, weight in mean.items())
+    assert [Path(name).name for name in AutoConfig.from_pretrained(found).distillation["student"]] == ["base0", "model"]
+    fixed = distil(base_folder, photo_folder, tmp_path / "3", *options, one, "--position_extent", 128)
+    with pytest.raises(ValueError, match=r"span None px, those of .* 128"):
+        distil(base_folder, photo_folder, tmp_path / "4", *options, one, fixed)
+    with pytest.raises(ValueError, match="mean of several"):
+        parse_options(["--model", "m", "--images", "i", "--output", "o", "--student", "a", "b", "--lora_rank", "4"])

@@ -47,6 +47,7 @@ from student import (
     choose_parameters,
     finish_folder,
     load_model,
+    mean_of_students,
     merge_adapters,
     save_adapter,
     save_student,
@@ -137,10 +138,10 @@ class Distillation:
         if options.words:
             words = sorted({name for vocabulary in options.words for name in Vocabulary.parse(vocabulary).all_names})
             self.texts = embed_names(self.model.to(self.device), self.processor.tokenizer, words, "short")
-        if options.student is not None:
-            start = load_model(options.student)[1]
-            self.student.load_state_dict(start.state_dict())
-            self.set_extent(start.config.position_extent)
+        if options.student:
+            weights, extent = mean_of_students(options.student)
+            self.student.load_state_dict(weights)
+            self.set_extent(extent)
 
     def set_extent(self, extent: int | None) -> None:
         """How far the student's position table reaches; the model that is written has a configuration of its own."""
@@ -198,7 +199,7 @@ class Distillation:
             self.set_extent(extent)  # refuses what no model could be loaded with
             spread_positions(self.student, place, extent, window)
         elif extent not in (None, held):
-            start = options.student or options.model
+            start = (options.student or [options.model])[0]
             raise ValueError(f"--position_extent {extent}: the positions of {start} span {held} px. Leave it out.")
         if options.local_start is not None:
             squares = self.photos.squares(self.shown, 2 * window)
@@ -301,7 +302,7 @@ class Distillation:
         options = self.options
         record = {
             "teacher": short_name(options.model),
-            "student": options.student and short_name(options.student),
+            "student": [short_name(student) for student in options.student],
             "window_size": self.teacher.window_size,
             "stride": self.teacher.stride,
             "teacher_windows": options.teacher_windows or "all",
@@ -520,7 +521,7 @@ class Distillation:
         if options.lora_rank is not None:
             save_adapter(self.trained, state, options, self.record(), self.output / "adapter")
         if options.merge:
-            state = merge_adapters(state, self.trained, options.student or options.model)
+            state = merge_adapters(state, self.trained, (options.student or [options.model])[0])
         if options.lora_rank is None or options.merge:
             save_student(self.model, self.processor, state, options, self.record(), self.output / "model")
 

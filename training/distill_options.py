@@ -78,9 +78,12 @@ class Options:
             "photos. Options given beside it win."
         },
     )
-    student: str | None = field(
-        default=None,
-        metadata={"help": "Start of the student, where it is not the teacher's encoder: an earlier student."},
+    student: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Start of the student, where it is not the teacher's encoder: an earlier student, or several that go "
+            "back to one, whose weights are averaged."
+        },
     )
     local_start: float | None = field(
         default=None,
@@ -305,7 +308,7 @@ class Options:
                 "--local_start, --position_extent and --fit_prior change weights that adapters do not hold, and --lora_rank "
                 "writes adapters. Leave one out."
             )
-        if self.fit_prior < 0 or (self.fit_prior and self.local_start is None and self.student is None):
+        if self.fit_prior < 0 or (self.fit_prior and self.local_start is None and not self.student):
             raise ValueError(
                 "--fit_prior takes a number of photos, for --local_start or a --student that had one. Give one of them."
             )
@@ -315,6 +318,11 @@ class Options:
             )
         if self.whiten and not self.holdout_images:
             raise ValueError("--whiten measures the axes on held-out photos, and there are none; set --holdout_images.")
+        if self.lora_rank is not None and len(self.student) > 1:
+            raise ValueError(
+                "Adapters go with the folder they were trained on, and the mean of several --student is in none: write it "
+                "first, with --steps 1 and without --lora_rank."
+            )
         if self.lora_rank is None and (self.merge or self.lora_alpha is not None):
             raise ValueError("--merge and --lora_alpha are about adapters. Give --lora_rank too, 8 say.")
         outside = [part for part in self.train_parts if part not in ("qkv", "attention", "mlp")]

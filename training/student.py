@@ -40,6 +40,28 @@ def load_model(name: str) -> tuple[SparForOpenVocabSegmentation | SparVisionMode
     return model, model.vision_model
 
 
+def mean_of_students(names: list[str]) -> tuple[dict[str, torch.Tensor], int | None]:
+    """
+    The mean of the vision towers' weights, and their common `position_extent`. Students that share their start stay in one
+    valley, and half-way between two is nearer to the teacher than their mean error (model soups, arXiv 2203.05482).
+
+    Raises:
+        ValueError: towers of different shapes, or positions that are read differently.
+    """
+    students = [load_model(name)[1] for name in names]
+    first, states = students[0], [student.state_dict() for student in students]
+    for name, student, state in zip(names, students, states, strict=True):
+        if student.config.position_extent != first.config.position_extent:
+            raise ValueError(
+                f"--student: the positions of {names[0]} span {first.config.position_extent} px, those of {name} "
+                f"{student.config.position_extent}. Give students with the same."
+            )
+        if {key: value.shape for key, value in state.items()} != {key: value.shape for key, value in states[0].items()}:
+            raise ValueError(f"--student: {names[0]} and {name} are of different shapes and have no mean.")
+    mean = {key: torch.stack([state[key].float() for state in states]).mean(0) for key in states[0]}
+    return mean, first.config.position_extent
+
+
 def trainable_names(model: SparVisionModel, train_layers: str, parts: list[str]) -> list[str]:
     """
     Names of the parameters that `--train_layers` and `--train_parts` choose: never what dense features do not read (a
@@ -154,7 +176,7 @@ def save_adapter(wrapped: Any, state: dict[str, torch.Tensor], options: Any, rec
     """Write the adapters alone, in peft's format, as [`save_student`] writes a student."""
     temporary = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
-    start = options.student or options.model
+    start = (options.student or [options.model])[0]
     wrapped.peft_config["default"].base_model_name_or_path = short_name(start)
     wrapped.save_pretrained(temporary, state_dict=state, save_embedding_layers=False)
     (temporary / "distillation.json").write_text(json.dumps(record, indent=2), encoding="utf-8")
