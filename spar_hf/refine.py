@@ -11,7 +11,7 @@ A refinement is a callable `(logits, feature_map, pixel_values) -> logits` for o
 callable `(image, features) -> features` that is applied before the logits are made: `(1, 3, h * patch, w * patch)` and
 `(1, dim, h, w)` -> `(1, dim, h * r, w * r)`.
 
-What they gave the student before the embedded one at a shorter side of 384 px: mIoU and pixel accuracy in percent.
+What they gave a former student of `spar-tiny` at a shorter side of 384 px: mIoU and pixel accuracy in percent.
 Parameters were chosen with an earlier student on 12 frames of CamVid (`val`, sequence 0016E5).
 
 | | CamVid, the first 20 frames of 0001TP, 11 classes | COCO, 20 held-out photos, 133 classes |

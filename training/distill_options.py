@@ -47,7 +47,6 @@ RECORDED = [
     "words",
     "words_weight",
     "local_start",
-    "position_extent",
     "fit_prior",
     "learning_rate",
     "weight_decay",

@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, DINOv3ViTModel
 
-from spar_hf.files import replace_folder
-
 from ..backbone_sources import load_source_config
 from ..configuration_spar import SparConfig
+from ..files import replace_folder
 from ..image_processing_spar import SparImageProcessorPil
 from ..modeling_spar import SparForOpenVocabSegmentation, SparVisionModel
 from ..processing_spar import SparProcessor, published_tokenizer
