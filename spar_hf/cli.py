@@ -14,6 +14,7 @@ from spar_hf.files import (
     refuse_twins,
     work_through,
     write_text,
+    writing_folder,
 )
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")  # what overlays are written as
@@ -458,23 +459,17 @@ def bake(
     except ValueError as error:
         fail(error, 2)
 
-    import shutil
-
     from spar_hf.commands import load_pipeline
     from spar_hf.modeling_spar_semantic import bake_vocabulary
 
-    temporary = output.with_name(f".{output.name}.partial")
-    shutil.rmtree(temporary, ignore_errors=True)
     try:
         pipe = load_pipeline(model)
         baked = bake_vocabulary(pipe.model, pipe.tokenizer, vocabulary, templates)
-        baked.save_pretrained(temporary)
-        pipe.image_processor.save_pretrained(temporary)
-        temporary.rename(output)
+        with writing_folder(output) as temporary:
+            baked.save_pretrained(temporary)
+            pipe.image_processor.save_pretrained(temporary)
     except (ValueError, OSError, RuntimeError) as error:
         fail(error)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     typer.echo(f"written: {output}, {baked.config.num_labels} classes of {len(baked.config.name_to_class)} names")
 
 

@@ -15,7 +15,7 @@ import sys
 import time
 import urllib.parse
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -227,16 +227,28 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         raise
 
 
-def replace_folder(temporary: Path, folder: Path) -> None:
-    """Put a finished folder in the place of an older one."""
-    if folder.exists():
-        old = folder.with_name(f".{folder.name}.old")
+@contextlib.contextmanager
+def writing_folder(folder: Path) -> Iterator[Path]:
+    """
+    Write a folder as a whole or not at all: gives a path beside it that does not exist yet, and renames that at the end, in
+    place of an older folder. After an error the older one stands, and what was written is removed.
+
+    ```python
+    with writing_folder(Path("out/model")) as temporary:
+        model.save_pretrained(temporary)
+    ```
+    """
+    temporary, old = (folder.with_name(f".{folder.name}.{state}") for state in ("partial", "old"))
+    shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
+    try:
+        yield temporary
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            folder.rename(old)
+        temporary.rename(folder)
         shutil.rmtree(old, ignore_errors=True)
-        folder.rename(old)
-        temporary.rename(folder)
-        shutil.rmtree(old)
-    else:
-        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:

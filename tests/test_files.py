@@ -10,11 +10,11 @@ from spar_hf.files import (
     Photo,
     find_photos,
     refuse_overwriting,
-    replace_folder,
     url_name,
     work_through,
     write_atomically,
     write_json,
+    writing_folder,
 )
 
 
@@ -124,12 +124,26 @@ def test_write_json__what_is_no_finite_number_is_null(tmp_path):
     assert json.loads((tmp_path / "x.json").read_text(), parse_constant=pytest.fail) == expected
 
 
-def test_replace_folder__also_after_a_run_that_was_killed_while_replacing(tmp_path):
-    for name, text in (("new.partial", "new"), ("out", "old"), (".out.old", "older")):
+def test_writing_folder__also_after_a_run_that_was_killed_while_writing_or_replacing(tmp_path):
+    for name, text in ((".out.partial", "half"), ("out", "old"), (".out.old", "older")):
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").write_text(text)
-    replace_folder(tmp_path / "new.partial", tmp_path / "out")
+        (tmp_path / name / f"only {text}").touch()
+    with writing_folder(tmp_path / "out") as temporary:
+        temporary.mkdir()
+        (temporary / "file").write_text("new")
     assert [path.name for path in tmp_path.iterdir()] == ["out"] and (tmp_path / "out" / "file").read_text() == "new"
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["file"]
+
+
+def test_writing_folder__after_an_error_the_old_one_stands(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "file").write_text("old")
+    with pytest.raises(OSError, match="disk"), writing_folder(tmp_path / "out") as temporary:
+        temporary.mkdir()
+        (temporary / "file").write_text("new")
+        raise OSError("disk full")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"] and (tmp_path / "out" / "file").read_text() == "old"
 
 
 PHOTOS = [Photo(f"{name}.jpg", name) for name in "abcd"]

@@ -84,6 +84,15 @@ def test_learns_words_and_resumes(world):
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(again[name], tensor, atol=1e-6, rtol=1e-5)
 
+    # another run goes on from the finished model: what it knows is kept, its words and sizes stand
+    more = common | {"steps": 21, "window": 32, "text_steps": 0, "learning_rate": 1e-4, "output": str(world / "more")}
+    further = SparForOpenVocabSegmentation.from_pretrained(train(Options(start=str(folder), **more)))
+    later = [json.loads(line) for line in (world / "more" / "log.jsonl").read_text().splitlines()]
+    assert further.config.image_size == 64 and max(row["set0"] for row in later) < 0.5 * log[0]["set0"]
+    trained, before = further.state_dict(), model.state_dict()
+    same = {name for name, tensor in before.items() if torch.equal(trained[name], tensor)}
+    assert same == {name for name in before if name.startswith(("text_model.", "logit_"))}
+
 
 def test_words_without_labels_lie_near_words_with_some(world):
     """With a sentence encoder as teacher a word that labels nothing gets an embedding from what it means."""

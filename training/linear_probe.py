@@ -17,7 +17,6 @@ Photos are split over processes. Batch norm sees the batch of its process.
 """
 
 import logging
-import shutil
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,7 +40,7 @@ from transformers import HfArgumentParser, get_scheduler
 from usage import run_script, work_begins
 
 from spar_hf import SparForSemanticSegmentation
-from spar_hf.files import replace_folder, write_json
+from spar_hf.files import write_json, write_text, writing_folder
 from spar_hf.metrics import MeanIoU
 from spar_hf.segmentation import decide, patch_coordinates
 
@@ -308,13 +307,11 @@ def probe(options: Options) -> dict[str, Any]:
 
 
 def write(model, image_processor, report: dict[str, Any], output: Path) -> None:
-    """`OUTPUT/model` and `OUTPUT/results.json`, each under a temporary name first."""
-    temporary, folder = output / "model.partial", output / "model"
-    shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)
-    image_processor.save_pretrained(temporary)
-    (temporary / "README.md").write_text(model_card(report, output.name), encoding="utf-8")
-    replace_folder(temporary, folder)
+    """`OUTPUT/model` and `OUTPUT/results.json`."""
+    with writing_folder(output / "model") as temporary:
+        model.save_pretrained(temporary)
+        image_processor.save_pretrained(temporary)
+        write_text(temporary / "README.md", model_card(report, output.name))
     write_json(output / "results.json", report)
 
 

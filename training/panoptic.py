@@ -11,7 +11,6 @@ fewer classes apart (`--classes`). The backbone stays frozen unless `--train_bac
 import json
 import logging
 import random
-import shutil
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +30,7 @@ from transformers import HfArgumentParser, get_scheduler
 from usage import run_script, work_begins
 
 from spar_hf import SparForUniversalSegmentation, SparImageProcessorPil, SparUniversalImageProcessorPil
-from spar_hf.files import replace_folder
+from spar_hf.files import write_json, write_text, writing_folder
 
 logger = logging.getLogger("panoptic")
 
@@ -188,13 +187,11 @@ def measure(
 
 
 def save_model(model, image_processor, options: Options, record: dict, folder: Path) -> None:
-    """Write a `from_pretrained` folder under a temporary name, then rename it."""
-    temporary = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)
-    image_processor.save_pretrained(temporary)
-    (temporary / "README.md").write_text(model_card(options, record), encoding="utf-8")
-    replace_folder(temporary, folder)
+    """Write a `from_pretrained` folder."""
+    with writing_folder(folder) as temporary:
+        model.save_pretrained(temporary)
+        image_processor.save_pretrained(temporary)
+        write_text(temporary / "README.md", model_card(options, record))
 
 
 def model_card(options: Options, record: dict) -> str:
@@ -395,7 +392,7 @@ def train(options: Options) -> Path:
     bar.close()
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        (output / "curve.json").write_text(json.dumps(curve, indent=1))
+        write_json(output / "curve.json", curve)
         log.close()
     # before the process group, see distill.py
     wrapped, optimizer, schedule = accelerator.free_memory(wrapped, optimizer, schedule)

@@ -39,7 +39,7 @@ from usage import run_script, work_begins
 from words import build_tokenizer, common_words, teach_words
 
 from spar_hf import SparConfig, SparForOpenVocabSegmentation, SparImageProcessorPil, SparProcessor
-from spar_hf.files import replace_folder
+from spar_hf.files import writing_folder
 from spar_hf.prompts import TEMPLATES
 
 logger = logging.getLogger("pretrain_tiny")
@@ -65,6 +65,10 @@ class Options:
     hidden_size: int = field(default=192, metadata={"help": "Width of both towers."})
     layers: int = field(default=8, metadata={"help": "Blocks of the vision tower."})
     text_layers: int = field(default=1, metadata={"help": "Blocks of the text tower."})
+    start: str | None = field(
+        default=None,
+        metadata={"help": "Finished model of this script to go on from, sizes and words as they are in it."},
+    )
     vocab_size: int = field(default=6144, metadata={"help": "Upper bound of the tokenizer's vocabulary."})
     text_steps: int = field(default=800, metadata={"help": "Steps that first teach the words, without photos."})
     text_teacher: str | None = field(
@@ -255,6 +259,21 @@ def head_start(model: SparForOpenVocabSegmentation) -> None:
         attention.v_proj.weight.copy_(s.sqrt()[:, None] * v)
 
 
+def first_model(
+    options: Options, sets: list[CropSet], extra: list[str]
+) -> tuple[SparForOpenVocabSegmentation, PreTrainedTokenizerFast]:
+    """Towers that have seen no photo, the text tower with its words learned, and the tokenizer made for these."""
+    if options.text_teacher is not None:
+        extra = extra + common_words(options.text_teacher, options.common_words)
+    tokenizer = build_tokenizer(sets, extra, options.vocab_size)
+    model = build_model(options, tokenizer)
+    if not options.resume:
+        head_start(model)
+        reached = teach_words(model, tokenizer, sets, extra, options.text_teacher, options.text_steps, options.seed)
+        logger.info("cosine of text embeddings to their targets: %s", reached)
+    return model, tokenizer
+
+
 def choose_names(sets: list[CropSet], labels: list[torch.Tensor], options: Options, rng: random.Random):
     """
     The words of one step. For each set: the class behind each of its columns, and one prompt per column; columns of
@@ -315,7 +334,7 @@ def step_loss(model, tokenizer, sets, groups, options, rng, device):
             weights[classes >= 0] = crop_set.class_weights[classes[classes >= 0]]
             part = nn.functional.cross_entropy(logits, column.to(device)[label], weights.to(device))
         loss = loss + part * counts[i] / sum(counts)
-        parts[f"set{i}"] = float(part.detach())
+        parts[f"set{i}"] = part.detach()
     return loss, parts
 
 
@@ -345,15 +364,12 @@ def train(options: Options) -> Path:
     output.mkdir(parents=True, exist_ok=True)
     recipe = yaml.safe_load(Path(options.recipe).read_text(encoding="utf-8"))
     sets = load_sets(Path(options.data), recipe)
-    extra = recipe.get("words", [])
-    if options.text_teacher is not None:
-        extra = extra + common_words(options.text_teacher, options.common_words)
-    tokenizer = build_tokenizer(sets, extra, options.vocab_size)
-    model = build_model(options, tokenizer)
-    if not options.resume:
-        head_start(model)
-        reached = teach_words(model, tokenizer, sets, extra, options.text_teacher, options.text_steps, options.seed)
-        logger.info("cosine of text embeddings to their targets: %s", reached)
+    if options.start is None:
+        model, tokenizer = first_model(options, sets, recipe.get("words", []))
+    else:
+        model = SparForOpenVocabSegmentation.from_pretrained(options.start)
+        tokenizer = SparProcessor.from_pretrained(options.start).tokenizer
+        options.window = model.config.image_size
     for frozen in (model.text_model, model.logit_scale, model.logit_bias):
         frozen.requires_grad_(False)
     towers = Towers(model)
@@ -389,6 +405,7 @@ def train(options: Options) -> Path:
         optimizer.zero_grad()
         if step % 20 == 0 and accelerator.is_main_process:
             bar.set_postfix(loss=f"{float(loss.detach()):.3f}")
+            parts = {name: float(part) for name, part in parts.items()}
             row = {"step": step, "loss": float(loss.detach()), **parts, "seconds": round(time.time() - start, 1)}
             log.write(json.dumps(row) + "\n")
             log.flush()
@@ -399,11 +416,10 @@ def train(options: Options) -> Path:
     if accelerator.is_main_process:
         # stored in half precision, which the configuration's dtype turns back into float32 when loading
         half = {name: tensor.half() for name, tensor in model.state_dict().items()}
-        temporary, final = output / "model.partial", output / "model"
-        model.save_pretrained(temporary, state_dict=half)
         working_size = {"shortest_edge": 2 * options.window, "longest_edge": 8 * options.window}
-        SparProcessor(SparImageProcessorPil(size=working_size), tokenizer).save_pretrained(temporary)
-        replace_folder(temporary, final)
+        with writing_folder(output / "model") as temporary:
+            model.save_pretrained(temporary, state_dict=half)
+            SparProcessor(SparImageProcessorPil(size=working_size), tokenizer).save_pretrained(temporary)
     return output / "model"
 
 

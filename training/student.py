@@ -14,7 +14,7 @@ from torch import nn
 
 from spar_hf import SparForOpenVocabSegmentation, SparVisionModel
 from spar_hf.backbone_sources import load_source_config
-from spar_hf.files import replace_folder, write_json, write_text
+from spar_hf.files import write_json, write_text, writing_folder
 
 # parts by name, as patterns of parameters' names: inside a block, and in the backbone around the blocks
 BLOCK_PARTS = {
@@ -154,34 +154,27 @@ def merge_adapters(state: dict[str, torch.Tensor], wrapped: Any, start: str) -> 
 def save_student(
     model: Any, processor: Any, state: dict[str, torch.Tensor], options: Any, record: dict, folder: Path
 ) -> None:
-    """
-    Write a `from_pretrained` folder under a temporary name, then rename it; `state` is the vision tower's, and `model` gives
-    the other.
-    """
-    temporary = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(temporary, ignore_errors=True)
+    """Write a `from_pretrained` folder; `state` is the vision tower's, and `model` gives the other."""
     if isinstance(model, SparForOpenVocabSegmentation):
         text = {name: x for name, x in model.state_dict().items() if not name.startswith("vision_model.")}
         state = text | {f"vision_model.{name}": tensor for name, tensor in state.items()}
     model.config.distillation = record
     # the configuration's dtype stays float32: half precision is for the disk
     dtype = getattr(torch, options.save_dtype)
-    model.save_pretrained(temporary, state_dict={name: tensor.to(dtype) for name, tensor in state.items()})
-    processor.save_pretrained(temporary)
-    (temporary / "README.md").write_text(model_card(options, record), encoding="utf-8")
-    replace_folder(temporary, folder)
+    with writing_folder(folder) as temporary:
+        model.save_pretrained(temporary, state_dict={name: tensor.to(dtype) for name, tensor in state.items()})
+        processor.save_pretrained(temporary)
+        write_text(temporary / "README.md", model_card(options, record))
 
 
 def save_adapter(wrapped: Any, state: dict[str, torch.Tensor], options: Any, record: dict, folder: Path) -> None:
     """Write the adapters alone, in peft's format, as [`save_student`] writes a student."""
-    temporary = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(temporary, ignore_errors=True)
     start = (options.student or [options.model])[0]
     wrapped.peft_config["default"].base_model_name_or_path = short_name(start)
-    wrapped.save_pretrained(temporary, state_dict=state, save_embedding_layers=False)
-    (temporary / "distillation.json").write_text(json.dumps(record, indent=2), encoding="utf-8")
-    (temporary / "README.md").write_text(model_card(options, record), encoding="utf-8")
-    replace_folder(temporary, folder)
+    with writing_folder(folder) as temporary:
+        wrapped.save_pretrained(temporary, state_dict=state, save_embedding_layers=False)
+        write_json(temporary / "distillation.json", record)
+        write_text(temporary / "README.md", model_card(options, record))
 
 
 def finish_folder(folder: Path, options: Any, record: dict, pictures: list[Path]) -> None:

@@ -1,7 +1,6 @@
 """Conversion of one checkpoint: configuration, weights, check against the source's own formulae, one atomic rename."""
 
 import json
-import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from transformers import AutoTokenizer, DINOv3ViTModel
 
 from ..backbone_sources import load_source_config
 from ..configuration_spar import SparConfig
-from ..files import replace_folder
+from ..files import writing_folder
 from ..image_processing_spar import SparImageProcessorPil
 from ..modeling_spar import SparForOpenVocabSegmentation, SparVisionModel
 from ..processing_spar import SparProcessor, published_tokenizer
@@ -119,9 +118,7 @@ def convert(
 
     processor = build_processor(family, base, tokenizer, config, image_mean, image_std)
     report = ConversionReport(output, len(tensors) - len(source.skipped), source.skipped, notes)
-    temporary = output.with_name(f".{output.name}.partial")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
+    with writing_folder(output) as temporary:
         model.save_pretrained(temporary)
         processor.save_pretrained(temporary)
         report.differences = compare(temporary, names, tensors if complete else tensors | {"base": base})
@@ -131,9 +128,6 @@ def convert(
                 f"The converted model differs from the source's formulae by {worst:.1e} (allowed: {TOLERANCE:.0e}): "
                 f"{report.differences}. Check that {base} is the base of this checkpoint; nothing was written."
             )
-        replace_folder(temporary, output)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return report
 
 
