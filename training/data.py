@@ -177,8 +177,8 @@ class ShuffledStream:
 
 def jitter(pixels: torch.Tensor, rng: random.Random) -> torch.Tensor:
     """Light, contrast, colour and white balance of another hour and camera; `(3, height, width)` in 0 to 1."""
-    pixels = pixels.clamp(1e-4, 1) ** math.exp(rng.uniform(-0.5, 0.5))
-    pixels = pixels * rng.uniform(0.5, 1.3)
+    pixels = pixels.clamp(1e-4, 1) ** math.exp(rng.uniform(-0.7, 0.7))
+    pixels = pixels * rng.uniform(0.35, 1.3)
     pixels = pixels * torch.tensor([rng.uniform(0.85, 1.15) for _ in range(3)])[:, None, None]
     pixels = (pixels - pixels.mean()) * rng.uniform(0.7, 1.3) + pixels.mean()
     grey = pixels.mean(0, keepdim=True)
