@@ -1,25 +1,29 @@
 """The probing script on photos whose labels their colours tell, and its parts against plain torch."""
 
+import hashlib
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import linear_probe
 import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from conftest import randomise
 from frozen_features import parse_inference
-from linear_probe import Heads, logits_at, main
+from linear_probe import Heads, batch_loss, logits_at, main
 from PIL import Image
+from safetensors.torch import load_file
 from test_backbones import CONFIGS
 from torch.nn import functional as F
 from transformers import AutoModelForSemanticSegmentation, DINOv3ViTModel, pipeline
 
 from spar_hf import SparForSemanticSegmentation, SparImageProcessorPil, SparVisionModel
 from spar_hf.metrics import MeanIoU
+from spar_hf.segmentation import decide
 
 SCRIPT = Path(__file__).parents[1] / "training" / "linear_probe.py"
 COLOURS = np.array([[200, 40, 40], [40, 200, 40], [40, 40, 220]], np.uint8)
@@ -135,6 +139,47 @@ def test_launched_in_two_processes_on_a_sliding_window_of_a_spar_folder(vision_m
     saved = SparForSemanticSegmentation.from_pretrained(tmp_path / "probe" / "model")
     assert isinstance(saved.vision_model, SparVisionModel) and not saved.config.normalize_features
 
+    # the folder's own head gives what both processes measured together
+    metric = MeanIoU(3)
+    for name in ("p6", "p7"):
+        photo = hashlib.sha256((dataset / "images" / f"{name}.png").read_bytes()).hexdigest()
+        entry = load_file(next((tmp_path / "cache").rglob(f"{photo[:32]}*")))
+        logits = torch.einsum("dhw,nd->nhw", entry["features"].float(), saved.classifier.weight.detach())
+        logits = logits + saved.classifier.bias.detach()[:, None, None]
+        sizes = {key: tuple(entry[key].tolist()) for key in ("working_size", "photo_size")}
+        labels = decide(
+            logits, torch.arange(3), 16, working_size=sizes["working_size"], output_size=sizes["photo_size"]
+        ).labels
+        metric.add(prediction=labels, reference=np.array(Image.open(dataset / "masks" / f"{name}.png")))
+    results = metric.compute()
+    assert results["mean_iou"] == report["best"]["mean_iou"]
+    assert results["per_category_iou"].tolist() == list(report["best"]["classes"].values())
+
+
+def test_a_killed_run_resumes_to_the_last_bit(backbone, dataset, tmp_path, monkeypatch):
+    whole = main(arguments(backbone, dataset, tmp_path / "whole", "--save_steps", 20))
+    assert not list((tmp_path / "whole").glob("checkpoint-*"))
+    calls = []
+
+    def killed(*args):
+        calls.append(args)
+        if len(calls) > 47:
+            raise MemoryError
+        return batch_loss(*args)
+
+    monkeypatch.setattr(linear_probe, "batch_loss", killed)
+    with pytest.raises(MemoryError):
+        main(arguments(backbone, dataset, tmp_path / "cut", "--save_steps", 20))
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="Go on with --resume"):
+        main(arguments(backbone, dataset, tmp_path / "cut", "--save_steps", 20))
+    with pytest.raises(ValueError, match=r"--pixels \(was 300, is 200\)"):
+        main(arguments(backbone, dataset, tmp_path / "cut", "--pixels", 200, "--resume"))
+    resumed = main(arguments(backbone, dataset, tmp_path / "cut", "--resume"))
+    assert resumed["heads"] == whole["heads"] and resumed["features_made"] == 20 * 3 + 2
+    weights = [load_file(tmp_path / run / "model" / "model.safetensors") for run in ("whole", "cut")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
 
 def test_folding_the_norm_changes_nothing():
     heads = Heads(12, 5, 3)
@@ -176,7 +221,8 @@ def test_masks_beyond_the_classes_are_refused(backbone, dataset, tmp_path):
     (tmp_path / "masks").symlink_to(dataset / "masks")
     (tmp_path / "classes.txt").write_text("red\ngreen\n")
     with pytest.raises(ValueError, match=r"holds the values \[2\], but classes.txt has 2 lines"):
-        main(arguments(backbone, tmp_path, tmp_path / "probe"))
+        main(arguments(backbone, tmp_path, tmp_path / "probe", "--cache", tmp_path / "cache"))
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))  # before any work
 
 
 def test_inference_is_read_as_documented():

@@ -7,7 +7,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from pretrain_tiny import Options, build_model, load_sets, train
+from pretrain_tiny import FIRST, Options, build_model, load_sets, train
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, BertConfig, BertModel, PreTrainedTokenizerFast
 from words import build_tokenizer, common_words, teach_words, word_targets
@@ -54,6 +54,28 @@ def test_held_out_words_are_in_no_label_and_no_text(world):
     assert tagged.names == [["blue ball", "ball"], ["green ball", "ball"], ["red ball"], ["grey ball"]]
 
 
+def test_masks_that_do_not_fit_are_refused(world):
+    recipe = yaml.safe_load((world / "recipe.yaml").read_text())
+    mask = world / "scenes" / "masks" / "05.png"
+    good = np.array(Image.open(mask))
+    for wrong, message in ((good[:50], "Resize the mask"), (good + 4, "classes.txt has 4 lines")):
+        Image.fromarray(wrong).save(mask)
+        with pytest.raises(ValueError, match=message):
+            load_sets(world, recipe)
+
+
+def test_a_set_whose_crops_are_all_void_adds_nothing(world):
+    """Not NaN, which would end in every weight."""
+    for mask in (world / "scenes" / "masks").iterdir():
+        Image.fromarray(np.full_like(np.array(Image.open(mask)), 255)).save(mask)
+    small = {"window": 32, "hidden_size": 64, "layers": 1, "vocab_size": 400, "batch_size": 4, "text_steps": 5}
+    small |= {"steps": 3, "warmup_steps": 1, "workers": 0, "foreign_names": 2}
+    folder = train(Options(data=str(world), recipe=str(world / "recipe.yaml"), output=str(world / "void"), **small))
+    row = json.loads((world / "void" / "log.jsonl").read_text().splitlines()[0])
+    assert row["set0"] == 0 and row["set1"] > 0
+    assert all(t.isfinite().all() for t in SparForOpenVocabSegmentation.from_pretrained(folder).state_dict().values())
+
+
 def test_learns_words_and_resumes(world):
     common = {"data": str(world), "recipe": str(world / "recipe.yaml"), "mixed_precision": "no", "workers": 0}
     common |= {"window": 64, "hidden_size": 64, "layers": 2, "text_layers": 1, "vocab_size": 400, "batch_size": 8}
@@ -84,9 +106,17 @@ def test_learns_words_and_resumes(world):
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(again[name], tensor, atol=1e-6, rtol=1e-5)
 
+    with pytest.raises(ValueError, match="Go on with --resume"):  # or it would mix its checkpoints with these
+        train(Options(output=str(world / "run"), **common))
+    with pytest.raises(ValueError, match=r"--seed \(was 0, is 1\)"):
+        train(Options(output=str(world / "run"), resume=True, **common, seed=1))
+
     # another run goes on from the finished model: what it knows is kept, its words and sizes stand
-    more = common | {"steps": 21, "window": 32, "text_steps": 0, "learning_rate": 1e-4, "output": str(world / "more")}
-    further = SparForOpenVocabSegmentation.from_pretrained(train(Options(start=str(folder), **more)))
+    more = common | {"steps": 21, "learning_rate": 1e-4, "output": str(world / "more"), "start": str(folder)}
+    with pytest.raises(ValueError, match="leave out --window, --hidden_size"):
+        train(Options(**more))
+    more = {name: value for name, value in more.items() if name not in FIRST}
+    further = SparForOpenVocabSegmentation.from_pretrained(train(Options(**more)))
     later = [json.loads(line) for line in (world / "more" / "log.jsonl").read_text().splitlines()]
     assert further.config.image_size == 64 and max(row["set0"] for row in later) < 0.5 * log[0]["set0"]
     trained, before = further.state_dict(), model.state_dict()

@@ -4,6 +4,7 @@ import json
 import shutil
 import signal
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from spar_hf.files import write_text
 def save_checkpoint(accelerator: Accelerator, output: Path, step: int, keep: int = 2, **state: Any) -> Path:
     """
     Write `OUTPUT/checkpoint-STEP`: what accelerate knows (weights, optimizer, schedule, random numbers of every process) and
-    `state` as JSON. All processes must call it. The last `keep` checkpoints stay.
+    `state` as JSON, `settings` among it for [`earlier_state`]. All processes must call it. The last `keep` checkpoints stay.
     """
     target, temporary = output / f"checkpoint-{step}", output / f".checkpoint-{step}.partial"
     if accelerator.is_main_process:
@@ -26,7 +27,8 @@ def save_checkpoint(accelerator: Accelerator, output: Path, step: int, keep: int
     accelerator.save_state(str(temporary))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        (temporary / "state.json").write_text(json.dumps({"step": step, **state}))
+        state = {"step": step, "processes": accelerator.num_processes, **state}
+        (temporary / "state.json").write_text(json.dumps(state))
         if target.exists():
             discard(target)
         temporary.rename(target)
@@ -61,6 +63,39 @@ def read_state(output: Path) -> dict[str, Any]:
     if not found:
         raise FileNotFoundError(f"{output} has no checkpoint to resume from. Start without --resume.")
     return json.loads((found[-1] / "state.json").read_text())
+
+
+def settings_of(options: Any, free: set[str]) -> dict[str, Any]:
+    """The fields of a dataclass that a resumed run must have as well, as JSON and YAML give them back."""
+    return json.loads(json.dumps({name: value for name, value in asdict(options).items() if name not in free}))
+
+
+def earlier_state(output: Path, resume: bool, settings: dict[str, Any], processes: int) -> dict[str, Any] | None:
+    """
+    The `state` of the last complete checkpoint where a run goes on; `None` where it begins.
+
+    Raises:
+        FileNotFoundError: there is none to go on from.
+        ValueError: a run that begins would mix its checkpoints with another's, or one that goes on would compute something
+            else than the first: with other `settings` or another number of processes.
+    """
+    if not resume:
+        if list_checkpoints(output):
+            raise ValueError(
+                f"{output} holds checkpoints of an earlier run. Go on with --resume, or write to another folder."
+            )
+        return None
+    state = read_state(output)
+    if "settings" not in state or "processes" not in state:
+        raise ValueError(f"The checkpoints in {output} are of an earlier version, which did not say how it ran.")
+    if changed := differences(state["settings"], settings):
+        raise ValueError(f"--resume goes on with the same options, but {changed}. Write another run to another folder.")
+    if state["processes"] != processes:
+        raise ValueError(
+            f"The run had {state['processes']} processes and now has {processes}: photos would be seen twice or never. "
+            "Launch as many as before."
+        )
+    return state
 
 
 def differences(then: dict[str, Any], now: dict[str, Any]) -> str:

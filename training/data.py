@@ -5,13 +5,16 @@ import json
 import math
 import random
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from PIL import Image
 from torch import nn
+from tqdm.auto import tqdm
 
 from spar_hf.files import IMAGE_SUFFIXES
 from spar_hf.image_input import read_image as read_upright
@@ -148,6 +151,18 @@ def read_mask(path: Path) -> np.ndarray:
         if mask.mode not in ("L", "P"):
             raise ValueError(f"{path} has mode {mask.mode}; a mask is an 8-bit PNG of class numbers (mode L or P).")
         return np.array(mask)
+
+
+def check_pairs(folder: SegmentationFolder, pairs: Sequence[tuple[Path, Path]], accelerator: Accelerator) -> None:
+    """
+    Read photos and masks once, every process its share: a bad one ends a run before its work, not in the midst of it.
+
+    Raises:
+        OSError, ValueError: a photo or a mask cannot be read, or they do not fit.
+    """
+    share = pairs[accelerator.process_index :: accelerator.num_processes]
+    for image, mask in tqdm(share, desc=f"checking {folder.path.name}", disable=not accelerator.is_main_process):
+        folder.read_mask(mask, read_image(image).size[::-1])
 
 
 def readable_name(name: str) -> str:

@@ -27,16 +27,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, broadcast, broadcast_object_list, gather_object, set_seed
-from checkpoints import (
-    StopAtStep,
-    cut_log,
-    differences,
-    is_finished,
-    list_checkpoints,
-    load_checkpoint,
-    read_state,
-    save_checkpoint,
-)
+from checkpoints import StopAtStep, cut_log, earlier_state, is_finished, load_checkpoint, save_checkpoint
 from distill_losses import decision_loss, distillation_loss, error_weights
 from distill_options import RECORDED, VIEW, Options, parse_options
 from held_out import PICTURED, HeldOut, draw_curve, whole_photos
@@ -75,14 +66,6 @@ class Distillation:
 
     def __init__(self, options: Options):
         self.options, self.output = options, Path(options.output)
-        self.state: dict[str, Any] = {"step": 0, "running": None, "curve": [], "after": None}
-        if options.resume:
-            self.state = read_state(self.output)
-        elif list_checkpoints(self.output):
-            raise ValueError(
-                f"{self.output} holds checkpoints of an earlier run. Go on with --resume, or write to another folder."
-            )
-        self.curve: list[dict[str, Any]] = self.state["curve"]
         tracker = options.report_to
         if tracker == "auto":
             tracker = "tensorboard" if find_spec("tensorboard") else "none"
@@ -95,33 +78,15 @@ class Distillation:
         self.main, self.device = self.accelerator.is_main_process, self.accelerator.device
         logger.setLevel(logging.INFO if self.main else logging.WARNING)
         self.sharded = self.accelerator.distributed_type == DistributedType.FSDP
-        self.check_resume()
+        state = earlier_state(self.output, options.resume, options.settings, self.accelerator.num_processes)
+        self.state: dict[str, Any] = state or {"step": 0, "running": None, "curve": [], "after": None}
+        self.curve: list[dict[str, Any]] = self.state["curve"]
         set_seed(options.seed)
         self.load_models()
         self.open_photos()
         self.choose_trained()
         self.prepare()
         self.measure_before()
-
-    def check_resume(self) -> None:
-        """A resumed run must compute what the first would have: same options, same processes."""
-        processes = self.accelerator.num_processes
-        if not self.options.resume:
-            return
-        then = self.state.get("settings")
-        if then is None:
-            raise ValueError(
-                f"The checkpoints in {self.output} are of an earlier version, which did not say how it ran."
-            )
-        if changed := differences(then, self.options.settings):
-            raise ValueError(
-                f"--resume goes on with the same options, but {changed}. Write another run to another folder."
-            )
-        if len(self.state["after"]) != processes:
-            raise ValueError(
-                f"The run had {len(self.state['after'])} processes and now has {processes}: photos would be seen twice or "
-                "never. Launch as many as before."
-            )
 
     def load_models(self) -> None:
         options = self.options

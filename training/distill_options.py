@@ -1,12 +1,12 @@
 """What a distillation can be told, in one dataclass; recipes by name and from YAML; checks before any work starts."""
 
-import json
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import yaml
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+from checkpoints import settings_of
 from student import BLOCK_PARTS, OTHER_PARTS
 from transformers import HfArgumentParser
 from transformers.trainer_utils import SchedulerType
@@ -274,7 +274,7 @@ class Options:
     @property
     def settings(self) -> dict[str, Any]:
         """What a resumed run must have as well, as JSON and YAML give it back."""
-        return json.loads(json.dumps({name: value for name, value in asdict(self).items() if name not in FREE}))
+        return settings_of(self, FREE)
 
     @property
     def folders(self) -> list[Path]:

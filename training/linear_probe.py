@@ -28,8 +28,9 @@ sys.path.sort(key=lambda path: Path(path).resolve() == Path(__file__).resolve().
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
-from data import VOID, ShuffledStream, open_segmentation_folder
+from accelerate.utils import broadcast, set_seed
+from checkpoints import discard, earlier_state, list_checkpoints, load_checkpoint, save_checkpoint, settings_of
+from data import VOID, ShuffledStream, check_pairs, open_segmentation_folder
 from frozen_features import FrozenFeatures, parse_inference
 from huggingface_hub import EvalResult, ModelCardData
 from rich.console import Console
@@ -43,6 +44,9 @@ from spar_hf import SparForSemanticSegmentation
 from spar_hf.files import write_json, write_text, writing_folder
 from spar_hf.metrics import MeanIoU
 from spar_hf.segmentation import decide, patch_coordinates
+
+# what a resumed run may have otherwise: none of it changes what is learned
+FREE = {"output", "resume", "save_steps", "cache", "window_batch_size"}
 
 
 @dataclass
@@ -91,9 +95,13 @@ class Options:
     warmup_ratio: float = field(default=0.1, metadata={"help": "Share of the steps with rising learning rate."})
     mixed_precision: str = field(default="no", metadata={"help": "Of the vision model: no, fp16 or bf16."})
     seed: int = field(default=0, metadata={"help": "Seed of heads, order and pixels."})
+    save_steps: int = field(default=200, metadata={"help": "Steps between checkpoints; the last two are kept."})
+    resume: bool = field(
+        default=False, metadata={"help": "Go on from the last checkpoint in --output, to the last bit."}
+    )
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "pixels", "train_every"):
+        for name in ("steps", "batch_size", "pixels", "train_every", "save_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} {getattr(self, name)} must be at least 1.")
         if not self.learning_rates or min(self.learning_rates) <= 0:
@@ -113,9 +121,10 @@ class Heads(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """`(patches, dim)` -> `(heads, patches, classes)`."""
-        features = self.norm(features)
-        return torch.stack([layer(features) for layer in self.linear])
+        """`(patches, dim)` -> `(heads, patches, classes)`, in float32: `--mixed_precision` is the vision model's."""
+        with torch.autocast(features.device.type, enabled=False):
+            features = self.norm(features)
+            return torch.stack([layer(features) for layer in self.linear])
 
     @torch.no_grad()
     def folded(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -182,6 +191,8 @@ def probe(options: Options) -> dict[str, Any]:
     accelerator = Accelerator(mixed_precision=options.mixed_precision)
     device, main = accelerator.device, accelerator.is_main_process
     set_seed(options.seed)
+    output, settings = Path(options.output), settings_of(options, FREE)
+    state = earlier_state(output, options.resume, settings, accelerator.num_processes)
     train = open_segmentation_folder(options.train_dataset, options.train_include, options.train_exclude)
     test = open_segmentation_folder(options.test_dataset, options.test_include, options.test_exclude)
     if train.classes != test.classes:
@@ -204,6 +215,8 @@ def probe(options: Options) -> dict[str, Any]:
         window_batch_size=options.window_batch_size,
         cache=options.cache,
     )
+    check_pairs(train, pairs, accelerator)
+    check_pairs(test, test.pairs, accelerator)
     work_begins()
     features.fill([image for image, _ in (*pairs, *test.pairs)])
 
@@ -222,9 +235,14 @@ def probe(options: Options) -> dict[str, Any]:
         num_training_steps=options.steps * accelerator.num_processes,
     )
     wrapped, optimizer, schedule = accelerator.prepare(heads, optimizer, schedule)
+    if state is not None:
+        load_checkpoint(accelerator, output)
     wrapped.train()
     order = ShuffledStream(len(pairs), options.seed)
-    bar = tqdm(range(options.steps), desc="training", disable=not main, mininterval=2)
+    done = 0 if state is None else state["step"]
+    bar = tqdm(
+        range(done, options.steps), "training", initial=done, total=options.steps, disable=not main, mininterval=2
+    )
     for step in bar:
         first = (step * accelerator.num_processes + accelerator.process_index) * options.batch_size
         batch = []
@@ -244,8 +262,11 @@ def probe(options: Options) -> dict[str, Any]:
         optimizer.zero_grad()
         if step % 20 == 0:
             bar.set_postfix(loss=f"{losses.min().item():.3f}")
+        if (step + 1) % options.save_steps == 0 and step + 1 < options.steps:
+            save_checkpoint(accelerator, output, step + 1, settings=settings)
 
-    weight, bias = (tensor.float() for tensor in accelerator.unwrap_model(wrapped).folded())
+    # statistics of the norm differ between the processes after the last step; measured is what is written
+    weight, bias = (broadcast(tensor.float()) for tensor in accelerator.unwrap_model(wrapped).folded())
     metrics = [MeanIoU(classes, ignore_index=VOID) for _ in options.learning_rates]
     share = test.pairs[accelerator.process_index :: accelerator.num_processes]
     for image, mask in tqdm(share, desc="test", disable=not main):
@@ -298,7 +319,9 @@ def probe(options: Options) -> dict[str, Any]:
     }
     if main:
         model = SparForSemanticSegmentation.from_weights(features.model, train.classes, weight[best], bias[best])
-        write(model, features.image_processor, report, Path(options.output))
+        write(model, features.image_processor, report, output)
+        for checkpoint in list_checkpoints(output):  # a probe is short, and often repeated in its folder
+            discard(checkpoint)
         show(report, Console(markup=False, highlight=False))
     # before the process group, see distill.py
     wrapped, optimizer, schedule = accelerator.free_memory(wrapped, optimizer, schedule)

@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from checkpoints import StopAtStep, cut_log, load_checkpoint, save_checkpoint
-from data import SegmentationFolder, open_segmentation_folder, read_image
+from checkpoints import StopAtStep, cut_log, earlier_state, load_checkpoint, save_checkpoint, settings_of
+from data import SegmentationFolder, check_pairs, open_segmentation_folder, read_image
 from huggingface_hub import ModelCardData
 from segments import Photos, find_segments, only, thing_classes
 from student import choose_parameters, short_name
@@ -34,6 +34,8 @@ from spar_hf.files import write_json, write_text, writing_folder
 
 logger = logging.getLogger("panoptic")
 
+# what a resumed run may have otherwise: none of it changes what is learned
+FREE = {"output", "resume", "workers", "save_steps", "report_to"}
 CALIBRATION_PHOTOS = 64  # photos over which mean and variance of the features are taken before training
 
 
@@ -123,10 +125,22 @@ class Options:
 
 
 def split_pairs(folder: SegmentationFolder, options: Options) -> tuple[list, list]:
-    """Pairs to train on, and pairs to measure on: the held-out ones, or those trained on where none are held out."""
+    """
+    Pairs to train on, and pairs to measure on: the held-out ones, or those trained on with `--holdout_every 0`.
+
+    Raises:
+        ValueError: none of one kind is there.
+    """
     every = options.holdout_every
     held_out = [pair for i, pair in enumerate(folder.pairs) if every and i % every == every - 1]
     train = [pair for i, pair in enumerate(folder.pairs) if not every or i % every != every - 1][: options.photos]
+    if not train:
+        raise ValueError("No photo is left to train on; check --photos.")
+    if every and not held_out:
+        raise ValueError(
+            f"Of {len(folder.pairs)} photos --holdout_every {every} holds out none. Give a smaller one, or 0 to measure on "
+            "the photos trained on."
+        )
     return train, held_out or train
 
 
@@ -255,12 +269,15 @@ def train(options: Options) -> Path:
         project_dir=options.output if options.report_to else None,
     )
     set_seed(options.seed)
-    output = Path(options.output)
+    output, settings = Path(options.output), settings_of(options, FREE)
+    state = earlier_state(output, options.resume, settings, accelerator.num_processes)
     folder = open_segmentation_folder(options.data, options.include, options.exclude, options.classes)
     things = thing_classes(options.things, folder.classes)
     train_pairs, measured = split_pairs(folder, options)
-    if not train_pairs:
-        raise ValueError("No photo is left to train on; check --include, --exclude and --holdout_every.")
+    check_pairs(folder, [*train_pairs, *(measured if options.holdout_every else ())], accelerator)
+    masks = (folder.read_mask(mask, read_image(image).size[::-1]) for image, mask in measured)
+    if not any(find_segments(mask, things, options.min_area)[1] for mask in masks):
+        raise ValueError("No mask that is measured on has a segment; check --things and --min_area.")
     image_processor = load_image_processor(options, sorted(set(range(len(folder.classes))) - things))
     model = SparForUniversalSegmentation.from_spar(
         options.model,
@@ -311,10 +328,10 @@ def train(options: Options) -> Path:
     if options.report_to:
         accelerator.init_trackers("spar-panoptic", config=record)
     output.mkdir(parents=True, exist_ok=True)
-    state = {"step": 0, "running": 0.0, "curve": []}
-    if options.resume:
-        state = load_checkpoint(accelerator, output)
+    if state is not None:
+        load_checkpoint(accelerator, output)
     else:
+        state = {"step": 0, "running": 0.0, "curve": []}
         some = random.Random(options.seed).sample(train_pairs, min(CALIBRATION_PHOTOS, len(train_pairs)))
         photos = tqdm(some, desc="mean and variance of features", disable=not accelerator.is_main_process)
         model.calibrate(
@@ -382,7 +399,7 @@ def train(options: Options) -> Path:
                 accelerator.log(quality, step=step)
         stopped = stop.asked()
         if (step % options.save_steps == 0 and step < options.steps) or stopped:
-            checkpoint = save_checkpoint(accelerator, output, step, running=running, curve=curve)
+            checkpoint = save_checkpoint(accelerator, output, step, running=running, curve=curve, settings=settings)
             if stopped:
                 logger.info(
                     "stopped after step %d; %s is complete. Go on with the same command and --resume.", step, checkpoint

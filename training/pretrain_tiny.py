@@ -22,8 +22,8 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from checkpoints import cut_log, load_checkpoint, save_checkpoint
-from data import VOID, jitter, list_images, open_segmentation_folder, read_image, read_mask, readable_name
+from checkpoints import cut_log, earlier_state, load_checkpoint, save_checkpoint, settings_of
+from data import VOID, jitter, list_images, open_segmentation_folder, read_image, readable_name
 from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
@@ -44,6 +44,10 @@ from spar_hf.prompts import TEMPLATES
 
 logger = logging.getLogger("pretrain_tiny")
 LABEL_GRID = 4  # labels are compared on a grid of a quarter of the window's side
+# what a resumed run may have otherwise: where it is written, and a schedule of another length
+FREE = {"output", "resume", "workers", "save_steps", "steps"}
+# options of a first model; one that is gone on from has its own
+FIRST = ("window", "hidden_size", "layers", "text_layers", "vocab_size", "text_steps", "text_teacher", "common_words")
 
 
 @dataclass
@@ -195,7 +199,7 @@ def load_sets(root: Path, recipe: dict) -> list[CropSet]:
         if "null" in words:
             names[words.index("null")].remove("null")
         photos = [np.asarray(read_image(image)) for image, _ in tqdm(pairs, desc=spec["path"])]
-        masks = [table[read_mask(mask)] for _, mask in pairs]
+        masks = [table[folder.read_mask(mask, photo.shape[:2])] for photo, (_, mask) in zip(photos, pairs, strict=True)]
         sets.append(CropSet(photos, masks, names, spec))
     for spec in recipe.get("tagged", []):
         hidden = {word.lower() for word in recipe["held_out_tags"]}
@@ -332,7 +336,10 @@ def step_loss(model, tokenizer, sets, groups, options, rng, device):
             column[classes[classes >= 0]] = torch.arange(int((classes >= 0).sum()))
             weights = torch.ones(len(classes))
             weights[classes >= 0] = crop_set.class_weights[classes[classes >= 0]]
-            part = nn.functional.cross_entropy(logits, column.to(device)[label], weights.to(device))
+            wanted, weights = column.to(device)[label], weights.to(device)
+            part = nn.functional.cross_entropy(logits, wanted, weights, reduction="sum")
+            # the weighted mean, but 0 and no NaN where all crops of the set are void
+            part = part / (weights[wanted.clamp(min=0)] * (wanted >= 0)).sum().clamp(min=1e-6)
         loss = loss + part * counts[i] / sum(counts)
         parts[f"set{i}"] = part.detach()
     return loss, parts
@@ -357,10 +364,14 @@ class Towers(nn.Module):
 
 def train(options: Options) -> Path:
     """Run the pre-training; returns the folder of the finished model."""
+    given = [name for name in FIRST if getattr(options, name) != getattr(Options, name)]
+    if options.start is not None and given:
+        raise ValueError(f"--start keeps that model's sizes and words; leave out {', '.join(f'--{n}' for n in given)}.")
     accelerator = Accelerator(mixed_precision=options.mixed_precision)
     set_seed(options.seed)
     torch.set_flush_denormal(True)  # near-zero weights of rare tokens make CPUs several times slower
-    output = Path(options.output)
+    output, settings = Path(options.output), settings_of(options, FREE)
+    earlier_state(output, options.resume, settings, accelerator.num_processes)
     output.mkdir(parents=True, exist_ok=True)
     recipe = yaml.safe_load(Path(options.recipe).read_text(encoding="utf-8"))
     sets = load_sets(Path(options.data), recipe)
@@ -410,7 +421,7 @@ def train(options: Options) -> Path:
             log.write(json.dumps(row) + "\n")
             log.flush()
         if (step + 1) % options.save_steps == 0 and step + 1 < options.steps:
-            save_checkpoint(accelerator, output, step + 1)
+            save_checkpoint(accelerator, output, step + 1, settings=settings)
     log.close()
     model = accelerator.unwrap_model(towers).model
     if accelerator.is_main_process:
