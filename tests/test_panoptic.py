@@ -183,11 +183,13 @@ def test_photos__the_same_whatever_the_workers_and_the_start(data, tmp_path):
             assert torch.equal(item["pixel_values"], expected["pixel_values"])
 
 
-def test_script__launched(base, data, tmp_path):
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
-    command += ["--mixed_precision", "no", "--dynamo_backend", "no", str(Path(panoptic.__file__))]
+def test_script__launched_in_two_processes(base, data, tmp_path):
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    command += [str(Path(panoptic.__file__))]
     (tmp_path / "classes.json").write_text('{"person": ["person"], "outside": ["sky", "grass"]}')
-    options = arguments(base, data, tmp_path / "run", steps=4, train_backbone="1", holdout_every=2, learning_rate=1e-3)
+    options = arguments(base, data, tmp_path / "run", steps=40, train_backbone="1", holdout_every=2, learning_rate=4e-3)
+    options |= {"gradient_accumulation_steps": 1, "threshold": 0.1, "log_steps": 20}
     options["classes"] = tmp_path / "classes.json"
     for name, value in options.items():
         command += [f"--{name}", *(value if isinstance(value, list) else [str(value)])]
@@ -204,7 +206,16 @@ def test_script__launched(base, data, tmp_path):
     assert model.config.id2label == {0: "person", 1: "outside"}
     card = (folder / "README.md").read_text()
     assert "pq" in card and str(tmp_path) not in card
-    assert [row["step"] for row in map(json.loads, (tmp_path / "run" / "log.jsonl").read_text().splitlines())] == [2, 4]
+    rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [20, 40]
+
+    # each process measured its share; together they are what one finds
+    measured = json.loads((tmp_path / "run" / "curve.json").read_text())[-1]
+    photos = open_segmentation_folder(data, classes=options["classes"])
+    _, pairs = panoptic.split_pairs(photos, Options(**options))
+    again = measure(model.eval(), processor, photos, pairs, {0}, Options(**options), Accelerator())
+    assert again["photos"] == 2 and again["pq"] > 0
+    assert {"step": 40, **again} == measured
 
 
 def test_training__learns_the_photos_and_resumes_to_the_last_bit(base, data, tmp_path):
