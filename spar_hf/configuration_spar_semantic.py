@@ -25,7 +25,8 @@ class SparSemanticConfig(PreTrainedConfig):
             The classes, see `PreTrainedConfig`.
 
     Raises:
-        ValueError: `backbone_config` is not one of [`SparConfig`], or there is not one list of names per class.
+        ValueError: `backbone_config` is not one of [`SparConfig`], there is not one list of names per class, or one of them
+            is empty.
 
     Example:
 
@@ -65,6 +66,12 @@ class SparSemanticConfig(PreTrainedConfig):
             raise ValueError(
                 f"`names` has {len(self.names)} lists, but there are {classes} classes in `id2label`; give one "
                 "list of names per class."
+            )
+        empty = [label for label, words in enumerate(self.names or ()) if not words]
+        if empty:
+            raise ValueError(
+                f"`names` of the classes {empty} are empty, so the classifier would have no row for them; give each at "
+                "least one name."
             )
 
     @property

@@ -231,7 +231,8 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 def writing_folder(folder: Path) -> Iterator[Path]:
     """
     Write a folder as a whole or not at all: gives a path beside it that does not exist yet, and renames that at the end, in
-    place of an older folder. After an error the older one stands, and what was written is removed.
+    place of an older folder. After an error the older one stands, and what was written is removed. A run that is killed
+    between the two renames leaves the older one as `.NAME.old`; the next one puts it back before it writes.
 
     ```python
     with writing_folder(Path("out/model")) as temporary:
@@ -240,6 +241,12 @@ def writing_folder(folder: Path) -> Iterator[Path]:
     """
     temporary, old = (folder.with_name(f".{folder.name}.{state}") for state in ("partial", "old"))
     shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
+
+    def put_back() -> None:
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+
+    put_back()
     try:
         yield temporary
         if folder.exists():
@@ -248,6 +255,7 @@ def writing_folder(folder: Path) -> Iterator[Path]:
         temporary.rename(folder)
         shutil.rmtree(old, ignore_errors=True)
     finally:
+        put_back()
         shutil.rmtree(temporary, ignore_errors=True)
 
 

@@ -315,7 +315,8 @@ class BoundaryIoU(LabelMapMetric):
         counted = np.ones_like(wanted, bool)
         if self.ignore_index is not None:
             counted = wanted != self.ignore_index
-            predicted = np.where(counted, predicted, self.ignore_index)
+            # void may have the number of a class, and is none of them here
+            predicted, wanted = (np.where(counted, labels, self.num_labels) for labels in (predicted, wanted))
         distance = max(1, round(self.dilation_ratio * math.hypot(*wanted.shape)))
         of_reference, of_prediction = (counted & near_another_label(labels, distance) for labels in (wanted, predicted))
         both = of_reference & of_prediction & (wanted == predicted)

@@ -5,12 +5,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_spar_semantic import SparSemanticConfig
 from .modeling_spar import SparPreTrainedModel, SparVisionModel
 from .prompts import CandidateLabels, Vocabulary, embed_names
+from .segmentation import WORKING_BYTES, patch_coordinates
 
 # `pipeline("image-segmentation")` takes the names of the models that it knows from here, and reports others as errors
 MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES["spar_semantic"] = "SparForSemanticSegmentation"
@@ -24,7 +26,7 @@ class SparSemanticSegmenterOutput(ModelOutput):
 
     Args:
         loss (`torch.FloatTensor` of shape `()`, *optional*):
-            Mean cross entropy over the pixels with a label; with `labels`.
+            Mean cross entropy over the pixels with a label, 0 where no pixel has one; with `labels`.
         logits (`torch.FloatTensor` of shape `(batch, classes, ceil(height / patch), ceil(width / patch))`):
             Of every class of `config.id2label`; where it has several names, the largest of theirs.
         name_logits (`torch.FloatTensor` of shape `(batch, names, ceil(height / patch), ceil(width / patch))`, *optional*):
@@ -147,6 +149,43 @@ class SparForSemanticSegmentation(SparPreTrainedModel):
         model.to(vision_model.device)  # type: ignore[arg-type]
         return model.eval()
 
+    def best_of_names(self, logits: torch.Tensor) -> torch.Tensor:
+        """The largest logit of every class's names: `(..., names)` -> `(..., classes)`."""
+        if self.config.names is None or len(self.config.names) == logits.shape[-1]:
+            return logits
+        parts = logits.split([len(words) for words in self.config.names], dim=-1)
+        return torch.stack([part.amax(-1) for part in parts], dim=-1)
+
+    def segmentation_loss(self, grid: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """
+        Mean cross entropy over the labelled pixels of `labels` `(batch, height, width)`, 0 where there is none. The logits
+        `grid` `(batch, h, w, names)` are upsampled bilinearly before the maximum over names, as the masks are.
+
+        Some pixels at a time, of which the backward pass reads the logits again: classes × height × width are never held.
+        """
+        patch, (_, h, w, names) = self.config.patch_size, grid.shape
+        height, width = labels.shape[-2:]
+        down = patch_coordinates(height, height, patch, h, grid.device)
+        across = patch_coordinates(width, width, patch, w, grid.device)
+        table = grid.float().flatten(0, 2)  # (batch * h * w, names)
+
+        def loss_of(table: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
+            image, row, column = pixels.T
+            top, bottom, low = (values[row] for values in down)
+            left, right, far = (values[column] for values in across)
+            upper, lower = (image * h + top) * w, (image * h + bottom) * w
+            corners = torch.stack([upper + left, upper + right, lower + left, lower + right], dim=1)
+            shares = torch.stack([(1 - low) * (1 - far), (1 - low) * far, low * (1 - far), low * far], dim=1)
+            # the weighted sum of four rows of the table in one step
+            read = nn.functional.embedding_bag(corners, table, per_sample_weights=shares, mode="sum")  # (pixels, names)
+            return nn.functional.cross_entropy(self.best_of_names(read), labels[image, row, column], reduction="sum")
+
+        labelled = (labels != self.config.semantic_loss_ignore_index).nonzero()  # (pixels, 3): image, row, column
+        # corners and shares of a pixel take about as much as 64 logits; one empty chunk where nothing is labelled
+        chunks = labelled.split(max(1, WORKING_BYTES // (4 * max(names, 64))))
+        losses = [checkpoint(loss_of, table, chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
+        return torch.stack(losses).sum() / max(1, len(labelled))
+
     @can_return_tuple
     def forward(
         self,
@@ -168,13 +207,13 @@ class SparForSemanticSegmentation(SparPreTrainedModel):
             [`SparSemanticSegmenterOutput`] with `logits` `(batch, classes, ceil(height / patch), ceil(width / patch))`.
 
         Raises:
-            ValueError: `labels` of another size than `pixel_values`.
+            ValueError: `labels` of another batch or size than `pixel_values`.
         """
-        height, width = pixel_values.shape[-2:]
-        if labels is not None and labels.shape[-2:] != (height, width):
+        batch, _, height, width = pixel_values.shape
+        if labels is not None and labels.shape != (batch, height, width):
             raise ValueError(
-                f"`labels` are {tuple(labels.shape[-2:])} and `pixel_values` {(height, width)} (height, width); a label "
-                "lies on its pixel. Resize the labels by nearest neighbour."
+                f"`labels` are {tuple(labels.shape)} and `pixel_values` {(batch, height, width)} (batch, height, width); a "
+                "label lies on its pixel. Resize the labels by nearest neighbour."
             )
         vision_outputs = self.vision_model(pixel_values, return_dict=True, **kwargs)
         features = vision_outputs.feature_map.float().permute(0, 2, 3, 1)  # (batch, dim, h, w) -> (batch, h, w, dim)
@@ -182,17 +221,15 @@ class SparForSemanticSegmentation(SparPreTrainedModel):
             features = nn.functional.normalize(features, dim=-1)
         weight, bias = self.classifier.weight.float(), self.classifier.bias.float()
         # in float32 whatever the model's precision, see `_keep_in_fp32_modules_strict`
-        logits = nn.functional.linear(features, weight, bias).permute(0, 3, 1, 2)  # (batch, names, h, w)
-        name_logits = name_to_class = loss = None
+        grid = nn.functional.linear(features, weight, bias)  # (batch, h, w, names)
+        loss = None if labels is None else self.segmentation_loss(grid, labels)
+        logits = grid.permute(0, 3, 1, 2)  # -> (batch, names, h, w)
+        name_logits = name_to_class = None
         if self.config.names is not None and len(weight) != self.config.num_labels:
             name_logits = logits
-            parts = logits.split([len(words) for words in self.config.names], dim=1)
-            logits = torch.stack([part.amax(1) for part in parts], dim=1)  # (batch, classes, h, w)
+            logits = self.best_of_names(grid).permute(0, 3, 1, 2)  # (batch, classes, h, w)
             name_to_class = torch.tensor(self.config.name_to_class, device=logits.device).expand(len(logits), -1)
         patch = self.config.patch_size
-        if labels is not None:
-            up = nn.functional.interpolate(logits, scale_factor=patch, mode="bilinear")[:, :, :height, :width]
-            loss = nn.functional.cross_entropy(up, labels, ignore_index=self.config.semantic_loss_ignore_index)
         return SparSemanticSegmenterOutput(
             loss=loss,
             logits=logits,

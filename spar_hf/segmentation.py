@@ -47,7 +47,10 @@ class LabelMap:
 def give_to_background(decision: LabelMap, background: int, threshold: float = 0.0, min_area: float = 0.0) -> LabelMap:
     """
     Give unsure pixels and tiny classes to the background: first pixels whose probability is below `threshold`, then classes
-    that cover less than `min_area` of the pixels that are not background (both rules of the published evaluation).
+    that cover less than `min_area` of the pixels that are not background.
+
+    The published evaluation has another area rule: it comes before the threshold and gives the pixels of a small class to
+    the next best one (`training/inference.py` has it, through the `barred` of [`decide`]).
 
     A pixel given away gets one minus its former probability. Tensors are changed in place.
 
@@ -178,12 +181,13 @@ def decide(
     working_size: tuple[int, int],
     output_size: tuple[int, int],
     working_bytes: int = WORKING_BYTES,
+    barred: torch.Tensor | None = None,
 ) -> LabelMap:
     """
     Bilinear upsampling, softmax over names, maximum over the names of a class, best class, tile by tile.
 
-    The best class is the class of the best name and its probability `1 / sum(exp(logits - best))`, so nothing of the
-    size names × photo is ever held.
+    The best class is the class of the best name and its probability `exp(its logit - best) / sum(exp(logits - best))`, so
+    nothing of the size names × photo is ever held.
 
     Args:
         logits (`torch.Tensor` of shape `(names, h, w)`, or a function `(first, last) -> (names, last - first, w)`):
@@ -195,6 +199,8 @@ def decide(
         output_size (`tuple[int, int]`): height and width of the photo; masks come out in this size.
         working_bytes (`int`, *optional*, defaults to 64 MiB):
             Bound on a tile's largest buffer. Four to five live at once, beside the 8 bytes per pixel of the result.
+        barred (`torch.Tensor` of shape `(classes,)`, *optional*):
+            Classes (bool, not all of them) that no pixel is given to. Their names keep their share of the softmax.
 
     Returns:
         [`LabelMap`] on the device of `logits`.
@@ -208,10 +214,14 @@ def decide(
     labels = torch.empty(output_size, dtype=torch.int32, device=device)
     probabilities = torch.empty(output_size, device=device)
     where = (patch_size, working_size, output_size, device, working_bytes)
+    barred_names = None if barred is None else barred.to(device).index_select(0, name_to_class)
     for place, pixels in upsampled_tiles(logits, len(name_to_class), *where):
         best, name = pixels.max(-1)
+        chosen = best
+        if barred_names is not None:
+            chosen, name = pixels.masked_fill(barred_names, -torch.inf).max(-1)
         labels[place] = name_to_class[name]
-        probabilities[place] = pixels.sub_(best[..., None]).exp_().sum(-1).reciprocal()
+        probabilities[place] = (chosen - best).exp_() / pixels.sub_(best[..., None]).exp_().sum(-1)
     return LabelMap(labels, probabilities)
 
 

@@ -154,7 +154,7 @@ def test_benchmark__another_layout_is_refused_with_the_one_expected(name, tmp_pa
     assert pattern in str(error.value)
 
 
-def test_benchmark__errors(tmp_path):
+def test_benchmark__errors(tmp_path, monkeypatch):
     make_ade(tmp_path, [0, 1, 151])
     with pytest.raises(ValueError, match=r"ADE_val_00000001 holds the values \[151\], which ADE20K \(150 classes\)"):
         open_benchmark("ade20k", tmp_path).read(0)
@@ -165,6 +165,12 @@ def test_benchmark__errors(tmp_path):
     save_mask(tmp_path / "annotations" / "validation" / "ADE_val_00000002.png", [1])
     with pytest.raises(ValueError, match="Cannot read ADE_val_00000001 of ade20k"):
         open_benchmark("ade20k", tmp_path).read(0)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1)  # ADE_val_00000002.jpg has three: more than twice as many
+    with pytest.raises(
+        ValueError, match=r"Cannot read ADE_val_00000002 of ade20k \(DecompressionBombError: .*leave it out"
+    ):
+        open_benchmark("ade20k", tmp_path).read(1)
+    monkeypatch.undo()
     with pytest.raises(ValueError, match="no benchmark 'voc'; use one of voc21"):
         open_benchmark("voc", tmp_path)
     with pytest.raises(ValueError, match=r"--split.* are for Hugging Face data sets"):
@@ -201,8 +207,40 @@ def test_hugging_face_data_sets_from_disk_and_parquet(tmp_path, monkeypatch):
         data.read(1)
     with pytest.raises(ValueError, match="the splits validation, train"):
         open_hugging_face(str(tmp_path / "disk"), ["tree"], **columns)
+    for wrong in (65535, -100):
+        with pytest.raises(ValueError, match=f"--ignore_index {wrong}: masks hold the values 0 to 255"):
+            open_hugging_face(path, ["tree"], ignore_index=wrong, **columns)
     with pytest.raises(ValueError, match="images are photo, label: name two with --image_column"):
         open_hugging_face(path, ["tree"])
+
+
+def test_subset_and_split_are_those_that_were_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder, lines = tmp_path / "streets", ["---", "configs:"]
+    for subset, values in (("rain", [0, 1]), ("snow", [1, 1, 0])):
+        (folder / subset).mkdir(parents=True)
+        rows = hugging_face_rows(tmp_path / subset, [values])
+        rows.to_parquet(folder / subset / "test-00000-of-00001.parquet")
+        lines += [f"- config_name: {subset}", f"  data_files: {subset}/*.parquet"]
+    (folder / "README.md").write_text("\n".join([*lines, "---"]))
+    (tmp_path / "names.txt").write_text("road\nsky\n")
+    given = {"model": [], "image_column": "photo", "mask_column": "label", "classes": str(tmp_path / "names.txt")}
+    given["dataset"] = str(folder)
+    for subset, expected in (("rain", [[0, 1]]), ("snow", [[1, 1, 0]])):
+        data = choose_photos(Options(**given, subset=subset))
+        assert data.read(0)[1].tolist() == expected
+        assert (build_vocabulary(data, Options(**given))[1].subset, data.split) == (subset, "train")
+    for wrong in (None, "fog"):
+        with pytest.raises(ValueError, match=rf"rain.*snow.*by --subset \(now {wrong}\)"):
+            open_set(Options(**given, subset=wrong))
+    # of a folder with one split the name is known, and no other is taken for it
+    datasets.load_dataset(str(folder), "rain", split="train").save_to_disk(tmp_path / "disk")
+    given["dataset"] = str(tmp_path / "disk")
+    assert open_set(Options(**given)).split == open_set(Options(**given, split="train")).split == "train"
+    with pytest.raises(ValueError, match="holds the split train alone, not validation: leave --split out"):
+        open_set(Options(**given, split="validation"))
+    with pytest.raises(ValueError, match="leave --subset rain out"):
+        open_set(Options(**given, subset="rain"))
 
 
 def test_hugging_face_data_set_by_options(tmp_path):

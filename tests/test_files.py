@@ -146,6 +146,43 @@ def test_writing_folder__after_an_error_the_old_one_stands(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["out"] and (tmp_path / "out" / "file").read_text() == "old"
 
 
+def stop_between_renames(monkeypatch, folder, error):
+    """Make the rename to `folder` fail once: the older one has its other name by then."""
+    rename = Path.rename
+
+    def stopping(path, target):
+        if target == folder:
+            monkeypatch.setattr(Path, "rename", rename)
+            raise error
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", stopping)
+
+
+@pytest.mark.parametrize("error", [OSError("stopped"), KeyboardInterrupt("stopped")])
+def test_writing_folder__an_error_between_the_renames_puts_the_old_one_back(tmp_path, monkeypatch, error):
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / "file").write_text("old")
+    stop_between_renames(monkeypatch, folder, error)
+    with pytest.raises(type(error), match="stopped"), writing_folder(folder) as temporary:
+        temporary.mkdir()
+        (temporary / "file").write_text("new")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"] and (folder / "file").read_text() == "old"
+
+
+def test_writing_folder__a_kill_between_the_renames_is_made_good_by_the_next_run(tmp_path):
+    """What is left on the disk then: no folder, the older one under its other name, the new one under its own."""
+    for name, text in ((".out.old", "old"), (".out.partial", "new")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text(text)
+    with pytest.raises(OSError, match="disk"), writing_folder(tmp_path / "out") as temporary:
+        assert (tmp_path / "out" / "file").read_text() == "old"  # already, while the next one is written
+        temporary.mkdir()
+        raise OSError("disk full")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"] and (tmp_path / "out" / "file").read_text() == "old"
+
+
 PHOTOS = [Photo(f"{name}.jpg", name) for name in "abcd"]
 
 

@@ -226,6 +226,21 @@ def test_boundary_iou__void_neither_makes_nor_moves_a_boundary():
         metric.add(prediction=[0, 1, 0, 1], reference=[0, 0, 1, 1])
 
 
+def test_boundary_iou__void_with_the_number_of_a_class():
+    """Class 0 is void in the reference. Predictions of it are wrong, and its edges to void are boundaries too."""
+    rng = np.random.default_rng(2)
+    reference, prediction = (np.kron(rng.integers(0, 3, (6, 5)), np.ones((6, 6), int)) for _ in range(2))
+    metric = BoundaryIoU(3, ignore_index=0, dilation_ratio=0.04)
+    metric.add(prediction=prediction, reference=reference)
+    known = np.where(reference == 0, VOID, prediction)
+    distance = round(0.04 * np.hypot(36, 30))
+    for label in range(3):
+        of_reference = eroded_boundary(reference == label, distance) if label else np.zeros((36, 30), bool)
+        of_prediction = eroded_boundary(known == label, distance)
+        counts = [(of_reference & of_prediction).sum(), of_reference.sum(), of_prediction.sum()]
+        assert metric.counts[:, label].tolist() == counts
+
+
 def test_boundary_iou__parts_merge():
     rng = np.random.default_rng(1)
     predictions, references = rng.integers(0, 2, (2, 3, 20, 20))

@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_remote_code import HIDE
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoImageProcessor, AutoModel, AutoModelForSemanticSegmentation, pipeline
 from typer.testing import CliRunner
 
@@ -27,6 +28,7 @@ from spar_hf import (
 )
 from spar_hf.cli import app
 from spar_hf.prompts import embed_names
+from spar_hf.segmentation import WORKING_BYTES
 
 LABELS = ["road, street", "car, automobile", "sky", "tree"]
 
@@ -109,8 +111,87 @@ def test_label_maps_are_upsampled_cropped_and_resized():
     loss = model(pixels, labels=labels).loss
     expected = -up.log_softmax(1).gather(1, labels.clamp(max=4)[:, None])[:, 0][labels != 255].mean()
     torch.testing.assert_close(loss, expected)
-    with pytest.raises(ValueError, match="nearest neighbour"):
-        model(pixels, labels=labels[:, 1:])
+    for other in (labels[:, 1:], labels[0], labels.expand(2, -1, -1)):
+        with pytest.raises(ValueError, match="nearest neighbour"):
+            model(pixels, labels=other)
+
+
+def semantic_model(names=None):
+    torch.manual_seed(0)
+    labels, rows = "abcde", 5 if names is None else sum(map(len, names))
+    vision = randomise(SparVisionModel(tiny_config()))
+    return SparForSemanticSegmentation.from_weights(vision, labels, torch.randn(rows, 32), torch.randn(rows), names)
+
+
+def gradients(model, loss):
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return [x for x in torch.autograd.grad(loss, parameters, allow_unused=True) if x is not None]
+
+
+NAMES = [["a"], ["b", "c", "d"], ["e", "f"], ["g"], ["h", "i"]]
+
+
+@pytest.mark.parametrize("names", [None, NAMES], ids=["classes", "names"])
+@pytest.mark.parametrize("working_bytes", [WORKING_BYTES, 2**17])
+def test_the_loss_is_that_of_all_upsampled_logits(monkeypatch, names, working_bytes):
+    """Value and gradients against plain interpolation, cross entropy of the maximum over names at every pixel."""
+    monkeypatch.setattr("spar_hf.modeling_spar_semantic.WORKING_BYTES", working_bytes)
+    model = semantic_model(names)
+    pixels, labels = torch.randn(2, 3, 70, 51), torch.randint(0, 5, (2, 70, 51))
+    labels[0, :20], labels[1, 5:, 3:] = 255, 255  # the mean is over pixels, not over photos
+    outputs = model(pixels, labels=labels)
+    grid = outputs.logits if names is None else outputs.name_logits
+    up = F.interpolate(grid, scale_factor=16, mode="bilinear")[:, :, :70, :51]
+    if names is not None:
+        of_class = (up[:, :1], up[:, 1:4], up[:, 4:6], up[:, 6:7], up[:, 7:])
+        up = torch.stack([logits.amax(1) for logits in of_class], 1)
+    expected = F.cross_entropy(up, labels, ignore_index=255)
+    torch.testing.assert_close(outputs.loss, expected)
+    plain = gradients(model, expected)
+    assert len(plain) > 10 and max(float(gradient.abs().max()) for gradient in plain) > 0.01
+    for found, gradient in zip(gradients(model, model(pixels, labels=labels).loss), plain, strict=True):
+        torch.testing.assert_close(found, gradient, atol=1e-6, rtol=1e-4)
+    # were the maximum taken on the patch grid, the loss would be another
+    coarse = F.interpolate(outputs.logits, scale_factor=16, mode="bilinear")[:, :, :70, :51]
+    coarse_loss = F.cross_entropy(coarse, labels, ignore_index=255)
+    assert bool((coarse_loss - expected).abs() > 1e-3) == (names is not None)
+
+
+class LargestTensor(TorchDispatchMode):
+    """The number of elements of the largest tensor that an operation gives."""
+
+    size = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        tensors = [x for x in (found if isinstance(found, (tuple, list)) else (found,)) if isinstance(x, torch.Tensor)]
+        self.size = max([self.size, *(x.numel() for x in tensors)])
+        return found
+
+
+def test_the_loss_never_holds_classes_times_pixels(monkeypatch):
+    """No tensor of the forward or backward pass is of that size, nor is all that waits for the backward pass."""
+    monkeypatch.setattr("spar_hf.modeling_spar_semantic.WORKING_BYTES", 2**18)
+    grid = torch.randn(1, 16, 12, 40, requires_grad=True)
+    labels, waiting = torch.randint(0, 5, (1, 256, 192)), {}
+
+    def keep(tensor):
+        waiting[tensor.data_ptr()] = tensor.numel()  # once what several hold
+        return tensor
+
+    with LargestTensor() as largest:
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = semantic_model().segmentation_loss(grid, labels)
+        loss.backward()
+    assert max(largest.size, sum(waiting.values())) < 40 * 256 * 192 / 8
+
+
+def test_the_loss_without_a_labelled_pixel_is_zero():
+    model = semantic_model()
+    loss = model(torch.randn(1, 3, 40, 50), labels=torch.full((1, 40, 50), 255)).loss
+    assert float(loss.detach()) == 0
+    found = gradients(model, loss)
+    assert len(found) > 10 and all(bool((gradient == 0).all()) for gradient in found)
 
 
 # --- folders ---
@@ -164,6 +245,8 @@ def test_bad_vocabularies_and_models_are_refused(two_towers, vision_model, token
         bake_vocabulary(two_towers, tokenizer, [])
     with pytest.raises(ValueError, match="one list of names per class"):
         SparSemanticConfig(backbone_config=vision_model.config, id2label={0: "a", 1: "b"}, names=[["a"]])
+    with pytest.raises(ValueError, match=r"classes \[1\] are empty.*at least one name"):
+        SparSemanticConfig(backbone_config=vision_model.config, id2label={0: "a", 1: "b"}, names=[["x", "y"], []])
 
 
 def test_the_classifier_stays_in_float32_in_half_precision(folder, photo):

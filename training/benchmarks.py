@@ -45,6 +45,7 @@ class SegmentationSet:
             occur; `(256,)` int16.
         source: its name among the benchmarks or on the Hugging Face hub, else its folder's.
         split: which part of it this is, where that is known.
+        subset: which configuration of a Hugging Face data set, where it was chosen.
     """
 
     title: str
@@ -54,6 +55,7 @@ class SegmentationSet:
     table: np.ndarray
     source: str
     split: str | None = None
+    subset: str | None = None
 
     def __len__(self) -> int:
         return len(self.names)
@@ -67,14 +69,17 @@ class SegmentationSet:
         A photo (RGB, upright) and its mask in the classes of the set, `(height, width)` uint8.
 
         Raises:
-            ValueError: a file that is no image, a mask that is no map of 8-bit values, one of another size than its
-                photo, or a value that the set does not have.
+            ValueError: a file that is no image or too large for Pillow, a mask that is no map of 8-bit values, one of
+                another size than its photo, or a value that the set does not have.
         """
         name = self.names[number]
         try:
             row = self.photos[number]
-        except (OSError, SyntaxError, ValueError) as error:  # Pillow raises all three
-            raise ValueError(f"Cannot read {name} of {self.source}: {error}. Copy or download it again.") from error
+        except Exception as error:  # Pillow raises many kinds for damaged files, and one of its own for huge ones
+            reason = f"{type(error).__name__}: {error}"
+            raise ValueError(
+                f"Cannot read {name} of {self.source} ({reason}). Copy or download it again, or leave it out with --exclude."
+            ) from error
         if row["image"] is None or row["mask"] is None:
             raise ValueError(f"{name} of {self.source} has no photo or no mask.")
         photo, mask = to_rgb(row["image"]), row["mask"]
@@ -332,21 +337,38 @@ def open_folder(folder: str | Path) -> SegmentationSet:
     return SegmentationSet(name, from_files(images, masks), names, labels, table, name, split)
 
 
-def load(path: str, split: str | None) -> Any:
-    """`save_to_disk`'s folders by `load_from_disk`, all else (parquet folders, hub ids) by `load_dataset`."""
+def load(path: str, split: str | None, subset: str | None) -> Any:
+    """
+    `save_to_disk`'s folders by `load_from_disk`, all else (parquet folders, hub ids) by `load_dataset`.
+
+    Raises:
+        ValueError: a folder of `save_to_disk` that is another split or, as all of them, has no subsets; what
+            `load_dataset` does not find.
+    """
     folder = Path(path)
-    if (folder / "dataset_dict.json").is_file() or (folder / "dataset_info.json").is_file():
-        loaded = datasets.load_from_disk(path)
-        if split is None or isinstance(loaded, datasets.Dataset):
-            return loaded
-        return loaded.get(split, loaded)
-    return datasets.load_dataset(path, split=split)
+    if not (folder / "dataset_dict.json").is_file() and not (folder / "dataset_info.json").is_file():
+        try:
+            return datasets.load_dataset(path, subset, split=split)
+        except ValueError as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(
+                f"Cannot load {path}: {reason}. Choose by --subset (now {subset}) and --split (now {split})."
+            ) from error
+    if subset is not None:
+        raise ValueError(f"{path} is a folder of save_to_disk, which holds one subset: leave --subset {subset} out.")
+    loaded = datasets.load_from_disk(path)
+    if isinstance(loaded, datasets.Dataset):
+        if split is not None and loaded.split is not None and str(loaded.split) != split:
+            raise ValueError(f"{path} holds the split {loaded.split} alone, not {split}: leave --split out.")
+        return loaded
+    return loaded.get(split, loaded)
 
 
 def open_hugging_face(
     path: str,
     classes: Sequence[str],
     split: str | None = None,
+    subset: str | None = None,
     image_column: str = "image",
     mask_column: str = "mask",
     ignore_index: int = VOID,
@@ -359,18 +381,26 @@ def open_hugging_face(
         path: hub id, or a local folder of `save_to_disk` or of parquet files.
         classes: the classes in the order of the mask values.
         split: needed where there are several.
+        subset: configuration, which hub ids and folders with a `README.md` may have several of.
         image_column, mask_column: names of the columns, both of type `datasets.Image`.
         ignore_index: mask value that is void, beside 255.
         reduce_zero_label: 0 is void and value v is class v - 1, as transformers' image processors call it.
 
     Raises:
-        ValueError: several splits, or no such columns; the message has what there is.
+        ValueError: several splits or subsets, or no such split, subset or columns; the message has what there is. A
+            void value that 8-bit masks cannot hold.
     """
-    loaded = load(path, split)
+    if not 0 <= ignore_index <= VOID:
+        raise ValueError(
+            f"--ignore_index {ignore_index}: masks hold the values 0 to {VOID}. Change the masks, to {VOID} for void say."
+        )
+    loaded = load(path, split, subset)
     if not isinstance(loaded, datasets.Dataset):
         if len(loaded) != 1 or split is not None:
             raise ValueError(f"{path} has the splits {', '.join(loaded)}. Choose one with --split.")
         split, loaded = next(iter(loaded.items()))
+    elif split is None and loaded.split is not None:
+        split = str(loaded.split)
     columns = {name: kind for name, kind in loaded.features.items() if isinstance(kind, datasets.Image)}
     if image_column not in columns or mask_column not in columns:
         raise ValueError(
@@ -386,4 +416,4 @@ def open_hugging_face(
     photos = photos.rename_columns({image_column: "image", mask_column: "mask"})
     names = tuple(f"row{i}" for i in range(len(photos)))
     name = Path(path).resolve().name if Path(path).is_dir() else path
-    return SegmentationSet(name, photos, names, labels, table, name, split)
+    return SegmentationSet(name, photos, names, labels, table, name, split, subset)

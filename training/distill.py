@@ -53,7 +53,7 @@ from transformers import get_scheduler
 from usage import run_script, work_begins
 
 from spar_hf import SlidingWindowTeacher, SparForOpenVocabSegmentation, SparImageProcessorPil, SparProcessor
-from spar_hf.files import write_text
+from spar_hf.files import write_atomically, write_text
 from spar_hf.prompts import Vocabulary, embed_names
 
 logger = logging.getLogger("distill")
@@ -469,9 +469,7 @@ class Distillation:
 
     def draw(self, step: int) -> None:
         picture = self.held_out.picture()
-        folder = self.output / "pictures"
-        folder.mkdir(exist_ok=True)
-        picture.save(folder / f"step-{step:06d}.png")
+        write_atomically(self.output / "pictures" / f"step-{step:06d}.png", picture.save)
         for tracker in self.accelerator.trackers:
             layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
             if hasattr(tracker, "log_images"):

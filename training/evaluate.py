@@ -17,6 +17,7 @@ split over processes, each photo once; without a GPU, two are started with
 
 from typing import Any
 
+from accelerate import PartialState
 from measure import evaluate_runs
 from options import Options
 from rich.console import Console
@@ -26,7 +27,9 @@ from usage import run_script
 
 def main(args: list[str] | None = None) -> dict[str, Any]:
     (options,) = HfArgumentParser(Options, description=__doc__).parse_args_into_dataclasses(args)
-    return evaluate_runs(options, Console(markup=False, highlight=False))
+    report = evaluate_runs(options, Console(markup=False, highlight=False))
+    PartialState().destroy_process_group()
+    return report
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ Writes `OUTPUT/strides.png` and `.json`, or `resolutions`.
 """
 
 from dataclasses import dataclass, field, fields
+from itertools import chain, cycle
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,9 +31,10 @@ from rich.table import Table
 from transformers import HfArgumentParser
 from usage import run_script
 
+from spar_hf import SlidingWindowTeacher, SparForOpenVocabSegmentation
 from spar_hf.files import write_atomically, write_json
 
-COLOURS = ("#c1272d", "#1b7f4b", "#7b4fa3", "#c77700", "#008b9e")  # students, in their order
+COLOURS = ("#c1272d", "#1b7f4b", "#7b4fa3", "#c77700", "#008b9e")  # students, in their order, then again from the first
 BASE, WINDOW = "#777777", "#2b5fa5"
 
 
@@ -62,12 +64,27 @@ def short(row: dict[str, Any]) -> dict[str, Any]:
     """What figures need of a row of a report."""
     scores = ("mean_iou", "mean_boundary_iou", "overall_accuracy")
     names = ("model", "stride", "patch_size", *scores, "vision_seconds", "time_ratio", "peak_memory_bytes")
-    return {name: row[name] for name in names}
+    undefined = {name: float("nan") for name in scores if row[name] is None}  # as JSON has it; curves have a gap there
+    return {name: row[name] for name in names} | undefined
+
+
+def check_strides(strides: list[int], folder: str) -> None:
+    """
+    Before the first point is measured.
+
+    Raises:
+        ValueError: a stride that is not in 1 to the window of the model in the folder.
+    """
+    encoder = SparForOpenVocabSegmentation.from_backbone(folder).vision_model
+    for stride in strides:
+        SlidingWindowTeacher(encoder, stride=stride)
 
 
 def measure_strides(options: FigureOptions, console: Console) -> list[dict[str, Any]]:
     """One pass of every model, and the base's sliding window at every stride beside a pass of the base."""
-    base, *students = parse_models(options.model)
+    models = parse_models(options.model)
+    base, *students = models
+    check_strides(options.strides, models[base])
     one_pass = point(options, "one-pass", [f"{name}:single" for name in (base, *students)], console)
     rows = [short(row) for row in one_pass["runs"]]
     for stride in sorted(options.strides, reverse=True):
@@ -105,7 +122,8 @@ def draw_strides(rows: list[dict[str, Any]]) -> Figure:
         place = (row["time_ratio"], 100 * row["mean_iou"])
         axes.annotate(str(row["stride"]), place, xytext=(7, -11), textcoords="offset points", fontsize=9)
     singles = [row for row in rows if row["stride"] is None]
-    for row, colour, marker in zip(singles, (BASE, *COLOURS), "s" + "*" * len(singles), strict=False):
+    colours = chain((BASE,), cycle(COLOURS))
+    for row, colour, marker in zip(singles, colours, "s" + "*" * len(singles), strict=False):
         size = 8 if marker == "s" else 15
         axes.axhline(100 * row["mean_iou"], color=colour, linewidth=0.8, linestyle=":")
         axes.plot(*curve([row], "time_ratio"), marker, color=colour, markersize=size, label=f"{row['model']}, one pass")
@@ -123,7 +141,7 @@ def draw_resolutions(rows: list[dict[str, Any]], stride: int) -> Figure:
     for row in rows:
         way = "one pass" if row["stride"] is None else f"sliding window, stride {stride}"
         lines.setdefault(f"{row['model']}, {way}", []).append(row)
-    for (label, line), colour in zip(lines.items(), (BASE, WINDOW, *COLOURS), strict=False):
+    for (label, line), colour in zip(lines.items(), chain((BASE, WINDOW), cycle(COLOURS)), strict=False):
         style = {"color": colour, "marker": "o", "markersize": 5, "linewidth": 1.6, "label": label}
         left.plot(*curve(line, "shortest_edge"), **style)
         right.plot([row["shortest_edge"] for row in line], [row["vision_seconds"] for row in line], **style)
@@ -194,11 +212,16 @@ def make_figure(options: FigureOptions, console: Console) -> list[dict[str, Any]
     Measure what is missing, draw, write.
 
     Raises:
-        ValueError: `--runs`, or a resolution beside `--resolutions`; and see `evaluate_runs`.
+        ValueError: `--runs`, a resolution beside `--resolutions`, or photos without a score; and see `evaluate_runs`.
     """
     if options.runs is not None:
         raise ValueError("The figures choose their own runs: leave --runs out.")
     rows = (measure_strides if options.figure == "strides" else measure_resolutions)(options, console)
+    if all(row["mean_iou"] != row["mean_iou"] for row in rows):  # NaN
+        raise ValueError(
+            "No pixel of these photos is labelled with a class that is scored, so there is nothing to draw: choose others "
+            "with --include, --limit, --ignore_classes or --only_classes."
+        )
     if PartialState().is_main_process:
         output = Path(options.output)
         drawing = draw_strides(rows) if options.figure == "strides" else draw_resolutions(rows, options.stride)
@@ -210,7 +233,9 @@ def make_figure(options: FigureOptions, console: Console) -> list[dict[str, Any]
 
 def main(args: list[str] | None = None) -> list[dict[str, Any]]:
     (options,) = HfArgumentParser(FigureOptions, description=__doc__).parse_args_into_dataclasses(args)
-    return make_figure(options, Console(markup=False, highlight=False))
+    rows = make_figure(options, Console(markup=False, highlight=False))
+    PartialState().destroy_process_group()
+    return rows
 
 
 if __name__ == "__main__":

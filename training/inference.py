@@ -16,7 +16,7 @@ from spar_hf import SparForOpenVocabSegmentation, SparProcessor
 from spar_hf.modeling_spar import SparVisionModelOutput, pad_to_patches
 from spar_hf.prompts import Vocabulary, embed_names
 from spar_hf.refine import refined_logits
-from spar_hf.segmentation import decide, give_to_background
+from spar_hf.segmentation import OUTPUT_BYTES, WORKING_BYTES, LabelMap, decide, give_to_background
 from spar_hf.teacher import SlidingWindowTeacher
 
 WAYS = "NAME:single, NAME:sliding:STRIDE or NAME:sliding-logits:STRIDE, each with +REFINEMENT at the end if wanted"
@@ -75,8 +75,8 @@ def parse_runs(items: Sequence[str] | None, models: dict[str, str]) -> list[Run]
     same order. The first two may end in `+REFINEMENT`: `NAME:single+lposs`.
 
     Raises:
-        ValueError: another form, a refinement of `sliding-logits` (it has no features to refine by), a name that no
-            model has, or a run that stands twice.
+        ValueError: another form, a stride of 0, a refinement of `sliding-logits` (it has no features to refine by), a name
+            that no model has, or a run that stands twice.
     """
     runs: list[Run] = []
     for item in items or [f"{name}:single" for name in models]:
@@ -89,6 +89,8 @@ def parse_runs(items: Sequence[str] | None, models: dict[str, str]) -> list[Run]
             raise ValueError(f"Cannot read --runs {item}: write {WAYS}, e.g. base:sliding:24.")
         if kind == "sliding-logits" and refinement:
             raise ValueError(f"--runs {item}: refinements go by features, and a mean of logits has none; use sliding.")
+        if sliding and int(stride[0]) < 1:
+            raise ValueError(f"--runs {item}: a stride is 1 pixel or more.")
         if name not in models:
             raise ValueError(f"--runs {item} names no model of --model; there are {sorted(models)}.")
         average = "logits" if kind == "sliding-logits" else "features"
@@ -101,7 +103,10 @@ def parse_runs(items: Sequence[str] | None, models: dict[str, str]) -> list[Run]
 
 @dataclass(frozen=True)
 class Rules:
-    """How logits become classes: scale of the cosines (`None`: the checkpoint's) and what becomes background."""
+    """
+    How logits become classes: scale of the cosines (`None`: the checkpoint's) and the rules for the background, see
+    [`decide_as_published`].
+    """
 
     scale: float | None = None
     threshold: float = 0.0
@@ -167,13 +172,25 @@ def average_logits(candidate: Candidate, pixel_values: torch.Tensor, stride: int
 
     Windows are averaged on the cells of [`SlidingWindowTeacher`], patches or parts of them, and upsampled to pixels
     afterwards. The published evaluation upsamples every window to pixels first, which differs only in the half patch at
-    the borders of windows and needs names × pixels of memory.
+    the borders of windows and needs names × pixels of memory. So would cells of a pixel here.
+
+    Raises:
+        ValueError: the logits would take more than 1 GiB.
     """
     teacher = SlidingWindowTeacher(LogitsOfWindows(candidate), stride=stride, window_batch_size=window_batch_size)
     pixel_values = pad_to_patches(pixel_values, candidate.model.config.patch_size)
     plan = teacher.plan(*pixel_values.shape[-2:])
+    names = len(candidate.text_embeds)
+    if 4 * names * plan.grid[0] * plan.grid[1] > OUTPUT_BYTES:
+        patch = candidate.model.config.patch_size
+        half = max(1, patch // 2)
+        coarser = f"a stride that is a multiple of half a patch ({max(1, round(stride / half)) * half}), "
+        raise ValueError(
+            f"Logits of {names} names on {plan.grid[0]}×{plan.grid[1]} cells of {plan.cell} px take more than "
+            f"{OUTPUT_BYTES // 2**20} MiB. Use {coarser if plan.cell < half else ''}fewer words or a smaller photo."
+        )
     sums, coverage = teacher.stitch(pixel_values, plan, plan.positions().to(pixel_values.device))
-    return sums / coverage, plan.cell
+    return sums.div_(coverage), plan.cell
 
 
 def now(device: torch.device) -> int:
@@ -181,6 +198,47 @@ def now(device: torch.device) -> int:
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
     return time.perf_counter_ns()
+
+
+def decide_as_published(
+    logits: torch.Tensor,
+    vocabulary: Vocabulary,
+    cell: int,
+    working_size: tuple[int, int],
+    output_size: tuple[int, int],
+    rules: Rules,
+    working_bytes: int = WORKING_BYTES,
+) -> LabelMap:
+    """
+    [`decide`] with the background rules of the published evaluation, in its order. Without rules it is `decide`.
+
+    First the classes that win at most `min_area` of the pixels outside the background are struck off, and their pixels go
+    to the best class that is left, with the probability that it has among all names. Then the pixels whose best
+    probability is below `threshold` become background. (The pipeline's rules are those of [`give_to_background`].)
+
+    Args:
+        logits: of one photo, on its cells; `(names, cells high, cells wide)`.
+        vocabulary: classes and names; with rules, one of the classes is called background.
+        cell: side of a cell in pixels of the working image.
+        working_size, output_size, working_bytes: see `decide`.
+        rules: of these, `threshold` and `min_area`.
+
+    Raises:
+        ValueError: `threshold` is not in 0 to 1, and see `decide`.
+    """
+    geometry = (vocabulary.name_to_class, cell, working_size, output_size, working_bytes)
+    decision = decide(logits, *geometry)
+    if not (rules.threshold or rules.min_area):
+        return decision
+    background = vocabulary.labels.index("background")
+    if rules.min_area:
+        pixels = torch.bincount(decision.labels.flatten(), minlength=len(vocabulary.labels))
+        pixels[background] = 0
+        small = pixels <= rules.min_area * pixels.sum()
+        small[background] = False
+        if (small & (pixels > 0)).any():
+            decision = decide(logits, *geometry, barred=small)
+    return give_to_background(decision, background, rules.threshold)
 
 
 @torch.no_grad()
@@ -227,16 +285,7 @@ def predict(
         logits = logits * (rules.scale / model.config.dense_logit_scale)
     # cells that hold nothing but the model's own padding: only there where cells are smaller than patches
     logits = logits[:, : -(-height // cell), : -(-width // cell)]
-    decision = decide(
-        logits,
-        vocabulary.name_to_class,
-        cell,
-        working_size=(height, width),
-        output_size=(photo.height, photo.width),
-    )
-    if rules.threshold or rules.min_area:
-        background = vocabulary.labels.index("background")
-        decision = give_to_background(decision, background, rules.threshold, rules.min_area)
+    decision = decide_as_published(logits, vocabulary, cell, (height, width), (photo.height, photo.width), rules)
     labels = decision.labels.cpu()
     return labels, torch.tensor([after - before, now(device) - start])
 

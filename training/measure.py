@@ -21,8 +21,9 @@ import torch
 from accelerate import Accelerator
 from benchmarks import SegmentationSet
 from data import VOID
+from huggingface_hub import hf_hub_download
 from inference import Candidate, PeakMemory, Rules, Run, parse_models, parse_runs, predict
-from options import Options, build_vocabulary, choose_photos, indices, resize_options
+from options import Options, build_vocabulary, check_options, choose_photos, indices, resize_options
 from protocols import PROTOCOLS, Protocol
 from reports import card_block, find_gaps, make_row, show
 from rich.console import Console
@@ -30,10 +31,12 @@ from tally import PartialCounts, Tally, refuse_others
 from tqdm.auto import tqdm
 from usage import work_begins
 
+from spar_hf.backbone_sources import load_source_config
 from spar_hf.files import write_json, write_text
 from spar_hf.metrics import BoundaryIoU, MeanIoU
 from spar_hf.prompts import Vocabulary, resolve_templates
 from spar_hf.refine import resolve_refinement
+from spar_hf.teacher import SlidingWindowTeacher
 
 # what changes neither counts nor times
 FREE_OPTIONS = {"output", "card_folder", "save_seconds"}
@@ -64,7 +67,7 @@ def load_candidates(
     The models that runs need, each with the words and its settings: an option's, the protocol's, the checkpoint's.
 
     Raises:
-        ValueError: background rules for a set without a class called background.
+        ValueError: background rules for a set without a class called background, or a stride above a model's window.
     """
     candidates = {}
     for name in dict.fromkeys(run.model for run in runs):
@@ -84,29 +87,44 @@ def load_candidates(
             )
         candidate.learn(tokenizer, vocabulary, first_given(options.templates, protocol and protocol.templates))
         candidates[name] = candidate
+        for run in runs:
+            if run.model == name and run.stride is not None:  # made only to refuse a stride that does not fit
+                SlidingWindowTeacher(candidate.model.vision_model, stride=run.stride)
     return candidates
 
 
 def files_of(folder: str) -> list[list[Any]]:
-    """Name, size and time of a local model's files: a student that was trained again is another one."""
+    """
+    Name, size and time of a local model's files: a student that was trained again is another one. Of a hub model its commit.
+
+    Raises:
+        OSError: neither a folder nor a model that the hub gives.
+    """
+    if not Path(folder).is_dir():
+        load_source_config(folder)  # says in one line what is wrong
+        return [["commit", Path(hf_hub_download(folder, "config.json")).parent.name]]
     found = [path for pattern in ("*.safetensors", "*.json") for path in Path(folder).glob(pattern)]
     return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(found)]
 
 
 def measure_settings(
-    options: Options, data: SegmentationSet, folders: dict[str, str], accelerator: Accelerator
+    options: Options, data: SegmentationSet, vocabulary: Vocabulary, folders: dict[str, str], accelerator: Accelerator
 ) -> dict[str, Any]:
     """What decides the counts: two measurements of equal settings can be joined. As JSON holds it."""
     settings = {f"--{name}": value for name, value in asdict(options).items() if name not in FREE_OPTIONS}
     settings["photos"] = hashlib.sha256("\n".join(data.names).encode()).hexdigest()
+    # options name files and vocabularies; what was in them counts
+    settings["words"] = dict(zip(vocabulary.labels, vocabulary.names, strict=True))
+    settings["classes of mask values"] = hashlib.sha256(json.dumps(data.table.tolist()).encode()).hexdigest()
     settings["files"] = {name: files_of(folder) for name, folder in folders.items()}
     settings["mixed precision"] = accelerator.mixed_precision
+    settings["device"] = accelerator.device.type
     return json.loads(json.dumps(settings))
 
 
 def evaluate_runs(options: Options, console: Console | None = None, reuse: bool = False) -> dict[str, Any]:
     """
-    Measure all runs; every process gets the whole report.
+    Measure all runs; every process gets the whole report. The process group stays, for further measurements.
 
     Args:
         options: what to measure.
@@ -116,6 +134,7 @@ def evaluate_runs(options: Options, console: Console | None = None, reuse: bool 
     Raises:
         ValueError, FileNotFoundError: options or data that do not fit, before any photo is read; see the functions above.
     """
+    check_options(options)
     accelerator = Accelerator(mixed_precision=options.mixed_precision)
     device = accelerator.device
     folders = parse_models(options.model)
@@ -137,35 +156,42 @@ def evaluate_runs(options: Options, console: Console | None = None, reuse: bool 
         if folder:
             Path(folder).mkdir(parents=True, exist_ok=True)
     parts = None
-    settings = measure_settings(options, data, folders, accelerator)
+    settings = measure_settings(options, data, vocabulary, folders, accelerator)
     if reuse and options.output is not None and Path(options.output).is_file():
         report = json.loads(Path(options.output).read_text(encoding="utf-8"))
         refuse_others(report.get("settings", {}), settings, Path(options.output))
         return report
+    # before the partial counts: what is refused here must not leave its settings there
+    candidates = load_candidates(options, runs, folders, vocabulary, device)
     if options.output is not None:
         parts = PartialCounts(Path(f"{options.output}.parts"), settings, accelerator)
     earlier = Tally(len(runs), len(labels)) if parts is None else parts.earlier(len(runs), len(labels))
     left = sorted(set(range(len(data))) - set(earlier.done.tolist()))
 
-    candidates = load_candidates(options, runs, folders, vocabulary, device)
     dilation_ratio = first_given(options.dilation_ratio, protocol and protocol.dilation_ratio, 0.02)
     area = MeanIoU(len(labels), ignore_index=VOID)
     boundary = BoundaryIoU(len(labels), VOID, dilation_ratio) if options.boundary else None
     tally, saved = Tally(len(runs), len(labels)), time.monotonic()
     share = left[accelerator.process_index :: accelerator.num_processes]
     bar = tqdm(share, desc="photos", disable=not accelerator.is_main_process)
+    # pixels, and longer over shorter side: what is resized to a shorter side is large if it is long
+    largest = (0.0, 0.0)
     work_begins()
     for step, number in enumerate(bar):
         photo, reference = data.read(number)
+        extent = (photo.width * photo.height, max(photo.size) / min(photo.size))
+        is_larger = extent[0] > largest[0] or extent[1] > largest[1]
+        largest = (max(extent[0], largest[0]), max(extent[1], largest[1]))
         predictions, spent = [], []
         for i, run in enumerate(runs):
             work = (candidates[run.model], run, photo, vocabulary, accelerator, options.window_batch_size)
             if options.warmup and step == 0:
                 predict(*work)  # what is loaded or compiled once is no memory of a photo
-                with PeakMemory(device) as peak:
-                    predict(*work)
-                tally.note_memory(i, peak.bytes)
-            if device.type == "cpu":  # where measuring memory costs time
+            if device.type == "cpu":  # where measuring memory costs time: off the clock, and seldom
+                if options.warmup and is_larger:
+                    with PeakMemory(device) as peak:
+                        predict(*work)
+                    tally.note_memory(i, peak.bytes)
                 labelled, time_spent = predict(*work)
             else:
                 with PeakMemory(device) as peak:
@@ -195,7 +221,6 @@ def evaluate_runs(options: Options, console: Console | None = None, reuse: bool 
         if console is not None:
             show(report, console)
     accelerator.wait_for_everyone()
-    accelerator.end_training()
     return report
 
 
@@ -226,6 +251,7 @@ def make_report(
         "options": asdict(options),
         "title": data.title,
         "dataset": data.source,
+        "subset": data.subset,
         "split": data.split,
         "photos": len(data),
         "vocabulary": dict(zip(labels, vocabulary.names, strict=True)),

@@ -2,7 +2,8 @@
 
 import fnmatch
 import json
-from dataclasses import dataclass, field
+import os
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,9 @@ from benchmarks import BENCHMARKS, SegmentationSet, class_label, open_benchmark,
 from data import VOID
 
 from spar_hf.prompts import Vocabulary
+from spar_hf.segmentation import check_shares
+
+WORDS = '{"car": ["car", "automobile"], "sky": ["sky"]}'  # the form of a --labels file
 
 
 @dataclass
@@ -47,6 +51,12 @@ class Options:
         },
     )
     split: str | None = field(default=None, metadata={"help": "Split of a Hugging Face data set."})
+    subset: str | None = field(
+        default=None,
+        metadata={
+            "help": "Its configuration (the hub calls it subset), where it has several: the second argument of load_dataset."
+        },
+    )
     image_column: str = field(default="image", metadata={"help": "Its column of photos."})
     mask_column: str = field(default="mask", metadata={"help": "Its column of masks."})
     classes: str | None = field(
@@ -96,7 +106,12 @@ class Options:
         default=None, metadata={"help": "Pixels whose best probability is below it become background."}
     )
     min_area: float | None = field(
-        default=None, metadata={"help": "Classes below this share of what is not background become background."}
+        default=None,
+        metadata={
+            "help": "Before --threshold, classes that win at most this share of what is not background are struck off: "
+            "their pixels go to the best class that is left, as in the published evaluation (the pipeline's own "
+            "min_area gives them to the background)."
+        },
     )
     ignore_classes: list[str] | None = field(
         default=None, metadata={"help": "Classes that are void in the masks and left out of the vocabulary."}
@@ -113,7 +128,8 @@ class Options:
     warmup: bool = field(
         default=True,
         metadata={
-            "help": "One forward per run on the first photo before the clock runs; on a CPU, peak memory is taken there."
+            "help": "One forward per run on the first photo before the clock runs. On a CPU also one more, for peak memory, "
+            "there and on every photo that has more pixels or a longer shape than all before."
         },
     )
     mixed_precision: str | None = field(
@@ -129,6 +145,30 @@ class Options:
         default=None, metadata={"help": "Folder to write each model's results to, as model cards hold them: NAME.md."}
     )
     save_seconds: float = field(default=30, metadata={"help": "Seconds between writing partial counts."})
+
+
+def check_options(options: Options) -> None:
+    """
+    Complain about what can be seen to be wrong before anything is opened.
+
+    Raises:
+        ValueError: an option out of range, or an `--output` that is a folder.
+    """
+    lowest = {"limit": 1, "window_batch_size": 1, "shortest_edge": 1, "longest_edge": 1, "holdout_every": 0}
+    for name, least in lowest.items():
+        value = getattr(options, name)
+        if value is not None and value < least:
+            raise ValueError(f"--{name} must be at least {least}, got {value}.")
+    if min(options.size or [1]) < 1:
+        raise ValueError(f"--size takes a height and a width of at least 1, got {options.size}.")
+    if options.scale is not None and not options.scale > 0:
+        raise ValueError(f"--scale must be above 0, got {options.scale}: with it the worst name would win.")
+    check_shares(threshold=options.threshold or 0.0, min_area=options.min_area or 0.0)
+    output = options.output
+    if output is not None and (Path(output).is_dir() or output.endswith(("/", os.sep))):
+        raise ValueError(
+            f"--output {output} is a folder, but the report is a file: {Path(output) / 'result.json'}, say."
+        )
 
 
 def resize_options(options: Options) -> dict[str, Any] | None:
@@ -160,15 +200,15 @@ def open_set(options: Options) -> SegmentationSet:
     """
     hugging_face = {
         name: getattr(options, name)
-        for name in ("split", "image_column", "mask_column", "ignore_index", "reduce_zero_label")
+        for name in ("split", "subset", "image_column", "mask_column", "ignore_index", "reduce_zero_label")
     }
     folder = Path(options.dataset)
     parts = [name for name in ("images", "masks", "classes.txt") if (folder / name).exists()]
     if options.benchmark is not None or (folder / "images").is_dir() or len(parts) > 1:
         if options.classes is not None or any(value != getattr(Options, name) for name, value in hugging_face.items()):
             raise ValueError(
-                "--split, --image_column, --mask_column, --classes, --ignore_index and --reduce_zero_label are for Hugging "
-                f"Face data sets, but {options.dataset} is read as a {options.benchmark or 'folder of images and masks'}."
+                "--split, --subset, --image_column, --mask_column, --classes, --ignore_index and --reduce_zero_label are "
+                f"for Hugging Face data sets; {options.dataset} is a {options.benchmark or 'folder of images and masks'}."
             )
         return open_folder(folder) if options.benchmark is None else open_benchmark(options.benchmark, folder)
     if folder.is_absolute() and not folder.is_dir():
@@ -223,6 +263,22 @@ def indices(names: list[str] | tuple[str, ...], labels: tuple[str, ...], option:
     return [labels.index(class_label(name)) for name in names]
 
 
+def read_words(path: str) -> dict[str, Any]:
+    """
+    The words of a `--labels` file by class.
+
+    Raises:
+        ValueError: no JSON, or none of the form `{class: [name, …]}`.
+    """
+    try:
+        words = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:  # of JSON and of UTF-8
+        raise ValueError(f"--labels {path} is no JSON: {error}. Write {WORDS}.") from error
+    if not isinstance(words, dict) or not all(isinstance(own, (str, list)) for own in words.values()):
+        raise ValueError(f"--labels {path} does not hold classes and their names. Write {WORDS}.")
+    return words
+
+
 def build_vocabulary(
     data: SegmentationSet, options: Options, words: str | None = None
 ) -> tuple[Vocabulary, SegmentationSet]:
@@ -235,7 +291,8 @@ def build_vocabulary(
         words: built-in vocabulary to take the names of the classes from, in their order.
 
     Raises:
-        ValueError: an unknown class in an option, a vocabulary of another size, or a word for two classes.
+        ValueError: an unknown class in an option, a `--labels` file of another form, a vocabulary of another size, or a
+            word for two classes.
     """
     labels = data.labels
     names: dict[str, list[str]] = {label: [label] for label in labels}
@@ -248,17 +305,14 @@ def build_vocabulary(
             )
         names = dict(zip(labels, map(list, built_in.names), strict=True))
     if options.labels is not None:
-        for name, own in json.loads(Path(options.labels).read_text(encoding="utf-8")).items():
+        for name, own in read_words(options.labels).items():
             label = labels[indices([name], labels, f"--labels {options.labels}")[0]]
             names[label] = [own] if isinstance(own, str) else own
     ignored = {labels[i] for i in indices(options.ignore_classes or [], labels, "--ignore_classes")}
     kept = tuple(label for label in labels if label not in ignored)
     vocabulary = Vocabulary.parse({label: names[label] for label in kept})
-    twice = sorted({name for name in vocabulary.all_names if vocabulary.all_names.count(name) > 1})
-    if twice:
-        raise ValueError(f"Words that stand for two classes or twice: {', '.join(twice)}. Correct --labels.")
     # an old class -> its new number; void and values that must not occur stay what they are
     table = np.array([kept.index(label) if label in kept else VOID for label in labels], np.int16)
     is_class = (data.table >= 0) & (data.table != VOID)
     values = np.where(is_class, table[np.where(is_class, data.table, 0)], data.table).astype(np.int16)
-    return vocabulary, SegmentationSet(data.title, data.photos, data.names, kept, values, data.source, data.split)
+    return vocabulary, replace(data, labels=kept, table=values)

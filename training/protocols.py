@@ -18,7 +18,8 @@ class Protocol:
         templates: name of the prompt templates.
         scale: factor of the cosines before the softmax. It moves probabilities, never the best name.
         threshold: pixels whose best probability is below it become background.
-        min_area: classes that cover less than this share of what is not background become background.
+        min_area: classes that win at most this share of what is not background are struck off before that, and their
+            pixels go to the best class that is left; see `inference.decide_as_published`.
         vocabulary: built-in vocabulary with the words for the classes; `None` for the set's own names.
         dilation_ratio: width of boundaries in diagonals, see `BoundaryIoU`.
     """

@@ -55,7 +55,7 @@ def make_row(
     chosen: Sequence[int],
 ) -> dict[str, Any]:
     """
-    Results of a run.
+    Results of a run; NaN where nothing was counted.
 
     Args:
         run: what was run.
@@ -66,17 +66,14 @@ def make_row(
         labels: all classes.
         chosen: the numbers of those that means and accuracies are taken over.
     """
-    metric = MeanIoU(len(labels), ignore_index=None)
-    metric.merge(confusion)
-    results = metric.compute()
+    # no `compute`: it refuses counts of nothing, as of masks that are void all over; here every mean is NaN then
+    results = MeanIoU(len(labels), ignore_index=None).results(confusion)
     iou, accuracy = results["per_category_iou"], results["per_category_accuracy"]
     correct, labelled, predicted = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
     pixels = int(labelled[chosen].sum())
     outlines = np.full(len(labels), np.nan)
-    if boundary is not None and boundary.any():
-        edges = BoundaryIoU(len(labels), ignore_index=None)
-        edges.merge(boundary)
-        outlines = edges.compute()["per_category_boundary_iou"]
+    if boundary is not None:
+        outlines = BoundaryIoU(len(labels), ignore_index=None).results(boundary)["per_category_boundary_iou"]
     return {
         "model": run.model,
         "inference": run.inference,
@@ -117,8 +114,8 @@ def show(report: dict[str, Any], console: Console) -> None:
     """Print the report as a table (seconds per photo), and under it how much of the gap each student closes."""
     scored, classes = len(report["scored_classes"]), len(report["vocabulary"])
     of_classes = f"{classes} classes" if scored == classes else f"{scored} of {classes} classes"
-    split = f", {report['split']}" if report["split"] else ""
-    title = f"{report['title']}{split}: {report['photos']} photos, {of_classes}"
+    part = "".join(f", {report[name]}" for name in ("subset", "split") if report[name])
+    title = f"{report['title']}{part}: {report['photos']} photos, {of_classes}"
     table = Table(title=title, box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
     for heading in ("model", "inference"):
         table.add_column(heading)
@@ -173,6 +170,7 @@ def eval_results(report: dict[str, Any], model: str) -> list[EvalResult]:
             task_name="open-vocabulary segmentation",
             dataset_type=report["dataset"],
             dataset_name=report["title"],
+            dataset_config=report["subset"],
             dataset_split=report["split"],
             metric_type=metric,
             metric_name=f"{name}, {row['inference']}",

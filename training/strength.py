@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import yaml
+from accelerate import PartialState
 from measure import evaluate_runs
 from options import Options, choose_photos
 from reports import percent
@@ -89,7 +90,13 @@ def measure_strength(options: StrengthOptions, console: Console) -> list[dict[st
                 np.array([row["classes"][label]["iou"] for label in present])
             )
             rows.append({"set": name, "part": part, "photos": report["photos"], "classes": present} | scores)
-    write_json(Path(options.output) / "strength.json", {"rows": rows})
+    if PartialState().is_main_process:
+        write_json(Path(options.output) / "strength.json", {"rows": rows})
+        print_rows(rows, console)
+    return rows
+
+
+def print_rows(rows: list[dict[str, Any]], console: Console) -> None:
     table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
     for heading in ("set", "part", "photos", "classes", "model", "inference", "mIoU\n%", "of\npresent", "acc.\n%"):
         table.add_column(heading)
@@ -98,12 +105,13 @@ def measure_strength(options: StrengthOptions, console: Console) -> list[dict[st
         scores = [percent(row[name]) for name in ("mean_iou", "mean_iou_of_present", "overall_accuracy")]
         table.add_row(row["set"], row["part"], *counts, row["model"], row["inference"], *scores)
     console.print(table)
-    return rows
 
 
 def main(args: list[str] | None = None) -> list[dict[str, Any]]:
     (options,) = HfArgumentParser(StrengthOptions, description=__doc__).parse_args_into_dataclasses(args)
-    return measure_strength(options, Console(markup=False, highlight=False))
+    rows = measure_strength(options, Console(markup=False, highlight=False))
+    PartialState().destroy_process_group()
+    return rows
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import copy
 import json
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import nn
 
 from spar_hf import SparForOpenVocabSegmentation, SparVisionModel
 from spar_hf.backbone_sources import load_source_config
-from spar_hf.files import write_json, write_text, writing_folder
+from spar_hf.files import write_atomically, write_json, write_text, writing_folder
 
 # parts by name, as patterns of parameters' names: inside a block, and in the backbone around the blocks
 BLOCK_PARTS = {
@@ -164,7 +165,7 @@ def save_student(
     with writing_folder(folder) as temporary:
         model.save_pretrained(temporary, state_dict={name: tensor.to(dtype) for name, tensor in state.items()})
         processor.save_pretrained(temporary)
-        write_text(temporary / "README.md", model_card(options, record))
+        write_text(temporary / "README.md", model_card(temporary, options, record))
 
 
 def save_adapter(wrapped: Any, state: dict[str, torch.Tensor], options: Any, record: dict, folder: Path) -> None:
@@ -174,18 +175,18 @@ def save_adapter(wrapped: Any, state: dict[str, torch.Tensor], options: Any, rec
     with writing_folder(folder) as temporary:
         wrapped.save_pretrained(temporary, state_dict=state, save_embedding_layers=False)
         write_json(temporary / "distillation.json", record)
-        write_text(temporary / "README.md", model_card(options, record))
+        write_text(temporary / "README.md", model_card(temporary, options, record))
 
 
 def finish_folder(folder: Path, options: Any, record: dict, pictures: list[Path]) -> None:
     """What is known only at the end: the whole curve in record and card, and the pictures beside them."""
     for picture in pictures:
-        shutil.copyfile(picture, folder / picture.name)
+        write_atomically(folder / picture.name, partial(shutil.copyfile, picture))
     for name, part in (("config.json", "distillation"), ("distillation.json", None)):
         if (folder / name).is_file():
             held = json.loads((folder / name).read_text(encoding="utf-8"))
             write_json(folder / name, held | {part: record} if part else record)
-    write_text(folder / "README.md", model_card(options, record, [picture.name for picture in pictures]))
+    write_text(folder / "README.md", model_card(folder, options, record, [picture.name for picture in pictures]))
 
 
 def short_name(path: str) -> str:
@@ -193,13 +194,22 @@ def short_name(path: str) -> str:
     return "/".join(Path(path).parts[-2:])
 
 
-def model_card(options: Any, record: dict, pictures: list[str] | None = None) -> str:
-    """The card of a student: what it learned from and how, how far it is from its teacher, and the options to repeat it."""
-    adapter = options.lora_rank is not None and not options.merge
+def has_text_tower(folder: Path) -> bool:
+    """Whether a written folder takes words: adapters and students of vision-only backbones give features alone."""
+    config = folder / "config.json"
+    return config.is_file() and json.loads(config.read_text(encoding="utf-8")).get("text_config") is not None
+
+
+def model_card(folder: Path, options: Any, record: dict, pictures: list[str] | None = None) -> str:
+    """
+    The card of a student, in whose `folder` all else is written: what it learned from and how, how far it is from its
+    teacher, and the options to repeat it.
+    """
+    adapter, words = options.lora_rank is not None and not options.merge, has_text_tower(folder)
     data = ModelCardData(
         library_name="peft" if adapter else "transformers",
-        pipeline_tag="image-segmentation",
-        tags=["spar", "open-vocabulary-segmentation"],
+        pipeline_tag="image-segmentation" if words else "image-feature-extraction",
+        tags=["spar", "open-vocabulary-segmentation"] if words else ["spar"],
     )
     rows = "\n".join(f"| {key} | {value} |" for key, value in record.items() if key != "held_out")
     paths = {"model", "student", "output", "images", "teacher_cache"}

@@ -4,6 +4,7 @@ counts lie on disk, so that a measurement that was cut off goes on where it stop
 """
 
 import json
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ class Tally:
         confusion: see `MeanIoU.counts`; `(runs, classes, classes)` int64.
         boundary: see `BoundaryIoU.counts`; `(runs, 3, classes)` int64.
         nanoseconds: of the vision forward and in all; `(runs, 2)` int64.
-        memory: bytes that a photo adds at most; -1 where that was not measured; `(runs,)` int64.
+        memory: bytes that a photo adds at most; -1 where that was not measured; `(runs,)` int64. On a CPU only some photos
+            are measured, those with more pixels or a longer shape than all before them.
     """
 
     def __init__(self, runs: int, classes: int):
@@ -93,7 +95,7 @@ class Tally:
         try:
             with np.load(path, allow_pickle=False) as stored:
                 arrays = {name: stored[name] for name in ("done", *ARRAYS)}
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:  # a cut file raises the last two
             raise ValueError(f"{path} holds no counts ({error}). Delete it; its photos are measured again.") from error
         for name, array in arrays.items():
             if name != "done" and array.shape != getattr(self, name).shape:
