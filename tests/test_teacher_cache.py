@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 import torch
 from cache_teacher import Options, make_cache
+from fingerprint import fingerprint
 from photos import Photos, Ticket, augment
 from PIL import Image
-from teacher_cache import Crop, TeacherCache, fingerprint
+from teacher_cache import Crop, TeacherCache
 from test_distill_resume import signal_all
 from transformers import HfArgumentParser
 
@@ -133,6 +134,9 @@ def test_another_setting_is_refused(options, base, photos):
     with pytest.raises(ValueError, match="seed is 0 there and 1 here"):
         make_cache(Options(**(vars(options) | {"seed": 1})))
     same = fingerprint(model)
+    model.config.backbone_config.num_attention_heads *= 2  # leaves no trace in the weights
+    assert fingerprint(model) != same
+    model.config.backbone_config.num_attention_heads //= 2
     model.config.position_extent = 128
     assert fingerprint(model) != same
     model.config.position_extent = None
@@ -141,6 +145,13 @@ def test_another_setting_is_refused(options, base, photos):
     assert fingerprint(model) != same
     with pytest.raises(ValueError, match="made with another setting: model"):
         TeacherCache.open(options.output, model=model)
+
+
+def test_fingerprint__is_the_same_however_a_model_was_loaded(base, tmp_path):
+    model = cache_model(base)
+    model.save_pretrained(tmp_path / "copy")
+    copies = [SparVisionModel.from_pretrained(tmp_path / "copy"), SparVisionModel.from_backbone(str(base))]
+    assert {fingerprint(copy) for copy in copies} == {fingerprint(model)}
 
 
 def test_a_changed_photo_is_refused_and_an_unreadable_one_skipped(options, base, photos, caplog):

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from data import list_images, read_image
+from fingerprint import fingerprint
 from photos import augment
 from safetensors.torch import save_file
 from teacher_cache import (
@@ -28,7 +29,6 @@ from teacher_cache import (
     TeacherCache,
     check_setting,
     check_shard,
-    fingerprint,
     read_manifest,
     seeded,
     sha256,

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from data import read_image
+from fingerprint import fingerprint
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
@@ -81,15 +82,9 @@ class FrozenFeatures:
 
     def fingerprint(self, inference: str) -> str:
         """A name for all that features depend on but the photo."""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.model.state_dict().items()):
-            digest.update(name.encode() + tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-        config = self.model.config
-        parts = [config.backbone_config.to_json_string(), config.readout, config.position_resampling, inference]
-        parts += [] if config.position_extent is None else [str(config.position_extent)]
-        parts += [self.image_processor.to_json_string(), self.accelerator.mixed_precision]
-        digest.update("\n".join(parts).encode())
-        return digest.hexdigest()[:20]
+        parts = [fingerprint(self.model), inference, self.image_processor.to_json_string()]
+        parts.append(self.accelerator.mixed_precision)
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:20]
 
     def file(self, path: Path) -> Path:
         assert self.folder is not None

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from data import jitter_image, read_image
+from fingerprint import fingerprint
 from PIL import Image
 from safetensors import safe_open
 
@@ -25,17 +26,6 @@ def sha256(path: Path) -> str:
     with path.open("rb") as file:
         while block := file.read(2**20):
             digest.update(block)
-    return digest.hexdigest()
-
-
-def fingerprint(model: SparVisionModel) -> str:
-    """Hash of all that a model's features depend on: names, types, shapes and bytes of its weights, and its read-out."""
-    config = model.config
-    extent = "" if config.position_extent is None else f" {config.position_extent}"
-    digest = hashlib.sha256(f"{config.readout} {config.position_resampling}{extent}".encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
