@@ -121,8 +121,10 @@ def test_calibrate__mean_and_variance_of_the_features(vision_model):
 def test_loss__that_of_mask2former(model, monkeypatch):
     """The sum over the decoder's predictions of transformers' loss, of masks over the padded image."""
     seen = []
-    monkeypatch.setattr(model.class_predictor, "forward", lambda x: seen.append(x) or F.linear(x, weight, bias))
-    weight, bias = model.class_predictor.weight, model.class_predictor.bias
+    segment_loss = model.segment_loss
+    monkeypatch.setattr(
+        model, "segment_loss", lambda *predictions: seen.append(predictions) or segment_loss(*predictions)
+    )
     masks = torch.zeros(2, 40, 50)
     masks[0, :25], masks[1, 25:] = 1, 1
     pixel_values = torch.randn(1, 3, 40, 50)
@@ -134,15 +136,16 @@ def test_loss__that_of_mask2former(model, monkeypatch):
     criterion = Mask2FormerLoss(config, {})
     padded = torch.zeros(2, 48, 64)
     padded[:, :40, :50] = masks
-    last = criterion(found.masks_queries_logits, found.class_queries_logits, [padded], [torch.tensor([2, 0])])
-    last = 2 * last["loss_cross_entropy"] + 5 * last["loss_mask"] + 5 * last["loss_dice"]
-    assert len(seen) == 8  # four predictions of each of two calls
-    assert float(loss) > float(last) > 0
-    only_last = model.segment_loss(
-        [found.class_queries_logits], (found.masks_queries_logits,), [masks], [torch.tensor([2, 0])]
-    )
+    of_classes, of_masks, *_ = seen[0]
+    assert len(of_classes) == len(of_masks) == 4  # before the first layer of the decoder and after each
+    torch.testing.assert_close(of_classes[-1], found.class_queries_logits)
+    torch.testing.assert_close(of_masks[-1], found.masks_queries_logits)
+    each = []
+    for class_logits, mask_logits in zip(of_classes, of_masks, strict=True):
+        parts = criterion(mask_logits, class_logits, [padded], [torch.tensor([2, 0])])
+        each.append(2 * parts["loss_cross_entropy"] + 5 * parts["loss_mask"] + 5 * parts["loss_dice"])
     # the points of the masks' loss are drawn anew each time
-    torch.testing.assert_close(only_last, last, rtol=0.02, atol=0)
+    torch.testing.assert_close(loss, torch.stack(each).sum(), rtol=0.02, atol=0)
 
 
 def test_loss__falls_and_the_segments_come_out(vision_model):
