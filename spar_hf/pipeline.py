@@ -62,7 +62,7 @@ class OpenVocabSegmentationPipeline(Pipeline):
     _load_processor: Any = False
     _load_image_processor: Any = True
     _load_feature_extractor: Any = False
-    _load_tokenizer: Any = True
+    _load_tokenizer: Any = None  # needed, but asked for below: a folder without one is mostly no two-tower model
     image_processor: Any
     tokenizer: Any
     model: Any
@@ -73,7 +73,13 @@ class OpenVocabSegmentationPipeline(Pipeline):
         if not hasattr(self.model, "dense_logits"):  # not by class: a checkpoint's own code makes another of that name
             raise ValueError(
                 f"open-vocab-segmentation needs a two-tower SPAR model, got {type(self.model).__name__}. Load the "
-                "folder with `SparForOpenVocabSegmentation.from_pretrained`, or pass its path as `model`."
+                "folder with `SparForOpenVocabSegmentation.from_pretrained`, or pass its path as `model`; models with "
+                'classes of their own run in `pipeline("image-segmentation")`.'
+            )
+        if self.tokenizer is None:
+            raise ValueError(
+                f"open-vocab-segmentation needs the tokenizer of {self.model.name_or_path or 'the model'}, and none was "
+                "given or could be loaded: pass `tokenizer`; `AutoTokenizer.from_pretrained` of it says what is wrong."
             )
         self._texts = TextEmbeddingCache(self.model, self.tokenizer)
 

@@ -19,7 +19,7 @@ from spar_hf.refine import refined_logits
 from spar_hf.segmentation import OUTPUT_BYTES, WORKING_BYTES, LabelMap, decide, give_to_background
 from spar_hf.teacher import SlidingWindowTeacher
 
-WAYS = "NAME:single, NAME:sliding:STRIDE or NAME:sliding-logits:STRIDE, each with +REFINEMENT at the end if wanted"
+WAYS = "NAME:single or NAME:sliding:STRIDE, with +REFINEMENT at the end if wanted, or NAME:sliding-logits:STRIDE"
 
 
 @dataclass(frozen=True)
