@@ -140,7 +140,10 @@ def test_a_vision_model_is_refused(vision_model, tokenizer):
 
 
 def test_a_folder_without_a_tokenizer_is_refused_by_what_it_is(two_towers, vision_model, tmp_path):
-    for name, model, message in (("vision", vision_model, "two-tower"), ("towers", two_towers, "needs the tokenizer of")):
+    for name, model, message in (
+        ("vision", vision_model, "two-tower"),
+        ("towers", two_towers, "needs the tokenizer of"),
+    ):
         model.save_pretrained(tmp_path / name)
         SparImageProcessorPil().save_pretrained(tmp_path / name)
         with pytest.raises(ValueError, match=message):
