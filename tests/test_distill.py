@@ -173,9 +173,9 @@ def test_adapters_are_saved_by_themselves_and_merged(base_folder, photo_folder, 
 
 def test_a_cached_teacher_trains_on_its_own_maps(base_folder, photo_folder, tmp_path, monkeypatch):
     cache = tmp_path / "cache"
-    arguments = (str(base_folder), [str(photo_folder)], str(cache))
-    made = {"crop_probability": 0.2, "jitter_probability": 0.1, "long_side": 3.0}
-    make_cache(CacheOptions(*arguments, views=8, stride=32, holdout_every=3, mixed_precision="no", **made))
+    made = {"model": str(base_folder), "images": [str(photo_folder)], "output": str(cache)}
+    made |= {"crop_probability": 0.2, "jitter_probability": 0.1, "long_side": 3.0}
+    make_cache(CacheOptions(views=8, stride=32, holdout_every=3, mixed_precision="no", **made))
     options = ("--stride", 32, "--steps", 40, "--learning_rate", 1e-3, "--train_layers", "all", "--eval_steps", 40)
     options += ("--teacher_mode", "cached", "--teacher_cache", cache)
     calls, run = [], SlidingWindowTeacher.forward

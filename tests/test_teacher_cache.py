@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 from random import Random
 
@@ -50,12 +51,20 @@ def cache_model(base):
 
 @pytest.fixture
 def options(base, photos, tmp_path):
-    return Options(str(base), [str(photos)], str(tmp_path / "cache"), views=2, stride=32, shard_maps=3, holdout_every=4)
+    return Options(
+        model=str(base),
+        images=[str(photos)],
+        output=str(tmp_path / "cache"),
+        views=2,
+        stride=32,
+        shard_maps=3,
+        holdout_every=4,
+    )
 
 
 @pytest.mark.parametrize("size", [(480, 360), (200, 700), (60, 50)])
 def test_a_pinned_crop_is_what_the_augmentation_does(size):
-    options = Options("m", ["x"], "o")
+    options = Options(model="m", images=["x"], output="o")
     photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8))
     flips = set()
     for seed in range(8):
@@ -70,8 +79,8 @@ def test_views_are_those_that_distillation_draws(options, photos):
     """The first epoch of a training on the same photos with the same seed, if it took them in the order of the cache."""
     options.jitter_probability = 0.5
     cache = make_cache(options)
-    same = "long_side", "short_side", "min_scale", "crop_probability", "flip_probability", "jitter_probability", "seed"
-    settings = distill_options.Options("m", [str(photos)], "o", **{name: getattr(options, name) for name in same})
+    same = {entry.name: getattr(options, entry.name) for entry in fields(distill_options.TeacherViews)}
+    settings = distill_options.Options(model="m", images=[str(photos)], output="o", **same)
     drawn = Photos([], cache.image_processor, cache.setting["window_size"], 16, settings)
     jittered = [entry["crop"]["jitter"] is not None for shard in cache.shards for entry in shard["maps"]]
     assert set(jittered) == {True, False}
@@ -206,7 +215,9 @@ def test_killed_processes_go_on_where_they_stopped(base, photos, tmp_path):
     made = {path: path.stat().st_mtime_ns for path in output.glob("*.safetensors.json")}
     assert 0 < len(made) < 16, "the run was over before it could be killed"
     (output / "maps-00015.safetensors.1.partial").write_bytes(b"half")  # as a killed process may leave one
-    options = Options(str(base), [str(photos)], str(output), 4, holdout_every=5, stride=8, shard_maps=1)
+    options = Options(
+        model=str(base), images=[str(photos)], output=str(output), views=4, holdout_every=5, stride=8, shard_maps=1
+    )
     cache = make_cache(options)
     assert len(cache) == 16
     assert all(path.stat().st_mtime_ns == moment for path, moment in made.items())

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from data import list_images, read_image
+from distill_options import VIEW, TeacherViews, check_positive
 from fingerprint import fingerprint
 from photos import augment
 from safetensors.torch import save_file
@@ -43,44 +44,22 @@ from spar_hf.files import write_atomically, write_json
 logger = logging.getLogger("cache_teacher")
 
 
-@dataclass
-class Options:
-    """Options of the cache; those that distillation has as well mean the same there."""
+@dataclass(kw_only=True)
+class Options(TeacherViews):
+    """Options of the cache, beside those that distillation has as well."""
 
     model: str = field(metadata={"help": "Teacher: hub id or folder of a backbone of transformers or a SPAR model."})
     images: list[str] = field(metadata={"help": "Folders of photos, no labels needed."})
     output: str = field(metadata={"help": "Folder to write the cache to."})
     views: int = field(default=1, metadata={"help": "Augmented views per photo."})
-    exclude: list[str] = field(default_factory=list, metadata={"help": "Shell patterns of file stems never read."})
-    holdout_every: int = field(
-        default=20, metadata={"help": "Each n-th photo of every folder is left out: distillation measures on those."}
-    )
-    stride: int = field(default=24, metadata={"help": "Stride of the teacher's windows in pixels."})
-    window_size: int | None = field(
-        default=None, metadata={"help": "Teacher's window; the model's image_size by default."}
-    )
-    window_batch_size: int = field(default=16, metadata={"help": "Windows per forward pass of the teacher."})
-    long_side: float = field(default=4.0, metadata={"help": "Photos fit this many windows along their longer side ..."})
-    short_side: float = field(default=2.0, metadata={"help": "... and this many along their shorter side,"})
-    min_scale: float = field(default=0.5, metadata={"help": "times a factor drawn between this and 1."})
-    crop_probability: float = field(
-        default=0.5, metadata={"help": "Chance of a random crop to 0.4 or more of each side."}
-    )
-    flip_probability: float = field(default=0.5, metadata={"help": "Chance of a horizontal flip."})
-    jitter_probability: float = field(
-        default=0.0, metadata={"help": "Chance that light, contrast and colour of a photo are changed at random."}
-    )
-    seed: int = field(default=0, metadata={"help": "Seed of the views."})
     shard_maps: int = field(
         default=16, metadata={"help": "Maps per shard: what a killed process has to compute again at most."}
     )
     mixed_precision: str = field(default="no", metadata={"help": "no, fp16 or bf16 for the teacher's forward passes."})
 
     def __post_init__(self):
-        if self.views < 1 or self.shard_maps < 1 or self.holdout_every < 2 or not 0 < self.min_scale <= 1:
-            raise ValueError(
-                "--views and --shard_maps are at least 1, --holdout_every at least 2, --min_scale in (0, 1]."
-            )
+        super().__post_init__()
+        check_positive(self, "views shard_maps")
 
 
 def choose_photos(options: Options) -> list[Path]:
@@ -173,18 +152,7 @@ def make_cache(options: Options) -> TeacherCache:
         "image_std": list(image_processor.image_std),
         "photos": [os.path.relpath(path.resolve(), output.resolve()) for path in photos],
     }
-    names = [
-        "views",
-        "long_side",
-        "short_side",
-        "min_scale",
-        "crop_probability",
-        "flip_probability",
-        "jitter_probability",
-        "seed",
-        "shard_maps",
-    ]
-    setting |= {name: getattr(options, name) for name in names}
+    setting |= {name: getattr(options, name) for name in ("views", *VIEW, "seed", "shard_maps")}
     if (output / MANIFEST).is_file():
         check_setting(output, read_manifest(output)["setting"], setting)
     accelerator.wait_for_everyone()  # all have compared the old manifest before it is written anew

@@ -54,9 +54,64 @@ RECORDED = [
 ]
 
 
-@dataclass
-class Options:
-    """Options of the distillation. Sizes of photos are in windows, so that the recipe fits every backbone."""
+@dataclass(kw_only=True)
+class TeacherViews:
+    """
+    What the teacher sees of which photos: the options that distillation and the cache of its maps have both. Sizes of photos
+    are in windows, so that the recipe fits every backbone.
+    """
+
+    exclude: list[str] = field(default_factory=list, metadata={"help": "Shell patterns of file stems never read."})
+    holdout_every: int = field(
+        default=20,
+        metadata={
+            "help": "Each n-th photo of every folder (sorted by name) or data set is kept for the held-out error; of a "
+            "stream those whose checksum is a multiple of n."
+        },
+    )
+    stride: int = field(default=24, metadata={"help": "Stride of the teacher's windows in pixels."})
+    window_size: int | None = field(
+        default=None, metadata={"help": "Teacher's window; the model's image_size by default."}
+    )
+    window_batch_size: int = field(default=16, metadata={"help": "Windows per forward pass of the teacher."})
+    long_side: float = field(default=4.0, metadata={"help": "Photos fit this many windows along their longer side ..."})
+    short_side: float = field(default=2.0, metadata={"help": "... and this many along their shorter side,"})
+    min_scale: float = field(default=0.5, metadata={"help": "times a factor drawn between this and 1."})
+    crop_probability: float = field(
+        default=0.5, metadata={"help": "Chance of a random crop to 0.4 or more of each side."}
+    )
+    flip_probability: float = field(default=0.5, metadata={"help": "Chance of a horizontal flip."})
+    jitter_probability: float = field(
+        default=0.0,
+        metadata={
+            "help": "Chance that light, contrast and colour of a photo are changed at random, for teacher and student alike "
+            "(0 in the paper). Where photos are few, the student else learns their light by heart."
+        },
+    )
+    seed: int = field(default=0, metadata={"help": "Seed of the order of photos and of their views."})
+
+    def __post_init__(self):
+        if not 0 < self.min_scale <= 1 or self.holdout_every < 2:
+            raise ValueError("--min_scale lies in (0, 1] and --holdout_every is at least 2.")
+        for name in ("crop_probability", "flip_probability", "jitter_probability"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"--{name} {getattr(self, name)} must lie in 0 to 1.")
+        check_positive(self, "long_side short_side window_batch_size")
+
+
+def check_positive(options: Any, names: str) -> None:
+    """
+    Raises:
+        ValueError: one of these options is given and not above 0.
+    """
+    for name in names.split():
+        if getattr(options, name) is not None and getattr(options, name) <= 0:
+            raise ValueError(f"--{name} {getattr(options, name)} must be above 0.")
+
+
+@dataclass(kw_only=True)
+class Options(TeacherViews):
+    """Options of the distillation."""
 
     model: str = field(
         metadata={
@@ -122,7 +177,6 @@ class Options:
         },
     )
     words_weight: float = field(default=5.0, metadata={"help": "Weight of that term beside the mean squared error."})
-    exclude: list[str] = field(default_factory=list, metadata={"help": "Shell patterns of file stems never read."})
     split: str = field(default="train", metadata={"help": "Split of the data sets among --images that have several."})
     image_column: str | None = field(
         default=None, metadata={"help": "Column of the photos in data sets; found by its type by default."}
@@ -132,13 +186,6 @@ class Options:
     )
     shuffle_buffer: int = field(default=1000, metadata={"help": "Photos among which a stream is shuffled."})
     min_side: int = field(default=32, metadata={"help": "Photos with a shorter side in pixels are skipped and listed."})
-    holdout_every: int = field(
-        default=20,
-        metadata={
-            "help": "Each n-th photo of every folder (sorted by name) or data set is kept for the held-out error; of a "
-            "stream those whose checksum is a multiple of n."
-        },
-    )
     holdout_images: int = field(default=8, metadata={"help": "Held-out photos the error is measured on."})
     steps: int | None = field(default=None, metadata={"help": "Optimizer steps; 1000 where --epochs is not given."})
     epochs: float | None = field(default=None, metadata={"help": "How often every photo is seen, instead of --steps."})
@@ -168,11 +215,6 @@ class Options:
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Name of a transformers schedule."})
     warmup_ratio: float = field(default=0.05, metadata={"help": "Share of the steps with rising learning rate."})
     gradient_accumulation_steps: int = field(default=1, metadata={"help": "Photos per process and optimizer step."})
-    stride: int = field(default=24, metadata={"help": "Stride of the teacher's windows in pixels."})
-    window_size: int | None = field(
-        default=None, metadata={"help": "Teacher's window; the model's image_size by default."}
-    )
-    window_batch_size: int = field(default=16, metadata={"help": "Windows per forward pass of the teacher."})
     teacher_mode: str | None = field(
         default=None,
         metadata={
@@ -195,20 +237,6 @@ class Options:
             "--images only gives those that are held out."
         },
     )
-    long_side: float = field(default=4.0, metadata={"help": "Photos fit this many windows along their longer side ..."})
-    short_side: float = field(default=2.0, metadata={"help": "... and this many along their shorter side,"})
-    min_scale: float = field(default=0.5, metadata={"help": "times a factor drawn between this and 1."})
-    crop_probability: float = field(
-        default=0.5, metadata={"help": "Chance of a random crop to 0.4 or more of each side."}
-    )
-    flip_probability: float = field(default=0.5, metadata={"help": "Chance of a horizontal flip."})
-    jitter_probability: float = field(
-        default=0.0,
-        metadata={
-            "help": "Chance that light, contrast and colour of a photo are changed at random, for teacher and student alike "
-            "(0 in the paper). Where photos are few, the student else learns their light by heart."
-        },
-    )
     mixed_precision: str | None = field(
         default=None, metadata={"help": "no, fp16 or bf16; by default what accelerate's configuration says."}
     )
@@ -216,7 +244,6 @@ class Options:
         default="float32", metadata={"help": "Precision of the stored weights: float32, float16 or bfloat16."}
     )
     workers: int = field(default=1, metadata={"help": "Processes that decode photos."})
-    seed: int = field(default=0, metadata={"help": "Seed of order and augmentation."})
     log_steps: int = field(default=20, metadata={"help": "Steps between lines of the log."})
     save_steps: int = field(default=500, metadata={"help": "Steps between checkpoints; the last two are kept."})
     eval_steps: int = field(
@@ -237,20 +264,17 @@ class Options:
     )
 
     def __post_init__(self):
+        super().__post_init__()
         if self.train_layers != "all" and not (self.train_layers.isdigit() and int(self.train_layers) > 0):
             raise ValueError(f"--train_layers {self.train_layers}: write 'all' or a number of last blocks, 1 or more.")
-        if not 0 < self.min_scale <= 1 or self.holdout_every < 2:
-            raise ValueError("--min_scale lies in (0, 1] and --holdout_every is at least 2.")
-        for name in ("whiten", "crop_probability", "flip_probability", "jitter_probability", "warmup_ratio"):
+        for name in ("whiten", "warmup_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"--{name} {getattr(self, name)} must lie in 0 to 1.")
-        positive = "steps epochs teacher_windows gradient_accumulation_steps window_batch_size shuffle_buffer lora_rank"
-        positive += (
-            " lora_alpha local_start position_extent log_steps save_steps eval_steps long_side short_side learning_rate"
+        check_positive(
+            self,
+            "steps epochs teacher_windows gradient_accumulation_steps shuffle_buffer lora_rank lora_alpha local_start "
+            "position_extent log_steps save_steps eval_steps learning_rate",
         )
-        for name in positive.split():
-            if getattr(self, name) is not None and getattr(self, name) <= 0:
-                raise ValueError(f"--{name} {getattr(self, name)} must be above 0.")
         for name, known in (
             ("save_dtype", ["float32", "float16", "bfloat16"]),
             ("mixed_precision", [None, "no", "fp16", "bf16"]),

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from checkpoints import cut_log
 from data import ShuffledStream, jitter_image, list_images
-from distill_options import Options
+from distill_options import Options, TeacherViews
 from PIL import Image
 from student import short_name
 from torch.utils.data import Dataset, Sampler
@@ -443,7 +443,7 @@ class Photos(Dataset):
         return self.image_processor(photo, do_resize=False, return_tensors="pt")["pixel_values"]
 
 
-def augment(photo: Image.Image, window: int, patch_size: int, options: Options, rng: random.Random) -> Image.Image:
+def augment(photo: Image.Image, window: int, patch_size: int, options: TeacherViews, rng: random.Random) -> Image.Image:
     """The recipe's random size, crop and flip; sides become multiples of the patch."""
     scale = rng.uniform(options.min_scale, 1.0)
     long_side, short_side = max(photo.size), min(photo.size)
