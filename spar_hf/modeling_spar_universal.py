@@ -154,19 +154,26 @@ class SparForUniversalSegmentation(SparUniversalPreTrainedModel):
     @torch.no_grad()
     def calibrate(self, images) -> None:
         """
-        Measure mean and variance of the features over `images`, an iterable of `pixel_values` `(batch, 3, height, width)` of
-        any sizes: what batch norm otherwise learns from large batches while it trains.
+        Measure mean and variance of the features over all patches of `images`, an iterable of `pixel_values`
+        `(batch, 3, height, width)` of any sizes: what batch norm otherwise learns from large batches while it trains.
+
+        Raises:
+            ValueError: `images` is empty.
         """
-        norm = self.feature_norm
-        training, momentum = self.training, norm.momentum
+        training = self.training
         self.eval()
-        norm.reset_running_stats()
-        norm.train()
-        norm.momentum = None  # the mean over all images, each counted alike
+        # in float64 and so on the CPU: not every accelerator has it, and squares of a large offset are taken from each other
+        count, total, squares = 0, torch.zeros(()), torch.zeros(())
         for pixel_values in images:
-            norm(self.features(pixel_values))
-        norm.momentum = momentum
+            features = self.features(pixel_values).cpu().double().transpose(0, 1).flatten(1)  # (channels, patches)
+            count += features.shape[1]
+            total = total + features.sum(1)
+            squares = squares + features.square().sum(1)
         self.train(training)
+        if not count:
+            raise ValueError("There are no images to measure the features on.")
+        self.feature_norm.running_mean.copy_(total / count)
+        self.feature_norm.running_var.copy_((squares - total.square() / count) / max(1, count - 1))
 
     def features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """The chosen feature maps side by side: `(batch, channels, ceil(height / patch), ceil(width / patch))`."""

@@ -10,6 +10,7 @@ from torch import nn
 from .modeling_spar import SparVisionModel, SparVisionModelOutput, pad_to_patches
 
 CELL_BYTES = 256 * 2**20  # bound on the features of one batch of windows, laid out on the cells
+MAP_BYTES = 2**30  # bound on the sums over all windows, on the cells
 VARIANTS = ("spread", "tiling", "windows")  # ways to draw windows, see WindowPlan.draw
 
 
@@ -95,13 +96,16 @@ class WindowPlan:
         return torch.cartesian_prod(torch.tensor(self.rows), torch.tensor(self.columns)).view(-1, 2)
 
     def covered(self, starts: torch.Tensor, axis: int) -> torch.Tensor:
-        """Which cells along an axis (0 rows, 1 columns) each window covers: 0 or 1, `(windows, cells)`."""
-        offset = torch.arange(self.grid[axis], device=starts.device) - starts[:, None]
-        return ((offset >= 0) & (offset < self.cells[axis])).float()
+        """Which cells along an axis (0 rows, 1 columns) each window covers: 0 or 1, `(windows, cells)` float64."""
+        offset = torch.arange(self.grid[axis]) - starts[:, None]
+        return ((offset >= 0) & (offset < self.cells[axis])).double()
 
     def coverage(self, positions: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """Sum of the weights of the windows over each cell: `(cells high, cells wide)`."""
-        rows, columns = (self.covered(starts, axis).to(weights.dtype) for axis, starts in enumerate(positions.T))
+        """
+        Sum of the weights (float64) of the windows over each cell: `(cells high, cells wide)`. In float64, which autocast
+        leaves alone: in half precision a product of matrices would round the counts.
+        """
+        rows, columns = (self.covered(starts, axis) for axis, starts in enumerate(positions.T))
         return (rows * weights[:, None]).T @ columns
 
     def draw(self, windows: int, generator: torch.Generator | None = None, variant: str = "spread") -> Draw:
@@ -167,7 +171,7 @@ class WindowPlan:
     def overlaps(self) -> tuple[torch.Tensor, torch.Tensor]:
         """How many starts cover each cell of an axis: float64, `(cells high,)` and `(cells wide,)`."""
         starts = torch.tensor(self.rows), torch.tensor(self.columns)
-        rows, columns = (self.covered(axis_starts, axis).double().sum(0) for axis, axis_starts in enumerate(starts))
+        rows, columns = (self.covered(axis_starts, axis).sum(0) for axis, axis_starts in enumerate(starts))
         return rows, columns
 
     def chances(self, windows: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -184,8 +188,8 @@ class WindowPlan:
         """
         over_rows, over_columns = self.overlaps()
         sizes = torch.outer(
-            self.covered(torch.tensor(self.rows), 0).double() @ over_rows**-2,
-            self.covered(torch.tensor(self.columns), 1).double() @ over_columns**-2,
+            self.covered(torch.tensor(self.rows), 0) @ over_rows**-2,
+            self.covered(torch.tensor(self.columns), 1) @ over_columns**-2,
         ).sqrt()  # (rows, columns)
         line = torch.arange(len(self)).view(sizes.shape)
         if len(self.columns) > len(self.rows):
@@ -280,12 +284,14 @@ class SlidingWindowTeacher(nn.Module):
 
         Returns:
             [`SparVisionModelOutput`] with `feature_map` `(batch, dim, ceil(height / patch), ceil(width / patch))`.
+
+        Raises:
+            ValueError: the map would take more than 1 GiB on the cells, as with a stride that makes them of a pixel.
         """
         pixel_values = pad_to_patches(pixel_values, self.config.patch_size)
         plan = self.plan(*pixel_values.shape[-2:])
-        positions = plan.positions().to(pixel_values.device)
-        features, coverage = self.stitch(pixel_values, plan, positions, progress)
-        return SparVisionModelOutput(feature_map=self.to_patches(features / coverage, plan))
+        features, coverage = self.stitch(pixel_values, plan, plan.positions(), progress)
+        return SparVisionModelOutput(feature_map=self.to_patches(features.div_(coverage), plan))
 
     @torch.no_grad()
     def sample(
@@ -316,7 +322,7 @@ class SlidingWindowTeacher(nn.Module):
             `(cells high, cells wide)`.
 
         Raises:
-            ValueError: an unknown variant, or fewer than one window.
+            ValueError: an unknown variant, fewer than one window, or cells too many, see `forward`.
 
         Example:
 
@@ -332,15 +338,14 @@ class SlidingWindowTeacher(nn.Module):
         ```"""
         pixel_values = pad_to_patches(pixel_values, self.config.patch_size)
         plan = self.plan(*pixel_values.shape[-2:])
-        draw, device = plan.draw(windows, generator, variant), pixel_values.device
-        window_weights, cell_weights = (weights.float().to(device) for weights in draw[1:])
-        sums, coverage = self.stitch(pixel_values, plan, draw.positions.to(device), weights=window_weights)
+        draw = plan.draw(windows, generator, variant)
+        sums, coverage = self.stitch(pixel_values, plan, draw.positions, weights=draw.window_weights)
         # bilinear resizing to patches reads the two middle cells of each axis (the middle one where r is odd)
         r = self.config.patch_size // plan.cell
         share = torch.zeros(r, device=sums.device)
         share[(r - 1) // 2 : r // 2 + 1] = 1 / (r // 2 + 1 - (r - 1) // 2)
         shares = torch.outer(share, share).repeat(plan.grid[0] // r, plan.grid[1] // r)
-        return sums / coverage.where(coverage > 0, 1), shares * cell_weights
+        return sums.div_(coverage.where(coverage > 0, 1)), shares * draw.cell_weights.float().to(sums.device)
 
     def stitch(
         self,
@@ -351,14 +356,20 @@ class SlidingWindowTeacher(nn.Module):
         weights: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        Sum the features of the windows at `positions`, times their `weights` (1 each), on the grid of cells.
+        Sum the features of the windows at `positions`, times their `weights` (1 each), on the grid of cells. Both lie on the
+        CPU, weights in float64, as a plan gives them.
 
         Returns:
-            Sums `(batch, dim, cells high, cells wide)` in float32, and the sum of the weights over each cell
-            `(cells high, cells wide)`.
+            Sums `(batch, dim, cells high, cells wide)`, and the sum of the weights over each cell
+            `(cells high, cells wide)`; both float32.
         """
         batch = pixel_values.shape[0]
         device = pixel_values.device
+        self.check_memory(batch, plan)
+        weights = torch.ones(len(positions), dtype=torch.float64) if weights is None else weights
+        coverage = plan.coverage(positions, weights).float().to(device)
+        is_weighted = bool((weights != 1).any())
+        positions, weights = positions.to(device), weights.float().to(device)
         rows, columns = (torch.arange(side, device=device) for side in plan.cells)
         (window_h, window_w), (grid_h, grid_w) = plan.window, plan.grid
         # (batch, 3, H, W) -> a view of every window that starts on a cell: (batch, 3, starts, starts, height, width)
@@ -372,7 +383,7 @@ class SlidingWindowTeacher(nn.Module):
             image, (top, left) = chunk[:, 0], positions[chunk[:, 1]].unbind(1)
             windows = views[image, :, top, left]  # (n, 3, height, width)
             features = self.model(windows).feature_map.float()  # (n, dim, height / patch, width / patch)
-            if weights is not None:  # on patches, of which there are fewer than cells
+            if is_weighted:  # on patches, of which there are fewer than cells
                 features = features * weights[chunk[:, 1]][:, None, None, None]
             if features.shape[-2:] != plan.cells:
                 features = nn.functional.interpolate(features, size=plan.cells, mode="bilinear", align_corners=False)
@@ -386,8 +397,23 @@ class SlidingWindowTeacher(nn.Module):
                 progress(int(chunk[-1, 0]) * len(positions) + int(chunk[-1, 1]) + 1, len(jobs))
         assert sums is not None  # a plan holds at least one window
         # (batch * cells, dim) -> (batch, dim, cells high, cells wide)
-        weights = torch.ones(len(positions), device=device) if weights is None else weights
-        return sums.view(batch, grid_h, grid_w, -1).permute(0, 3, 1, 2), plan.coverage(positions, weights)
+        return sums.view(batch, grid_h, grid_w, -1).permute(0, 3, 1, 2), coverage
+
+    def check_memory(self, batch: int, plan: WindowPlan) -> None:
+        """
+        Raises:
+            ValueError: the maps of the batch would take more than 1 GiB on the cells.
+        """
+        (rows, columns), dim, patch = plan.grid, self.config.projection_dim, self.config.patch_size
+        if 4 * batch * dim * rows * columns <= MAP_BYTES:
+            return
+        half = max(1, patch // 2)
+        better = max(1, round(self.stride / half)) * half
+        coarser = f"a stride that is a multiple of half a patch ({better}), " if plan.cell < half else ""
+        raise ValueError(
+            f"A map of {dim} channels on {rows}×{columns} cells of {plan.cell} px takes more than {MAP_BYTES // 2**30} GiB. "
+            f"Use {coarser}smaller photos, or fewer channels where they are words (a mean of logits)."
+        )
 
     def to_patches(self, cells: torch.Tensor, plan: WindowPlan) -> torch.Tensor:
         """Resize a map of cells bilinearly to patches: `(batch, dim, cells high, cells wide)` -> patches."""

@@ -108,14 +108,16 @@ def test_a_new_head_starts_as_transformers_starts_its_own(vision_model):
 
 def test_calibrate__mean_and_variance_of_the_features(vision_model):
     fresh = SparForUniversalSegmentation.from_spar(vision_model, **CLASSES, **HEAD).train()
-    images = [torch.randn(1, 3, 64, 64), torch.randn(1, 3, 64, 64)]
+    images = [torch.randn(1, 3, 64, 64), 3 * torch.rand(2, 3, 50, 90)]  # what differs between photos counts too
     fresh.calibrate(images)
     with torch.no_grad():
-        maps = [vision_model(image).feature_map for image in images]
-    torch.testing.assert_close(fresh.feature_norm.running_mean, torch.cat(maps).mean((0, 2, 3)))
-    variances = torch.stack([features.var((0, 2, 3)) for features in maps])
-    torch.testing.assert_close(fresh.feature_norm.running_var, variances.mean(0))
-    assert fresh.training and fresh.feature_norm.momentum == 0.1
+        maps = [vision_model(image).feature_map.transpose(0, 1).flatten(1) for image in images]
+    patches = torch.cat(maps, dim=1)  # (dim, 16 + 2 * 24)
+    torch.testing.assert_close(fresh.feature_norm.running_mean, patches.mean(1))
+    torch.testing.assert_close(fresh.feature_norm.running_var, patches.var(1))
+    assert fresh.training
+    with pytest.raises(ValueError, match="no images"):
+        fresh.calibrate([])
 
 
 def test_loss__that_of_mask2former(model, monkeypatch):

@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from spar_hf import SlidingWindowTeacher
+from spar_hf.modeling_spar import SparVisionModelOutput
 from spar_hf.teacher import WindowPlan, window_starts
 
 
@@ -232,6 +233,26 @@ def test_tiles_do_not_overlap():
 def test_tilings_cost_about_the_windows_asked_for():
     plan = WindowPlan.make(384, 512, 192, 24, 16)
     generator = torch.Generator().manual_seed(0)
-    counts = [len(plan.draw(20, generator)[0]) for _ in range(200)]
+    counts = [len(plan.draw(20, generator, "tiling").positions) for _ in range(200)]
     assert len(plan) == 135
-    assert abs(sum(counts) / len(counts) - 20) < 1.5
+    assert len(set(counts)) > 1 and abs(sum(counts) / len(counts) - 20) < 1.5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_mixed_precision_counts_windows_exactly(vision_model, monkeypatch, dtype):
+    """Where every window sees the same, so does every mean: rounded counts would shine through."""
+    ones = torch.ones(1, 32, 4, 4)
+    monkeypatch.setattr(
+        type(vision_model),
+        "forward",
+        lambda self, x: SparVisionModelOutput(feature_map=ones.expand(len(x), -1, -1, -1)),
+    )
+    teacher = SlidingWindowTeacher(vision_model, stride=8)
+    image = torch.zeros(1, 3, 112, 144)
+    with torch.autocast("cpu", dtype):
+        full = teacher(image).feature_map
+        target, weight = teacher.sample(image, 12, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(full, torch.ones_like(full), atol=1e-5, rtol=0)
+    drawn = weight > 0
+    torch.testing.assert_close(target[0, :, drawn], torch.ones_like(target[0, :, drawn]), atol=1e-5, rtol=0)
+    assert drawn.float().mean() > 0.1

@@ -16,7 +16,7 @@ from spar_hf import SparForOpenVocabSegmentation, SparProcessor
 from spar_hf.modeling_spar import SparVisionModelOutput, pad_to_patches
 from spar_hf.prompts import Vocabulary, embed_names
 from spar_hf.refine import refined_logits
-from spar_hf.segmentation import OUTPUT_BYTES, WORKING_BYTES, LabelMap, decide, give_to_background
+from spar_hf.segmentation import WORKING_BYTES, LabelMap, decide, give_to_background
 from spar_hf.teacher import SlidingWindowTeacher
 
 WAYS = "NAME:single or NAME:sliding:STRIDE, with +REFINEMENT at the end if wanted, or NAME:sliding-logits:STRIDE"
@@ -175,21 +175,12 @@ def average_logits(candidate: Candidate, pixel_values: torch.Tensor, stride: int
     the borders of windows and needs names × pixels of memory. So would cells of a pixel here.
 
     Raises:
-        ValueError: the logits would take more than 1 GiB.
+        ValueError: the logits would take more than 1 GiB, see [`SlidingWindowTeacher`]; a channel is a name there.
     """
     teacher = SlidingWindowTeacher(LogitsOfWindows(candidate), stride=stride, window_batch_size=window_batch_size)
     pixel_values = pad_to_patches(pixel_values, candidate.model.config.patch_size)
     plan = teacher.plan(*pixel_values.shape[-2:])
-    names = len(candidate.text_embeds)
-    if 4 * names * plan.grid[0] * plan.grid[1] > OUTPUT_BYTES:
-        patch = candidate.model.config.patch_size
-        half = max(1, patch // 2)
-        coarser = f"a stride that is a multiple of half a patch ({max(1, round(stride / half)) * half}), "
-        raise ValueError(
-            f"Logits of {names} names on {plan.grid[0]}×{plan.grid[1]} cells of {plan.cell} px take more than "
-            f"{OUTPUT_BYTES // 2**20} MiB. Use {coarser if plan.cell < half else ''}fewer words or a smaller photo."
-        )
-    sums, coverage = teacher.stitch(pixel_values, plan, plan.positions().to(pixel_values.device))
+    sums, coverage = teacher.stitch(pixel_values, plan, plan.positions())
     return sums.div_(coverage), plan.cell
 
 
