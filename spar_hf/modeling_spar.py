@@ -165,6 +165,12 @@ class SparPreTrainedModel(PreTrainedModel):
         finally:
             del self.config.auto_map, self.config.custom_pipelines
 
+    def _get_files_timestamps(self, working_dir):
+        # by these `push_to_hub` tells what is new in the folder; the code is, though it is written before they are taken
+        return {
+            name: time for name, time in super()._get_files_timestamps(working_dir).items() if name not in CODE_FILES
+        }
+
     @classmethod
     def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
         """

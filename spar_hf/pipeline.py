@@ -229,7 +229,10 @@ class OpenVocabSegmentationPipeline(Pipeline):
             An [`EncodedImage`], or a list of them; the pipeline takes them as photos. They stay on the model's device.
         """
         many = as_photos(photos)
-        options = {**self._preprocess_params, **{k: v for k, v in (("size", size), ("max_tokens", max_tokens)) if v}}
+        options = {
+            **self._preprocess_params,
+            **{k: v for k, v in (("size", size), ("max_tokens", max_tokens)) if v is not None},
+        }
         options.pop("on_error", None)
         encoded = [
             self._encode([self.preprocess(photo, **options)])[0] for photo in ([photos] if many is None else many)
@@ -269,17 +272,19 @@ class OpenVocabSegmentationPipeline(Pipeline):
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """
         Write the model with this library's code, the image processor and the tokenizer: a folder that `pipeline` loads, with
-        `trust_remote_code=True` where the library is not installed.
+        `trust_remote_code=True` where the library is not installed. Options are those of the model's `save_pretrained`; with
+        `push_to_hub=True` all of it goes there.
         """
         self.model.save_pretrained(save_directory, **kwargs)
-        SparProcessor(self.image_processor, self.tokenizer).save_pretrained(save_directory)
+        hub = {name: kwargs[name] for name in ("push_to_hub", "repo_id", "token", "commit_message") if name in kwargs}
+        SparProcessor(self.image_processor, self.tokenizer).save_pretrained(str(save_directory), **hub)
 
     def preprocess(self, image, size=None, max_tokens=None):
         if isinstance(image, EncodedImage):
             return image
         if isinstance(image, Mapping):
             image = image_of_row(image)
-        limit = max_tokens or self.image_processor.max_tokens or MAX_TOKENS
+        limit = next(n for n in (max_tokens, self.image_processor.max_tokens, MAX_TOKENS) if n is not None)
         options = {"max_tokens": limit, "patch_size": self.model.config.patch_size}
         inputs = self.image_processor(image, return_tensors="pt", **options, **({} if size is None else {"size": size}))
         if len(inputs["original_sizes"]) != 1:
@@ -456,7 +461,7 @@ def check_output_size(size: int, output: str) -> None:
     if size > OUTPUT_BYTES:
         raise ValueError(
             f"output={output!r} of this photo takes {size / 2**30:.1f} GiB, more than {OUTPUT_BYTES / 2**30:.0f} GiB. Take "
-            'output="map" (4 bytes per pixel), fewer classes, or a smaller photo.'
+            'output="map" (8 bytes per pixel), fewer classes, or a smaller photo.'
         )
 
 

@@ -188,7 +188,7 @@ class LabelPropagation:
     def symmetric(rows: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor, count: int):
         sparse, _ = load_scipy()
         edges = (rows.cpu().numpy(), targets.cpu().numpy())
-        graph = sparse.csr_array((weights.double().cpu().numpy(), edges), shape=(count, count))
+        graph = sparse.csr_array((weights.cpu().double().numpy(), edges), shape=(count, count))
         return (graph + graph.T) / 2
 
     def solve(self, graph, logits: torch.Tensor) -> torch.Tensor:
@@ -200,7 +200,7 @@ class LabelPropagation:
         system = sparse.eye_array(len(degree)) - self.alpha * (scale @ graph @ scale)
         system = system.tocsr()
         refined = torch.empty_like(logits, dtype=torch.float32, device="cpu")
-        for name, values in enumerate(logits.flatten(1).double().cpu().numpy()):
+        for name, values in enumerate(logits.flatten(1).cpu().double().numpy()):
             # only differences between names count; without the mean, the start is near and the steps few
             mean = values.mean()
             right = (1 - self.alpha) * root * (values - mean)

@@ -36,11 +36,12 @@ class LabelMap:
         """Pixels of every class and the mean probability over them (0 where there are none): two `(classes,)`."""
         device = self.labels.device
         pixels = torch.zeros(num_classes, dtype=torch.int64, device=device)
-        total = torch.zeros(num_classes, dtype=torch.float64, device=device)
+        accurate = torch.float32 if device.type == "mps" else torch.float64  # which Apple's GPUs do not have
+        total = torch.zeros(num_classes, dtype=accurate, device=device)
         for labels, probabilities in self.strips():
             flat = labels.flatten()
             pixels += torch.bincount(flat, minlength=num_classes)
-            total += torch.bincount(flat, weights=probabilities.flatten().double(), minlength=num_classes)
+            total += torch.bincount(flat, weights=probabilities.flatten().to(accurate), minlength=num_classes)
         return pixels, (total / pixels.clamp(min=1)).float()
 
 

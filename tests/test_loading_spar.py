@@ -5,10 +5,12 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import tiny_config
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from test_modeling_spar import attention_of, photos, prompts
 from transformers import (
@@ -17,10 +19,17 @@ from transformers import (
     AutoModelForSemanticSegmentation,
     SiglipTextModel,
     SiglipVisionModel,
+    pipeline,
 )
 
 import spar_hf
-from spar_hf import SparConfig, SparForOpenVocabSegmentation, SparPreTrainedModel, SparVisionModel
+from spar_hf import (
+    SparConfig,
+    SparForOpenVocabSegmentation,
+    SparImageProcessorPil,
+    SparPreTrainedModel,
+    SparVisionModel,
+)
 
 
 def same_weights(model, other, prefix=""):
@@ -73,6 +82,31 @@ def test_two_tower_folder_loads_exactly(two_towers, tmp_path, transformers_log):
     assert buffers_are_positions(loaded)
     assert not loaded.training
     assert transformers_log == []
+
+
+def test_pushing_while_saving_uploads_the_code_too(two_towers, tokenizer, tmp_path, monkeypatch):
+    """The hub has in the end what the folder has; without a network, what would be sent is noted."""
+    sent = {}
+
+    class Hub:
+        create_repo = staticmethod(lambda repo_id, **kwargs: SimpleNamespace(repo_id=repo_id))
+
+        @staticmethod
+        def create_commit(repo_id, operations, **kwargs):
+            sent.setdefault(repo_id, set()).update(operation.path_in_repo for operation in operations)
+
+    for module in ("utils.hub", "modeling_utils", "processing_utils"):
+        monkeypatch.setattr(f"transformers.{module}.hf_api", Hub)
+    monkeypatch.setattr(
+        "transformers.modeling_utils.create_and_tag_model_card", lambda *args, **kwargs: ModelCard("card")
+    )
+    image_processor = SparImageProcessorPil()
+    segment = pipeline(
+        "open-vocab-segmentation", model=two_towers, tokenizer=tokenizer, image_processor=image_processor
+    )
+    segment.save_pretrained(tmp_path / "folder", push_to_hub=True, repo_id="me/street")
+    assert sent == {"me/street": {path.name for path in (tmp_path / "folder").iterdir()}}
+    assert {"modeling_spar.py", "tokenizer.json", "processor_config.json"} < sent["me/street"]
 
 
 def test_vision_tower_of_a_two_tower_folder_can_be_saved_alone(two_towers, tmp_path, transformers_log):

@@ -121,6 +121,7 @@ def test_unsure_pixels_go_to_a_background_without_words(segment, photo):
         ({"candidate_labels": ["road " * 50], "templates": "plain", "on_error": "skip"}, "text tower reads"),
         ({"candidate_labels": LABELS, "size": "large"}, "the only word for a size is 'native'"),
         ({"candidate_labels": LABELS, "max_tokens": -1}, "`max_tokens` is -1"),
+        ({"candidate_labels": LABELS, "max_tokens": 0}, "`max_tokens` is 0"),
         ({"candidate_labels": LABELS, "templates": "nonsense"}, "template set"),
     ],
 )

@@ -40,7 +40,7 @@ def save_checkpoint(accelerator: Accelerator, output: Path, step: int, keep: int
 
 def discard(checkpoint: Path) -> None:
     """Remove a checkpoint under another name: half removed it must not look complete."""
-    doomed = checkpoint.with_name(f".{checkpoint.name}.partial")
+    doomed = checkpoint.with_name(f".{checkpoint.name}.old.partial")  # a new one of that name may be half written
     shutil.rmtree(doomed, ignore_errors=True)
     checkpoint.rename(doomed)
     shutil.rmtree(doomed)
