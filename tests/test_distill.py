@@ -171,6 +171,16 @@ def test_adapters_are_saved_by_themselves_and_merged(base_folder, photo_folder, 
     assert str(tmp_path) not in (adapter / "README.md").read_text() + (adapter / "adapter_config.json").read_text()
 
 
+def test_the_held_out_error_is_measured_in_full_precision(base_folder, photo_folder, tmp_path):
+    """It decides which student is kept, and half precision would blur it."""
+    errors = []
+    for precision in ("no", "bf16"):
+        options = ("--steps", 1, "--mixed_precision", precision, "--report_to", "none", "--teacher_windows", 1)
+        folder = distil(base_folder, photo_folder, tmp_path / precision, *options)
+        errors.append(AutoConfig.from_pretrained(folder).distillation["held_out"]["before"])
+    assert errors[0] == errors[1] and errors[0]["mse"] > 0
+
+
 def test_a_cached_teacher_trains_on_its_own_maps(base_folder, photo_folder, tmp_path, monkeypatch):
     cache = tmp_path / "cache"
     made = {"model": str(base_folder), "images": [str(photo_folder)], "output": str(cache)}

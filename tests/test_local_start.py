@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from conftest import randomise, tiny_config
+from distill import Distillation
 from distill_options import parse_options
 from local_start import find_place, fit_prior, keep_place, scale_prior, spread_positions, start_local, writers
 from sklearn.datasets import load_sample_image
@@ -185,6 +186,22 @@ def test_a_local_run_resumes_to_the_last_bit(base_folder, photo_folder, tmp_path
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
     with pytest.raises(ValueError, match="span 128 px"):
         distil(base_folder, photo_folder, tmp_path / "other", *options, "--position_extent", 256)
+
+
+def test_fitting_a_prior_leaves_the_teacher_as_it_is(base_folder, photo_folder, tmp_path, monkeypatch):
+    """The fit scales blocks that are not trained as well, which teacher and student otherwise hold once."""
+    options = ("--steps", 1, "--report_to", "none", "--holdout_images", 0, "--teacher_windows", 1)
+    start = distil(base_folder, photo_folder, tmp_path / "start", *options, "--local_start", 0.5)
+    runs = []
+    train = Distillation.run
+    monkeypatch.setattr(Distillation, "run", lambda run: runs.append(run) or train(run))
+    monkeypatch.setattr("distill.fit_prior", lambda model, place, pairs: scale_prior(model, place, 0, 2.0))
+    options += ("--student", start, "--train_layers", 1, "--fit_prior", 1)
+    written = AutoModel.from_pretrained(distil(start, photo_folder, tmp_path / "run", *options)).state_dict()
+    first = "backbone.encoder.layers.0.self_attn.q_proj.weight"
+    before, teacher = AutoModel.from_pretrained(start).state_dict(), runs[0].teacher.model.state_dict()
+    assert not torch.equal(written[first], before[first])
+    assert all(torch.equal(teacher[name], weight) for name, weight in before.items())
 
 
 def test_other_readouts_and_streams_are_refused(model):

@@ -178,9 +178,9 @@ class Distillation:
             self.trained = add_adapters(self.student, options)
         self.trained.to(self.device)
         self.place = None if place is None else place.to(self.device)
-        # frozen ones stay as they are, and may be the teacher's too
         self.place_writers = [] if place is None else [p for p in writers(self.student) if p.requires_grad]
-        shared = 0 if self.sharded else share_frozen(self.trained, encoder)
+        # frozen ones stay as they are, and may be the teacher's too; but --fit_prior scales them
+        shared = 0 if self.sharded or options.fit_prior else share_frozen(self.trained, encoder)
         count = {p.requires_grad: 0 for p in self.trained.parameters()} | {True: 0}
         for parameter in self.trained.parameters():
             count[parameter.requires_grad] += parameter.numel()
@@ -220,9 +220,10 @@ class Distillation:
         self.wrapped.eval()
 
     def features(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        # all processes of a sharded model must pass; else the plain model, in its own precision
-        model = self.wrapped if self.sharded else self.trained
-        return model(pixel_values).feature_map
+        if self.sharded:  # all processes must pass
+            return self.wrapped(pixel_values).feature_map
+        # in its own precision, as the teacher: accelerate has put autocast around the model's own `forward`, not the class's
+        return type(self.trained).forward(self.trained, pixel_values).feature_map
 
     def measure_before(self) -> None:
         """Held-out photos under the full teacher, and the student's error there before any training."""

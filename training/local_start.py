@@ -264,7 +264,9 @@ def fit_prior(
     """
 
     def error() -> float:
-        return sum(float((model(photo).feature_map - target).square().mean()) for photo, target in pairs)
+        # of the class: around the model's own, accelerate puts autocast
+        maps = ((type(model).forward(model, photo).feature_map, target) for photo, target in pairs)
+        return sum(float((found - target).square().mean()) for found, target in maps)
 
     factors, least = [1.0] * len(model.backbone.encoder.layers), error()
     if not pairs or not math.isfinite(least):
