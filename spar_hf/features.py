@@ -1,6 +1,7 @@
 """What `spar-hf features` writes: dense features of photos as safetensors, one file per photo or shards with an index."""
 
 import contextlib
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,7 @@ from safetensors.torch import save_file
 
 from spar_hf.commands import quiet_transformers
 from spar_hf.files import Photo, write_atomically, write_json
+from spar_hf.fingerprint import fingerprint
 from spar_hf.image_processing_spar import SparImageProcessorPil
 from spar_hf.modeling_spar import SparVisionModel
 from spar_hf.pipeline import check_device
@@ -63,6 +65,7 @@ class FeatureExtractor:
     stride: int | None = None
     window_size: int | None = None
     device: str | None = None
+    name: str = field(init=False, repr=False)
     encoder: Any = field(init=False, repr=False)
     image_processor: Any = field(init=False, repr=False)
 
@@ -77,6 +80,7 @@ class FeatureExtractor:
         folder = SPAR_TINY if self.model is None else self.model
         model: Any = SparVisionModel.from_backbone(folder)
         model = model.to(device).eval()
+        self.name = Path(folder).resolve().name if Path(folder).is_dir() else str(folder)
         self.encoder = model
         if self.stride is not None:
             self.encoder = SlidingWindowTeacher(model, window_size=self.window_size, stride=self.stride).eval()
@@ -85,9 +89,15 @@ class FeatureExtractor:
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        """What the features of all photos share; files of other settings are not to be mixed with."""
+        """
+        What the features of all photos share; files of other settings are not to be mixed with. A folder of the same name
+        may hold other weights: `fingerprint` tells.
+        """
+        model = self.encoder if self.stride is None else self.encoder.model
+        parts = fingerprint(model) + self.image_processor.to_json_string()
         return {
-            "model": Path(SPAR_TINY).name if self.model is None else self.model,
+            "model": self.name,
+            "fingerprint": hashlib.sha256(parts.encode()).hexdigest()[:20],
             "patch_size": self.encoder.config.patch_size,
             "normalized": self.normalize,
             "dtype": self.dtype,

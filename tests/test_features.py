@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -54,7 +55,7 @@ def test_files_hold_the_models_feature_map_and_say_what_it_is(model, photos, tmp
     assert torch.equal(load_file(file)["feature_map"], expected(model, photos / "sub/a.png"))
     with safe_open(file, "pt") as opened:
         metadata = opened.metadata()
-    assert metadata["model"] == str(model) and metadata["patch_size"] == "16"
+    assert metadata["model"] == model.name and metadata["patch_size"] == "16"
     assert json.loads(metadata["original_size"]) == [106, 90] and json.loads(metadata["working_size"]) == [94, 80]
     assert len(list((tmp_path / "out").rglob("*"))) == 6  # five files, one folder
 
@@ -113,6 +114,25 @@ def test_single_files_go_on_too_and_a_bad_photo_loses_no_other(model, photos, tm
     assert "dtype=float32" in run(
         photos, "--model", model, "--output", output, "--skip-existing", "--dtype", "bfloat16", status=2
     )
+
+
+def test_features_of_a_model_trained_again_do_not_mix_with_earlier_ones(model, photos, tmp_path):
+    """The folder has the same name, its weights or its image processor are others."""
+    options = [photos, "--model", model, "--output", tmp_path / "out", "--skip-existing"]
+    run(*options)
+    assert "5 skipped" in run(*options)
+    shutil.copytree(model, tmp_path / "elsewhere" / model.name)
+    moved = [photos, "--model", tmp_path / "elsewhere" / model.name, "--output", tmp_path / "out", "--skip-existing"]
+    assert "5 skipped" in run(*moved)
+    SparImageProcessorPil(size={"shortest_edge": 96}).save_pretrained(model)
+    assert "fingerprint" in run(*options, status=2)
+    SparImageProcessorPil(size={"shortest_edge": 80}).save_pretrained(model)
+    assert "5 skipped" in run(*options)
+    trained = AutoModel.from_pretrained(model)
+    with torch.no_grad():
+        next(trained.parameters()).add_(0.1)
+    trained.save_pretrained(model)
+    assert "fingerprint" in run(*options, status=2)
 
 
 def test_two_processes_share_the_photos(model, photos, tmp_path):

@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import torch
 from cache_teacher import Options, make_cache
-from fingerprint import fingerprint
 from photos import Photos, Ticket, augment
 from PIL import Image
 from teacher_cache import Crop, TeacherCache
@@ -23,6 +22,7 @@ from test_distill_resume import signal_all
 from transformers import HfArgumentParser
 
 from spar_hf import SlidingWindowTeacher, SparImageProcessorPil, SparVisionModel
+from spar_hf.fingerprint import fingerprint
 
 SCRIPT = Path(__file__).parents[1] / "training" / "cache_teacher.py"
 

@@ -21,7 +21,6 @@ import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from data import list_images, read_image
 from distill_options import VIEW, TeacherViews, check_positive
-from fingerprint import fingerprint
 from photos import augment
 from safetensors.torch import save_file
 from teacher_cache import (
@@ -40,6 +39,7 @@ from usage import run_script, work_begins
 
 from spar_hf import SlidingWindowTeacher, SparImageProcessorPil, SparVisionModel
 from spar_hf.files import write_atomically, write_json
+from spar_hf.fingerprint import fingerprint
 
 logger = logging.getLogger("cache_teacher")
 

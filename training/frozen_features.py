@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from data import read_image
-from fingerprint import fingerprint
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
 from spar_hf import SlidingWindowTeacher, SparImageProcessorPil, SparVisionModel
 from spar_hf.files import write_atomically
+from spar_hf.fingerprint import fingerprint
 
 logger = logging.getLogger("frozen_features")
 

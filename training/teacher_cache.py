@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from data import jitter_image, read_image
-from fingerprint import fingerprint
 from PIL import Image
 from safetensors import safe_open
 
 from spar_hf import SparImageProcessorPil, SparVisionModel
+from spar_hf.fingerprint import fingerprint
 
 MANIFEST = "manifest.json"
 AGAIN = "Make the cache again with training/cache_teacher.py"

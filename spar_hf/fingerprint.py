@@ -5,7 +5,7 @@ import json
 
 import torch
 
-from spar_hf import SparVisionModel
+from spar_hf.modeling_spar import SparVisionModel
 
 # of a configuration: how and from where it was loaded, and no part of what is computed (weights tell their own types)
 CIRCUMSTANCES = {"_name_or_path", "architectures", "dtype", "transformers_version"}
