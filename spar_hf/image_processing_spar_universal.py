@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 from transformers import BatchFeature
 from transformers.models.mask2former.image_processing_pil_mask2former import (
+    binary_mask_to_rle,
     convert_segmentation_map_to_binary_masks,
-    convert_segmentation_to_rle,
 )
 from transformers.processing_utils import ImagesKwargs
 
@@ -270,7 +270,8 @@ class SparUniversalImageProcessorPil(SparImageProcessorPil):
             overlap_mask_area_threshold (`float`, *optional*):
                 Without effect, as in transformers; pipelines pass it.
             return_coco_annotation (`bool`, *optional*, defaults to `False`):
-                Whether **segmentation** is its run-length encoding as transformers gives it.
+                Whether **segmentation** is a list with the run-length encoding of each segment of `segments_info`: start
+                (from 1) and length of its runs on the map, row by row; empty where better ones hide it.
             return_binary_maps (`bool`, *optional*, defaults to `False`):
                 Whether **segmentation** is all masks, `(segments, height, width)` bool. That is the caller's memory.
 
@@ -318,7 +319,8 @@ class SparUniversalImageProcessorPil(SparImageProcessorPil):
             ]
             form: Any = segmentation
             if return_coco_annotation:
-                form = convert_segmentation_to_rle(segmentation)
+                shown = segmentation.cpu().numpy()
+                form = [[int(n) for n in binary_mask_to_rle(shown == segment["id"])] for segment in segments]
             elif return_binary_maps:
                 form = binary[present]
             results.append({"segmentation": form, "segments_info": segments})

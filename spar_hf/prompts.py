@@ -198,7 +198,8 @@ class Vocabulary:
                 What the class is called. If there is one of this label, its names stay and the words join them.
 
         Raises:
-            ValueError: no words, an empty one, or no class left beside the background.
+            ValueError: no words, an empty one, none that is no further name of a class, or no class left beside the
+                background.
 
         Example:
 
@@ -227,6 +228,11 @@ class Vocabulary:
                 names += [word] if folded(word) not in taken else []
             elif given != own:
                 names += classes.pop(given, ())
+        if not names:
+            raise ValueError(
+                f"The background has no word of its own: {', '.join(words)} are further names of classes to look for. "
+                "Name those classes by their label, or other words."
+            )
         classes[own] = tuple(names)  # in its place where there is one
         if len(classes) == 1:
             raise ValueError(f"Every class is part of the background {words}; at least one must be left to look for.")

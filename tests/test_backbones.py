@@ -299,6 +299,18 @@ def test_vision_models_come_straight_from_a_backbone(tmp_path):
     torch.testing.assert_close(pooled, source(photos((32, 32))).image_embeds, atol=1e-5, rtol=0)
 
 
+@torch.no_grad()
+def test_half_precision_is_the_same_from_a_backbone_and_from_its_saved_folder(tmp_path):
+    """RoPE's frequencies are in no file and stay float32 in both; rounded to half precision they would shift positions."""
+    randomise(DINOv3ViTModel(CONFIGS["dinov3"]())).save_pretrained(tmp_path / "dinov3")
+    model = SparVisionModel.from_backbone(tmp_path / "dinov3", dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "spar")
+    again = SparVisionModel.from_pretrained(tmp_path / "spar", dtype=torch.bfloat16)
+    pixels = photos((35, 39))
+    assert model.dtype == torch.bfloat16
+    assert torch.equal(model(pixels).feature_map, again(pixels).feature_map)
+
+
 def test_two_towers_need_a_text_tower(tmp_path):
     DINOv3ViTModel(CONFIGS["dinov3"]()).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="no text tower"):

@@ -282,7 +282,13 @@ def test_instance__overlapping_masks_stay_whole():
     binary = processor.post_process_instance_segmentation(**arguments, return_binary_maps=True)[0]["segmentation"]
     assert binary.sum((1, 2)).tolist() == [32, 48]
     runs = processor.post_process_instance_segmentation(**arguments, return_coco_annotation=True)[0]["segmentation"]
-    assert [sum(run[1::2]) for run in runs] == [32, 32]
+    assert [sum(run[1::2]) for run in runs] == [32, 32] and runs[1][:4] == [1, 4, 9, 4]
+    masks[0] = -20
+    masks[0, :4, 5:7] = 20  # behind the second, and no pixel of column 0 to 3 belongs to any
+    arguments["outputs"] = outputs_of(masks, classes)
+    result = processor.post_process_instance_segmentation(**arguments, return_coco_annotation=True)[0]
+    assert [s["id"] for s in result["segments_info"]] == [0, 1]
+    assert [sum(run[1::2]) for run in result["segmentation"]] == [32, 0]
     with pytest.raises(ValueError, match="not for both"):
         processor.post_process_instance_segmentation(**arguments, return_binary_maps=True, return_coco_annotation=True)
 

@@ -118,6 +118,7 @@ def test_unsure_pixels_go_to_a_background_without_words(segment, photo):
         ({"candidate_labels": LABELS, "threshold": 40}, "0 to 1"),
         ({"candidate_labels": LABELS, "output": "logits", "threshold": 0.5}, "before a decision"),
         ({"candidate_labels": LABELS, "background": ["road", "car", "sky"]}, "at least one must be left"),
+        ({"candidate_labels": ["road", "car, auto"], "background": ["auto"]}, "no word of its own: auto"),
         ({"candidate_labels": ["road " * 50], "templates": "plain", "on_error": "skip"}, "text tower reads"),
         ({"candidate_labels": LABELS, "size": "large"}, "the only word for a size is 'native'"),
         ({"candidate_labels": LABELS, "max_tokens": -1}, "`max_tokens` is -1"),

@@ -21,7 +21,7 @@ import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from data import list_images, read_image
 from distill_options import VIEW, TeacherViews, check_positive
-from photos import augment
+from photos import augment, excluded
 from safetensors.torch import save_file
 from teacher_cache import (
     MANIFEST,
@@ -71,7 +71,7 @@ def choose_photos(options: Options) -> list[Path]:
     """
     chosen = []
     for folder in options.images:
-        paths = [p for p in list_images(folder) if not any(p.match(f"{pattern}.*") for pattern in options.exclude)]
+        paths = [path for path in list_images(folder) if not excluded(str(path), options)]
         chosen += [path for i, path in enumerate(paths) if (i + 1) % options.holdout_every]
     if not chosen:
         raise ValueError("No photo is left; check --images, --exclude and --holdout_every.")

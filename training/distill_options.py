@@ -254,7 +254,7 @@ class Options(TeacherViews):
         metadata={"help": "Steps between held-out errors with pictures of the feature maps; 0 draws none."},
     )
     resume: bool = field(
-        default=False, metadata={"help": "Go on from the last checkpoint in --output, to the last bit."}
+        default=False, metadata={"help": "Go on from the last checkpoint in --output, as if never stopped."}
     )
     report_to: str = field(
         default="auto",

@@ -97,7 +97,7 @@ class Options:
     seed: int = field(default=0, metadata={"help": "Seed of heads, order and pixels."})
     save_steps: int = field(default=200, metadata={"help": "Steps between checkpoints; the last two are kept."})
     resume: bool = field(
-        default=False, metadata={"help": "Go on from the last checkpoint in --output, to the last bit."}
+        default=False, metadata={"help": "Go on from the last checkpoint in --output, as if never stopped."}
     )
 
     def __post_init__(self):

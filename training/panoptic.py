@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from checkpoints import StopAtStep, cut_log, earlier_state, load_checkpoint, save_checkpoint, settings_of
 from data import SegmentationFolder, check_pairs, open_segmentation_folder, read_image
 from huggingface_hub import ModelCardData
@@ -106,7 +106,7 @@ class Options:
         default=500, metadata={"help": "Steps between measurements; OUTPUT/model is the one with the best quality."}
     )
     resume: bool = field(
-        default=False, metadata={"help": "Go on from the last checkpoint in --output, to the last bit."}
+        default=False, metadata={"help": "Go on from the last checkpoint in --output, as if never stopped."}
     )
     report_to: str | None = field(default=None, metadata={"help": "Tracker of accelerate, e.g. tensorboard or wandb."})
 
@@ -262,7 +262,12 @@ def parameter_groups(model: SparForUniversalSegmentation, options: Options) -> l
 
 def train(options: Options) -> Path:
     """Run the training; returns the folder of the model."""
+    # blocks after the last stage that the head reads are given no gradient, for which DDP would wait
+    unused = DistributedDataParallelKwargs(
+        find_unused_parameters=options.train_backbone != "none" and "features" not in options.out_features
+    )
     accelerator = Accelerator(
+        kwargs_handlers=[unused],
         mixed_precision=options.mixed_precision,
         gradient_accumulation_steps=options.gradient_accumulation_steps,
         log_with=options.report_to,

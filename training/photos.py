@@ -322,7 +322,7 @@ def split_photos(sources: list[Any], options: Options) -> tuple[Listing, Listing
     return Listing(sources, train), Listing(sources, held_out)
 
 
-def excluded(key: str, options: Options) -> bool:
+def excluded(key: str, options: TeacherViews) -> bool:
     """Whether a path, or a data set's key without a suffix, fits a pattern of --exclude."""
     path = PurePath(key)
     return any(path.match(f"{pattern}.*" if path.suffix else pattern) for pattern in options.exclude)
