@@ -172,8 +172,8 @@ class SparForUniversalSegmentation(SparUniversalPreTrainedModel):
         self.train(training)
         if not count:
             raise ValueError("There are no images to measure the features on.")
-        self.feature_norm.running_mean.copy_(total / count)
-        self.feature_norm.running_var.copy_((squares - total.square() / count) / max(1, count - 1))
+        mean, variance = total / count, (squares - total.square() / count) / max(1, count - 1)
+        self.feature_norm.load_state_dict({"running_mean": mean, "running_var": variance}, strict=False)
 
     def features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """The chosen feature maps side by side: `(batch, channels, ceil(height / patch), ceil(width / patch))`."""

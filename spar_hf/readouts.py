@@ -13,6 +13,7 @@ and copies none of its layers. It adds three short methods:
 
 import copy
 import math
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -90,7 +91,7 @@ def resample_positions(
     Take a square position table to another grid: `(side * side, hidden)` -> `(height * width, hidden)`.
 
     `method` is the configuration's `position_resampling`; `extent` its `position_extent`, in patches, for `"bicubic"`.
-    Computed in float32, one small matrix per axis.
+    Computed in float32, under autocast too, one small matrix per axis.
 
     Raises:
         ValueError: unknown `method`.
@@ -113,8 +114,10 @@ def resample_positions(
             f"Unknown position_resampling {method!r}; use 'bicubic', 'bilinear_antialias' or 'bicubic_offset'."
         )
     grid = table.float().view(side, side, -1)
-    grid = torch.tensordot(rows, grid, dims=1)  # (side, side, hidden) -> (height, side, hidden)
-    grid = torch.matmul(columns, grid)  # (height, side, hidden) -> (height, width, hidden)
+    mixed = torch.is_autocast_enabled(device.type)  # asked first: an exported graph needs no word of it
+    with torch.autocast(device.type, enabled=False) if mixed else nullcontext():
+        grid = torch.tensordot(rows, grid, dims=1)  # (side, side, hidden) -> (height, side, hidden)
+        grid = torch.matmul(columns, grid)  # (height, side, hidden) -> (height, width, hidden)
     return grid.flatten(0, 1).to(table.dtype)
 
 
