@@ -427,6 +427,9 @@ def test_cut_off_measurement_goes_on_where_it_stopped(dataset, checkpoint, tmp_p
     assert stored["runs"][0]["mean_iou"] == whole["runs"][0]["mean_iou"]
     with pytest.raises(ValueError, match=r"--limit was null, is 2"):
         evaluate_runs(script_options([*command, "--limit", "2"]), reuse=True)
+    Image.new("L", (90, 70)).save(dataset / "masks" / "photo1.png")
+    with pytest.raises(ValueError, match="files of photos was"):
+        evaluate_runs(script_options(command), reuse=True)
 
 
 def script_options(command):

@@ -260,6 +260,8 @@ def test_options__bad_ones_are_refused(base, data, tmp_path):
         ({"holdout_every": 1}, "--holdout_every"),
         ({"min_scale": 2.0}, "--min_scale"),
         ({"threshold": 1.5}, "--threshold"),
+        ({"gradient_accumulation_steps": 0}, "--gradient_accumulation_steps 0 must be above 0"),
+        ({"eval_steps": 0}, "--eval_steps 0 must be above 0"),
     ]:
         with pytest.raises(ValueError, match=message):
             Options(**arguments(base, data, tmp_path, **wrong))
@@ -267,6 +269,7 @@ def test_options__bad_ones_are_refused(base, data, tmp_path):
         panoptic.train(Options(**arguments(base, data / "images", tmp_path)))
     for wrong, message in [
         ({"holdout_every": 5}, "holds out none"),  # of four photos: not to be called held out
+        ({"holdout_every": 0, "train_backbone": "9"}, "9 blocks are to be trained, and the backbone has 2"),
         ({"holdout_every": 0, "min_area": 0.9, "things": list(CLASSES)}, "has a segment"),
     ]:
         with pytest.raises(ValueError, match=message):

@@ -7,7 +7,8 @@ from pathlib import Path
 import data
 import numpy as np
 import pytest
-from data import ShuffledStream, list_images, open_segmentation_folder, read_mask, readable_name
+from accelerate import Accelerator
+from data import ShuffledStream, check_pairs, list_images, open_segmentation_folder, read_mask, readable_name
 from PIL import Image
 
 from spar_hf.prompts import Vocabulary
@@ -50,6 +51,24 @@ def test_what_is_missing_is_named(folder):
         open_segmentation_folder(folder / "images")
     with pytest.raises(FileNotFoundError, match="is no folder"):
         list_images(folder / "nowhere")
+
+
+def test_an_empty_line_among_the_classes_is_refused(folder):
+    """Passed over, it would give all later classes another mask value."""
+    (folder / "classes.txt").write_text("sky\n\nroad\n")
+    with pytest.raises(ValueError, match=r"Line 2 of .*classes\.txt is empty"):
+        open_segmentation_folder(folder)
+    (folder / "classes.txt").write_text("sky\nroad\n\n")
+    assert open_segmentation_folder(folder).classes == ("sky", "road")
+
+
+def test_checked_pairs_are_those_with_a_label(folder):
+    opened = open_segmentation_folder(folder)
+    Image.new("L", (8, 6), 255).save(folder / "masks" / "a_2.png")
+    found = check_pairs(opened, opened.pairs, Accelerator(cpu=True))
+    assert [image.stem for image, _ in found] == ["a_1", "b_1"]
+    with pytest.raises(ValueError, match="are void"):
+        check_pairs(opened, opened.pairs[1:2], Accelerator(cpu=True))
 
 
 def test_masks_are_class_numbers_also_from_palettes(folder):
@@ -121,6 +140,7 @@ def test_classes_are_merged_in_the_order_of_the_file(folder):
         ('{"a": ["sky"], "b": ["road", "sky"]}', "sky: named more than once"),
         ('{"a": "sky"}', "must hold {class:"),
         ("[]", "must hold {class:"),
+        ("sky", "is no JSON"),
     ],
 )
 def test_classes_that_cannot_be_merged_are_named(folder, text, message):

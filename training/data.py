@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from PIL import Image
 from torch import nn
 from tqdm.auto import tqdm
@@ -83,7 +84,10 @@ def merge_classes(lines: tuple[str, ...], file: str | Path) -> dict[str, list[st
     Raises:
         ValueError: something else, a name that is no line, or one that stands in two classes.
     """
-    merged = json.loads(Path(file).read_text(encoding="utf-8"))
+    try:
+        merged = json.loads(Path(file).read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file} is no JSON ({error}).") from error
     if not isinstance(merged, dict) or not merged or not all(isinstance(names, list) for names in merged.values()):
         raise ValueError(f"{file} must hold {{class: [line of classes.txt, ...], ...}}.")
     names = [name for group in merged.values() for name in group]
@@ -111,14 +115,19 @@ def open_segmentation_folder(
 
     Raises:
         FileNotFoundError: a part of the layout is missing, or an image has no mask.
-        ValueError: `classes` names something that is no line, or a line twice.
+        ValueError: an empty line in `classes.txt`; `classes` is no JSON, or names something that is no line, or one twice.
     """
     folder = Path(folder)
     layout = f"{folder} must hold `images/`, `masks/` (PNG of the same stem) and `classes.txt` (also in its parent)."
     classes_file = next((d / "classes.txt" for d in (folder, folder.parent) if (d / "classes.txt").is_file()), None)
     if classes_file is None or not (folder / "images").is_dir() or not (folder / "masks").is_dir():
         raise FileNotFoundError(layout)
-    lines = tuple(line.strip() for line in classes_file.read_text(encoding="utf-8").splitlines() if line.strip())
+    lines = tuple(line.strip() for line in classes_file.read_text(encoding="utf-8").rstrip().splitlines())
+    if not all(lines):  # left out, it would shift all that follow
+        raise ValueError(
+            f"Line {lines.index('') + 1} of {classes_file} is empty. The number of a line, from 0, is its class's value in "
+            "masks: name every class up to the last."
+        )
     names, number_of = lines, list(range(len(lines)))
     if classes is not None:
         merged = merge_classes(lines, classes)
@@ -153,16 +162,28 @@ def read_mask(path: Path) -> np.ndarray:
         return np.array(mask)
 
 
-def check_pairs(folder: SegmentationFolder, pairs: Sequence[tuple[Path, Path]], accelerator: Accelerator) -> None:
+def check_pairs(
+    folder: SegmentationFolder, pairs: Sequence[tuple[Path, Path]], accelerator: Accelerator
+) -> list[tuple[Path, Path]]:
     """
     Read photos and masks once, every process its share: a bad one ends a run before its work, not in the midst of it.
 
+    Returns:
+        The pairs whose mask has a labelled pixel, in their order.
+
     Raises:
-        OSError, ValueError: a photo or a mask cannot be read, or they do not fit.
+        OSError, ValueError: a photo or a mask cannot be read, or they do not fit; or all masks are void.
     """
-    share = pairs[accelerator.process_index :: accelerator.num_processes]
-    for image, mask in tqdm(share, desc=f"checking {folder.path.name}", disable=not accelerator.is_main_process):
-        folder.read_mask(mask, read_image(image).size[::-1])
+    share = range(accelerator.process_index, len(pairs), accelerator.num_processes)
+    labelled = []
+    for number in tqdm(share, desc=f"checking {folder.path.name}", disable=not accelerator.is_main_process):
+        image, mask = pairs[number]
+        if (folder.read_mask(mask, read_image(image).size[::-1]) != VOID).any():
+            labelled.append(number)
+    labelled = sorted(gather_object(labelled))
+    if not labelled:
+        raise ValueError(f"All {len(pairs)} masks of {folder.path} are void ({VOID}). Check the masks' values.")
+    return [pairs[number] for number in labelled]
 
 
 def readable_name(name: str) -> str:

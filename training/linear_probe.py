@@ -215,10 +215,9 @@ def probe(options: Options) -> dict[str, Any]:
         window_batch_size=options.window_batch_size,
         cache=options.cache,
     )
-    check_pairs(train, pairs, accelerator)
-    check_pairs(test, test.pairs, accelerator)
+    pairs, test_pairs = check_pairs(train, pairs, accelerator), check_pairs(test, test.pairs, accelerator)
     work_begins()
-    features.fill([image for image, _ in (*pairs, *test.pairs)])
+    features.fill([image for image, _ in (*pairs, *test_pairs)])
 
     patch_size, classes = features.model.config.patch_size, len(train.classes)
     heads = Heads(features.model.config.projection_dim, classes, len(options.learning_rates))
@@ -250,11 +249,7 @@ def probe(options: Options) -> dict[str, Any]:
             image, mask = pairs[order[index]]
             entry = features(image)
             labels = train.read_mask(mask, tuple(entry["photo_size"].tolist()))
-            item = draw(entry, labels, options.pixels, [options.seed, index], device)
-            if len(item["labels"]):
-                batch.append(item)
-        if not batch:
-            raise ValueError(f"A whole batch of masks of {train.path} is void. Check the masks' values.")
+            batch.append(draw(entry, labels, options.pixels, [options.seed, index], device))
         losses = batch_loss(wrapped, batch, patch_size)
         accelerator.backward(losses.sum())  # no head sees another's gradient
         optimizer.step()
@@ -268,7 +263,7 @@ def probe(options: Options) -> dict[str, Any]:
     # statistics of the norm differ between the processes after the last step; measured is what is written
     weight, bias = (broadcast(tensor.float()) for tensor in accelerator.unwrap_model(wrapped).folded())
     metrics = [MeanIoU(classes, ignore_index=VOID) for _ in options.learning_rates]
-    share = test.pairs[accelerator.process_index :: accelerator.num_processes]
+    share = test_pairs[accelerator.process_index :: accelerator.num_processes]
     for image, mask in tqdm(share, desc="test", disable=not main):
         entry = features(image)
         labels = test.read_mask(mask, tuple(entry["photo_size"].tolist()))
@@ -308,7 +303,7 @@ def probe(options: Options) -> dict[str, Any]:
         "inference": options.inference,
         "size": dict(features.image_processor.size or {}),
         "train_photos": len(pairs),
-        "test_photos": len(test.pairs),
+        "test_photos": len(test_pairs),
         "steps": options.steps,
         "photos_per_step": options.batch_size * accelerator.num_processes,
         "seed": options.seed,

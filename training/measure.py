@@ -157,9 +157,11 @@ def evaluate_runs(options: Options, console: Console | None = None, reuse: bool 
             Path(folder).mkdir(parents=True, exist_ok=True)
     parts = None
     settings = measure_settings(options, data, vocabulary, folders, accelerator)
+    # of a finished report only: a photo that could not be read may be mended, and the measurement go on
+    whole = settings | {"files of photos": data.stamp}
     if reuse and options.output is not None and Path(options.output).is_file():
         report = json.loads(Path(options.output).read_text(encoding="utf-8"))
-        refuse_others(report.get("settings", {}), settings, Path(options.output))
+        refuse_others(report.get("settings", {}), whole, Path(options.output))
         return report
     # before the partial counts: what is refused here must not leave its settings there
     candidates = load_candidates(options, runs, folders, vocabulary, device)
@@ -209,7 +211,7 @@ def evaluate_runs(options: Options, console: Console | None = None, reuse: bool 
     total = tally.over_processes(accelerator)
     total.absorb(earlier)
     report = make_report(options, data, vocabulary, runs, total, chosen, candidates, accelerator)
-    report["settings"] = settings
+    report["settings"] = whole
     if accelerator.is_main_process:
         if options.output is not None:
             write_json(Path(options.output), report)

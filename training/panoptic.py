@@ -20,6 +20,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from checkpoints import StopAtStep, cut_log, earlier_state, load_checkpoint, save_checkpoint, settings_of
 from data import SegmentationFolder, check_pairs, open_segmentation_folder, read_image
+from distill_options import check_positive
 from huggingface_hub import ModelCardData
 from segments import Photos, find_segments, only, thing_classes
 from student import choose_parameters, short_name
@@ -117,8 +118,10 @@ class Options:
             raise ValueError(f"--train_backbone {self.train_backbone}: write 'none', 'all' or a number of last blocks.")
         if not 0 < self.min_scale <= self.max_scale:
             raise ValueError("--min_scale is above 0 and --max_scale not below it.")
-        if self.holdout_every < 0 or self.holdout_every == 1 or self.steps < 1:
-            raise ValueError("--holdout_every is 0 or at least 2, and --steps at least 1.")
+        if self.holdout_every < 0 or self.holdout_every == 1:
+            raise ValueError("--holdout_every is 0 or at least 2.")
+        names = "shortest_edge steps gradient_accumulation_steps learning_rate backbone_learning_rate hidden_dim num_queries"
+        check_positive(self, f"{names} decoder_layers train_num_points photos log_steps save_steps eval_steps")
         for name in ("min_area", "flip_probability", "threshold"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"--{name} {getattr(self, name)} must lie in 0 to 1.")

@@ -37,7 +37,7 @@ class StrengthOptions:
     """Options of the table; every length is in pixels."""
 
     data: str = field(metadata={"help": "Folder that the paths of the recipe are relative to."})
-    model: list[str] = field(metadata={"help": "NAME=FOLDER each; the first is the base, which also runs as a window."})
+    model: list[str] = field(metadata={"help": "NAME=FOLDER each."})
     output: str = field(default="strength", metadata={"help": "Folder to write."})
     recipe: str = field(
         default=str(Path(__file__).parent / "configs" / "spar_tiny_data.yaml"),
@@ -79,7 +79,7 @@ def find_parts(options: StrengthOptions) -> Iterator[tuple[str, str, Options]]:
 def measure_strength(options: StrengthOptions, console: Console) -> list[dict[str, Any]]:
     """Measure what is missing and write `OUTPUT/strength.json`: a row per set, part and run."""
     rows = []
-    for name, part, choice in find_parts(options):
+    for name, part, choice in list(find_parts(options)):  # all are looked at before the first is measured
         file = f"{name}-{part}.json".replace("/", "-").replace(" ", "-")
         choice.output = str(Path(options.output) / file)
         report = evaluate_runs(choice, console, reuse=True)

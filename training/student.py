@@ -75,7 +75,7 @@ def trainable_names(model: SparVisionModel, train_layers: str, parts: list[str])
     blocks = list(backbone.blocks)
     count = len(blocks) if train_layers == "all" else int(train_layers)
     if count > len(blocks):
-        raise ValueError(f"--train_layers {count}: the backbone has {len(blocks)} blocks.")
+        raise ValueError(f"{count} blocks are to be trained, and the backbone has {len(blocks)}. Name fewer, or 'all'.")
     chosen, in_block = {id(p) for block in blocks[len(blocks) - count :] for p in block.parameters()}, {}
     for block in blocks:
         in_block |= {id(parameter): name for name, parameter in block.named_parameters()}
