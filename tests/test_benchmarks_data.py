@@ -245,7 +245,7 @@ def test_subset_and_split_are_those_that_were_read(tmp_path, monkeypatch):
 
 def test_hugging_face_data_set_by_options(tmp_path):
     hugging_face_rows(tmp_path / "files", [[0, 1, 2], [2, 1, 0]]).save_to_disk(tmp_path / "disk")
-    (tmp_path / "names.txt").write_text("cat\ntree\n\ndog\n")
+    (tmp_path / "names.txt").write_text("cat\ntree\ndog\n")
     given = {"dataset": str(tmp_path / "disk"), "model": [], "image_column": "photo", "mask_column": "label"}
     data = choose_photos(Options(**given, classes=str(tmp_path / "names.txt"), include=["row1"]))
     assert data.names == ("row1",) and data.read(0)[1].tolist() == [[2, 1, 0]]

@@ -335,7 +335,7 @@ def test_parts_cover_every_family(readout):
     model(torch.randn(1, 3, 40, 48)).feature_map.square().mean().backward()
     assert all(p.grad is not None for p in last)
     assert set(BLOCK_PARTS) | set(OTHER_PARTS) == PARTS | {"qkv"}
-    with pytest.raises(ValueError, match="has 2 blocks"):
+    with pytest.raises(ValueError, match="the backbone has 2"):
         choose_parameters(model, "3")
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from benchmarks import SegmentationSet
 from conftest import randomise, tiny_config
 from huggingface_hub import ModelCard
 from inference import Candidate, average_logits
@@ -398,25 +399,43 @@ def test_mask_must_fit_its_photo(dataset, checkpoint):
         script.main(command)
 
 
-def test_cut_off_measurement_goes_on_where_it_stopped(dataset, checkpoint, tmp_path):
+def test_cut_off_measurement_goes_on_where_it_stopped(dataset, checkpoint, tmp_path, monkeypatch):
     output = tmp_path / "report.json"
     command = ["--dataset", str(dataset), "--model", f"base={checkpoint('base')}", "--native", "--output", str(output)]
     command += ["--runs", "base:single", "base:sliding:32", "--save_seconds", "0"]
     whole = script.main(command)
     output.unlink()
 
-    photos = [dataset / "images" / f"photo{i}.png" for i in range(5)]
-    contents = [photo.read_bytes() for photo in photos]
-    photos[3].write_bytes(b"damaged")
+    photo = dataset / "images" / "photo3.png"
+    content, times = photo.read_bytes(), (photo.stat().st_atime_ns, photo.stat().st_mtime_ns)
+    photo.write_bytes(b"damaged")
     with pytest.raises(ValueError, match="Cannot read photo3"):
+        script.main(command)
+    assert not list(tmp_path.glob("report.json*"))  # before any work, so that the command may leave it out
+    photo.write_bytes(content)
+    os.utime(photo, ns=times)
+
+    seen, read = [], SegmentationSet.read
+
+    def read_until_it_is_stopped(data, number):
+        seen.append(number)
+        if seen.count(3) == 2:  # it was checked before
+            raise KeyboardInterrupt
+        return read(data, number)
+
+    monkeypatch.setattr(SegmentationSet, "read", read_until_it_is_stopped)
+    with pytest.raises(KeyboardInterrupt):
         script.main(command)
     assert not output.exists()
     with pytest.raises(ValueError, match=r"--shortest_edge was null, is 64.*Give the same ones"):
         script.main([*[part for part in command if part != "--native"], "--shortest_edge", "64"])
-    photos[3].write_bytes(contents[3])
-    for photo in photos[:3]:
-        photo.write_bytes(b"read again")
+    os.utime(photo)
+    with pytest.raises(ValueError, match="files of photos was"):
+        script.main(command)
+    os.utime(photo, ns=times)
+    seen.clear()
     resumed = script.main(command)
+    assert seen == [3, 4]
     for mine, expected in zip(resumed["runs"], whole["runs"], strict=True):
         np.testing.assert_equal(mine["classes"], expected["classes"])
         assert mine["mean_boundary_iou"] == expected["mean_boundary_iou"]

@@ -417,6 +417,10 @@ def open_hugging_face(
         split, loaded = next(iter(loaded.items()))
     elif split is None and loaded.split is not None:
         split = str(loaded.split)
+    if image_column == mask_column:
+        raise ValueError(
+            f"--image_column and --mask_column are both {image_column!r}: photos and masks are two columns."
+        )
     columns = {name: kind for name, kind in loaded.features.items() if isinstance(kind, datasets.Image)}
     if image_column not in columns or mask_column not in columns:
         raise ValueError(

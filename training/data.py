@@ -17,9 +17,10 @@ from PIL import Image
 from torch import nn
 from tqdm.auto import tqdm
 
-from spar_hf.files import IMAGE_SUFFIXES
+from spar_hf.files import IMAGE_SUFFIXES, images_under
 from spar_hf.image_input import read_image as read_upright
 from spar_hf.image_input import to_rgb
+from spar_hf.image_processing_spar import MIN_SIDE
 
 VOID = 255  # the mask value of pixels without a label
 
@@ -63,7 +64,7 @@ class SegmentationFolder:
 
 def list_images(folder: str | Path) -> list[Path]:
     """
-    All image files of a folder and its sub-folders, sorted.
+    All image files of a folder and its sub-folders, sorted, without hidden ones.
 
     Raises:
         FileNotFoundError: no such folder, or no image in it.
@@ -71,10 +72,26 @@ def list_images(folder: str | Path) -> list[Path]:
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is no folder. Name a folder of images.")
-    images = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    images = images_under(folder)
     if not images:
         raise FileNotFoundError(f"{folder} holds no image ({', '.join(sorted(IMAGE_SUFFIXES))}).")
     return images
+
+
+def read_classes(file: Path) -> list[str]:
+    """
+    The lines of a `classes.txt`; the number of a line, from 0, is its class's value in masks.
+
+    Raises:
+        ValueError: an empty line before the last one; passed over, it would shift all that follow.
+    """
+    lines = [line.strip() for line in file.read_text(encoding="utf-8").rstrip().splitlines()]
+    if not all(lines):
+        raise ValueError(
+            f"Line {lines.index('') + 1} of {file} is empty. The number of a line, from 0, is its class's value in masks: "
+            "name every class up to the last."
+        )
+    return lines
 
 
 def merge_classes(lines: tuple[str, ...], file: str | Path) -> dict[str, list[str]]:
@@ -115,19 +132,18 @@ def open_segmentation_folder(
 
     Raises:
         FileNotFoundError: a part of the layout is missing, or an image has no mask.
-        ValueError: an empty line in `classes.txt`; `classes` is no JSON, or names something that is no line, or one twice.
+        ValueError: two photos of one stem; an empty line in `classes.txt`; `classes` is no JSON, or names something that is
+            no line, or a line twice.
     """
     folder = Path(folder)
-    layout = f"{folder} must hold `images/`, `masks/` (PNG of the same stem) and `classes.txt` (also in its parent)."
+    layout = (
+        f"{folder} must hold `images/`, `masks/` (PNG of the same stem) and `classes.txt` (also in its parent). For "
+        "a benchmark's own layout, evaluate.py has --benchmark."
+    )
     classes_file = next((d / "classes.txt" for d in (folder, folder.parent) if (d / "classes.txt").is_file()), None)
     if classes_file is None or not (folder / "images").is_dir() or not (folder / "masks").is_dir():
         raise FileNotFoundError(layout)
-    lines = tuple(line.strip() for line in classes_file.read_text(encoding="utf-8").rstrip().splitlines())
-    if not all(lines):  # left out, it would shift all that follow
-        raise ValueError(
-            f"Line {lines.index('') + 1} of {classes_file} is empty. The number of a line, from 0, is its class's value in "
-            "masks: name every class up to the last."
-        )
+    lines = tuple(read_classes(classes_file))
     names, number_of = lines, list(range(len(lines)))
     if classes is not None:
         merged = merge_classes(lines, classes)
@@ -143,6 +159,8 @@ def open_segmentation_folder(
         mask = folder / "masks" / f"{image.stem}.png"
         if not mask.is_file():
             raise FileNotFoundError(f"{image} has no mask {mask}. {layout}")
+        if pairs and pairs[-1][1] == mask:
+            raise ValueError(f"{pairs[-1][0]} and {image} would share the mask {mask}. Rename or remove one of them.")
         pairs.append((image, mask))
     if not pairs:
         raise FileNotFoundError(f"No image of {folder} passes include={include!r}, exclude={exclude!r}.")
@@ -152,6 +170,18 @@ def open_segmentation_folder(
 def read_image(path: Path) -> Image.Image:
     """An RGB image as the library reads it: upright, transparency on white, 16 bits scaled."""
     return to_rgb(read_upright(path))
+
+
+def check_sides(photo: Image.Image, name: str | Path) -> None:
+    """
+    Raises:
+        ValueError: a photo that the image processor would refuse, without a name.
+    """
+    if min(photo.size) < MIN_SIDE:
+        raise ValueError(
+            f"{name} has {photo.height}×{photo.width} pixels (height × width), and a photo at least {MIN_SIDE} a side. "
+            "Leave it out with --exclude."
+        )
 
 
 def read_mask(path: Path) -> np.ndarray:
@@ -178,7 +208,9 @@ def check_pairs(
     labelled = []
     for number in tqdm(share, desc=f"checking {folder.path.name}", disable=not accelerator.is_main_process):
         image, mask = pairs[number]
-        if (folder.read_mask(mask, read_image(image).size[::-1]) != VOID).any():
+        photo = read_image(image)
+        check_sides(photo, image)
+        if (folder.read_mask(mask, photo.size[::-1]) != VOID).any():
             labelled.append(number)
     labelled = sorted(gather_object(labelled))
     if not labelled:

@@ -104,7 +104,7 @@ class Distillation:
             words = sorted({name for vocabulary in options.words for name in Vocabulary.parse(vocabulary).all_names})
             self.texts = embed_names(self.model.to(self.device), self.processor.tokenizer, words, "short")
         if options.student:
-            weights, extent = mean_of_students(options.student)
+            weights, extent = mean_of_students(options.student, self.student)
             self.student.load_state_dict(weights)
             self.set_extent(extent)
 

@@ -275,6 +275,9 @@ class Options(TeacherViews):
             "steps epochs teacher_windows gradient_accumulation_steps shuffle_buffer lora_rank lora_alpha local_start "
             "position_extent log_steps save_steps eval_steps learning_rate",
         )
+        for name in ("holdout_images", "picture_steps", "workers", "weight_decay"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"--{name} {getattr(self, name)} must be 0 or above.")
         for name, known in (
             ("save_dtype", ["float32", "float16", "bfloat16"]),
             ("mixed_precision", [None, "no", "fp16", "bf16"]),

@@ -87,7 +87,7 @@ def measure_strides(options: FigureOptions, console: Console) -> list[dict[str, 
     check_strides(options.strides, models[base])
     one_pass = point(options, "one-pass", [f"{name}:single" for name in (base, *students)], console)
     rows = [short(row) for row in one_pass["runs"]]
-    for stride in sorted(options.strides, reverse=True):
+    for stride in sorted(set(options.strides), reverse=True):
         runs = [f"{base}:single", f"{base}:sliding:{stride}"]
         report = point(options, f"stride-{stride}", runs, console, model=options.model[:1])
         rows.append(short(report["runs"][1]))
@@ -101,7 +101,7 @@ def measure_resolutions(options: FigureOptions, console: Console) -> list[dict[s
     base, *students = parse_models(options.model)
     runs = [f"{base}:single", f"{base}:sliding:{options.stride}", *(f"{name}:single" for name in students)]
     rows = []
-    for side in sorted(options.resolutions):
+    for side in sorted(set(options.resolutions)):
         report = point(options, f"stride-{options.stride}-side-{side}", runs, console, shortest_edge=side)
         rows += [short(row) | {"shortest_edge": side} for row in report["runs"]]
     return rows

@@ -106,6 +106,8 @@ class Options:
                 raise ValueError(f"--{name} {getattr(self, name)} must be at least 1.")
         if not self.learning_rates or min(self.learning_rates) <= 0:
             raise ValueError(f"--learning_rates {self.learning_rates} must be positive numbers, one or more.")
+        if not 0 <= self.warmup_ratio <= 1 or self.weight_decay < 0:
+            raise ValueError("--warmup_ratio lies in 0 to 1, and --weight_decay is 0 or above.")
         parse_inference(self.inference)
 
 

@@ -20,7 +20,7 @@ sys.path.sort(key=lambda path: Path(path).resolve() == Path(__file__).resolve().
 import torch
 from accelerate import Accelerator
 from benchmarks import SegmentationSet
-from data import VOID
+from data import VOID, check_sides
 from huggingface_hub import hf_hub_download
 from inference import Candidate, PeakMemory, Rules, Run, parse_models, parse_runs, predict
 from options import Options, build_vocabulary, check_options, choose_photos, indices, resize_options
@@ -113,6 +113,7 @@ def measure_settings(
     """What decides the counts: two measurements of equal settings can be joined. As JSON holds it."""
     settings = {f"--{name}": value for name, value in asdict(options).items() if name not in FREE_OPTIONS}
     settings["photos"] = hashlib.sha256("\n".join(data.names).encode()).hexdigest()
+    settings["files of photos"] = data.stamp
     # options name files and vocabularies; what was in them counts
     settings["words"] = dict(zip(vocabulary.labels, vocabulary.names, strict=True))
     settings["classes of mask values"] = hashlib.sha256(json.dumps(data.table.tolist()).encode()).hexdigest()
@@ -120,6 +121,19 @@ def measure_settings(
     settings["mixed precision"] = accelerator.mixed_precision
     settings["device"] = accelerator.device.type
     return json.loads(json.dumps(settings))
+
+
+def check_readable(data: SegmentationSet, accelerator: Accelerator) -> None:
+    """
+    Read all photos and masks once, every process its share: a bad one ends a measurement before its work, not in the midst.
+
+    Raises:
+        ValueError: see [`SegmentationSet.read`] and [`check_sides`].
+    """
+    share = range(accelerator.process_index, len(data), accelerator.num_processes)
+    for number in tqdm(share, desc="checking", disable=not accelerator.is_main_process):
+        photo, _ = data.read(number)
+        check_sides(photo, data.names[number])
 
 
 def evaluate_runs(options: Options, console: Console | None = None, reuse: bool = False) -> dict[str, Any]:
@@ -151,20 +165,20 @@ def evaluate_runs(options: Options, console: Console | None = None, reuse: bool 
         data, options, first_given(options.vocabulary, protocol and protocol.vocabulary)
     )
     labels = vocabulary.labels
-    chosen = indices(options.only_classes or labels, labels, "--only_classes")
+    chosen = indices(labels if options.only_classes is None else options.only_classes, labels, "--only_classes")
     for folder in (options.output and Path(options.output).parent, options.card_folder):
         if folder:
             Path(folder).mkdir(parents=True, exist_ok=True)
     parts = None
     settings = measure_settings(options, data, vocabulary, folders, accelerator)
-    # of a finished report only: a photo that could not be read may be mended, and the measurement go on
-    whole = settings | {"files of photos": data.stamp}
     if reuse and options.output is not None and Path(options.output).is_file():
         report = json.loads(Path(options.output).read_text(encoding="utf-8"))
-        refuse_others(report.get("settings", {}), whole, Path(options.output))
+        refuse_others(report.get("settings", {}), settings, Path(options.output))
         return report
     # before the partial counts: what is refused here must not leave its settings there
     candidates = load_candidates(options, runs, folders, vocabulary, device)
+    if options.output is None or not Path(f"{options.output}.parts").is_dir():
+        check_readable(data, accelerator)
     if options.output is not None:
         parts = PartialCounts(Path(f"{options.output}.parts"), settings, accelerator)
     earlier = Tally(len(runs), len(labels)) if parts is None else parts.earlier(len(runs), len(labels))
@@ -211,7 +225,7 @@ def evaluate_runs(options: Options, console: Console | None = None, reuse: bool 
     total = tally.over_processes(accelerator)
     total.absorb(earlier)
     report = make_report(options, data, vocabulary, runs, total, chosen, candidates, accelerator)
-    report["settings"] = whole
+    report["settings"] = settings
     if accelerator.is_main_process:
         if options.output is not None:
             write_json(Path(options.output), report)

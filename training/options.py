@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 from benchmarks import BENCHMARKS, SegmentationSet, class_label, open_benchmark, open_folder, open_hugging_face
-from data import VOID
+from data import VOID, read_classes
 
 from spar_hf.prompts import Vocabulary
 from spar_hf.segmentation import check_shares
@@ -163,6 +163,8 @@ def check_options(options: Options) -> None:
         raise ValueError(f"--size takes a height and a width of at least 1, got {options.size}.")
     if options.scale is not None and not options.scale > 0:
         raise ValueError(f"--scale must be above 0, got {options.scale}: with it the worst name would win.")
+    if options.holdout_rest and not options.holdout_every:
+        raise ValueError("--holdout_rest are the photos that --holdout_every leaves: say which, 5 for every fifth.")
     check_shares(threshold=options.threshold or 0.0, min_area=options.min_area or 0.0)
     output = options.output
     if output is not None and (Path(output).is_dir() or output.endswith(("/", os.sep))):
@@ -214,8 +216,7 @@ def open_set(options: Options) -> SegmentationSet:
     if folder.is_absolute() and not folder.is_dir():
         raise FileNotFoundError(f"--dataset {folder} is no folder.")
     if options.classes is not None:
-        lines = Path(options.classes).read_text(encoding="utf-8").splitlines()
-        classes = [line.strip() for line in lines if line.strip()]
+        classes = read_classes(Path(options.classes))
     elif options.vocabulary is not None:
         classes = list(Vocabulary.parse(options.vocabulary).labels)
     else:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from checkpoints import StopAtStep, cut_log, earlier_state, load_checkpoint, save_checkpoint, settings_of
 from data import SegmentationFolder, check_pairs, open_segmentation_folder, read_image
@@ -122,7 +122,7 @@ class Options:
             raise ValueError("--holdout_every is 0 or at least 2.")
         names = "shortest_edge steps gradient_accumulation_steps learning_rate backbone_learning_rate hidden_dim num_queries"
         check_positive(self, f"{names} decoder_layers train_num_points photos log_steps save_steps eval_steps")
-        for name in ("min_area", "flip_probability", "threshold"):
+        for name in ("min_area", "flip_probability", "threshold", "warmup_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"--{name} {getattr(self, name)} must lie in 0 to 1.")
 
@@ -229,7 +229,7 @@ import spar_hf  # or trust_remote_code=True
 from transformers import pipeline
 
 segment = pipeline("image-segmentation", model="THIS FOLDER")
-segment("photo.jpg", threshold={options.threshold})
+segment("photo.jpg", threshold={options.threshold}, overlap_mask_area_threshold=0.8)
 ```
 
 | training | |
@@ -428,7 +428,9 @@ def train(options: Options) -> Path:
 def main():
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     (options,) = HfArgumentParser(Options).parse_args_into_dataclasses()
-    logger.info("written: %s", train(options))
+    folder = train(options)
+    if PartialState().is_main_process:
+        logger.info("written: %s", folder)
 
 
 if __name__ == "__main__":

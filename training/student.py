@@ -41,24 +41,28 @@ def load_model(name: str) -> tuple[SparForOpenVocabSegmentation | SparVisionMode
     return model, model.vision_model
 
 
-def mean_of_students(names: list[str]) -> tuple[dict[str, torch.Tensor], int | None]:
+def mean_of_students(names: list[str], like: SparVisionModel) -> tuple[dict[str, torch.Tensor], int | None]:
     """
     The mean of the vision towers' weights, and their common `position_extent`. Students that share their start stay in one
     valley, and half-way between two is nearer to the teacher than their mean error (model soups, arXiv 2203.05482).
+    `like` has the teacher's shape, which is theirs.
 
     Raises:
-        ValueError: towers of different shapes, or positions that are read differently.
+        ValueError: towers of another shape, or positions that are read differently.
     """
     students = [load_model(name)[1] for name in names]
     first, states = students[0], [student.state_dict() for student in students]
+    shapes = {key: value.shape for key, value in like.state_dict().items()}
     for name, student, state in zip(names, students, states, strict=True):
         if student.config.position_extent != first.config.position_extent:
             raise ValueError(
                 f"--student: the positions of {names[0]} span {first.config.position_extent} px, those of {name} "
                 f"{student.config.position_extent}. Give students with the same."
             )
-        if {key: value.shape for key, value in state.items()} != {key: value.shape for key, value in states[0].items()}:
-            raise ValueError(f"--student: {names[0]} and {name} are of different shapes and have no mean.")
+        if {key: value.shape for key, value in state.items()} != shapes:
+            raise ValueError(
+                f"--student {name} is of another shape than --model, its teacher: give a student of that one."
+            )
     mean = {key: torch.stack([state[key].float() for state in states]).mean(0) for key in states[0]}
     return mean, first.config.position_extent
 
