@@ -28,14 +28,20 @@ WRONG = {
 }
 
 
+FLOAT16 = ("--mixed_precision", "fp16")
+WITH_PRECISION = ("cache_teacher", "evaluate", "linear_probe", "panoptic", "pretrain_tiny")
+WRONG_ON_CPU = {script: ((*WRONG[script][0], *FLOAT16), "on a CPU use bf16 or no") for script in WITH_PRECISION}
+WRONG_ON_CPU["distill"] = ((*MODEL, *OUTPUT, "--images", NOWHERE, *FLOAT16), "on a CPU use bf16 or no")
+
+
 @pytest.fixture(autouse=True)
 def before_work(monkeypatch):
     monkeypatch.setitem(usage._work, "begun", False)
 
 
-@pytest.mark.parametrize("script", WRONG)
-def test_wrong_options_and_missing_folders_are_one_line_and_exit_status_2(script, tmp_path, monkeypatch, capsys):
-    options, message = WRONG[script]
+@pytest.mark.parametrize(("script", "wrong"), [*WRONG.items(), *WRONG_ON_CPU.items()])
+def test_wrong_options_and_missing_folders_are_one_line_and_exit_status_2(script, wrong, tmp_path, monkeypatch, capsys):
+    options, message = wrong
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     monkeypatch.setattr(sys, "argv", [script, *options])

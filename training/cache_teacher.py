@@ -35,7 +35,7 @@ from teacher_cache import (
 )
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
-from usage import run_script, work_begins
+from usage import check_precision, run_script, work_begins
 
 from spar_hf import SlidingWindowTeacher, SparImageProcessorPil, SparVisionModel
 from spar_hf.files import write_atomically, write_json
@@ -138,6 +138,7 @@ def make_cache(options: Options) -> TeacherCache:
     """Make what is missing of a cache, every process its share of the shards; all processes return the open cache."""
     patient = InitProcessGroupKwargs(timeout=datetime.timedelta(days=7))  # processes wait for the slowest at the end
     accelerator = Accelerator(mixed_precision=options.mixed_precision, kwargs_handlers=[patient])
+    check_precision(accelerator)
     output, photos = Path(options.output), choose_photos(options)
     model = SparVisionModel.from_backbone(options.model).eval().requires_grad_(False)
     image_processor = SparImageProcessorPil.from_backbone(options.model)

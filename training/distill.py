@@ -50,7 +50,7 @@ from teacher_cache import TeacherCache
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import get_scheduler
-from usage import run_script, work_begins
+from usage import check_precision, run_script, work_begins
 
 from spar_hf import SlidingWindowTeacher, SparForOpenVocabSegmentation, SparImageProcessorPil, SparProcessor
 from spar_hf.files import write_atomically, write_text
@@ -75,6 +75,7 @@ class Distillation:
             log_with=None if tracker == "none" else tracker,
             project_dir=None if tracker == "none" else options.output,
         )
+        check_precision(self.accelerator)
         self.main, self.device = self.accelerator.is_main_process, self.accelerator.device
         logger.setLevel(logging.INFO if self.main else logging.WARNING)
         self.sharded = self.accelerator.distributed_type == DistributedType.FSDP

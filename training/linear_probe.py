@@ -38,7 +38,7 @@ from rich.table import Table
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser, get_scheduler
-from usage import run_script, work_begins
+from usage import check_precision, run_script, work_begins
 
 from spar_hf import SparForSemanticSegmentation
 from spar_hf.files import write_json, write_text, writing_folder
@@ -191,6 +191,7 @@ def draw(entry: dict[str, torch.Tensor], mask: np.ndarray, pixels: int, seed: li
 def probe(options: Options) -> dict[str, Any]:
     """Train and measure the heads; every process gets the report."""
     accelerator = Accelerator(mixed_precision=options.mixed_precision)
+    check_precision(accelerator)
     device, main = accelerator.device, accelerator.is_main_process
     set_seed(options.seed)
     output, settings = Path(options.output), settings_of(options, FREE)

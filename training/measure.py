@@ -29,7 +29,7 @@ from reports import card_block, find_gaps, make_row, show
 from rich.console import Console
 from tally import PartialCounts, Tally, refuse_others
 from tqdm.auto import tqdm
-from usage import work_begins
+from usage import check_precision, work_begins
 
 from spar_hf.backbone_sources import load_source_config
 from spar_hf.files import write_json, write_text
@@ -150,6 +150,7 @@ def evaluate_runs(options: Options, console: Console | None = None, reuse: bool 
     """
     check_options(options)
     accelerator = Accelerator(mixed_precision=options.mixed_precision)
+    check_precision(accelerator)
     device = accelerator.device
     folders = parse_models(options.model)
     runs = parse_runs(options.runs, folders)

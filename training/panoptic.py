@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader
 from torchmetrics.detection import PanopticQuality
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser, get_scheduler
-from usage import run_script, work_begins
+from usage import check_precision, run_script, work_begins
 
 from spar_hf import SparForUniversalSegmentation, SparImageProcessorPil, SparUniversalImageProcessorPil
 from spar_hf.files import write_json, write_text, writing_folder
@@ -276,6 +276,7 @@ def train(options: Options) -> Path:
         log_with=options.report_to,
         project_dir=options.output if options.report_to else None,
     )
+    check_precision(accelerator)
     set_seed(options.seed)
     output, settings = Path(options.output), settings_of(options, FREE)
     state = earlier_state(output, options.resume, settings, accelerator.num_processes)

@@ -35,7 +35,7 @@ from transformers import (
     SiglipVisionConfig,
     get_cosine_schedule_with_warmup,
 )
-from usage import run_script, work_begins
+from usage import check_precision, run_script, work_begins
 from words import build_tokenizer, common_words, teach_words
 
 from spar_hf import SparConfig, SparForOpenVocabSegmentation, SparImageProcessorPil, SparProcessor
@@ -368,6 +368,7 @@ def train(options: Options) -> Path:
     if options.start is not None and given:
         raise ValueError(f"--start keeps that model's sizes and words; leave out {', '.join(f'--{n}' for n in given)}.")
     accelerator = Accelerator(mixed_precision=options.mixed_precision)
+    check_precision(accelerator)
     set_seed(options.seed)
     torch.set_flush_denormal(True)  # near-zero weights of rare tokens make CPUs several times slower
     output, settings = Path(options.output), settings_of(options, FREE)

@@ -51,10 +51,21 @@ class StrengthOptions:
 
 
 def find_parts(options: StrengthOptions) -> Iterator[tuple[str, str, Options]]:
-    """Of every set of the recipe its parts: the set, the part, and what to measure for it."""
+    """
+    Of every set of the recipe its parts: the set, the part, and what to measure for it.
+
+    Raises:
+        ValueError: a file that is no recipe. FileNotFoundError: a set of it is not there.
+    """
     recipe = yaml.safe_load(Path(options.recipe).read_text(encoding="utf-8"))
+    if not isinstance(recipe, dict) or not {"sets", "held_out"} <= recipe.keys():
+        raise ValueError(f"{options.recipe} is no recipe of pretrain_tiny.py: it has no `sets` or no `held_out`.")
     held_out = {word.lower() for word in recipe["held_out"]}
     for spec in recipe["sets"]:
+        if not (Path(options.data) / spec["path"]).is_dir():
+            raise FileNotFoundError(
+                f"{Path(options.data) / spec['path']} is no folder; --data is what the recipe starts from."
+            )
         every, exclude = spec.get("holdout_every", 0), spec.get("exclude")
         common: dict[str, Any] = {
             "dataset": str(Path(options.data) / spec["path"]),

@@ -4,7 +4,18 @@ import sys
 import traceback
 from collections.abc import Callable
 
+from accelerate import Accelerator
+
 _work = {"begun": False}
+
+
+def check_precision(accelerator: Accelerator) -> None:
+    """
+    Raises:
+        ValueError: float16 on a CPU, where accelerate runs in float32 and says float16.
+    """
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise ValueError("--mixed_precision fp16 needs an accelerator; on a CPU use bf16 or no.")
 
 
 def work_begins() -> None:
