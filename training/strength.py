@@ -68,7 +68,7 @@ def find_parts(options: StrengthOptions) -> Iterator[tuple[str, str, Options]]:
             )
         every, exclude = spec.get("holdout_every", 0), spec.get("exclude")
         common: dict[str, Any] = {
-            "dataset": str(Path(options.data) / spec["path"]),
+            "dataset": str(folder),
             "model": options.model,
             "runs": options.runs,
             "shortest_edge": options.shortest_edge,
