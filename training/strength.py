@@ -62,10 +62,9 @@ def find_parts(options: StrengthOptions) -> Iterator[tuple[str, str, Options]]:
         raise ValueError(f"{options.recipe} is no recipe of pretrain_tiny.py: it has no `sets` or no `held_out`.")
     held_out = {word.lower() for word in recipe["held_out"]}
     for spec in recipe["sets"]:
-        if not (Path(options.data) / spec["path"]).is_dir():
-            raise FileNotFoundError(
-                f"{Path(options.data) / spec['path']} is no folder; --data is what the recipe starts from."
-            )
+        folder = Path(options.data) / spec["path"]
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{folder} is no folder; --data is what the recipe starts from.")
         every, exclude = spec.get("holdout_every", 0), spec.get("exclude")
         common: dict[str, Any] = {
             "dataset": str(folder),
