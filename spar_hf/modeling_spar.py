@@ -232,9 +232,8 @@ class SparPreTrainedModel(PreTrainedModel):
             return cls.from_pretrained(pretrained_model_name_or_path, **kwargs)
         config, weights, dtype = read_backbone(pretrained_model_name_or_path, source_config, spar_config, **kwargs)
         model: Any = cls(config)  # refuses a two-tower class without text tower
-        for (
-            parameter
-        ) in model.parameters():  # not all buffers: RoPE's frequencies stay float32, as when loaded from a file
+        # not the buffers: RoPE's frequencies stay float32, as when loaded from a file
+        for parameter in model.parameters():
             parameter.data = parameter.data.to(dtype)
         model.name_or_path = str(pretrained_model_name_or_path)
         if isinstance(model, SparVisionModel):

@@ -229,10 +229,8 @@ class OpenVocabSegmentationPipeline(Pipeline):
             An [`EncodedImage`], or a list of them; the pipeline takes them as photos. They stay on the model's device.
         """
         many = as_photos(photos)
-        options = {
-            **self._preprocess_params,
-            **{k: v for k, v in (("size", size), ("max_tokens", max_tokens)) if v is not None},
-        }
+        given = {name: value for name, value in (("size", size), ("max_tokens", max_tokens)) if value is not None}
+        options = {**self._preprocess_params, **given}
         options.pop("on_error", None)
         encoded = [
             self._encode([self.preprocess(photo, **options)])[0] for photo in ([photos] if many is None else many)
