@@ -178,7 +178,9 @@ def evaluate_runs(options: Options, console: Console | None = None, reuse: bool 
         return report
     # before the partial counts: what is refused here must not leave its settings there
     candidates = load_candidates(options, runs, folders, vocabulary, device)
-    if options.output is None or not Path(f"{options.output}.parts").is_dir():
+    is_new = options.output is None or not Path(f"{options.output}.parts").is_dir()
+    accelerator.wait_for_everyone()  # all have looked before one makes that folder
+    if is_new:
         check_readable(data, accelerator)
     if options.output is not None:
         parts = PartialCounts(Path(f"{options.output}.parts"), settings, accelerator)

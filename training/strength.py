@@ -76,10 +76,11 @@ def find_parts(options: StrengthOptions) -> Iterator[tuple[str, str, Options]]:
         kept = {"exclude": exclude, "holdout_every": every}
         labels = choose_photos(Options(**common)).labels
         known = [label for label in labels if label not in held_out]
-        yield spec["path"], "trained on", Options(**common, **kept, holdout_rest=bool(every), only_classes=known)
-        if every:
+        if known:
+            yield spec["path"], "trained on", Options(**common, **kept, holdout_rest=bool(every), only_classes=known)
+        if known and every:
             yield spec["path"], "kept photos", Options(**common, **kept, only_classes=known)
-        elif exclude:
+        elif known and exclude:
             yield spec["path"], "kept photos", Options(**common, include=exclude, only_classes=known)
         unseen = [label for label in labels if label in held_out]
         if unseen:
