@@ -11,18 +11,18 @@ A refinement is a callable `(logits, feature_map, pixel_values) -> logits` for o
 callable `(image, features) -> features` that is applied before the logits are made: `(1, 3, h * patch, w * patch)` and
 `(1, dim, h, w)` -> `(1, dim, h * r, w * r)`.
 
-What they gave a former student of `spar-tiny` at a shorter side of 384 px: mIoU and pixel accuracy in percent.
-Parameters were chosen with an earlier student on 12 frames of CamVid (`val`, sequence 0016E5).
+What they give `spar-tiny` at a shorter side of 384 px: mIoU and pixel accuracy in percent (`training/evaluate.py --runs
+student:single+lposs ...`). Parameters were chosen with an earlier student on 12 frames of CamVid (`val`, sequence 0016E5).
 
 | | CamVid, the first 20 frames of 0001TP, 11 classes | COCO, 20 held-out photos, 133 classes |
 |---|---|---|
-| none | 23.1, 56.0 | 3.4, 20.4 |
-| `"lposs"` | 22.6, 55.8 | 3.7, 20.8 |
-| `"lposs+"` | 22.3, 55.6 | 3.9, 21.1 |
-| `"pamr"` | 22.7, 55.7 | 3.6, 21.1 |
+| none | 34.2, 72.2 | 4.5, 31.2 |
+| `"lposs"` | 33.7, 72.4 | 4.7, 31.8 |
+| `"lposs+"` | 33.6, 72.6 | 4.8, 32.1 |
+| `"pamr"` | 34.1, 72.8 | 4.7, 32.1 |
 
-So none of them is worth much here: a little on photos of things, nothing on streets. With the earlier student features
-upsampled bilinearly, 4 ×, gave nothing either, and label propagation with about the paper's parameters ruined the street
+So none of them is worth much here: up to a point of accuracy, a little mIoU on photos of things, none on streets. With that earlier
+student features upsampled bilinearly, 4 ×, gave nothing either, and label propagation with about the paper's parameters ruined the street
 scenes (25.8 -> 11.4 mIoU): its graph is made of DINO's features, not of the model's own. Try them on stronger models, on
 photos with labels.
 """
