@@ -145,9 +145,9 @@ class OpenVocabSegmentationPipeline(Pipeline):
 
         ### What the rules do
 
-        Measured with `spar-tiny`, on photos outside its training: ten frames spread over CamVid's `val` (11 classes) and the 20 held-out COCO photos (133 classes), shorter side 384 px. *Kept*: labelled
-        pixels that are not given to the background. *Right*: those of them with the right class. *Found*: classes of a
-        photo that keep any pixel.
+        Measured with `spar-tiny`, on photos outside its training: ten frames spread over CamVid's `val` (11 classes) and
+        the 20 held-out COCO photos (133 classes), shorter side 384 px. *Kept*: labelled pixels that are not given to the
+        background. *Right*: those of them with the right class. *Found*: classes of a photo that keep any pixel.
 
         | rule            | CamVid: kept, right, mIoU, found | COCO: kept, right, mIoU, found |
         |-----------------|----------------------------------|--------------------------------|

@@ -21,10 +21,10 @@ student:single+lposs ...`). Parameters were chosen with an earlier student on 12
 | `"lposs+"` | 33.6, 72.6 | 4.8, 32.1 |
 | `"pamr"` | 34.1, 72.8 | 4.7, 32.1 |
 
-So none of them is worth much here: up to a point of accuracy, a little mIoU on photos of things, none on streets. With that earlier
-student features upsampled bilinearly, 4 ×, gave nothing either, and label propagation with about the paper's parameters ruined the street
-scenes (25.8 -> 11.4 mIoU): its graph is made of DINO's features, not of the model's own. Try them on stronger models, on
-photos with labels.
+So none of them is worth much here: up to a point of accuracy, a little mIoU on photos of things, none on streets. With that
+earlier student features upsampled bilinearly, 4 ×, gave nothing either, and label propagation with about the paper's
+parameters ruined the street scenes (25.8 -> 11.4 mIoU): its graph is made of DINO's features, not of the model's own. Try
+them on stronger models, on photos with labels.
 """
 
 from collections.abc import Callable
