@@ -43,6 +43,7 @@ from spar_hf.files import writing_folder
 from spar_hf.prompts import TEMPLATES
 
 logger = logging.getLogger("pretrain_tiny")
+UNNAMED_WEIGHT = 0.3  # of a pixel of no class against one of a class of mean frequency
 LABEL_GRID = 4  # labels are compared on a grid of a quarter of the window's side
 # what a resumed run may have otherwise: where it is written, and a schedule of another length
 FREE = {"output", "resume", "workers", "save_steps", "steps"}
@@ -99,12 +100,17 @@ class CropSet:
     `names[c]` are the words of class `c`; held-out classes have none and their pixels are void.
     """
 
-    def __init__(self, photos, masks, names, spec):
-        self.photos, self.masks, self.names = photos, masks, names
+    def __init__(self, photos, masks, names, spec, unnamed=None):
+        self.photos, self.masks, self.names, self.unnamed = photos, masks, names, unnamed
         self.weight, self.crop = spec["weight"], spec["crop"]
+        self.images_of: dict[int, list[int]] = {}  # class -> numbers of the images that hold it
         if masks is not None:
-            counts = sum(np.bincount(mask.ravel(), minlength=256) for mask in masks)[: len(names)]
-            share = np.maximum(counts / max(counts.sum(), 1), 1e-5)
+            counts = np.stack([np.bincount(mask.ravel(), minlength=256)[: len(names)] for mask in masks])
+            if spec.get("even_classes"):
+                self.images_of = {c: np.flatnonzero(counts[:, c]).tolist() for c, own in enumerate(names) if own}
+                self.images_of = {c: numbers for c, numbers in self.images_of.items() if numbers}
+            pixels = counts.sum(0)
+            share = np.maximum(pixels / max(pixels.sum(), 1), 1e-5)
             weights = share**-0.35  # rare classes count more, not equally
             self.class_weights = torch.tensor(weights / (weights * share).sum(), dtype=torch.float32).clamp(max=8)
 
@@ -112,7 +118,10 @@ class CropSet:
         return len(self.photos)
 
     def cut(self, rng: random.Random, window: int):
-        index = rng.randrange(len(self.photos))
+        if self.images_of:  # an image of a class drawn evenly: common classes do not crowd out the others
+            index = rng.choice(self.images_of[rng.choice(list(self.images_of))])
+        else:
+            index = rng.randrange(len(self.photos))
         photo = self.photos[index]
         height, width = photo.shape[:2]
         low, high = self.crop
@@ -123,7 +132,7 @@ class CropSet:
         if self.masks is not None and rng.random() < 0.5:
             # centre on a pixel of a class drawn evenly from those in the photo: poles and riders are small
             mask = self.masks[index]
-            label = rng.choice([c for c in np.unique(mask[::4, ::4]) if c != VOID] or [VOID])
+            label = rng.choice([c for c in np.unique(mask[::4, ::4]) if c not in (VOID, self.unnamed)] or [VOID])
             rows, columns = np.nonzero(mask[::4, ::4] == label)
             if len(rows):
                 k = rng.randrange(len(rows))
@@ -191,16 +200,19 @@ def load_sets(root: Path, recipe: dict) -> list[CropSet]:
         every = spec.get("holdout_every", 0)
         pairs = [pair for i, pair in enumerate(folder.pairs) if not every or i % every != every - 1]
         words = [readable_name(name) for name in folder.classes]
+        unnamed = spec.get("unnamed")
+        if unnamed is not None and unnamed not in words:
+            raise ValueError(f"{root / spec['path']}: unnamed: {unnamed!r} is no class. Use one of: {', '.join(words)}.")
         table = np.full(256, VOID, np.uint8)
         names = []
         for label, word in enumerate(words):
-            names.append([] if word in held_out else [word, *synonyms.get(word, [])])
+            names.append([] if word in held_out or word == unnamed else [word, *synonyms.get(word, [])])
             table[label] = VOID if word in held_out else label
         if "null" in words:
             names[words.index("null")].remove("null")
         photos = [np.asarray(read_image(image)) for image, _ in tqdm(pairs, desc=spec["path"])]
         masks = [table[folder.read_mask(mask, photo.shape[:2])] for photo, (_, mask) in zip(photos, pairs, strict=True)]
-        sets.append(CropSet(photos, masks, names, spec))
+        sets.append(CropSet(photos, masks, names, spec, words.index(unnamed) if unnamed is not None else None))
     for spec in recipe.get("tagged", []):
         hidden = {word.lower() for word in recipe["held_out_tags"]}
         photos, names = [], []
@@ -293,7 +305,7 @@ def choose_names(sets: list[CropSet], labels: list[torch.Tensor], options: Optio
             words = sorted(set(rows) | set(others))
             chosen.append((rows, words, [rng.choice(templates).format(w) for w in words]))
             continue
-        present = [int(c) for c in label.unique() if c != VOID]
+        present = [int(c) for c in label.unique() if c not in (VOID, crop_set.unnamed)]
         rest = [c for c, names in enumerate(crop_set.names) if names and c not in present]
         rng.shuffle(rest)
         classes = present + rest[: max(0, options.names_per_set - len(present))]
@@ -338,8 +350,14 @@ def step_loss(model, tokenizer, sets, groups, options, rng, device):
             weights[classes >= 0] = crop_set.class_weights[classes[classes >= 0]]
             wanted, weights = column.to(device)[label], weights.to(device)
             part = nn.functional.cross_entropy(logits, wanted, weights, reduction="sum")
+            total = (weights[wanted.clamp(min=0)] * (wanted >= 0)).sum()
+            if crop_set.unnamed is not None and (classes < 0).any():
+                # pixels of none of the set's classes: any word of another set is right, together they take the probability
+                other = logits.logsumexp(1) - logits[:, classes < 0].logsumexp(1)  # (crops, grid, grid)
+                none = (label == crop_set.unnamed) * UNNAMED_WEIGHT
+                part, total = part + (other * none).sum(), total + none.sum()
             # the weighted mean, but 0 and no NaN where all crops of the set are void
-            part = part / (weights[wanted.clamp(min=0)] * (wanted >= 0)).sum().clamp(min=1e-6)
+            part = part / total.clamp(min=1e-6)
         loss = loss + part * counts[i] / sum(counts)
         parts[f"set{i}"] = part.detach()
     return loss, parts
