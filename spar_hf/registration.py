@@ -15,28 +15,28 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING_NAMES
 from transformers.pipelines import PIPELINE_REGISTRY
 
-from .backbone_spar import SparBackbone
-from .configuration_spar import SparConfig
-from .configuration_spar_semantic import SparSemanticConfig
-from .configuration_spar_universal import SparUniversalConfig
-from .image_processing_spar import SparImageProcessorPil
-from .image_processing_spar_universal import SparUniversalImageProcessorPil
-from .modeling_spar import (
+from .model.backbone_spar import SparBackbone
+from .model.configuration_spar import SparConfig
+from .model.configuration_spar_semantic import SparSemanticConfig
+from .model.configuration_spar_universal import SparUniversalConfig
+from .model.image_processing_spar import SparImageProcessorPil
+from .model.image_processing_spar_universal import SparUniversalImageProcessorPil
+from .model.modeling_spar import (
     SparForOpenVocabSegmentation,
     SparOpenVocabSegmentationOutput,
     SparPreTrainedModel,
     SparVisionModel,
     SparVisionModelOutput,
 )
-from .modeling_spar_semantic import (
+from .model.modeling_spar_semantic import (
     SparForSemanticSegmentation,
     SparSemanticModel,
     SparSemanticSegmenterOutput,
     bake_vocabulary,
 )
-from .modeling_spar_universal import SparForUniversalSegmentation, SparUniversalSegmentationOutput
-from .pipeline import EncodedImage, OpenVocabSegmentationPipeline
-from .processing_spar import SparProcessor
+from .model.modeling_spar_universal import SparForUniversalSegmentation, SparUniversalSegmentationOutput
+from .model.pipeline import EncodedImage, OpenVocabSegmentationPipeline
+from .model.processing_spar import SparProcessor
 from .teacher import SlidingWindowTeacher
 
 __version__ = "0.2.0"

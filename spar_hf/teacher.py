@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from .modeling_spar import SparVisionModel, SparVisionModelOutput, pad_to_patches
+from .model.modeling_spar import SparVisionModel, SparVisionModelOutput, pad_to_patches
 
 CELL_BYTES = 256 * 2**20  # bound on the features of one batch of windows, laid out on the cells
 MAP_BYTES = 2**30  # bound on the sums over all windows, on the cells

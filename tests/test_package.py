@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def test_import_is_quiet_and_repeatable():
-    code = "import spar_hf, importlib; importlib.reload(spar_hf); importlib.reload(spar_hf.pipeline)"
+    code = "import spar_hf, importlib; importlib.reload(spar_hf); importlib.reload(spar_hf.model.pipeline)"
     run = subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", code], capture_output=True, text=True)
     assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
 

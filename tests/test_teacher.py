@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from spar_hf import SlidingWindowTeacher
-from spar_hf.modeling_spar import SparVisionModelOutput
+from spar_hf.model.modeling_spar import SparVisionModelOutput
 from spar_hf.teacher import WindowPlan, window_starts
 
 

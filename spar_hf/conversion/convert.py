@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, DINOv3ViTModel
 
-from ..backbone_sources import load_source_config
-from ..configuration_spar import SparConfig
-from ..files import writing_folder
-from ..image_processing_spar import SparImageProcessorPil
-from ..modeling_spar import SparForOpenVocabSegmentation, SparVisionModel
-from ..processing_spar import SparProcessor, published_tokenizer
+from spar_hf.model.backbone_sources import load_source_config
+from spar_hf.model.configuration_spar import SparConfig
+from spar_hf.model.image_processing_spar import SparImageProcessorPil
+from spar_hf.model.modeling_spar import SparForOpenVocabSegmentation, SparVisionModel
+from spar_hf.model.processing_spar import SparProcessor, published_tokenizer
+from spar_hf.utils.files import writing_folder
+
 from . import dinov3txt, openclip, siglip2
 from .source import Source, read_tensors
 

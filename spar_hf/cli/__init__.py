@@ -1,0 +1,1 @@
+"""`spar-hf`, the command line."""

@@ -1,0 +1,1 @@
+"""Image sources, augmentation, sample order and segmentation data sets."""

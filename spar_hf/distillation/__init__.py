@@ -1,0 +1,1 @@
+"""Distils a sliding-window teacher into a student that needs one pass."""

@@ -1,0 +1,1 @@
+"""Measures open-vocabulary segmentation: protocols, inference, metrics, reports."""

@@ -1,0 +1,1 @@
+"""Linear probe and panoptic head, trained on SPAR features."""

@@ -1,0 +1,1 @@
+"""What travels with a checkpoint: configurations, models, processors, prompts, segmentation and the pipeline."""

@@ -1,0 +1,230 @@
+"""Configuration of SPAR models: a backbone of transformers, a way to read dense features, maybe a text tower."""
+
+import math
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from transformers import AutoConfig
+from transformers.backbone_utils import BackboneConfigMixin
+from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
+
+from .prompts import resolve_templates
+
+# what is known of each part; where there is a choice, the default stands first
+BACKBONE_READOUTS = {
+    "siglip_vision_model": ("siglip",),
+    "siglip2_vision_model": ("naflex",),
+    "clip_vision_model": ("maskclip",),
+    "dinov3_vit": ("dinov3", "dinov3txt"),
+}
+READOUT_RESAMPLINGS = {
+    "siglip": ("bicubic",),
+    "naflex": ("bilinear_antialias",),
+    "maskclip": ("bicubic_offset",),
+    "dinov3": ("rope",),
+    "dinov3txt": ("rope",),
+}
+# the attribute of a part's own configuration that holds the width of what it gives
+READOUT_WIDTHS = {
+    "siglip": "hidden_size",
+    "naflex": "hidden_size",
+    "maskclip": "projection_dim",
+    "dinov3": "hidden_size",
+    "dinov3txt": "hidden_size",
+}
+TEXT_WIDTHS = {
+    "siglip_text_model": "projection_size",
+    "siglip2_text_model": "projection_size",
+    "clip_text_model": "projection_dim",
+}
+# dino.txt's text embedding faces the pooled image with its first half and the patches with its last
+TEXT_PARTS = {"dinov3txt": 2}
+
+
+def _check_choice(what: str, value: Any, choices: Collection[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{what} {value!r} is unknown to SPAR; use one of {sorted(choices)}.")
+
+
+class SparConfig(BackboneConfigMixin, PreTrainedConfig):
+    r"""
+    Configuration of [`SparVisionModel`], [`SparBackbone`] and [`SparForOpenVocabSegmentation`].
+
+    Args:
+        backbone_config (`dict` or `PreTrainedConfig`, *optional*):
+            Vision configuration of transformers: `siglip_vision_model` (SigLIP and fixed-resolution SigLIP2),
+            `siglip2_vision_model` (NaFlex), `clip_vision_model` or `dinov3_vit`. Defaults to `SiglipVisionConfig()`.
+        text_config (`dict` or `PreTrainedConfig`, *optional*):
+            Text configuration of transformers (`siglip_text_model`, `siglip2_text_model` or `clip_text_model`). `None`
+            makes a vision-only model.
+        readout (`str`, *optional*):
+            How dense features are read from the backbone (SPAR, section 3). Defaults to that of its family:
+            `"siglip"` and `"naflex"` are the attention-pooling head without its attention, `"maskclip"` the value path
+            of the last block, `"dinov3"` the normalised patch tokens. `"dinov3txt"` (the default with a text tower) adds
+            the vision head of dino.txt for the pooled embedding.
+        position_resampling (`str`, *optional*):
+            How positions are taken to another grid. It belongs to the checkpoint: features change with it.
+            `"bicubic"`: by target size, without antialiasing (SigLIP). `"bilinear_antialias"`: by target size (NaFlex).
+            `"bicubic_offset"`: by the scale factor `(target + 0.1) / source` (MaskCLIP). `"rope"`: no table (DINOv3).
+        position_extent (`int`, *optional*):
+            Pixels that the position table spans. `None`, as for all pre-trained checkpoints: the photo, whatever its size,
+            so that a step of one patch is a smaller step in the table the larger the photo. With a number that step is
+            the same in all photos up to this size, which read the middle of the table; of larger ones the longer side
+            spans it. For students distilled that way (`"bicubic"` resampling only): what is near in patches is then near
+            in the table at every size.
+        projection_dim (`int`, *optional*):
+            Width of the dense features and of what faces them of the text embeddings. Follows from the backbone.
+        dense_logit_scale (`float`, *optional*, defaults to 40.0):
+            Factor on the cosine of patch feature and text embedding before the softmax over names. It is a plain
+            multiplier, not the logarithm that a trained `logit_scale` holds.
+        templates (`str` or `Sequence[str]`, *optional*, defaults to `"imagenet80"`):
+            Prompt templates: the name of a set in `spar_hf.model.prompts.TEMPLATES` or a list of strings with one `{}`.
+        distillation (`dict`, *optional*):
+            How a student was made: `teacher`, `window_size`, `stride`, data. `None` for an untouched base.
+        out_features, out_indices (`list[str]`, `list[int]`, *optional*):
+            The stages that [`SparBackbone`] gives; `["features"]`, the dense features, by default.
+
+    Raises:
+        ValueError: a backbone, text tower, read-out, resampling or template set that does not exist; a `position_extent`
+            that is no multiple of the patch from the pre-training size on, or with another resampling; a template
+            without exactly one `{}`; a `dense_logit_scale` that is not positive; a `projection_dim` or a text
+            tower of another width than the dense features.
+
+    Example:
+
+    ```python
+    >>> from transformers import SiglipVisionConfig
+    >>> from spar_hf import SparConfig, SparVisionModel
+
+    >>> backbone = SiglipVisionConfig(
+    ...     hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2
+    ... )
+    >>> model = SparVisionModel(SparConfig(backbone_config=backbone))
+    >>> model.config.projection_dim
+    32
+    ```"""
+
+    model_type = "spar"
+    sub_configs_defaults = {
+        "backbone_config": SubConfigSpec(config_class=AutoConfig, model_type="siglip_vision_model"),
+        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="siglip_text_model", optional=True),
+    }
+
+    # what is left out is filled in by __post_init__, and a dict becomes a configuration: these are the types read
+    backbone_config: Any = None
+    text_config: Any = None
+    readout: str = None  # type: ignore[assignment]
+    position_resampling: str = None  # type: ignore[assignment]
+    position_extent: int | None = None
+    projection_dim: int = None  # type: ignore[assignment]
+    dense_logit_scale: float | int = 40.0
+    templates: str | Sequence[str] = "imagenet80"
+    distillation: dict[str, Any] | None = None
+    _out_features: list[str] | None = None
+    _out_indices: list[int] | None = None
+
+    def __post_init__(self, **kwargs):
+        out_features, out_indices = kwargs.pop("out_features", None), kwargs.pop("out_indices", None)
+        if __name__.startswith("spar_hf."):
+            # The pipeline's code in a checkpoint's folder is for those who have not installed this library. Left in the
+            # configuration, it would make `pipeline` ask those who have to trust it.
+            kwargs.pop("custom_pipelines", None)
+        # checked before transformers builds the sub-configurations, which answers unknown types with a KeyError
+        for key, known in (("backbone_config", BACKBONE_READOUTS), ("text_config", TEXT_WIDTHS)):
+            sub_config = getattr(self, key)
+            if isinstance(sub_config, dict):
+                sub_config = {"model_type": self.sub_configs_defaults[key].model_type, **sub_config}
+                setattr(self, key, sub_config)
+                _check_choice(f"`{key}` of type", sub_config["model_type"], known)
+            elif isinstance(sub_config, PreTrainedConfig):
+                _check_choice(f"`{key}` of type", sub_config.model_type, known)
+            elif sub_config is not None:
+                raise ValueError(f"`{key}` must be a dict or a configuration of transformers, got {sub_config!r}.")
+        super().__post_init__(**kwargs)
+        stages = [f"stage{i}" for i in range(1, self.num_hidden_layers + 1)]
+        self.stage_names = ["stem", *stages, "features"]
+        self.set_output_features_output_indices(out_features=out_features, out_indices=out_indices)
+
+        readouts = BACKBONE_READOUTS[self.backbone_config.model_type]
+        if self.readout is None:
+            self.readout = readouts[0 if self.text_config is None else -1]
+        _check_choice("`readout`", self.readout, readouts)
+
+        resamplings = READOUT_RESAMPLINGS[self.readout]
+        self.position_resampling = resamplings[0] if self.position_resampling is None else self.position_resampling
+        _check_choice("`position_resampling`", self.position_resampling, resamplings)
+
+        self.check_position_extent()
+
+        width = getattr(self.backbone_config, READOUT_WIDTHS[self.readout])
+        self.projection_dim = width if self.projection_dim is None else self.projection_dim
+        if self.projection_dim != width:
+            raise ValueError(
+                f"The backbone's dense features have {width} dimensions, so `projection_dim` cannot be "
+                f"{self.projection_dim}. Leave it out."
+            )
+        if self.text_config is not None:
+            text_attribute = TEXT_WIDTHS[self.text_config.model_type]
+            text_width = getattr(self.text_config, text_attribute)
+            expected = width * TEXT_PARTS.get(self.readout, 1)
+            if text_width != expected:
+                raise ValueError(
+                    f"The text tower ends in {text_width} dimensions, but beside the dense features' {width} it needs "
+                    f"{expected} to be compared. Set `text_config.{text_attribute}={expected}`."
+                )
+
+        scale = self.dense_logit_scale
+        if not isinstance(scale, (float, int)) or not 0 < scale < math.inf:
+            raise ValueError(f"`dense_logit_scale` must be a positive number (a plain factor, 40.0), got {scale!r}.")
+        resolve_templates(self.templates)
+        if not isinstance(self.templates, str):
+            self.templates = list(self.templates)  # as JSON gives it back
+
+    def check_position_extent(self) -> None:
+        """
+        Raises:
+            ValueError: `position_extent` is no multiple of the patch from the pre-training size on, or the positions are not
+                `"bicubic"`. Models call it as well: an attribute can be set after a configuration was made.
+        """
+        extent = self.position_extent
+        if extent is not None and self.position_resampling != "bicubic":
+            raise ValueError(
+                f"`position_extent` is for 'bicubic' positions, and these are {self.position_resampling!r}. Leave it out."
+            )
+        if extent is not None and (not isinstance(extent, int) or extent < self.image_size or extent % self.patch_size):
+            raise ValueError(
+                f"`position_extent` {extent!r} must be a number of pixels, a multiple of the patch ({self.patch_size}) and "
+                f"at least the pre-training size ({self.image_size})."
+            )
+
+    @classmethod
+    def default_config_fields(cls) -> dict[str, Any]:
+        # Both towers are written to config.json in full. The shorter form is a difference from a default
+        # SiglipTextConfig(), and building one warns of token ids outside a vocabulary that is not ours.
+        fields = super().default_config_fields()
+        fields.pop("text_config", None)
+        return fields
+
+    # what teacher, processor and training need to know of the backbone, whatever its family
+    @property
+    def patch_size(self) -> int:
+        """Side of a patch in pixels."""
+        return self.backbone_config.patch_size
+
+    @property
+    def image_size(self) -> int:
+        """Side in pixels of the images the backbone was pre-trained on: the teacher's natural window."""
+        if self.backbone_config.model_type == "siglip2_vision_model":  # NaFlex tells its number of patches
+            return math.isqrt(self.backbone_config.num_patches) * self.patch_size
+        return self.backbone_config.image_size
+
+    @property
+    def hidden_size(self) -> int:
+        return self.backbone_config.hidden_size
+
+    @property
+    def num_hidden_layers(self) -> int:
+        return self.backbone_config.num_hidden_layers
+
+
+__all__ = ["SparConfig"]

@@ -1,0 +1,390 @@
+"""Photos in, tensors out: the only place that resizes images."""
+
+# transformers calls its hooks by keyword; ours name the keywords they use and take the rest as **kwargs
+# mypy: disable-error-code="override"
+
+import math
+import os
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import BatchFeature
+from transformers.image_processing_backends import PilBackend
+from transformers.image_utils import ChannelDimension, PILImageResampling, SizeDict
+from transformers.processing_utils import ImagesKwargs
+from transformers.utils import TensorType, logging
+
+from .image_input import array_to_rgb, float_to_rgb, read_image, to_channels_last, to_rgb, turn_upright
+from .segmentation import decide
+
+logger = logging.get_logger(__name__)
+
+MIN_SIDE = 2  # pixels: what is thinner is a line, most often an array with its axes in the wrong order
+PUBLISHED_SIZE = {"shortest_edge": 672, "longest_edge": 2048}  # SPAR's evaluation of its backbones
+SIZE_KEYS = ({"shortest_edge"}, {"longest_edge"}, {"shortest_edge", "longest_edge"}, {"height", "width"})
+
+
+def resized_size(height: int, width: int, size: SizeDict) -> tuple[int, int]:
+    """
+    The `(height, width)` that `size` asks for. Where the aspect ratio is kept, each side is rounded to its nearest
+    pixel on its own (halves up) and is at least 1.
+    """
+    if size.height is not None and size.width is not None:
+        return size.height, size.width
+    scales = []
+    if size.shortest_edge is not None:
+        scales.append(Fraction(size.shortest_edge, min(height, width)))
+    if size.longest_edge is not None:
+        scales.append(Fraction(size.longest_edge, max(height, width)))
+    scale = min(scales)
+    new_height, new_width = (max(1, math.floor(side * scale + Fraction(1, 2))) for side in (height, width))
+    return new_height, new_width
+
+
+def limited_size(height: int, width: int, patch_size: int, max_tokens: int) -> tuple[int, int]:
+    """
+    The working size `(height, width)` where it has at most `max_tokens` patches, partial ones counted; else one that
+    has: both sides times `sqrt(max_tokens * patch_size² / (height * width))`, each rounded down to whole patches, at
+    least one and at most `max_tokens`.
+    """
+    if -(-height // patch_size) * -(-width // patch_size) <= max_tokens:
+        return height, width
+    scale = math.sqrt(max_tokens / (height * width))  # in patches per pixel
+    rows, columns = (min(max(1, math.floor(side * scale)), max_tokens) for side in (height, width))
+    return rows * patch_size, columns * patch_size
+
+
+class SparImageKwargs(ImagesKwargs, total=False):
+    """What [`SparImageProcessorPil`] takes beyond the options of every image processor."""
+
+    max_tokens: int | None
+    patch_size: int | None
+
+
+class SparImageProcessorPil(PilBackend):
+    r"""
+    Image processor of SPAR models: resizes (or not), rescales, normalises. It needs Pillow only, no torchvision.
+
+    It never pads and never crops: the model pads right and bottom up to its patch, so a pixel of a mask lies on
+    its pixel of the photo. Images of unequal size are never padded to a common one either: group them by size.
+
+    What it reads:
+        - a path (`str` or `os.PathLike`), an `http(s)` or `data:image/` URL, a PIL image, a NumPy array or torch
+          tensor `(height, width)`, `(height, width, channels)` or `(channels, height, width)` with 1, 3 or 4
+          channels; a list of these, or an array or tensor with four axes, is a batch.
+        - any Pillow mode. EXIF orientation is applied, transparent pixels lie over white, 16-bit levels are
+          scaled to 8 bit (not clipped), of an animation the current frame is taken.
+        - numbers by their dtype, never by their range: uint8 is 0–255, uint16 is 0–65535, bool is black and white,
+          float is 0–1 and is never rescaled again. Float pixels keep their precision. Everything else is refused.
+
+    Args:
+        size (`dict[str, int]`, `int` or `(int, int)`, *optional*):
+            Size of the images that the model sees, in pixels. `None` keeps the native size. `{"shortest_edge": n}`
+            (or `n`) makes the shorter side n, `{"longest_edge": n}` the longer one; with both, the shorter side is
+            n unless that makes the longer one exceed its own n, which then decides. They enlarge as well as
+            shrink. The aspect ratio is kept, each side rounded to its nearest pixel. `{"height": h, "width": w}`
+            does not keep it. In a call, `"native"` says the same as `None`.
+        max_tokens (`int`, *optional*):
+            Most patches that an image may have, partial ones counted. A larger working image is made smaller by
+            [`limited_size`], with one warning. `None` sets no limit.
+        patch_size (`int`, *optional*):
+            Side of a patch in pixels; needed where `max_tokens` is set.
+        do_resize (`bool`, *optional*, defaults to `True`):
+            Whether to resize to `size`, if there is one.
+        resample (`PIL.Image.Resampling`, *optional*, defaults to `BICUBIC`):
+            Pillow's filter, antialiased when shrinking.
+        do_rescale (`bool`, *optional*, defaults to `True`):
+            Whether to multiply integer pixels by `rescale_factor`. Float pixels are in 0–1 already.
+        rescale_factor (`float`, *optional*, defaults to `1 / 255`):
+            Factor on 8-bit levels.
+        do_normalize (`bool`, *optional*, defaults to `True`):
+            Whether to subtract `image_mean` and divide by `image_std`.
+        image_mean (`float` or `list[float]`, *optional*, defaults to `[0.5, 0.5, 0.5]`):
+            Mean per channel, of pixels in 0–1.
+        image_std (`float` or `list[float]`, *optional*, defaults to `[0.5, 0.5, 0.5]`):
+            Standard deviation per channel, of pixels in 0–1.
+        do_convert_rgb (`bool`, *optional*, defaults to `True`):
+            Whether to convert what is not RGB. With `False` it is refused.
+
+    Called with images (and any of the above, `input_data_format` and `return_tensors`), it gives a
+    [`~transformers.BatchFeature`]:
+        - **pixel_values** (`(batch, 3, height, width)` with `return_tensors="pt"` or `"np"`, else a list of arrays
+          `(3, height, width)`), float32.
+        - **original_sizes** (`list[tuple[int, int]]`): `(height, width)` of each upright photo before resizing,
+          the size to bring a mask back to. It stays a plain list whatever `return_tensors` is, also after
+          `.to(device)`.
+
+    Raises:
+        ValueError: an image that cannot be read, has a side below 2 pixels, NaN or infinite values, a dtype or
+            range that is not listed above, or an ambiguous shape such as `(3, width, 3)`; images of unequal size
+            to be stacked; padding or cropping asked for; an impossible `size` or `max_tokens`.
+        FileNotFoundError: a string that is neither a file nor a URL.
+        ConnectionError: a URL that gives no answer.
+        TypeError: an object that is no image.
+
+    Source: `SiglipImageProcessorPil` of transformers for the defaults.
+
+    Example:
+
+    ```python
+    >>> from PIL import Image
+    >>> from spar_hf import SparImageProcessorPil
+
+    >>> image_processor = SparImageProcessorPil(size={"shortest_edge": 200})
+    >>> inputs = image_processor(Image.new("RGB", (640, 480)), return_tensors="pt")
+    >>> inputs.pixel_values.shape
+    torch.Size([1, 3, 200, 267])
+    >>> inputs.original_sizes
+    [(480, 640)]
+    ```"""
+
+    _auto_class = "AutoImageProcessor"  # saved folders name this class and bring its code
+    valid_kwargs: Any = SparImageKwargs
+    size = None
+    max_tokens = None
+    patch_size = None
+    resample = PILImageResampling.BICUBIC
+    image_mean = [0.5, 0.5, 0.5]
+    image_std = [0.5, 0.5, 0.5]
+    default_to_square = False
+    do_resize = True
+    do_rescale = True
+    do_normalize = True
+    do_convert_rgb = True
+
+    @classmethod
+    def from_backbone(cls, pretrained_model_name_or_path: str, **kwargs) -> "SparImageProcessorPil":
+        """
+        The image processor for the SPAR model of an untouched backbone: its mean and standard deviation, and SPAR's
+        working size (shorter side 672 px, longer at most 2048 px) instead of its square. A SPAR folder keeps its own.
+
+        Raises:
+            OSError: the folder or repository has no image processor's configuration.
+            ValueError: the configuration lacks mean or standard deviation.
+        """
+        settings, _ = cls.get_image_processor_dict(pretrained_model_name_or_path, **kwargs)
+        if settings.get("image_processor_type", "").startswith("Spar"):
+            return cls.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        if "image_mean" not in settings or "image_std" not in settings:
+            raise ValueError(
+                f"The image processor of {pretrained_model_name_or_path} names no `image_mean` and `image_std`; build "
+                "`SparImageProcessorPil(image_mean=..., image_std=...)` with those of the checkpoint."
+            )
+        return cls(image_mean=settings["image_mean"], image_std=settings["image_std"], size=dict(PUBLISHED_SIZE))
+
+    def preprocess(self, images, *args, **kwargs) -> BatchFeature:
+        if isinstance(size := kwargs.get("size"), str):
+            if size != "native":
+                raise ValueError(
+                    f"`size` is {size!r}; the only word for a size is 'native'. See the class for numbers."
+                )
+            kwargs["size"] = None
+        return super().preprocess(images, *args, **kwargs)
+
+    def _standardize_kwargs(self, size=None, max_tokens=None, patch_size=None, **kwargs) -> dict[str, Any]:
+        for name, number in (("max_tokens", max_tokens), ("patch_size", patch_size)):
+            if number is not None and (not isinstance(number, int) or number < 1):
+                raise ValueError(f"`{name}` is {number!r}; it must be a whole number of at least 1, or None.")
+        if max_tokens is not None and patch_size is None:
+            raise ValueError("`max_tokens` counts patches, so it needs the `patch_size` of the model.")
+        if isinstance(size, int):
+            size = {"shortest_edge": size}
+        elif isinstance(size, (list, tuple)) and len(size) == 2:
+            size = {"height": size[0], "width": size[1]}
+        if size is not None:
+            sides = dict(size) if isinstance(size, (dict, SizeDict)) else {}
+            if set(sides) not in SIZE_KEYS or any(not isinstance(n, int) or n < 1 for n in sides.values()):
+                raise ValueError(
+                    f"`size` is {size}; it must be None (native size) or a dict with one of the key sets "
+                    f"{[sorted(keys) for keys in SIZE_KEYS]} and whole numbers of at least 1 pixel."
+                )
+        kwargs = super()._standardize_kwargs(size=size, **kwargs)
+        kwargs["max_tokens"], kwargs["patch_size"] = max_tokens, patch_size
+        if kwargs.get("do_pad") or kwargs.get("do_center_crop"):
+            raise ValueError(
+                "SPAR's image processor neither pads nor crops: the model pads to its patch by itself. Leave "
+                "`do_pad` and `do_center_crop` out, and group images of unequal size."
+            )
+        if kwargs.get("data_format") not in (None, ChannelDimension.FIRST):
+            raise ValueError("`pixel_values` are always (batch, channels, height, width). Leave `data_format` out.")
+        return kwargs
+
+    def _validate_preprocess_kwargs(self, do_resize=None, size=None, **kwargs):
+        super()._validate_preprocess_kwargs(do_resize=bool(do_resize and size is not None), size=size, **kwargs)
+
+    def fetch_images(self, image_url_or_urls):
+        """Read the paths and URLs among one image or a list of images, as PIL images in their own mode."""
+        if isinstance(image_url_or_urls, (list, tuple)):
+            return [self.fetch_images(image) for image in image_url_or_urls]
+        if isinstance(image_url_or_urls, (str, os.PathLike)):
+            return read_image(image_url_or_urls)
+        return image_url_or_urls
+
+    def _prepare_image_like_inputs(self, images, expected_ndims: int = 3, **kwargs) -> list[np.ndarray]:
+        images = self.fetch_images(images)
+        if not isinstance(images, list):
+            images = list(images) if getattr(images, "ndim", None) == expected_ndims + 1 else [images]
+        if not images:
+            raise ValueError("There is no image. Pass one or a list of at least one.")
+        return [self.process_image(image, **kwargs) for image in images]
+
+    def process_image(
+        self,
+        image: Image.Image | np.ndarray | torch.Tensor,
+        do_convert_rgb: bool | None = None,
+        input_data_format: str | ChannelDimension | None = None,
+        **kwargs,
+    ) -> np.ndarray:
+        """
+        One image, upright and as RGB: `(3, height, width)`, uint8 levels or float32 in 0–1.
+
+        Raises:
+            TypeError, ValueError: see the class.
+        """
+        if isinstance(image, torch.Tensor):
+            image = image.detach().cpu()
+            image = (image.float() if image.dtype == torch.bfloat16 else image).numpy()
+        if isinstance(image, Image.Image):
+            image = turn_upright(image)
+            height, width = image.height, image.width
+            is_rgb = image.mode == "RGB"
+        elif isinstance(image, np.ndarray):
+            image = to_channels_last(image, input_data_format)
+            height, width, channels = image.shape
+            is_rgb = channels == 3
+        else:
+            raise TypeError(
+                "An image is a path, a URL, a PIL image, a NumPy array or a torch tensor, not "
+                f"{type(image).__name__}. A batch is a flat list of them."
+            )
+        if min(height, width) < MIN_SIDE:
+            raise ValueError(
+                f"The image is {height} × {width} pixels (height × width); each side must have at least "
+                f"{MIN_SIDE}. Check that it is not empty and that its axes are in order."
+            )
+        if do_convert_rgb is False and not is_rgb:
+            raise ValueError("The image is not RGB and `do_convert_rgb` is False. Set it to True or convert the image.")
+        if isinstance(image, np.ndarray):
+            pixels = array_to_rgb(image)
+        elif image.mode == "F":
+            pixels = float_to_rgb(np.asarray(image)[:, :, None])
+        else:
+            pixels = np.asarray(to_rgb(image))
+        return np.ascontiguousarray(np.moveaxis(pixels, -1, 0))  # (height, width, 3) -> (3, height, width)
+
+    def working_size(
+        self, height: int, width: int, size: SizeDict | None, max_tokens: int | None, patch_size: int | None
+    ) -> tuple[int, int]:
+        """The `(height, width)` that a photo is resized to: that of `size` (`None`: its own), within `max_tokens`."""
+        wanted = (height, width) if size is None else resized_size(height, width, size)
+        if max_tokens is None or patch_size is None:
+            return wanted
+        allowed = limited_size(*wanted, patch_size, max_tokens)
+        if allowed != wanted:
+            logger.warning_once(
+                f"Images of more than {max_tokens} patches (`max_tokens`) are made smaller. For more detail allow more, "
+                "if memory and time do; a smaller `size` avoids this message."
+            )
+        return allowed
+
+    def resize(self, image: np.ndarray, size: SizeDict, resample: int | None = None, **kwargs) -> np.ndarray:
+        """Resize `(3, height, width)` as a PIL image; float pixels by channel, clipped to 0–1 as levels are."""
+        _, old_height, old_width = image.shape
+        height, width = resized_size(old_height, old_width, size)
+        if (height, width) == (old_height, old_width):
+            return image
+        if image.dtype == np.uint8:
+            photo = Image.fromarray(np.ascontiguousarray(np.moveaxis(image, 0, -1)))
+            return np.ascontiguousarray(np.moveaxis(np.asarray(photo.resize((width, height), resample)), -1, 0))
+        channels = [np.asarray(Image.fromarray(channel).resize((width, height), resample)) for channel in image]
+        return np.stack(channels).clip(0, 1)
+
+    def rescale(self, image: np.ndarray, scale: float, **kwargs) -> np.ndarray:
+        """Levels to float32; float pixels are in 0–1 already and stay as they are."""
+        return image.astype(np.float32) * np.float32(scale) if image.dtype == np.uint8 else image
+
+    def normalize(self, image: np.ndarray, mean, std, **kwargs) -> np.ndarray:
+        """Subtract the mean and divide by the standard deviation of each channel: `(3, height, width)` float32."""
+        mean, std = (np.asarray(values, dtype=np.float32).reshape(-1, 1, 1) for values in (mean, std))
+        if mean.size not in (1, 3) or std.size not in (1, 3) or (std <= 0).any():
+            raise ValueError("`image_mean` and `image_std` must be one or three numbers, and the latter positive.")
+        return (image - mean) / std
+
+    def _preprocess(
+        self,
+        images: list[np.ndarray],
+        do_resize: bool | None = None,
+        size: Any = None,
+        resample: Any = None,
+        max_tokens: int | None = None,
+        patch_size: int | None = None,
+        return_tensors: str | TensorType | None = None,
+        **kwargs,
+    ) -> BatchFeature:
+        size = size if do_resize else None
+        resized = []
+        for image in images:
+            height, width = self.working_size(image.shape[1], image.shape[2], size, max_tokens, patch_size)
+            resized.append(self.resize(image, SizeDict(height=height, width=width), resample))
+        output = super()._preprocess(
+            resized, do_resize=False, size=SizeDict(), resample=resample, return_tensors=None, **kwargs
+        )
+        sizes = sorted({image.shape[1:] for image in output["pixel_values"]})
+        if return_tensors is not None and len(sizes) > 1:
+            raise ValueError(
+                f"Images of unequal size (height, width) cannot be stacked: {sizes[:5]}. Group them by size, call "
+                "the image "
+                'processor once per image, set `size={"height": …, "width": …}`, or take a list with '
+                "`return_tensors=None`."
+            )
+        output["original_sizes"] = [image.shape[1:] for image in images]
+        output.skip_tensor_conversion = ["original_sizes"]
+        return output.convert_to_tensors(return_tensors)
+
+    def post_process_semantic_segmentation(
+        self, outputs, target_sizes: list[tuple[int, int]] | None = None
+    ) -> list[torch.Tensor]:
+        """
+        Label maps of [`SparSemanticSegmenterOutput`]: logits upsampled p-fold, cropped to the image that the model saw and
+        resized to the photo, in one step and in bounded memory (see [`~spar_hf.model.segmentation.decide`]).
+
+        Args:
+            outputs ([`SparSemanticSegmenterOutput`]): of a batch.
+            target_sizes (`list[tuple[int, int]]`, *optional*):
+                `(height, width)` of each photo, the image processor's `original_sizes`. By default the size that the
+                model saw.
+
+        Returns:
+            Per image, the class of every pixel: `(height, width)` int32.
+
+        Raises:
+            ValueError: not one size per image.
+        """
+        logits = outputs["logits"] if outputs.get("name_logits") is None else outputs["name_logits"]
+        geometry = outputs["geometry"].tolist()
+        sizes = [(height, width) for height, width, _ in geometry] if target_sizes is None else target_sizes
+        if len(sizes) != len(logits):
+            raise ValueError(f"There are {len(logits)} images but {len(sizes)} `target_sizes`; give one for each.")
+        classes = outputs.get("name_to_class")
+        return [
+            decide(
+                logits[i],
+                torch.arange(logits.shape[1]) if classes is None else classes[i],
+                patch,
+                working_size=(height, width),
+                output_size=(int(sizes[i][0]), int(sizes[i][1])),
+            ).labels
+            for i, (height, width, patch) in enumerate(geometry)
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        # the whole name: where it is cut, as PilBackend does, Auto classes warn that there is no torchvision twin
+        # no video processor: without the second entry, `pipeline` takes this file's code for that of one, and asks for trust
+        # in it (and waits) even where this library is installed
+        return {**super().to_dict(), "image_processor_type": type(self).__name__, "video_processor_type": "none"}
+
+
+__all__ = ["SparImageProcessorPil"]

@@ -1,0 +1,177 @@
+"""Text embeddings made once: kept per model, name and templates, forgotten when the text tower changes, saved and loaded."""
+
+import hashlib
+import json
+import os
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from .prompts import embed_names, resolve_templates
+
+MAX_NAMES = 50_000  # kept at most, over all templates: 150 MB of embeddings of 768 numbers
+FORMAT = "spar text embeddings, 1"
+
+
+def quick_fingerprint(module: torch.nn.Module) -> tuple:
+    """
+    What changes when weights do, in milliseconds: address and version of every tensor, and the sum over a sample of it.
+
+    The version counts what PyTorch changes in place, the address shows a tensor put in its place, and the sample what
+    neither shows: fused optimisers, `weight.data += delta`.
+    """
+    # weights on meta are those that accelerate has put away
+    tensors = [parameter.detach() for parameter in module.parameters() if parameter.device.type != "meta"]
+    if not tensors:
+        return ()
+    samples = [tensor.flatten()[:: max(1, tensor.numel() // 16)].float().sum() for tensor in tensors]
+    sums = torch.stack([sample.to(samples[0].device) for sample in samples]).tolist()
+    return tuple(
+        (tensor.data_ptr(), None if tensor.is_inference() else tensor._version, total)
+        for tensor, total in zip(tensors, sums, strict=True)
+    )
+
+
+def full_fingerprint(model, tokenizer) -> str:
+    """SHA-256 of all weights of the text tower, their dtypes and the tokenizer: what a file of embeddings belongs to."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.text_model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    words = tokenizer.get_vocab() if backend is None else json.loads(backend.to_str())
+    words = {key: value for key, value in words.items() if key not in ("padding", "truncation")}  # set by each call
+    digest.update(json.dumps(words, sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+class TextEmbeddingCache:
+    """
+    Embeddings of names, one text forward per name and templates for as long as the text tower stays as it is.
+
+    A name that several vocabularies share is embedded once. The least recently used names beyond `max_names` are
+    forgotten.
+
+    Args:
+        model ([`SparForOpenVocabSegmentation`]): whose text tower embeds.
+        tokenizer (`PreTrainedTokenizerBase`): the checkpoint's own.
+        max_names (`int`, *optional*, defaults to 50,000): names kept at most, counted once per set of templates.
+
+    Example:
+
+    ```python
+    >>> from transformers import AutoTokenizer
+    >>> from spar_hf import SPAR_TINY, SparForOpenVocabSegmentation
+    >>> from spar_hf.model.text_embeddings import TextEmbeddingCache
+
+    >>> model = SparForOpenVocabSegmentation.from_pretrained(SPAR_TINY)
+    >>> cache = TextEmbeddingCache(model, AutoTokenizer.from_pretrained(SPAR_TINY))
+    >>> cache.get(["road", "sky"], "plain").shape
+    torch.Size([2, 192])
+    >>> cache.save("words.safetensors", ["road", "sky"], "plain")
+    >>> cache.load("words.safetensors")
+    2
+    ```"""
+
+    def __init__(self, model, tokenizer, max_names: int = MAX_NAMES):
+        self.model, self.tokenizer, self.max_names = model, tokenizer, max_names
+        self._rows: OrderedDict[tuple[tuple[str, ...], str], torch.Tensor] = OrderedDict()
+        self._fingerprint: tuple | None = None
+
+    def get(self, names: Sequence[str], templates: str | Sequence[str] | None = None) -> torch.Tensor:
+        """
+        Embeddings `(names, dim)`, float32 of unit length on the model's device; only names that are not kept are embedded.
+
+        Raises:
+            ValueError: see [`embed_names`].
+        """
+        prompts = self._prompts(templates)
+        self._forget_if_changed()
+        missing = [name for name in dict.fromkeys(names) if (prompts, name) not in self._rows]
+        new = embed_names(self.model, self.tokenizer, missing, prompts) if missing else None
+        # a vocabulary may have more names than are kept
+        rows = {} if new is None else {name: row.clone() for name, row in zip(missing, new, strict=True)}
+        rows = {name: rows[name] if name in rows else self._rows[prompts, name] for name in names}
+        self._keep(prompts, rows)
+        return torch.stack([rows[name] for name in names]).to(self.model.device)
+
+    def save(
+        self, path: str | os.PathLike, names: Sequence[str] | None = None, templates: str | Sequence[str] | None = None
+    ) -> None:
+        """
+        Write embeddings to a safetensors file: `text_embeds` `(names, dim)`, and names, templates and the fingerprint of
+        the text tower in its metadata. `names` are embedded where they are not yet; without them, all that are kept.
+
+        Raises:
+            ValueError: no names, and nothing has been embedded with these templates.
+        """
+        prompts = self._prompts(templates)
+        self._forget_if_changed()
+        names = list(dict.fromkeys(names or [name for kept, name in self._rows if kept == prompts]))
+        if not names:
+            raise ValueError(
+                "Nothing has been embedded with these templates yet. Segment a photo first, or name the classes to embed."
+            )
+        metadata = {
+            "format": FORMAT,
+            "names": json.dumps(names),
+            "templates": json.dumps(prompts),
+            "fingerprint": full_fingerprint(self.model, self.tokenizer),
+        }
+        target = Path(path)
+        temporary = target.with_name(f".{target.name}.partial")
+        save_file({"text_embeds": self.get(names, prompts).cpu().contiguous()}, temporary, metadata=metadata)
+        temporary.replace(target)
+
+    def load(self, path: str | os.PathLike) -> int:
+        """
+        Take over the embeddings of a file that `save` wrote; returns how many names it holds.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: no file of this kind, or one of another text tower, dtype or tokenizer.
+        """
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"{str(path)!r} does not exist. `save_text_embeddings` writes such a file.")
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != FORMAT:
+                    raise ValueError(f"{str(path)!r} holds no text embeddings that `save_text_embeddings` wrote.")
+                embeds = file.get_tensor("text_embeds").float()
+        except SafetensorError as error:
+            raise ValueError(
+                f"{str(path)!r} is no safetensors file, or is damaged: {error}. Write it again."
+            ) from error
+        names, prompts = json.loads(metadata["names"]), tuple(json.loads(metadata["templates"]))
+        if metadata["fingerprint"] != full_fingerprint(self.model, self.tokenizer):
+            raise ValueError(
+                f"{str(path)!r} was made with another text tower, dtype or tokenizer, so its embeddings do not belong to "
+                "this model. Write it again with `save_text_embeddings` of this one."
+            )
+        if embeds.shape != (len(names), self.model.config.projection_dim):
+            raise ValueError(f"{str(path)!r} holds embeddings of shape {tuple(embeds.shape)} for {len(names)} names.")
+        self._forget_if_changed()
+        rows = embeds.to(self.model.device)
+        self._keep(prompts, {name: row.clone() for name, row in zip(names, rows, strict=True)})
+        return len(names)
+
+    def _prompts(self, templates: str | Sequence[str] | None) -> tuple[str, ...]:
+        return resolve_templates(self.model.config.templates if templates is None else templates)
+
+    def _keep(self, prompts: tuple[str, ...], rows: dict[str, torch.Tensor]) -> None:
+        for name, row in rows.items():
+            self._rows[prompts, name] = row
+            self._rows.move_to_end((prompts, name))
+        while len(self._rows) > self.max_names:
+            self._rows.popitem(last=False)
+
+    def _forget_if_changed(self) -> None:
+        fingerprint = quick_fingerprint(self.model.text_model)
+        if fingerprint != self._fingerprint:
+            self._rows.clear()
+            self._fingerprint = fingerprint

@@ -1,0 +1,1 @@
+"""Pre-trains the base of spar-tiny from scratch."""

@@ -1,0 +1,1 @@
+"""Atomic files, checkpoints of runs, fingerprints and errors that every other room uses."""

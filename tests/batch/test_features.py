@@ -1,0 +1,169 @@
+"""`spar-hf features`: what the files hold is what the model gives, and a run goes on where it stopped."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+from transformers import AutoImageProcessor, AutoModel
+from typer.testing import CliRunner
+
+from spar_hf import SlidingWindowTeacher, SparImageProcessorPil
+from spar_hf.cli.main import app
+
+
+@pytest.fixture
+def model(two_towers, tmp_path):
+    """A folder of a tiny model with random weights."""
+    two_towers.save_pretrained(tmp_path / "model")
+    SparImageProcessorPil(size={"shortest_edge": 80}).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Five photos of unequal size, one of them in a sub-folder."""
+    rng = np.random.default_rng(0)
+    (tmp_path / "in" / "sub").mkdir(parents=True)
+    for i, name in enumerate(("a.png", "b.png", "c.png", "d.png", "sub/a.png")):
+        Image.fromarray(rng.integers(0, 256, (70 + 9 * i, 90, 3), dtype=np.uint8)).save(tmp_path / "in" / name)
+    return tmp_path / "in"
+
+
+def run(*arguments, status=0):
+    result = CliRunner().invoke(app, ["features", *map(str, arguments)])
+    assert result.exit_code == status, result.output
+    return result.output
+
+
+def expected(model, photo, encoder=None, **options):
+    pixel_values = AutoImageProcessor.from_pretrained(model)(photo, return_tensors="pt", **options)["pixel_values"]
+    with torch.no_grad():
+        return (encoder or AutoModel.from_pretrained(model))(pixel_values).feature_map[0]
+
+
+def test_files_hold_the_models_feature_map_and_say_what_it_is(model, photos, tmp_path):
+    assert "5 done" in run(photos, "--model", model, "--output", tmp_path / "out")
+    file = tmp_path / "out" / "sub" / "a.safetensors"
+    assert torch.equal(load_file(file)["feature_map"], expected(model, photos / "sub/a.png"))
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    assert metadata["model"] == model.name and metadata["patch_size"] == "16"
+    assert json.loads(metadata["original_size"]) == [106, 90] and json.loads(metadata["working_size"]) == [94, 80]
+    assert len(list((tmp_path / "out").rglob("*"))) == 6  # five files, one folder
+
+
+def test_normalised_half_precision_at_another_size(model, photos, tmp_path):
+    options = ["--normalize", "--dtype", "float16", "--shortest-edge", 48]
+    run(photos / "b.png", "--model", model, "--output", tmp_path / "out", *options)
+    found = load_file(tmp_path / "out" / "b.safetensors")["feature_map"]
+    whole = expected(model, photos / "b.png", size={"shortest_edge": 48})
+    assert found.dtype == torch.float16
+    assert torch.equal(found, torch.nn.functional.normalize(whole, dim=0).half())
+
+
+def test_a_stride_gives_the_sliding_windows_features(model, photos, tmp_path):
+    run(photos / "a.png", "--model", model, "--output", tmp_path / "out", "--stride", 24, "--window-size", 48)
+    teacher = SlidingWindowTeacher(AutoModel.from_pretrained(model), window_size=48, stride=24)
+    found = load_file(tmp_path / "out" / "a.safetensors")["feature_map"]
+    assert torch.equal(found, expected(model, photos / "a.png", teacher))
+    assert not torch.allclose(found, expected(model, photos / "a.png"), atol=1e-3)
+
+
+def read_shards(folder):
+    """Every tensor by its name through the index, and that the index lists each tensor of the shards once."""
+    index = json.loads((folder / "features.safetensors.index.json").read_text())
+    shards = {path.name: load_file(path) for path in folder.glob("*.safetensors")}
+    assert sorted(index["weight_map"]) == sorted(name for shard in shards.values() for name in shard)
+    return {name: shards[shard][name] for name, shard in index["weight_map"].items()}
+
+
+def test_a_run_goes_on_where_it_stopped(model, photos, tmp_path):
+    """Shards as a run leaves them that was killed after two photos; then another setting, which must not mix with them."""
+    output = tmp_path / "out"
+    options = ["--model", model, "--output", output, "--shard-size", 0.001]
+    run(photos / "a.png", photos / "b.png", *options)
+    before = {path: path.stat().st_mtime_ns for path in output.glob("features-*.safetensors")}
+    (output / "features.safetensors.index.json").unlink()
+
+    assert "--skip-existing" in run(photos, *options, status=2)
+    assert "normalized=false" in run(photos, *options, "--skip-existing", "--normalize", status=2)
+    assert "3 done, 2 skipped" in run(photos, *options, "--skip-existing")
+    assert all(path.stat().st_mtime_ns == time for path, time in before.items())
+    tensors = read_shards(output)
+    assert sorted(tensors) == ["a", "b", "c", "d", "sub/a"]
+    assert torch.equal(tensors["d"], expected(model, photos / "d.png"))
+    assert torch.equal(tensors["a"], expected(model, photos / "a.png"))
+
+
+def test_single_files_go_on_too_and_a_bad_photo_loses_no_other(model, photos, tmp_path):
+    output = tmp_path / "out"
+    (photos / "broken.png").write_bytes((photos / "a.png").read_bytes()[:400])
+    assert "5 done, 1 failed" in run(photos, "--model", model, "--output", output, status=1)
+    (output / "c.safetensors").unlink()
+    assert "1 done, 4 skipped (written before), 1 failed" in run(
+        photos, "--model", model, "--output", output, "--skip-existing", status=1
+    )
+    assert "dtype=float32" in run(
+        photos, "--model", model, "--output", output, "--skip-existing", "--dtype", "bfloat16", status=2
+    )
+
+
+def test_features_of_a_model_trained_again_do_not_mix_with_earlier_ones(model, photos, tmp_path):
+    """The folder has the same name, its weights or its image processor are others."""
+    options = [photos, "--model", model, "--output", tmp_path / "out", "--skip-existing"]
+    run(*options)
+    assert "5 skipped" in run(*options)
+    shutil.copytree(model, tmp_path / "elsewhere" / model.name)
+    moved = [photos, "--model", tmp_path / "elsewhere" / model.name, "--output", tmp_path / "out", "--skip-existing"]
+    assert "5 skipped" in run(*moved)
+    SparImageProcessorPil(size={"shortest_edge": 96}).save_pretrained(model)
+    assert "fingerprint" in run(*options, status=2)
+    SparImageProcessorPil(size={"shortest_edge": 80}).save_pretrained(model)
+    assert "5 skipped" in run(*options)
+    trained = AutoModel.from_pretrained(model)
+    with torch.no_grad():
+        next(trained.parameters()).add_(0.1)
+    trained.save_pretrained(model)
+    assert "fingerprint" in run(*options, status=2)
+
+
+def test_two_processes_share_the_photos(model, photos, tmp_path):
+    pytest.importorskip("accelerate", reason="several processes need accelerate (extra train)")
+    output = tmp_path / "out"
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launch += ["--main_process_port", "0", "-m", "spar_hf.cli.main", "features", photos, "--model", model]
+    process = subprocess.run(
+        [*map(str, launch), "--output", str(output), "--shard-size", "0.001"],
+        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 0, process.stderr
+    assert "process 1 of 2: 3 done" in process.stdout and "process 2 of 2: 2 done" in process.stdout
+    tensors = read_shards(output)  # also: no photo twice
+    assert sorted(tensors) == ["a", "b", "c", "d", "sub/a"]
+    assert all(torch.equal(found, expected(model, photos / f"{name}.png")) for name, found in tensors.items())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--dtype", "int8"], "float16, bfloat16, float32"),
+        (["--window-size", "48"], "give a stride"),
+        (["--stride", "900"], "must lie between 1 and the window"),
+        (["--device", "cuda:7"], "Device 'cuda:7' is not there"),
+    ],
+)
+def test_wrong_options_name_the_fix_and_have_status_2(photos, tmp_path, options, message):
+    if "cuda:7" in options and torch.cuda.device_count() > 7:
+        pytest.skip("this machine has eight graphics cards")
+    assert message in run(photos / "a.png", "--output", tmp_path / "out", *options, status=2)
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,224 @@
+"""The command line as people type it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from transformers import pipeline
+from typer.testing import CliRunner
+
+from spar_hf.cli.main import app
+
+runner = CliRunner()
+LABELS = "road; car, automobile; sky"
+
+
+def run(*arguments, status=0):
+    result = runner.invoke(app, ["segment", *map(str, arguments)])
+    assert result.exit_code == status, result.output
+    assert "Traceback" not in result.output
+    return result.output
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """A folder as people have them: a sub-folder, two of one stem, one empty, one cut short, one that is no image."""
+    folder = tmp_path / "in"
+    (folder / "sub").mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for name, size in (("street.png", (70, 90)), ("street.jpg", (61, 50)), ("sub/street.png", (40, 83))):
+        Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).save(folder / name)
+    (folder / "empty.jpg").touch()
+    (folder / "cut.png").write_bytes((folder / "street.png").read_bytes()[:900])
+    (folder / "text.jpg").write_text("no image")
+    return folder
+
+
+def test_help_is_immediate_and_imports_no_torch():
+    code = """
+import sys
+sys.argv = ["spar-hf"]
+from spar_hf.cli.main import main
+for command in ([], ["segment"], ["features"], ["app"], ["convert"]):
+    sys.argv[1:] = [*command, "--help"]
+    try:
+        main()
+    except SystemExit as stop:
+        assert stop.code == 0
+print("torch" in sys.modules)
+"""
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "--labels" in process.stdout and "--stride" in process.stdout
+    assert process.stdout.split()[-1] == "False"
+
+
+def test_the_installed_command_segments(tmp_path):
+    photo, output = tmp_path / "street.png", tmp_path / "out.png"
+    Image.new("RGB", (90, 70), "gray").save(photo)
+    command = [Path(sys.executable).parent / "spar-hf", "segment", photo, "--labels", "road; sky", "--output", output]
+    process = subprocess.run(command, capture_output=True, text=True)
+    assert process.returncode == 0 and process.stderr == "", process.stderr
+    assert output.is_file()
+
+
+def test_segment_writes_overlay_and_map(photos, tmp_path):
+    output, map_output = tmp_path / "out" / "street.png", tmp_path / "map.png"
+    text = run(photos / "street.png", "--labels", LABELS, "--output", output, "--map", map_output)
+    assert "written" in text and "car" in text
+    assert Image.open(output).width == 90
+    label_map = np.asarray(Image.open(map_output))
+    assert label_map.shape == (70, 90) and label_map.max() <= 2
+    assert not list(tmp_path.rglob("*.partial*"))
+
+
+def test_segment_lists_the_classes_that_have_pixels_and_counts_the_others(photos, tmp_path):
+    labels = "; ".join(f"thing {i}" for i in range(40))
+    map_output = tmp_path / "map.png"
+    options = ["--labels", labels, "--templates", "plain", "--output", tmp_path / "o.png", "--map", map_output]
+    text = run(photos / "street.png", *options)
+    found = {f"thing {i}" for i in np.unique(np.asarray(Image.open(map_output))).tolist()}
+    assert 0 < len(found) < 40
+    assert {line.split("  ")[0] for line in text.splitlines() if "of the photo" in line} == found
+    assert f"{40 - len(found)} of 40 classes not found" in text
+
+
+def test_a_folder_gives_every_format_and_bad_files_lose_no_other(photos, tmp_path):
+    coco = pytest.importorskip("pycocotools.coco", reason="COCO's masks need pycocotools (extra coco)")
+    output = tmp_path / "out"
+    text = run(photos, "--labels", LABELS, "--output", output, "--format", "overlay,map,coco,json", status=1)
+    assert "3 done, 3 failed" in text
+    for message in ("empty (0 bytes)", "Cannot decode", "no image that Pillow can read"):
+        assert message in text
+    assert "the file is damaged" in text and "closed" not in text
+    assert (output / "classes.txt").read_text() == "road\ncar\nsky\n"
+    merged = coco.COCO(output / "annotations.json")
+    assert [c["name"] for c in merged.loadCats(merged.getCatIds())] == ["road", "car", "sky"]
+    by_file = {image["file_name"]: image["id"] for image in merged.loadImgs(merged.getImgIds())}
+    assert len(by_file) == 3
+
+    segment = pipeline("open-vocab-segmentation")
+    for source, name in (("street.png", "street.png"), ("street.jpg", "street.jpg"), ("sub/street.png", "sub/street")):
+        plain = segment(str(photos / source), candidate_labels=["road", "car, automobile", "sky"])
+        label_map = np.asarray(Image.open(output / f"{name}.map.png"))
+        listed = json.loads((output / f"{name}.json").read_text())
+        overlay = Image.open(output / f"{name}.png")
+        assert (overlay.width, listed["height"], listed["width"]) == (label_map.shape[1], *label_map.shape)
+        assert [s["label"] for s in listed["segments"]] == [s["label"] for s in plain]
+        annotations = merged.loadAnns(merged.getAnnIds(by_file[str(photos / source)]))
+        for entry, expected, annotation in zip(listed["segments"], plain, annotations, strict=True):
+            mask = np.asarray(expected["mask"]) == 255
+            index = ["road", "car", "sky"].index(entry["label"])
+            assert (mask == (label_map == index)).all() and (merged.annToMask(annotation) == mask).all()
+            assert entry["score"] == pytest.approx(expected["score"], abs=1e-5)
+            assert entry["share"] == pytest.approx(mask.mean())
+            left, top, right, bottom = Image.fromarray(mask).getbbox()
+            assert entry["bbox"] == annotation["bbox"] == [left, top, right - left, bottom - top]
+            assert annotation["category_id"] == index + 1 and annotation["area"] == mask.sum()
+
+
+def test_skip_existing_goes_on_and_keeps_other_classes_apart(photos, tmp_path):
+    output = tmp_path / "out"
+    options = ["--labels", LABELS, "--output", output, "--format", "map,json"]
+    run(photos / "*.png", photos / "street.jpg", *options, status=1)
+    kept, lost = output / "street.png.map.png", output / "street.jpg.map.png"
+    time = kept.stat().st_mtime_ns
+    lost.unlink()
+    text = run(photos / "*.png", photos / "street.jpg", *options, "--skip-existing", status=1)
+    assert "1 done, 1 skipped (written before), 1 failed" in text
+    assert lost.is_file() and kept.stat().st_mtime_ns == time
+    others = ["--labels", "dog; cat", "--output", output, "--format", "map,json", "--skip-existing"]
+    assert "results for other classes" in run(photos / "*.png", photos / "street.jpg", *others, status=2)
+
+
+def test_labels_from_a_file_and_unsure_pixels_to_a_background(photos, tmp_path):
+    labels, output = tmp_path / "classes.txt", tmp_path / "street.json"
+    labels.write_text("# streets\nroad\ncar, automobile\n\nsky\n", encoding="utf-8")
+    options = ["--labels", f"@{labels}", "--output", output, "--format", "json"]
+    run(photos / "street.png", *options)
+    assert json.loads(output.read_text())["labels"] == ["road", "car", "sky"]
+    run(photos / "street.png", *options, "--threshold", 1, "--background", "void")
+    listed = json.loads(output.read_text())
+    assert listed["labels"] == ["road", "car", "sky", "void"]
+    assert [(s["label"], s["share"], s["bbox"]) for s in listed["segments"]] == [("void", 1.0, [0, 0, 90, 70])]
+
+
+@pytest.mark.parametrize(("classes", "mode"), [(2, "L"), (257, "I;16")])
+def test_label_maps_have_as_many_bits_as_the_classes_need(classes, mode, tmp_path):
+    from spar_hf.cli.outputs import write_results
+
+    label_map = np.zeros((6, 5), np.int32)
+    label_map[2:] = classes - 1
+    result = {"map": label_map, "labels": [str(i) for i in range(classes)], "scores": [0.5] * classes}
+    write_results(Image.new("RGB", (5, 6)), result, {"map": tmp_path / "map.png"}, "photo")
+    written = Image.open(tmp_path / "map.png")
+    assert written.mode == mode and (np.asarray(written) == label_map).all()
+
+
+def test_without_pycocotools_the_error_names_the_extra_before_any_work(photos, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pycocotools", None)
+    monkeypatch.setitem(sys.modules, "pycocotools.mask", None)
+    text = run(photos, "--labels", LABELS, "--output", tmp_path / "out", "--format", "coco", status=2)
+    assert "pip install 'spar-hf[coco]'" in text and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("photo", "message"),
+    [("empty.jpg", "empty (0 bytes)"), ("missing.jpg", "neither a file"), ("*.gif", "No image")],
+)
+def test_a_bad_photo_is_one_line_and_exit_status_1(photos, tmp_path, photo, message):
+    text = run(photos / photo, "--labels", "sky", "--output", tmp_path / "o.png", status=1)
+    assert message in text and text.count("error:") == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"--labels": " ; "}, "at least one class"),
+        ({"--labels": "sky; Sky"}, "stand twice"),
+        ({"--labels": "@nowhere.txt"}, "Cannot read the labels"),
+        ({"--format": "overlay,svg"}, "overlay, map, coco, json"),
+        ({"--output": "out.gif"}, "must end in .png"),
+        ({"--output": "out.jpg", "--format": "map"}, "must end in .png"),
+        ({"--map": "map.jpg"}, "must end in .png"),
+        ({"--templates": "nonsense"}, "template set"),
+        ({"--threshold": "0.5", "--labels": "sky " * 60}, "tokens"),
+        ({"--device": "nonsense"}, "is not there; there is cpu"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_exit_status_2(photos, tmp_path, monkeypatch, options, message):
+    monkeypatch.chdir(tmp_path)
+    given = {"--labels": LABELS, "--output": "out.png", **options}
+    text = run(photos / "street.png", *(part for item in given.items() for part in item), status=2)
+    assert message in text and text.count("error:") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
+
+
+def test_several_photos_need_a_folder_that_is_not_their_own(photos, tmp_path):
+    def refuse(message, *options):
+        assert message in run(photos, "--labels", LABELS, *options, status=2)
+
+    refuse("need a folder", "--output", tmp_path / "out.png")
+    refuse("read and written at once", "--output", photos)
+    refuse("one photo", "--output", tmp_path / "out", "--map", tmp_path / "map.png")
+
+
+def test_a_vision_only_folder_and_a_missing_one_say_what_is_wrong(photos, tmp_path, vision_model):
+    vision_model.save_pretrained(tmp_path / "vision")
+    options = [photos / "street.png", "--labels", LABELS, "--output", tmp_path / "o.png", "--model"]
+    assert "has no text tower" in run(*options, tmp_path / "vision", status=2)
+    for model, message in (("nowhere", "is no folder here"), ("vision/config.json", "is a file. Name the folder of")):
+        text = run(*options, tmp_path / model, status=1)
+        assert f"{tmp_path / model} {message}" in text and text.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [("road, sky, tree", '"road; sky"'), ("ade20", "Did you mean the built-in ade20k?"), ("sky; tree", None)],
+)
+def test_one_class_alone_is_noted(photos, tmp_path, labels, message):
+    text = run(photos / "street.png", "--labels", labels, "--templates", "plain", "--output", tmp_path / "o.png")
+    assert message in text if message else "note:" not in text

@@ -1,0 +1,390 @@
+"""The pieces of the distillation script whose correctness training depends on: options, losses, photos, what is trained."""
+
+import io
+import tarfile
+from itertools import islice
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import pytest
+import torch
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from PIL import Image
+from test_backbones import CONFIGS
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+from spar_hf import SlidingWindowTeacher, SparConfig, SparImageProcessorPil, SparVisionModel
+from spar_hf.data.sources import MapOrder, Photos, Skipped, StreamOrder, augment, open_sources, split_photos
+from spar_hf.distillation.held_out import feature_colours
+from spar_hf.distillation.losses import decision_loss, distillation_loss, error_weights
+from spar_hf.distillation.options import PRESETS, Options, parse_options
+from spar_hf.distillation.student import BLOCK_PARTS, OTHER_PARTS, choose_parameters, share_frozen
+from spar_hf.distillation.targets import FullTarget, SampledTarget
+
+CONFIG_FILES = Path(__file__).parents[2] / "training" / "configs"
+
+
+def options(**kwargs):
+    return Options(**{"model": "m", "images": ["x"], "output": "o", **kwargs})
+
+
+@pytest.mark.parametrize("size", [(1600, 900), (480, 360), (200, 700), (60, 50)])
+def test_augmented_photos_follow_the_recipe(size):
+    photo = Image.fromarray(np.zeros((size[1], size[0], 3), np.uint8))
+    whole = options(crop_probability=0.0, min_scale=1.0)
+    width, height = augment(photo, 192, 16, whole, Random(0)).size
+    # the largest size that fits 4 × 2 windows, floored to patches, never distorted by more than a patch
+    factor = min(768 / max(size), 384 / min(size))
+    assert (width, height) == tuple(int(side * factor + 1e-3) // 16 * 16 for side in size)
+    for seed in range(30):
+        width, height = augment(photo, 192, 16, options(), Random(seed)).size
+        assert width % 16 == 0 and height % 16 == 0
+        assert max(width, height) <= 768 and min(width, height) <= 384
+        assert min(width, height) >= min(160, min(size) * factor * 0.5 - 16)
+
+
+def test_augmentation_crops_the_right_place():
+    """A photo whose red channel is its column and green its row: values tell where a crop was taken."""
+    rows, columns = np.mgrid[0:192, 0:256]
+    photo = Image.fromarray(np.stack([columns, rows, columns * 0], -1).astype(np.uint8))
+    no_flip = options(long_side=4 / 3, short_side=1.0, min_scale=1.0, flip_probability=0.0, crop_probability=1.0)
+    for seed in range(10):
+        crop = np.asarray(augment(photo, 96, 16, no_flip, Random(seed))).astype(int)
+        step = np.diff(crop[crop.shape[0] // 2, :, 0])
+        assert (step.mean() == pytest.approx(2, abs=0.05)) and (
+            np.diff(crop[:, 5, 1]).mean() == pytest.approx(2, abs=0.05)
+        )
+
+
+def test_loss_is_the_mean_squared_error():
+    student, target = torch.randn(2, 5, 3, 4), torch.randn(2, 5, 3, 4)
+    assert distillation_loss(student, target) == pytest.approx(float((student - target).pow(2).mean()))
+    weighted = distillation_loss(student, F.interpolate(target, scale_factor=2), torch.full((6, 8), 0.25))
+    assert weighted == pytest.approx(float((student - target).pow(2).mean()), rel=1e-5)
+
+
+def test_trainable_parameters(vision_model):
+    probe = vision_model.backbone.head.probe.numel()  # the pooling query, which dense features do not read
+    everything = sum(p.numel() for p in vision_model.parameters()) - probe
+    last = sum(p.numel() for p in vision_model.backbone.encoder.layers[1].parameters())
+    assert sum(p.numel() for p in choose_parameters(vision_model, "1")) == last
+    assert sum(p.numel() for p in choose_parameters(vision_model, "all")) == everything
+
+
+@pytest.mark.parametrize("readout", ["naflex", "maskclip", "dinov3", "dinov3txt"])
+@pytest.mark.parametrize("train_layers", ["1", "all"])
+def test_what_is_trained_gets_a_gradient_in_every_family(readout, train_layers):
+    model = SparVisionModel(SparConfig(backbone_config=CONFIGS[readout](), readout=readout))
+    trained = choose_parameters(model, train_layers)
+    model(torch.randn(1, 3, 40, 48)).feature_map.square().mean().backward()
+    assert trained and all(parameter.grad is not None for parameter in trained)
+    names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if train_layers == "1":
+        assert all(".1." in name for name in names)  # of two blocks the last
+    else:
+        assert len(names) > 20
+
+
+def test_decisions_over_words_are_compared():
+    """The divergence of the decisions, against torch's of the plain softmaxes; cells of a patch count with their weight."""
+    generator = torch.Generator().manual_seed(0)
+    student, target = torch.randn(2, 2, 6, 3, 4, generator=generator)
+    texts = F.normalize(torch.randn(5, 6, generator=generator), dim=-1)
+    softmax = [
+        (F.normalize(x, dim=1).permute(0, 2, 3, 1) @ texts.T * 40).flatten(0, 2).softmax(-1) for x in (student, target)
+    ]
+    expected = F.kl_div(softmax[0].log(), softmax[1], reduction="batchmean")
+    torch.testing.assert_close(decision_loss(student, target, texts, 40.0), expected, rtol=1e-3, atol=1e-4)
+    assert decision_loss(student, student, texts, 40.0).abs() < 1e-5
+    cells = target.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    weighted = decision_loss(student, cells, texts, 40.0, torch.full((6, 8), 0.25))
+    torch.testing.assert_close(weighted, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_whitening_counts_axes_alike():
+    """Along an axis of a hundredfold variance an error counts a hundredth at full power, as much at none."""
+    noise = torch.randn(1, 2, 40, 40, generator=torch.Generator().manual_seed(0))
+    target = noise * torch.tensor([10.0, 1.0]).view(1, 2, 1, 1)
+    full, none = error_weights([target], 1.0), error_weights([target], 0.0)
+    assert float(full[1, 1] / full[0, 0]) == pytest.approx(10, rel=0.1)
+    torch.testing.assert_close(none, torch.eye(2), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("bad", "named"),
+    [
+        ({"train_layers": "0"}, "--train_layers"),
+        ({"train_layers": "x"}, "--train_layers"),
+        ({"min_scale": 0.0}, "--min_scale"),
+        ({"teacher_windows": 0}, "--teacher_windows"),
+        ({"teacher_mode": "sampled"}, "--teacher_windows"),
+        ({"teacher_mode": "full", "teacher_windows": 5}, "--teacher_windows"),
+        ({"teacher_variant": "windows"}, "--teacher_variant"),
+        ({"steps": 5, "epochs": 1.0}, "--epochs"),
+        ({"streaming": True, "epochs": 1.0}, "--steps"),
+        ({"merge": True}, "--lora_rank"),
+        ({"lora_rank": 4, "train_parts": ["readout"]}, "readout"),
+        ({"train_parts": ["heads"]}, "heads"),
+        ({"whiten": 0.5, "holdout_images": 0}, "--holdout_images"),
+        ({"report_to": "paper"}, "tensorboard"),
+        ({"mixed_precision": "int8"}, "bf16"),
+        ({"lr_scheduler_type": "square"}, "cosine"),
+        ({"preset": "spa"}, "spar-all"),
+    ],
+)
+def test_bad_options_are_refused_before_work_starts(bad, named):
+    with pytest.raises(ValueError, match=named):
+        options(**bad)
+
+
+def test_help_names_every_option(capsys):
+    with pytest.raises(SystemExit):
+        parse_options(["--help"])
+    shown = capsys.readouterr().out
+    assert all(f"--{name}" in shown for name in vars(options()))
+
+
+def test_recipes__preset_then_yaml_then_command_line(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "model: m\nimages: [a, b]\noutput: o\npreset: spar-all\nstride: 32\nmerge: false\nteacher_windows: 20\n"
+    )
+    read = parse_options([str(recipe)])
+    assert (read.images, read.train_layers, read.stride, read.long_side) == (["a", "b"], "all", 32, 4.0)
+    assert (read.epochs, read.steps, read.learning_rate, read.teacher_mode) == (10, None, 2e-5, "sampled")
+    over = parse_options([str(recipe), "--preset", "spar-all-hires", "--steps", "7", "--images", "c", "--stride=16"])
+    assert (over.images, over.stride, over.long_side, over.short_side) == (["c"], 16, 5.0, 2.5)
+    assert (over.steps, over.epochs) == (7, None)  # what is said later wins
+    plain = parse_options(["--model", "m", "--images", "a", "--output", "o"])
+    assert (plain.steps, plain.teacher_mode) == (1000, "full")
+    assert set(PRESETS) == {"spar", "spar-all", "spar-all-hires"} and PRESETS["spar"]["train_layers"] == "2"
+    recipe.write_text("learning_rat: 1\n")
+    with pytest.raises(ValueError, match="learning_rat"):
+        parse_options([str(recipe)])
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "cpu", "processes"),
+    [
+        ("cpu", "NO", True, 1),
+        ("one_gpu", "NO", False, 1),
+        ("multi_gpu", "MULTI_GPU", False, 2),
+        ("fsdp", "FSDP", False, 2),
+    ],
+)
+def test_accelerate_reads_the_configurations(name, kind, cpu, processes):
+    arguments = launch_command_parser().parse_args(["--config_file", str(CONFIG_FILES / f"{name}.yaml"), "distill.py"])
+    found, _, _ = _validate_launch_command(arguments)
+    assert (found.use_cpu or found.cpu, found.num_processes) == (cpu, processes)
+    assert (bool(found.multi_gpu), bool(found.use_fsdp)) == (kind == "MULTI_GPU", kind == "FSDP")
+    assert kind != "FSDP" or str(found.fsdp_version) == "2"
+
+
+def test_split_holds_out_and_excludes(photo_folder):
+    kept = Options(model="m", images=[str(photo_folder)], output="o", exclude=["1*"], holdout_every=2)
+    train, held_out = split_photos(open_sources(kept), kept)
+    names = [[Path(part.name(i)).stem for i in range(len(part))] for part in (train, held_out)]
+    assert names == [["0", "3", "5"], ["2", "4"]]
+    with pytest.raises(ValueError, match="No photo is left"):
+        split_photos(open_sources(kept), options(exclude=["*"]))
+
+
+@pytest.fixture(scope="module")
+def sources(photo_folder, tmp_path_factory):
+    """The same six photos as a list, a saved table, a Parquet file and two WebDataset shards."""
+    import datasets
+
+    folder = tmp_path_factory.mktemp("sources")
+    files = sorted(photo_folder.glob("*.jpg"))
+    (folder / "list.txt").write_text("# photos\n" + "\n".join(map(str, files)) + "\n")
+    rows = {"picture": [{"bytes": p.read_bytes(), "path": None} for p in files], "n": list(range(6))}
+    table = datasets.Dataset.from_dict(
+        rows, datasets.Features({"picture": datasets.Image(), "n": datasets.Value("int8")})
+    )
+    table.save_to_disk(folder / "saved")
+    table.to_parquet(folder / "table.parquet")
+    (folder / "shards").mkdir()
+    for shard in range(2):
+        with tarfile.open(folder / "shards" / f"{shard}.tar", "w") as tar:
+            for path in files[shard * 3 : shard * 3 + 3]:
+                for suffix, data in (("jpg", path.read_bytes()), ("json", b'{"n": 1}')):
+                    entry = tarfile.TarInfo(f"{path.stem}.{suffix}")
+                    entry.size = len(data)
+                    tar.addfile(entry, io.BytesIO(data))
+    return folder
+
+
+def make_photos(opened, kept):
+    return Photos(opened, SparImageProcessorPil(), 64, 16, kept)
+
+
+@pytest.mark.parametrize("name", ["list.txt", "saved", "table.parquet", "shards"])
+def test_every_source_gives_the_same_photos(photo_folder, sources, name, monkeypatch, tmp_path):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    streams = []
+    for images in (photo_folder, sources / name):
+        kept = options(images=[str(images)], holdout_every=3)
+        opened = open_sources(kept)
+        train, held_out = split_photos(opened, kept)
+        photos = make_photos(opened, kept)
+        streams.append([photos[ticket].pixel_values for ticket in islice(MapOrder(train, 0, 0, 1), 6)])
+        assert (len(train), len(held_out)) == (4, 2)
+    assert all(torch.equal(a, b) for a, b in zip(*streams, strict=True))
+
+
+def test_unreadable_sources_are_named(tmp_path, sources):
+    for images, message in [(tmp_path / "no.txt", "no such list"), (tmp_path / "no.tar", "no such file"),
+                            (tmp_path, "holds no image"), (tmp_path / "nothing", "neither a folder")]:  # fmt: skip
+        with pytest.raises((FileNotFoundError, ValueError), match=message):
+            open_sources(options(images=[str(images)]))
+    with pytest.raises(ValueError, match="--streaming reads one"):
+        open_sources(options(images=[str(sources / "list.txt")], streaming=True))
+    with pytest.raises(ValueError, match="no photos among its columns picture, n"):
+        open_sources(options(images=[str(sources / "saved")], image_column="photo"))
+
+
+@pytest.mark.parametrize("name", ["saved", "shards"])
+def test_streams__order_holdout_and_going_on(sources, name):
+    """Held-out photos never come, epochs differ, and going on anywhere gives what would have come."""
+    kept = options(images=[str(sources / name)], streaming=True, holdout_every=3, shuffle_buffer=3)
+    table = open_sources(kept)[0]
+    order = StreamOrder(table, kept, 0, 1)
+    held_out = {ticket.source for ticket in order.held_out()}
+    tickets = list(islice(order, 12))
+    epochs = [[t for t in tickets if t.after[0] == epoch] for epoch in (0, 1)]
+    assert 0 < len(held_out) < 6 and not held_out & {ticket.source for ticket in tickets}
+    assert {t.source for t in epochs[0]} == {t.source for t in epochs[1]} and len(epochs[0]) == 6 - len(held_out)
+    assert len({t.index for t in tickets}) == 12
+    for cut in (1, 3, 5):
+        again = list(islice(StreamOrder(table, kept, 0, 1, tickets[cut].after), 4))
+        assert [(t.index, t.source) for t in again] == [(t.index, t.source) for t in tickets[cut + 1 : cut + 5]]
+    two = [list(islice(StreamOrder(table, kept, process, 2), 2)) for process in (0, 1)]
+    assert not {t.source for t in two[0]} & {t.source for t in two[1]} and two[0][0].index != two[1][0].index
+
+
+def test_order_is_shared_by_processes_and_resumes(photo_folder):
+    kept = options(images=[str(photo_folder)], holdout_every=6)
+    train, _ = split_photos(open_sources(kept), kept)
+    one = list(islice(MapOrder(train, 3, 0, 1), 20))
+    two = [list(islice(MapOrder(train, 3, process, 2), 10)) for process in (0, 1)]
+    assert [t.name for pair in zip(*two, strict=True) for t in pair] == [t.name for t in one]
+    assert [t.index for t in one] == list(range(20))
+    again = list(islice(MapOrder(train, 3, 0, 1, one[7].after), 5))
+    assert [(t.index, t.name) for t in again] == [(t.index, t.name) for t in one[8:13]]
+    for epoch in range(4):
+        assert len({t.name for t in one[5 * epoch : 5 * epoch + 5]}) == 5
+
+
+def test_damaged_photos_are_skipped_whatever_the_workers(photo_folder, tmp_path):
+    for path in photo_folder.glob("*.jpg"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "1.jpg").write_bytes((tmp_path / "1.jpg").read_bytes()[:700])
+    (tmp_path / "3.jpg").write_text("no photo")
+    Image.new("RGB", (300, 20)).save(tmp_path / "4.jpg")
+    kept = options(images=[str(tmp_path)], holdout_every=6, jitter_probability=0.5)
+    opened = open_sources(kept)
+    train, _ = split_photos(opened, kept)
+    seen = []
+    for workers in (0, 2):
+        loader = DataLoader(make_photos(opened, kept), None, sampler=MapOrder(train, 0, 0, 1), num_workers=workers,
+                            collate_fn=lambda item: item)  # fmt: skip
+        seen.append(list(islice(loader, 10)))
+    skipped = {Path(item.name).name: item.reason for item in seen[0] if isinstance(item, Skipped)}
+    assert set(skipped) == {"1.jpg", "3.jpg", "4.jpg"} and "--min_side" in skipped["4.jpg"]
+    for a, b in zip(*seen, strict=True):
+        assert type(a) is type(b)
+        assert isinstance(a, Skipped) or (a.index == b.index and torch.equal(a.pixel_values, b.pixel_values))
+
+
+PARTS = {
+    "position_table",
+    "patch_embedding",
+    "tokens",
+    "readout",
+    "attention",
+    "mlp",
+    "norm",
+}  # qkv is within attention
+
+
+@pytest.mark.parametrize("readout", ["siglip", "naflex", "maskclip", "dinov3", "dinov3txt"])
+def test_parts_cover_every_family(readout):
+    """Every parameter that dense features read lies in exactly one part, of those that the family has."""
+    model = SparVisionModel(SparConfig(backbone_config=CONFIGS[readout](), readout=readout))
+    whole = {id(p) for p in choose_parameters(model, "all")}
+    found: list[int] = []
+    for part in PARTS:
+        rope = readout.startswith("dinov3")
+        if (part == "position_table" and rope) or (part == "tokens" and readout in ("siglip", "naflex")):
+            with pytest.raises(ValueError, match=part):
+                choose_parameters(model, "all", [part])
+        else:
+            found += [id(p) for p in choose_parameters(model, "all", [part])]
+    assert set(found) == whole and len(found) == len(whole)
+    qkv = {id(p) for p in choose_parameters(model, "all", ["qkv"])}
+    assert qkv < {id(p) for p in choose_parameters(model, "all", ["attention"])}
+    last = choose_parameters(model, "1", ["mlp", "readout"])
+    names = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert (
+        len(last) == len(names)
+        and all(".1.mlp." in n or (".layers." not in n and ".layer." not in n) for n in names)
+        and len(names) > 5
+    )
+    model(torch.randn(1, 3, 40, 48)).feature_map.square().mean().backward()
+    assert all(p.grad is not None for p in last)
+    assert set(BLOCK_PARTS) | set(OTHER_PARTS) == PARTS | {"qkv"}
+    with pytest.raises(ValueError, match="the backbone has 2"):
+        choose_parameters(model, "3")
+
+
+def test_frozen_weights_are_held_once_and_keep_nothing_for_the_gradient(vision_model):
+    teacher = SparVisionModel(vision_model.config)
+    teacher.load_state_dict(vision_model.state_dict())
+    trained = choose_parameters(vision_model, "1")
+    with torch.no_grad():
+        vision_model.backbone.embeddings.patch_embedding.bias.add_(
+            1
+        )  # an earlier student may differ where it is frozen
+    shared = share_frozen(vision_model, teacher)
+    everything = sum(p.numel() for p in vision_model.parameters())
+    assert shared == everything - sum(p.numel() for p in trained) - vision_model.config.backbone_config.hidden_size
+    pairs = list(zip(vision_model.parameters(), teacher.parameters(), strict=True))
+    assert sum(a.numel() for a, b in pairs if a.data_ptr() == b.data_ptr()) == shared
+    before = {name: p.clone() for name, p in teacher.named_parameters()}
+    saved = []
+    for layers in ("all", "1"):
+        choose_parameters(vision_model, layers)
+        sizes: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, to=sizes: to.append(x.numel()) or x, lambda x: x):
+            loss = vision_model(torch.randn(1, 3, 96, 96)).feature_map.square().mean()
+        saved.append(sum(sizes))
+    assert saved[1] < 0.65 * saved[0]  # of two blocks the first keeps nothing
+    loss.backward()
+    torch.optim.SGD(trained, lr=0.1).step()
+    assert all(torch.equal(p, before[name]) for name, p in teacher.named_parameters())
+
+
+def test_targets__full_and_sampled(vision_model):
+    teacher = SlidingWindowTeacher(vision_model, stride=32)
+    pixels = torch.randn(1, 3, 96, 128)
+    target, weight = FullTarget(teacher)(pixels, 0)
+    assert weight is None and torch.equal(target, teacher(pixels).feature_map)
+    first, second, *others = (SampledTarget(teacher, 2, seed=0)(pixels, index) for index in (5, 5, *range(6, 12)))
+    assert torch.equal(first[0], second[0]) and not all(torch.equal(first[1], other[1]) for other in others)
+    generator = torch.Generator().manual_seed(Random("windows-0-0-5").getrandbits(62))
+    assert torch.equal(first[0], teacher.sample(pixels, 2, generator)[0])
+
+
+def test_pictures_show_equal_features_in_equal_colours():
+    rng = torch.Generator().manual_seed(0)
+    target = torch.randn(8, 5, 6, generator=rng)
+    same, moved = feature_colours([target, target + torch.randn(8, 1, 1, generator=rng)], target)
+    assert torch.equal(same, feature_colours([target], target)[0]) and not torch.equal(same, moved)
+    # the first axis is the one of the largest variance, as a singular value decomposition finds it
+    rows = target.flatten(1).T
+    axis = torch.linalg.svd(rows - rows.mean(0)).Vh[0]
+    values = (rows - rows.mean(0)) @ axis
+    correlation = torch.corrcoef(torch.stack([values, same[0].flatten()]))[0, 1].abs()
+    assert correlation > 0.95  # clipped at the ends

@@ -1,0 +1,159 @@
+"""The distillation script as processes: killed, on two of them, sharded over them. They are slow to start, so few."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from test_distill import curve, distil
+from transformers import AutoModel
+
+TRAINING = Path(__file__).parents[2] / "training"
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(TRAINING.parent), *sys.path])}
+# four photos a step, on one process or two
+SETTING = ("--steps", 8, "--learning_rate", 1e-3, "--train_layers", "all", "--teacher_windows", 3, "--save_steps", 1)
+SETTING += ("--eval_steps", 4, "--picture_steps", 0, "--log_steps", 1, "--holdout_every", 3, "--workers", 0)
+SETTING += ("--report_to", "none")
+
+
+class Launcher:
+    """Runs of one base on one folder of photos."""
+
+    def __init__(self, base, photos):
+        self.data = base, photos
+
+    def start(self, output, *options, config=None, script=TRAINING / "distill.py", **environment):
+        command = [sys.executable]
+        if config:
+            command += ["-m", "accelerate.commands.launch", "--config_file", str(TRAINING / "configs" / config)]
+            command += ["--main_process_port", "0", "--mixed_precision", "no"]
+        command += [*map(str, script if isinstance(script, tuple) else (script,)), "--output", str(output)]
+        command += ["--model", str(self.data[0]), "--images", str(self.data[1])]
+        return subprocess.Popen(
+            [*command, *map(str, options)],
+            env={**ENVIRONMENT, "ACCELERATE_USE_CPU": "true", **environment},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def finish(self, output, *options, **kwargs):
+        run = self.start(output, *options, **kwargs)
+        _, said = run.communicate()
+        assert run.returncode == 0, said[-4000:]
+        return output / "model"
+
+
+@pytest.fixture(scope="module")
+def launcher(base_folder, photo_folder):
+    return Launcher(base_folder, photo_folder)
+
+
+def accumulate(processes):
+    return ("--gradient_accumulation_steps", 4 // processes)
+
+
+@pytest.fixture(scope="module")
+def whole(launcher, tmp_path_factory):
+    """The same run on one process and on two, never stopped: by the number of processes."""
+    folder = tmp_path_factory.mktemp("whole")
+    return {
+        1: distil(*launcher.data, folder / "1", *SETTING, *accumulate(1)),
+        2: launcher.finish(folder / "2", *SETTING, *accumulate(2), config="multi_gpu.yaml"),
+    }
+
+
+def signal_all(run, number):
+    """A launcher gives each of its processes a session of its own, so a group is not enough."""
+    launched = psutil.Process(run.pid)
+    for process in [launched, *launched.children(recursive=True)]:
+        process.send_signal(number)
+
+
+def kill_in_the_middle_of_writing(run, output, first):
+    """
+    Kill -9 all processes of a run while a checkpoint from step `first` on is being written: they are held still first, so
+    that what was caught half written stays so.
+    """
+    while run.poll() is None:
+        if not [p for p in output.glob(".checkpoint-*.partial") if int(p.name.split("-")[1].split(".")[0]) >= first]:
+            continue
+        signal_all(run, signal.SIGSTOP)
+        half = [path for path in output.glob(".checkpoint-*.partial") if not (path / "state.json").exists()]
+        if half and any(half[0].iterdir()):
+            signal_all(run, signal.SIGKILL)
+            run.communicate()
+            return half[0]
+        signal_all(run, signal.SIGCONT)
+    raise AssertionError("the run was over before it could be killed: " + run.communicate()[1][-2000:])
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_run_killed_while_writing_resumes_to_the_last_bit(launcher, whole, tmp_path, processes):
+    output, config = tmp_path / "killed", "multi_gpu.yaml" if processes == 2 else None
+    run = launcher.start(output, *SETTING, *accumulate(processes), config=config)
+    half = kill_in_the_middle_of_writing(run, output, first=3)
+    assert half.is_dir() and not (output / "checkpoint-8").exists()
+    complete = sorted(path.name for path in output.glob("checkpoint-*"))
+    assert len(complete) >= 2 and half.name.strip(".").removesuffix(".partial") not in complete
+    with (output / "log.jsonl").open("a") as log:  # what else a kill can leave behind
+        log.write('{"step": 8, "lo')
+    options = (*SETTING, *accumulate(processes), "--resume")
+    resume = launcher.finish if config else lambda output, *options, config: distil(*launcher.data, output, *options)
+    found = resume(output, *options, config=config)
+
+    assert curve(output) == curve(whole[processes].parent) and len(curve(output)) == 8
+    weights, resumed = (AutoModel.from_pretrained(folder).state_dict() for folder in (whole[processes], found))
+    assert all(torch.equal(resumed[name], weight) for name, weight in weights.items())
+    assert sorted(path.name for path in output.glob("*checkpoint-*")) == ["checkpoint-6", "checkpoint-7"]
+
+
+def assert_same_weights(found, expected, base):
+    start, expected = (AutoModel.from_pretrained(folder).state_dict() for folder in (base, expected))
+    for name, weight in AutoModel.from_pretrained(found).state_dict().items():
+        # the key's bias changes nothing: its gradient is noise, which Adam makes as large as any other
+        if "k_proj.bias" not in name and "head.attention.in_proj" not in name:
+            torch.testing.assert_close(weight, expected[name], atol=5e-5, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+            assert (weight - start[name]).abs().max() > 1e-3 or "head.probe" in name
+
+
+def test_two_processes_train_as_one_with_the_doubled_batch(whole, base_folder):
+    assert_same_weights(whole[2], whole[1], base_folder)
+    one, two = curve(whole[1].parent), curve(whole[2].parent)
+    assert [loss for _, loss in two] == pytest.approx([loss for _, loss in one], rel=1e-3)
+
+
+def test_processes_agree_after_a_prior_was_fitted(launcher, tmp_path):
+    options = (*SETTING, "--steps", 2, "--local_start", 0.5, "--position_extent", 128, "--fit_prior", 2)
+    one = distil(*launcher.data, tmp_path / "1", *options, *accumulate(1))
+    two = launcher.finish(tmp_path / "2", *options, *accumulate(2), config="multi_gpu.yaml")
+    pixels = torch.randn(1, 3, 96, 200, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        found, expected = (AutoModel.from_pretrained(folder)(pixels).feature_map for folder in (two, one))
+    # the second process's gradients are half of what was learned: with weights of its own it was 0.3 off
+    torch.testing.assert_close(found, expected, atol=1e-2, rtol=0)
+
+
+# accelerate shards on accelerators only; this lets it shard on the CPU, where torch's FSDP2 runs over gloo as well
+SHARD_ON_CPU = """
+import runpy, sys
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
+PartialState._prepare_backend = lambda self, *args, **kwargs: ("gloo", DistributedType.MULTI_GPU)
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_a_sharded_student_is_the_same_and_a_plain_folder(launcher, whole, base_folder, tmp_path):
+    (tmp_path / "shard_on_cpu.py").write_text(SHARD_ON_CPU)
+    script = (tmp_path / "shard_on_cpu.py", TRAINING / "distill.py")
+    device = {"ACCELERATE_USE_CPU": "false", "ACCELERATE_TORCH_DEVICE": "cpu"}
+    options = (*SETTING, *accumulate(2), "--save_steps", 3)
+    found = launcher.finish(tmp_path / "run", *options, config="fsdp.yaml", script=script, **device)
+    assert list((tmp_path / "run" / "checkpoint-6").glob("pytorch_model_fsdp_0/*.distcp"))  # it was sharded
+    assert_same_weights(found, whole[2], base_folder)

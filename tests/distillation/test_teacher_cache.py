@@ -1,0 +1,230 @@
+"""The teacher's maps on disk: equal to the teacher's, made once, and refused where they are not what is asked for."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import fields
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_distill_resume import signal_all
+from transformers import HfArgumentParser
+
+from spar_hf import SlidingWindowTeacher, SparImageProcessorPil, SparVisionModel
+from spar_hf.data.sources import Photos, Ticket, augment
+from spar_hf.distillation import options as distill_options
+from spar_hf.distillation.cache_teacher import Options, make_cache
+from spar_hf.distillation.teacher_cache import Crop, TeacherCache
+from spar_hf.utils.fingerprint import fingerprint
+
+SCRIPT = Path(__file__).parents[2] / "training" / "cache_teacher.py"
+
+
+@pytest.fixture
+def photos(tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(4):
+        coarse = Image.fromarray(rng.integers(0, 256, (5, 7, 3), dtype=np.uint8))
+        coarse.resize((150 + 11 * i, 110), Image.Resampling.BICUBIC).save(folder / f"{i}.jpg")
+    return folder
+
+
+@pytest.fixture
+def base(tmp_path, vision_model):
+    vision_model.save_pretrained(tmp_path / "base")
+    SparImageProcessorPil(image_mean=[0.4] * 3, image_std=[0.3] * 3).save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def cache_model(base):
+    return SparVisionModel.from_pretrained(base)
+
+
+@pytest.fixture
+def options(base, photos, tmp_path):
+    return Options(
+        model=str(base),
+        images=[str(photos)],
+        output=str(tmp_path / "cache"),
+        views=2,
+        stride=32,
+        shard_maps=3,
+        holdout_every=4,
+    )
+
+
+@pytest.mark.parametrize("size", [(480, 360), (200, 700), (60, 50)])
+def test_a_pinned_crop_is_what_the_augmentation_does(size):
+    options = Options(model="m", images=["x"], output="o")
+    photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8))
+    flips = set()
+    for seed in range(8):
+        crop = Crop.draw(augment, photo.size, 64, 16, options, Random(seed))
+        expected = augment(photo, 64, 16, options, Random(seed))
+        assert np.array_equal(np.asarray(crop(photo)), np.asarray(expected))
+        flips.add(crop.flip)
+    assert flips == {True, False}
+
+
+def test_views_are_those_that_distillation_draws(options, photos):
+    """The first epoch of a training on the same photos with the same seed, if it took them in the order of the cache."""
+    options.jitter_probability = 0.5
+    cache = make_cache(options)
+    same = {entry.name: getattr(options, entry.name) for entry in fields(distill_options.TeacherViews)}
+    settings = distill_options.Options(model="m", images=[str(photos)], output="o", **same)
+    drawn = Photos([], cache.image_processor, cache.setting["window_size"], 16, settings)
+    jittered = [entry["crop"]["jitter"] is not None for shard in cache.shards for entry in shard["maps"]]
+    assert set(jittered) == {True, False}
+    for i in range(len(cache)):
+        expected = drawn[Ticket(i, cache.photo(i).name, str(cache.photo(i)), [])].pixel_values
+        assert torch.equal(cache.pixel_values(i), expected)
+
+
+def test_maps_are_the_teachers_and_half_the_size(options, vision_model, caplog):
+    caplog.set_level("INFO")
+    cache = make_cache(options)
+    assert "times smaller than float32" in caplog.text
+    # three of four photos are not held out, twice; the views of one photo differ
+    assert len(cache) == 6 and [cache.photo(i).stem for i in range(6)] == ["0", "1", "2"] * 2
+    teacher = SlidingWindowTeacher(vision_model, stride=32)
+    for i in range(6):
+        pixel_values, target = cache[i]
+        assert pixel_values.shape[:2] == (1, 3) and target.dtype == torch.float32
+        expected = teacher(pixel_values).feature_map
+        torch.testing.assert_close(target, expected, atol=2**-8 * float(expected.abs().max()), rtol=0)
+        # normalised with the base's own statistics
+        assert float(pixel_values.min()) >= -0.4 / 0.3 - 1e-4 and float(pixel_values.max()) <= 0.6 / 0.3 + 1e-4
+    assert cache[0][0].shape != cache[3][0].shape or not torch.equal(cache[0][0], cache[3][0])
+    stored = sum((Path(options.output) / shard["file"]).stat().st_size for shard in cache.shards)
+    assert stored < 0.55 * 4 * sum(cache.target(i).numel() for i in range(6))
+
+
+def test_going_on_makes_only_what_is_missing_or_damaged(options, base):
+    cache = make_cache(options)
+    targets = [cache.target(i) for i in range(6)]
+    shards = sorted(Path(options.output).glob("*.safetensors"))
+    assert len(shards) == 2
+    damaged = bytearray(shards[1].read_bytes())
+    damaged[-1] ^= 1
+    shards[1].write_bytes(damaged)
+    before = [shard.stat().st_mtime_ns for shard in shards]
+
+    model = cache_model(base)
+    opened = TeacherCache.open(options.output, model=model)
+    opened.target(0)
+    with pytest.raises(ValueError, match=r"00001.safetensors is damaged.*cache_teacher.py again"):
+        opened.target(3)
+    cache = make_cache(options)
+    after = [shard.stat().st_mtime_ns for shard in shards]
+    assert before[0] == after[0] and before[1] != after[1]
+    assert all(torch.equal(cache.target(i), target) for i, target in enumerate(targets))
+    shards[0].unlink()
+    with pytest.raises(FileNotFoundError, match="is gone"):
+        TeacherCache.open(options.output, model=model).target(0)
+
+
+def test_another_setting_is_refused(options, base, photos):
+    make_cache(options)
+    model = cache_model(base)
+    with pytest.raises(ValueError, match=r"stride is 32 there and 24 here.*another folder"):
+        TeacherCache.open(options.output, model=model, stride=24)
+    with pytest.raises(ValueError, match="window_size is 64 there and 48 here"):
+        TeacherCache.open(options.output, model=model, window_size=48)
+    assert len(TeacherCache.open(options.output, model=model, window_size=64, stride=32)) == 6
+    with pytest.raises(ValueError, match="seed is 0 there and 1 here"):
+        make_cache(Options(**(vars(options) | {"seed": 1})))
+    same = fingerprint(model)
+    model.config.backbone_config.num_attention_heads *= 2  # leaves no trace in the weights
+    assert fingerprint(model) != same
+    model.config.backbone_config.num_attention_heads //= 2
+    model.config.position_extent = 128
+    assert fingerprint(model) != same
+    model.config.position_extent = None
+    with torch.no_grad():
+        next(model.parameters()).view(-1)[0] += 1e-3
+    assert fingerprint(model) != same
+    with pytest.raises(ValueError, match="made with another setting: model"):
+        TeacherCache.open(options.output, model=model)
+
+
+def test_fingerprint__is_the_same_however_a_model_was_loaded(base, tmp_path):
+    model = cache_model(base)
+    model.save_pretrained(tmp_path / "copy")
+    copies = [SparVisionModel.from_pretrained(tmp_path / "copy"), SparVisionModel.from_backbone(str(base))]
+    assert {fingerprint(copy) for copy in copies} == {fingerprint(model)}
+
+
+def test_a_changed_photo_is_refused_and_an_unreadable_one_skipped(options, base, photos, caplog):
+    (photos / "1.jpg").write_bytes(b"no photo")
+    cache = make_cache(options)
+    assert len(cache) == 4 and "1.jpg" in caplog.text
+    Image.new("RGB", (150, 110)).save(photos / "0.jpg")
+    with pytest.raises(ValueError, match=r"0.jpg is not the photo"):
+        cache[0]
+    (photos / "2.jpg").unlink()
+    with pytest.raises(FileNotFoundError, match=r"2.jpg, which is gone"):
+        cache[1]
+
+
+def test_no_cache_and_an_unfinished_one_are_refused(options, base, tmp_path):
+    model = cache_model(base)
+    with pytest.raises(FileNotFoundError, match=r"holds no manifest\.json"):
+        TeacherCache.open(tmp_path / "nothing", model=model)
+    make_cache(options)
+    manifest = Path(options.output) / "manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"complete": False, "shards": []}))
+    with pytest.raises(ValueError, match="not finished"):
+        TeacherCache.open(options.output, model=model)
+
+
+def test_killed_processes_go_on_where_they_stopped(base, photos, tmp_path):
+    """Two processes are killed once a shard is there; one process finishes, and computes nothing twice."""
+    output = tmp_path / "cache"
+    script = [
+        str(SCRIPT),
+        "--model",
+        base,
+        "--images",
+        photos,
+        "--output",
+        output,
+        "--stride",
+        "8",
+        "--shard_maps",
+        "1",
+    ]
+    script += ["--views", "4", "--holdout_every", "5"]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1", "--mixed_precision", "no"]
+    launch += ["--dynamo_backend", "no", "--multi_gpu", "--main_process_port", "0", "--num_processes", "2", *script]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    run = subprocess.Popen(list(map(str, launch)), env=environment, stderr=subprocess.PIPE, text=True)
+    while run.poll() is None and not list(output.glob("*.safetensors.json")):
+        time.sleep(0.01)
+    assert run.poll() is None, run.stderr.read()[-3000:]
+    signal_all(run, signal.SIGKILL)
+    run.wait()
+    made = {path: path.stat().st_mtime_ns for path in output.glob("*.safetensors.json")}
+    assert 0 < len(made) < 16, "the run was over before it could be killed"
+    (output / "maps-00015.safetensors.1.partial").write_bytes(b"half")  # as a killed process may leave one
+    options = Options(
+        model=str(base), images=[str(photos)], output=str(output), views=4, holdout_every=5, stride=8, shard_maps=1
+    )
+    cache = make_cache(options)
+    assert len(cache) == 16
+    assert all(path.stat().st_mtime_ns == moment for path, moment in made.items())
+    assert not list(output.glob("*.partial*"))
+
+
+def test_help_is_shown(capsys):
+    with pytest.raises(SystemExit) as stop:
+        HfArgumentParser(Options).parse_args_into_dataclasses(["--help"])
+    assert stop.value.code == 0 and "--crop_probability" in capsys.readouterr().out

@@ -1,0 +1,512 @@
+"""The evaluation script against a slow computation of its own, and what its options mean."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from conftest import randomise, tiny_config
+from huggingface_hub import ModelCard
+from PIL import Image
+from torch.nn import functional as F
+from transformers import HfArgumentParser
+
+from spar_hf import SlidingWindowTeacher, SparForOpenVocabSegmentation, SparImageProcessorPil, teacher
+from spar_hf.data.benchmarks import SegmentationSet
+from spar_hf.evaluation import command as script
+from spar_hf.evaluation.evaluator import evaluate_runs
+from spar_hf.evaluation.inference import Candidate, average_logits
+from spar_hf.evaluation.options import Options, choose_photos
+from spar_hf.model.prompts import TEMPLATES
+from spar_hf.model.refine import REFINEMENTS
+
+TRAINING = Path(__file__).parents[2] / "training"
+VOID = 255
+CLASSES = ["road", "sky-other-merged", "null", "tree-merged", "car", "dog"]  # no mask holds the last one
+LABELS = ["road", "sky", "background", "tree", "car", "dog"]
+SIZES = [(70, 101), (64, 64), (47, 90), (131, 66), (80, 83)]  # height, width
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    """What another script in this process set (half precision, say) must not be inherited."""
+    AcceleratorState._reset_state(True)
+    yield
+    AcceleratorState._reset_state(True)
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    """Five photos of odd sizes: coarse coloured noise, labels in blocks, some of them void."""
+    folder = tmp_path / "set"
+    (folder / "images").mkdir(parents=True)
+    (folder / "masks").mkdir()
+    (folder / "classes.txt").write_text("\n".join(CLASSES) + "\n")
+    rng = np.random.default_rng(0)
+    for i, (height, width) in enumerate(SIZES):
+        coarse = Image.fromarray(rng.integers(0, 256, (5, 6, 3), dtype=np.uint8))
+        coarse.resize((width, height), Image.Resampling.BICUBIC).save(folder / "images" / f"photo{i}.png")
+        blocks = rng.choice(np.array([0, 1, 2, 3, 4, VOID], np.uint8), (4, 3))
+        mask = Image.fromarray(blocks).resize((width, height), Image.Resampling.NEAREST)
+        mask.save(folder / "masks" / f"photo{i}.png")
+    return folder
+
+
+@pytest.fixture
+def checkpoint(tmp_path, two_towers, tokenizer):
+    """Makes folders of tiny models; random features differ little from patch to patch until their offset is gone."""
+
+    def make(name, shift=0.0, image_processor=True):
+        folder = tmp_path / name
+        with torch.no_grad():
+            for parameter in two_towers.vision_model.backbone.encoder.parameters():
+                parameter.mul_(1 + shift)
+            noise = torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+            head = two_towers.vision_model.backbone.head
+            head.mlp.fc2.bias -= two_towers.vision_model(noise).feature_map.mean((0, 2, 3))
+        two_towers.config.templates = "short"
+        two_towers.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        if image_processor:
+            SparImageProcessorPil(size={"shortest_edge": 96}).save_pretrained(folder)
+        return folder
+
+    return make
+
+
+@torch.no_grad()
+def slow_feature_map(model, pixels, stride):
+    """One pass, or the mean over windows of 64 px on the grid of patches (strides that are multiples of the patch)."""
+    pixels = F.pad(pixels, (0, -pixels.shape[3] % 16, 0, -pixels.shape[2] % 16))
+    if stride is None:
+        return model.vision_model(pixels).feature_map
+    height, width = pixels.shape[2:]
+    total, count = torch.zeros(1, 32, height // 16, width // 16), torch.zeros(height // 16, width // 16)
+    for top in {*range(0, height - 64, stride), height - 64}:
+        for left in {*range(0, width - 64, stride), width - 64}:
+            rows, columns = slice(top // 16, top // 16 + 4), slice(left // 16, left // 16 + 4)
+            window = pixels[:, :, top : top + 64, left : left + 64]
+            total[:, :, rows, columns] += model.vision_model(window).feature_map
+            count[rows, columns] += 1
+    return total / count
+
+
+@torch.no_grad()
+def slow_predictions(checkpoint, tokenizer, dataset, shortest_edge=None, stride=None, names=LABELS):
+    """The best name per pixel of every photo, from PIL, the model's two towers and plain interpolation."""
+    model = SparForOpenVocabSegmentation.from_pretrained(checkpoint)
+    rows = []
+    for name in names:
+        ids = torch.tensor([tokenizer(t.format(name), padding="max_length").input_ids for t in TEMPLATES["short"]])
+        prompts = F.normalize(model.get_text_features(ids).pooler_output, dim=-1)
+        rows.append(F.normalize(prompts.mean(0), dim=0))
+    text = torch.stack(rows)
+    predictions = []
+    for path in sorted((dataset / "images").iterdir()):
+        photo = Image.open(path)
+        width, height = photo.size
+        if shortest_edge is not None:
+            factor = shortest_edge / min(width, height)
+            photo = photo.resize((round(width * factor), round(height * factor)), Image.Resampling.BICUBIC)
+        pixels = (torch.tensor(np.array(photo)).permute(2, 0, 1)[None] / 255 - 0.5) / 0.5
+        features = F.normalize(slow_feature_map(model, pixels, stride), dim=1)
+        logits = torch.einsum("bdhw,nd->bnhw", features, text)
+        if shortest_edge is None:
+            logits = F.interpolate(logits, scale_factor=16, mode="bilinear")[:, :, :height, :width]
+        else:
+            # pixel centres of the photo on the padded working image, in grid_sample's coordinates from -1 to 1
+            side = [16 * n for n in logits.shape[-2:]]
+            y = (torch.arange(height) + 0.5) * photo.height / height / side[0] * 2 - 1
+            x = (torch.arange(width) + 0.5) * photo.width / width / side[1] * 2 - 1
+            grid = torch.stack(torch.meshgrid(y, x, indexing="ij")[::-1], -1)[None].float()
+            logits = F.grid_sample(logits, grid, mode="bilinear", padding_mode="border", align_corners=False)
+        predictions.append(logits[0].argmax(0).numpy())
+    return predictions
+
+
+def slow_iou(predictions, dataset, classes=6):
+    """Per class over all photos; NaN where the class is neither predicted nor labelled."""
+    both, either = np.zeros(classes), np.zeros(classes)
+    for prediction, path in zip(predictions, sorted((dataset / "masks").iterdir()), strict=True):
+        reference = np.array(Image.open(path))
+        for c in range(classes):
+            predicted, labelled = (prediction == c) & (reference != VOID), reference == c
+            both[c] += (predicted & labelled).sum()
+            either[c] += (predicted | labelled).sum()
+    return [b / e if e else np.nan for b, e in zip(both, either, strict=True)]
+
+
+def class_iou(row):
+    return [row["classes"][label]["iou"] for label in LABELS]
+
+
+def test_runs_side_by_side_equal_a_slow_computation(dataset, checkpoint, tokenizer):
+    base, student = checkpoint("base"), checkpoint("student", shift=0.5)
+    command = ["--dataset", str(dataset), "--model", f"base={base}", f"student={student}", "--shortest_edge", "77"]
+    report = script.main([*command, "--runs", "base:single", "base:sliding:32", "student:single"])
+    rows = [(row["model"], row["stride"]) for row in report["runs"]]
+    assert rows == [("base", None), ("base", 32), ("student", None)]
+    settings = [(base, None), (base, 32), (student, None)]
+    for row, (folder, stride) in zip(report["runs"], settings, strict=True):
+        predictions = slow_predictions(folder, tokenizer, dataset, 77, stride)
+        assert len(np.unique(np.concatenate([p.ravel() for p in predictions]))) > 3  # the model says different things
+        expected = slow_iou(predictions, dataset)
+        # a pixel or two may lie on a tie
+        np.testing.assert_allclose(class_iou(row), expected, atol=1e-3)
+        assert row["mean_iou"] == pytest.approx(np.nanmean(expected), abs=1e-3)
+    assert len({row["mean_iou"] for row in report["runs"]}) == 3
+    assert report["photos"] == 5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("stride", [32, 24])
+def test_mean_of_logits_is_that_of_the_published_evaluation(stride):
+    """Which upsamples every window's logits to its pixels, and sums and counts them pixel by pixel."""
+    torch.manual_seed(0)
+    model = randomise(SparForOpenVocabSegmentation(tiny_config()))
+    pixels, text = torch.randn(1, 3, 112, 160), F.normalize(torch.randn(5, 32), dim=-1)
+    total, count = torch.zeros(5, 112, 160), torch.zeros(112, 160)
+    seam = torch.zeros(112, 160, dtype=torch.bool)  # within half a patch of a window's border inside the photo
+    for top in {*range(0, 48, stride), 48}:
+        for left in {*range(0, 96, stride), 96}:
+            rows, columns = slice(top, top + 64), slice(left, left + 64)
+            features = F.normalize(model.vision_model(pixels[:, :, rows, columns]).feature_map, dim=1)
+            logits = 40 * torch.einsum("bdhw,nd->bnhw", features, text)
+            total[:, rows, columns] += F.interpolate(logits, scale_factor=16, mode="bilinear")[0]
+            count[rows, columns] += 1
+            for row in {top, top + 64} - {0, 112}:
+                seam[row - 8 : row + 8] = True
+            for column in {left, left + 64} - {0, 160}:
+                seam[:, column - 8 : column + 8] = True
+    expected = total / count
+    averaged, cell = average_logits(Candidate(model, None, text), pixels, stride, window_batch_size=5)
+    assert averaged.shape == (1, 5, 112 // cell, 160 // cell)
+    ours = F.interpolate(averaged, scale_factor=cell, mode="bilinear")[0]
+    features = SlidingWindowTeacher(model.vision_model, stride=stride)(pixels).feature_map
+    mean_of_features = F.interpolate(model.dense_logits(features, text), scale_factor=16, mode="bilinear")[0]
+    if stride == 32:
+        assert cell == 16 and 0.3 < seam.float().mean() < 0.9
+        torch.testing.assert_close(ours[:, ~seam], expected[:, ~seam], atol=2e-4, rtol=0)
+        assert (mean_of_features - expected)[:, ~seam].abs().mean() > 0.05
+    else:
+        # half patches stay half patches up to the last upsampling, which bends at their centres too: close, not equal
+        assert cell == 8
+        noise = (ours - expected).pow(2).mean() / expected.var()
+        assert noise < 0.08
+        assert (mean_of_features - expected).pow(2).mean() / expected.var() > 5 * noise
+
+
+@torch.no_grad()
+def test_mean_of_logits__more_than_fits_is_refused_before_any_window(monkeypatch):
+    candidate = Candidate(SparForOpenVocabSegmentation(tiny_config()), None, F.normalize(torch.randn(5, 32), dim=-1))
+    pixels = torch.randn(1, 3, 96, 128)
+    monkeypatch.setattr(teacher, "MAP_BYTES", 4 * 5 * 12 * 16)  # what cells of half a patch take
+    averaged, cell = average_logits(candidate, pixels, 24, window_batch_size=5)
+    assert averaged.shape == (1, 5, 12, 16) and cell == 8
+    monkeypatch.setattr(candidate.model.vision_model, "forward", None)
+    with pytest.raises(
+        ValueError, match=r"5 channels on 96×128 cells of 1 px .* multiple of half a patch \(24\), smaller"
+    ):
+        average_logits(candidate, pixels, 25, window_batch_size=5)
+    monkeypatch.setattr(teacher, "MAP_BYTES", 1)
+    with pytest.raises(ValueError, match="Use smaller photos, or fewer channels"):
+        average_logits(candidate, pixels, 32, window_batch_size=5)
+
+
+def test_mean_of_logits__padding_of_the_photo_is_cut_off(dataset, checkpoint):
+    command = ["--dataset", str(dataset), "--model", f"base={checkpoint('base')}", "--native", "--no_warmup", "--runs"]
+    row = script.main([*command, "base:sliding-logits:24"])["runs"][0]
+    assert row["inference"] == "sliding, stride 24, mean of logits"
+    assert sum(entry["predicted_pixels"] for entry in row["classes"].values()) > 0.5 * sum(h * w for h, w in SIZES)
+
+
+def test_refined_run(dataset, checkpoint, monkeypatch):
+    """A refinement gets logits, features and photo of one size and may return a finer grid."""
+    folder = checkpoint("base")
+    command = ["--dataset", str(dataset), "--model", f"base={folder}", "--native", "--no_warmup", "--runs"]
+
+    def twice(logits, feature_map, pixel_values):
+        assert feature_map.shape == (32, *logits.shape[1:])
+        # whole cells, whatever the photo's size
+        assert tuple(pixel_values.shape[1:]) == tuple(16 * side for side in logits.shape[1:])
+        return F.interpolate(logits[None], scale_factor=2, mode="nearest")[0]
+
+    monkeypatch.setitem(REFINEMENTS, "same", lambda: lambda logits, feature_map, pixel_values: logits)
+    monkeypatch.setitem(REFINEMENTS, "double", lambda: twice)
+    report = script.main([*command, "base:single", "base:single+same", "base:sliding:32+double"])
+    plain, same, double = report["runs"]
+    assert same["inference"] == "single pass, same" and double["refinement"] == "double"
+    np.testing.assert_equal(same["classes"], plain["classes"])
+    assert double["mean_iou"] != plain["mean_iou"]
+    pamr, lposs = script.main([*command, "base:single+pamr", "base:single+lposs+"])["runs"]
+    found = [[entry["predicted_pixels"] for entry in row["classes"].values()] for row in (plain, pamr, lposs)]
+    assert found[0] not in found[1:]
+    with pytest.raises(ValueError, match="Unknown refinement 'nonsense'"):
+        script.main([*command, "base:single+nonsense"])
+
+
+def make_context(root):
+    for name, value in (("2008_000002", 0), ("2008_000003", 41)):
+        for path, image in (
+            (root / "JPEGImages" / f"{name}.jpg", Image.effect_noise((60, 40), 90).convert("RGB")),
+            (root / "SegmentationClassContext" / f"{name}.png", Image.new("L", (60, 40), value)),
+        ):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            image.save(path)
+    listing = root / "ImageSets" / "SegmentationContext" / "val.txt"
+    listing.parent.mkdir(parents=True)
+    listing.write_text("2008_000002\n2008_000003\n")
+
+
+def test_protocol__benchmark_and_overrides(tmp_path, checkpoint):
+    make_context(tmp_path / "VOC2010")
+    command = ["--dataset", str(tmp_path), "--benchmark", "context60", "--protocol", "spar", "--no_warmup"]
+    command += ["--model", f"base={checkpoint('base')}", "--templates", "short"]
+    report = script.main([*command, "--shortest_edge", "48"])
+    assert (report["title"], report["dataset"], report["split"]) == ("PASCAL Context", "context60", "val")
+    assert report["vocabulary"]["potted plant"] == ("pottedplant",)
+    row = report["runs"][0]
+    assert (row["scale"], row["threshold"], row["min_area"]) == (50, 0.1, 0)
+    assert row["resize"] == {"do_resize": True, "size": {"shortest_edge": 48}}
+    labelled = {label: entry["labelled_pixels"] for label, entry in row["classes"].items() if entry["labelled_pixels"]}
+    assert labelled == {"background": 2400, "road": 2400}
+    # 60 alike names: no probability reaches a half
+    sure = script.main([*command, "--shortest_edge", "48", "--threshold", "0.5", "--scale", "1"])["runs"][0]
+    assert sure["classes"]["background"]["predicted_pixels"] == 4800
+    published = script.main([*command, "--limit", "1", "--scale", "30"])["runs"][0]
+    assert published["resize"] == {"do_resize": True, "size": {"shortest_edge": 672, "longest_edge": 2048}}
+    assert published["scale"] == 30
+    with pytest.raises(ValueError, match="no protocol 'sparr'; use one of spar"):
+        script.main([*command, "--protocol", "sparr"])
+
+
+def test_background_rules_need_a_background(dataset, checkpoint):
+    command = ["--dataset", str(dataset), "--model", str(checkpoint("base")), "--ignore_classes", "null"]
+    with pytest.raises(ValueError, match="there is none among road, sky, tree"):
+        script.main([*command, "--threshold", "0.2"])
+
+
+def test_native_size_is_upsampled_by_the_patch_and_cropped(dataset, checkpoint, tokenizer):
+    folder = checkpoint("base")
+    report = script.main(["--dataset", str(dataset), "--model", str(folder), "--native"])
+    expected = slow_iou(slow_predictions(folder, tokenizer, dataset), dataset)
+    np.testing.assert_allclose(class_iou(report["runs"][0]), expected, atol=1e-3)
+
+
+def test_working_resolution_comes_from_the_checkpoint_by_default(dataset, checkpoint):
+    models = ["--model", str(checkpoint("base")), "--no_warmup"]
+    default = script.main(["--dataset", str(dataset), *models])
+    same = script.main(["--dataset", str(dataset), *models, "--shortest_edge", "96"])
+    square = script.main(["--dataset", str(dataset), *models, "--size", "96", "96"])
+    np.testing.assert_equal(default["runs"][0]["classes"], same["runs"][0]["classes"])
+    assert default["runs"][0]["mean_iou"] != square["runs"][0]["mean_iou"]
+
+
+def test_a_folder_without_image_processor_is_refused(dataset, checkpoint):
+    # its mean and deviation would be a guess
+    with pytest.raises(OSError, match=r"preprocessor_config\.json"):
+        script.main(["--dataset", str(dataset), "--model", str(checkpoint("bare", image_processor=False))])
+
+
+def test_ignored_classes_are_void_and_no_answer(dataset, checkpoint, tokenizer):
+    folder = checkpoint("base")
+    names = ["road", "tree", "car", "dog"]
+    report = script.main(
+        ["--dataset", str(dataset), "--model", str(folder), "--native", "--ignore_classes", "sky", "null"]
+    )
+    row = report["runs"][0]
+    assert list(row["classes"]) == names
+    for path in (dataset / "masks").iterdir():
+        mask = np.array(Image.open(path))
+        mask = np.select([mask == CLASSES.index(c) for c in ("road", "tree-merged", "car", "dog")], range(4), VOID)
+        Image.fromarray(mask.astype(np.uint8)).save(path)
+    predictions = slow_predictions(folder, tokenizer, dataset, names=names)
+    np.testing.assert_allclose(
+        [c["iou"] for c in row["classes"].values()], slow_iou(predictions, dataset, 4), atol=1e-3
+    )
+
+
+def test_only_classes_restricts_the_means_not_the_answers(dataset, checkpoint):
+    options = ["--dataset", str(dataset), "--model", str(checkpoint("base")), "--native", "--no_warmup"]
+    everything = script.main(options)["runs"][0]
+    report = script.main([*options, "--only_classes", "tree-merged", "null"])
+    row = report["runs"][0]
+    np.testing.assert_equal(row["classes"], everything["classes"])
+    tree, background = row["classes"]["tree"], row["classes"]["background"]
+    assert row["mean_iou"] == pytest.approx((tree["iou"] + background["iou"]) / 2)
+    assert row["mean_iou"] != pytest.approx(everything["mean_iou"])
+    correct = tree["correct_pixels"] + background["correct_pixels"]
+    assert row["overall_accuracy"] == pytest.approx(correct / (tree["labelled_pixels"] + background["labelled_pixels"]))
+    assert report["scored_classes"] == ["tree", "background"]
+
+
+def test_masks_of_nothing_but_void_have_no_score(dataset, checkpoint, tmp_path):
+    for path in (dataset / "masks").iterdir():
+        Image.fromarray(np.full_like(np.array(Image.open(path)), VOID)).save(path)
+    output, cards = tmp_path / "report.json", tmp_path / "cards"
+    command = ["--dataset", str(dataset), "--model", f"base={checkpoint('base')}", "--native", "--no_warmup"]
+    report = script.main([*command, "--output", str(output), "--card_folder", str(cards)])
+    means = ("mean_iou", "mean_boundary_iou", "overall_accuracy", "mean_accuracy")
+    assert np.isnan([report["runs"][0][mean] for mean in means]).all()
+    row = json.loads(output.read_text())["runs"][0]
+    assert [row[mean] for mean in means] == [None] * 4 and row["vision_seconds"] > 0
+    assert row["classes"]["road"] == report["runs"][0]["classes"]["road"] | dict.fromkeys(
+        ("iou", "boundary_iou", "accuracy")
+    )
+    assert "results: []" in (cards / "base.md").read_text()
+
+
+def test_held_out_photos_are_those_that_pretraining_leaves(dataset):
+    from spar_hf.pretraining.trainer import load_sets
+
+    def chosen(**kwargs):
+        return list(choose_photos(Options(dataset=str(dataset), model=[], **kwargs)).names)
+
+    spec = {"path": dataset.name, "weight": 1, "crop": [32, 48], "holdout_every": 2, "exclude": ["*photo1"]}
+    recipe = {"sets": [spec], "held_out": [], "synonyms": {}}
+    (trained,) = load_sets(dataset.parent, recipe)
+    assert [photo.shape[:2] for photo in trained.photos] == [SIZES[0], SIZES[3]]
+    kept = {"holdout_every": 2, "exclude": ["*photo1"]}
+    assert chosen(**kept) == ["photo2", "photo4"]
+    assert chosen(**kept, holdout_rest=True) == ["photo0", "photo3"]
+    # which photos are held out does not depend on what else is asked for
+    assert chosen(**kept, include=["*4", "*3"]) == ["photo4"]
+    assert chosen(**kept, limit=1) == ["photo2"]
+    assert chosen(include=["*4", "*3"]) == ["photo3", "photo4"]
+    with pytest.raises(FileNotFoundError, match="leave no photo"):
+        chosen(include=["*7"])
+
+
+def test_mask_must_fit_its_photo(dataset, checkpoint):
+    command = ["--dataset", str(dataset), "--model", str(checkpoint("base"))]
+    path = dataset / "masks" / "photo3.png"
+    mask = Image.open(path).copy()
+    mask.resize((66, 130)).save(path)
+    with pytest.raises(ValueError, match=r"photo3 has 130×66 pixels .* its photo 131×66"):
+        script.main(command)
+    mask.point(lambda value: 6 if value == VOID else value).save(path)
+    with pytest.raises(ValueError, match=r"photo3 holds the values \[6\], which set \(6 classes\)"):
+        script.main(command)
+
+
+def test_cut_off_measurement_goes_on_where_it_stopped(dataset, checkpoint, tmp_path, monkeypatch):
+    output = tmp_path / "report.json"
+    command = ["--dataset", str(dataset), "--model", f"base={checkpoint('base')}", "--native", "--output", str(output)]
+    command += ["--runs", "base:single", "base:sliding:32", "--save_seconds", "0"]
+    whole = script.main(command)
+    output.unlink()
+
+    photo = dataset / "images" / "photo3.png"
+    content, times = photo.read_bytes(), (photo.stat().st_atime_ns, photo.stat().st_mtime_ns)
+    photo.write_bytes(b"damaged")
+    with pytest.raises(ValueError, match="Cannot read photo3"):
+        script.main(command)
+    assert not list(tmp_path.glob("report.json*"))  # before any work, so that the command may leave it out
+    photo.write_bytes(content)
+    os.utime(photo, ns=times)
+
+    seen, read = [], SegmentationSet.read
+
+    def read_until_it_is_stopped(data, number):
+        seen.append(number)
+        if seen.count(3) == 2:  # it was checked before
+            raise KeyboardInterrupt
+        return read(data, number)
+
+    monkeypatch.setattr(SegmentationSet, "read", read_until_it_is_stopped)
+    with pytest.raises(KeyboardInterrupt):
+        script.main(command)
+    assert not output.exists()
+    with pytest.raises(ValueError, match=r"--shortest_edge was null, is 64.*Give the same ones"):
+        script.main([*[part for part in command if part != "--native"], "--shortest_edge", "64"])
+    os.utime(photo)
+    with pytest.raises(ValueError, match="files of photos was"):
+        script.main(command)
+    os.utime(photo, ns=times)
+    seen.clear()
+    resumed = script.main(command)
+    assert seen == [3, 4]
+    for mine, expected in zip(resumed["runs"], whole["runs"], strict=True):
+        np.testing.assert_equal(mine["classes"], expected["classes"])
+        assert mine["mean_boundary_iou"] == expected["mean_boundary_iou"]
+    assert resumed["photos"] == 5
+    assert not (tmp_path / "report.json.parts").exists()
+    # finished: nothing is read, unless something else is asked for
+    stored = evaluate_runs(script_options(command), reuse=True)
+    assert stored["runs"][0]["mean_iou"] == whole["runs"][0]["mean_iou"]
+    with pytest.raises(ValueError, match=r"--limit was null, is 2"):
+        evaluate_runs(script_options([*command, "--limit", "2"]), reuse=True)
+    Image.new("L", (90, 70)).save(dataset / "masks" / "photo1.png")
+    with pytest.raises(ValueError, match="files of photos was"):
+        evaluate_runs(script_options(command), reuse=True)
+
+
+def script_options(command):
+    (parsed,) = HfArgumentParser(Options).parse_args_into_dataclasses(command)
+    return parsed
+
+
+def test_stride_above_the_window_is_refused_before_any_photo(dataset, checkpoint, tmp_path):
+    (dataset / "images" / "photo0.png").write_bytes(b"damaged")
+    command = ["--dataset", str(dataset), "--model", f"base={checkpoint('base')}", "--output", str(tmp_path / "r.json")]
+    with pytest.raises(ValueError, match="stride=80 must lie between 1 and the window"):
+        script.main([*command, "--runs", "base:single", "base:sliding-logits:80"])
+    assert not list(tmp_path.glob("r.json*"))  # so that a corrected command finds no other settings
+
+
+def test_results_block_of_a_model_card(dataset, checkpoint, tmp_path):
+    base, student = checkpoint("base"), checkpoint("student", shift=0.5)
+    command = ["--dataset", str(dataset), "--model", f"base={base}", f"student={student}", "--native", "--no_warmup"]
+    command += ["--runs", "base:single", "student:single", "base:sliding:64", "--card_folder", str(tmp_path / "cards")]
+    rows = script.main(command)["runs"]
+    card = ModelCard.load(tmp_path / "cards" / "base.md")
+    results = {result.metric_name: result for result in card.data.eval_results}
+    assert card.data.model_name == "base" and len(results) == 6
+    result = results["mIoU, sliding, stride 64"]
+    assert result.metric_value == pytest.approx(100 * rows[2]["mean_iou"], abs=0.006)
+    assert (result.task_type, result.metric_type, result.dataset_name) == ("image-segmentation", "mean_iou", "set")
+    assert results["boundary mIoU, single pass"].metric_value == pytest.approx(
+        100 * rows[0]["mean_boundary_iou"], abs=0.006
+    )
+    assert (tmp_path / "cards" / "student.md").is_file()
+
+
+def test_two_processes_count_the_same_pixels(dataset, checkpoint, tmp_path):
+    """Also: the script runs as a script, where its own name stands before the package `evaluate`."""
+    # one thread each: sums in another order could move a pixel on a tie
+    arguments = ["--dataset", str(dataset), "--model", str(checkpoint("base")), "--runs", "base:single"]
+    arguments += ["base:sliding:24", "--shortest_edge", "90", "--no_warmup"]
+    one = script.main(arguments)
+    assert one["processes"] == 1
+    output = tmp_path / "new" / "report.json"
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    command += ["--main_process_port", "0", TRAINING / "evaluate.py", *arguments, "--output", output]
+    process = subprocess.run(
+        command,
+        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.count("mIoU") == 1  # one table
+
+    def no_constant(name):
+        raise ValueError(f"{name} is no JSON")
+
+    two = json.loads(output.read_text(encoding="utf-8"), parse_constant=no_constant)
+    assert [path.name for path in output.parent.iterdir()] == ["report.json"]
+    assert two["processes"] == 2 and two["photos"] == 5  # of which one process has three, the other two
+    counts = [f"{kind}_pixels" for kind in ("labelled", "predicted", "correct")]
+    for row_of_one, row_of_two in zip(one["runs"], two["runs"], strict=True):
+        for label in LABELS:
+            for count in counts:
+                assert row_of_two["classes"][label][count] == row_of_one["classes"][label][count]
+        for mean in ("mean_iou", "mean_boundary_iou", "overall_accuracy", "mean_accuracy"):
+            assert row_of_two[mean] == row_of_one[mean]  # to the last digit
+        assert 0 < row_of_two["vision_seconds"] <= row_of_two["total_seconds"]
+    assert two["runs"][0]["classes"]["dog"]["accuracy"] is None  # no mask holds it

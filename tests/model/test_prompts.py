@@ -1,0 +1,147 @@
+"""Vocabulary grammar, templates, and text embeddings against the plain formula."""
+
+import pytest
+import torch
+from transformers.utils import logging
+
+from spar_hf.model import prompts
+from spar_hf.model.prompts import TEMPLATES, Vocabulary, embed_names, resolve_templates
+from spar_hf.model.vocabularies import VOCABULARIES
+
+
+@pytest.mark.parametrize(
+    ("candidate_labels", "labels", "names"),
+    [
+        (["road", "car, automobile", "sky"], ("road", "car", "sky"), (("road",), ("car", "automobile"), ("sky",))),
+        ([r"salt\, pepper, spices"], ("salt, pepper",), (("salt, pepper", "spices"),)),
+        ([["car", "red, shiny car"], ["sky"]], ("car", "sky"), (("car", "red, shiny car"), ("sky",))),
+        ({"vehicle": ["car", "bus"], "sky": "sky"}, ("vehicle", "sky"), (("car", "bus"), ("sky",))),
+        ({"a, b": ["c, d"]}, ("a, b",), (("c, d",),)),
+        (("road",), ("road",), (("road",),)),
+    ],
+)
+def test_grammar(candidate_labels, labels, names):
+    vocabulary = Vocabulary.parse(candidate_labels)
+    assert (vocabulary.labels, vocabulary.names) == (labels, names)
+    assert Vocabulary.parse(vocabulary) is vocabulary
+
+
+def test_grammar__a_name_twice_in_a_class_counts_once():
+    assert Vocabulary.parse(["car, auto, Car, auto"]).names == (("car", "auto"),)
+
+
+@pytest.mark.parametrize(
+    ("labels", "background", "expected"),
+    [
+        (["car", "sky"], ["wall"], {"car": ("car",), "sky": ("sky",), "background": ("wall",)}),
+        (["car", "sky, clouds"], ["wall", "Sky"], {"car": ("car",), "background": ("wall", "sky", "clouds")}),
+        (["background, clutter", "car"], ["wall"], {"background": ("background", "clutter", "wall"), "car": ("car",)}),
+        (["car", "sky, wall"], ["wall", "hill"], {"car": ("car",), "sky": ("sky", "wall"), "background": ("hill",)}),
+    ],
+)
+def test_with_background(labels, background, expected):
+    vocabulary = Vocabulary.parse(labels).with_background(background)
+    assert dict(zip(vocabulary.labels, vocabulary.names, strict=True)) == expected
+
+
+def test_with_background__auto_is_the_published_stuff_without_what_is_looked_for():
+    vocabulary = Vocabulary.parse(["cat", "Sky", "garden, tree"]).with_background("auto")
+    published = Vocabulary.parse("voc21-spar").names[0]
+    assert vocabulary.labels == ("cat", "Sky", "garden", "background")
+    assert vocabulary.names[3] == tuple(word for word in published if word not in ("sky", "tree"))
+
+
+def test_with_background__errors():
+    with pytest.raises(ValueError, match="at least one must be left"):
+        Vocabulary.parse(["sky", "road"]).with_background(["road", "sky"])
+    for words in ([], [""]):
+        with pytest.raises(ValueError, match="needs words"):
+            Vocabulary.parse(["sky"]).with_background(words)
+
+
+def test_names_know_their_class():
+    vocabulary = Vocabulary.parse(["road", "car, automobile", "sky"])
+    assert vocabulary.all_names == ["road", "car", "automobile", "sky"]
+    assert vocabulary.name_to_class.tolist() == [0, 1, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("candidate_labels", "message"),
+    [
+        ("road", r'\["road", "car, automobile", "sky"\]'),
+        ([], "at least one class"),
+        (["road", ""], "empty name"),
+        (["road, "], "empty name"),
+        ({"road": []}, "empty name"),
+        (["Road", "sky", "road "], "stand twice: Road, road"),
+        (["traffic light", "sky", "Traffic  Light, lamp"], "stand twice"),
+        (["car, auto", "truck, Auto"], "two classes or twice: Auto, auto"),
+        (3, "list"),
+        ([3, "sky"], "a string or a list of strings, got 3"),
+        ([None], "a string or a list of strings"),
+        ({"road": [3]}, "a string or a list of strings"),
+    ],
+)
+def test_bad_vocabularies_say_what_to_write(candidate_labels, message):
+    with pytest.raises(ValueError, match=message):
+        Vocabulary.parse(candidate_labels)
+
+
+def test_templates():
+    assert len(set(resolve_templates("imagenet80"))) == 80
+    assert all(template.count("{}") == 1 for templates in TEMPLATES.values() for template in templates)
+    assert resolve_templates(["the {}"]) == ("the {}",)
+    for bad in ("nonsense", [], ["no place"], ["{} and {}"]):
+        with pytest.raises(ValueError, match="template"):
+            resolve_templates(bad)
+
+
+@torch.no_grad()
+def test_other_braces_in_a_template_are_text(two_towers, tokenizer):
+    odd, plain = (embed_names(two_towers, tokenizer, ["road"], [text]) for text in ("{x} {}", "{x} road{}"))
+    road_twice = embed_names(two_towers, tokenizer, [""], ["{x} road{}"])
+    torch.testing.assert_close(odd, road_twice)
+    assert not torch.allclose(odd, plain)
+
+
+@torch.no_grad()
+def test_embeddings_are_normalised_means_of_normalised_prompts(two_towers, tokenizer):
+    names, templates = ["road", "sky"], ["a photo of a {}.", "the {}"]
+    embeds = embed_names(two_towers, tokenizer, names, templates, batch_size=3)
+    limit = two_towers.config.text_config.max_position_embeddings
+    for name, embed in zip(names, embeds, strict=True):
+        rows = []
+        for template in templates:
+            ids = tokenizer(template.format(name), padding="max_length", max_length=limit, return_tensors="pt")
+            row = two_towers.text_model(ids["input_ids"]).pooler_output[0]
+            rows.append(row / row.norm())
+        mean = torch.stack(rows).sum(0) / len(rows)
+        torch.testing.assert_close(embed, mean / mean.norm(), atol=1e-6, rtol=1e-5)
+
+
+def test_many_names_are_embedded_with_a_bar_and_give_the_same(two_towers, tokenizer, capsys, monkeypatch):
+    monkeypatch.setattr(prompts, "PROGRESS_FROM", 3)
+    logging.enable_progress_bar()  # a command of ours run before in this process has switched bars off
+    two = embed_names(two_towers, tokenizer, ["road", "sky"], "plain")
+    assert capsys.readouterr().err == ""
+    three = embed_names(two_towers, tokenizer, ["road", "sky", "tree"], "plain")
+    assert "embedding names" in capsys.readouterr().err
+    torch.testing.assert_close(three[:2], two)
+
+
+def test_a_text_longer_than_the_context_is_refused(two_towers, tokenizer):
+    with pytest.raises(ValueError, match="text tower reads"):
+        embed_names(two_towers, tokenizer, ["road " * 50], "plain")
+
+
+def test_built_in_vocabularies_have_the_sets_numbers_of_classes():
+    numbers = {"voc20": 20, "voc21": 21, "context59": 59, "context60": 60, "cityscapes": 19, "ade20k": 150}
+    numbers |= {"coco-object": 81, "coco-stuff": 171, "voc20-spar": 20, "voc21-spar": 21}
+    numbers |= {"context59-spar": 59, "context60-spar": 60, "cityscapes-spar": 19}
+    assert set(numbers) == set(VOCABULARIES)
+    for name, number in numbers.items():
+        assert len(Vocabulary.parse(name).labels) == number, name
+    assert Vocabulary.parse("ADE20K").labels[0] == "wall"
+    spar = Vocabulary.parse("voc21-spar")
+    assert spar.names[spar.labels.index("television monitor")][1] == "tv monitor"
+    assert "pottedplant" in spar.labels and len(spar.names[0]) == 26  # the background is a list of stuff

@@ -1,0 +1,175 @@
+"""Decisions per pixel against the plain formula that holds every probability at once."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from spar_hf.model.segmentation import LabelMap, class_probabilities, decide, give_to_background, upsampled_tiles
+
+
+def plain(logits, name_to_class, patch, working, output):
+    """Upsample p-fold, crop the padding, resize to the photo, softmax over names, maximum per class."""
+    up = F.interpolate(logits[None], scale_factor=patch, mode="bilinear", align_corners=False)
+    up = up[:, :, : working[0], : working[1]]
+    if output != working:
+        up = F.interpolate(up, size=output, mode="bilinear", align_corners=False)
+    probabilities = up[0].softmax(0)
+    classes = int(name_to_class.max()) + 1
+    best = torch.stack([probabilities[name_to_class == c].amax(0) for c in range(classes)])
+    return best.max(0)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (65, 79), (200, 330), (17, 16), (3, 40)])
+@pytest.mark.parametrize("working_bytes", [3_000, 50_000, 2**26])
+def test_equals_the_plain_formula_at_the_working_size(size, working_bytes):
+    grid = tuple(-(-side // 16) for side in size)
+    logits = torch.randn(7, *grid, generator=torch.Generator().manual_seed(0)) * 4
+    name_to_class = torch.tensor([0, 0, 1, 2, 2, 2, 3])
+    decision = decide(logits, name_to_class, 16, size, size, working_bytes)
+    probabilities, labels = plain(logits, name_to_class, 16, size, size)
+    assert (decision.labels == labels).float().mean() > 0.999  # ties in the last bit
+    torch.testing.assert_close(decision.probabilities, probabilities, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("output", [(400, 660), (100, 165), (211, 333)])
+def test_close_to_the_two_step_formula_at_another_size(output):
+    """Reading the patch grid directly differs from upsampling twice only by the second blur."""
+    coarse = torch.randn(4, 4, 6, generator=torch.Generator().manual_seed(1)) * 8
+    logits = F.interpolate(coarse[None], size=(13, 21), mode="bicubic")[0]
+    decision = decide(logits, torch.arange(4), 16, (200, 330), output)
+    _, labels = plain(logits, torch.arange(4), 16, (200, 330), output)
+    assert decision.labels.shape == output
+    assert (decision.labels == labels).float().mean() > 0.99
+
+
+@pytest.mark.parametrize(("height", "width"), [(64, 96), (67, 101), (49, 80)])
+def test_an_edge_stays_where_it_is_at_any_size(height, width):
+    """Two classes split at a patch border: the decision changes exactly there, whatever is padded on the right."""
+    grid = (-(-height // 16), -(-width // 16))
+    logits = torch.zeros(2, *grid)
+    logits[0, :, :2], logits[1, :, 2:] = 10, 10
+    labels = decide(logits, torch.arange(2), 16, (height, width), (height, width)).labels
+    assert (labels[:, :32] == 0).all() and (labels[:, 32:] == 1).all()
+
+
+def test_photo_twice_the_working_size_has_the_edge_at_twice_the_place():
+    logits = torch.zeros(2, 4, 6)
+    logits[0, :, :2], logits[1, :, 2:] = 10, 10
+    labels = decide(logits, torch.arange(2), 16, (61, 90), (122, 180)).labels
+    assert (labels[:, :64] == 0).all() and (labels[:, 64:] == 1).all()
+
+
+def test_scores_are_mean_probabilities_over_the_mask():
+    logits = torch.randn(3, 5, 5, generator=torch.Generator().manual_seed(2)) * 5
+    decision = decide(logits, torch.arange(3), 16, (80, 80), (80, 80))
+    pixels, scores = decision.class_scores(4)
+    for label in range(3):
+        mask = decision.labels == label
+        assert int(pixels[label]) == int(mask.sum())
+        assert float(scores[label]) == pytest.approx(float(decision.probabilities[mask].mean()), abs=1e-5)
+    assert pixels[3] == 0 and scores[3] == 0
+
+
+def test_a_grid_of_another_photo_is_refused():
+    with pytest.raises(ValueError, match="5×5 patches"):
+        decide(torch.zeros(2, 4, 4), torch.arange(2), 16, (80, 80), (80, 80))
+
+
+def test_unsure_pixels_and_tiny_classes_become_background():
+    labels = torch.tensor([[0, 0, 0, 1], [1, 1, 2, 0], [0, 0, 3, 1]], dtype=torch.int32)  # class 3 is the background
+    sure = torch.tensor([[0.9, 0.9, 0.9, 0.4], [0.9, 0.9, 0.9, 0.9], [0.9, 0.9, 0.2, 0.9]])
+    found = give_to_background(LabelMap(labels.clone(), sure.clone()), 3, threshold=0.5)
+    assert found.labels.tolist() == [[0, 0, 0, 3], [1, 1, 2, 0], [0, 0, 3, 1]]
+    assert found.probabilities[0, 3] == pytest.approx(0.6) and found.probabilities[2, 2] == pytest.approx(0.2)
+    # of the ten pixels outside the background class 2 has one, class 1 three
+    found = give_to_background(LabelMap(labels.clone(), sure.clone()), 3, threshold=0.5, min_area=0.11)
+    assert found.labels.tolist() == [[0, 0, 0, 3], [1, 1, 3, 0], [0, 0, 3, 1]]
+    everything = give_to_background(LabelMap(labels.clone(), sure.clone()), 3, threshold=1.0)
+    assert (everything.labels == 3).all()
+    with pytest.raises(ValueError, match="0 to 1"):
+        give_to_background(LabelMap(labels, sure), 3, threshold=40)
+
+
+NAMES = torch.tensor([0, 0, 1, 2, 2, 2, 3])
+
+
+@pytest.mark.parametrize("working_bytes", [2_000, 2**26])
+def test_barred_classes_win_nothing_and_keep_their_share(working_bytes):
+    logits = torch.randn(7, 5, 6, generator=torch.Generator().manual_seed(7)) * 3
+    up = F.interpolate(logits[None], scale_factor=16, mode="bilinear")[0, :, :75, :90].softmax(0)
+    left = up.clone()
+    left[[2, 3, 4, 5]] = 0  # the names of classes 1 and 2
+    barred = torch.tensor([False, True, True, False])
+    found = decide(logits, NAMES, 16, (75, 90), (75, 90), working_bytes, barred)
+    assert torch.equal(found.labels, NAMES[left.argmax(0)].int())
+    torch.testing.assert_close(found.probabilities, left.amax(0), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("working_bytes", "output"), [(2_000, (67, 90)), (9_000, (150, 31)), (2**26, (67, 90))])
+def test_rows_of_logits_on_request_give_the_same_and_never_more_than_fit(working_bytes, output):
+    logits = torch.randn(7, 9, 6, generator=torch.Generator().manual_seed(3)) * 4
+    asked = []
+
+    def rows(first, last):
+        asked.append(last - first)
+        return logits[:, first:last]
+
+    expected = decide(logits, NAMES, 16, (140, 90), output)
+    decision = decide(rows, NAMES, 16, (140, 90), output, working_bytes)
+    assert torch.equal(decision.labels, expected.labels)
+    torch.testing.assert_close(decision.probabilities, expected.probabilities)
+    assert max(asked) == min(9, max(2, working_bytes // (4 * 7 * 6)))
+
+
+def test_no_tile_is_larger_than_the_working_bytes():
+    """Twenty thousand names on a wide photo: not even one row of it would fit."""
+    logits = torch.randn(20_000, 2, 3, generator=torch.Generator().manual_seed(4))
+    geometry = (16, (32, 48), (8, 700), torch.device("cpu"), 4 * 2**20)
+    covered = torch.zeros(8, 700)
+    for place, pixels in upsampled_tiles(logits, 20_000, *geometry):
+        assert pixels.numel() * 4 <= 4 * 2**20
+        covered[place] += 1
+    assert (covered == 1).all()
+
+
+@pytest.mark.parametrize("name_to_class", [NAMES, torch.arange(7), torch.tensor([3, 1, 0, 2, 6, 5, 4])])
+@pytest.mark.parametrize("working_bytes", [5_000, 2**26])
+def test_class_probabilities_equal_the_plain_formula(name_to_class, working_bytes):
+    logits = torch.randn(7, 5, 6, generator=torch.Generator().manual_seed(5)) * 3
+    up = F.interpolate(logits[None], scale_factor=16, mode="bilinear")[0, :, :75, :90].softmax(0)
+    expected = torch.stack([up[name_to_class == c].amax(0) for c in range(int(name_to_class.max()) + 1)])
+    geometry = (16, (75, 90), (75, 90))
+    classes, found = class_probabilities(logits, name_to_class, *geometry, working_bytes=working_bytes)
+    assert classes.tolist() == list(range(len(expected)))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    top, probabilities = class_probabilities(logits, name_to_class, *geometry, top_k=3, working_bytes=working_bytes)
+    assert top.shape == (3, 75, 90)
+    torch.testing.assert_close(probabilities, expected.topk(3, 0).values, atol=1e-5, rtol=0)
+    torch.testing.assert_close(expected.gather(0, top.long()), probabilities, atol=1e-5, rtol=0)
+    everything, _ = class_probabilities(logits, name_to_class, *geometry, top_k=99)
+    assert len(everything) == len(expected)
+
+
+def test_probabilities_too_large_for_memory_are_refused_before_any_work():
+    with pytest.raises(ValueError, match=r'1000 classes at 2048×2048 pixels take 15\.6 GiB.*output="map"'):
+        class_probabilities(torch.zeros(1000, 2, 2), torch.arange(1000), 16, (32, 32), (2048, 2048))
+
+
+def test_background_rules_on_a_photo_of_many_strips_equal_the_rules_on_the_whole():
+    generator = torch.Generator().manual_seed(6)
+    labels = torch.randint(0, 5, (2100, 1030), generator=generator, dtype=torch.int32)
+    labels[labels == 1] = torch.where(torch.rand(int((labels == 1).sum()), generator=generator) < 0.02, 1, 0).int()
+    sure = torch.rand(2100, 1030, generator=generator)
+    found = give_to_background(LabelMap(labels.clone(), sure.clone()), 2, threshold=0.3, min_area=0.01)
+    expected = torch.where(sure < 0.3, 2, labels)
+    share = (expected == 1).sum() / (expected != 2).sum()
+    assert 0 < share < 0.01
+    expected[expected == 1] = 2
+    assert torch.equal(found.labels, expected.int())
+    torch.testing.assert_close(found.probabilities, torch.where(expected != labels, 1 - sure, sure))
+    pixels, scores = found.class_scores(5)
+    for label in range(5):
+        mask = found.labels == label
+        assert int(pixels[label]) == int(mask.sum())
+        if pixels[label]:
+            assert float(scores[label]) == pytest.approx(float(found.probabilities[mask].double().mean()), abs=1e-5)

@@ -1,0 +1,226 @@
+"""
+Speed as ratios, measured side by side in one run: what the library adds to the bare work.
+
+Both sides of a ratio run in turn, A B A B ..., and the median of the pairwise ratios is reported, so that a machine whose
+speed drifts does not decide the result.
+
+    python training/benchmark.py --output benchmark.json
+    python training/benchmark.py --random siglip2 --height 512 --width 1024 --repeats 3
+    python training/benchmark.py --suite distill
+
+A suite is a module `benchmark_NAME.py` beside this file with `rows(options) -> list[dict]`, made with [`compare`].
+"""
+
+import importlib
+import logging
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+from transformers import CLIPVisionConfig, DINOv3ViTConfig, HfArgumentParser, SiglipVisionConfig
+
+from spar_hf import SPAR_TINY, SlidingWindowTeacher, SparConfig, SparVisionModel
+from spar_hf.utils.files import write_json
+from spar_hf.utils.usage import run_script, work_begins
+
+logger = logging.getLogger("benchmark")
+
+UNITS = {"seconds": "s", "megabytes": "MB", "images_per_second": "images/s"}  # what a row may compare
+
+
+@dataclass
+class Options:
+    """Options of the benchmark."""
+
+    suite: str = field(
+        default="vision", metadata={"help": "What to measure: vision, or the NAME of a benchmark_NAME.py."}
+    )
+    model: str = field(
+        default=SPAR_TINY, metadata={"help": "SPAR folder or hub id; the embedded spar-tiny by default."}
+    )
+    random: str | None = field(
+        default=None,
+        metadata={
+            "help": "Random weights of a published size instead: siglip2 (B/16-512), openclip (B/16), dinov3txt (L/16)."
+        },
+    )
+    height: int = field(default=384, metadata={"help": "Height of the test image in pixels."})
+    width: int = field(default=512, metadata={"help": "Width of the test image in pixels."})
+    stride: int = field(default=24, metadata={"help": "Stride of the teacher."})
+    window_batch_size: int = field(default=16, metadata={"help": "Windows per forward pass of the teacher."})
+    repeats: int = field(default=9, metadata={"help": "Pairs per ratio; the median is reported."})
+    device: str = field(default="cuda" if torch.cuda.is_available() else "cpu", metadata={"help": "Device."})
+    output: str | None = field(default=None, metadata={"help": "JSON file to write."})
+
+
+def seconds(work: Callable[[], object], device: str) -> float:
+    start = time.perf_counter()
+    work()
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def compare(name: str, ours: Callable, bare: Callable, goal: str, options: Options) -> dict:
+    """Median of the pairwise ratios of `ours` over `bare`, with the range of the middle half."""
+    ours(), bare()
+    work_begins()
+    pairs = []
+    for _ in tqdm(range(options.repeats), desc=name, leave=False):
+        pairs.append((seconds(ours, options.device), seconds(bare, options.device)))
+    ratios = sorted(a / b for a, b in pairs)
+    quarter = len(ratios) // 4
+    return {
+        "name": name,
+        "ratio": statistics.median(ratios),
+        "middle_half": [ratios[quarter], ratios[-1 - quarter]],
+        "seconds": statistics.median(a for a, _ in pairs),
+        "bare_seconds": statistics.median(b for _, b in pairs),
+        "goal": goal,
+    }
+
+
+BASE = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+LARGE = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+
+
+def load(options: Options) -> SparVisionModel:
+    """The model to time: a folder's, or one of a published size with random weights."""
+    if options.random is None:
+        return SparVisionModel.from_backbone(options.model)
+    backbones = {
+        "siglip2": lambda: SiglipVisionConfig(**BASE, patch_size=16, image_size=512, hidden_act="gelu"),
+        "openclip": lambda: CLIPVisionConfig(
+            **BASE, patch_size=16, image_size=224, projection_dim=512, hidden_act="gelu"
+        ),
+        "dinov3txt": lambda: DINOv3ViTConfig(**LARGE, patch_size=16, image_size=384, num_register_tokens=4),
+    }
+    if options.random not in backbones:
+        raise ValueError(f"--random {options.random}: use one of {', '.join(backbones)}.")
+    return SparVisionModel(SparConfig(backbone_config=backbones[options.random]()))
+
+
+def plain_pass(model: SparVisionModel, pixel_values: torch.Tensor) -> torch.Tensor:
+    """The backbone's layers and the same read-out without the library's forward: the least that one pass costs."""
+    backbone, readout = model.backbone, model.config.readout
+    if readout == "naflex":
+        raise ValueError("The plain side of the comparison is not written for NaFlex; choose another model.")
+    if readout.startswith("dinov3"):
+        tokens, rope = backbone.embeddings(pixel_values), backbone.rope_embeddings(pixel_values)
+        for layer in backbone.model.layer:
+            tokens = layer(tokens, position_embeddings=rope)
+        return backbone.norm(tokens)[:, 1 + backbone.config.num_register_tokens :]
+    patches = backbone.embeddings.patch_embedding(pixel_values)
+    grid, hidden = patches.shape[-2:], patches.flatten(2).transpose(1, 2)
+    if readout == "siglip":
+        table = backbone.embeddings.position_embedding.weight
+        side = math.isqrt(len(table))
+        positions = F.interpolate(table.T.reshape(1, -1, side, side), size=grid, mode="bicubic")
+        hidden = hidden + positions.flatten(2).transpose(1, 2)
+        for layer in backbone.encoder.layers:
+            hidden = layer(hidden, None)
+        hidden, head = backbone.post_layernorm(hidden), backbone.head
+        weight, bias = head.attention.in_proj_weight.chunk(3)[2], head.attention.in_proj_bias.chunk(3)[2]
+        values = head.attention.out_proj(F.linear(hidden, weight, bias))
+        return values + head.mlp(head.layernorm(values))
+    embeddings, table = backbone.embeddings, backbone.embeddings.position_embedding.weight
+    side = math.isqrt(len(table) - 1)
+    factor = tuple((length + 0.1) / side for length in grid)
+    positions = F.interpolate(table[1:].T.reshape(1, -1, side, side), scale_factor=factor, mode="bicubic")
+    hidden = hidden + positions.flatten(2).transpose(1, 2)
+    first = (embeddings.class_embedding + table[0]).expand(len(hidden), 1, -1)
+    hidden = backbone.pre_layrnorm(torch.cat([first, hidden], 1))
+    for layer in backbone.encoder.layers[:-1]:
+        hidden = layer(hidden, None)
+    last = backbone.encoder.layers[-1]
+    hidden = hidden + last.self_attn.out_proj(last.self_attn.v_proj(last.layer_norm1(hidden)))
+    hidden = hidden + last.mlp(last.layer_norm2(hidden))
+    return backbone.visual_projection(backbone.post_layernorm(hidden)[:, 1:])
+
+
+def run(options: Options) -> list[dict]:
+    """
+    The ratios of a suite; see the names in the table.
+
+    Raises:
+        ValueError: there is no such suite.
+    """
+    if options.suite == "vision":
+        return rows(options)
+    known = sorted(path.stem.removeprefix("benchmark_") for path in Path(__file__).parent.glob("benchmark_*.py"))
+    if options.suite not in known:
+        raise ValueError(f"--suite {options.suite}: use vision or one of {', '.join(known)}.")
+    return importlib.import_module(f"benchmark_{options.suite}").rows(options)
+
+
+def rows(options: Options) -> list[dict]:
+    """One pass and the teacher against their bare work."""
+    device = options.device
+    torch.manual_seed(0)
+    model = load(options).to(device).eval()
+    image = torch.randn(1, 3, options.height, options.width, device=device)
+    teacher = SlidingWindowTeacher(model, stride=options.stride, window_batch_size=options.window_batch_size)
+    plan = teacher.plan(options.height, options.width)
+    windows = torch.randn(options.window_batch_size, 3, *plan.window, device=device)
+
+    def bare_windows():
+        done = 0
+        while done < len(plan):
+            model(windows[: min(options.window_batch_size, len(plan) - done)])
+            done += options.window_batch_size
+
+    size = f"{options.height}×{options.width}"
+    with torch.no_grad():
+        return [
+            compare(
+                f"one pass over backbone layers + plain read-out, {size}",
+                lambda: model(image),
+                lambda: plain_pass(model, image),
+                "≤ 1.03",
+                options,
+            ),
+            compare(
+                f"teacher over its {len(plan)} bare windows, stride {options.stride}, {size}",
+                lambda: teacher(image),
+                bare_windows,
+                "≤ 1.10",
+                options,
+            ),
+            compare(
+                f"teacher at stride {options.stride} over one pass, {size}",
+                lambda: teacher(image),
+                lambda: model(image),
+                "≥ 15" if options.random is None else "52 in the paper (mean of six sets)",
+                options,
+            ),
+        ]
+
+
+def main():
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    (options,) = HfArgumentParser(Options).parse_args_into_dataclasses()
+    found = run(options)
+    table = Table("what", "ratio", "middle half", "ours", "bare", "goal")
+    for row in found:
+        low, high = row["middle_half"]
+        unit = next(unit for unit in UNITS if unit in row)
+        amounts = (f"{row[name]:.3f} {UNITS[unit]}" for name in (unit, f"bare_{unit}"))
+        numbers = (f"{row['ratio']:.3f}", f"{low:.3f}-{high:.3f}", *amounts)
+        table.add_row(row["name"], *numbers, row["goal"])
+    Console().print(table)
+    if options.output:
+        setting = {"torch": torch.__version__, "threads": torch.get_num_threads(), "cores": os.cpu_count()}
+        write_json(Path(options.output), {"options": vars(options), **setting, "ratios": found})
+
+
+if __name__ == "__main__":
+    run_script(main)

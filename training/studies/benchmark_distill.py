@@ -1,0 +1,253 @@
+"""
+Distillation as ratios: a training step over its bare parts, a step with few sampled windows over one with all, the memory
+of training the last two blocks over that of everything, and `distill.py` on two processes over one.
+
+The last launches the script itself, two processes and one in turn, with the same number of photos a step: on the CPU (gloo)
+with a thread a process, on GPUs (NCCL) with a GPU a process. Photos per second are those of the later half of the steps;
+the start (imports, models, process group) and the end (the folder written) have a row of their own. Where there is but one
+core or GPU the two rows are left out. Give the machine no other work meanwhile: what takes one of two cores makes two
+processes look slow and not one.
+"""
+
+import json
+import logging
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from benchmark import compare, load
+from PIL import Image
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import get_scheduler
+
+from spar_hf import SlidingWindowTeacher, SparImageProcessorPil
+from spar_hf.distillation.losses import distillation_loss
+from spar_hf.distillation.student import choose_parameters
+
+logger = logging.getLogger("benchmark")
+
+TRAINING = Path(__file__).parents[1]
+PHOTOS_PER_STEP = 4  # of all processes together, where launched runs are compared
+HALF_STEPS = 6  # steps before their clock runs, and as many under it
+MOST_LAUNCHES = 5  # pairs of launched runs at most, a matter of minutes
+
+
+def training_step(options, pixel_values: torch.Tensor, teacher: SlidingWindowTeacher, windows: int | None) -> Callable:
+    """A step as distillation composes it, accelerate around everything; all windows, or about so many."""
+    accelerator = Accelerator(cpu=options.device == "cpu")
+    student = load(options).to(options.device).eval()
+    parameters = choose_parameters(student, "2")
+    optimizer = torch.optim.AdamW(parameters, lr=1e-6)
+    schedule = get_scheduler("cosine", optimizer, num_warmup_steps=5, num_training_steps=10_000)
+    wrapped, optimizer, schedule = accelerator.prepare(student, optimizer, schedule)
+
+    def step():
+        with accelerator.autocast():
+            if windows is None:
+                target, weight = teacher(pixel_values).feature_map, None
+            else:
+                target, weight = teacher.sample(pixel_values, windows)
+        with accelerator.accumulate(wrapped):
+            with accelerator.autocast():
+                features = wrapped(pixel_values).feature_map
+            loss = distillation_loss(features.float(), target, weight)
+            accelerator.backward(loss)
+            accelerator.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+        return float(loss.detach())
+
+    return step
+
+
+def bare_step(options, pixel_values: torch.Tensor, teacher: SlidingWindowTeacher) -> Callable:
+    """The same work without the library's stitching and accelerate: all windows, one student step."""
+    student = load(options).to(options.device).eval()
+    optimizer = torch.optim.AdamW(choose_parameters(student, "2"), lr=1e-6)
+    plan = teacher.plan(*pixel_values.shape[-2:])
+    windows = torch.randn(options.window_batch_size, 3, *plan.window, device=options.device)
+    with torch.no_grad():
+        target = torch.randn_like(student(pixel_values).feature_map)
+
+    def step():
+        with torch.no_grad():
+            for done in range(0, len(plan), options.window_batch_size):
+                teacher.model(windows[: min(options.window_batch_size, len(plan) - done)])
+        nn.functional.mse_loss(student(pixel_values).feature_map, target).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def peak_megabytes(device: str) -> float:
+    """The most memory this process ever held: of the GPU, or resident."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated() / 2**20
+    status = Path("/proc/self/status")
+    if status.is_file():  # the peak that `getrusage` gives on Linux may be that of the process that started this one
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 1024)
+
+
+def student_memory(options, blocks: int | None) -> float:
+    """Megabytes that two student steps add to a process that holds the model."""
+    torch.manual_seed(0)
+    student = load(options).to(options.device).eval()
+    parameters = choose_parameters(student, "all" if blocks is None else str(blocks))
+    optimizer = torch.optim.AdamW(parameters, lr=1e-6)
+    pixel_values = torch.randn(1, 3, options.height, options.width, device=options.device)
+    before = peak_megabytes(options.device)
+    for _ in range(2):
+        student(pixel_values).feature_map.square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return peak_megabytes(options.device) - before
+
+
+def memory_in_new_process(options, blocks: int | None) -> float:
+    """[`student_memory`] of a fresh process, whose peak nothing else has raised."""
+    call = [sys.executable, str(Path(__file__)), json.dumps({"blocks": blocks, "options": vars(options)})]
+    done = subprocess.run(call, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"The memory could not be measured:\n{done.stderr[-3000:]}")
+    return float(done.stdout.splitlines()[-1])
+
+
+def short_distillation(base: Path, photos: Path, output: Path, processes: int, options) -> tuple[float, float]:
+    """
+    A short distillation, started as users start it: (photos per second of the later half of its steps, seconds of all that
+    is no step). Both come from its log, whose rate is that of all steps so far.
+    """
+    cpu = options.device == "cpu"
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1", "--mixed_precision", "no"]
+    command += ["--dynamo_backend", "no", "--num_processes", str(processes)]
+    command += ["--multi_gpu", "--main_process_port", "0"] if processes > 1 else []
+    settings = {
+        "model": base,
+        "images": photos,
+        "output": output,
+        "steps": 2 * HALF_STEPS,
+        "log_steps": HALF_STEPS,
+        "gradient_accumulation_steps": PHOTOS_PER_STEP // processes,
+        "holdout_images": 0,
+        "workers": 0,  # each worker would want a core of its own
+        "teacher_windows": 10,
+        "stride": options.stride,
+        "crop_probability": 0,
+        "min_scale": 1,
+        "report_to": "none",
+    }
+    command.append(str(TRAINING / "distill.py"))
+    for name, value in settings.items():
+        command += [f"--{name}", str(value)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"} | ({"ACCELERATE_USE_CPU": "true"} if cpu else {})
+    start = time.perf_counter()
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    whole = time.perf_counter() - start
+    if done.returncode:
+        raise RuntimeError(f"distill.py failed:\n{done.stderr[-3000:]}")
+    lines = map(json.loads, (output / "log.jsonl").read_text().splitlines())
+    half, end = (line["step"] * PHOTOS_PER_STEP / line["photos_per_second"] for line in lines)  # seconds of steps
+    return HALF_STEPS * PHOTOS_PER_STEP / (end - half), whole - end
+
+
+def ratio_row(name: str, unit: str, pairs: list[tuple[float, float]], goal: str) -> dict[str, Any]:
+    """A row such as [`compare`] makes, of pairs of something else than seconds."""
+    ratios = sorted(a / b for a, b in pairs)
+    quarter = len(ratios) // 4
+    ours, bare = zip(*pairs, strict=True)
+    return {
+        "name": name,
+        "ratio": statistics.median(ratios),
+        "middle_half": [ratios[quarter], ratios[-1 - quarter]],
+        unit: statistics.median(ours),
+        f"bare_{unit}": statistics.median(bare),
+        "goal": goal,
+    }
+
+
+def step_rows(options) -> list[dict]:
+    """A training step against its bare parts, and a sampled one against a full one."""
+    torch.manual_seed(0)
+    size = f"{options.height}×{options.width}"
+    model = load(options).to(options.device).eval().requires_grad_(False)
+    teacher = SlidingWindowTeacher(model, stride=options.stride, window_batch_size=options.window_batch_size)
+    pixel_values = torch.randn(1, 3, options.height, options.width, device=options.device)
+    plan = teacher.plan(options.height, options.width)
+    few = max(1, len(plan) // 10)
+    full = training_step(options, pixel_values, teacher, None)
+    bare = bare_step(options, pixel_values, teacher)
+    name = f"training step over its bare parts ({len(plan)} windows, student step), {size}"
+    over_bare = compare(name, full, bare, "≤ 1.10", options)
+    sampled = training_step(options, pixel_values, teacher, few)
+    name = f"step with {few} sampled windows over one with all {len(plan)}, stride {options.stride}, {size}"
+    return [over_bare, compare(name, sampled, full, "≤ 0.25", options)]
+
+
+def memory_row(options) -> dict:
+    """What is held for training the last two blocks against everything."""
+    pair = (memory_in_new_process(options, 2), memory_in_new_process(options, None))
+    name = (
+        f"memory of a student step above the model's, last 2 blocks over everything, {options.height}×{options.width}"
+    )
+    return ratio_row(name, "megabytes", [pair], "< 1")
+
+
+def places(device: str) -> int:
+    """How many processes can each have a core, or a GPU, to itself."""
+    if device != "cpu":
+        return torch.cuda.device_count()
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def process_rows(options) -> list[dict]:
+    """`distill.py` on two processes against one of as many photos a step: its steps, and its start by itself."""
+    kind = "core" if options.device == "cpu" else "GPU"
+    if places(options.device) < 2:
+        logger.warning("Two processes against one are left out: they need two %ss, and this machine has fewer.", kind)
+        return []
+    model, noise = load(options), np.random.default_rng(0)
+    rates, starts = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        base, photos = Path(folder, "base"), Path(folder, "photos")
+        photos.mkdir()
+        model.save_pretrained(base)
+        SparImageProcessorPil().save_pretrained(base)
+        for i in range(4):
+            pixels = noise.integers(0, 256, (options.height, options.width, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(photos / f"{i}.jpg")
+        for number in tqdm(range(min(MOST_LAUNCHES, options.repeats)), desc="two processes over one", leave=False):
+            two = short_distillation(base, photos, Path(folder, f"two-{number}"), 2, options)
+            one = short_distillation(base, photos, Path(folder, f"one-{number}"), 1, options)
+            rates.append((two[0], one[0]))
+            starts.append((two[1], one[1]))
+    name = f"two processes over one, a {kind} each, {PHOTOS_PER_STEP} photos a step"
+    return [
+        ratio_row(f"photos/s of {name}, steps alone", "images_per_second", rates, "→ 2"),
+        ratio_row(f"start and end of {name}: imports, models, the folder written", "seconds", starts, ""),
+    ]
+
+
+def rows(options) -> list[dict]:
+    """The ratios of distillation; options as of `benchmark.py`."""
+    return [*step_rows(options), memory_row(options), *process_rows(options)]
+
+
+if __name__ == "__main__":
+    asked = json.loads(sys.argv[1])
+    sys.stdout.write(f"{student_memory(SimpleNamespace(**asked['options']), asked['blocks'])}\n")

@@ -1,0 +1,333 @@
+"""
+Student quality against what the teacher cost: students from the same start, with the same steps and seeds, of the full
+teacher and of samples of its windows.
+
+    python training/quality_cost.py --model BASE --images PHOTOS --dataset DATA --output DIR --windows 5 10 20 40
+
+Trains with `distill.py`, measures mIoU with `evaluate.py`, and writes `DIR/quality_cost.json` and `.png`. Finished runs
+are not repeated, so a study that was stopped goes on with the same command.
+"""
+
+import json
+import logging
+import random
+import shlex
+import statistics
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+from matplotlib import pyplot as plt
+from matplotlib.ticker import NullFormatter
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+from transformers import HfArgumentParser
+
+from spar_hf import SparVisionModel
+from spar_hf.data.segmentation_sets import list_images
+from spar_hf.data.sources import augment
+from spar_hf.distillation.options import Options as Recipe
+from spar_hf.distillation.teacher_cache import Crop, seeded
+from spar_hf.teacher import VARIANTS, WindowPlan
+from spar_hf.utils.checkpoints import list_checkpoints
+from spar_hf.utils.files import write_atomically, write_json
+from spar_hf.utils.usage import run_script, work_begins
+
+logger = logging.getLogger("quality_cost")
+TRAINING = Path(__file__).parents[1]
+
+
+@dataclass
+class Options:
+    """Options of the study; those that distillation has as well mean the same there."""
+
+    model: str = field(metadata={"help": "Two-tower model: the teacher and every student's start."})
+    images: list[str] = field(metadata={"help": "Folders of photos to distil on."})
+    dataset: str = field(metadata={"help": "Folder with `images/`, `masks/` and `classes.txt` that mIoU is taken on."})
+    output: str = field(metadata={"help": "Folder to write runs, table and picture to."})
+    steps: int = field(default=1000, metadata={"help": "Optimizer steps of every student."})
+    windows: list[int] = field(default_factory=lambda: [5, 10, 20, 40], metadata={"help": "Windows drawn per photo."})
+    variants: list[str] = field(
+        default_factory=lambda: list(VARIANTS), metadata={"help": f"How they are drawn: {', '.join(VARIANTS)}."}
+    )
+    photos: list[int] = field(
+        default_factory=lambda: [1],
+        metadata={
+            "help": "Photos whose gradients a step averages; sampled students once per number, the full teacher's at 1."
+        },
+    )
+    full_steps: list[int] = field(
+        default_factory=list,
+        metadata={"help": "Also train with the full teacher for so many steps: the other way to spend fewer windows."},
+    )
+    seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "Every student once per seed."})
+    stride: int = field(default=24, metadata={"help": "Stride of the teacher's windows in pixels."})
+    distill: str = field(
+        default="", metadata={"help": 'More options of distill.py, in one string: --distill="--learning_rate 1e-4".'}
+    )
+    evaluate: str = field(
+        default="", metadata={"help": 'More options of evaluate.py, in one string: --evaluate="--shortest_edge 480".'}
+    )
+
+    def __post_init__(self):
+        unknown = [variant for variant in self.variants if variant not in VARIANTS]
+        if unknown or min([*self.windows, *self.photos, *self.full_steps, self.steps], default=1) < 1:
+            raise ValueError(
+                f"--variants are of {', '.join(VARIANTS)}; --windows, --photos, --steps and --full_steps at least 1."
+            )
+
+
+@dataclass(frozen=True)
+class Run:
+    """A student: `windows` of each of a step's `photos`, None for the full teacher."""
+
+    variant: str
+    windows: int | None
+    photos: int
+    steps: int
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.variant}-{self.windows or 'all'}x{self.photos}-{self.steps}-{self.seed}"
+
+    @property
+    def kind(self) -> tuple[str, int | None, int, int]:
+        return self.variant, self.windows, self.photos, self.steps
+
+
+def plan_runs(options: Options) -> list[Run]:
+    """The full teacher's students first: all others are measured against them."""
+    kinds: list[tuple[str, int | None, int, int]] = [
+        ("full", None, 1, steps) for steps in dict.fromkeys([options.steps, *options.full_steps])
+    ]
+    kinds += [
+        (variant, windows, photos, options.steps)
+        for variant in options.variants
+        for photos in options.photos
+        for windows in options.windows
+    ]
+    return [Run(*kind, seed) for kind in kinds for seed in options.seeds]
+
+
+def call(script: str, *arguments: Any) -> None:
+    """
+    Run a script of this folder.
+
+    Raises:
+        RuntimeError: it failed; with the end of what it said.
+    """
+    command = [sys.executable, str(TRAINING / script), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{shlex.join(command)} failed:\n{done.stderr[-3000:]}")
+
+
+def measure(model: str | Path, folder: Path, options: Options) -> float:
+    """mIoU of a model in one pass."""
+    report = folder / "evaluation.json"
+    arguments = ("--dataset", options.dataset, "--model", f"student={model}", "--output", report)
+    call("evaluate.py", *arguments, *shlex.split(options.evaluate))
+    return json.loads(report.read_text(encoding="utf-8"))["runs"][0]["mean_iou"]
+
+
+def carry_out(run: Run, options: Options) -> dict[str, Any]:
+    """
+    Train and measure a student, or read what was found before.
+
+    Raises:
+        ValueError: the folder holds a run of another setting.
+    """
+    folder = Path(options.output) / run.name
+    arguments = ["--model", options.model, "--images", *options.images, "--output", folder, "--steps", run.steps]
+    arguments += ["--seed", run.seed, "--stride", options.stride, "--gradient_accumulation_steps", run.photos]
+    if run.windows is not None:
+        arguments += ["--teacher_windows", run.windows, "--teacher_variant", run.variant]
+    arguments += shlex.split(options.distill)
+    setting = [*map(str, arguments), options.dataset, *shlex.split(options.evaluate)]
+    started, finished = folder / "setting.json", folder / "result.json"
+    if started.is_file() and json.loads(started.read_text(encoding="utf-8")) != setting:
+        raise ValueError(f"{folder} is a run with other options. Use another --output, or delete that folder.")
+    if finished.is_file():
+        return json.loads(finished.read_text(encoding="utf-8"))
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(started, setting)
+    call("distill.py", *arguments, *(["--resume"] if list_checkpoints(folder) else []))
+    config = json.loads((folder / "model" / "config.json").read_text(encoding="utf-8"))
+    held_out = config["distillation"]["held_out"]
+    result = {
+        "before": held_out["before"]["mse"],
+        "mse": held_out["after"]["mse"],
+        "mean_iou": measure(folder / "model", folder, options),
+    }
+    write_json(finished, result)
+    return result
+
+
+def windows_per_photo(options: Options, most: int = 500) -> list[int]:
+    """
+    Windows that the full teacher needs for each photo of a stream such as distillation draws. The costs of the table are
+    means over these: a sample of `n` costs the lesser of `n` and that number (tilings on average, about).
+    """
+    config = SparVisionModel.from_backbone(options.model).config
+    # distill.py's own defaults and what --distill says, without loading a model
+    own = ["--model", options.model, "--images", *options.images, "--output", options.output]
+    recipe, *_ = HfArgumentParser(Recipe).parse_args_into_dataclasses(
+        [*own, *shlex.split(options.distill)], look_for_args_file=False
+    )
+    paths = [path for folder in options.images for path in list_images(folder)]
+    rng, counts = random.Random(0), []
+    for index in range(most):
+        with Image.open(rng.choice(paths)) as photo:
+            size = photo.size
+        window = recipe.window_size or config.image_size
+        crop = Crop.draw(augment, size, window, config.patch_size, recipe, seeded(options.seeds[0], index))
+        counts.append(len(WindowPlan.make(*crop.size[::-1], window, options.stride, config.patch_size)))
+    return counts
+
+
+def summarise(
+    runs: list[Run], results: list[dict[str, Any]], base: float, counts: list[int], options: Options
+) -> list[dict]:
+    """A row per kind of student, mean over the seeds; gains in % of the full teacher's with the same steps."""
+    kinds: dict[tuple, list[dict[str, Any]]] = {}
+    for run, result in zip(runs, results, strict=True):
+        kinds.setdefault(run.kind, []).append(result)
+    mean = {kind: {key: statistics.mean(r[key] for r in found) for key in found[0]} for kind, found in kinds.items()}
+    full = mean["full", None, 1, options.steps]
+
+    def share(gain: float, full_gain: float) -> float | None:
+        return 100 * gain / full_gain if full_gain > 0 else None
+
+    def cost(windows: int | None) -> float:
+        return statistics.mean(count if windows is None else min(windows, count) for count in counts)
+
+    return [
+        {
+            "variant": variant,
+            "windows": windows,
+            "photos": photos,
+            "steps": steps,
+            "seeds": len(found),
+            "windows_in_all": cost(windows) * photos * steps,
+            "cost_percent": 100 * cost(windows) * photos * steps / (cost(None) * options.steps),
+            "mse": row["mse"],
+            "mean_iou": row["mean_iou"],
+            "mse_gain_percent": share(row["before"] - row["mse"], full["before"] - full["mse"]),
+            "mean_iou_gain_percent": share(row["mean_iou"] - base, full["mean_iou"] - base),
+            "mse_of_seeds": [r["mse"] for r in found],
+            "mean_iou_of_seeds": [r["mean_iou"] for r in found],
+        }
+        for (variant, windows, photos, steps), found in kinds.items()
+        for row in [mean[variant, windows, photos, steps]]
+    ]
+
+
+def draw(rows: list[dict], before: float, base: float, path: Path) -> None:
+    """Two panels over the windows spent (logarithmic): held-out error and mIoU, a line per way to spend them."""
+    figure, panels = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    for panel, key, start, factor, label in (
+        (panels[0], "mse", before, 1, "held-out mean squared error"),
+        (panels[1], "mean_iou", base, 100, "mIoU in %"),
+    ):
+        final = factor * rows[0][key]
+        for variant, photos in dict.fromkeys((row["variant"], row["photos"]) for row in rows):
+            own = [row for row in rows if (row["variant"], row["photos"]) == (variant, photos)]
+            own.sort(key=lambda row: row["windows_in_all"])
+            spent, values = [row["windows_in_all"] for row in own], [factor * row[key] for row in own]
+            name = "full teacher" if variant == "full" else f"sampled: {variant}"
+            name += f", {photos} photos a step" if photos > 1 else ""
+            line = panel.plot(spent, values, "o-", label=name, zorder=3, alpha=0.9)[0]
+            for row in own:
+                seeds = [factor * value for value in row[f"{key}_of_seeds"]]
+                panel.plot([row["windows_in_all"]] * len(seeds), seeds, "_", color=line.get_color(), alpha=0.6)
+                if row["windows"]:
+                    panel.annotate(
+                        f"{row['windows']}",
+                        (row["windows_in_all"], factor * row[key]),
+                        xytext=(0, 6), textcoords="offset points", ha="center", fontsize=8, color=line.get_color(),
+                    )  # fmt: skip
+        panel.axhline(factor * start, color="grey", linestyle=":", label="before distillation")
+        gained = final < start if key == "mse" else final > factor * start
+        if gained:  # else there is no gain to take a share of
+            almost = final + 0.05 * (factor * start - final)
+            panel.axhline(almost, color="grey", linestyle="--", label="95 % of the full gain")
+        panel.axvline(0.1 * rows[0]["windows_in_all"], color="grey", linewidth=0.8, label="10 % of the windows")
+        panel.set(xscale="log", xlabel="teacher windows spent in all", ylabel=label)
+        panel.xaxis.set_minor_formatter(NullFormatter())
+        panel.margins(0.08, 0.12)
+        panel.grid(alpha=0.25, which="both")
+    for panel in panels:
+        panel.legend(fontsize=8)
+    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=150))
+    plt.close(figure)
+
+
+def show(rows: list[dict], before: float, base: float) -> None:
+    """The table in the terminal."""
+    table = Table(title=f"Before distillation: held-out error {before:.4f}, mIoU {100 * base:.2f} %")
+    for heading in (
+        "teacher",
+        "windows\na photo",
+        "photos\na step",
+        "steps",
+        "windows\nin all",
+        "cost\n%",
+        "mse",
+        "gain\n%",
+    ):
+        table.add_column(heading, justify="left" if heading == "teacher" else "right")
+    for heading in ("mIoU\n%", "gain\n%"):
+        table.add_column(heading, justify="right")
+
+    def percent(value: float | None) -> str:
+        return "" if value is None else f"{value:.1f}"
+
+    for row in rows:
+        numbers = [str(row["windows"] or "all"), str(row["photos"]), str(row["steps"]), f"{row['windows_in_all']:.0f}"]
+        numbers += [percent(row["cost_percent"]), f"{row['mse']:.4f}", percent(row["mse_gain_percent"])]
+        table.add_row(row["variant"], *numbers, f"{100 * row['mean_iou']:.2f}", percent(row["mean_iou_gain_percent"]))
+    Console().print(table)
+
+
+def study(options: Options) -> dict[str, Any]:
+    """Carry out what is missing of the study; writes and returns its table."""
+    output = Path(options.output)
+    output.mkdir(parents=True, exist_ok=True)
+    counts = windows_per_photo(options)
+    runs, results = plan_runs(options), []
+    work_begins()
+    for number, run in enumerate(runs):
+        logger.info("%s (%d of %d)", run.name, number + 1, len(runs))
+        results.append(carry_out(run, options))
+    # a run like the others, so that it is not repeated either
+    start, setting = output / "base.json", [options.model, options.dataset, options.evaluate]
+    known = json.loads(start.read_text(encoding="utf-8")) if start.is_file() else {}
+    if known.get("setting") != setting:
+        known = {"setting": setting, "mean_iou": measure(options.model, output, options)}
+        write_json(start, known)
+    before, base = statistics.mean(result["before"] for result in results), known["mean_iou"]
+    rows = summarise(runs, results, base, counts, options)
+    report = {"options": vars(options), "before": {"mse": before, "mean_iou": base}, "rows": rows}
+    write_json(output / "quality_cost.json", report)
+    draw(rows, before, base, output / "quality_cost.png")
+    show(rows, before, base)
+    return report
+
+
+def main():
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    (options,) = HfArgumentParser(Options, description=__doc__).parse_args_into_dataclasses()
+    study(options)
+    logger.info("written: %s", Path(options.output) / "quality_cost.png")
+
+
+if __name__ == "__main__":
+    run_script(main)
