@@ -1,4 +1,4 @@
-"""The sliding-window teacher: a frozen encoder run on every window of a photo, its features averaged on one grid."""
+"""The sliding-window teacher: a frozen encoder run on every window of an image, its features averaged on one grid."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -60,13 +60,13 @@ class Draw(NamedTuple):
 @dataclass
 class WindowPlan:
     """
-    Which windows cover a padded photo. All lengths in cells of `patch_size / r` pixels but `window` in pixels.
+    Which windows cover a padded image. All lengths in cells of `patch_size / r` pixels but `window` in pixels.
 
     Attributes:
         rows, columns: starts of the windows along each axis.
         window: height and width of every window in pixels.
         cells: height and width of every window in cells.
-        grid: height and width of the photo in cells.
+        grid: height and width of the image in cells.
         cell: side of a cell in pixels.
     """
 
@@ -79,7 +79,7 @@ class WindowPlan:
 
     @classmethod
     def make(cls, height: int, width: int, window_size: int, stride: int, patch_size: int) -> "WindowPlan":
-        """Plan for a photo whose sides (in pixels) are multiples of the patch; small photos get smaller windows."""
+        """Plan for an image whose sides (in pixels) are multiples of the patch; small images get smaller windows."""
         cell = patch_size // subdivision(patch_size, stride)
         window = (min(window_size, height), min(window_size, width))
         rows, columns = (
@@ -127,7 +127,7 @@ class WindowPlan:
           for each axis the windows fall into `M = m_rows · m_columns` tilings, of which exactly `k` cover the cell, each by
           one window. `d` of the `M` are drawn uniformly without replacement: as above with `M`, `d` for `N`, `n`.
         - `"spread"`: window `j` is drawn with the probability `π_j` of [`WindowPlan.chances`], by systematic sampling: on a
-          line that winds through the photo each window takes a stretch as long as its `π_j`, and the windows under the
+          line that winds through the image each window takes a stretch as long as its `π_j`, and the windows under the
           points `u, u + 1, u + 2, …` are drawn for a uniform `0 ≤ u < 1`; so they lie far apart. With `window_weights`
           `1 / π_j` and `W = sum of 1 / (k π_j)` over the drawn windows on the cell, `W t` is the sum of `f_j / (k π_j)`
           (Horvitz and Thompson's estimator), and both equations follow from `π_j` being the chance that `j` is drawn.
@@ -184,7 +184,7 @@ class WindowPlan:
 
         Returns:
             The windows' numbers on a line that goes there and back along the shorter axis, so that neighbours on the line
-            are neighbours in the photo, and their chances in that order, float64: `(windows,)` each.
+            are neighbours in the image, and their chances in that order, float64: `(windows,)` each.
         """
         over_rows, over_columns = self.overlaps()
         sizes = torch.outer(
@@ -211,7 +211,7 @@ class SlidingWindowTeacher(nn.Module):
     Each window's feature map is laid onto a common grid of cells and every cell divided by how often it was covered. A
     cell is a patch, or a part of one where the stride does not divide by the patch: the window's features are then
     resized bilinearly to the cells first, and the averaged map back to patches at the end. The last window of each axis
-    lies flush with the padded photo's border; a photo smaller than the window is one smaller window.
+    lies flush with the padded image's border; an image smaller than the window is one smaller window.
 
     Source: SPAR (arXiv 2604.02252), section 3.
 
@@ -268,7 +268,7 @@ class SlidingWindowTeacher(nn.Module):
         return self.model.config
 
     def plan(self, height: int, width: int) -> WindowPlan:
-        """The windows of a photo of `height` × `width` pixels."""
+        """The windows of an image of `height` × `width` pixels."""
         patch = self.config.patch_size
         return WindowPlan.make(height + -height % patch, width + -width % patch, self.window_size, self.stride, patch)
 
@@ -315,7 +315,7 @@ class SlidingWindowTeacher(nn.Module):
             generator (`torch.Generator`, *optional*): source of the draw, on the CPU.
             variant (`str`, *optional*, defaults to `"spread"`):
                 `"spread"`, windows far apart, those at the borders more often: the least variance of the three;
-                `"tiling"`, disjoint windows that tile the photo from a random phase; `"windows"`, any windows alike.
+                `"tiling"`, disjoint windows that tile the image from a random phase; `"windows"`, any windows alike.
 
         Returns:
             Means `(batch, dim, cells high, cells wide)`, 0 where nothing was drawn, and weights
@@ -412,7 +412,7 @@ class SlidingWindowTeacher(nn.Module):
         coarser = f"a stride that is a multiple of half a patch ({better}), " if plan.cell < half else ""
         raise ValueError(
             f"A map of {dim} channels on {rows}×{columns} cells of {plan.cell} px takes more than {MAP_BYTES // 2**30} GiB. "
-            f"Use {coarser}smaller photos, or fewer channels where they are words (a mean of logits)."
+            f"Use {coarser}smaller images, or fewer channels where they are words (a mean of logits)."
         )
 
     def to_patches(self, cells: torch.Tensor, plan: WindowPlan) -> torch.Tensor:

@@ -93,9 +93,9 @@ def base_folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def photo_folder(tmp_path_factory):
-    """Six coloured photos, `0.jpg` to `5.jpg`, 110 px high and 150 to 205 px wide."""
-    folder = tmp_path_factory.mktemp("photos")
+def image_folder(tmp_path_factory):
+    """Six coloured images, `0.jpg` to `5.jpg`, 110 px high and 150 to 205 px wide."""
+    folder = tmp_path_factory.mktemp("images")
     rng = np.random.default_rng(0)
     for i in range(6):
         coarse = Image.fromarray(rng.integers(0, 256, (5, 7, 3), dtype=np.uint8))

@@ -143,7 +143,7 @@ def every_draw(plan, windows, variant, monkeypatch):
             yield 1 / len(subsets)
 
 
-# sides whose last windows are clamped; strides that divide the patch, that do not, and that make odd gaps; a thin photo
+# sides whose last windows are clamped; strides that divide the patch, that do not, and that make odd gaps; a thin image
 GRIDS = [((112, 128), 24), ((96, 112), 16), ((80, 144), 40), ((48, 160), 20), ((64, 64), 24)]
 
 

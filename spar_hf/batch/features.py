@@ -1,4 +1,4 @@
-"""What `spar-hf features` writes: dense features of photos as safetensors, one file per photo or shards with an index."""
+"""What `spar-hf features` writes: dense features of images as safetensors, one file per image or shards with an index."""
 
 import contextlib
 import hashlib
@@ -21,10 +21,10 @@ from spar_hf.model.modeling_spar import SparVisionModel
 from spar_hf.model.pipeline import check_device
 from spar_hf.registration import SPAR_TINY
 from spar_hf.teacher import SlidingWindowTeacher
-from spar_hf.utils.files import Photo, write_atomically, write_json
+from spar_hf.utils.files import InputImage, write_atomically, write_json
 from spar_hf.utils.fingerprint import fingerprint
 
-KEY = "feature_map"  # of the tensor in a file of one photo
+KEY = "feature_map"  # of the tensor in a file of one image
 INDEX = "features.safetensors.index.json"
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -32,7 +32,7 @@ DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch
 @dataclass
 class FeatureExtractor:
     """
-    Dense features of photos by a model's one pass or its sliding window.
+    Dense features of images by a model's one pass or its sliding window.
 
     Args:
         model (`str`, *optional*): folder or hub id of a SPAR model, with or without text tower, or of an untouched backbone;
@@ -90,7 +90,7 @@ class FeatureExtractor:
     @cached_property
     def settings(self) -> dict[str, Any]:
         """
-        What the features of all photos share; files of other settings are not to be mixed with. A folder of the same name
+        What the features of all images share; files of other settings are not to be mixed with. A folder of the same name
         may hold other weights: `fingerprint` tells.
         """
         model = self.encoder if self.stride is None else self.encoder.model
@@ -117,7 +117,7 @@ class FeatureExtractor:
             `image`, `original_size` and `working_size`, both `[height, width]` in pixels.
 
         Raises:
-            ValueError: a photo that cannot be read, or features beyond the numbers of half precision.
+            ValueError: an image that cannot be read, or features beyond the numbers of half precision.
         """
         options = {} if self.shortest_edge is None else {"size": {"shortest_edge": self.shortest_edge}}
         inputs = self.image_processor(source, return_tensors="pt", **options)
@@ -129,7 +129,7 @@ class FeatureExtractor:
         if self.dtype == "float16" and features.abs().max() > torch.finfo(torch.float16).max:
             raise ValueError(f"The features of {source} exceed float16. Use bfloat16 or float32, or normalise them.")
         record = {
-            "image": source if len(source) < 1000 else f"{source[:80]}…",  # a data: URL is as long as its photo
+            "image": source if len(source) < 1000 else f"{source[:80]}…",  # a data: URL is as long as its image
             "original_size": list(inputs["original_sizes"][0]),
             "working_size": list(pixel_values.shape[-2:]),
         }
@@ -163,21 +163,21 @@ def check_settings(file: Path, settings: dict[str, Any]) -> list[str]:
 
 
 class FileWriter:
-    """One file per photo: `sub/street.safetensors` with the tensor `feature_map`, everything else in its metadata."""
+    """One file per image: `sub/street.safetensors` with the tensor `feature_map`, everything else in its metadata."""
 
     def __init__(self, output: Path, settings: dict[str, Any]):
         self.output, self.settings = output, settings
 
-    def target(self, photo: Photo) -> Path:
-        return self.output / f"{photo.name}.safetensors"
+    def target(self, image: InputImage) -> Path:
+        return self.output / f"{image.name}.safetensors"
 
-    def is_done(self, photo: Photo) -> bool:
-        """Whether the photo's file is there, with these settings."""
-        return self.target(photo).is_file() and bool(check_settings(self.target(photo), self.settings))
+    def is_done(self, image: InputImage) -> bool:
+        """Whether the image's file is there, with these settings."""
+        return self.target(image).is_file() and bool(check_settings(self.target(image), self.settings))
 
-    def add(self, photo: Photo, features: torch.Tensor, record: dict[str, Any]) -> None:
+    def add(self, image: InputImage, features: torch.Tensor, record: dict[str, Any]) -> None:
         metadata = as_metadata({**self.settings, **record})
-        write_atomically(self.target(photo), lambda path: save_file({KEY: features}, path, metadata))
+        write_atomically(self.target(image), lambda path: save_file({KEY: features}, path, metadata))
 
     def close(self) -> None:
         """Nothing is open."""
@@ -185,8 +185,8 @@ class FileWriter:
 
 class ShardWriter:
     """
-    Files of about `shard_bytes` with a tensor per photo, named as the photo (`sub/street`); the metadata hold the settings
-    and under `photos` the records of all, by name, as JSON. Every process writes files of its own number.
+    Files of about `shard_bytes` with a tensor per image, named as the image (`sub/street`); the metadata hold the settings
+    and under `images` the records of all, by name, as JSON. Every process writes files of its own number.
     """
 
     def __init__(self, output: Path, settings: dict[str, Any], shard_bytes: int, process: int = 0):
@@ -197,12 +197,12 @@ class ShardWriter:
         self.tensors: dict[str, torch.Tensor] = {}
         self.records: dict[str, dict[str, Any]] = {}
 
-    def is_done(self, photo: Photo) -> bool:
-        """Whether a shard of an earlier run holds the photo."""
-        return photo.name in self.written
+    def is_done(self, image: InputImage) -> bool:
+        """Whether a shard of an earlier run holds the image."""
+        return image.name in self.written
 
-    def add(self, photo: Photo, features: torch.Tensor, record: dict[str, Any]) -> None:
-        self.tensors[photo.name], self.records[photo.name] = features, record
+    def add(self, image: InputImage, features: torch.Tensor, record: dict[str, Any]) -> None:
+        self.tensors[image.name], self.records[image.name] = features, record
         if sum(tensor.nbytes for tensor in self.tensors.values()) >= self.shard_bytes:
             self.close()
 
@@ -224,10 +224,10 @@ def list_shards(output: Path) -> list[Path]:
 
 def write_index(output: Path, settings: dict[str, Any]) -> int:
     """
-    The index of all shards, in the form of transformers: `weight_map` from the photo's name to its file.
+    The index of all shards, in the form of transformers: `weight_map` from the image's name to its file.
 
     Returns:
-        Number of photos in it.
+        Number of images in it.
     """
     weight_map, size = {}, 0
     for shard in list_shards(output):
@@ -251,7 +251,7 @@ def processes() -> Iterator[tuple[int, int, str | None, Any]]:
 
     # without `cpu` accelerate takes every process for the only one where there is no graphics card
     cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true") or not torch.accelerator.is_available()
-    # whoever has the small photos waits for the others, and the default patience is minutes
+    # whoever has the small images waits for the others, and the default patience is minutes
     state = PartialState(cpu=cpu, timeout=timedelta(days=7))
     try:
         yield state.process_index, state.num_processes, str(state.device), state.wait_for_everyone
@@ -259,6 +259,6 @@ def processes() -> Iterator[tuple[int, int, str | None, Any]]:
         state.destroy_process_group()
 
 
-def share(photos: Sequence[Photo], process: int, count: int) -> Sequence[Photo]:
-    """Every `count`-th photo: each belongs to one process, whatever was written before."""
-    return photos[process::count]
+def share(images: Sequence[InputImage], process: int, count: int) -> Sequence[InputImage]:
+    """Every `count`-th image: each belongs to one process, whatever was written before."""
+    return images[process::count]

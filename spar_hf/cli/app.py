@@ -1,4 +1,4 @@
-"""`spar-hf app`: a page to drop a photo on, type words and see masks, one pass beside the sliding window."""
+"""`spar-hf app`: a page to drop an image on, type words and see masks, one pass beside the sliding window."""
 
 import html
 import os
@@ -13,7 +13,7 @@ from spar_hf.cli.commands import load_pipeline, read_words, timed, untouched
 from spar_hf.cli.visualization import overlay, palette
 from spar_hf.model.image_input import read_image, to_rgb
 
-DISPLAY_EDGE = 1280  # longer side in pixels of the pictures that go to the page; masks are made in the photo's size
+DISPLAY_EDGE = 1280  # longer side in pixels of the pictures that go to the page; masks are made in the image's size
 MAX_UPLOAD = "200mb"
 WORDS = "sky; building; tree, vegetation; road, pavement; person; car"
 STYLE = """
@@ -50,7 +50,7 @@ def import_gradio():
 
 def legend(results: Sequence[tuple[str, dict[str, Any]]]) -> str:
     """
-    A table in HTML: a row per class with its colour and, for every way, its share of the photo and its probability.
+    A table in HTML: a row per class with its colour and, for every way, its share of the image and its probability.
 
     Args:
         results (`Sequence[tuple[str, dict]]`): name of the way and its result, from [`timed`].
@@ -71,19 +71,19 @@ def legend(results: Sequence[tuple[str, dict[str, Any]]]) -> str:
         rows.append(f"<tr{kind}><td>{swatch}{html.escape(labels[i])}</td>{cells}</tr>")
     return (
         f'<table class="spar-legend"><thead><tr><th>class</th>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
-        '<p class="spar-note">Share: of the photo’s pixels. Probability: its mean over the pixels of the class.</p>'
+        '<p class="spar-note">Share: of the image’s pixels. Probability: its mean over the pixels of the class.</p>'
     )
 
 
-def picture(photo: Image.Image, result: dict[str, Any]) -> Image.Image:
-    """The photo under its masks, reduced to what a page shows."""
+def picture(image: Image.Image, result: dict[str, Any]) -> Image.Image:
+    """The image under its masks, reduced to what a page shows."""
     label_map = result["map"]
-    scale = DISPLAY_EDGE / max(photo.size)
+    scale = DISPLAY_EDGE / max(image.size)
     if scale < 1:
-        size = (max(1, round(photo.width * scale)), max(1, round(photo.height * scale)))
-        photo = photo.resize(size, Image.Resampling.LANCZOS)
+        size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+        image = image.resize(size, Image.Resampling.LANCZOS)
         label_map = np.asarray(Image.fromarray(label_map.astype(np.int32)).resize(size, Image.Resampling.NEAREST))
-    return overlay(photo, label_map, result["labels"], legend=False)
+    return overlay(image, label_map, result["labels"], legend=False)
 
 
 def time_line(result: dict[str, Any], first: dict[str, Any] | None = None) -> str:
@@ -111,7 +111,7 @@ def build(model: str | None = None, base: str | None = None, device: str | None 
     """
     gr = import_gradio()
     one_pass = load_pipeline(model, device)
-    timed(one_pass, Image.new("RGB", (64, 64)), ["photo"])  # warm-up: the first photo's time is not that of loading
+    timed(one_pass, Image.new("RGB", (64, 64)), ["image"])  # warm-up: the first image's time is not that of loading
     sliding: list[Any] = []  # loaded when first asked for
 
     def run(
@@ -127,13 +127,13 @@ def build(model: str | None = None, base: str | None = None, device: str | None 
         try:
             vocabulary = read_words(words)
             if path is None:
-                raise ValueError("There is no photo yet. Drop one on the left, or click there to choose a file.")
-            photo = to_rgb(read_image(path))
+                raise ValueError("There is no image yet. Drop one on the left, or click there to choose a file.")
+            image = to_rgb(read_image(path))
             options = {"size": {"shortest_edge": int(shortest_edge)}, "threshold": float(threshold)}
             progress(0, desc="one pass")
-            first = timed(one_pass, photo, vocabulary, **options)
+            first = timed(one_pass, image, vocabulary, **options)
             shown: dict[Any, Any] = {
-                first_picture: picture(photo, first),
+                first_picture: picture(image, first),
                 first_time: time_line(first),
                 note: gr.HTML(visible=False),
                 table: legend([("one pass", first)]),
@@ -149,14 +149,14 @@ def build(model: str | None = None, base: str | None = None, device: str | None 
             vision = sliding[0].model.vision_model
             vision.stride = int(stride)
             vision.progress = lambda done, total: progress((done, total), desc="sliding window", unit="windows")
-            other = timed(sliding[0], photo, vocabulary, **options)
+            other = timed(sliding[0], image, vocabulary, **options)
         except (ValueError, OSError, RuntimeError) as error:
             # in the page: Gradio's own way covers every result with a red sign. Nobody knows the upload's place here
             text = str(error).replace(path, Path(path).name) if path else str(error)
             yield {note: gr.HTML(f'<p class="spar-error" role="alert">{html.escape(text)}</p>', visible=True)}
             return
         yield {
-            second_picture: picture(photo, other),
+            second_picture: picture(image, other),
             second_time: time_line(other, first),
             table: legend([("one pass", first), ("sliding window", other)]),
         }
@@ -171,9 +171,9 @@ def build(model: str | None = None, base: str | None = None, device: str | None 
         )
         with gr.Row():
             with gr.Column(scale=1, min_width=320):
-                photo_in = gr.Image(type="filepath", sources=["upload", "clipboard"], label="Photo", height=280)
+                image_in = gr.Image(type="filepath", sources=["upload", "clipboard"], label="Image", height=280)
                 # Gradio would open the file itself, and fail on a damaged one before there is anybody to say so
-                photo_in.preprocess = lambda upload: None if upload is None else upload.path
+                image_in.preprocess = lambda upload: None if upload is None else upload.path
                 words_in = gr.Textbox(
                     WORDS,
                     label="Words",
@@ -214,7 +214,7 @@ def build(model: str | None = None, base: str | None = None, device: str | None 
         gr.on(
             [button.click, words_in.submit],
             run,
-            [photo_in, words_in, edge_in, threshold_in, compare_in, stride_in],
+            [image_in, words_in, edge_in, threshold_in, compare_in, stride_in],
             [note, first_picture, first_time, second, second_picture, second_time, table],
         )
     return page

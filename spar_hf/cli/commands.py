@@ -72,7 +72,7 @@ def read_words(text: str | None) -> Vocabulary:
     ('road', 'car')
     ```"""
     classes = [part.strip() for part in (text or "").replace("\n", ";").split(";") if part.strip()]
-    # one entry alone may be the name of a built-in vocabulary; a single class would cover the whole photo
+    # one entry alone may be the name of a built-in vocabulary; a single class would cover the whole image
     built_in = len(classes) == 1 and classes[0].lower() in VOCABULARIES
     return Vocabulary.parse(classes[0] if built_in else classes)
 
@@ -88,18 +88,18 @@ def quiet_transformers() -> None:
     logging.disable_progress_bar()
 
 
-def timed(segment, photo: Image.Image, candidate_labels, **options) -> dict[str, Any]:
+def timed(segment, image: Image.Image, candidate_labels, **options) -> dict[str, Any]:
     """
-    Segment a photo and time the vision forward inside.
+    Segment an image and time the vision forward inside.
 
     Args:
         segment ([`OpenVocabSegmentationPipeline`]): from [`load_pipeline`].
-        photo (`PIL.Image.Image`): any size.
+        image (`PIL.Image.Image`): any size.
         candidate_labels, options: see the pipeline.
 
     Returns:
         The pipeline's `output="map"` (`map`, `labels`, `scores`), `forward_seconds`, the vision forward, and `seconds`,
-        everything from the decoded photo to the map.
+        everything from the decoded image to the map.
 
     Example:
 
@@ -119,7 +119,7 @@ def timed(segment, photo: Image.Image, candidate_labels, **options) -> dict[str,
     hooks = [vision.register_forward_pre_hook(mark), vision.register_forward_hook(mark)]
     start = time.perf_counter()
     try:
-        result = segment(photo, candidate_labels=candidate_labels, output="map", **options)
+        result = segment(image, candidate_labels=candidate_labels, output="map", **options)
     finally:
         for hook in hooks:
             hook.remove()

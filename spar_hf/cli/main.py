@@ -7,9 +7,9 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from spar_hf.utils.files import (
-    Photo,
+    InputImage,
     Tally,
-    find_photos,
+    find_images,
     refuse_overwriting,
     refuse_twins,
     work_through,
@@ -23,14 +23,14 @@ OTHER_FILES = (".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".json")  # no
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
 Inputs = Annotated[
-    list[str], typer.Argument(help='Photos: files, folders (with sub-folders), patterns ("in/*.jpg") and URLs.')
+    list[str], typer.Argument(help='Images: files, folders (with sub-folders), patterns ("in/*.jpg") and URLs.')
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 or mps; a graphics card where there is one.")]
 ShortestEdge = Annotated[
     int | None, typer.Option(help="Shorter side of the working image in pixels; the checkpoint's by default.", min=16)
 ]
 SkipExisting = Annotated[
-    bool, typer.Option("--skip-existing", help="Leave out photos whose results are there: a stopped run goes on.")
+    bool, typer.Option("--skip-existing", help="Leave out images whose results are there: a stopped run goes on.")
 ]
 
 
@@ -46,7 +46,7 @@ def fail(message: object, status: int = 1) -> NoReturn:
 
 
 def report(message: str) -> None:
-    """A line about a photo that failed, above the progress bar."""
+    """A line about an image that failed, above the progress bar."""
     from tqdm.auto import tqdm
 
     with tqdm.external_write_mode(file=sys.stderr):
@@ -65,13 +65,13 @@ def segment(
     ],
     output: Annotated[
         Path,
-        typer.Option(help="Picture to write for one photo, or a folder for many, with the sub-folders of the input."),
+        typer.Option(help="Picture to write for one image, or a folder for many, with the sub-folders of the input."),
     ],
     formats: Annotated[
         str,
         typer.Option(
             "--format",
-            help="overlay (photo under its masks), map (class numbers as 8- or 16-bit PNG), coco (run-length masks, needs "
+            help="overlay (image under its masks), map (class numbers as 8- or 16-bit PNG), coco (run-length masks, needs "
             "the extra coco), json (label, score, share and box per class); several with commas.",
         ),
     ] = "overlay",
@@ -98,12 +98,12 @@ def segment(
         str | None, typer.Option(help="Sharper masks: lposs, lposs+ or pamr (what they give: spar_hf/refine.py).")
     ] = None,
     map_output: Annotated[
-        Path | None, typer.Option("--map", help="One photo: also write the class numbers to this PNG.")
+        Path | None, typer.Option("--map", help="One image: also write the class numbers to this PNG.")
     ] = None,
     skip_existing: SkipExisting = False,
     device: Device = None,
 ) -> None:
-    """Segment photos by words. Exit status: 0 all good, 1 something failed, 2 wrong usage."""
+    """Segment images by words. Exit status: 0 all good, 1 something failed, 2 wrong usage."""
     from spar_hf.cli.outputs import FORMATS, coco_encoder, merge_coco, write_results
 
     kinds = list(dict.fromkeys(kind.strip().lower() for kind in formats.split(",") if kind.strip()))
@@ -111,19 +111,19 @@ def segment(
         fail(f"--format {formats!r} must name some of {', '.join(FORMATS)}, with commas.", 2)
     try:
         vocabulary = read_labels(labels)
-        photos, problems = find_photos(images, leave_out=output)
-        many = len(photos) + len(problems) > 1
-        targets = {photo: result_paths(photo, output, kinds, many, map_output) for photo in photos}
-        files = [(path, photo.source) for photo, paths in targets.items() for path in paths.values()]
+        found, problems = find_images(images, leave_out=output)
+        many = len(found) + len(problems) > 1
+        targets = {item: result_paths(item, output, kinds, many, map_output) for item in found}
+        files = [(path, item.source) for item, paths in targets.items() for path in paths.values()]
         refuse_twins(files)
-        refuse_overwriting([path for path, _ in files], photos)
+        refuse_overwriting([path for path, _ in files], found)
         if "coco" in kinds:
             coco_encoder()
     except (ValueError, ImportError, OSError) as error:
         fail(error, 2)
 
-    if not photos:  # nothing to load a model for
-        finish(work_through((), lambda photo: None, report=report, problems=problems))
+    if not found:  # nothing to load a model for
+        finish(work_through((), lambda item: None, report=report, problems=problems))
 
     from PIL import Image
 
@@ -146,29 +146,29 @@ def segment(
         fail(error, 2)
     except (OSError, RuntimeError) as error:
         fail(error)
-    try:  # what is wrong with the words or the options is said once, not for every photo
+    try:  # what is wrong with the words or the options is said once, not for every image
         names = timed(pipe, Image.new("RGB", (32, 32)), vocabulary, **options)["labels"]
     except ValueError as error:
         fail(error, 2)
     if len(vocabulary.labels) == 1 and background is None:
         typer.secho(f"note: {about_one_class(labels)}", err=True)
 
-    def work(photo: Photo) -> None:
-        image = to_rgb(read_image(photo.source))
+    def work(item: InputImage) -> None:
+        image = to_rgb(read_image(item.source))
         result = timed(pipe, image, vocabulary, **options)
-        write_results(image, result, targets[photo], photo.source)
+        write_results(image, result, targets[item], item.source)
         if not many:
             show_classes(result)
-            for path in targets[photo].values():
+            for path in targets[item].values():
                 typer.echo(f"written: {path}")
 
-    def is_done(photo: Photo) -> bool:
-        return skip_existing and all(path.is_file() for path in targets[photo].values())
+    def is_done(item: InputImage) -> bool:
+        return skip_existing and all(path.is_file() for path in targets[item].values())
 
     try:
         if not is_single(output, many):
             write_classes(output / "classes.txt", names, skip_existing)
-        tally = work_through(photos, work, is_done, report, problems)
+        tally = work_through(found, work, is_done, report, problems)
         if "coco" in kinds and not is_single(output, many):
             parts = [paths["coco"] for paths in targets.values() if paths["coco"].is_file()]
             write_text(output / "annotations.json", json_text(merge_coco(parts)))
@@ -205,31 +205,33 @@ def about_one_class(labels: str) -> str:
 
     from spar_hf.model.vocabularies import VOCABULARIES
 
-    text = "one class alone gets the whole photo."
+    text = "one class alone gets the whole image."
     if near := get_close_matches(labels.strip().lower(), VOCABULARIES, 1):
         return f"{text} Did you mean the built-in {near[0]}?"
     return f'{text} Put ";" between classes ("road; sky"; commas join names of one class), or name a --background.'
 
 
 def is_single(output: Path, many: bool) -> bool:
-    """Whether `--output` is the file of one photo and not a folder."""
+    """Whether `--output` is the file of one image and not a folder."""
     return not many and not output.is_dir() and output.suffix.lower() in (*PICTURES, *OTHER_FILES)
 
 
-def result_paths(photo: Photo, output: Path, kinds: list[str], many: bool, map_output: Path | None) -> dict[str, Path]:
+def result_paths(
+    item: InputImage, output: Path, kinds: list[str], many: bool, map_output: Path | None
+) -> dict[str, Path]:
     """
-    Where the results of a photo go, by format.
+    Where the results of an image go, by format.
 
     Raises:
-        ValueError: an output that does not fit the formats or the number of photos.
+        ValueError: an output that does not fit the formats or the number of images.
     """
     from spar_hf.cli.outputs import FORMATS
 
     suffix = output.suffix.lower()
     if not is_single(output, many):
         if output.is_file() or (many and suffix in PICTURES and not output.is_dir()):
-            raise ValueError(f"--output {output} is the name of one file, but results of several photos need a folder.")
-        paths = {kind: output / f"{photo.name}{FORMATS[kind]}" for kind in kinds}
+            raise ValueError(f"--output {output} is the name of one file, but results of several images need a folder.")
+        paths = {kind: output / f"{item.name}{FORMATS[kind]}" for kind in kinds}
     else:
         fitting = {"overlay": PICTURES, "map": (".png",)}.get(kinds[0], (".json",)) if len(kinds) == 1 else PICTURES
         if suffix not in fitting:
@@ -239,7 +241,7 @@ def result_paths(photo: Photo, output: Path, kinds: list[str], many: bool, map_o
         paths = {kind: output if alone or kind == "overlay" else output.with_suffix(FORMATS[kind]) for kind in kinds}
     if map_output is not None:
         if many:
-            raise ValueError("--map names the file of one photo. For several, write --format overlay,map.")
+            raise ValueError("--map names the file of one image. For several, write --format overlay,map.")
         if map_output.suffix.lower() != ".png":
             raise ValueError(f"--map {map_output} must end in .png: class numbers bear no lossy format.")
         paths["map"] = map_output
@@ -263,14 +265,14 @@ def write_classes(path: Path, names: list[str], going_on: bool) -> None:
 
 
 def show_classes(result: dict[str, Any]) -> None:
-    """A line per class that has pixels, its share of the photo and its score; and how many classes have none."""
+    """A line per class that has pixels, its share of the image and its score; and how many classes have none."""
     import numpy as np
 
     pixels = np.bincount(result["map"].ravel(), minlength=len(result["labels"]))
     for i in pixels.nonzero()[0].tolist():
         share = pixels[i] / result["map"].size
         shown = f"{share:.1%}" if share >= 0.0005 else "<0.1%"
-        typer.echo(f"{result['labels'][i]:24} {shown:>7} of the photo, score {result['scores'][i]:.2f}")
+        typer.echo(f"{result['labels'][i]:24} {shown:>7} of the image, score {result['scores'][i]:.2f}")
     if absent := int((pixels == 0).sum()):
         typer.echo(f"{absent} of {len(pixels)} classes not found")
 
@@ -307,24 +309,24 @@ def features(
     ] = None,
     shard_size: Annotated[
         float | None,
-        typer.Option(help="Write shards of about so many MB and an index, not a file per photo.", min=0.001),
+        typer.Option(help="Write shards of about so many MB and an index, not a file per image.", min=0.001),
     ] = None,
     skip_existing: SkipExisting = False,
     device: Device = None,
 ) -> None:
     """
-    Write the dense features of photos as safetensors. Exit status: 0 all good, 1 something failed, 2 wrong usage.
+    Write the dense features of images as safetensors. Exit status: 0 all good, 1 something failed, 2 wrong usage.
 
-    Several processes share the photos: accelerate launch -m spar_hf.cli.main features …
+    Several processes share the images: accelerate launch -m spar_hf.cli.main features …
     """
     if output.is_file():
         fail(f"--output {output} is a file; features need a folder.", 2)
     try:
-        photos, problems = find_photos(images, leave_out=output)
+        found, problems = find_images(images, leave_out=output)
     except ValueError as error:
         fail(error, 2)
-    if not photos:
-        finish(work_through((), lambda photo: None, report=report, problems=problems))
+    if not found:
+        finish(work_through((), lambda item: None, report=report, problems=problems))
 
     from spar_hf.batch.features import (
         FeatureExtractor,
@@ -354,15 +356,15 @@ def features(
                     fail(f"{output} holds shards. Go on with --skip-existing, or name another folder.", 2)
                 wait()  # nobody writes before all have looked
                 writer = ShardWriter(output, extract.settings, int(shard_size * 1e6), process)
-            mine = share(photos, process, count)
-            done = {photo for photo in mine if skip_existing and writer.is_done(photo)}
+            mine = share(found, process, count)
+            done = {item for item in mine if skip_existing and writer.is_done(item)}
         except ValueError as error:
             fail(error, 2)
         first = process == 0
         try:
             tally = work_through(
                 mine,
-                lambda photo: writer.add(photo, *extract(photo.source)),
+                lambda item: writer.add(item, *extract(item.source)),
                 done.__contains__,
                 report,
                 problems if first else (),
@@ -392,7 +394,7 @@ def serve(
     open_browser: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
     device: Device = None,
 ) -> None:
-    """Serve a page: drop a photo, type words, see masks; one pass beside the sliding window."""
+    """Serve a page: drop an image, type words, see masks; one pass beside the sliding window."""
     try:
         from spar_hf.cli.app import build, launch
 

@@ -1,4 +1,4 @@
-"""What `spar-hf segment` writes of a photo: overlay, label map, COCO's run-length masks, a list of segments."""
+"""What `spar-hf segment` writes of an image: overlay, label map, COCO's run-length masks, a list of segments."""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
@@ -27,7 +27,7 @@ class Segment:
         label: its name.
         score: mean probability over the mask.
         mask: `(height, width)` bool.
-        bbox: x and y of the top left pixel, width and height, in pixels of the photo (COCO's order).
+        bbox: x and y of the top left pixel, width and height, in pixels of the image (COCO's order).
     """
 
     index: int
@@ -61,7 +61,7 @@ def segments(result: Mapping[str, Any]) -> Iterator[Segment]:
 
 def label_image(label_map: np.ndarray, classes: int) -> Image.Image:
     """
-    Class numbers as a grey image: 8 bit up to 256 classes, else 16 bit, whichever of them the photo shows.
+    Class numbers as a grey image: 8 bit up to 256 classes, else 16 bit, whichever of them the image shows.
 
     Raises:
         ValueError: more classes than 16 bits count.
@@ -78,8 +78,8 @@ def write_image(image: Image.Image, path: Path) -> None:
 
 def segment_list(result: Mapping[str, Any], source: str) -> dict[str, Any]:
     """
-    What the `json` format holds: the photo's size in pixels, all labels in order, and per class with pixels its label, score
-    (mean probability over the mask), share of the photo (0 to 1) and bounding box (x, y, width, height in pixels).
+    What the `json` format holds: the image's size in pixels, all labels in order, and per class with pixels its label, score
+    (mean probability over the mask), share of the image (0 to 1) and bounding box (x, y, width, height in pixels).
     """
     height, width = result["map"].shape
     return {
@@ -101,7 +101,7 @@ def segment_list(result: Mapping[str, Any], source: str) -> dict[str, Any]:
 
 def coco_dataset(result: Mapping[str, Any], source: str) -> dict[str, Any]:
     """
-    One photo as a COCO data set: `images`, `categories` (class number + 1, in the order of the labels) and
+    One image as a COCO data set: `images`, `categories` (class number + 1, in the order of the labels) and
     `annotations`, a run-length mask per class with pixels and its `score`. `pycocotools.coco.COCO` reads it.
 
     Raises:
@@ -146,7 +146,7 @@ def coco_encoder():
 
 
 def merge_coco(files: Iterable[Path]) -> dict[str, Any]:
-    """The data sets of single photos as one, numbered on."""
+    """The data sets of single images as one, numbered on."""
     merged: dict[str, Any] = {"images": [], "categories": [], "annotations": []}
     for file in files:
         part = json.loads(file.read_text(encoding="utf-8"))
@@ -159,15 +159,15 @@ def merge_coco(files: Iterable[Path]) -> dict[str, Any]:
     return merged
 
 
-def write_results(photo: Image.Image, result: Mapping[str, Any], targets: Mapping[str, Path], source: str) -> None:
+def write_results(image: Image.Image, result: Mapping[str, Any], targets: Mapping[str, Path], source: str) -> None:
     """
-    Write what was found in a photo, each file as a whole or not at all.
+    Write what was found in an image, each file as a whole or not at all.
 
     Args:
-        photo (`PIL.Image.Image`): in RGB, upright.
+        image (`PIL.Image.Image`): in RGB, upright.
         result (`Mapping`): the pipeline's `output="map"`: `map`, `labels` and `scores`.
         targets (`Mapping[str, Path]`): path by format, see `FORMATS`.
-        source (`str`): what the files call the photo.
+        source (`str`): what the files call the image.
 
     Raises:
         ImportError: `coco` without pycocotools.
@@ -175,7 +175,7 @@ def write_results(photo: Image.Image, result: Mapping[str, Any], targets: Mappin
     """
     for kind, path in targets.items():
         if kind == "overlay":
-            write_image(overlay(photo, result["map"], result["labels"]), path)
+            write_image(overlay(image, result["map"], result["labels"]), path)
         elif kind == "map":
             write_image(label_image(result["map"], len(result["labels"])), path)
         else:

@@ -20,20 +20,20 @@ def palette(classes: int) -> np.ndarray:
 
 
 def overlay(
-    photo: Image.Image, label_map: np.ndarray, labels: Sequence[str], opacity: float = 0.55, legend: bool = True
+    image: Image.Image, label_map: np.ndarray, labels: Sequence[str], opacity: float = 0.55, legend: bool = True
 ) -> Image.Image:
     """
-    Lay a label map over its photo, with thin borders between classes and a legend below.
+    Lay a label map over its image, with thin borders between classes and a legend below.
 
     Args:
-        photo (`PIL.Image.Image`): any mode.
-        label_map (`np.ndarray` of shape `(height, width)`): class numbers, in the size of the photo.
+        image (`PIL.Image.Image`): any mode.
+        label_map (`np.ndarray` of shape `(height, width)`): class numbers, in the size of the image.
         labels (`Sequence[str]`): name of every class; the legend lists those that have pixels, largest first.
         opacity (`float`, *optional*, defaults to 0.55): of the colours, 0 to 1.
         legend (`bool`, *optional*, defaults to `True`): whether to add the legend.
 
     Raises:
-        ValueError: map and photo differ in size.
+        ValueError: map and image differ in size.
 
     Example:
 
@@ -41,13 +41,13 @@ def overlay(
     >>> overlay(Image.new("RGB", (60, 40)), np.zeros((40, 60), int), ["sky"], legend=False).size
     (60, 40)
     ```"""
-    if label_map.shape != (photo.height, photo.width):
+    if label_map.shape != (image.height, image.width):
         raise ValueError(
-            f"The label map is {label_map.shape[1]}×{label_map.shape[0]} but the photo {photo.width}×{photo.height}."
+            f"The label map is {label_map.shape[1]}×{label_map.shape[0]} but the image {image.width}×{image.height}."
         )
     colours = palette(len(labels))
-    # by Pillow on 8-bit levels: in floats a photo of 50 megapixels takes gigabytes
-    mixed = np.array(Image.blend(photo.convert("RGB"), Image.fromarray(colours[label_map]), opacity))
+    # by Pillow on 8-bit levels: in floats an image of 50 megapixels takes gigabytes
+    mixed = np.array(Image.blend(image.convert("RGB"), Image.fromarray(colours[label_map]), opacity))
     border = np.zeros(label_map.shape, bool)
     border[:, 1:] |= label_map[:, 1:] != label_map[:, :-1]
     border[1:] |= label_map[1:] != label_map[:-1]

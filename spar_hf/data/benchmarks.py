@@ -1,6 +1,6 @@
 """
-Photos with masks to measure on: the eight usual benchmarks from their folders on disk, any folder of `images/` and
-`masks/`, any Hugging Face data set. All of them become a `datasets.Dataset` whose photos are decoded one at a time.
+Images with masks to measure on: the eight usual benchmarks from their folders on disk, any folder of `images/` and
+`masks/`, any Hugging Face data set. All of them become a `datasets.Dataset` whose images are decoded one at a time.
 
 The benchmarks, with labels, void and background as the published evaluations of open-vocabulary segmentation have them
 (the data sets of mmsegmentation 0.x; COCO-Object as prepared for GroupViT, Xu et al., 2022). Masks are 8-bit PNG, 255 void.
@@ -36,12 +36,12 @@ UNKNOWN = -1  # in a table: a value that masks of the set do not hold
 @dataclass(frozen=True)
 class SegmentationSet:
     """
-    Photos with masks.
+    Images with masks.
 
     Attributes:
         title: what reports call the set.
-        photos: columns `image` and `mask`, decoded when a row is read.
-        names: a name per photo, the file stem where there are files.
+        images: columns `image` and `mask`, decoded when a row is read.
+        names: a name per image, the file stem where there are files.
         labels: the classes; two values of a mask may be one class.
         table: class of every mask value, `VOID` for pixels that do not count and `UNKNOWN` for values that must not
             occur; `(256,)` int16.
@@ -51,7 +51,7 @@ class SegmentationSet:
     """
 
     title: str
-    photos: datasets.Dataset
+    images: datasets.Dataset
     names: tuple[str, ...]
     labels: tuple[str, ...]
     table: np.ndarray
@@ -63,51 +63,51 @@ class SegmentationSet:
         return len(self.names)
 
     def select(self, chosen: Sequence[int]) -> "SegmentationSet":
-        """The photos of these numbers, in this order."""
-        return replace(self, photos=self.photos.select(chosen), names=tuple(self.names[i] for i in chosen))
+        """The images of these numbers, in this order."""
+        return replace(self, images=self.images.select(chosen), names=tuple(self.names[i] for i in chosen))
 
     @property
     def stamp(self) -> str:
         """
-        What tells these photos and masks from others of the same names, without decoding any: sizes and times of files; of
+        What tells these images and masks from others of the same names, without decoding any: sizes and times of files; of
         other data sets `datasets`' own fingerprint, which goes with what they were made of.
         """
         raw = datasets.Image(decode=False)
-        columns = [self.photos.cast_column(name, raw)[name] for name in ("image", "mask")]
+        columns = [self.images.cast_column(name, raw)[name] for name in ("image", "mask")]
         paths = [entry["path"] for column in columns for entry in column if entry and entry["bytes"] is None]
         if not paths:
-            return self.photos._fingerprint
+            return self.images._fingerprint
         found = [(status.st_size, status.st_mtime_ns) for status in map(os.stat, paths)]
         return hashlib.sha256(repr(found).encode()).hexdigest()
 
     def read(self, number: int) -> tuple[Image.Image, np.ndarray]:
         """
-        A photo (RGB, upright) and its mask in the classes of the set, `(height, width)` uint8.
+        An image (RGB, upright) and its mask in the classes of the set, `(height, width)` uint8.
 
         Raises:
             ValueError: a file that is no image or too large for Pillow, a mask that is no map of 8-bit values, one of
-                another size than its photo, or a value that the set does not have.
+                another size than its image, or a value that the set does not have.
         """
         name = self.names[number]
         try:
-            row = self.photos[number]
+            row = self.images[number]
         except Exception as error:  # Pillow raises many kinds for damaged files, and one of its own for huge ones
             reason = f"{type(error).__name__}: {error}"
             raise ValueError(
                 f"Cannot read {name} of {self.source} ({reason}). Copy or download it again, or leave it out with --exclude."
             ) from error
         if row["image"] is None or row["mask"] is None:
-            raise ValueError(f"{name} of {self.source} has no photo or no mask.")
-        photo, mask = to_rgb(row["image"]), row["mask"]
+            raise ValueError(f"{name} of {self.source} has no image or no mask.")
+        image, mask = to_rgb(row["image"]), row["mask"]
         if mask.mode not in ("L", "P", "I", "I;16"):
             raise ValueError(
                 f"The mask of {name} has mode {mask.mode}; a mask is a PNG of class numbers (mode L or P, one channel)."
             )
         values = np.asarray(mask)
-        if values.shape != (photo.height, photo.width):
+        if values.shape != (image.height, image.width):
             raise ValueError(
-                f"The mask of {name} has {values.shape[0]}×{values.shape[1]} pixels (height × width), its photo "
-                f"{photo.height}×{photo.width}. A mask lies on its photo pixel by pixel: resize it to the photo (nearest "
+                f"The mask of {name} has {values.shape[0]}×{values.shape[1]} pixels (height × width), its image "
+                f"{image.height}×{image.width}. A mask lies on its image pixel by pixel: resize it to the image (nearest "
                 "neighbour)."
             )
         present = np.unique(values)
@@ -117,7 +117,7 @@ class SegmentationSet:
                 f"The mask of {name} holds the values {wrong}, which {self.title} ({len(self.labels)} classes) does not "
                 f"have; void is {[int(v) for v in np.flatnonzero(self.table == VOID)]}."
             )
-        return photo, self.table[values].astype(np.uint8)
+        return image, self.table[values].astype(np.uint8)
 
 
 def make_table(values: dict[int, int] | range, void: Sequence[int] = (VOID,)) -> np.ndarray:
@@ -155,22 +155,22 @@ def things_only(things: dict[int, int], stuff: Sequence[int]) -> np.ndarray:
 @dataclass(frozen=True)
 class Benchmark:
     """
-    Where a benchmark lies on disk and what its masks mean. In the patterns `{}` is the name of a photo.
+    Where a benchmark lies on disk and what its masks mean. In the patterns `{}` is the name of an image.
 
     Attributes:
         title: what people call it.
         vocabulary: its class names in `spar_hf/vocabularies.py`.
         homes: folders, relative to the one that a user names, in which the layout may start.
-        photos: patterns of the photos; the first that finds any counts.
-        masks: patterns of the masks and the table of each; the first that finds the first photo's mask counts.
-        listing: file with the names of the photos; without one, all that `photos` finds.
-        depth: folders in a photo's name.
+        images: patterns of the images; the first that finds any counts.
+        masks: patterns of the masks and the table of each; the first that finds the first image's mask counts.
+        listing: file with the names of the images; without one, all that `images` finds.
+        depth: folders in an image's name.
     """
 
     title: str
     vocabulary: str
     homes: tuple[str, ...]
-    photos: tuple[str, ...]
+    images: tuple[str, ...]
     masks: tuple[tuple[str, np.ndarray], ...]
     listing: str | None = None
     depth: int = 0
@@ -179,49 +179,49 @@ class Benchmark:
     def layout(self) -> str:
         """The layout as a sentence of an error message."""
         listing = f" listed in `{self.listing}`" if self.listing else ""
-        photos = " or ".join(f"`{pattern.format('NAME')}`" for pattern in self.photos)
+        images = " or ".join(f"`{pattern.format('NAME')}`" for pattern in self.images)
         masks = " or ".join(f"`{pattern.format('NAME')}`" for pattern, _ in self.masks)
         homes = " or ".join(f"`{home}/`" for home in self.homes if home)
-        return f"photos {photos}{listing} and masks {masks}" + (f", in it or in its {homes}" if homes else "")
+        return f"images {images}{listing} and masks {masks}" + (f", in it or in its {homes}" if homes else "")
 
     def find(self, folder: Path) -> tuple[list[str], list[str], list[str], np.ndarray] | None:
-        """Names, photos, masks and the table; `None` if the layout is not there."""
+        """Names, images, masks and the table; `None` if the layout is not there."""
         for base in (folder / home for home in self.homes):
-            for photos in self.photos:
-                names = self.list_names(base, photos)
+            for images in self.images:
+                names = self.list_names(base, images)
                 found = next(((p, t) for p, t in self.masks if names and (base / p.format(names[0])).is_file()), None)
-                if found and (base / photos.format(names[0])).is_file():
+                if found and (base / images.format(names[0])).is_file():
                     pattern, table = found
                     return (
                         names,
-                        [str(base / photos.format(name)) for name in names],
+                        [str(base / images.format(name)) for name in names],
                         [str(base / pattern.format(name)) for name in names],
                         table,
                     )
         return None
 
-    def list_names(self, base: Path, photos: str) -> list[str]:
+    def list_names(self, base: Path, images: str) -> list[str]:
         if self.listing is not None:
             listing = base / self.listing
             return listing.read_text(encoding="utf-8").split() if listing.is_file() else []
-        before, after = photos.split("{}")
-        paths = sorted(base.glob(photos.format("/".join(["*"] * (self.depth + 1)))))
+        before, after = images.split("{}")
+        paths = sorted(base.glob(images.format("/".join(["*"] * (self.depth + 1)))))
         return [path.relative_to(base).as_posix()[len(before) : -len(after)] for path in paths]
 
 
 VOC = {
     "title": "PASCAL VOC 2012",
     "homes": ("", "VOC2012", "VOCdevkit/VOC2012"),
-    "photos": ("JPEGImages/{}.jpg",),
+    "images": ("JPEGImages/{}.jpg",),
     "listing": "ImageSets/Segmentation/val.txt",
 }
 CONTEXT = {
     "title": "PASCAL Context",
     "homes": ("", "VOC2010", "VOCdevkit/VOC2010"),
-    "photos": ("JPEGImages/{}.jpg",),
+    "images": ("JPEGImages/{}.jpg",),
     "listing": "ImageSets/SegmentationContext/val.txt",
 }
-COCO: dict[str, Any] = {"homes": ("", "coco_stuff164k"), "photos": ("images/val2017/{}.jpg", "val2017/{}.jpg")}
+COCO: dict[str, Any] = {"homes": ("", "coco_stuff164k"), "images": ("images/val2017/{}.jpg", "val2017/{}.jpg")}
 COCO_MASKS = ("annotations/val2017/{}", "stuffthingmaps/val2017/{}")
 
 BENCHMARKS: dict[str, Benchmark] = {
@@ -264,7 +264,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         title="Cityscapes",
         vocabulary="cityscapes",
         homes=("", "cityscapes"),
-        photos=("leftImg8bit/val/{}_leftImg8bit.png",),
+        images=("leftImg8bit/val/{}_leftImg8bit.png",),
         masks=(
             ("gtFine/val/{}_gtFine_labelTrainIds.png", make_table(range(19))),
             (
@@ -278,15 +278,15 @@ BENCHMARKS: dict[str, Benchmark] = {
         title="ADE20K",
         vocabulary="ade20k",
         homes=("", "ADEChallengeData2016"),
-        photos=("images/validation/{}.jpg",),
+        images=("images/validation/{}.jpg",),
         masks=(("annotations/validation/{}.png", without_zero(150)),),
     ),
 }
 
 
-def from_files(photos: Sequence[str], masks: Sequence[str]) -> datasets.Dataset:
+def from_files(images: Sequence[str], masks: Sequence[str]) -> datasets.Dataset:
     features = datasets.Features({"image": datasets.Image(), "mask": datasets.Image()})
-    return datasets.Dataset.from_dict({"image": list(photos), "mask": list(masks)}, features=features)
+    return datasets.Dataset.from_dict({"image": list(images), "mask": list(masks)}, features=features)
 
 
 def open_benchmark(name: str, folder: str | Path) -> SegmentationSet:
@@ -295,7 +295,7 @@ def open_benchmark(name: str, folder: str | Path) -> SegmentationSet:
 
     Raises:
         ValueError: no benchmark of this name.
-        FileNotFoundError: the folder has another layout, or a photo or mask is missing; the message has the layout.
+        FileNotFoundError: the folder has another layout, or an image or mask is missing; the message has the layout.
     """
     if name not in BENCHMARKS:
         raise ValueError(f"There is no benchmark {name!r}; use one of {', '.join(BENCHMARKS)}.")
@@ -303,15 +303,15 @@ def open_benchmark(name: str, folder: str | Path) -> SegmentationSet:
     found = benchmark.find(Path(folder))
     if found is None:
         raise FileNotFoundError(f"{folder} does not hold {benchmark.title} as expected: {benchmark.layout}.")
-    names, photos, masks, table = found
-    missing = [path for path in (*photos, *masks) if not Path(path).is_file()]
+    names, images, masks, table = found
+    missing = [path for path in (*images, *masks) if not Path(path).is_file()]
     if missing:
         raise FileNotFoundError(
             f"{len(missing)} files of {benchmark.title} are missing, the first is {missing[0]}. Expected are "
             f"{benchmark.layout}."
         )
     labels = Vocabulary.parse(benchmark.vocabulary).labels
-    return SegmentationSet(benchmark.title, from_files(photos, masks), tuple(names), labels, table, name, "val")
+    return SegmentationSet(benchmark.title, from_files(images, masks), tuple(names), labels, table, name, "val")
 
 
 def class_label(name: str) -> str:
@@ -419,7 +419,7 @@ def open_hugging_face(
         split = str(loaded.split)
     if image_column == mask_column:
         raise ValueError(
-            f"--image_column and --mask_column are both {image_column!r}: photos and masks are two columns."
+            f"--image_column and --mask_column are both {image_column!r}: images and masks are two columns."
         )
     columns = {name: kind for name, kind in loaded.features.items() if isinstance(kind, datasets.Image)}
     if image_column not in columns or mask_column not in columns:
@@ -432,8 +432,8 @@ def open_hugging_face(
     if reduce_zero_label:
         table = np.concatenate([[VOID], table[:255]]).astype(np.int16)
     table[[ignore_index, VOID]] = VOID
-    photos = loaded.select_columns([image_column, mask_column])
-    photos = photos.rename_columns({image_column: "image", mask_column: "mask"})
-    names = tuple(f"row{i}" for i in range(len(photos)))
+    images = loaded.select_columns([image_column, mask_column])
+    images = images.rename_columns({image_column: "image", mask_column: "mask"})
+    names = tuple(f"row{i}" for i in range(len(images)))
     name = Path(path).resolve().name if Path(path).is_dir() else path
-    return SegmentationSet(name, photos, names, labels, table, name, split, subset)
+    return SegmentationSet(name, images, names, labels, table, name, split, subset)

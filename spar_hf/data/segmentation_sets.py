@@ -1,4 +1,4 @@
-"""Photos on disk: the folder layouts that the training scripts read, checked before any work starts."""
+"""Images on disk: the folder layouts that the training scripts read, checked before any work starts."""
 
 import fnmatch
 import json
@@ -42,17 +42,17 @@ class SegmentationFolder:
     pairs: tuple[tuple[Path, Path], ...]
     table: np.ndarray
 
-    def read_mask(self, path: Path, photo_size: tuple[int, int]) -> np.ndarray:
+    def read_mask(self, path: Path, image_size: tuple[int, int]) -> np.ndarray:
         """
         A mask of the folder in its classes, `(height, width)` uint8.
 
         Raises:
-            ValueError: a value that is no line of `classes.txt`, or another size than the photo's.
+            ValueError: a value that is no line of `classes.txt`, or another size than the image's.
         """
         mask = read_mask(path)
-        if mask.shape != photo_size:
+        if mask.shape != image_size:
             raise ValueError(
-                f"{path} has {mask.shape} pixels (height, width), its photo {photo_size}. Resize the mask by nearest "
+                f"{path} has {mask.shape} pixels (height, width), its image {image_size}. Resize the mask by nearest "
                 "neighbour."
             )
         labels = self.table[mask]
@@ -119,7 +119,7 @@ def open_segmentation_folder(
     folder: str | Path, include: str = "*", exclude: list[str] | None = None, classes: str | Path | None = None
 ) -> SegmentationFolder:
     """
-    Open a folder of photos with masks.
+    Open a folder of images with masks.
 
     `classes.txt` may stand in the folder or in its parent (splits of one set share it).
 
@@ -132,7 +132,7 @@ def open_segmentation_folder(
 
     Raises:
         FileNotFoundError: a part of the layout is missing, or an image has no mask.
-        ValueError: two photos of one stem; an empty line in `classes.txt`; `classes` is no JSON, or names something that is
+        ValueError: two images of one stem; an empty line in `classes.txt`; `classes` is no JSON, or names something that is
             no line, or a line twice.
     """
     folder = Path(folder)
@@ -172,14 +172,14 @@ def read_image(path: Path) -> Image.Image:
     return to_rgb(read_upright(path))
 
 
-def check_sides(photo: Image.Image, name: str | Path) -> None:
+def check_sides(decoded: Image.Image, name: str | Path) -> None:
     """
     Raises:
-        ValueError: a photo that the image processor would refuse, without a name.
+        ValueError: an image that the image processor would refuse, without a name.
     """
-    if min(photo.size) < MIN_SIDE:
+    if min(decoded.size) < MIN_SIDE:
         raise ValueError(
-            f"{name} has {photo.height}×{photo.width} pixels (height × width), and a photo at least {MIN_SIDE} a side. "
+            f"{name} has {decoded.height}×{decoded.width} pixels (height × width), and an image at least {MIN_SIDE} a side. "
             "Leave it out with --exclude."
         )
 
@@ -196,21 +196,21 @@ def check_pairs(
     folder: SegmentationFolder, pairs: Sequence[tuple[Path, Path]], accelerator: Accelerator
 ) -> list[tuple[Path, Path]]:
     """
-    Read photos and masks once, every process its share: a bad one ends a run before its work, not in the midst of it.
+    Read images and masks once, every process its share: a bad one ends a run before its work, not in the midst of it.
 
     Returns:
         The pairs whose mask has a labelled pixel, in their order.
 
     Raises:
-        OSError, ValueError: a photo or a mask cannot be read, or they do not fit; or all masks are void.
+        OSError, ValueError: an image or a mask cannot be read, or they do not fit; or all masks are void.
     """
     share = range(accelerator.process_index, len(pairs), accelerator.num_processes)
     labelled = []
     for number in tqdm(share, desc=f"checking {folder.path.name}", disable=not accelerator.is_main_process):
         image, mask = pairs[number]
-        photo = read_image(image)
-        check_sides(photo, image)
-        if (folder.read_mask(mask, photo.size[::-1]) != VOID).any():
+        decoded = read_image(image)
+        check_sides(decoded, image)
+        if (folder.read_mask(mask, decoded.size[::-1]) != VOID).any():
             labelled.append(number)
     labelled = sorted(gather_object(labelled))
     if not labelled:
@@ -252,14 +252,14 @@ def jitter(pixels: torch.Tensor, rng: random.Random) -> torch.Tensor:
     grey = pixels.mean(0, keepdim=True)
     saturation = 0.0 if rng.random() < 0.08 else rng.uniform(0.4, 1.5)
     pixels = grey + (pixels - grey) * saturation
-    if rng.random() < 0.2:  # a photo that was enlarged, or is out of focus
+    if rng.random() < 0.2:  # an image that was enlarged, or is out of focus
         small = nn.functional.avg_pool2d(pixels[None], 2)
         pixels = nn.functional.interpolate(small, size=pixels.shape[-2:], mode="bilinear")[0]
     return pixels.clamp(0, 1)
 
 
-def jitter_image(photo: Image.Image, seed: int) -> Image.Image:
-    """An RGB photo after [`jitter`], the same for the same seed."""
-    pixels = torch.from_numpy(np.array(photo)).permute(2, 0, 1).float() / 255  # (3, height, width)
+def jitter_image(decoded: Image.Image, seed: int) -> Image.Image:
+    """An RGB image after [`jitter`], the same for the same seed."""
+    pixels = torch.from_numpy(np.array(decoded)).permute(2, 0, 1).float() / 255  # (3, height, width)
     pixels = jitter(pixels, random.Random(seed)) * 255
     return Image.fromarray(pixels.round().byte().permute(1, 2, 0).numpy())

@@ -1,12 +1,12 @@
 """
-Where photos come from, in which order, and how they are changed.
+Where images come from, in which order, and how they are changed.
 
 The order is made in the main process, which hands tickets to the workers; they read and decode. So neither order nor
 augmentation depends on how many workers there are, and a run that goes on somewhere starts at that ticket.
 
-Photos have unequal sizes, and each process takes one at a time; `--gradient_accumulation_steps` makes the batch. Batches of
-equal sizes were measured against that on the CPU (spar-tiny, forward and backward of four photos): they save 3 % at 468
-patches a photo and 16 % at 192, of the student's share of a step only, and tie the order to the sizes. So there are none.
+Images have unequal sizes, and each process takes one at a time; `--gradient_accumulation_steps` makes the batch. Batches of
+equal sizes were measured against that on the CPU (spar-tiny, forward and backward of four images): they save 3 % at 468
+patches an image and 16 % at 192, of the student's share of a step only, and tie the order to the sizes. So there are none.
 """
 
 import itertools
@@ -42,7 +42,7 @@ SHARDS = {".tar": "webdataset", ".parquet": "parquet", ".arrow": "arrow"}
 @dataclass
 class Ticket:
     """
-    One photo of the endless stream.
+    One image of the endless stream.
 
     Attributes:
         index: its place in the stream over all processes; augmentation and windows are drawn from it.
@@ -59,7 +59,7 @@ class Ticket:
 
 @dataclass
 class Sample:
-    """A photo for the model: `pixel_values` `(1, 3, height, width)`, sides multiples of the patch; ticket's place."""
+    """An image for the model: `pixel_values` `(1, 3, height, width)`, sides multiples of the patch; ticket's place."""
 
     index: int
     pixel_values: torch.Tensor
@@ -69,14 +69,14 @@ class Sample:
 
 @dataclass
 class Skipped:
-    """A photo that could not be read, and why."""
+    """An image that could not be read, and why."""
 
     name: str
     reason: str
 
 
 class SkippedList:
-    """`skipped.jsonl`: the photos of a run that could not be read, each once, from any process."""
+    """`skipped.jsonl`: the images of a run that could not be read, each once, from any process."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -92,7 +92,7 @@ class SkippedList:
     def names(self) -> set[str]:
         if not self.path.is_file():
             return set()
-        return {json.loads(line)["photo"] for line in self.path.read_text(encoding="utf-8").splitlines()}
+        return {json.loads(line)["image"] for line in self.path.read_text(encoding="utf-8").splitlines()}
 
     def count(self) -> int:
         return len(self.names())
@@ -101,12 +101,12 @@ class SkippedList:
         if skipped.name not in self.listed and skipped.name not in (names := self.names()):
             self.listed |= names
             with self.path.open("a", encoding="utf-8") as file:  # a line in one write
-                file.write(json.dumps({"photo": skipped.name, "reason": skipped.reason}) + "\n")
+                file.write(json.dumps({"image": skipped.name, "reason": skipped.reason}) + "\n")
         self.listed.add(skipped.name)
 
 
 class Files:
-    """Photos in files, named by their paths."""
+    """Images in files, named by their paths."""
 
     def __init__(self, paths: list[str]):
         self.names = paths
@@ -125,7 +125,7 @@ class Files:
 
 
 class Rows:
-    """Photos in a table of `datasets` (map-style), undecoded: they are decoded as those in files are."""
+    """Images in a table of `datasets` (map-style), undecoded: they are decoded as those in files are."""
 
     def __init__(self, table, label: str, options: Options):
         self.table, self.columns, self.names = undecoded(table, label, options)
@@ -161,7 +161,7 @@ def undecoded(table, label: str, options: Options) -> tuple[Any, list[str], str 
         columns = [name for name, kind in features.items() if isinstance(kind, ImageColumn)]
         columns = columns or [name for name in IMAGE_COLUMNS if name in features]
     if not columns:
-        raise ValueError(f"{label} has no photos among its columns {', '.join(features)}; name it with --image_column.")
+        raise ValueError(f"{label} has no images among its columns {', '.join(features)}; name it with --image_column.")
     names = next((name for name in NAME_COLUMNS if name in features), None)
     table = table.select_columns([*columns, *([names] if names else [])])
     for column in columns:
@@ -179,7 +179,7 @@ def picture(row: dict[str, Any], columns: list[str]) -> bytes | str | None:
 
 
 def list_files(entry: str) -> list[str] | None:
-    """The photos of a folder, or those that a list names (relative to itself); None where `entry` is something else."""
+    """The images of a folder, or those that a list names (relative to itself); None where `entry` is something else."""
     path = Path(entry)
     if path.suffix == ".txt":
         if not path.is_file():
@@ -187,14 +187,14 @@ def list_files(entry: str) -> list[str] | None:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
         paths = [str(path.parent / line) for line in lines if line and not line.startswith("#")]
         if not paths:
-            raise FileNotFoundError(f"{entry} names no photo. Write a path a line.")
+            raise FileNotFoundError(f"{entry} names no image. Write a path a line.")
         return paths
     if not path.is_dir():
         return None
     try:
         return [str(found) for found in list_images(path)]
     except FileNotFoundError:
-        # no photos, but maybe the tables of a data set
+        # no images, but maybe the tables of a data set
         if is_saved_table(path) or any(found.suffix in SHARDS for found in path.rglob("*")):
             return None
         raise
@@ -205,7 +205,7 @@ def is_saved_table(path: Path) -> bool:
 
 
 def list_shards(entry: str) -> list[str]:
-    """`entry` where it is a shard, or the shards that lie in it where it is a folder without photos."""
+    """`entry` where it is a shard, or the shards that lie in it where it is a folder without images."""
     path = Path(entry)
     if path.suffix in SHARDS:
         if not path.is_file():
@@ -247,7 +247,7 @@ def open_sources(options: Options) -> list[Any]:
     one table, at the place of the first.
 
     Raises:
-        FileNotFoundError, ValueError: a folder without photos, something that `datasets` cannot read, a mixed stream.
+        FileNotFoundError, ValueError: a folder without images, something that `datasets` cannot read, a mixed stream.
     """
     opened: list[tuple[str, Any]] = []  # what a message calls it, and the paths, the table, or the kind of its shards
     shards: dict[str, list[str]] = {}
@@ -264,7 +264,7 @@ def open_sources(options: Options) -> list[Any]:
             opened.append((short_name(entry), open_table(entry, options) if paths is None else Files(paths)))
     if options.streaming and (len(opened) > 1 or isinstance(opened[0][1], Files)):
         raise ValueError(
-            "--streaming reads one data set, or shards of one kind. Folders and lists of photos are read without it."
+            "--streaming reads one data set, or shards of one kind. Folders and lists of images are read without it."
         )
     sources: list[Any] = []
     for label, source in opened:
@@ -278,7 +278,7 @@ def open_sources(options: Options) -> list[Any]:
 
 
 class Listing:
-    """Photos of several sources under one running number, without an object for each."""
+    """Images of several sources under one running number, without an object for each."""
 
     def __init__(self, sources: list[Any], kept: list[np.ndarray]):
         self.sources, self.kept = sources, kept
@@ -302,9 +302,9 @@ class Listing:
         return Ticket(index, self.sources[number].name(row), source, after)
 
 
-def split_photos(sources: list[Any], options: Options) -> tuple[Listing, Listing]:
+def split_images(sources: list[Any], options: Options) -> tuple[Listing, Listing]:
     """
-    Photos to train on and held-out photos: of every source each n-th that is not excluded.
+    Images to train on and held-out images: of every source each n-th that is not excluded.
 
     Raises:
         ValueError: none is left to train on.
@@ -318,7 +318,7 @@ def split_photos(sources: list[Any], options: Options) -> tuple[Listing, Listing
         train.append(kept[~last])
         held_out.append(kept[last])
     if not sum(map(len, train)):
-        raise ValueError("No photo is left to train on; check --images, --exclude and --holdout_every.")
+        raise ValueError("No image is left to train on; check --images, --exclude and --holdout_every.")
     return Listing(sources, train), Listing(sources, held_out)
 
 
@@ -330,25 +330,25 @@ def excluded(key: str, options: TeacherViews) -> bool:
 
 class MapOrder(Sampler):
     """
-    The endless shuffled stream of a [`Listing`]: photo i is a function of seed and i alone. Each process takes every n-th
+    The endless shuffled stream of a [`Listing`]: image i is a function of seed and i alone. Each process takes every n-th
     ticket, so that n processes see together what one sees.
     """
 
-    def __init__(self, photos: Listing, seed: int, process: int, processes: int, start: list[int] | None = None):
-        self.photos, self.seed, self.process, self.processes = photos, seed, process, processes
+    def __init__(self, images: Listing, seed: int, process: int, processes: int, start: list[int] | None = None):
+        self.images, self.seed, self.process, self.processes = images, seed, process, processes
         self.start = start or [0]
 
     def __iter__(self) -> Iterator[Ticket]:
-        order = ShuffledStream(len(self.photos), f"order-{self.seed}")
+        order = ShuffledStream(len(self.images), f"order-{self.seed}")
         for turn in itertools.count(self.start[0]):
             index = turn * self.processes + self.process
-            yield self.photos.ticket(order[index], index, [turn + 1])
+            yield self.images.ticket(order[index], index, [turn + 1])
 
 
 class StreamOrder(Sampler):
     """
-    The endless stream of an iterable table, shuffled anew each epoch: the order of its shards, and photos within a buffer.
-    Processes take shards where their number divides by the processes, else every n-th photo. Going on reads the epoch
+    The endless stream of an iterable table, shuffled anew each epoch: the order of its shards, and images within a buffer.
+    Processes take shards where their number divides by the processes, else every n-th image. Going on reads the epoch
     again up to where it was, without decoding: only so is the buffer the same.
     """
 
@@ -364,12 +364,12 @@ class StreamOrder(Sampler):
     def read(self, row: dict[str, Any], number: int) -> tuple[Any, str, bool]:
         """A row's picture, its name, and whether it is held out: by checksum, wherever the shuffle put it."""
         source = picture(row, self.columns)
-        name = str(row[self.names]) if self.names else f"photo {number} of the stream"
+        name = str(row[self.names]) if self.names else f"image {number} of the stream"
         content = source if isinstance(source, bytes) else str(source).encode()
         return source, name, zlib.crc32(content) % self.options.holdout_every == 0
 
     def held_out(self) -> Iterator[Ticket]:
-        """The held-out photos in the stream's own order."""
+        """The held-out images in the stream's own order."""
         for number, row in enumerate(self.plain):
             source, name, held_out = self.read(row, number)
             if held_out and not excluded(name, self.options):
@@ -386,19 +386,19 @@ class StreamOrder(Sampler):
                     continue
                 found = True
                 if number >= taken:
-                    # an epoch of a stream has no known length: its photos are numbered below a bound no stream reaches
+                    # an epoch of a stream has no known length: its images are numbered below a bound no stream reaches
                     index = (epoch << 40) + number * self.processes + self.process
                     yield Ticket(index, name, source, [epoch, number + 1])
             if not found:
                 raise ValueError(
-                    "The stream gives this process no photo to train on; check --images and --holdout_every."
+                    "The stream gives this process no image to train on; check --images and --holdout_every."
                 )
             taken = 0
 
 
-class Photos(Dataset):
+class TrainingImages(Dataset):
     """
-    The photo of a ticket, resized, cropped, flipped and jittered as (seed, index) says, whatever the worker; a
+    The image of a ticket, resized, cropped, flipped and jittered as (seed, index) says, whatever the worker; a
     [`Skipped`] where it cannot be read.
     """
 
@@ -411,44 +411,44 @@ class Photos(Dataset):
         if isinstance(source, tuple):
             source = self.sources[source[0]].source(source[1])
         if source is None:
-            raise ValueError("the row holds no photo")
+            raise ValueError("the row holds no image")
         data = source if isinstance(source, bytes) else Path(source).read_bytes()
-        photo = Image.open(BytesIO(data))
-        if min(photo.size) < self.options.min_side:
-            raise ValueError(f"{photo.width}×{photo.height} px; --min_side is {self.options.min_side}")
-        return to_rgb(turn_upright(photo, "the file"))
+        image = Image.open(BytesIO(data))
+        if min(image.size) < self.options.min_side:
+            raise ValueError(f"{image.width}×{image.height} px; --min_side is {self.options.min_side}")
+        return to_rgb(turn_upright(image, "the file"))
 
     def __getitem__(self, ticket: Ticket) -> Sample | Skipped:
         rng = random.Random(f"photo-{self.options.seed}-{ticket.index}")
         try:
-            photo = self.read(ticket)
+            image = self.read(ticket)
         except Exception as error:  # each of Pillow's decoders raises its own kind, and no file may end a training
             return Skipped(ticket.name, str(error) or type(error).__name__)
-        photo = augment(photo, self.window, self.patch_size, self.options, rng)
+        image = augment(image, self.window, self.patch_size, self.options, rng)
         if rng.random() < self.options.jitter_probability:
-            photo = jitter_image(photo, rng.getrandbits(32))
-        return Sample(ticket.index, self.pixels(photo), ticket.after)
+            image = jitter_image(image, rng.getrandbits(32))
+        return Sample(ticket.index, self.pixels(image), ticket.after)
 
     def squares(self, tickets: list[Ticket], side: int) -> Iterator[torch.Tensor]:
-        """The photos of tickets, those that can be read, as squares of `side` pixels: `(1, 3, side, side)` one by one."""
+        """The images of tickets, those that can be read, as squares of `side` pixels: `(1, 3, side, side)` one by one."""
         for ticket in tickets:
             try:
-                photo = self.read(ticket)
-            except Exception as error:  # as above; training lists the photo
+                image = self.read(ticket)
+            except Exception as error:  # as above; training lists the image
                 logger.warning("%s is passed over: %s", ticket.name, error)
                 continue
-            yield self.pixels(photo.resize((side, side)))
+            yield self.pixels(image.resize((side, side)))
 
-    def pixels(self, photo: Image.Image) -> torch.Tensor:
-        return self.image_processor(photo, do_resize=False, return_tensors="pt")["pixel_values"]
+    def pixels(self, image: Image.Image) -> torch.Tensor:
+        return self.image_processor(image, do_resize=False, return_tensors="pt")["pixel_values"]
 
 
-def augment(photo: Image.Image, window: int, patch_size: int, options: TeacherViews, rng: random.Random) -> Image.Image:
+def augment(image: Image.Image, window: int, patch_size: int, options: TeacherViews, rng: random.Random) -> Image.Image:
     """The recipe's random size, crop and flip; sides become multiples of the patch."""
     scale = rng.uniform(options.min_scale, 1.0)
-    long_side, short_side = max(photo.size), min(photo.size)
+    long_side, short_side = max(image.size), min(image.size)
     factor = scale * min(options.long_side * window / long_side, options.short_side * window / short_side)
-    sides = [side * factor for side in photo.size]
+    sides = [side * factor for side in image.size]
     if rng.random() < options.crop_probability:
         cropped = [min(side, max(side * rng.uniform(0.4, 1.0), window)) for side in sides]
     else:
@@ -456,11 +456,11 @@ def augment(photo: Image.Image, window: int, patch_size: int, options: TeacherVi
     width, height = (max(patch_size, math.floor(side / patch_size + 1e-6) * patch_size) for side in cropped)
     left, top = (rng.uniform(0, max(0.0, side - kept)) for side, kept in zip(sides, (width, height), strict=True))
     box = tuple(value / factor for value in (left, top, left + width, top + height))
-    box = (box[0], box[1], min(box[2], photo.width), min(box[3], photo.height))
-    photo = photo.resize((width, height), Image.Resampling.BICUBIC, box=box)
+    box = (box[0], box[1], min(box[2], image.width), min(box[3], image.height))
+    image = image.resize((width, height), Image.Resampling.BICUBIC, box=box)
     if rng.random() < options.flip_probability:
-        photo = photo.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    return photo
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return image
 
 
 def as_it_is(item: Any) -> Any:

@@ -1,11 +1,11 @@
 """
 Compute the teacher's maps once: distillation then reads them (`training/teacher_cache.py`) and runs no window.
 
-Every photo gets `--views` augmented views, drawn as distillation draws them. Maps are stored as bfloat16 in shards with
-checksums; `manifest.json` pins model, window, stride, photos and crops. A killed run goes on with the same command: finished
+Every image gets `--views` augmented views, drawn as distillation draws them. Maps are stored as bfloat16 in shards with
+checksums; `manifest.json` pins model, window, stride, images and crops. A killed run goes on with the same command: finished
 shards are kept, and damaged ones made anew.
 
-    accelerate launch training/cache_teacher.py --model BASE --images PHOTOS --output CACHE --views 4
+    accelerate launch training/cache_teacher.py --model BASE --images IMAGES --output CACHE --views 4
 """
 
 import datetime
@@ -49,9 +49,9 @@ class Options(TeacherViews):
     """Options of the cache, beside those that distillation has as well."""
 
     model: str = field(metadata={"help": "Teacher: hub id or folder of a backbone of transformers or a SPAR model."})
-    images: list[str] = field(metadata={"help": "Folders of photos, no labels needed."})
+    images: list[str] = field(metadata={"help": "Folders of images, no labels needed."})
     output: str = field(metadata={"help": "Folder to write the cache to."})
-    views: int = field(default=1, metadata={"help": "Augmented views per photo."})
+    views: int = field(default=1, metadata={"help": "Augmented views per image."})
     shard_maps: int = field(
         default=16, metadata={"help": "Maps per shard: what a killed process has to compute again at most."}
     )
@@ -62,9 +62,9 @@ class Options(TeacherViews):
         check_positive(self, "views shard_maps")
 
 
-def choose_photos(options: Options) -> list[Path]:
+def choose_images(options: Options) -> list[Path]:
     """
-    The photos that distillation with the same options would train on.
+    The images that distillation with the same options would train on.
 
     Raises:
         ValueError: none is left.
@@ -74,7 +74,7 @@ def choose_photos(options: Options) -> list[Path]:
         paths = [path for path in list_images(folder) if not excluded(str(path), options)]
         chosen += [path for i, path in enumerate(paths) if (i + 1) % options.holdout_every]
     if not chosen:
-        raise ValueError("No photo is left; check --images, --exclude and --holdout_every.")
+        raise ValueError("No image is left; check --images, --exclude and --holdout_every.")
     return chosen
 
 
@@ -98,27 +98,27 @@ def finished(output: Path, number: int) -> dict[str, Any] | None:
 
 def make_shard(
     number: int,
-    photos: list[Path],
+    paths: list[Path],
     teacher: SlidingWindowTeacher,
     image_processor: SparImageProcessorPil,
     options: Options,
     accelerator: Accelerator,
 ) -> dict[str, Any]:
-    """Compute the maps of a shard and write it, then its record; a photo that cannot be read is listed and skipped."""
+    """Compute the maps of a shard and write it, then its record; an image that cannot be read is listed and skipped."""
     output, maps, entries, skipped = Path(options.output), {}, [], []
-    last = min((number + 1) * options.shard_maps, len(photos) * options.views)
+    last = min((number + 1) * options.shard_maps, len(paths) * options.views)
     for index in range(number * options.shard_maps, last):
-        path = photos[index % len(photos)]
+        path = paths[index % len(paths)]
         try:
-            photo, size, digest = read_image(path), path.stat().st_size, sha256(path)
+            decoded, size, digest = read_image(path), path.stat().st_size, sha256(path)
         except Exception as error:  # each decoder raises its own kind, and no file may end the work of hours
             skipped.append({"image": str(path), "reason": str(error)})
             continue
         rng = seeded(options.seed, index)
-        crop = Crop.draw(augment, photo.size, teacher.window_size, teacher.config.patch_size, options, rng)
+        crop = Crop.draw(augment, decoded.size, teacher.window_size, teacher.config.patch_size, options, rng)
         if rng.random() < options.jitter_probability:
             crop.jitter = rng.getrandbits(32)
-        pixels = image_processor(crop(photo), do_resize=False, return_tensors="pt")["pixel_values"]
+        pixels = image_processor(crop(decoded), do_resize=False, return_tensors="pt")["pixel_values"]
         with accelerator.autocast():
             features = teacher(pixels.to(accelerator.device)).feature_map
         maps[str(len(entries))] = features[0].to("cpu", torch.bfloat16).contiguous()
@@ -139,7 +139,7 @@ def make_cache(options: Options) -> TeacherCache:
     patient = InitProcessGroupKwargs(timeout=datetime.timedelta(days=7))  # processes wait for the slowest at the end
     accelerator = Accelerator(mixed_precision=options.mixed_precision, kwargs_handlers=[patient])
     check_precision(accelerator)
-    output, photos = Path(options.output), choose_photos(options)
+    output, paths = Path(options.output), choose_images(options)
     model = SparVisionModel.from_backbone(options.model).eval().requires_grad_(False)
     image_processor = SparImageProcessorPil.from_backbone(options.model)
     teacher = SlidingWindowTeacher(model, options.window_size, options.stride, options.window_batch_size)
@@ -151,7 +151,7 @@ def make_cache(options: Options) -> TeacherCache:
         "mixed_precision": accelerator.mixed_precision,
         "image_mean": list(image_processor.image_mean),
         "image_std": list(image_processor.image_std),
-        "photos": [os.path.relpath(path.resolve(), output.resolve()) for path in photos],
+        "photos": [os.path.relpath(path.resolve(), output.resolve()) for path in paths],
     }
     setting |= {name: getattr(options, name) for name in ("views", *VIEW, "seed", "shard_maps")}
     if (output / MANIFEST).is_file():
@@ -164,12 +164,12 @@ def make_cache(options: Options) -> TeacherCache:
         write_json(output / MANIFEST, {"complete": False, "setting": setting, "shards": []})
     accelerator.wait_for_everyone()
     teacher.to(accelerator.device)
-    shards = -(-len(photos) * options.views // options.shard_maps)
+    shards = -(-len(paths) * options.views // options.shard_maps)
     mine = range(accelerator.process_index, shards, accelerator.num_processes)
     work_begins()
     for number in tqdm(mine, desc="shards", disable=not accelerator.is_main_process):
         if finished(output, number) is None:
-            make_shard(number, photos, teacher, image_processor, options, accelerator)
+            make_shard(number, paths, teacher, image_processor, options, accelerator)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         records = [json.loads((output / f"{shard_name(n)}.json").read_text(encoding="utf-8")) for n in range(shards)]
@@ -188,7 +188,7 @@ def report(cache: TeacherCache, most: int = 200) -> None:
     for skip in skipped:
         logger.warning("skipped %s: %s", skip["image"], skip["reason"])
     if not len(cache):
-        raise ValueError("No photo could be read, so the cache is empty; the reasons are above.")
+        raise ValueError("No image could be read, so the cache is empty; the reasons are above.")
     stored, values = (sum(shard[key] for shard in cache.shards) for key in ("bytes", "values"))
     count = min(most, len(cache))
     start = time.perf_counter()
@@ -200,10 +200,10 @@ def report(cache: TeacherCache, most: int = 200) -> None:
         cache[index]
     both = count / (time.perf_counter() - start)
     logger.info(
-        "%d maps of %d photos (%d views skipped): %.0f KiB an image, %.2f times smaller than float32; read: %.0f maps/s, "
-        "%.1f/s with their photos decoded",
+        "%d maps of %d images (%d views skipped): %.0f KiB an image, %.2f times smaller than float32; read: %.0f maps/s, "
+        "%.1f/s with their images decoded",
         len(cache),
-        len({cache.photo(i) for i in range(len(cache))}),
+        len({cache.image(i) for i in range(len(cache))}),
         len(skipped),
         stored / len(cache) / 1024,
         4 * values / stored,

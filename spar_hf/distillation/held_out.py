@@ -1,5 +1,5 @@
 """
-Held-out photos: how far the student is from the full teacher there, and what that looks like: feature maps of both in the
+Held-out images: how far the student is from the full teacher there, and what that looks like: feature maps of both in the
 colours of one PCA, and the curves of the errors.
 """
 
@@ -16,43 +16,43 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from spar_hf import SlidingWindowTeacher
-from spar_hf.data.sources import Photos, Skipped, SkippedList, Ticket, augment
+from spar_hf.data.sources import Skipped, SkippedList, Ticket, TrainingImages, augment
 from spar_hf.utils.files import write_atomically
 
-PICTURED = 3  # photos in a picture of feature maps
+PICTURED = 3  # images in a picture of feature maps
 
 
 class HeldOut:
     """
-    Held-out photos at the largest size of the recipe, without crop, flip or jitter, and the full teacher's maps of them.
+    Held-out images at the largest size of the recipe, without crop, flip or jitter, and the full teacher's maps of them.
 
     Attributes:
-        targets: pixel values `(1, 3, height, width)` and the teacher's map `(1, dim, h, w)` of each photo.
+        targets: pixel values `(1, 3, height, width)` and the teacher's map `(1, dim, h, w)` of each image.
     """
 
     def __init__(
         self,
         tickets: list[Ticket],
-        photos: Photos,
+        images: TrainingImages,
         teacher: SlidingWindowTeacher,
         skipped: SkippedList,
         progress: bool = True,
     ):
-        fixed = copy.copy(photos.options)
+        fixed = copy.copy(images.options)
         fixed.min_scale, fixed.crop_probability, fixed.flip_probability = 1.0, 0.0, 0.0
         self.targets: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.pictured: list[Image.Image] = []
         device = next(teacher.parameters()).device
         for ticket in tqdm(tickets, "full teacher", disable=not progress):
             try:
-                photo = photos.read(ticket)
-            except Exception as error:  # as for photos to train on: no file may end a training
+                image = images.read(ticket)
+            except Exception as error:  # as for images to train on: no file may end a training
                 skipped.add(Skipped(ticket.name, str(error) or type(error).__name__))
                 continue
-            photo = augment(photo, photos.window, photos.patch_size, fixed, random.Random(0))
-            pixel_values = photos.pixels(photo).to(device)
+            image = augment(image, images.window, images.patch_size, fixed, random.Random(0))
+            pixel_values = images.pixels(image).to(device)
             self.targets.append((pixel_values, teacher(pixel_values).feature_map))
-            self.pictured += [photo] if len(self.pictured) < PICTURED else []
+            self.pictured += [image] if len(self.pictured) < PICTURED else []
 
     @torch.no_grad()
     def error(
@@ -62,11 +62,11 @@ class HeldOut:
         decision: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
     ) -> dict[str, float] | None:
         """
-        Mean squared error and mean cosine of student and full teacher; None without photos.
+        Mean squared error and mean cosine of student and full teacher; None without images.
 
         Args:
             features: the student, pixel values -> feature map.
-            keep: of how many photos to keep the student's maps for [`HeldOut.picture`].
+            keep: of how many images to keep the student's maps for [`HeldOut.picture`].
             decision: student's and teacher's map -> the mean over patches that is given as `words`.
         """
         squared, cosine, words, patches = 0.0, 0.0, 0.0, 0
@@ -85,7 +85,7 @@ class HeldOut:
         return errors if decision is None else {**errors, "words": round(words / patches, 6)}
 
     def picture(self) -> Image.Image:
-        """The photos whose maps were kept, beside the maps of teacher and student."""
+        """The images whose maps were kept, beside the maps of teacher and student."""
         teacher = [target[0] for _, target in self.targets[: len(self.found)]]
         return compare_features(self.pictured[: len(self.found)], teacher, self.found)
 
@@ -111,16 +111,16 @@ def feature_colours(maps: Sequence[torch.Tensor], basis_of: torch.Tensor) -> lis
 
 
 def compare_features(
-    photos: Sequence[Image.Image], teacher: Sequence[torch.Tensor], student: Sequence[torch.Tensor], side: int = 360
+    images: Sequence[Image.Image], teacher: Sequence[torch.Tensor], student: Sequence[torch.Tensor], side: int = 360
 ) -> Image.Image:
-    """A row per photo: the photo, the teacher's map `(dim, h, w)`, the student's, all `side` pixels high."""
+    """A row per image: the image, the teacher's map `(dim, h, w)`, the student's, all `side` pixels high."""
     rows = []
-    for photo, target, found in zip(photos, teacher, student, strict=True):
-        panels = [photo]
+    for image, target, found in zip(images, teacher, student, strict=True):
+        panels = [image]
         for colours in feature_colours([target, found], target):
             pixels = (colours.permute(1, 2, 0) * 255).round().byte().cpu().numpy()  # (h, w, 3)
-            panels.append(Image.fromarray(pixels).resize(photo.size, Image.Resampling.NEAREST))
-        width = max(1, round(photo.width * side / photo.height))
+            panels.append(Image.fromarray(pixels).resize(image.size, Image.Resampling.NEAREST))
+        width = max(1, round(image.width * side / image.height))
         panels = [panel.resize((width, side), Image.Resampling.LANCZOS) for panel in panels]
         row = Image.new("RGB", (3 * width + 16, side), "white")
         for i, panel in enumerate(panels):
@@ -133,15 +133,15 @@ def compare_features(
 
 
 @torch.no_grad()
-def whole_photos(
-    tickets: list[Ticket], photos: Photos, teacher: SlidingWindowTeacher, skipped: SkippedList
+def whole_images(
+    tickets: list[Ticket], images: TrainingImages, teacher: SlidingWindowTeacher, skipped: SkippedList
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """
-    Photos at the random sizes of training but not cropped, as they are used later, and the full teacher's maps of them:
+    Images at the random sizes of training but not cropped, as they are used later, and the full teacher's maps of them:
     `(1, 3, height, width)` and `(1, dim, h, w)` each. Those that cannot be read are listed.
     """
-    whole, pairs, device = copy.copy(photos), [], next(teacher.parameters()).device
-    whole.options = copy.copy(photos.options)
+    whole, pairs, device = copy.copy(images), [], next(teacher.parameters()).device
+    whole.options = copy.copy(images.options)
     whole.options.crop_probability = 0.0
     for ticket in tqdm(tickets, "full teacher"):
         sample = whole[ticket]

@@ -1,7 +1,7 @@
 """
 A student that starts out looking nearby: locality written into the weights of a SigLIP-shaped encoder.
 
-Inside a window attention sees 144 or 1024 patches, all of them near. In one pass over a large photo the same weights see
+Inside a window attention sees 144 or 1024 patches, all of them near. In one pass over a large image the same weights see
 many times more, most of them of other things; the features of a sliding window are those of an attention that stays near. So
 before distillation every head gets a prior over distance that is a Gaussian as far as it matters. It costs nothing at run
 time and the architecture stays what it is, because
@@ -41,21 +41,21 @@ LARGEST_EXTENT = 5.8
 
 @torch.no_grad()
 def start_local(
-    model: SparVisionModel, photos: Iterable[torch.Tensor], spread: float, window: int | None = None
+    model: SparVisionModel, images: Iterable[torch.Tensor], spread: float, window: int | None = None
 ) -> torch.Tensor:
     """
     Change the weights of `model` in place, and return the directions that hold the place: `(hidden_size, 5)`.
 
     Args:
         model ([`SparVisionModel`]): with the SigLIP read-out.
-        photos (`Iterable[torch.FloatTensor]` of shape `(batch, 3, height, width)`): show which directions of the token
+        images (`Iterable[torch.FloatTensor]` of shape `(batch, 3, height, width)`): show which directions of the token
             space are used; held one at a time.
         spread (`float`): standard deviation of the prior, in halves of the image's side, or in windows where the
             configuration has a `position_extent`.
         window (`int`, *optional*): pixels, the pre-training size by default.
 
     Raises:
-        ValueError: another read-out, heads of five dimensions or fewer, no photos, or a `position_extent` of more than 5.8
+        ValueError: another read-out, heads of five dimensions or fewer, no images, or a `position_extent` of more than 5.8
             windows.
     """
     if model.config.readout != "siglip":
@@ -72,7 +72,7 @@ def start_local(
     moments = [torch.zeros(size, size, dtype=torch.float64) for _ in range(len(layers) + 1)]
     means = [torch.zeros(size, dtype=torch.float64) for _ in moments]
     variances, tokens = [0.0] * len(moments), 0  # of a token over its dimensions, as the layer norms take it
-    for pixel_values in photos:
+    for pixel_values in images:
         for i, states in enumerate(model(pixel_values, output_hidden_states=True).hidden_states):
             flat = states.flatten(0, 1).double()  # (tokens, hidden)
             moments[i] += flat.T @ flat
@@ -80,7 +80,7 @@ def start_local(
             variances[i] += float(flat.var(-1, correction=0).sum())
         tokens += len(flat)
     if not tokens:
-        raise ValueError("A local start looks at photos, and there is none that can be read.")
+        raise ValueError("A local start looks at images, and there is none that can be read.")
     variances = [variance / tokens for variance in variances]
     # directions of least variance over all layers, none of them the mean that a layer norm takes away
     ones = torch.full((size, 1), size**-0.5, dtype=torch.float64)
@@ -152,7 +152,7 @@ def check_reach(extent: int, window: int) -> float:
     if extent > LARGEST_EXTENT * window:
         raise ValueError(
             f"--position_extent {extent}: give at most {LARGEST_EXTENT} windows, {int(LARGEST_EXTENT * window)} px. "
-            "Larger photos are read all the same."
+            "Larger images are read all the same."
         )
     return extent / (2 * window)
 
@@ -160,14 +160,14 @@ def check_reach(extent: int, window: int) -> float:
 @torch.no_grad()
 def spread_positions(model: SparVisionModel, directions: torch.Tensor | None, extent: int, window: int) -> None:
     """
-    Rewrite a table that is stretched over every photo for a `position_extent`: a patch's step in a photo of two windows a
-    side becomes that of every photo. In place; the caller sets the configuration.
+    Rewrite a table that is stretched over every image for a `position_extent`: a patch's step in an image of two windows a
+    side becomes that of every image. In place; the caller sets the configuration.
 
-    What is coarse in the positions stays what it was in such a photo, what changes from cell to cell is averaged away: each
+    What is coarse in the positions stays what it was in such an image, what changes from cell to cell is averaged away: each
     cell of the new table covers several of the old one. Of spar-tiny's positions the latter is almost half of the variance,
     of the features that come of it at 384 x 384 px less than half a percent.
 
-    Attention that stays near does so in patches then, which a table that is stretched cannot hold: the larger the photo, the
+    Attention that stays near does so in patches then, which a table that is stretched cannot hold: the larger the image, the
     farther it looks, farther along the longer side, and one width would have to suit all sizes that are trained on.
 
     Args:
@@ -248,12 +248,12 @@ def fit_prior(
     Widen or narrow the prior of every block as long as the mean squared error to the teacher falls; in place.
 
     What holds the place is large beside what an optimizer moves in a step, so training itself hardly changes how far a
-    block looks. Block after block is tried, once through, with few photos and no gradients.
+    block looks. Block after block is tried, once through, with few images and no gradients.
 
     Args:
         model ([`SparVisionModel`]): after [`start_local`], trained or not.
         directions (`torch.FloatTensor` of shape `(hidden_size, 5)`): as [`start_local`] or [`find_place`] gave them.
-        pairs (`Sequence[tuple[torch.FloatTensor, torch.FloatTensor]]`): photos and the full teacher's maps of them.
+        pairs (`Sequence[tuple[torch.FloatTensor, torch.FloatTensor]]`): images and the full teacher's maps of them.
         step (`float`): factor between two strengths that are tried.
 
     Returns:
@@ -265,12 +265,12 @@ def fit_prior(
 
     def error() -> float:
         # of the class: around the model's own, accelerate puts autocast
-        maps = ((type(model).forward(model, photo).feature_map, target) for photo, target in pairs)
+        maps = ((type(model).forward(model, image).feature_map, target) for image, target in pairs)
         return sum(float((found - target).square().mean()) for found, target in maps)
 
     factors, least = [1.0] * len(model.backbone.encoder.layers), error()
     if not pairs or not math.isfinite(least):
-        raise ValueError(f"The priors are fitted to photos, and the error on {len(pairs)} is {least}. Give others.")
+        raise ValueError(f"The priors are fitted to images, and the error on {len(pairs)} is {least}. Give others.")
     for block in tqdm(range(len(factors)), desc="priors of the blocks"):
         for change in (step, 1 / step):
             while True:

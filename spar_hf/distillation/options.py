@@ -13,7 +13,7 @@ from spar_hf.distillation.student import BLOCK_PARTS, OTHER_PARTS
 from spar_hf.teacher import VARIANTS
 from spar_hf.utils.checkpoints import settings_of
 
-# SPAR, section 4: photos fit 4 x 2 windows times U(0.5, 1); the third recipe's go up to 2560 px, 5 of its windows of 512 px
+# SPAR, section 4: images fit 4 x 2 windows times U(0.5, 1); the third recipe's go up to 2560 px, 5 of its windows of 512 px
 RECIPE: dict[str, Any] = {
     "epochs": 10,
     "learning_rate": 2e-5,
@@ -32,7 +32,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 # what a resumed run may have otherwise: none of it changes what is learned
 FREE = {"output", "resume", "workers", "save_steps", "eval_steps", "picture_steps", "report_to", "preset"}
-# what a photo's view is drawn with; of stored maps the cache says it
+# what an image's view is drawn with; of stored maps the cache says it
 VIEW = ["long_side", "short_side", "min_scale", "crop_probability", "flip_probability", "jitter_probability"]
 # what the written folder says of its making as it was given
 RECORDED = [
@@ -57,7 +57,7 @@ RECORDED = [
 @dataclass(kw_only=True)
 class TeacherViews:
     """
-    What the teacher sees of which photos: the options that distillation and the cache of its maps have both. Sizes of photos
+    What the teacher sees of which images: the options that distillation and the cache of its maps have both. Sizes of images
     are in windows, so that the recipe fits every backbone.
     """
 
@@ -65,7 +65,7 @@ class TeacherViews:
     holdout_every: int = field(
         default=20,
         metadata={
-            "help": "Each n-th photo of every folder (sorted by name) or data set is kept for the held-out error; of a "
+            "help": "Each n-th image of every folder (sorted by name) or data set is kept for the held-out error; of a "
             "stream those whose checksum is a multiple of n."
         },
     )
@@ -74,7 +74,7 @@ class TeacherViews:
         default=None, metadata={"help": "Teacher's window; the model's image_size by default."}
     )
     window_batch_size: int = field(default=16, metadata={"help": "Windows per forward pass of the teacher."})
-    long_side: float = field(default=4.0, metadata={"help": "Photos fit this many windows along their longer side ..."})
+    long_side: float = field(default=4.0, metadata={"help": "Images fit this many windows along their longer side ..."})
     short_side: float = field(default=2.0, metadata={"help": "... and this many along their shorter side,"})
     min_scale: float = field(default=0.5, metadata={"help": "times a factor drawn between this and 1."})
     crop_probability: float = field(
@@ -84,11 +84,11 @@ class TeacherViews:
     jitter_probability: float = field(
         default=0.0,
         metadata={
-            "help": "Chance that light, contrast and colour of a photo are changed at random, for teacher and student alike "
-            "(0 in the paper). Where photos are few, the student else learns their light by heart."
+            "help": "Chance that light, contrast and colour of an image are changed at random, for teacher and student "
+            "alike (0 in the paper). Where images are few, the student else learns their light by heart."
         },
     )
-    seed: int = field(default=0, metadata={"help": "Seed of the order of photos and of their views."})
+    seed: int = field(default=0, metadata={"help": "Seed of the order of images and of their views."})
 
     def __post_init__(self):
         if not 0 < self.min_scale <= 1 or self.holdout_every < 2:
@@ -120,7 +120,7 @@ class Options(TeacherViews):
     )
     images: list[str] = field(
         metadata={
-            "help": "Photos, no labels needed: folders, lists (.txt, a path a line), data sets of `datasets` (a folder of "
+            "help": "Images, no labels needed: folders, lists (.txt, a path a line), data sets of `datasets` (a folder of "
             "save_to_disk, .arrow and .parquet files, hub ids), WebDataset shards (.tar). One named twice counts twice."
         }
     )
@@ -129,7 +129,7 @@ class Options(TeacherViews):
         default=None,
         metadata={
             "help": f"Recipe of the paper by name ({', '.join(PRESETS)}): last two blocks, everything, everything on larger "
-            "photos. Options given beside it win."
+            "images. Options given beside it win."
         },
     )
     student: list[str] = field(
@@ -143,14 +143,14 @@ class Options(TeacherViews):
         default=None,
         metadata={
             "help": "Start the student with attention that stays near (training/local_start.py): standard deviation of the "
-            "Gaussian prior over distance in halves of the photo's side, 0.3 say; with --position_extent in windows, which "
+            "Gaussian prior over distance in halves of the image's side, 0.3 say; with --position_extent in windows, which "
             "is the same at two windows a side. For SigLIP and SigLIP2."
         },
     )
     position_extent: int | None = field(
         default=None,
         metadata={
-            "help": "Let the student read its position table at one step per patch in photos up to this many pixels, 1024 "
+            "help": "Let the student read its position table at one step per patch in images up to this many pixels, 1024 "
             "say, instead of stretching it over each (`SparConfig.position_extent`). It begins as it was at two windows a "
             "side. For SigLIP and SigLIP2."
         },
@@ -158,7 +158,7 @@ class Options(TeacherViews):
     fit_prior: int = field(
         default=0,
         metadata={
-            "help": "Training photos, with all windows of the teacher, on which the strength of each block's prior is set "
+            "help": "Training images, with all windows of the teacher, on which the strength of each block's prior is set "
             "before training: of --local_start, or of a --student that had one; 20 say, 0 for none."
         },
     )
@@ -179,16 +179,16 @@ class Options(TeacherViews):
     words_weight: float = field(default=5.0, metadata={"help": "Weight of that term beside the mean squared error."})
     split: str = field(default="train", metadata={"help": "Split of the data sets among --images that have several."})
     image_column: str | None = field(
-        default=None, metadata={"help": "Column of the photos in data sets; found by its type by default."}
+        default=None, metadata={"help": "Column of the images in data sets; found by its type by default."}
     )
     streaming: bool = field(
         default=False, metadata={"help": "Read data sets and shards in passing, without an index or a copy on disk."}
     )
-    shuffle_buffer: int = field(default=1000, metadata={"help": "Photos among which a stream is shuffled."})
-    min_side: int = field(default=32, metadata={"help": "Photos with a shorter side in pixels are skipped and listed."})
-    holdout_images: int = field(default=8, metadata={"help": "Held-out photos the error is measured on."})
+    shuffle_buffer: int = field(default=1000, metadata={"help": "Images among which a stream is shuffled."})
+    min_side: int = field(default=32, metadata={"help": "Images with a shorter side in pixels are skipped and listed."})
+    holdout_images: int = field(default=8, metadata={"help": "Held-out images the error is measured on."})
     steps: int | None = field(default=None, metadata={"help": "Optimizer steps; 1000 where --epochs is not given."})
-    epochs: float | None = field(default=None, metadata={"help": "How often every photo is seen, instead of --steps."})
+    epochs: float | None = field(default=None, metadata={"help": "How often every image is seen, instead of --steps."})
     train_layers: str = field(default="2", metadata={"help": "Trainable: number of last blocks, or 'all'."})
     train_parts: list[str] = field(
         default_factory=list,
@@ -214,7 +214,7 @@ class Options(TeacherViews):
     weight_decay: float = field(default=1e-4, metadata={"help": "AdamW weight decay."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Name of a transformers schedule."})
     warmup_ratio: float = field(default=0.05, metadata={"help": "Share of the steps with rising learning rate."})
-    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Photos per process and optimizer step."})
+    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Images per process and optimizer step."})
     teacher_mode: str | None = field(
         default=None,
         metadata={
@@ -224,7 +224,7 @@ class Options(TeacherViews):
     )
     teacher_windows: int | None = field(
         default=None,
-        metadata={"help": "Windows drawn per photo for an unbiased estimate of the target; all by default."},
+        metadata={"help": "Windows drawn per image for an unbiased estimate of the target; all by default."},
     )
     teacher_variant: str = field(
         default="spread",
@@ -233,7 +233,7 @@ class Options(TeacherViews):
     teacher_cache: str | None = field(
         default=None,
         metadata={
-            "help": "Folder that training/cache_teacher.py wrote, for --teacher_mode cached: its photos are trained on; "
+            "help": "Folder that training/cache_teacher.py wrote, for --teacher_mode cached: its images are trained on; "
             "--images only gives those that are held out."
         },
     )
@@ -243,7 +243,7 @@ class Options(TeacherViews):
     save_dtype: str = field(
         default="float32", metadata={"help": "Precision of the stored weights: float32, float16 or bfloat16."}
     )
-    workers: int = field(default=1, metadata={"help": "Processes that decode photos."})
+    workers: int = field(default=1, metadata={"help": "Processes that decode images."})
     log_steps: int = field(default=20, metadata={"help": "Steps between lines of the log."})
     save_steps: int = field(default=500, metadata={"help": "Steps between checkpoints; the last two are kept."})
     eval_steps: int = field(
@@ -314,7 +314,7 @@ class Options(TeacherViews):
             raise ValueError("--steps and --epochs both say when to stop. Leave one out.")
         if self.streaming and self.epochs is not None:
             raise ValueError(
-                "--streaming does not know how many photos an epoch has. Give --steps instead of --epochs."
+                "--streaming does not know how many images an epoch has. Give --steps instead of --epochs."
             )
         if self.teacher_mode == "sampled" and self.teacher_windows is None:
             raise ValueError("--teacher_mode sampled draws --teacher_windows of the windows: say how many, 20 say.")
@@ -336,14 +336,14 @@ class Options(TeacherViews):
             )
         if self.fit_prior < 0 or (self.fit_prior and self.local_start is None and not self.student):
             raise ValueError(
-                "--fit_prior takes a number of photos, for --local_start or a --student that had one. Give one of them."
+                "--fit_prior takes a number of images, for --local_start or a --student that had one. Give one of them."
             )
         if (self.local_start is not None or self.fit_prior) and self.streaming:
             raise ValueError(
-                "--local_start and --fit_prior look at photos from all over the set first. Leave --streaming out."
+                "--local_start and --fit_prior look at images from all over the set first. Leave --streaming out."
             )
         if self.whiten and not self.holdout_images:
-            raise ValueError("--whiten measures the axes on held-out photos, and there are none; set --holdout_images.")
+            raise ValueError("--whiten measures the axes on held-out images, and there are none; set --holdout_images.")
         if self.lora_rank is not None and len(self.student) > 1:
             raise ValueError(
                 "Adapters go with the folder they were trained on, and the mean of several --student is in none: write it "

@@ -232,7 +232,7 @@ def model_card(folder: Path, options: Any, record: dict, pictures: list[str] | N
         curve = f"""
 ## Held-out error
 
-Against the full teacher on {held_out["photos"]} photos that were not trained on. The weights are those of step
+Against the full teacher on {held_out["images"]} images that were not trained on. The weights are those of step
 {held_out["after"]["step"]}, where the error was least.
 
 | step | mean squared error | cosine |
@@ -246,7 +246,7 @@ Against the full teacher on {held_out["photos"]} photos that were not trained on
 # {Path(options.output).name}
 
 A SPAR student: dense features in one pass at any resolution, distilled from the sliding-window teacher of
-`{record["teacher"]}` (arXiv 2604.02252). The licence of the base and of the photos applies to these weights.
+`{record["teacher"]}` (arXiv 2604.02252). The licence of the base and of the images applies to these weights.
 
 | distillation | |
 |---|---|

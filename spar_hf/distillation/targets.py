@@ -14,8 +14,8 @@ from spar_hf.distillation.teacher_cache import TeacherCache
 
 class Target(Protocol):
     """
-    The target of a photo and how much each of its cells counts: `(1, dim, h, w)` and None where all patches count alike, or
-    cells and weights as [`SlidingWindowTeacher.sample`] gives them. `index` is the photo's place in the stream.
+    The target of an image and how much each of its cells counts: `(1, dim, h, w)` and None where all patches count alike, or
+    cells and weights as [`SlidingWindowTeacher.sample`] gives them. `index` is the image's place in the stream.
     """
 
     def __call__(self, pixel_values: torch.Tensor, index: int) -> tuple[torch.Tensor, torch.Tensor | None]: ...
@@ -33,7 +33,7 @@ class FullTarget:
 
 class SampledTarget:
     """
-    An unbiased estimate from about `windows` windows. Which are drawn is a function of the seed and the photo's place in
+    An unbiased estimate from about `windows` windows. Which are drawn is a function of the seed and the image's place in
     the stream: the same after a resume, and on any number of processes.
     """
 
@@ -47,24 +47,24 @@ class SampledTarget:
         return self.teacher.sample(pixel_values, self.windows, self.generator.manual_seed(draw), variant=self.variant)
 
 
-class CachedPhotos(Dataset):
+class CachedImages(Dataset):
     """
-    The photos of a teacher cache with their targets, in the place of photos and teacher. As a listing for [`MapOrder`] it
+    The images of a teacher cache with their targets, in the place of images and teacher. As a listing for [`MapOrder`] it
     has a length and gives tickets; as a data set it gives the [`Sample`] of a ticket.
 
-    A photo or shard that changed ends the training: the targets would be of something else.
+    An image or shard that changed ends the training: the targets would be of something else.
     """
 
     def __init__(self, cache: TeacherCache, held_out: list[Ticket]):
         """
         Raises:
-            ValueError: the cache holds a photo that is held out.
+            ValueError: the cache holds an image that is held out.
         """
         self.cache = cache
-        cached = {cache.photo(i).resolve() for i in range(len(cache))}
+        cached = {cache.image(i).resolve() for i in range(len(cache))}
         if any(Path(ticket.source).resolve() in cached for ticket in held_out if isinstance(ticket.source, str)):
             raise ValueError(
-                "The teacher cache holds photos that are held out here. Give the --images, --exclude and --holdout_every "
+                "The teacher cache holds images that are held out here. Give the --images, --exclude and --holdout_every "
                 "that it was made with."
             )
 
@@ -72,7 +72,7 @@ class CachedPhotos(Dataset):
         return len(self.cache)
 
     def ticket(self, i: int, index: int, after: list[int]) -> Ticket:
-        return Ticket(index, str(self.cache.photo(i)), i, after)
+        return Ticket(index, str(self.cache.image(i)), i, after)
 
     def __getitem__(self, ticket: Ticket) -> Sample:
         pixel_values, target = self.cache[ticket.source]

@@ -32,7 +32,7 @@ def sha256(path: Path) -> str:
 @dataclass
 class Crop:
     """
-    What an augmentation did to a photo: `box` (left, top, right, bottom, in pixels of the photo, fractions allowed)
+    What an augmentation did to an image: `box` (left, top, right, bottom, in pixels of the image, fractions allowed)
     resized to `size` (width, height), then perhaps flipped left to right, then perhaps its light changed
     ([`jitter_image`] with the seed `jitter`).
     """
@@ -43,26 +43,26 @@ class Crop:
     jitter: int | None = None
 
     @classmethod
-    def draw(cls, augment, photo_size: tuple[int, int], *args: Any) -> "Crop":
+    def draw(cls, augment, image_size: tuple[int, int], *args: Any) -> "Crop":
         """
-        What `augment(photo, *args)` would do to a photo of this size (width, height): a stand-in for the photo writes
+        What `augment(image, *args)` would do to an image of this size (width, height): a stand-in for the image writes
         down what is asked of it, so that the recipe stands in one place.
         """
-        stand_in = StandIn(photo_size)
+        stand_in = StandIn(image_size)
         augment(stand_in, *args)
         if stand_in.crop is None:
-            raise TypeError("The augmentation did not resize the photo, so there is no crop to pin.")
+            raise TypeError("The augmentation did not resize the image, so there is no crop to pin.")
         return stand_in.crop
 
-    def __call__(self, photo: Image.Image) -> Image.Image:
-        photo = photo.resize(tuple(self.size), Image.Resampling.BICUBIC, box=tuple(self.box))
+    def __call__(self, image: Image.Image) -> Image.Image:
+        image = image.resize(tuple(self.size), Image.Resampling.BICUBIC, box=tuple(self.box))
         if self.flip:
-            photo = photo.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return photo if self.jitter is None else jitter_image(photo, self.jitter)
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        return image if self.jitter is None else jitter_image(image, self.jitter)
 
 
 class StandIn:
-    """A photo without pixels that remembers one `resize` and flips; whatever else is asked of it is an error."""
+    """An image without pixels that remembers one `resize` and flips; whatever else is asked of it is an error."""
 
     def __init__(self, size: tuple[int, int]):
         self.size, (self.width, self.height) = size, size
@@ -117,13 +117,13 @@ class TeacherCache:
     """
     The maps of a finished cache, in a fixed order.
 
-    `cache[i]` is `(pixel_values, target)`: the photo with its pinned crop, `(1, 3, height, width)`, and what
+    `cache[i]` is `(pixel_values, target)`: the image with its pinned crop, `(1, 3, height, width)`, and what
     [`SlidingWindowTeacher`] made of it, `(1, dim, height / patch, width / patch)` float32. Every shard's checksum is
-    compared when it is first read, every photo's when it is read. Can be handed to the workers of a `DataLoader`.
+    compared when it is first read, every image's when it is read. Can be handed to the workers of a `DataLoader`.
 
     Raises:
-        ValueError: a damaged shard, or a photo that changed.
-        FileNotFoundError: a shard or photo that is gone.
+        ValueError: a damaged shard, or an image that changed.
+        FileNotFoundError: a shard or image that is gone.
     """
 
     def __init__(self, folder: Path, manifest: dict[str, Any]):
@@ -162,23 +162,23 @@ class TeacherCache:
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         return self.pixel_values(index), self.target(index)
 
-    def photo(self, index: int) -> Path:
+    def image(self, index: int) -> Path:
         """The file that a map was made from."""
         shard, row = self.places[index]
         return Path(os.path.normpath(self.folder / self.shards[shard]["maps"][row]["image"]))
 
     def pixel_values(self, index: int) -> torch.Tensor:
-        """The photo with its pinned crop: `(1, 3, height, width)`."""
+        """The image with its pinned crop: `(1, 3, height, width)`."""
         shard, row = self.places[index]
-        entry, path = self.shards[shard]["maps"][row], self.photo(index)
+        entry, path = self.shards[shard]["maps"][row], self.image(index)
         if not path.is_file():
             raise FileNotFoundError(
                 f"The teacher cache {self.folder} needs {path}, which is gone. Put it back, or: {AGAIN}."
             )
         if path.stat().st_size != entry["bytes"] or sha256(path) != entry["sha256"]:
-            raise ValueError(f"{path} is not the photo that {self.folder} was made from. Put it back, or: {AGAIN}.")
-        photo = Crop(**entry["crop"])(read_image(path))
-        return self.image_processor(photo, do_resize=False, return_tensors="pt")["pixel_values"]
+            raise ValueError(f"{path} is not the image that {self.folder} was made from. Put it back, or: {AGAIN}.")
+        image = Crop(**entry["crop"])(read_image(path))
+        return self.image_processor(image, do_resize=False, return_tensors="pt")["pixel_values"]
 
     def target(self, index: int) -> torch.Tensor:
         """The teacher's map: `(1, dim, height / patch, width / patch)` float32."""
@@ -207,5 +207,5 @@ def check_shard(path: Path, record: dict[str, Any]) -> None:
 
 
 def seeded(seed: int, index: int) -> random.Random:
-    """The random numbers of the `index`-th view, as distillation draws them for the `index`-th photo of its stream."""
+    """The random numbers of the `index`-th view, as distillation draws them for the `index`-th image of its stream."""
     return random.Random(f"photo-{seed}-{index}")

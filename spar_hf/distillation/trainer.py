@@ -1,10 +1,10 @@
 """
 Distil the sliding-window teacher of a backbone into a student of the same architecture that needs one pass.
 
-The student starts as the teacher's encoder, sees whole photos with its position table resampled, and regresses with the
+The student starts as the teacher's encoder, sees whole images with its position table resampled, and regresses with the
 mean squared error onto the teacher's features, un-normalised and without labels (SPAR, arXiv 2604.02252, section 3).
 
-    accelerate launch training/distill.py --model BASE --images PHOTOS --output DIR --preset spar
+    accelerate launch training/distill.py --model BASE --images IMAGES --output DIR --preset spar
     accelerate launch --config_file training/configs/multi_gpu.yaml training/distill.py recipe.yaml --steps 20000
 """
 
@@ -34,16 +34,16 @@ from transformers import get_scheduler
 from spar_hf import SlidingWindowTeacher, SparForOpenVocabSegmentation, SparImageProcessorPil, SparProcessor
 from spar_hf.data.sources import (
     MapOrder,
-    Photos,
     Sample,
     Skipped,
     SkippedList,
     StreamOrder,
+    TrainingImages,
     as_it_is,
     open_sources,
-    split_photos,
+    split_images,
 )
-from spar_hf.distillation.held_out import PICTURED, HeldOut, draw_curve, whole_photos
+from spar_hf.distillation.held_out import PICTURED, HeldOut, draw_curve, whole_images
 from spar_hf.distillation.local_initialization import (
     find_place,
     fit_prior,
@@ -66,7 +66,7 @@ from spar_hf.distillation.student import (
     share_frozen,
     short_name,
 )
-from spar_hf.distillation.targets import CachedPhotos, FullTarget, SampledTarget, Target
+from spar_hf.distillation.targets import CachedImages, FullTarget, SampledTarget, Target
 from spar_hf.distillation.teacher_cache import TeacherCache
 from spar_hf.model.prompts import Vocabulary, embed_names
 from spar_hf.utils.checkpoints import StopAtStep, cut_log, earlier_state, is_finished, load_checkpoint, save_checkpoint
@@ -75,7 +75,7 @@ from spar_hf.utils.usage import check_precision, work_begins
 
 logger = logging.getLogger("distill")
 
-UNREADABLE = 1000  # photos in a row that cannot be read, after which something else must be wrong
+UNREADABLE = 1000  # images in a row that cannot be read, after which something else must be wrong
 
 
 class Distillation:
@@ -101,7 +101,7 @@ class Distillation:
         self.curve: list[dict[str, Any]] = self.state["curve"]
         set_seed(options.seed)
         self.load_models()
-        self.open_photos()
+        self.open_images()
         self.choose_trained()
         self.prepare()
         self.measure_before()
@@ -132,29 +132,29 @@ class Distillation:
             config.position_extent = extent
             config.check_position_extent()
 
-    def open_photos(self) -> None:
-        """The photos in their order, what reads them, and what makes their targets."""
+    def open_images(self) -> None:
+        """The images in their order, what reads them, and what makes their targets."""
         options, accelerator = self.options, self.accelerator
         place = accelerator.process_index, accelerator.num_processes
         start = self.state["after"] and self.state["after"][accelerator.process_index]
         sources = open_sources(options)
         window, patch = self.teacher.window_size, self.student.config.patch_size
-        self.photos = Photos(sources, self.image_processor, window, patch, options)
+        self.images = TrainingImages(sources, self.image_processor, window, patch, options)
         self.order: StreamOrder | MapOrder
         if options.streaming:
-            self.order, self.photo_count = StreamOrder(sources[0], options, *place, start), None
+            self.order, self.image_count = StreamOrder(sources[0], options, *place, start), None
             self.held_out_tickets = list(itertools.islice(self.order.held_out(), options.holdout_images))
         else:
-            train, held_out = split_photos(sources, options)
+            train, held_out = split_images(sources, options)
             self.train = train
-            self.order, self.photo_count = MapOrder(train, options.seed, *place, start), len(train)
+            self.order, self.image_count = MapOrder(train, options.seed, *place, start), len(train)
             count = min(options.holdout_images, len(held_out))
             chosen = random.Random(options.seed).sample(range(len(held_out)), count)
             self.held_out_tickets = [held_out.ticket(i, i, []) for i in chosen]
             shown = random.Random(options.seed).sample(range(len(train)), min(16, len(train)))
             self.shown = [train.ticket(i, i, []) for i in shown]
-        # the one place of the teacher's modes: a cache brings photos with targets, the others make a photo's target
-        self.data: Photos | CachedPhotos = self.photos
+        # the one place of the teacher's modes: a cache brings images with targets, the others make an image's target
+        self.data: TrainingImages | CachedImages = self.images
         self.views = {name: getattr(options, name) for name in VIEW}
         self.target: Target = FullTarget(self.teacher)
         if options.teacher_mode == "cached":
@@ -165,9 +165,9 @@ class Distillation:
                 window_size=self.teacher.window_size,
                 stride=options.stride,
             )
-            self.data = CachedPhotos(cache, self.held_out_tickets)
+            self.data = CachedImages(cache, self.held_out_tickets)
             self.views = {name: cache.setting[name] for name in VIEW}
-            self.order, self.photo_count = MapOrder(self.data, options.seed, *place, start), len(self.data)
+            self.order, self.image_count = MapOrder(self.data, options.seed, *place, start), len(self.data)
         if options.teacher_mode == "sampled":
             assert options.teacher_windows is not None
             self.target = SampledTarget(self.teacher, options.teacher_windows, options.seed, options.teacher_variant)
@@ -185,7 +185,7 @@ class Distillation:
             start = (options.student or [options.model])[0]
             raise ValueError(f"--position_extent {extent}: the positions of {start} span {held} px. Leave it out.")
         if options.local_start is not None:
-            squares = self.photos.squares(self.shown, 2 * window)
+            squares = self.images.squares(self.shown, 2 * window)
             place = start_local(self.student, squares, options.local_start, window)
         if self.sharded and place is not None:
             raise ValueError("A local start mends whole weights after every step, and FSDP has parts. Launch with DDP.")
@@ -212,10 +212,10 @@ class Distillation:
     def prepare(self) -> None:
         """Optimizer and schedule, and all of it as accelerate wants it."""
         options, accelerator = self.options, self.accelerator
-        self.photos_per_step = accelerator.num_processes * options.gradient_accumulation_steps
+        self.images_per_step = accelerator.num_processes * options.gradient_accumulation_steps
         if options.steps is None:
-            assert options.epochs is not None and self.photo_count is not None
-            self.steps = max(1, math.ceil(options.epochs * self.photo_count / self.photos_per_step))
+            assert options.epochs is not None and self.image_count is not None
+            self.steps = max(1, math.ceil(options.epochs * self.image_count / self.images_per_step))
         else:
             self.steps = options.steps
         if self.sharded:
@@ -244,7 +244,7 @@ class Distillation:
         return type(self.trained).forward(self.trained, pixel_values).feature_map
 
     def measure_before(self) -> None:
-        """Held-out photos under the full teacher, and the student's error there before any training."""
+        """Held-out images under the full teacher, and the student's error there before any training."""
         options = self.options
         self.output.mkdir(parents=True, exist_ok=True)
         self.skipped = SkippedList(self.output / "skipped.jsonl")
@@ -254,11 +254,11 @@ class Distillation:
         # the main process measures; a sharded model needs all, and whitening needs the maps everywhere
         here = self.main or self.sharded or bool(options.whiten)
         self.held_out = HeldOut(
-            self.held_out_tickets if here else [], self.photos, self.teacher, self.skipped, self.main
+            self.held_out_tickets if here else [], self.images, self.teacher, self.skipped, self.main
         )
         targets = self.held_out.targets
         if options.whiten and not targets:
-            raise ValueError("--whiten measures the axes on held-out photos, and there are none that can be read.")
+            raise ValueError("--whiten measures the axes on held-out images, and there are none that can be read.")
         if options.whiten:
             self.weights = error_weights([target for _, target in targets], options.whiten)
         if options.fit_prior and not options.resume:
@@ -268,15 +268,15 @@ class Distillation:
                 count = min(options.fit_prior, len(self.train))
                 chosen = random.Random(options.seed).sample(range(len(self.train)), count)
                 tickets = [self.train.ticket(i, i, []) for i in chosen]
-                pairs = whole_photos(tickets, self.photos, self.teacher, self.skipped)
+                pairs = whole_images(tickets, self.images, self.teacher, self.skipped)
                 logger.info("priors multiplied by %s", fit_prior(self.student, self.place, pairs))
             # to the last bit: processes that each fitted could round otherwise and drift apart
             for parameter in self.student.parameters():
                 broadcast(parameter.data)
         self.before = self.state["before"] if options.resume else self.held_out_error()
         logger.info(
-            "%s photos to train on, %d held out; held-out error before: %s",
-            self.photo_count or "streamed",
+            "%s images to train on, %d held out; held-out error before: %s",
+            self.image_count or "streamed",
             len(targets),
             self.before,
         )
@@ -291,17 +291,17 @@ class Distillation:
             "stride": self.teacher.stride,
             "teacher_windows": options.teacher_windows or "all",
             "images": [short_name(entry) for entry in options.images],
-            "photos": self.photo_count or "streamed",
-            "photo_size": [self.views[name] for name in ("long_side", "short_side", "min_scale")],
+            "num_images": self.image_count or "streamed",
+            "view_size": [self.views[name] for name in ("long_side", "short_side", "min_scale")],
             "steps": self.steps,
-            "photos_per_step": self.photos_per_step,
+            "images_per_step": self.images_per_step,
             "mixed_precision": self.accelerator.mixed_precision,
             **{name: getattr(options, name) for name in RECORDED},
             **{name: self.views[name] for name in VIEW if name.endswith("_probability")},
         }
         if self.kept is not None:
             record["held_out"] = {
-                "photos": len(self.held_out.targets),
+                "images": len(self.held_out.targets),
                 "before": self.before,
                 "after": self.kept,
                 "curve": self.curve,
@@ -309,7 +309,7 @@ class Distillation:
         return record
 
     def loss(self, sample: Sample) -> torch.Tensor:
-        """The loss of one photo; adds the teacher's time to `teacher_seconds`."""
+        """The loss of one image; adds the teacher's time to `teacher_seconds`."""
         options, moment = self.options, time.perf_counter()
         pixel_values = sample.pixel_values.to(self.device, non_blocking=True)
         with self.accelerator.autocast():
@@ -340,19 +340,19 @@ class Distillation:
 
     @property
     def kept(self) -> dict[str, Any] | None:
-        """The point of the student that is kept: of the least loss as trained on (whitening aside), on held-out photos."""
+        """The point of the student that is kept: of the least loss as trained on (whitening aside), on held-out images."""
         weight = self.options.words_weight
         return min(self.curve, key=lambda point: point["mse"] + weight * point.get("words", 0.0), default=None)
 
     def samples(self, loader: DataLoader):
-        """The photos that can be read, each after the time that was spent waiting for it."""
+        """The images that can be read, each after the time that was spent waiting for it."""
         failed, moment = 0, time.perf_counter()
         for item in loader:
             if isinstance(item, Skipped):
                 self.skipped.add(item)
                 failed += 1
                 if failed == UNREADABLE:
-                    raise ValueError(f"{UNREADABLE} photos in a row cannot be read; {self.skipped.path} says why.")
+                    raise ValueError(f"{UNREADABLE} images in a row cannot be read; {self.skipped.path} says why.")
                 continue
             failed = 0
             self.wait_seconds += time.perf_counter() - moment
@@ -379,7 +379,7 @@ class Distillation:
             self.log_file = (self.output / "log.jsonl").open("a" if options.resume else "w", encoding="utf-8")
         loader = DataLoader(
             self.data,
-            batch_size=None,  # tickets of single photos
+            batch_size=None,  # tickets of single images
             sampler=self.order,
             num_workers=options.workers,
             collate_fn=as_it_is,
@@ -452,7 +452,7 @@ class Distillation:
             "step": step,
             "loss": sum(losses) / len(losses) / self.options.log_steps,
             "learning_rate": self.schedule.get_last_lr()[0],
-            "photos_per_second": round((step - self.first) * self.photos_per_step / seconds, 3),
+            "images_per_second": round((step - self.first) * self.images_per_step / seconds, 3),
             "teacher_share": round(self.teacher_seconds / seconds, 3),
             "wait_share": round(self.wait_seconds / seconds, 3),
             "memory_gib": round(memory / 2**30, 2),
@@ -461,7 +461,7 @@ class Distillation:
         self.log_file.write(json.dumps(row) + "\n")
         self.log_file.flush()
         self.bar.set_postfix_str(
-            f"loss {row['loss']:.4f}, {row['photos_per_second']:.2f} images/s, teacher {row['teacher_share']:.0%}, "
+            f"loss {row['loss']:.4f}, {row['images_per_second']:.2f} images/s, teacher {row['teacher_share']:.0%}, "
             f"waiting {row['wait_share']:.0%}"
         )
         self.accelerator.log(row, step=step)
@@ -480,7 +480,7 @@ class Distillation:
             )
         if self.main and pictured and point is not None:
             self.draw(step)
-        # without held-out photos the last student is the one kept
+        # without held-out images the last student is the one kept
         if point is self.kept:
             self.save()
             kept = f"held-out error {point}, the least so far" if point else "written; nothing is held out"
@@ -492,7 +492,7 @@ class Distillation:
         for tracker in self.accelerator.trackers:
             layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
             if hasattr(tracker, "log_images"):
-                tracker.log_images({"photo, teacher, student": np.asarray(picture)[None]}, step=step, **layout)
+                tracker.log_images({"image, teacher, student": np.asarray(picture)[None]}, step=step, **layout)
 
     def save(self) -> None:
         """Write the student as it is now. All processes must call it: a sharded one is gathered."""
@@ -517,7 +517,7 @@ class Distillation:
             pictures.append(drawn)
         for folder in self.options.folders:
             finish_folder(folder, self.options, self.record(), pictures)
-        logger.info("%d photos could not be read (skipped.jsonl)", self.skipped.count())
+        logger.info("%d images could not be read (skipped.jsonl)", self.skipped.count())
 
 
 def main():

@@ -1,5 +1,5 @@
 """
-Mean intersection over union of open-vocabulary segmentation on photos with masks: one pass, a sliding window at any
+Mean intersection over union of open-vocabulary segmentation on images with masks: one pass, a sliding window at any
 stride, refined; several models and ways side by side with boundary IoU, times and memory.
 
     accelerate launch training/evaluate.py --dataset DATA/camvid/train --include "0001TP_*" --shortest_edge 720 \
@@ -10,8 +10,8 @@ A folder holds `images/`, `masks/` (8-bit PNG of the same stem, 255 = void) and 
 vocabulary. Benchmarks are read from their usual folders, Hugging Face data sets by their columns (`benchmarks.py`), and
 `--protocol` sets what a published evaluation sets (`protocols.py`). Predictions are scored at the size of the mask.
 
-With `--output`, a measurement that was cut off goes on where it stopped when the same command is given again. Photos are
-split over processes, each photo once; without a GPU, two are started with
+With `--output`, a measurement that was cut off goes on where it stopped when the same command is given again. Images are
+split over processes, each image once; without a GPU, two are started with
 `ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2` (`--cpu` would start only one).
 """
 

@@ -23,11 +23,11 @@ class Tally:
     Counts of all runs.
 
     Attributes:
-        done: numbers of the photos that are counted, `(photos done,)` int64.
+        done: numbers of the images that are counted, `(images done,)` int64.
         confusion: see `MeanIoU.counts`; `(runs, classes, classes)` int64.
         boundary: see `BoundaryIoU.counts`; `(runs, 3, classes)` int64.
         nanoseconds: of the vision forward and in all; `(runs, 2)` int64.
-        memory: bytes that a photo adds at most; -1 where that was not measured; `(runs,)` int64. On a CPU only some photos
+        memory: bytes that an image adds at most; -1 where that was not measured; `(runs,)` int64. On a CPU only some images
             are measured, those with more pixels or a longer shape than all before them.
     """
 
@@ -47,7 +47,7 @@ class Tally:
         reference: np.ndarray,
         spent: list[torch.Tensor],
     ) -> None:
-        """Count a photo: the label maps and times of all runs."""
+        """Count an image: the label maps and times of all runs."""
         wanted = reference.astype(np.int64)
         for i, prediction in enumerate(predictions):
             area.add(prediction=prediction, reference=wanted)
@@ -64,14 +64,14 @@ class Tally:
         self.memory[run] = max(self.memory[run], -1 if peak is None else peak)
 
     def absorb(self, other: "Tally") -> None:
-        """Add the counts of other photos."""
+        """Add the counts of other images."""
         self.done = np.append(self.done, other.done)
         for name in ARRAYS[:-1]:
             getattr(self, name)[:] += getattr(other, name)
         self.memory = np.maximum(self.memory, other.memory)
 
     def over_processes(self, accelerator: Accelerator) -> "Tally":
-        """The sum over all processes, on every one of them; which photos they did is not carried over."""
+        """The sum over all processes, on every one of them; which images they did is not carried over."""
         total = Tally(len(self.memory), self.confusion.shape[1])
         for name in ARRAYS[:-1]:
             counts = torch.from_numpy(getattr(self, name)).to(accelerator.device)
@@ -96,7 +96,7 @@ class Tally:
             with np.load(path, allow_pickle=False) as stored:
                 arrays = {name: stored[name] for name in ("done", *ARRAYS)}
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:  # a cut file raises the last two
-            raise ValueError(f"{path} holds no counts ({error}). Delete it; its photos are measured again.") from error
+            raise ValueError(f"{path} holds no counts ({error}). Delete it; its images are measured again.") from error
         for name, array in arrays.items():
             if name != "done" and array.shape != getattr(self, name).shape:
                 raise ValueError(f"{path} holds counts of other runs or classes. Delete it.")

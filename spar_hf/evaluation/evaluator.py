@@ -1,7 +1,7 @@
 """
-The measurement behind `evaluate.py`, `figures.py` and `strength.py`: models, settings, and the loop over photos.
+The measurement behind `evaluate.py`, `figures.py` and `strength.py`: models, settings, and the loop over images.
 
-The runs take turns photo by photo, so that whatever else the machine does slows all of them alike.
+The runs take turns image by image, so that whatever else the machine does slows all of them alike.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ from spar_hf.data.segmentation_sets import VOID, check_sides
 from spar_hf.evaluation.counts import PartialCounts, Tally, refuse_others
 from spar_hf.evaluation.inference import Candidate, PeakMemory, Rules, Run, parse_models, parse_runs, predict
 from spar_hf.evaluation.metrics import BoundaryIoU, MeanIoU
-from spar_hf.evaluation.options import Options, build_vocabulary, check_options, choose_photos, indices, resize_options
+from spar_hf.evaluation.options import Options, build_vocabulary, check_options, choose_images, indices, resize_options
 from spar_hf.evaluation.protocols import PROTOCOLS, Protocol
 from spar_hf.evaluation.reports import card_block, find_gaps, make_row, show
 from spar_hf.model.backbone_sources import load_source_config
@@ -108,8 +108,8 @@ def measure_settings(
 ) -> dict[str, Any]:
     """What decides the counts: two measurements of equal settings can be joined. As JSON holds it."""
     settings = {f"--{name}": value for name, value in asdict(options).items() if name not in FREE_OPTIONS}
-    settings["photos"] = hashlib.sha256("\n".join(data.names).encode()).hexdigest()
-    settings["files of photos"] = data.stamp
+    settings["images"] = hashlib.sha256("\n".join(data.names).encode()).hexdigest()
+    settings["files of images"] = data.stamp
     # options name files and vocabularies; what was in them counts
     settings["words"] = dict(zip(vocabulary.labels, vocabulary.names, strict=True))
     settings["classes of mask values"] = hashlib.sha256(json.dumps(data.table.tolist()).encode()).hexdigest()
@@ -121,15 +121,15 @@ def measure_settings(
 
 def check_readable(data: SegmentationSet, accelerator: Accelerator) -> None:
     """
-    Read all photos and masks once, every process its share: a bad one ends a measurement before its work, not in the midst.
+    Read all images and masks once, every process its share: a bad one ends a measurement before its work, not in the midst.
 
     Raises:
         ValueError: see [`SegmentationSet.read`] and [`check_sides`].
     """
     share = range(accelerator.process_index, len(data), accelerator.num_processes)
     for number in tqdm(share, desc="checking", disable=not accelerator.is_main_process):
-        photo, _ = data.read(number)
-        check_sides(photo, data.names[number])
+        image, _ = data.read(number)
+        check_sides(image, data.names[number])
 
 
 def evaluate_runs(options: Options, console: Console | None = None, reuse: bool = False) -> dict[str, Any]:
@@ -142,7 +142,7 @@ def evaluate_runs(options: Options, console: Console | None = None, reuse: bool 
         reuse: where `--output` holds a finished report of the same settings, that one is returned.
 
     Raises:
-        ValueError, FileNotFoundError: options or data that do not fit, before any photo is read; see the functions above.
+        ValueError, FileNotFoundError: options or data that do not fit, before any image is read; see the functions above.
     """
     check_options(options)
     accelerator = Accelerator(mixed_precision=options.mixed_precision)
@@ -157,7 +157,7 @@ def evaluate_runs(options: Options, console: Console | None = None, reuse: bool 
         if run.refinement is not None:
             resolve_refinement(run.refinement)
     protocol = find_protocol(options, readout="")  # what depends on the model comes later
-    data = choose_photos(options)
+    data = choose_images(options)
     vocabulary, data = build_vocabulary(
         data, options, first_given(options.vocabulary, protocol and protocol.vocabulary)
     )
@@ -188,20 +188,20 @@ def evaluate_runs(options: Options, console: Console | None = None, reuse: bool 
     boundary = BoundaryIoU(len(labels), VOID, dilation_ratio) if options.boundary else None
     tally, saved = Tally(len(runs), len(labels)), time.monotonic()
     share = left[accelerator.process_index :: accelerator.num_processes]
-    bar = tqdm(share, desc="photos", disable=not accelerator.is_main_process)
+    bar = tqdm(share, desc="images", disable=not accelerator.is_main_process)
     # pixels, and longer over shorter side: what is resized to a shorter side is large if it is long
     largest = (0.0, 0.0)
     work_begins()
     for step, number in enumerate(bar):
-        photo, reference = data.read(number)
-        extent = (photo.width * photo.height, max(photo.size) / min(photo.size))
+        image, reference = data.read(number)
+        extent = (image.width * image.height, max(image.size) / min(image.size))
         is_larger = extent[0] > largest[0] or extent[1] > largest[1]
         largest = (max(extent[0], largest[0]), max(extent[1], largest[1]))
         predictions, spent = [], []
         for i, run in enumerate(runs):
-            work = (candidates[run.model], run, photo, vocabulary, accelerator, options.window_batch_size)
+            work = (candidates[run.model], run, image, vocabulary, accelerator, options.window_batch_size)
             if options.warmup and step == 0:
-                predict(*work)  # what is loaded or compiled once is no memory of a photo
+                predict(*work)  # what is loaded or compiled once is no memory of an image
             if device.type == "cpu":  # where measuring memory costs time: off the clock, and seldom
                 if options.warmup and is_larger:
                     with PeakMemory(device) as peak:
@@ -268,7 +268,7 @@ def make_report(
         "dataset": data.source,
         "subset": data.subset,
         "split": data.split,
-        "photos": len(data),
+        "images": len(data),
         "vocabulary": dict(zip(labels, vocabulary.names, strict=True)),
         "scored_classes": [labels[i] for i in chosen],
         "runs": rows,

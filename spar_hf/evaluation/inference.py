@@ -1,4 +1,4 @@
-"""Ways of running a model on a photo: one pass, sliding windows over features or logits, refined; with time and memory."""
+"""Ways of running a model on an image: one pass, sliding windows over features or logits, refined; with time and memory."""
 
 import ctypes
 import time
@@ -208,7 +208,7 @@ def decide_as_published(
     probability is below `threshold` become background. (The pipeline's rules are those of [`give_to_background`].)
 
     Args:
-        logits: of one photo, on its cells; `(names, cells high, cells wide)`.
+        logits: of one image, on its cells; `(names, cells high, cells wide)`.
         vocabulary: classes and names; with rules, one of the classes is called background.
         cell: side of a cell in pixels of the working image.
         working_size, output_size, working_bytes: see `decide`.
@@ -236,13 +236,13 @@ def decide_as_published(
 def predict(
     candidate: Candidate,
     run: Run,
-    photo: Image.Image,
+    image: Image.Image,
     vocabulary: Vocabulary,
     accelerator: Accelerator,
     window_batch_size: int = 16,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Label map `(height, width)` of a photo, and nanoseconds of the vision forward and in all: `(2,)`.
+    Label map `(height, width)` of an image, and nanoseconds of the vision forward and in all: `(2,)`.
 
     The vision forward of a run that averages logits includes the dot products with the words, window by window.
     """
@@ -250,7 +250,7 @@ def predict(
     model, rules = candidate.model, candidate.rules
     cell = model.config.patch_size
     start = now(device)
-    inputs = candidate.image_processor(photo, return_tensors="pt", **candidate.resize)
+    inputs = candidate.image_processor(image, return_tensors="pt", **candidate.resize)
     pixel_values = inputs["pixel_values"].to(device)
     height, width = pixel_values.shape[-2:]
     before = now(device)
@@ -276,7 +276,7 @@ def predict(
         logits = logits * (rules.scale / model.config.dense_logit_scale)
     # cells that hold nothing but the model's own padding: only there where cells are smaller than patches
     logits = logits[:, : -(-height // cell), : -(-width // cell)]
-    decision = decide_as_published(logits, vocabulary, cell, (height, width), (photo.height, photo.width), rules)
+    decision = decide_as_published(logits, vocabulary, cell, (height, width), (image.height, image.width), rules)
     labels = decision.labels.cpu()
     return labels, torch.tensor([after - before, now(device) - start])
 

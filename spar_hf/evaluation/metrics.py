@@ -58,7 +58,7 @@ class LabelMapMetric(evaluate.Metric, ABC):
 
     @abstractmethod
     def count(self, predicted: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-        """What one photo adds to `counts`; two label maps of one shape, int64."""
+        """What one image adds to `counts`; two label maps of one shape, int64."""
 
     @abstractmethod
     def results(self, counts: np.ndarray) -> dict[str, Any]:
@@ -127,7 +127,7 @@ class LabelMapMetric(evaluate.Metric, ABC):
 
     def add_batch(self, *, predictions: Any = None, references: Any = None, **kwargs: Any) -> None:
         """
-        Count the pixels of a batch of label maps; the sizes may differ from photo to photo.
+        Count the pixels of a batch of label maps; the sizes may differ from image to image.
 
         Args:
             predictions: list of integer label maps `(height, width)`, or one array `(batch, height, width)`.
@@ -140,7 +140,7 @@ class LabelMapMetric(evaluate.Metric, ABC):
         if len(predictions) != len(references):
             raise ValueError(
                 f"There are {len(predictions)} predictions but {len(references)} references. Pass one of each per "
-                "photo."
+                "image."
             )
         for prediction, reference in zip(predictions, references, strict=True):
             self.add(prediction=prediction, reference=reference)
@@ -264,9 +264,9 @@ class BoundaryIoU(LabelMapMetric):
     """
     Intersection over union of the boundaries of classes: mIoU that sees outlines where large areas hide them.
 
-    A pixel belongs to the boundary of its class if a pixel of another label, or the end of the photo, lies at most `d`
-    rows and `d` columns away; `d` is `dilation_ratio` of the photo's diagonal, at least 1. Per class, the boundary pixels
-    in both maps are divided by those in either, counted over all photos. Pixels without a label lie in neither, and what is
+    A pixel belongs to the boundary of its class if a pixel of another label, or the end of the image, lies at most `d`
+    rows and `d` columns away; `d` is `dilation_ratio` of the image's diagonal, at least 1. Per class, the boundary pixels
+    in both maps are divided by those in either, counted over all images. Pixels without a label lie in neither, and what is
     predicted there neither makes nor moves a boundary: they are one more label, in both maps.
 
     Arguments beside `dilation_ratio`, memory and errors are those of [`LabelMapMetric`]. `compute` returns
@@ -282,8 +282,8 @@ class BoundaryIoU(LabelMapMetric):
 
     Args:
         num_labels, ignore_index, kwargs: see [`LabelMapMetric`].
-        dilation_ratio (`float`, *optional*, defaults to 0.02): width of boundaries, in diagonals of the photo. The paper
-            takes 0.02 for COCO and 0.005 for Cityscapes' larger photos, both about 15 pixels.
+        dilation_ratio (`float`, *optional*, defaults to 0.02): width of boundaries, in diagonals of the image. The paper
+            takes 0.02 for COCO and 0.005 for Cityscapes' larger images, both about 15 pixels.
 
     Raises:
         ValueError: `dilation_ratio` is not above 0.
@@ -307,7 +307,7 @@ class BoundaryIoU(LabelMapMetric):
 
     def __init__(self, num_labels: int, ignore_index: int | None = 255, dilation_ratio: float = 0.02, **kwargs: Any):
         if not dilation_ratio > 0:
-            raise ValueError(f"dilation_ratio={dilation_ratio} must be above 0: a share of the photo's diagonal.")
+            raise ValueError(f"dilation_ratio={dilation_ratio} must be above 0: a share of the image's diagonal.")
         self.dilation_ratio = dilation_ratio
         super().__init__(num_labels, ignore_index, **kwargs)
 

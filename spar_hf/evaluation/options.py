@@ -1,4 +1,4 @@
-"""Options of the evaluation, and what they choose: photos, classes, words, resolution."""
+"""Options of the evaluation, and what they choose: images, classes, words, resolution."""
 
 import fnmatch
 import json
@@ -64,7 +64,7 @@ class Options:
             "help": "Its configuration (the hub calls it subset), where it has several: the second argument of load_dataset."
         },
     )
-    image_column: str = field(default="image", metadata={"help": "Its column of photos."})
+    image_column: str = field(default="image", metadata={"help": "Its column of images."})
     mask_column: str = field(default="mask", metadata={"help": "Its column of masks."})
     classes: str | None = field(
         default=None, metadata={"help": "Its classes: a text file, one a line in the order of the mask values."}
@@ -73,27 +73,27 @@ class Options:
     reduce_zero_label: bool = field(default=False, metadata={"help": "Its 0 is void, and value v is class v - 1."})
     include: list[str] = field(
         default_factory=lambda: ["*"],
-        metadata={"help": "Only photos whose stem matches one of these shell patterns."},
+        metadata={"help": "Only images whose stem matches one of these shell patterns."},
     )
     exclude: list[str] | None = field(
-        default=None, metadata={"help": "No photos whose stem matches one of these shell patterns."}
+        default=None, metadata={"help": "No images whose stem matches one of these shell patterns."}
     )
     holdout_every: int = field(
         default=0,
         metadata={
-            "help": "Only each n-th photo: those that pretrain_tiny.py keeps out with `holdout_every: n`. Counted "
-            "after --exclude (give the recipe's) and before --include and --limit. 0: all photos."
+            "help": "Only each n-th image: those that pretrain_tiny.py keeps out with `holdout_every: n`. Counted "
+            "after --exclude (give the recipe's) and before --include and --limit. 0: all images."
         },
     )
-    holdout_rest: bool = field(default=False, metadata={"help": "All photos but those of --holdout_every instead."})
-    limit: int | None = field(default=None, metadata={"help": "Only the first photos, this many."})
-    shortest_edge: int | None = field(default=None, metadata={"help": "Resize photos to this shorter side."})
+    holdout_rest: bool = field(default=False, metadata={"help": "All images but those of --holdout_every instead."})
+    limit: int | None = field(default=None, metadata={"help": "Only the first images, this many."})
+    shortest_edge: int | None = field(default=None, metadata={"help": "Resize images to this shorter side."})
     longest_edge: int | None = field(
         default=None, metadata={"help": "Resize to this longer side; beside --shortest_edge it is an upper bound."}
     )
-    size: list[int] | None = field(default=None, metadata={"help": "Resize photos to this height and width."})
+    size: list[int] | None = field(default=None, metadata={"help": "Resize images to this height and width."})
     native: bool = field(
-        default=False, metadata={"help": "Do not resize photos. Default: the protocol's or the checkpoint's own size."}
+        default=False, metadata={"help": "Do not resize images. Default: the protocol's or the checkpoint's own size."}
     )
     vocabulary: str | None = field(
         default=None,
@@ -129,14 +129,14 @@ class Options:
     )
     boundary: bool = field(default=True, metadata={"help": "Measure boundary IoU as well."})
     dilation_ratio: float | None = field(
-        default=None, metadata={"help": "Width of its boundaries in diagonals of the photo. Default: 0.02."}
+        default=None, metadata={"help": "Width of its boundaries in diagonals of the image. Default: 0.02."}
     )
     window_batch_size: int = field(default=16, metadata={"help": "Windows per forward pass of a sliding window."})
     warmup: bool = field(
         default=True,
         metadata={
-            "help": "One forward per run on the first photo before the clock runs. On a CPU also one more, for peak memory, "
-            "there and on every photo that has more pixels or a longer shape than all before."
+            "help": "One forward per run on the first image before the clock runs. On a CPU also one more, for peak memory, "
+            "there and on every image that has more pixels or a longer shape than all before."
         },
     )
     mixed_precision: str | None = field(
@@ -171,7 +171,7 @@ def check_options(options: Options) -> None:
     if options.scale is not None and not options.scale > 0:
         raise ValueError(f"--scale must be above 0, got {options.scale}: with it the worst name would win.")
     if options.holdout_rest and not options.holdout_every:
-        raise ValueError("--holdout_rest are the photos that --holdout_every leaves: say which, 5 for every fifth.")
+        raise ValueError("--holdout_rest are the images that --holdout_every leaves: say which, 5 for every fifth.")
     check_shares(threshold=options.threshold or 0.0, min_area=options.min_area or 0.0)
     output = options.output
     if output is not None and (Path(output).is_dir() or output.endswith(("/", os.sep))):
@@ -234,12 +234,12 @@ def open_set(options: Options) -> SegmentationSet:
     return open_hugging_face(options.dataset, classes, **hugging_face)
 
 
-def choose_photos(options: Options) -> SegmentationSet:
+def choose_images(options: Options) -> SegmentationSet:
     """
-    The data set with the photos that the options leave.
+    The data set with the images that the options leave.
 
     Raises:
-        FileNotFoundError: no photo is left, or see `open_set`.
+        FileNotFoundError: no image is left, or see `open_set`.
     """
     data = open_set(options)
     every = options.holdout_every
@@ -253,7 +253,7 @@ def choose_photos(options: Options) -> SegmentationSet:
     chosen = [i for i in chosen if matches(i, options.include)][: options.limit]
     if not chosen:
         raise FileNotFoundError(
-            f"--include, --exclude, --holdout_every and --limit leave no photo of {options.dataset}."
+            f"--include, --exclude, --holdout_every and --limit leave no image of {options.dataset}."
         )
     return data.select(chosen)
 

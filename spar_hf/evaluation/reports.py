@@ -111,11 +111,11 @@ def digits(value: float) -> str:
 
 
 def show(report: dict[str, Any], console: Console) -> None:
-    """Print the report as a table (seconds per photo), and under it how much of the gap each student closes."""
+    """Print the report as a table (seconds per image), and under it how much of the gap each student closes."""
     scored, classes = len(report["scored_classes"]), len(report["vocabulary"])
     of_classes = f"{classes} classes" if scored == classes else f"{scored} of {classes} classes"
     part = "".join(f", {report[name]}" for name in ("subset", "split") if report[name])
-    title = f"{report['title']}{part}: {report['photos']} photos, {of_classes}"
+    title = f"{report['title']}{part}: {report['images']} images, {of_classes}"
     table = Table(title=title, box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
     for heading in ("model", "inference"):
         table.add_column(heading)

@@ -1,4 +1,4 @@
-"""Dense features of photos by a frozen vision model, made once and kept on disk, or made each time."""
+"""Dense features of images by a frozen vision model, made once and kept on disk, or made each time."""
 
 import hashlib
 import logging
@@ -37,8 +37,8 @@ def parse_inference(text: str) -> int | None:
 
 class FrozenFeatures:
     """
-    Features of photos by path, from the disk where they are there: a dict of `features` `(dim, h, w)` bfloat16,
-    `working_size` (the image that the model saw) and `photo_size`, both (height, width) as tensors.
+    Features of images by path, from the disk where they are there: a dict of `features` `(dim, h, w)` bfloat16,
+    `working_size` (the image that the model saw) and `image_size`, both (height, width) as tensors.
 
     Args:
         model: hub id or folder of a SPAR model or a backbone of transformers.
@@ -49,7 +49,7 @@ class FrozenFeatures:
         cache: folder to keep features in; `None` makes them each time.
 
     Attributes:
-        made: photos whose features this process made, in `seconds`.
+        made: images whose features this process made, in `seconds`.
 
     Raises:
         ValueError: another form of `inference`.
@@ -81,7 +81,7 @@ class FrozenFeatures:
         self.made, self.seconds = 0, 0.0
 
     def fingerprint(self, inference: str) -> str:
-        """A name for all that features depend on but the photo."""
+        """A name for all that features depend on but the image."""
         parts = [fingerprint(self.model), inference, self.image_processor.to_json_string()]
         parts.append(self.accelerator.mixed_precision)
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:20]

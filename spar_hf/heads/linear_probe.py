@@ -1,19 +1,19 @@
 """
 Linear probing: batch norm and one linear layer on the frozen dense features of a SPAR vision model or of any backbone of
-transformers that SPAR reads, with or without a text tower; mean intersection over union on held-out photos.
+transformers that SPAR reads, with or without a text tower; mean intersection over union on held-out images.
 
     accelerate launch training/linear_probe.py --model BASE --inference sliding:24 --shortest_edge 384 \
         --train_dataset DATA/camvid/train --train_exclude "0001TP_*" \
         --test_dataset DATA/camvid/train --test_include "0001TP_*" --cache runs/features --output runs/probe
 
-Features are made once per photo and kept on disk in bfloat16 (`--cache`), or made anew each time a photo is drawn. Heads of
+Features are made once per image and kept on disk in bfloat16 (`--cache`), or made anew each time an image is drawn. Heads of
 several learning rates are trained on the same features in one run. The loss is the cross entropy at pixels drawn at random
-from every photo, where logits are read between patch centres as the masks read them: the mean over all pixels without
+from every image, where logits are read between patch centres as the masks read them: the mean over all pixels without
 the memory of all pixels. `OUTPUT/model` is the best head with its vision model, for `pipeline("image-segmentation")`; batch
-norm is folded into its linear layer. The learning rate is chosen on the test photos, as usual in linear probing; the table
+norm is folded into its linear layer. The learning rate is chosen on the test images, as usual in linear probing; the table
 has them all.
 
-Photos are split over processes. Batch norm sees the batch of its process.
+Images are split over processes. Batch norm sees the batch of its process.
 """
 
 import logging
@@ -68,13 +68,13 @@ class Options:
         default="single",
         metadata={"help": "How features are made: 'single' (one pass) or 'sliding:STRIDE' (sliding window)."},
     )
-    train_include: str = field(default="*", metadata={"help": "Train on photos whose stem matches this shell pattern,"})
+    train_include: str = field(default="*", metadata={"help": "Train on images whose stem matches this shell pattern,"})
     train_exclude: list[str] | None = field(default=None, metadata={"help": "and none of these,"})
     train_every: int = field(default=1, metadata={"help": "and of those on each n-th."})
-    test_include: str = field(default="*", metadata={"help": "Test on photos whose stem matches this shell pattern,"})
+    test_include: str = field(default="*", metadata={"help": "Test on images whose stem matches this shell pattern,"})
     test_exclude: list[str] | None = field(default=None, metadata={"help": "and none of these."})
     shortest_edge: int | None = field(
-        default=None, metadata={"help": "Resize photos to this shorter side. Default: the image processor's size."}
+        default=None, metadata={"help": "Resize images to this shorter side. Default: the image processor's size."}
     )
     longest_edge: int | None = field(
         default=None, metadata={"help": "Resize to this longer side; beside --shortest_edge it is an upper bound."}
@@ -83,7 +83,7 @@ class Options:
     cache: str | None = field(
         default=None,
         metadata={
-            "help": "Folder to keep features in (2 bytes per number). Files of the same model, size, inference and photo "
+            "help": "Folder to keep features in (2 bytes per number). Files of the same model, size, inference and image "
             "are used again, also by later runs. Default: features are made each time."
         },
     )
@@ -93,8 +93,8 @@ class Options:
     )
     weight_decay: float = field(default=1e-4, metadata={"help": "AdamW weight decay."})
     steps: int = field(default=1000, metadata={"help": "Optimizer steps."})
-    batch_size: int = field(default=8, metadata={"help": "Photos per step and process."})
-    pixels: int = field(default=4096, metadata={"help": "Labelled pixels drawn from every photo."})
+    batch_size: int = field(default=8, metadata={"help": "Images per step and process."})
+    pixels: int = field(default=4096, metadata={"help": "Labelled pixels drawn from every image."})
     warmup_ratio: float = field(default=0.1, metadata={"help": "Share of the steps with rising learning rate."})
     mixed_precision: str = field(default="no", metadata={"help": "Of the vision model: no, fp16 or bf16."})
     seed: int = field(default=0, metadata={"help": "Seed of heads, order and pixels."})
@@ -146,11 +146,11 @@ def logits_at(
     columns: torch.Tensor,
     patch_size: int,
     working_size: tuple[int, int],
-    photo_size: tuple[int, int],
+    image_size: tuple[int, int],
 ) -> torch.Tensor:
-    """Bilinear logits at pixels of the photo: `(heads, h, w, classes)` -> `(heads, pixels, classes)`, as masks read them."""
-    down = patch_coordinates(photo_size[0], working_size[0], patch_size, logits.shape[1], logits.device)
-    across = patch_coordinates(photo_size[1], working_size[1], patch_size, logits.shape[2], logits.device)
+    """Bilinear logits at pixels of the image: `(heads, h, w, classes)` -> `(heads, pixels, classes)`, as masks read them."""
+    down = patch_coordinates(image_size[0], working_size[0], patch_size, logits.shape[1], logits.device)
+    across = patch_coordinates(image_size[1], working_size[1], patch_size, logits.shape[2], logits.device)
     top, bottom, low = (values[rows] for values in down)
     left, right, far = (values[columns] for values in across)
     upper = torch.lerp(logits[:, top, left], logits[:, top, right], far[:, None])
@@ -161,7 +161,7 @@ def logits_at(
 def batch_loss(heads, batch: list[dict[str, Any]], patch_size: int) -> torch.Tensor:
     """Cross entropy of every head, mean over the pixels drawn: `(heads,)`. A batch holds what `draw` gives."""
     counts = [item["features"][0].numel() for item in batch]
-    # of every photo (dim, h, w) -> (h * w, dim), all under one another
+    # of every image (dim, h, w) -> (h * w, dim), all under one another
     logits = heads(torch.cat([item["features"].flatten(1).T for item in batch]))
     read, labels = [], []
     for item, part in zip(batch, logits.split(counts, dim=1), strict=True):
@@ -176,7 +176,7 @@ def batch_loss(heads, batch: list[dict[str, Any]], patch_size: int) -> torch.Ten
 
 
 def draw(entry: dict[str, torch.Tensor], mask: np.ndarray, pixels: int, seed: list[int], device) -> dict[str, Any]:
-    """Features and up to `pixels` labelled pixels of a photo, on the device."""
+    """Features and up to `pixels` labelled pixels of an image, on the device."""
     labelled = np.flatnonzero(mask != VOID)
     if len(labelled) > pixels:
         labelled = np.random.default_rng(seed).choice(labelled, pixels, replace=False, shuffle=False)
@@ -209,7 +209,7 @@ def probe(options: Options) -> dict[str, Any]:
     both = {image.resolve() for image, _ in pairs} & {image.resolve() for image, _ in test.pairs}
     if both:
         raise ValueError(
-            f"{len(both)} photos are to be trained and tested on, {min(both).name} among them. Tell them apart by "
+            f"{len(both)} images are to be trained and tested on, {min(both).name} among them. Tell them apart by "
             "--train_exclude and --test_include."
         )
     edges = {"shortest_edge": options.shortest_edge, "longest_edge": options.longest_edge}
@@ -308,13 +308,13 @@ def probe(options: Options) -> dict[str, Any]:
         "dataset": "/".join(Path(options.test_dataset).parts[-2:]),
         "inference": options.inference,
         "size": dict(features.image_processor.size or {}),
-        "train_photos": len(pairs),
-        "test_photos": len(test_pairs),
+        "train_images": len(pairs),
+        "test_images": len(test_pairs),
         "steps": options.steps,
-        "photos_per_step": options.batch_size * accelerator.num_processes,
+        "images_per_step": options.batch_size * accelerator.num_processes,
         "seed": options.seed,
         "features_made": int(made),
-        "seconds_per_photo": round(seconds / made, 4) if made else None,
+        "seconds_per_image": round(seconds / made, 4) if made else None,
         "best": rows[best],
         "heads": rows,
     }
@@ -356,7 +356,7 @@ def model_card(report: dict[str, Any], name: str) -> str:
             )
         ],
     )
-    keys = ("model", "inference", "size", "train_photos", "test_photos", "steps", "photos_per_step", "seed")
+    keys = ("model", "inference", "size", "train_images", "test_images", "steps", "images_per_step", "seed")
     table = "\n".join(f"| {key} | {report[key]} |" for key in keys)
     classes = "\n".join(
         f"| {label} | {'' if iou is None else format(100 * iou, '.1f')} |" for label, iou in best["classes"].items()
@@ -373,12 +373,12 @@ def model_card(report: dict[str, Any], name: str) -> str:
 # {name}
 
 A linear probe: batch norm (folded) and one linear layer on frozen dense features. The licences of the vision model and of
-the photos apply to these weights.
+the images apply to these weights.
 {note}
 | probing | |
 |---|---|
 {table}
-| learning rate | {best["learning_rate"]:g}, the best of {len(report["heads"])} on the test photos |
+| learning rate | {best["learning_rate"]:g}, the best of {len(report["heads"])} on the test images |
 | mIoU | {100 * best["mean_iou"]:.2f} |
 | pixel accuracy | {100 * best["overall_accuracy"]:.2f} |
 
@@ -391,7 +391,7 @@ the photos apply to these weights.
 def show(report: dict[str, Any], console: Console) -> None:
     """Print the report as a table."""
     title = (
-        f"{report['model']}, {report['inference']}: {report['train_photos']} photos, tested on {report['test_photos']}"
+        f"{report['model']}, {report['inference']}: {report['train_images']} images, tested on {report['test_images']}"
     )
     table = Table(title=title)
     for heading in ("learning rate", "mIoU %", "pixel acc. %"):

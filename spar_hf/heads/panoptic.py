@@ -1,9 +1,9 @@
 """
 Train a panoptic head on the features of a SPAR model, of its base, or of any backbone that SPAR reads.
 
-Photos and masks lie in a folder (`images/`, `masks/`, `classes.txt`). Its masks tell classes, not objects, so each connected
-region of a countable class (`--things`) counts as one segment, and each other class of a photo as one. With few photos, tell
-fewer classes apart (`--classes`). The backbone stays frozen unless `--train_backbone` says otherwise.
+Images and masks lie in a folder (`images/`, `masks/`, `classes.txt`). Its masks tell classes, not objects, so each connected
+region of a countable class (`--things`) counts as one segment, and each other class of an image as one. With few images,
+tell fewer classes apart (`--classes`). The backbone stays frozen unless `--train_backbone` says otherwise.
 
     accelerate launch training/panoptic.py --model DIR --data DATA --things 80 --output DIR
 """
@@ -28,7 +28,7 @@ from spar_hf import SparForUniversalSegmentation, SparImageProcessorPil, SparUni
 from spar_hf.data.segmentation_sets import SegmentationFolder, check_pairs, open_segmentation_folder, read_image
 from spar_hf.distillation.options import check_positive
 from spar_hf.distillation.student import choose_parameters, short_name
-from spar_hf.heads.segments import Photos, find_segments, only, thing_classes
+from spar_hf.heads.segments import PanopticImages, find_segments, only, thing_classes
 from spar_hf.utils.checkpoints import StopAtStep, cut_log, earlier_state, load_checkpoint, save_checkpoint, settings_of
 from spar_hf.utils.files import write_json, write_text, writing_folder
 from spar_hf.utils.usage import check_precision, work_begins
@@ -37,7 +37,7 @@ logger = logging.getLogger("panoptic")
 
 # what a resumed run may have otherwise: none of it changes what is learned
 FREE = {"output", "resume", "workers", "save_steps", "report_to"}
-CALIBRATION_PHOTOS = 64  # photos over which mean and variance of the features are taken before training
+CALIBRATION_IMAGES = 64  # images over which mean and variance of the features are taken before training
 
 
 @dataclass
@@ -63,22 +63,22 @@ class Options:
     min_area: float = field(
         default=0.001,
         metadata={
-            "help": "Regions of countable classes below this share of the photo are void, in training and measure."
+            "help": "Regions of countable classes below this share of the image are void, in training and measure."
         },
     )
     include: str = field(default="*", metadata={"help": "Shell pattern of the file stems read."})
     exclude: list[str] = field(default_factory=list, metadata={"help": "Shell patterns of file stems never read."})
     holdout_every: int = field(
         default=5,
-        metadata={"help": "Each n-th photo (sorted by name) is held out to measure on; 0 measures on training photos."},
+        metadata={"help": "Each n-th image (sorted by name) is held out to measure on; 0 measures on training images."},
     )
-    photos: int | None = field(default=None, metadata={"help": "Train on the first so many photos; on all by default."})
-    shortest_edge: int = field(default=512, metadata={"help": "Shorter side of the photos that the model sees."})
+    images: int | None = field(default=None, metadata={"help": "Train on the first so many images; on all by default."})
+    shortest_edge: int = field(default=512, metadata={"help": "Shorter side of the images that the model sees."})
     min_scale: float = field(default=0.75, metadata={"help": "In training, times a factor drawn between this ..."})
     max_scale: float = field(default=1.25, metadata={"help": "... and this."})
     flip_probability: float = field(default=0.5, metadata={"help": "Chance of a horizontal flip."})
     steps: int = field(default=2000, metadata={"help": "Optimizer steps."})
-    gradient_accumulation_steps: int = field(default=4, metadata={"help": "Photos per process and optimizer step."})
+    gradient_accumulation_steps: int = field(default=4, metadata={"help": "Images per process and optimizer step."})
     learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate of the head."})
     train_backbone: str = field(
         default="none", metadata={"help": "What is trained of the backbone: 'none', 'all' or a number of last blocks."}
@@ -93,13 +93,13 @@ class Options:
     )
     hidden_dim: int = field(default=256, metadata={"help": "Width of the head."})
     decoder_layers: int = field(default=4, metadata={"help": "Predictions of the decoder: its layers and one before."})
-    num_queries: int = field(default=100, metadata={"help": "Segments per photo at most."})
+    num_queries: int = field(default=100, metadata={"help": "Segments per image at most."})
     train_num_points: int = field(default=12544, metadata={"help": "Points at which the loss of a mask is taken."})
     threshold: float = field(
         default=0.5, metadata={"help": "Class probability from which a segment counts when measuring."}
     )
     mixed_precision: str = field(default="no", metadata={"help": "no, fp16 or bf16."})
-    workers: int = field(default=1, metadata={"help": "Processes that decode photos."})
+    workers: int = field(default=1, metadata={"help": "Processes that decode images."})
     seed: int = field(default=0, metadata={"help": "Seed of head, order, augmentation and the points of the loss."})
     log_steps: int = field(default=20, metadata={"help": "Steps between lines of the log."})
     save_steps: int = field(default=500, metadata={"help": "Steps between checkpoints; the last two are kept."})
@@ -121,7 +121,7 @@ class Options:
         if self.holdout_every < 0 or self.holdout_every == 1:
             raise ValueError("--holdout_every is 0 or at least 2.")
         names = "shortest_edge steps gradient_accumulation_steps learning_rate backbone_learning_rate hidden_dim num_queries"
-        check_positive(self, f"{names} decoder_layers train_num_points photos log_steps save_steps eval_steps")
+        check_positive(self, f"{names} decoder_layers train_num_points images log_steps save_steps eval_steps")
         for name in ("min_area", "flip_probability", "threshold", "warmup_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"--{name} {getattr(self, name)} must lie in 0 to 1.")
@@ -136,13 +136,13 @@ def split_pairs(folder: SegmentationFolder, options: Options) -> tuple[list, lis
     """
     every = options.holdout_every
     held_out = [pair for i, pair in enumerate(folder.pairs) if every and i % every == every - 1]
-    train = [pair for i, pair in enumerate(folder.pairs) if not every or i % every != every - 1][: options.photos]
+    train = [pair for i, pair in enumerate(folder.pairs) if not every or i % every != every - 1][: options.images]
     if not train:
-        raise ValueError("No photo is left to train on; check --photos.")
+        raise ValueError("No image is left to train on; check --images.")
     if every and not held_out:
         raise ValueError(
-            f"Of {len(folder.pairs)} photos --holdout_every {every} holds out none. Give a smaller one, or 0 to measure on "
-            "the photos trained on."
+            f"Of {len(folder.pairs)} images --holdout_every {every} holds out none. Give a smaller one, or 0 to measure on "
+            "the images trained on."
         )
     return train, held_out or train
 
@@ -159,7 +159,7 @@ def measure(
 ) -> dict[str, float]:
     """
     Panoptic, segmentation and recognition quality in per cent, over all classes that occur, things and stuff, at the size of
-    the photos, by torchmetrics. Photos are shared out among the processes.
+    the images, by torchmetrics. Images are shared out among the processes.
     """
     # torchmetrics does not count a missed segment of which most is void in the prediction. COCO's definition counts it, so
     # what no segment covers is given to one more class, whose own quality is left out.
@@ -173,8 +173,8 @@ def measure(
     ).to(accelerator.device)
     model.eval()
     for image, mask in pairs[accelerator.process_index :: accelerator.num_processes]:
-        photo = read_image(image)
-        inputs = image_processor(photo, return_tensors="pt").to(accelerator.device)
+        decoded = read_image(image)
+        inputs = image_processor(decoded, return_tensors="pt").to(accelerator.device)
         with accelerator.autocast():
             outputs = model(inputs["pixel_values"])
         found = image_processor.post_process_panoptic_segmentation(
@@ -182,7 +182,7 @@ def measure(
         )[0]
         found_classes = torch.tensor([nothing] + [segment["label_id"] for segment in found["segments_info"]])
         prediction = found["segmentation"].cpu().long()
-        segments, class_of = find_segments(folder.read_mask(mask, photo.size[::-1]), things, options.min_area)
+        segments, class_of = find_segments(folder.read_mask(mask, decoded.size[::-1]), things, options.min_area)
         target = torch.from_numpy(segments).long()
         target_classes = torch.tensor([*class_of.values(), nothing + 1])  # the last, an unknown class, is void's -1
         metric.update(
@@ -200,7 +200,7 @@ def measure(
         for name, values in zip(("pq", "sq", "rq"), quality[group].T, strict=True):
             if len(values):
                 row[name + suffix] = round(float(values.mean()), 2)
-    return {**row, "classes": int(seen.sum()), "photos": len(pairs)}
+    return {**row, "classes": int(seen.sum()), "images": len(pairs)}
 
 
 def save_model(model, image_processor, options: Options, record: dict, folder: Path) -> None:
@@ -222,7 +222,7 @@ def model_card(options: Options, record: dict) -> str:
 # {Path(options.output).name}
 
 A panoptic head (`SparForUniversalSegmentation`: queries, Mask2Former's masked-attention decoder and loss) on the features of
-`{record["model"]}`. The licence of that model and of the photos applies to these weights.
+`{record["model"]}`. The licence of that model and of the images applies to these weights.
 
 ```python
 import spar_hf  # or trust_remote_code=True
@@ -236,7 +236,7 @@ segment("photo.jpg", threshold={options.threshold}, overlap_mask_area_threshold=
 |---|---|
 {rows}
 
-`quality` is panoptic (pq), segmentation (sq) and recognition quality (rq) in per cent at the size of the photos, the mean
+`quality` is panoptic (pq), segmentation (sq) and recognition quality (rq) in per cent at the size of the images, the mean
 over the classes that occur, by torchmetrics.
 """
 
@@ -308,9 +308,9 @@ def train(options: Options) -> Path:
         num_training_steps=options.steps * accelerator.num_processes,
     )
     wrapped, optimizer, schedule = accelerator.prepare(model, optimizer, schedule)
-    photos_per_step = accelerator.num_processes * options.gradient_accumulation_steps
+    images_per_step = accelerator.num_processes * options.gradient_accumulation_steps
     logger.info(
-        "%d photos to train on, measured on %d%s; %.2f M of %.2f M parameters trained",
+        "%d images to train on, measured on %d%s; %.2f M of %.2f M parameters trained",
         len(train_pairs),
         len(measured),
         "" if options.holdout_every else " of them",
@@ -320,14 +320,14 @@ def train(options: Options) -> Path:
     record = {
         "model": short_name(options.model),
         "data": short_name(options.data),
-        "photos": len(train_pairs),
+        "images": len(train_pairs),
         "held_out": len(measured) if options.holdout_every else 0,
         "classes": short_name(options.classes) if options.classes else "classes.txt",
         "things": f"{len(things)} of {len(folder.classes)} classes",
         "min_area": options.min_area,
         "train_backbone": options.train_backbone,
         "steps": options.steps,
-        "photos_per_step": photos_per_step,
+        "images_per_step": images_per_step,
         "shortest_edge": options.shortest_edge,
         "scale": [options.min_scale, options.max_scale],
         "learning_rate": options.learning_rate,
@@ -341,22 +341,22 @@ def train(options: Options) -> Path:
         load_checkpoint(accelerator, output)
     else:
         state = {"step": 0, "running": 0.0, "curve": []}
-        some = random.Random(options.seed).sample(train_pairs, min(CALIBRATION_PHOTOS, len(train_pairs)))
-        photos = tqdm(some, desc="mean and variance of features", disable=not accelerator.is_main_process)
+        some = random.Random(options.seed).sample(train_pairs, min(CALIBRATION_IMAGES, len(train_pairs)))
+        images = tqdm(some, desc="mean and variance of features", disable=not accelerator.is_main_process)
         model.calibrate(
             image_processor(read_image(image), return_tensors="pt")["pixel_values"].to(accelerator.device)
-            for image, _ in photos
+            for image, _ in images
         )
     step, running, curve = state["step"], state["running"], state["curve"]
     if accelerator.is_main_process:
         if options.resume:
             cut_log(output / "log.jsonl", step)
         log = (output / "log.jsonl").open("a" if options.resume else "w", encoding="utf-8")
-    # photo i of the endless stream is a function of the seed and i, so going on is starting at another i
-    photos = range(step * photos_per_step, options.steps * photos_per_step)
-    dataset = Photos(folder, train_pairs, things, image_processor, options)
+    # image i of the endless stream is a function of the seed and i, so going on is starting at another i
+    images = range(step * images_per_step, options.steps * images_per_step)
+    dataset = PanopticImages(folder, train_pairs, things, image_processor, options)
     loader = accelerator.prepare(
-        DataLoader(dataset, batch_size=1, sampler=photos, collate_fn=only, num_workers=options.workers)
+        DataLoader(dataset, batch_size=1, sampler=images, collate_fn=only, num_workers=options.workers)
     )
     bar = tqdm(initial=step, total=options.steps, disable=not accelerator.is_main_process, mininterval=5)
     stop = StopAtStep(accelerator)
@@ -365,8 +365,8 @@ def train(options: Options) -> Path:
     for number, inputs in enumerate(loader, start=step * options.gradient_accumulation_steps):
         wrapped.train()
         model.vision_model.eval()  # no jitter of positions in features that are read as they are
-        model.feature_norm.eval()  # calibrated before: a photo at a time has no statistics worth following
-        # the points of the loss are a function of seed, process and photo, whenever the run was resumed
+        model.feature_norm.eval()  # calibrated before: an image at a time has no statistics worth following
+        # the points of the loss are a function of seed, process and image, whenever the run was resumed
         torch.manual_seed(random.Random(f"points-{options.seed}-{accelerator.process_index}-{number}").getrandbits(62))
         with accelerator.accumulate(wrapped):
             with accelerator.autocast():
@@ -387,7 +387,7 @@ def train(options: Options) -> Path:
                 "step": step,
                 "loss": running / options.log_steps,
                 "learning_rate": schedule.get_last_lr()[0],
-                "photos_per_second": round((step - first) * photos_per_step / (time.time() - start), 3),
+                "images_per_second": round((step - first) * images_per_step / (time.time() - start), 3),
             }
             running = 0.0
             if accelerator.is_main_process:

@@ -1,4 +1,4 @@
-"""The segments of masks that tell classes, and photos with their segments for the training of a panoptic head."""
+"""The segments of masks that tell classes, and images with their segments for the training of a panoptic head."""
 
 import random
 from pathlib import Path
@@ -37,7 +37,7 @@ def find_segments(
     Args:
         mask (`np.ndarray` of shape `(height, width)`): classes, 255 is void.
         things: the countable classes.
-        min_area: regions of countable classes below this share of the photo are void.
+        min_area: regions of countable classes below this share of the image are void.
         most: only the largest so many are kept; the rest is void.
 
     Returns:
@@ -64,10 +64,10 @@ def find_segments(
     return segments, classes
 
 
-class Photos(Dataset):
+class PanopticImages(Dataset):
     """
     Item i is the i-th photo of an endless shuffled stream, resized and flipped as (seed, i) says, whatever the worker:
-    `pixel_values`, `mask_labels` and `class_labels` as [`SparForUniversalSegmentation`] takes them. Photos without a
+    `pixel_values`, `mask_labels` and `class_labels` as [`SparForUniversalSegmentation`] takes them. Images without a
     segment are passed over.
     """
 
@@ -94,15 +94,15 @@ class Photos(Dataset):
 
     def load(self, pair: tuple[Path, Path], index: int) -> dict:
         rng = random.Random(f"photo-{self.options.seed}-{index}")
-        photo = read_image(pair[0])
-        mask = self.folder.read_mask(pair[1], photo.size[::-1])
+        image = read_image(pair[0])
+        mask = self.folder.read_mask(pair[1], image.size[::-1])
         if rng.random() < self.options.flip_probability:
-            photo, mask = ImageOps.mirror(photo), mask[:, ::-1]
+            image, mask = ImageOps.mirror(image), mask[:, ::-1]
         segments, classes = find_segments(mask, self.things, self.options.min_area, self.options.num_queries)
         scale = rng.uniform(self.options.min_scale, self.options.max_scale)
         return dict(
             self.image_processor(
-                photo,
+                image,
                 segments,
                 instance_id_to_semantic_id=classes,
                 ignore_index=-1,
@@ -113,5 +113,5 @@ class Photos(Dataset):
 
 
 def only(batch: list[dict]) -> dict:
-    """The photo of a batch of one: photos differ in size and number of segments."""
+    """The image of a batch of one: images differ in size and number of segments."""
     return batch[0]

@@ -67,9 +67,9 @@ class SparConfig(BackboneConfigMixin, PreTrainedConfig):
             `"bicubic"`: by target size, without antialiasing (SigLIP). `"bilinear_antialias"`: by target size (NaFlex).
             `"bicubic_offset"`: by the scale factor `(target + 0.1) / source` (MaskCLIP). `"rope"`: no table (DINOv3).
         position_extent (`int`, *optional*):
-            Pixels that the position table spans. `None`, as for all pre-trained checkpoints: the photo, whatever its size,
-            so that a step of one patch is a smaller step in the table the larger the photo. With a number that step is
-            the same in all photos up to this size, which read the middle of the table; of larger ones the longer side
+            Pixels that the position table spans. `None`, as for all pre-trained checkpoints: the image, whatever its size,
+            so that a step of one patch is a smaller step in the table the larger the image. With a number that step is
+            the same in all images up to this size, which read the middle of the table; of larger ones the longer side
             spans it. For students distilled that way (`"bicubic"` resampling only): what is near in patches is then near
             in the table at every size.
         projection_dim (`int`, *optional*):

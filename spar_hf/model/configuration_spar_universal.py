@@ -21,7 +21,7 @@ class SparUniversalConfig(PreTrainedConfig):
         hidden_dim (`int`, *optional*, defaults to 256):
             Width of queries, pyramid and mask features.
         num_queries (`int`, *optional*, defaults to 100):
-            Segments that a photo can have at most.
+            Segments that an image can have at most.
         num_attention_heads (`int`, *optional*, defaults to 8), dim_feedforward (`int`, *optional*, defaults to 1024),
         dropout (`float`, *optional*, defaults to 0.0), activation_function (`str`, *optional*, defaults to `"gelu"`),
         pre_norm (`bool`, *optional*, defaults to `False`):

@@ -23,7 +23,7 @@ def read_image(source: str | os.PathLike | bytes) -> Image.Image:
     orientation says.
 
     Like `load_image` of transformers, which converts to RGB at once and so loses transparency and clips 16-bit
-    photos.
+    images.
 
     Raises:
         FileNotFoundError: `source` is neither a file nor a URL.

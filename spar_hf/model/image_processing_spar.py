@@ -1,4 +1,4 @@
-"""Photos in, tensors out: the only place that resizes images."""
+"""Images in, tensors out: the only place that resizes images."""
 
 # transformers calls its hooks by keyword; ours name the keywords they use and take the rest as **kwargs
 # mypy: disable-error-code="override"
@@ -69,7 +69,7 @@ class SparImageProcessorPil(PilBackend):
     Image processor of SPAR models: resizes (or not), rescales, normalises. It needs Pillow only, no torchvision.
 
     It never pads and never crops: the model pads right and bottom up to its patch, so a pixel of a mask lies on
-    its pixel of the photo. Images of unequal size are never padded to a common one either: group them by size.
+    its pixel of the image. Images of unequal size are never padded to a common one either: group them by size.
 
     What it reads:
         - a path (`str` or `os.PathLike`), an `http(s)` or `data:image/` URL, a PIL image, a NumPy array or torch
@@ -113,7 +113,7 @@ class SparImageProcessorPil(PilBackend):
     [`~transformers.BatchFeature`]:
         - **pixel_values** (`(batch, 3, height, width)` with `return_tensors="pt"` or `"np"`, else a list of arrays
           `(3, height, width)`), float32.
-        - **original_sizes** (`list[tuple[int, int]]`): `(height, width)` of each upright photo before resizing,
+        - **original_sizes** (`list[tuple[int, int]]`): `(height, width)` of each upright image before resizing,
           the size to bring a mask back to. It stays a plain list whatever `return_tensors` is, also after
           `.to(device)`.
 
@@ -278,7 +278,7 @@ class SparImageProcessorPil(PilBackend):
     def working_size(
         self, height: int, width: int, size: SizeDict | None, max_tokens: int | None, patch_size: int | None
     ) -> tuple[int, int]:
-        """The `(height, width)` that a photo is resized to: that of `size` (`None`: its own), within `max_tokens`."""
+        """The `(height, width)` that an image is resized to: that of `size` (`None`: its own), within `max_tokens`."""
         wanted = (height, width) if size is None else resized_size(height, width, size)
         if max_tokens is None or patch_size is None:
             return wanted
@@ -297,8 +297,8 @@ class SparImageProcessorPil(PilBackend):
         if (height, width) == (old_height, old_width):
             return image
         if image.dtype == np.uint8:
-            photo = Image.fromarray(np.ascontiguousarray(np.moveaxis(image, 0, -1)))
-            return np.ascontiguousarray(np.moveaxis(np.asarray(photo.resize((width, height), resample)), -1, 0))
+            original = Image.fromarray(np.ascontiguousarray(np.moveaxis(image, 0, -1)))
+            return np.ascontiguousarray(np.moveaxis(np.asarray(original.resize((width, height), resample)), -1, 0))
         channels = [np.asarray(Image.fromarray(channel).resize((width, height), resample)) for channel in image]
         return np.stack(channels).clip(0, 1)
 
@@ -349,12 +349,12 @@ class SparImageProcessorPil(PilBackend):
     ) -> list[torch.Tensor]:
         """
         Label maps of [`SparSemanticSegmenterOutput`]: logits upsampled p-fold, cropped to the image that the model saw and
-        resized to the photo, in one step and in bounded memory (see [`~spar_hf.model.segmentation.decide`]).
+        resized to the image, in one step and in bounded memory (see [`~spar_hf.model.segmentation.decide`]).
 
         Args:
             outputs ([`SparSemanticSegmenterOutput`]): of a batch.
             target_sizes (`list[tuple[int, int]]`, *optional*):
-                `(height, width)` of each photo, the image processor's `original_sizes`. By default the size that the
+                `(height, width)` of each image, the image processor's `original_sizes`. By default the size that the
                 model saw.
 
         Returns:

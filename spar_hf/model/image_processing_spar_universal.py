@@ -1,4 +1,4 @@
-"""Photos and segmentation maps in, segments of the photo out: the image processor of SPAR's mask-classification head."""
+"""Images and segmentation maps in, segments of the image out: the image processor of SPAR's mask-classification head."""
 
 # transformers calls its hooks by keyword; ours name the keywords they use and take the rest as **kwargs
 # mypy: disable-error-code="override"
@@ -40,18 +40,18 @@ def mask_tiles(
     logits: torch.Tensor, extent: Sequence[float], size: tuple[int, int], values: int, working_bytes: int
 ) -> Iterator[tuple[slice, torch.Tensor]]:
     """
-    Masks over the padded image -> masks over the photo, by tiles of whole rows: bilinear, as upsampling the cells,
-    cropping the padding and resizing to the photo.
+    Masks over the padded image -> masks over the image, by tiles of whole rows: bilinear, as upsampling the cells,
+    cropping the padding and resizing to the image.
 
     Args:
         logits (`torch.Tensor` of shape `(queries, h, w)`).
         extent: height and width of the image in cells.
-        size: height and width of the photo.
+        size: height and width of the image.
         values: values per pixel of a tile that the caller holds, in bytes times four.
         working_bytes: bound on them.
 
     Yields:
-        The rows of the photo and the logits there, `(queries, rows, width)`.
+        The rows of the image and the logits there, `(queries, rows, width)`.
     """
     height, width = size
     top, bottom, down = patch_coordinates(height, extent[0], 1, logits.shape[1], logits.device)
@@ -69,14 +69,14 @@ def mask_tiles(
 
 class SparUniversalImageProcessorPil(SparImageProcessorPil):
     r"""
-    Image processor of [`SparForUniversalSegmentation`]: reads and resizes photos as [`SparImageProcessorPil`] does, makes
-    labels for training of segmentation maps, and segments of the photo of the model's outputs.
+    Image processor of [`SparForUniversalSegmentation`]: reads and resizes images as [`SparImageProcessorPil`] does, makes
+    labels for training of segmentation maps, and segments of the image from the model's outputs.
 
     Args:
         ignore_index (`int`, *optional*, defaults to 255):
             Value of the pixels of a segmentation map that belong to no segment.
         label_ids_to_fuse (`list[int]`, *optional*):
-            Classes of which a photo has one segment at most (sky, grass): what
+            Classes of which an image has one segment at most (sky, grass): what
             `post_process_panoptic_segmentation` uses where it is called without any, as `pipeline("image-segmentation")`
             calls it.
         kwargs: those of [`SparImageProcessorPil`].
@@ -101,8 +101,8 @@ class SparUniversalImageProcessorPil(SparImageProcessorPil):
     >>> from spar_hf import SPAR_TINY, SparForUniversalSegmentation, SparUniversalImageProcessorPil
 
     >>> image_processor = SparUniversalImageProcessorPil(size={"shortest_edge": 100})
-    >>> photo, segments = Image.new("RGB", (300, 200)), np.repeat([[0, 1]], 150, axis=1).repeat(200, axis=0)
-    >>> inputs = image_processor(photo, segments, return_tensors="pt")
+    >>> image, segments = Image.new("RGB", (300, 200)), np.repeat([[0, 1]], 150, axis=1).repeat(200, axis=0)
+    >>> inputs = image_processor(image, segments, return_tensors="pt")
     >>> inputs.mask_labels[0].shape, inputs.class_labels[0]
     (torch.Size([2, 100, 150]), tensor([0, 1]))
     >>> model = SparForUniversalSegmentation.from_spar(SPAR_TINY, id2label={0: "sky", 1: "dog"}, hidden_dim=64).eval()
@@ -145,7 +145,7 @@ class SparUniversalImageProcessorPil(SparImageProcessorPil):
             label_map = np.asarray(segmentation_map)
             if label_map.shape != tuple(size) or not np.issubdtype(label_map.dtype, np.integer):
                 raise ValueError(
-                    f"A segmentation map holds whole numbers in the size of its upright photo, {size[0]}×{size[1]}; this "
+                    f"A segmentation map holds whole numbers in the size of its upright image, {size[0]}×{size[1]}; this "
                     f"one is {label_map.dtype} of shape {label_map.shape}."
                 )
             label_map = nearest(label_map, pixels.shape[-2:])
@@ -160,8 +160,8 @@ class SparUniversalImageProcessorPil(SparImageProcessorPil):
         return inputs
 
     @staticmethod
-    def _photos(outputs, target_sizes) -> Iterator[tuple[torch.Tensor, torch.Tensor, list[float], tuple[int, int]]]:
-        """Per photo: class probabilities `(queries, classes + 1)`, mask logits, their extent, the size asked for."""
+    def _images(outputs, target_sizes) -> Iterator[tuple[torch.Tensor, torch.Tensor, list[float], tuple[int, int]]]:
+        """Per image: class probabilities `(queries, classes + 1)`, mask logits, their extent, the size asked for."""
         sizes = getattr(outputs, "mask_sizes", None)
         if sizes is None:
             raise ValueError("`outputs` are not those of SparForUniversalSegmentation: they have no `mask_sizes`.")
@@ -195,16 +195,16 @@ class SparUniversalImageProcessorPil(SparImageProcessorPil):
             label_ids_to_fuse (`Collection[int]`, *optional*):
                 Classes whose segments become one; those of the image processor by default.
             target_sizes (`Sequence[tuple[int, int]]`, *optional*):
-                Height and width of each photo, `original_sizes` of the inputs; by default that of the masks.
+                Height and width of each image, `original_sizes` of the inputs; by default that of the masks.
             working_bytes (`int`, *optional*, defaults to 64 MiB):
                 Bound on the largest buffer of a tile.
 
         Returns:
-            Per photo a dict: **segmentation**, `(height, width)` int32, the segment of each pixel, 0 where there is none;
+            Per image a dict: **segmentation**, `(height, width)` int32, the segment of each pixel, 0 where there is none;
             **segments_info**, a list of dicts `id` (from 1), `label_id`, `was_fused`, `score` (the best of those fused).
 
         Raises:
-            ValueError: outputs of another model; another number of sizes than of photos.
+            ValueError: outputs of another model; another number of sizes than of images.
 
         Source: `Mask2FormerImageProcessorPil` in transformers. As in the code of the paper (arXiv 2112.01527) and unlike
         there, the mask's own area is that of the mask, not of its product with the score, pixels outside of every mask stay
@@ -212,7 +212,7 @@ class SparUniversalImageProcessorPil(SparImageProcessorPil):
         """
         fuse = set((self.label_ids_to_fuse if label_ids_to_fuse is None else label_ids_to_fuse) or ())
         results = []
-        for probabilities, logits, extent, size in self._photos(outputs, target_sizes):
+        for probabilities, logits, extent, size in self._images(outputs, target_sizes):
             scores, labels = probabilities.max(-1)
             kept = ((labels < probabilities.shape[-1] - 1) & (scores > threshold)).nonzero().flatten()
             scores, labels, queries = scores[kept], labels[kept], len(kept)
@@ -276,16 +276,16 @@ class SparUniversalImageProcessorPil(SparImageProcessorPil):
                 Whether **segmentation** is all masks, `(segments, height, width)` bool. That is the caller's memory.
 
         Returns:
-            Per photo a dict: **segmentation**, `(height, width)` int32, -1 where there is no segment; **segments_info**, a
+            Per image a dict: **segmentation**, `(height, width)` int32, -1 where there is no segment; **segments_info**, a
             list of dicts `id` (from 0, best first), `label_id`, `was_fused` (`False`), `score`.
 
         Raises:
-            ValueError: both forms asked for; outputs of another model; another number of sizes than of photos.
+            ValueError: both forms asked for; outputs of another model; another number of sizes than of images.
         """
         if return_coco_annotation and return_binary_maps:
             raise ValueError("Ask for `return_coco_annotation` or for `return_binary_maps`, not for both.")
         results = []
-        for probabilities, logits, extent, size in self._photos(outputs, target_sizes):
+        for probabilities, logits, extent, size in self._images(outputs, target_sizes):
             classes = probabilities.shape[-1] - 1
             scores, pairs = probabilities[:, :-1].flatten().topk(min(len(logits), len(logits) * classes))
             queries, labels = pairs // classes, pairs % classes
@@ -308,7 +308,7 @@ class SparUniversalImageProcessorPil(SparImageProcessorPil):
                     segmentation[rows] = torch.where(covered.any(0), best, -1)
                     if return_binary_maps:
                         binary[:, rows] = covered
-            # masks without a pixel of the photo are left out, and the numbers close up
+            # masks without a pixel of the image are left out, and the numbers close up
             present = area > 0
             ids = torch.cumsum(present, 0).int() - 1
             if len(order):
@@ -340,13 +340,13 @@ class SparUniversalImageProcessorPil(SparImageProcessorPil):
             outputs, target_sizes, working_bytes: as of `post_process_panoptic_segmentation`.
 
         Returns:
-            Per photo `(height, width)`, int64.
+            Per image `(height, width)`, int64.
 
         Raises:
-            ValueError: outputs of another model; another number of sizes than of photos.
+            ValueError: outputs of another model; another number of sizes than of images.
         """
         results = []
-        for probabilities, logits, extent, size in self._photos(outputs, target_sizes):
+        for probabilities, logits, extent, size in self._images(outputs, target_sizes):
             classes = probabilities[:, :-1]
             labels = torch.empty(size, dtype=torch.long, device=logits.device)
             for rows, tile in mask_tiles(logits, extent, size, max(classes.shape), working_bytes):

@@ -45,7 +45,7 @@ CODE_FILES = (
     "modeling_spar.py",
     "modeling_spar_semantic.py",
     "modeling_spar_universal.py",
-    "photo_streams.py",
+    "image_streams.py",
     "pipeline.py",
     "processing_spar.py",
     "prompts.py",

@@ -1,6 +1,6 @@
 # mypy: disable-error-code="override"
 # transformers declares the hooks of Pipeline without their keywords, which each pipeline names
-"""`pipeline("open-vocab-segmentation")`: photos and words in, one mask per class out."""
+"""`pipeline("open-vocab-segmentation")`: images and words in, one mask per class out."""
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,7 +13,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from transformers import Pipeline
 
-from .photo_streams import EncodedImage, Photos, PhotoStream, Results, as_photos, guarded, image_of_row, is_error
+from .image_streams import EncodedImage, ImageSequence, ImageStream, Results, as_images, guarded, image_of_row, is_error
 from .processing_spar import SparProcessor
 from .prompts import CandidateLabels, Vocabulary, folded
 from .refine import Refinement, Upsampler, refined_logits
@@ -38,7 +38,7 @@ class OpenVocabSegmentationPipeline(Pipeline):
     Every pixel goes to the class with the most probable name (softmax over all names, then the maximum over the names
     of a class; SPAR, section 3). Each name is embedded once and kept until the text tower's weights change.
 
-    Beside features and results, a decision holds a few buffers of at most 64 MiB and 8 bytes per pixel of the photo,
+    Beside features and results, a decision holds a few buffers of at most 64 MiB and 8 bytes per pixel of the image,
     whatever the number of classes: 0.25 GiB for 150 classes at 1024×2048, 0.37 GiB for 1,000 at 2048×2048 (on a
     CPU). To compile the model: `segment.model = torch.compile(segment.model)`.
 
@@ -50,11 +50,11 @@ class OpenVocabSegmentationPipeline(Pipeline):
     >>> import spar_hf
 
     >>> segment = pipeline("open-vocab-segmentation")
-    >>> photo = Image.new("RGB", (330, 200))
-    >>> segments = segment(photo, candidate_labels=["road", "car, automobile", "sky"])
+    >>> image = Image.new("RGB", (330, 200))
+    >>> segments = segment(image, candidate_labels=["road", "car, automobile", "sky"])
     >>> sorted(segments[0])
     ['label', 'mask', 'score']
-    >>> encoded = segment.encode(photo)  # the vision tower runs once, for any number of vocabularies
+    >>> encoded = segment.encode(image)  # the vision tower runs once, for any number of vocabularies
     >>> segment(encoded, candidate_labels=["tree", "house"], output="map")["map"].shape
     (200, 330)
     ```"""
@@ -87,7 +87,7 @@ class OpenVocabSegmentationPipeline(Pipeline):
         """
         Args:
             inputs (`str`, `PIL.Image.Image`, array, tensor, [`EncodedImage`], a list of them, a generator or dataset):
-                Photos: paths, URLs, images. See [`SparImageProcessorPil`] for the arrays it takes. Rows (dicts) of
+                Images: paths, URLs, images. See [`SparImageProcessorPil`] for the arrays it takes. Rows (dicts) of
                 `datasets` give their `image`.
             candidate_labels (`list[str]`, `list[list[str]]`, `dict[str, list[str]]` or [`Vocabulary`]):
                 The classes. In a list of strings commas separate names of one class: `"car, automobile"`. A string is the
@@ -97,9 +97,9 @@ class OpenVocabSegmentationPipeline(Pipeline):
             size (`dict[str, int]`, `int` or `str`, *optional*):
                 Working resolution, defaults to the image processor's, which the checkpoint carries:
                 `{"shortest_edge": 672}`, `{"longest_edge": 1024}`, both (the smaller image of the two), or `"native"`. Masks
-                always have the size of the photo. An [`EncodedImage`] keeps the size it was encoded at.
+                always have the size of the image. An [`EncodedImage`] keeps the size it was encoded at.
             max_tokens (`int`, *optional*):
-                Most patches per photo; defaults to the image processor's, else to 16,384 (2048×2048 pixels at a patch of
+                Most patches per image; defaults to the image processor's, else to 16,384 (2048×2048 pixels at a patch of
                 16). A larger working image is made smaller by the rule of [`limited_size`], with one warning.
             background (`str` or `list[str]`, *optional*):
                 What is not looked for. One string: the class that unsure pixels and tiny classes are given to, one of the
@@ -114,7 +114,7 @@ class OpenVocabSegmentationPipeline(Pipeline):
             upsampler (`Callable`, *optional*): `(image, features) -> features`, a learned upsampler, see `refine.py`.
             output (`str`, *optional*, defaults to `"segments"`):
                 - `"segments"`: a list of `{"label", "score", "mask"}` per class that has pixels, in the order of
-                  the classes; `mask` is a `PIL.Image` of mode `L`, 0 or 255, in the size of the photo.
+                  the classes; `mask` is a `PIL.Image` of mode `L`, 0 or 255, in the size of the image.
                 - `"map"`: a dict with `map`, an int32 array `(height, width)` of class numbers, `labels`, and `scores` per
                   class (0 where it has no pixels).
                 - `"probabilities"`: a dict with `probabilities`, a float32 array `(classes, height, width)`, and `labels`.
@@ -131,23 +131,23 @@ class OpenVocabSegmentationPipeline(Pipeline):
                 (int32) and `top_probabilities` (float32), both `(top_k, height, width)`: the best classes of every
                 pixel before any rule for the background.
             batch_size (`int`, *optional*, defaults to 1):
-                Photos that are read together; those of equal working size share a forward pass, none is padded.
+                Images that are read together; those of equal working size share a forward pass, none is padded.
             on_error (`str`, *optional*, defaults to `"raise"`):
-                `"skip"`: a photo that fails gives `{"error": message}` in its place, and the others go on.
-            num_workers (`int`, *optional*, defaults to 0): processes that read photos.
+                `"skip"`: an image that fails gives `{"error": message}` in its place, and the others go on.
+            num_workers (`int`, *optional*, defaults to 0): processes that read images.
 
         Returns:
-            The output for a photo, a list of them for a list of photos, or an iterator over them for a generator or dataset.
+            The output for an image, a list of them for a list of images, or an iterator for a generator or dataset.
 
         Raises:
-            ValueError: no or malformed labels, a text longer than the context, a photo that cannot be read, an unknown
+            ValueError: no or malformed labels, a text longer than the context, an image that cannot be read, an unknown
                 or contradictory option, an output above 1 GiB.
 
         ### What the rules do
 
-        Measured with `spar-tiny`, on photos outside its training: ten frames spread over CamVid's `val` (11 classes) and
-        the 20 held-out COCO photos (133 classes), shorter side 384 px. *Kept*: labelled pixels that are not given to the
-        background. *Right*: those of them with the right class. *Found*: classes of a photo that keep any pixel.
+        Measured with `spar-tiny`, on images outside its training: ten frames spread over CamVid's `val` (11 classes) and
+        the 20 held-out COCO images (133 classes), shorter side 384 px. *Kept*: labelled pixels that are not given to the
+        background. *Right*: those of them with the right class. *Found*: classes of an image that keep any pixel.
 
         | rule            | CamVid: kept, right, mIoU, found | COCO: kept, right, mIoU, found |
         |-----------------|----------------------------------|--------------------------------|
@@ -162,11 +162,11 @@ class OpenVocabSegmentationPipeline(Pipeline):
         | `min_area` 0.05 | 93 %, 89 %, 43.9, 51 %           | 82 %, 36 %, 5.9, 24 %          |
         | `min_area` 0.1  | 79 %, 91 %, 30.3, 35 %           | 69 %, 42 %, 6.7, 19 %          |
 
-        A threshold means another thing for every number of words: the same photo has lower probabilities among more. The
-        same COCO photos with words for things only, all else being background (mean IoU of the things in a photo /
+        A threshold means another thing for every number of words: the same image has lower probabilities among more. The
+        same COCO images with words for things only, all else being background (mean IoU of the things in an image /
         IoU of all things together / IoU of the background):
 
-        | rule                        | words: the photo's things | words: COCO's 80 things |
+        | rule                        | words: the image's things | words: COCO's 80 things |
         |-----------------------------|---------------------------|-------------------------|
         | none                        | 19.1 / 37.8 / 0           | 10.7 / 37.8 / 0         |
         | `threshold` 0.3             | 19.1 / 37.8 / 0           | 9.0 / 28.4 / 36.5       |
@@ -178,10 +178,10 @@ class OpenVocabSegmentationPipeline(Pipeline):
         """
         if candidate_labels is not None:
             kwargs["candidate_labels"] = candidate_labels
-        photos = as_photos(inputs)
-        if photos is None:
+        images = as_images(inputs)
+        if images is None:
             return super().__call__(inputs, **kwargs)
-        results = super().__call__(photos, **kwargs)
+        results = super().__call__(images, **kwargs)
         # a list at once, a dataset or a generator as its results are asked for: as in every pipeline of transformers
         return list(results) if isinstance(inputs, (list, tuple, np.ndarray, torch.Tensor)) else results
 
@@ -216,23 +216,23 @@ class OpenVocabSegmentationPipeline(Pipeline):
         given = ({k: v for k, v in options.items() if v is not None} for options in (preprocess, forward, postprocess))
         return tuple(given)
 
-    def encode(self, photos: Any, size: Any = None, max_tokens: int | None = None) -> Any:
+    def encode(self, images: Any, size: Any = None, max_tokens: int | None = None) -> Any:
         """
         Run the vision tower once, for any number of vocabularies.
 
         Args:
-            photos: as in the call; a single one or a list.
+            images: as in the call; a single one or a list.
             size, max_tokens: as in the call.
 
         Returns:
-            An [`EncodedImage`], or a list of them; the pipeline takes them as photos. They stay on the model's device.
+            An [`EncodedImage`], or a list of them; the pipeline takes them as images. They stay on the model's device.
         """
-        many = as_photos(photos)
+        many = as_images(images)
         given = {name: value for name, value in (("size", size), ("max_tokens", max_tokens)) if value is not None}
         options = {**self._preprocess_params, **given}
         options.pop("on_error", None)
         encoded = [
-            self._encode([self.preprocess(photo, **options)])[0] for photo in ([photos] if many is None else many)
+            self._encode([self.preprocess(image, **options)])[0] for image in ([images] if many is None else many)
         ]
         return encoded[0] if many is None else encoded
 
@@ -285,23 +285,23 @@ class OpenVocabSegmentationPipeline(Pipeline):
         options = {"max_tokens": limit, "patch_size": self.model.config.patch_size}
         inputs = self.image_processor(image, return_tensors="pt", **options, **({} if size is None else {"size": size}))
         if len(inputs["original_sizes"]) != 1:
-            raise ValueError("An item of the list is a batch of photos itself. Pass a flat list of photos.")
+            raise ValueError("An item of the list is a batch of images itself. Pass a flat list of images.")
         return {"pixel_values": inputs["pixel_values"], "original_size": tuple(inputs["original_sizes"][0])}
 
     def run_single(self, inputs, preprocess_params, forward_params, postprocess_params):
-        photos = Photos([inputs])
-        return next(iter(self.get_iterator(photos, 0, 1, preprocess_params, forward_params, postprocess_params)))
+        images = ImageSequence([inputs])
+        return next(iter(self.get_iterator(images, 0, 1, preprocess_params, forward_params, postprocess_params)))
 
     def get_iterator(
         self,
-        inputs: Photos | PhotoStream,
+        inputs: ImageSequence | ImageStream,
         num_workers: int,
         batch_size: int,
         preprocess_params: dict,
         forward_params: dict,
         postprocess_params: dict,
     ) -> Results:
-        # what is wrong with the words or options is wrong for every photo: raised here, whatever `on_error` is
+        # what is wrong with the words or options is wrong for every image: raised here, whatever `on_error` is
         output, decided = forward_params.get("output"), ("threshold", "min_area", "top_k")
         if output in ("probabilities", "logits") and any(forward_params.get(name) for name in decided):
             raise ValueError(f"output={output!r} is what comes before a decision: leave out {', '.join(decided)}.")
@@ -310,17 +310,17 @@ class OpenVocabSegmentationPipeline(Pipeline):
         skip = preprocess_params.get("on_error") == "skip"
         options = {name: value for name, value in preprocess_params.items() if name != "on_error"}
         prepare = partial(guarded, skip, self._read, options)
-        if isinstance(inputs, PhotoStream):
+        if isinstance(inputs, ImageStream):
             num_workers = min(num_workers, 1)  # each further one would read the whole stream again
-        photos = type(inputs)(inputs.source, prepare)
-        loader: DataLoader = DataLoader(photos, batch_size=batch_size, num_workers=num_workers, collate_fn=list)
+        images = type(inputs)(inputs.source, prepare)
+        loader: DataLoader = DataLoader(images, batch_size=batch_size, num_workers=num_workers, collate_fn=list)
         return Results(loader, lambda items: self._results(items, skip, forward_params, postprocess_params))
 
     def _read(self, options: dict, get: Callable[[], Any]) -> dict | EncodedImage:
         return self.preprocess(get(), **options)
 
     def _results(self, items: list, skip: bool, forward_params: dict, postprocess_params: dict) -> Iterator[Any]:
-        """Results of prepared photos, in their order; those of one size share a forward pass of the vision tower."""
+        """Results of prepared images, in their order; those of one size share a forward pass of the vision tower."""
         groups: dict[Any, list[int]] = {}
         for i, item in enumerate(items):
             if isinstance(item, dict) and not is_error(item):
@@ -339,7 +339,7 @@ class OpenVocabSegmentationPipeline(Pipeline):
 
     @torch.no_grad()
     def _encode(self, items: list[dict]) -> list[EncodedImage]:
-        """The vision tower on photos of one working size."""
+        """The vision tower on images of one working size."""
         device = self.model.device
         pixel_values = torch.cat([item["pixel_values"] for item in items]).to(device)
         # through the model's own forward, so that a compiled or wrapped model is what runs; one name costs next to nothing
@@ -457,8 +457,8 @@ def check_output_size(size: int, output: str) -> None:
     """
     if size > OUTPUT_BYTES:
         raise ValueError(
-            f"output={output!r} of this photo takes {size / 2**30:.1f} GiB, more than {OUTPUT_BYTES / 2**30:.0f} GiB. Take "
-            'output="map" (8 bytes per pixel), fewer classes, or a smaller photo.'
+            f"output={output!r} of this image takes {size / 2**30:.1f} GiB, more than {OUTPUT_BYTES / 2**30:.0f} GiB. Take "
+            'output="map" (8 bytes per pixel), fewer classes, or a smaller image.'
         )
 
 

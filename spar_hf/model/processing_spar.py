@@ -1,4 +1,4 @@
-"""Photos and words in, model inputs out: the image processor and the tokenizer of a two-tower model."""
+"""Images and words in, model inputs out: the image processor and the tokenizer of a two-tower model."""
 
 from tokenizers import Regex, Tokenizer, normalizers
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast

@@ -1,7 +1,7 @@
 """
 Sharper masks: refinements between logits and the decision, all optional and off by default.
 
-A refinement is a callable `(logits, feature_map, pixel_values) -> logits` for one photo:
+A refinement is a callable `(logits, feature_map, pixel_values) -> logits` for one image:
 
 - `logits` `(names, h, w)` and `feature_map` `(dim, h, w)` lie on the same grid of cells,
 - `pixel_values` `(3, h * cell, w * cell)` is the normalised image, padded to whole cells by repeating its border,
@@ -14,17 +14,17 @@ callable `(image, features) -> features` that is applied before the logits are m
 What they give `spar-tiny` at a shorter side of 384 px: mIoU and pixel accuracy in percent (`training/evaluate.py --runs
 student:single+lposs ...`). Parameters were chosen with an earlier student on 12 frames of CamVid (`val`, sequence 0016E5).
 
-| | CamVid, the first 20 frames of 0001TP, 11 classes | COCO, 20 held-out photos, 133 classes |
+| | CamVid, the first 20 frames of 0001TP, 11 classes | COCO, 20 held-out images, 133 classes |
 |---|---|---|
 | none | 34.2, 72.2 | 4.5, 31.2 |
 | `"lposs"` | 33.7, 72.4 | 4.7, 31.8 |
 | `"lposs+"` | 33.6, 72.6 | 4.8, 32.1 |
 | `"pamr"` | 34.1, 72.8 | 4.7, 32.1 |
 
-So none of them is worth much here: up to a point of accuracy, a little mIoU on photos of things, none on streets. With that
+So none of them is worth much here: up to a point of accuracy, a little mIoU on images of things, none on streets. With that
 earlier student features upsampled bilinearly, 4 ×, gave nothing either, and label propagation with about the paper's
 parameters ruined the street scenes (25.8 -> 11.4 mIoU): its graph is made of DINO's features, not of the model's own. Try
-them on stronger models, on photos with labels.
+them on stronger models, on images with labels.
 """
 
 from collections.abc import Callable
@@ -107,7 +107,7 @@ class LabelPropagation:
     scale and so the meaning of a probability.
 
     Source: LPOSS (Stojnić et al., CVPR 2025, arXiv 2503.19777), which takes the graph from a second model, DINO. Here it is
-    made of the model's own features, the photo's mean feature taken off: what all patches share tells none apart.
+    made of the model's own features, the image's mean feature taken off: what all patches share tells none apart.
 
     Args:
         alpha (`float`, *optional*, defaults to 0.5):
@@ -288,11 +288,11 @@ def refined_logits(
     upsampler: Upsampler | None = None,
 ) -> tuple[torch.Tensor, int]:
     """
-    The logits of one photo, sharpened as asked; with neither `refine` nor `upsampler` the model's own.
+    The logits of one image, sharpened as asked; with neither `refine` nor `upsampler` the model's own.
 
     Args:
         model ([`SparForOpenVocabSegmentation`]): compares features with texts.
-        feature_map (`torch.Tensor` of shape `(dim, h, w)`): dense features of the photo.
+        feature_map (`torch.Tensor` of shape `(dim, h, w)`): dense features of the image.
         text_embeds (`torch.Tensor` of shape `(names, dim)`): the words.
         pixel_values (`torch.Tensor` of shape `(3, height, width)`): what the vision tower was given.
         refine (`str` or `Callable`, *optional*): see [`resolve_refinement`].

@@ -1,4 +1,4 @@
-"""Logits on the patch grid -> one decision per pixel of the photo, in bounded memory."""
+"""Logits on the patch grid -> one decision per pixel of the image, in bounded memory."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -16,7 +16,7 @@ DenseLogits = torch.Tensor | Callable[[int, int], torch.Tensor]
 @dataclass
 class LabelMap:
     """
-    The decision for every pixel of a photo.
+    The decision for every pixel of an image.
 
     Attributes:
         labels: class per pixel `(height, width)`, int32.
@@ -93,12 +93,12 @@ def patch_coordinates(
     length: int, working_length: float, patch_size: int, patches: int, device: torch.device | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """
-    Where the pixel centres of a photo's axis lie between the patch centres of the working image.
+    Where the pixel centres of an image's axis lie between the patch centres of the working image.
 
-    The model saw the photo resized to `working_length` pixels and padded at the end to `patches * patch_size`. A pixel
-    centre `i + 0.5` of the photo is `(i + 0.5) * working_length / length` in the working image, and patch `j` has its
+    The model saw the image resized to `working_length` pixels and padded at the end to `patches * patch_size`. A pixel
+    centre `i + 0.5` of the image is `(i + 0.5) * working_length / length` in the working image, and patch `j` has its
     centre at `(j + 0.5) * patch_size`. Reading the logits there is upsampling them `patch_size`-fold, cropping the
-    padding and resizing to the photo, in one step.
+    padding and resizing to the image, in one step.
 
     Returns:
         Lower patch, upper patch (both int64) and the weight of the upper one: three `(length,)`.
@@ -121,9 +121,9 @@ def upsampled_tiles(
     working_bytes: int,
 ) -> Iterator[tuple[tuple[slice, slice], torch.Tensor]]:
     """
-    Bilinear upsampling tile by tile: where each lies in the photo (rows, columns) and its logits `(rows, columns, names)`.
+    Bilinear upsampling tile by tile: where each lies in the image (rows, columns) and its logits `(rows, columns, names)`.
 
-    Neither a tile nor the logits of the patch rows that it is read from take more than `working_bytes`, but for a photo
+    Neither a tile nor the logits of the patch rows that it is read from take more than `working_bytes`, but for an image
     of so many names that not even two patch rows or one pixel fit. A tile may be changed in place.
     """
     height, width = output_size
@@ -142,7 +142,7 @@ def upsampled_tiles(
         part = logits[:, first:last] if isinstance(logits, torch.Tensor) else logits(first, last)
         # (names, rows, w) -> (rows, w, names): names side by side in memory
         grid = part.float().permute(1, 2, 0).contiguous()
-        end = int(torch.searchsorted(bottom, last))  # photo rows that lie between these patch rows
+        end = int(torch.searchsorted(bottom, last))  # image rows that lie between these patch rows
         for row in range(start, end, tile):
             rows = slice(row, min(row + tile, end))
             above, below = top[rows] - first, bottom[rows] - first
@@ -188,16 +188,16 @@ def decide(
     Bilinear upsampling, softmax over names, maximum over the names of a class, best class, tile by tile.
 
     The best class is the class of the best name and its probability `exp(its logit - best) / sum(exp(logits - best))`, so
-    nothing of the size names × photo is ever held.
+    nothing of the size names × image is ever held.
 
     Args:
         logits (`torch.Tensor` of shape `(names, h, w)`, or a function `(first, last) -> (names, last - first, w)`):
-            Of one photo, on the patch grid; a function gives some of its rows, where all together would be large. Its
+            Of one image, on the patch grid; a function gives some of its rows, where all together would be large. Its
             tensors lie on the device of `name_to_class`.
         name_to_class (`torch.Tensor` of shape `(names,)`): class of every name.
         patch_size (`int`): side of a patch in pixels of the working image.
         working_size (`tuple[int, int]`): height and width the model saw, before its own padding.
-        output_size (`tuple[int, int]`): height and width of the photo; masks come out in this size.
+        output_size (`tuple[int, int]`): height and width of the image; masks come out in this size.
         working_bytes (`int`, *optional*, defaults to 64 MiB):
             Bound on a tile's largest buffer. Four to five live at once, beside the 8 bytes per pixel of the result.
         barred (`torch.Tensor` of shape `(classes,)`, *optional*):
@@ -271,7 +271,7 @@ def class_probabilities(
     if size > OUTPUT_BYTES:
         raise ValueError(
             f"Probabilities of {kept} classes at {output_size[0]}×{output_size[1]} pixels take {size / 2**30:.1f} GiB, more "
-            f'than {OUTPUT_BYTES / 2**30:.0f} GiB. Take output="map" (8 bytes per pixel), fewer classes, or a smaller photo.'
+            f'than {OUTPUT_BYTES / 2**30:.0f} GiB. Take output="map" (8 bytes per pixel), fewer classes, or a smaller image.'
         )
     ranks = names_by_rank(name_to_class, device)
     in_order = torch.equal(name_to_class, torch.arange(classes, device=device))  # one name per class

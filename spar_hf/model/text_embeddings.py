@@ -114,7 +114,7 @@ class TextEmbeddingCache:
         names = list(dict.fromkeys(names or [name for kept, name in self._rows if kept == prompts]))
         if not names:
             raise ValueError(
-                "Nothing has been embedded with these templates yet. Segment a photo first, or name the classes to embed."
+                "Nothing has been embedded with these templates yet. Segment an image first, or name the classes to embed."
             )
         metadata = {
             "format": FORMAT,

@@ -35,7 +35,7 @@ VOC_BACKGROUND_SPAR = """
 sky, wall, tree, wood, grass, road, sea, river, mountain, sands, desk, bed, building, cloud, lamp, door, window,
 wardrobe, ceiling, shelf, curtain, stair, floor, hill, rail, fence"""
 
-# what stands around things in most photos; the published VOC21 evaluation makes its background of them
+# what stands around things in most images; the published VOC21 evaluation makes its background of them
 STUFF_WORDS = tuple(word.strip() for word in VOC_BACKGROUND_SPAR.split(","))
 
 CONTEXT59 = """

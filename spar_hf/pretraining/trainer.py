@@ -2,8 +2,8 @@
 Pre-train a small SigLIP-shaped pair of towers from scratch, at one fixed resolution: the base of spar-tiny.
 
 Patch features (attention-pooling head without its attention) meet the embeddings of class names, synonyms and templates
-in a softmax over names; photos that only carry a name train the pooled embedding in the same way. The grid and the
-position table are the window's, always: no multi-scale grids, so one pass over a large photo suffers as it does for any
+in a softmax over names; images that only carry a name train the pooled embedding in the same way. The grid and the
+position table are the window's, always: no multi-scale grids, so one pass over a large image suffers as it does for any
 ViT pre-trained at one resolution.
 
     accelerate launch training/pretrain_tiny.py --data DATA --output DIR --text_teacher all-MiniLM-L6-v2
@@ -82,7 +82,7 @@ class Options:
         metadata={"help": "Finished model of this script to go on from, sizes and words as they are in it."},
     )
     vocab_size: int = field(default=6144, metadata={"help": "Upper bound of the tokenizer's vocabulary."})
-    text_steps: int = field(default=800, metadata={"help": "Steps that first teach the words, without photos."})
+    text_steps: int = field(default=800, metadata={"help": "Steps that first teach the words, without images."})
     text_teacher: str | None = field(
         default=None,
         metadata={
@@ -92,7 +92,7 @@ class Options:
     common_words: int = field(default=3500, metadata={"help": "Frequent words of the sentence encoder taught as well."})
     names_per_set: int = field(default=28, metadata={"help": "Names compared per set and step."})
     foreign_names: int = field(default=8, metadata={"help": "Names of other sets added as wrong answers."})
-    tagged_names: int = field(default=64, metadata={"help": "Names a photo with a name alone is compared with."})
+    tagged_names: int = field(default=64, metadata={"help": "Names an image with a name alone is compared with."})
     mixed_precision: str = field(default="no", metadata={"help": "no, bf16 or fp16."})
     workers: int = field(default=1, metadata={"help": "Processes that cut crops."})
     seed: int = field(default=0, metadata={"help": "Seed of weights, order and augmentation."})
@@ -102,13 +102,13 @@ class Options:
 
 class CropSet:
     """
-    One set held in memory: cuts a square crop of a photo with its labels, from a generator of its own.
+    One set held in memory: cuts a square crop of an image with its labels, from a generator of its own.
 
     `names[c]` are the words of class `c`; held-out classes have none and their pixels are void.
     """
 
-    def __init__(self, photos, masks, names, spec, unnamed=None):
-        self.photos, self.masks, self.names, self.unnamed = photos, masks, names, unnamed
+    def __init__(self, images, masks, names, spec, unnamed=None):
+        self.images, self.masks, self.names, self.unnamed = images, masks, names, unnamed
         self.weight, self.crop = spec["weight"], spec["crop"]
         self.images_of: dict[int, list[int]] = {}  # class -> numbers of the images that hold it
         if masks is not None:
@@ -122,22 +122,22 @@ class CropSet:
             self.class_weights = torch.tensor(weights / (weights * share).sum(), dtype=torch.float32).clamp(max=8)
 
     def __len__(self):
-        return len(self.photos)
+        return len(self.images)
 
     def cut(self, rng: random.Random, window: int):
         if self.images_of:  # an image of a class drawn evenly: common classes do not crowd out the others
             index = rng.choice(self.images_of[rng.choice(list(self.images_of))])
         else:
-            index = rng.randrange(len(self.photos))
-        photo = self.photos[index]
-        height, width = photo.shape[:2]
+            index = rng.randrange(len(self.images))
+        source = self.images[index]
+        height, width = source.shape[:2]
         low, high = self.crop
         side = min(math.exp(rng.uniform(math.log(low), math.log(high))), height, width)
         aspect = math.exp(rng.uniform(-0.15, 0.15))
         crop_h, crop_w = min(side * aspect, height), min(side / aspect, width)
         top, left = rng.uniform(0, height - crop_h), rng.uniform(0, width - crop_w)
         if self.masks is not None and rng.random() < 0.5:
-            # centre on a pixel of a class drawn evenly from those in the photo: poles and riders are small
+            # centre on a pixel of a class drawn evenly from those in the image: poles and riders are small
             mask = self.masks[index]
             label = rng.choice([c for c in np.unique(mask[::4, ::4]) if c not in (VOID, self.unnamed)] or [VOID])
             rows, columns = np.nonzero(mask[::4, ::4] == label)
@@ -147,7 +147,7 @@ class CropSet:
                 left = min(max(columns[k] * 4 - crop_w * rng.random(), 0), width - crop_w)
         box = (left, top, left + crop_w, top + crop_h)
         flip = rng.random() < 0.5
-        image = np.asarray(Image.fromarray(photo).resize((window, window), Image.Resampling.BICUBIC, box=box))
+        image = np.asarray(Image.fromarray(source).resize((window, window), Image.Resampling.BICUBIC, box=box))
         pixels = torch.from_numpy(image.copy()).permute(2, 0, 1).float() / 255  # (3, window, window)
         pixels = jitter(pixels, rng)
         if self.masks is None:
@@ -219,20 +219,22 @@ def load_sets(root: Path, recipe: dict) -> list[CropSet]:
             table[label] = VOID if word in held_out else label
         if "null" in words:
             names[words.index("null")].remove("null")
-        photos = [np.asarray(read_image(image)) for image, _ in tqdm(pairs, desc=spec["path"])]
-        masks = [table[folder.read_mask(mask, photo.shape[:2])] for photo, (_, mask) in zip(photos, pairs, strict=True)]
-        sets.append(CropSet(photos, masks, names, spec, words.index(unnamed) if unnamed is not None else None))
+        images = [np.asarray(read_image(image)) for image, _ in tqdm(pairs, desc=spec["path"])]
+        masks = [
+            table[folder.read_mask(mask, source.shape[:2])] for source, (_, mask) in zip(images, pairs, strict=True)
+        ]
+        sets.append(CropSet(images, masks, names, spec, words.index(unnamed) if unnamed is not None else None))
     for spec in recipe.get("tagged", []):
         hidden = {word.lower() for word in recipe["held_out_tags"]}
-        photos, names = [], []
+        images, names = [], []
         for path in tqdm(list_images(root / spec["path"]), desc=spec["path"]):
             prefix, _, name = path.stem.partition("_")
             if readable_name(name) in hidden:
                 continue
             groups = [word for first, last, word in recipe["groups"] if first <= prefix <= last]
-            photos.append(np.asarray(read_image(path)))
+            images.append(np.asarray(read_image(path)))
             names.append([readable_name(name), *groups])
-        sets.append(CropSet(photos, None, names, spec))
+        sets.append(CropSet(images, None, names, spec))
     return sets
 
 
@@ -266,7 +268,7 @@ def build_model(options: Options, tokenizer: PreTrainedTokenizerFast) -> SparFor
 def head_start(model: SparForOpenVocabSegmentation) -> None:
     """
     Start the vision tower with attention that looks trained: to alike tokens, taking away their mean, `Q'K ∝ I + noise`
-    and `OV ∝ noise - I` (mimetic initialisation, Trockman & Kolter, 2023). With few photos a ViT learns faster from there
+    and `OV ∝ noise - I` (mimetic initialisation, Trockman & Kolter, 2023). With few images a ViT learns faster from there
     than from plain noise.
     """
     backbone = model.vision_model.backbone
@@ -287,7 +289,7 @@ def head_start(model: SparForOpenVocabSegmentation) -> None:
 def first_model(
     options: Options, sets: list[CropSet], extra: list[str]
 ) -> tuple[SparForOpenVocabSegmentation, PreTrainedTokenizerFast]:
-    """Towers that have seen no photo, the text tower with its words learned, and the tokenizer made for these."""
+    """Towers that have seen no image, the text tower with its words learned, and the tokenizer made for these."""
     if options.text_teacher is not None:
         extra = extra + common_words(options.text_teacher, options.common_words)
     tokenizer = build_tokenizer(sets, extra, options.vocab_size)

@@ -1,4 +1,4 @@
-"""The words of spar-tiny: a tokenizer of our own, and a text tower that is taught before any photo is seen."""
+"""The words of spar-tiny: a tokenizer of our own, and a text tower that is taught before any image is seen."""
 
 import random
 
@@ -118,17 +118,17 @@ def teach_words(
     model, tokenizer, sets: list, extra: list[str], text_teacher: str | None, steps: int, seed: int
 ) -> dict[str, float]:
     """
-    Before any photo: the text tower learns where prompts of each word belong; afterwards it is frozen.
+    Before any image: the text tower learns where prompts of each word belong; afterwards it is frozen.
 
     From random weights all texts have nearly one embedding, and so have all patches; between two collapsed spaces the
-    softmax over names has next to no gradient. Training photos against a locked tower that tells words apart is LiT
+    softmax over names has next to no gradient. Training images against a locked tower that tells words apart is LiT
     (Zhai et al., 2022) with the roles exchanged. Returns the mean cosine to the targets of label words and of the rest.
     """
     rng = random.Random(f"text-{seed}")
     words, targets, labels = word_targets(sets, extra, model.config.projection_dim, text_teacher, seed)
     start_from_words(model, tokenizer, words, targets)
     row = {word: i for i, word in enumerate(words)}
-    # words that label pixels come most often, then words of whole photos, then the others
+    # words that label pixels come most often, then words of whole images, then the others
     dense = {word for crop_set in sets if crop_set.masks is not None for names in crop_set.names for word in names}
     groups = [sorted(row[word] for word in dense), list(range(labels)), list(range(labels, len(words)))]
     templates = [t for group in TEMPLATES.values() for t in group] + ["{}"] * 20

@@ -92,7 +92,7 @@ def earlier_state(output: Path, resume: bool, settings: dict[str, Any], processe
         raise ValueError(f"--resume goes on with the same options, but {changed}. Write another run to another folder.")
     if state["processes"] != processes:
         raise ValueError(
-            f"The run had {state['processes']} processes and now has {processes}: photos would be seen twice or never. "
+            f"The run had {state['processes']} processes and now has {processes}: images would be seen twice or never. "
             "Launch as many as before."
         )
     return state

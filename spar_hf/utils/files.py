@@ -1,5 +1,5 @@
 """
-Many photos in, many files out: which photos a command reads, where it writes their results, and how one bad photo loses
+Many images in, many files out: which images a command reads, where it writes their results, and how one bad image loses
 nothing. No torch, so that the command line can say what is wrong with its arguments at once.
 """
 
@@ -24,13 +24,13 @@ from tqdm.auto import tqdm
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
 URL_STARTS = ("http://", "https://", "data:image/")  # what `read_image` takes for one; its file imports torch
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # every further photo would fail alike
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # every further image would fail alike
 
 
 @dataclass(frozen=True)
-class Photo:
+class InputImage:
     """
-    A photo to work on.
+    An image to work on.
 
     Attributes:
         source: file or URL.
@@ -44,7 +44,7 @@ class Photo:
 @dataclass
 class Tally:
     """
-    What became of the photos of a run.
+    What became of the images of a run.
 
     Attributes:
         done, skipped: how many were written, and how many had their results already.
@@ -75,7 +75,7 @@ class Tally:
 def url_name(url: str) -> str:
     """A file name for what a URL gives: the last part of its path, without what file systems bear badly."""
     last = "" if url.startswith("data:") else urllib.parse.unquote(urllib.parse.urlsplit(url).path).rpartition("/")[2]
-    return re.sub(r"[^\w.-]+", "_", last).strip("._") or "photo"
+    return re.sub(r"[^\w.-]+", "_", last).strip("._") or "image"
 
 
 def images_under(folder: Path, leave_out: Path | None = None) -> list[Path]:
@@ -94,7 +94,7 @@ def images_under(folder: Path, leave_out: Path | None = None) -> list[Path]:
 
 def expand(argument: str, leave_out: Path | None = None) -> list[tuple[str, PurePosixPath]]:
     """
-    The photos of one argument, each with its path below the argument's folder: a file, a URL, a folder (with its
+    The images of one argument, each with its path below the argument's folder: a file, a URL, a folder (with its
     sub-folders) or a pattern with `*`, `?`, `[…]` or `**`.
 
     Raises:
@@ -136,24 +136,26 @@ def expand(argument: str, leave_out: Path | None = None) -> list[tuple[str, Pure
 
 
 def refuse_same_folder(folder: Path, output: Path | None) -> None:
-    """Refuse to write among what is read: a second run would take the results of the first for photos."""
+    """Refuse to write among what is read: a second run would take the results of the first for images."""
     if output is not None and folder.resolve() == output:
         raise ValueError(f"{folder} is read and written at once. Name another --output, {folder / 'results'} say.")
 
 
-def find_photos(arguments: Iterable[str], leave_out: Path | None = None) -> tuple[list[Photo], list[tuple[str, str]]]:
+def find_images(
+    arguments: Iterable[str], leave_out: Path | None = None
+) -> tuple[list[InputImage], list[tuple[str, str]]]:
     """
-    The photos of all arguments, each once, with names that differ.
+    The images of all arguments, each once, with names that differ.
 
     Args:
         arguments (`Iterable[str]`): files, folders, patterns and URLs.
         leave_out (`Path`, *optional*): a folder that is not searched: the results of an earlier run.
 
     Returns:
-        The photos, and the arguments that gave none with the reason.
+        The images, and the arguments that gave none with the reason.
 
     Raises:
-        ValueError: photos of two folders have the same path in them, so that one would overwrite the other; a folder
+        ValueError: images of two folders have the same path in them, so that one would overwrite the other; a folder
             is `leave_out` itself.
     """
     leave_out = None if leave_out is None else leave_out.resolve()
@@ -168,20 +170,20 @@ def find_photos(arguments: Iterable[str], leave_out: Path | None = None) -> tupl
             problems.append((argument, str(error)))
     # compared without case: many file systems do not tell Street.png from street.png
     plain = Counter(str(below.with_suffix("")).casefold() for _, below in found.values())
-    photos = [
-        Photo(source, str(below if plain[str(below.with_suffix("")).casefold()] > 1 else below.with_suffix("")))
+    images = [
+        InputImage(source, str(below if plain[str(below.with_suffix("")).casefold()] > 1 else below.with_suffix("")))
         for source, below in found.values()
     ]
-    refuse_twins((photo.name, photo.source) for photo in photos)
-    return photos, problems
+    refuse_twins((image.name, image.source) for image in images)
+    return images, problems
 
 
 def refuse_twins(targets: Iterable[tuple[str | Path, str]]) -> None:
     """
-    Refuse two photos whose results would have the same path.
+    Refuse two images whose results would have the same path.
 
     Raises:
-        ValueError: names both photos.
+        ValueError: names both images.
     """
     by_target = defaultdict(list)
     for target, source in targets:
@@ -194,17 +196,17 @@ def refuse_twins(targets: Iterable[tuple[str | Path, str]]) -> None:
             )
 
 
-def refuse_overwriting(targets: Iterable[Path], photos: Sequence[Photo]) -> None:
+def refuse_overwriting(targets: Iterable[Path], images: Sequence[InputImage]) -> None:
     """
-    Refuse results that would replace a photo that is read.
+    Refuse results that would replace an image that is read.
 
     Raises:
-        ValueError: names the photo.
+        ValueError: names the image.
     """
-    read = {Path(photo.source).resolve() for photo in photos if not photo.source.startswith(URL_STARTS)}
+    read = {Path(image.source).resolve() for image in images if not image.source.startswith(URL_STARTS)}
     for target in targets:
         if target.resolve() in read:
-            raise ValueError(f"The result {target} would overwrite a photo that is read. Name another output folder.")
+            raise ValueError(f"The result {target} would overwrite an image that is read. Name another output folder.")
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -278,20 +280,20 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def work_through(
-    photos: Sequence[Photo],
-    work: Callable[[Photo], None],
-    is_done: Callable[[Photo], bool] = lambda photo: False,
+    images: Sequence[InputImage],
+    work: Callable[[InputImage], None],
+    is_done: Callable[[InputImage], bool] = lambda image: False,
     report: Callable[[str], None] | None = None,
     problems: Sequence[tuple[str, str]] = (),
     bar: bool = True,
 ) -> Tally:
     """
-    Work on every photo, with a bar and an estimate where there are several; a photo that fails loses no other.
+    Work on every image, with a bar and an estimate where there are several; an image that fails loses no other.
 
     Args:
-        photos (`Sequence[Photo]`): what to work on.
-        work (`Callable[[Photo], None]`): does one photo.
-        is_done (`Callable[[Photo], bool]`, *optional*): whether a photo may be left out.
+        images (`Sequence[Image]`): what to work on.
+        work (`Callable[[Image], None]`): does one image.
+        is_done (`Callable[[Image], bool]`, *optional*): whether an image may be left out.
         report (`Callable[[str], None]`, *optional*): takes a line about every failure, as it happens.
         problems (`Sequence[tuple[str, str]]`, *optional*): arguments that have failed already, to be reported too.
         bar (`bool`, *optional*, defaults to `True`): whether to show progress.
@@ -307,26 +309,26 @@ def work_through(
     def fail(source: str, message: str) -> None:
         tally.failed.append((source, message))
         if report is not None:
-            # a data: URL is as long as its photo; most messages name the file already
+            # a data: URL is as long as its image; most messages name the file already
             report(message if source[:80] in message else f"{source[:80]}: {message}")
 
     for source, message in problems:
         fail(source, message)
     # in a log file a line every half minute is enough
     pause = 0.1 if sys.stderr.isatty() else 30
-    quiet = not bar or len(photos) < 2
-    with tqdm(photos, unit="photo", disable=quiet, mininterval=pause, file=sys.stderr) as progress:
+    quiet = not bar or len(images) < 2
+    with tqdm(images, unit="image", disable=quiet, mininterval=pause, file=sys.stderr) as progress:
         try:
-            for photo in progress:
-                if is_done(photo):
+            for image in progress:
+                if is_done(image):
                     tally.skipped += 1
                     continue
                 try:
-                    work(photo)
+                    work(image)
                 except Exception as error:
                     if isinstance(error, OSError) and error.errno in DISK_FULL:
                         raise
-                    fail(photo.source, str(error) or type(error).__name__)
+                    fail(image.source, str(error) or type(error).__name__)
                 else:
                     tally.done += 1
         except KeyboardInterrupt:

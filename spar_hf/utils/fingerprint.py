@@ -1,4 +1,4 @@
-"""One name for all that dense features depend on beside the photo: what is kept of them on disk belongs to it."""
+"""One name for all that dense features depend on beside the image: what is kept of them on disk belongs to it."""
 
 import hashlib
 import json

@@ -28,8 +28,8 @@ def model(two_towers, tmp_path):
 
 
 @pytest.fixture
-def photos(tmp_path):
-    """Five photos of unequal size, one of them in a sub-folder."""
+def images(tmp_path):
+    """Five images of unequal size, one of them in a sub-folder."""
     rng = np.random.default_rng(0)
     (tmp_path / "in" / "sub").mkdir(parents=True)
     for i, name in enumerate(("a.png", "b.png", "c.png", "d.png", "sub/a.png")):
@@ -43,16 +43,16 @@ def run(*arguments, status=0):
     return result.output
 
 
-def expected(model, photo, encoder=None, **options):
-    pixel_values = AutoImageProcessor.from_pretrained(model)(photo, return_tensors="pt", **options)["pixel_values"]
+def expected(model, image, encoder=None, **options):
+    pixel_values = AutoImageProcessor.from_pretrained(model)(image, return_tensors="pt", **options)["pixel_values"]
     with torch.no_grad():
         return (encoder or AutoModel.from_pretrained(model))(pixel_values).feature_map[0]
 
 
-def test_files_hold_the_models_feature_map_and_say_what_it_is(model, photos, tmp_path):
-    assert "5 done" in run(photos, "--model", model, "--output", tmp_path / "out")
+def test_files_hold_the_models_feature_map_and_say_what_it_is(model, images, tmp_path):
+    assert "5 done" in run(images, "--model", model, "--output", tmp_path / "out")
     file = tmp_path / "out" / "sub" / "a.safetensors"
-    assert torch.equal(load_file(file)["feature_map"], expected(model, photos / "sub/a.png"))
+    assert torch.equal(load_file(file)["feature_map"], expected(model, images / "sub/a.png"))
     with safe_open(file, "pt") as opened:
         metadata = opened.metadata()
     assert metadata["model"] == model.name and metadata["patch_size"] == "16"
@@ -60,21 +60,21 @@ def test_files_hold_the_models_feature_map_and_say_what_it_is(model, photos, tmp
     assert len(list((tmp_path / "out").rglob("*"))) == 6  # five files, one folder
 
 
-def test_normalised_half_precision_at_another_size(model, photos, tmp_path):
+def test_normalised_half_precision_at_another_size(model, images, tmp_path):
     options = ["--normalize", "--dtype", "float16", "--shortest-edge", 48]
-    run(photos / "b.png", "--model", model, "--output", tmp_path / "out", *options)
+    run(images / "b.png", "--model", model, "--output", tmp_path / "out", *options)
     found = load_file(tmp_path / "out" / "b.safetensors")["feature_map"]
-    whole = expected(model, photos / "b.png", size={"shortest_edge": 48})
+    whole = expected(model, images / "b.png", size={"shortest_edge": 48})
     assert found.dtype == torch.float16
     assert torch.equal(found, torch.nn.functional.normalize(whole, dim=0).half())
 
 
-def test_a_stride_gives_the_sliding_windows_features(model, photos, tmp_path):
-    run(photos / "a.png", "--model", model, "--output", tmp_path / "out", "--stride", 24, "--window-size", 48)
+def test_a_stride_gives_the_sliding_windows_features(model, images, tmp_path):
+    run(images / "a.png", "--model", model, "--output", tmp_path / "out", "--stride", 24, "--window-size", 48)
     teacher = SlidingWindowTeacher(AutoModel.from_pretrained(model), window_size=48, stride=24)
     found = load_file(tmp_path / "out" / "a.safetensors")["feature_map"]
-    assert torch.equal(found, expected(model, photos / "a.png", teacher))
-    assert not torch.allclose(found, expected(model, photos / "a.png"), atol=1e-3)
+    assert torch.equal(found, expected(model, images / "a.png", teacher))
+    assert not torch.allclose(found, expected(model, images / "a.png"), atol=1e-3)
 
 
 def read_shards(folder):
@@ -85,44 +85,44 @@ def read_shards(folder):
     return {name: shards[shard][name] for name, shard in index["weight_map"].items()}
 
 
-def test_a_run_goes_on_where_it_stopped(model, photos, tmp_path):
-    """Shards as a run leaves them that was killed after two photos; then another setting, which must not mix with them."""
+def test_a_run_goes_on_where_it_stopped(model, images, tmp_path):
+    """Shards as a run leaves them that was killed after two images; then another setting, which must not mix with them."""
     output = tmp_path / "out"
     options = ["--model", model, "--output", output, "--shard-size", 0.001]
-    run(photos / "a.png", photos / "b.png", *options)
+    run(images / "a.png", images / "b.png", *options)
     before = {path: path.stat().st_mtime_ns for path in output.glob("features-*.safetensors")}
     (output / "features.safetensors.index.json").unlink()
 
-    assert "--skip-existing" in run(photos, *options, status=2)
-    assert "normalized=false" in run(photos, *options, "--skip-existing", "--normalize", status=2)
-    assert "3 done, 2 skipped" in run(photos, *options, "--skip-existing")
+    assert "--skip-existing" in run(images, *options, status=2)
+    assert "normalized=false" in run(images, *options, "--skip-existing", "--normalize", status=2)
+    assert "3 done, 2 skipped" in run(images, *options, "--skip-existing")
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())
     tensors = read_shards(output)
     assert sorted(tensors) == ["a", "b", "c", "d", "sub/a"]
-    assert torch.equal(tensors["d"], expected(model, photos / "d.png"))
-    assert torch.equal(tensors["a"], expected(model, photos / "a.png"))
+    assert torch.equal(tensors["d"], expected(model, images / "d.png"))
+    assert torch.equal(tensors["a"], expected(model, images / "a.png"))
 
 
-def test_single_files_go_on_too_and_a_bad_photo_loses_no_other(model, photos, tmp_path):
+def test_single_files_go_on_too_and_a_bad_image_loses_no_other(model, images, tmp_path):
     output = tmp_path / "out"
-    (photos / "broken.png").write_bytes((photos / "a.png").read_bytes()[:400])
-    assert "5 done, 1 failed" in run(photos, "--model", model, "--output", output, status=1)
+    (images / "broken.png").write_bytes((images / "a.png").read_bytes()[:400])
+    assert "5 done, 1 failed" in run(images, "--model", model, "--output", output, status=1)
     (output / "c.safetensors").unlink()
     assert "1 done, 4 skipped (written before), 1 failed" in run(
-        photos, "--model", model, "--output", output, "--skip-existing", status=1
+        images, "--model", model, "--output", output, "--skip-existing", status=1
     )
     assert "dtype=float32" in run(
-        photos, "--model", model, "--output", output, "--skip-existing", "--dtype", "bfloat16", status=2
+        images, "--model", model, "--output", output, "--skip-existing", "--dtype", "bfloat16", status=2
     )
 
 
-def test_features_of_a_model_trained_again_do_not_mix_with_earlier_ones(model, photos, tmp_path):
+def test_features_of_a_model_trained_again_do_not_mix_with_earlier_ones(model, images, tmp_path):
     """The folder has the same name, its weights or its image processor are others."""
-    options = [photos, "--model", model, "--output", tmp_path / "out", "--skip-existing"]
+    options = [images, "--model", model, "--output", tmp_path / "out", "--skip-existing"]
     run(*options)
     assert "5 skipped" in run(*options)
     shutil.copytree(model, tmp_path / "elsewhere" / model.name)
-    moved = [photos, "--model", tmp_path / "elsewhere" / model.name, "--output", tmp_path / "out", "--skip-existing"]
+    moved = [images, "--model", tmp_path / "elsewhere" / model.name, "--output", tmp_path / "out", "--skip-existing"]
     assert "5 skipped" in run(*moved)
     SparImageProcessorPil(size={"shortest_edge": 96}).save_pretrained(model)
     assert "fingerprint" in run(*options, status=2)
@@ -135,11 +135,11 @@ def test_features_of_a_model_trained_again_do_not_mix_with_earlier_ones(model, p
     assert "fingerprint" in run(*options, status=2)
 
 
-def test_two_processes_share_the_photos(model, photos, tmp_path):
+def test_two_processes_share_the_images(model, images, tmp_path):
     pytest.importorskip("accelerate", reason="several processes need accelerate (extra train)")
     output = tmp_path / "out"
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    launch += ["--main_process_port", "0", "-m", "spar_hf.cli.main", "features", photos, "--model", model]
+    launch += ["--main_process_port", "0", "-m", "spar_hf.cli.main", "features", images, "--model", model]
     process = subprocess.run(
         [*map(str, launch), "--output", str(output), "--shard-size", "0.001"],
         env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
@@ -148,9 +148,9 @@ def test_two_processes_share_the_photos(model, photos, tmp_path):
     )
     assert process.returncode == 0, process.stderr
     assert "process 1 of 2: 3 done" in process.stdout and "process 2 of 2: 2 done" in process.stdout
-    tensors = read_shards(output)  # also: no photo twice
+    tensors = read_shards(output)  # also: no image twice
     assert sorted(tensors) == ["a", "b", "c", "d", "sub/a"]
-    assert all(torch.equal(found, expected(model, photos / f"{name}.png")) for name, found in tensors.items())
+    assert all(torch.equal(found, expected(model, images / f"{name}.png")) for name, found in tensors.items())
 
 
 @pytest.mark.parametrize(
@@ -162,8 +162,8 @@ def test_two_processes_share_the_photos(model, photos, tmp_path):
         (["--device", "cuda:7"], "Device 'cuda:7' is not there"),
     ],
 )
-def test_wrong_options_name_the_fix_and_have_status_2(photos, tmp_path, options, message):
+def test_wrong_options_name_the_fix_and_have_status_2(images, tmp_path, options, message):
     if "cuda:7" in options and torch.cuda.device_count() > 7:
         pytest.skip("this machine has eight graphics cards")
-    assert message in run(photos / "a.png", "--output", tmp_path / "out", *options, status=2)
+    assert message in run(images / "a.png", "--output", tmp_path / "out", *options, status=2)
     assert not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""The page in a real browser: a photo and words in, masks and a legend out, no word to anybody else."""
+"""The page in a real browser: an image and words in, masks and a legend out, no word to anybody else."""
 
 import re
 import shutil
@@ -79,26 +79,26 @@ def tab(address):
         browser.close()
 
 
-def test_words_and_a_real_photo_give_masks_and_legend(tab, address, tmp_path):
-    datasets = pytest.importorskip("sklearn.datasets", reason="the photo is scikit-learn's (extra demo)")
-    photo = Path(datasets.__file__).parent / "images" / "flower.jpg"
+def test_words_and_a_real_image_give_masks_and_legend(tab, address, tmp_path):
+    datasets = pytest.importorskip("sklearn.datasets", reason="the image is scikit-learn's (extra demo)")
+    image = Path(datasets.__file__).parent / "images" / "flower.jpg"
     asked = []
     tab.context.on("request", lambda request: asked.append(request.url))
     tab.reload()
     words = tab.get_by_label("Words")
 
     tab.get_by_role("button", name="Segment").click()
-    tab.get_by_role("alert").get_by_text("There is no photo yet").wait_for()
+    tab.get_by_role("alert").get_by_text("There is no image yet").wait_for()
 
     broken = tmp_path / "broken.jpg"
-    broken.write_bytes(photo.read_bytes()[:3000])
+    broken.write_bytes(image.read_bytes()[:3000])
     tab.set_input_files("input[type=file]", broken)
     tab.locator(".image-frame img").wait_for()
     tab.get_by_role("button", name="Segment").click()
     tab.get_by_role("alert").get_by_text("'broken.jpg' is no image").wait_for()
 
     tab.get_by_label("Remove Image").or_(tab.get_by_label("Clear")).first.click()
-    tab.set_input_files("input[type=file]", photo)
+    tab.set_input_files("input[type=file]", image)
     tab.locator(".image-frame img").wait_for()
     words.fill("flower; flower")
     tab.get_by_role("button", name="Segment").click()

@@ -25,7 +25,7 @@ def run(*arguments, status=0):
 
 
 @pytest.fixture
-def photos(tmp_path):
+def images(tmp_path):
     """A folder as people have them: a sub-folder, two of one stem, one empty, one cut short, one that is no image."""
     folder = tmp_path / "in"
     (folder / "sub").mkdir(parents=True)
@@ -57,17 +57,17 @@ print("torch" in sys.modules)
 
 
 def test_the_installed_command_segments(tmp_path):
-    photo, output = tmp_path / "street.png", tmp_path / "out.png"
-    Image.new("RGB", (90, 70), "gray").save(photo)
-    command = [Path(sys.executable).parent / "spar-hf", "segment", photo, "--labels", "road; sky", "--output", output]
+    image, output = tmp_path / "street.png", tmp_path / "out.png"
+    Image.new("RGB", (90, 70), "gray").save(image)
+    command = [Path(sys.executable).parent / "spar-hf", "segment", image, "--labels", "road; sky", "--output", output]
     process = subprocess.run(command, capture_output=True, text=True)
     assert process.returncode == 0 and process.stderr == "", process.stderr
     assert output.is_file()
 
 
-def test_segment_writes_overlay_and_map(photos, tmp_path):
+def test_segment_writes_overlay_and_map(images, tmp_path):
     output, map_output = tmp_path / "out" / "street.png", tmp_path / "map.png"
-    text = run(photos / "street.png", "--labels", LABELS, "--output", output, "--map", map_output)
+    text = run(images / "street.png", "--labels", LABELS, "--output", output, "--map", map_output)
     assert "written" in text and "car" in text
     assert Image.open(output).width == 90
     label_map = np.asarray(Image.open(map_output))
@@ -75,21 +75,21 @@ def test_segment_writes_overlay_and_map(photos, tmp_path):
     assert not list(tmp_path.rglob("*.partial*"))
 
 
-def test_segment_lists_the_classes_that_have_pixels_and_counts_the_others(photos, tmp_path):
+def test_segment_lists_the_classes_that_have_pixels_and_counts_the_others(images, tmp_path):
     labels = "; ".join(f"thing {i}" for i in range(40))
     map_output = tmp_path / "map.png"
     options = ["--labels", labels, "--templates", "plain", "--output", tmp_path / "o.png", "--map", map_output]
-    text = run(photos / "street.png", *options)
+    text = run(images / "street.png", *options)
     found = {f"thing {i}" for i in np.unique(np.asarray(Image.open(map_output))).tolist()}
     assert 0 < len(found) < 40
-    assert {line.split("  ")[0] for line in text.splitlines() if "of the photo" in line} == found
+    assert {line.split("  ")[0] for line in text.splitlines() if "of the image" in line} == found
     assert f"{40 - len(found)} of 40 classes not found" in text
 
 
-def test_a_folder_gives_every_format_and_bad_files_lose_no_other(photos, tmp_path):
+def test_a_folder_gives_every_format_and_bad_files_lose_no_other(images, tmp_path):
     coco = pytest.importorskip("pycocotools.coco", reason="COCO's masks need pycocotools (extra coco)")
     output = tmp_path / "out"
-    text = run(photos, "--labels", LABELS, "--output", output, "--format", "overlay,map,coco,json", status=1)
+    text = run(images, "--labels", LABELS, "--output", output, "--format", "overlay,map,coco,json", status=1)
     assert "3 done, 3 failed" in text
     for message in ("empty (0 bytes)", "Cannot decode", "no image that Pillow can read"):
         assert message in text
@@ -102,13 +102,13 @@ def test_a_folder_gives_every_format_and_bad_files_lose_no_other(photos, tmp_pat
 
     segment = pipeline("open-vocab-segmentation")
     for source, name in (("street.png", "street.png"), ("street.jpg", "street.jpg"), ("sub/street.png", "sub/street")):
-        plain = segment(str(photos / source), candidate_labels=["road", "car, automobile", "sky"])
+        plain = segment(str(images / source), candidate_labels=["road", "car, automobile", "sky"])
         label_map = np.asarray(Image.open(output / f"{name}.map.png"))
         listed = json.loads((output / f"{name}.json").read_text())
         overlay = Image.open(output / f"{name}.png")
         assert (overlay.width, listed["height"], listed["width"]) == (label_map.shape[1], *label_map.shape)
         assert [s["label"] for s in listed["segments"]] == [s["label"] for s in plain]
-        annotations = merged.loadAnns(merged.getAnnIds(by_file[str(photos / source)]))
+        annotations = merged.loadAnns(merged.getAnnIds(by_file[str(images / source)]))
         for entry, expected, annotation in zip(listed["segments"], plain, annotations, strict=True):
             mask = np.asarray(expected["mask"]) == 255
             index = ["road", "car", "sky"].index(entry["label"])
@@ -120,27 +120,27 @@ def test_a_folder_gives_every_format_and_bad_files_lose_no_other(photos, tmp_pat
             assert annotation["category_id"] == index + 1 and annotation["area"] == mask.sum()
 
 
-def test_skip_existing_goes_on_and_keeps_other_classes_apart(photos, tmp_path):
+def test_skip_existing_goes_on_and_keeps_other_classes_apart(images, tmp_path):
     output = tmp_path / "out"
     options = ["--labels", LABELS, "--output", output, "--format", "map,json"]
-    run(photos / "*.png", photos / "street.jpg", *options, status=1)
+    run(images / "*.png", images / "street.jpg", *options, status=1)
     kept, lost = output / "street.png.map.png", output / "street.jpg.map.png"
     time = kept.stat().st_mtime_ns
     lost.unlink()
-    text = run(photos / "*.png", photos / "street.jpg", *options, "--skip-existing", status=1)
+    text = run(images / "*.png", images / "street.jpg", *options, "--skip-existing", status=1)
     assert "1 done, 1 skipped (written before), 1 failed" in text
     assert lost.is_file() and kept.stat().st_mtime_ns == time
     others = ["--labels", "dog; cat", "--output", output, "--format", "map,json", "--skip-existing"]
-    assert "results for other classes" in run(photos / "*.png", photos / "street.jpg", *others, status=2)
+    assert "results for other classes" in run(images / "*.png", images / "street.jpg", *others, status=2)
 
 
-def test_labels_from_a_file_and_unsure_pixels_to_a_background(photos, tmp_path):
+def test_labels_from_a_file_and_unsure_pixels_to_a_background(images, tmp_path):
     labels, output = tmp_path / "classes.txt", tmp_path / "street.json"
     labels.write_text("# streets\nroad\ncar, automobile\n\nsky\n", encoding="utf-8")
     options = ["--labels", f"@{labels}", "--output", output, "--format", "json"]
-    run(photos / "street.png", *options)
+    run(images / "street.png", *options)
     assert json.loads(output.read_text())["labels"] == ["road", "car", "sky"]
-    run(photos / "street.png", *options, "--threshold", 1, "--background", "void")
+    run(images / "street.png", *options, "--threshold", 1, "--background", "void")
     listed = json.loads(output.read_text())
     assert listed["labels"] == ["road", "car", "sky", "void"]
     assert [(s["label"], s["share"], s["bbox"]) for s in listed["segments"]] == [("void", 1.0, [0, 0, 90, 70])]
@@ -153,24 +153,24 @@ def test_label_maps_have_as_many_bits_as_the_classes_need(classes, mode, tmp_pat
     label_map = np.zeros((6, 5), np.int32)
     label_map[2:] = classes - 1
     result = {"map": label_map, "labels": [str(i) for i in range(classes)], "scores": [0.5] * classes}
-    write_results(Image.new("RGB", (5, 6)), result, {"map": tmp_path / "map.png"}, "photo")
+    write_results(Image.new("RGB", (5, 6)), result, {"map": tmp_path / "map.png"}, "image")
     written = Image.open(tmp_path / "map.png")
     assert written.mode == mode and (np.asarray(written) == label_map).all()
 
 
-def test_without_pycocotools_the_error_names_the_extra_before_any_work(photos, tmp_path, monkeypatch):
+def test_without_pycocotools_the_error_names_the_extra_before_any_work(images, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pycocotools", None)
     monkeypatch.setitem(sys.modules, "pycocotools.mask", None)
-    text = run(photos, "--labels", LABELS, "--output", tmp_path / "out", "--format", "coco", status=2)
+    text = run(images, "--labels", LABELS, "--output", tmp_path / "out", "--format", "coco", status=2)
     assert "pip install 'spar-hf[coco]'" in text and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
-    ("photo", "message"),
+    ("image", "message"),
     [("empty.jpg", "empty (0 bytes)"), ("missing.jpg", "neither a file"), ("*.gif", "No image")],
 )
-def test_a_bad_photo_is_one_line_and_exit_status_1(photos, tmp_path, photo, message):
-    text = run(photos / photo, "--labels", "sky", "--output", tmp_path / "o.png", status=1)
+def test_a_bad_image_is_one_line_and_exit_status_1(images, tmp_path, image, message):
+    text = run(images / image, "--labels", "sky", "--output", tmp_path / "o.png", status=1)
     assert message in text and text.count("error:") == 1
 
 
@@ -189,26 +189,26 @@ def test_a_bad_photo_is_one_line_and_exit_status_1(photos, tmp_path, photo, mess
         ({"--device": "nonsense"}, "is not there; there is cpu"),
     ],
 )
-def test_wrong_usage_is_one_line_and_exit_status_2(photos, tmp_path, monkeypatch, options, message):
+def test_wrong_usage_is_one_line_and_exit_status_2(images, tmp_path, monkeypatch, options, message):
     monkeypatch.chdir(tmp_path)
     given = {"--labels": LABELS, "--output": "out.png", **options}
-    text = run(photos / "street.png", *(part for item in given.items() for part in item), status=2)
+    text = run(images / "street.png", *(part for item in given.items() for part in item), status=2)
     assert message in text and text.count("error:") == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
 
 
-def test_several_photos_need_a_folder_that_is_not_their_own(photos, tmp_path):
+def test_several_images_need_a_folder_that_is_not_their_own(images, tmp_path):
     def refuse(message, *options):
-        assert message in run(photos, "--labels", LABELS, *options, status=2)
+        assert message in run(images, "--labels", LABELS, *options, status=2)
 
     refuse("need a folder", "--output", tmp_path / "out.png")
-    refuse("read and written at once", "--output", photos)
-    refuse("one photo", "--output", tmp_path / "out", "--map", tmp_path / "map.png")
+    refuse("read and written at once", "--output", images)
+    refuse("one image", "--output", tmp_path / "out", "--map", tmp_path / "map.png")
 
 
-def test_a_vision_only_folder_and_a_missing_one_say_what_is_wrong(photos, tmp_path, vision_model):
+def test_a_vision_only_folder_and_a_missing_one_say_what_is_wrong(images, tmp_path, vision_model):
     vision_model.save_pretrained(tmp_path / "vision")
-    options = [photos / "street.png", "--labels", LABELS, "--output", tmp_path / "o.png", "--model"]
+    options = [images / "street.png", "--labels", LABELS, "--output", tmp_path / "o.png", "--model"]
     assert "has no text tower" in run(*options, tmp_path / "vision", status=2)
     for model, message in (("nowhere", "is no folder here"), ("vision/config.json", "is a file. Name the folder of")):
         text = run(*options, tmp_path / model, status=1)
@@ -219,6 +219,6 @@ def test_a_vision_only_folder_and_a_missing_one_say_what_is_wrong(photos, tmp_pa
     ("labels", "message"),
     [("road, sky, tree", '"road; sky"'), ("ade20", "Did you mean the built-in ade20k?"), ("sky; tree", None)],
 )
-def test_one_class_alone_is_noted(photos, tmp_path, labels, message):
-    text = run(photos / "street.png", "--labels", labels, "--templates", "plain", "--output", tmp_path / "o.png")
+def test_one_class_alone_is_noted(images, tmp_path, labels, message):
+    text = run(images / "street.png", "--labels", labels, "--templates", "plain", "--output", tmp_path / "o.png")
     assert message in text if message else "note:" not in text

@@ -6,10 +6,10 @@ from spar_hf.cli.visualization import overlay, palette
 
 
 def test_overlay_mixes_colours_and_draws_a_border_and_legend():
-    photo = Image.new("RGB", (200, 60), (100, 100, 100))
+    image = Image.new("RGB", (200, 60), (100, 100, 100))
     label_map = np.zeros((60, 200), int)
     label_map[:, 100:] = 1
-    picture = overlay(photo, label_map, ["sky", "road", "absent"], opacity=0.5)
+    picture = overlay(image, label_map, ["sky", "road", "absent"], opacity=0.5)
     colours = palette(3).astype(int)
     assert np.abs(np.array(picture.getpixel((10, 10))) - (50 + colours[0] / 2)).max() <= 1
     assert np.abs(np.array(picture.getpixel((150, 10))) - (50 + colours[1] / 2)).max() <= 1

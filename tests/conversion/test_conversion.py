@@ -48,7 +48,7 @@ SIZES = [(32, 32), (48, 24), (24, 64), (64, 48), (16, 64)]  # native, others, an
 
 def word_tokenizer() -> PreTrainedTokenizerFast:
     """One id per word, the end token the last id, as in CLIP's vocabulary."""
-    words = ["<pad>", "<unk>", *(f"word{i}" for i in range(VOCAB - 7)), "road", "sky", "a", "photo", "</s>"]
+    words = ["<pad>", "<unk>", *(f"word{i}" for i in range(VOCAB - 7)), "road", "sky", "a", "image", "</s>"]
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     backend.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", VOCAB - 1)])
@@ -194,10 +194,10 @@ def test_processor_keeps_statistics_and_text_preprocessing(converted):
     mean = {"siglip2": 0.5, "openclip": 0.4, "dinov3txt": 0.45}[family]
     assert list(processor.image_processor.image_mean) == [mean] * 3
     assert list(processor.image_processor.image_std) == [0.25] * 3
-    ids = AutoTokenizer.from_pretrained(folder / "out")(["A photo, road."], padding="max_length")["input_ids"][0]
+    ids = AutoTokenizer.from_pretrained(folder / "out")(["An image, road."], padding="max_length")["input_ids"][0]
     assert len(ids) == LENGTH
     if family == "siglip2":  # lower case, no punctuation, padded on the right
-        assert ids == word_tokenizer()("a photo road")["input_ids"] + [0] * (LENGTH - 4)
+        assert ids == word_tokenizer()("an image road")["input_ids"] + [0] * (LENGTH - 4)
 
 
 def test_periods_survive_half_precision(tmp_path, converted):

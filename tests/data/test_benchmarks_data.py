@@ -1,4 +1,4 @@
-"""Readers of data sets on small fabricated copies of their layouts, and on real photos where they are at hand."""
+"""Readers of data sets on small fabricated copies of their layouts, and on real images where they are at hand."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from PIL import Image
 
 from spar_hf.data import benchmarks
 from spar_hf.data.benchmarks import open_benchmark, open_folder, open_hugging_face
-from spar_hf.evaluation.options import Options, build_vocabulary, choose_photos, open_set
+from spar_hf.evaluation.options import Options, build_vocabulary, choose_images, open_set
 from spar_hf.model.prompts import Vocabulary
 
 VOID = 255
@@ -25,7 +25,7 @@ def save_mask(path, values, palette=False):
     mask.save(path)
 
 
-def save_photo(path, width, brightness=100):
+def save_image(path, width, brightness=100):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (width, 1), (brightness, 0, 0)).save(path, quality=95)
 
@@ -38,26 +38,26 @@ def listing(path, names):
 def make_voc(root, values, masks="SegmentationClass", split="Segmentation", names=("2007_000033", "2007_000042")):
     listing(root / "ImageSets" / split / "val.txt", names)
     for name in (*names, "2007_000001"):  # the last one is no photo of the split
-        save_photo(root / "JPEGImages" / f"{name}.jpg", len(values))
+        save_image(root / "JPEGImages" / f"{name}.jpg", len(values))
         save_mask(root / masks / f"{name}.png", values, palette=True)
 
 
-def make_coco(root, values, suffix, masks="annotations", photos="images/val2017"):
+def make_coco(root, values, suffix, masks="annotations", images="images/val2017"):
     for name in ("000000000139", "000000000285"):
-        save_photo(root / photos / f"{name}.jpg", len(values))
+        save_image(root / images / f"{name}.jpg", len(values))
         save_mask(root / masks / "val2017" / f"{name}{suffix}.png", values)
 
 
 def make_cityscapes(root, values, suffix):
     for city, frame in (("frankfurt", "frankfurt_000000_000294"), ("munster", "munster_000000_000019")):
-        save_photo(root / "leftImg8bit" / "val" / city / f"{frame}_leftImg8bit.png", len(values))
+        save_image(root / "leftImg8bit" / "val" / city / f"{frame}_leftImg8bit.png", len(values))
         save_mask(root / "gtFine" / "val" / city / f"{frame}_gtFine_{suffix}.png", values)
         save_mask(root / "gtFine" / "val" / city / f"{frame}_gtFine_instanceIds.png", values)
 
 
 def make_ade(root, values):
     for name in ("ADE_val_00000001", "ADE_val_00000002"):
-        save_photo(root / "images" / "validation" / f"{name}.jpg", len(values))
+        save_image(root / "images" / "validation" / f"{name}.jpg", len(values))
         save_mask(root / "annotations" / "validation" / f"{name}.png", values)
 
 
@@ -101,7 +101,7 @@ LAYOUTS = {
     "stuff": ("coco-stuff", lambda root, v: make_coco(root / "coco_stuff164k", v, "_labelTrainIds"), COCO_IDS),
     "stuff from raw": (
         "coco-stuff",
-        lambda root, v: make_coco(root, v, "", "stuffthingmaps", photos="val2017"),
+        lambda root, v: make_coco(root, v, "", "stuffthingmaps", images="val2017"),
         COCO_RAW,
     ),
     "cityscapes": ("cityscapes", lambda root, v: make_cityscapes(root, v, "labelTrainIds"), CITYSCAPES),
@@ -115,9 +115,9 @@ def test_benchmark_labels_void_and_background(layout, tmp_path):
     name, make, values = LAYOUTS[layout]
     make(tmp_path, list(values))
     data = open_benchmark(name, tmp_path)
-    assert len(data) == 2 and list(data.photos.features) == ["image", "mask"]
-    photo, reference = data.read(1)
-    assert photo.mode == "RGB" and photo.size == (len(values), 1)
+    assert len(data) == 2 and list(data.images.features) == ["image", "mask"]
+    image, reference = data.read(1)
+    assert image.mode == "RGB" and image.size == (len(values), 1)
     labels = [None if label == VOID else data.labels[label] for label in reference[0]]
     assert labels == list(values.values())
 
@@ -149,7 +149,7 @@ def test_benchmark__published_words_keep_the_labels(tmp_path):
 def test_benchmark__another_layout_is_refused_with_the_one_expected(name, tmp_path):
     (tmp_path / "images").mkdir()
     pattern = benchmarks.BENCHMARKS[name].masks[0][0].format("NAME")
-    with pytest.raises(FileNotFoundError, match="as expected: photos") as error:
+    with pytest.raises(FileNotFoundError, match="as expected: images") as error:
         open_benchmark(name, tmp_path)
     assert pattern in str(error.value)
 
@@ -161,7 +161,7 @@ def test_benchmark__errors(tmp_path, monkeypatch):
     (tmp_path / "annotations" / "validation" / "ADE_val_00000002.png").unlink()
     with pytest.raises(FileNotFoundError, match=r"1 files of ADE20K are missing, the first is .*00000002\.png"):
         open_benchmark("ade20k", tmp_path)
-    (tmp_path / "images" / "validation" / "ADE_val_00000001.jpg").write_bytes(b"no photo")
+    (tmp_path / "images" / "validation" / "ADE_val_00000001.jpg").write_bytes(b"no image")
     save_mask(tmp_path / "annotations" / "validation" / "ADE_val_00000002.png", [1])
     with pytest.raises(ValueError, match="Cannot read ADE_val_00000001 of ade20k"):
         open_benchmark("ade20k", tmp_path).read(0)
@@ -178,13 +178,13 @@ def test_benchmark__errors(tmp_path, monkeypatch):
 
 
 def hugging_face_rows(folder, values):
-    rows = {"photo": [], "label": []}
+    rows = {"image": [], "label": []}
     for i, row in enumerate(values):
-        save_photo(folder / f"{i}.png", len(row), brightness=10 * i)
+        save_image(folder / f"{i}.png", len(row), brightness=10 * i)
         save_mask(folder / f"{i}_mask.png", row)
-        rows["photo"].append(str(folder / f"{i}.png"))
+        rows["image"].append(str(folder / f"{i}.png"))
         rows["label"].append(str(folder / f"{i}_mask.png"))
-    features = datasets.Features({"photo": datasets.Image(), "label": datasets.Image()})
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Image()})
     return datasets.Dataset.from_dict(rows, features=features)
 
 
@@ -194,7 +194,7 @@ def test_hugging_face_data_sets_from_disk_and_parquet(tmp_path, monkeypatch):
     datasets.DatasetDict({"validation": rows, "train": rows.select([0])}).save_to_disk(tmp_path / "disk")
     (tmp_path / "parquet").mkdir()
     rows.to_parquet(tmp_path / "parquet" / "validation.parquet")
-    columns = {"image_column": "photo", "mask_column": "label"}
+    columns = {"image_column": "image", "mask_column": "label"}
     for folder in ("disk", "parquet"):
         path = str(tmp_path / folder)
         data = open_hugging_face(path, ["Cat", "tree-merged", "dog"], "validation", ignore_index=7, **columns)
@@ -210,7 +210,7 @@ def test_hugging_face_data_sets_from_disk_and_parquet(tmp_path, monkeypatch):
     for wrong in (65535, -100):
         with pytest.raises(ValueError, match=f"--ignore_index {wrong}: masks hold the values 0 to 255"):
             open_hugging_face(path, ["tree"], ignore_index=wrong, **columns)
-    with pytest.raises(ValueError, match="images are photo, label: name two with --image_column"):
+    with pytest.raises(ValueError, match="images are image, label: name two with --image_column"):
         open_hugging_face(path, ["tree"])
 
 
@@ -224,10 +224,10 @@ def test_subset_and_split_are_those_that_were_read(tmp_path, monkeypatch):
         lines += [f"- config_name: {subset}", f"  data_files: {subset}/*.parquet"]
     (folder / "README.md").write_text("\n".join([*lines, "---"]))
     (tmp_path / "names.txt").write_text("road\nsky\n")
-    given = {"model": [], "image_column": "photo", "mask_column": "label", "classes": str(tmp_path / "names.txt")}
+    given = {"model": [], "image_column": "image", "mask_column": "label", "classes": str(tmp_path / "names.txt")}
     given["dataset"] = str(folder)
     for subset, expected in (("rain", [[0, 1]]), ("snow", [[1, 1, 0]])):
-        data = choose_photos(Options(**given, subset=subset))
+        data = choose_images(Options(**given, subset=subset))
         assert data.read(0)[1].tolist() == expected
         assert (build_vocabulary(data, Options(**given))[1].subset, data.split) == (subset, "train")
     for wrong in (None, "fog"):
@@ -246,15 +246,15 @@ def test_subset_and_split_are_those_that_were_read(tmp_path, monkeypatch):
 def test_hugging_face_data_set_by_options(tmp_path):
     hugging_face_rows(tmp_path / "files", [[0, 1, 2], [2, 1, 0]]).save_to_disk(tmp_path / "disk")
     (tmp_path / "names.txt").write_text("cat\ntree\ndog\n")
-    given = {"dataset": str(tmp_path / "disk"), "model": [], "image_column": "photo", "mask_column": "label"}
-    data = choose_photos(Options(**given, classes=str(tmp_path / "names.txt"), include=["row1"]))
+    given = {"dataset": str(tmp_path / "disk"), "model": [], "image_column": "image", "mask_column": "label"}
+    data = choose_images(Options(**given, classes=str(tmp_path / "names.txt"), include=["row1"]))
     assert data.names == ("row1",) and data.read(0)[1].tolist() == [[2, 1, 0]]
     assert len(open_set(Options(**given, vocabulary="cityscapes")).labels) == 19
     with pytest.raises(ValueError, match="--classes FILE or --vocabulary NAME"):
         open_set(Options(**given))
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason=f"{SHARED} is not there: real photos with masks")
+@pytest.mark.skipif(not SHARED.is_dir(), reason=f"{SHARED} is not there: real images with masks")
 @pytest.mark.parametrize("name", ["camvid/val", "coco", "clothing"])
 def test_real_folders(name):
     data = open_folder(SHARED / name)
@@ -266,10 +266,10 @@ def test_real_folders(name):
         .read_text()
         .splitlines()
     ]
-    photo, reference = data.read(3)
+    image, reference = data.read(3)
     path = sorted((SHARED / name / "images").iterdir())[3]
     assert data.names[3] == path.stem
-    np.testing.assert_array_equal(np.asarray(photo), np.asarray(Image.open(path).convert("RGB")))
+    np.testing.assert_array_equal(np.asarray(image), np.asarray(Image.open(path).convert("RGB")))
     mask = np.asarray(Image.open(SHARED / name / "masks" / f"{path.stem}.png"))
     assert (reference[mask == VOID] == VOID).all()
     for value in np.unique(mask[mask != VOID]):

@@ -1,4 +1,4 @@
-"""Folder layouts of the training scripts, and the order of photos."""
+"""Folder layouts of the training scripts, and the order of images."""
 
 import json
 import random
@@ -133,7 +133,7 @@ def test_classes_are_merged_in_the_order_of_the_file(folder):
     labels = opened.read_mask(opened.pairs[0][1], (6, 8))
     assert labels.dtype == np.uint8 and labels.tolist() == [[number[v] for v in row] for row in values.tolist()]
     np.testing.assert_array_equal(open_segmentation_folder(folder).read_mask(opened.pairs[0][1], (6, 8)), values)
-    with pytest.raises(ValueError, match=r"its photo \(8, 6\)"):
+    with pytest.raises(ValueError, match=r"its image \(8, 6\)"):
         opened.read_mask(opened.pairs[0][1], (8, 6))
     (folder / "classes.txt").write_text("road\nkerb\ncar\n")
     with pytest.raises(ValueError, match=r"the values \[3\], but classes.txt has 3 lines"):

@@ -30,9 +30,9 @@ from spar_hf.distillation.options import parse_options
 from spar_hf.distillation.trainer import Distillation, main
 
 
-def distil(base, photos, output, *options):
+def distil(base, images, output, *options):
     """A run on the CPU, alone; each is a process of its own to accelerate."""
-    arguments = ["--model", base, "--images", photos, "--output", output, "--workers", 0, "--holdout_every", 3]
+    arguments = ["--model", base, "--images", images, "--output", output, "--workers", 0, "--holdout_every", 3]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ACCELERATE_USE_CPU", "true")
         try:
@@ -50,13 +50,13 @@ def curve(folder):
     return [(row["step"], row["loss"]) for row in log_of(folder)]
 
 
-def test_student_nears_the_teacher_and_says_how(base_folder, photo_folder, tmp_path):
+def test_student_nears_the_teacher_and_says_how(base_folder, image_folder, tmp_path):
     options = ("--steps", 40, "--learning_rate", 1e-3, "--train_layers", "all", "--stride", 24, "--eval_steps", 20)
     options += ("--words", "cityscapes", "--words_weight", 0.1, "--log_steps", 5, "--picture_steps", 40)
-    folder = distil(base_folder, photo_folder, tmp_path / "run", *options)
+    folder = distil(base_folder, image_folder, tmp_path / "run", *options)
     record = AutoConfig.from_pretrained(folder).distillation
     assert record["held_out"]["after"]["mse"] < 0.8 * record["held_out"]["before"]["mse"]
-    assert (record["stride"], record["window_size"], record["photos"], record["steps"]) == (24, 64, 4, 40)
+    assert (record["stride"], record["window_size"], record["num_images"], record["steps"]) == (24, 64, 4, 40)
 
     student = SparForOpenVocabSegmentation.from_pretrained(folder)
     teacher = SparForOpenVocabSegmentation.from_pretrained(base_folder)
@@ -82,11 +82,11 @@ def test_student_nears_the_teacher_and_says_how(base_folder, photo_folder, tmp_p
     assert (again.words, again.stride, again.steps) == (["cityscapes"], 24, 40)
 
 
-def test_only_the_last_blocks_change__runs_repeat_and_damage_is_passed_over(base_folder, photo_folder, tmp_path):
-    photos = tmp_path / "photos"
-    shutil.copytree(photo_folder, photos)
-    (photos / "3.jpg").write_bytes((photos / "3.jpg").read_bytes()[:500])
-    (photos / "5.jpg").write_text("held out, and no photo")
+def test_only_the_last_blocks_change__runs_repeat_and_damage_is_passed_over(base_folder, image_folder, tmp_path):
+    images = tmp_path / "images"
+    shutil.copytree(image_folder, images)
+    (images / "3.jpg").write_bytes((images / "3.jpg").read_bytes()[:500])
+    (images / "5.jpg").write_text("held out, and no image")
     options = (
         "--steps",
         6,
@@ -99,7 +99,7 @@ def test_only_the_last_blocks_change__runs_repeat_and_damage_is_passed_over(base
         "--report_to",
         "none",
     )
-    folders = [distil(base_folder, photos, tmp_path / w, *options, "--workers", w, "--log_steps", 1) for w in "02"]
+    folders = [distil(base_folder, images, tmp_path / w, *options, "--workers", w, "--log_steps", 1) for w in "02"]
     weights = [AutoModel.from_pretrained(folder).state_dict() for folder in folders]
     before = AutoModel.from_pretrained(base_folder).state_dict()
     changed = {name for name in before if not torch.equal(before[name], weights[0][name])}
@@ -107,17 +107,17 @@ def test_only_the_last_blocks_change__runs_repeat_and_damage_is_passed_over(base
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in before)
     assert curve(tmp_path / "0") == curve(tmp_path / "2")
     listed = [json.loads(line) for line in (tmp_path / "2" / "skipped.jsonl").read_text().splitlines()]
-    assert sorted(row["photo"].rpartition("/")[2] for row in listed) == ["3.jpg", "5.jpg"]
+    assert sorted(row["image"].rpartition("/")[2] for row in listed) == ["3.jpg", "5.jpg"]
     assert log_of(tmp_path / "2")[-1]["skipped"] == 2
-    assert AutoConfig.from_pretrained(folders[0]).distillation["held_out"]["photos"] == 1
+    assert AutoConfig.from_pretrained(folders[0]).distillation["held_out"]["images"] == 1
 
 
-def test_streams_resume_to_the_last_bit(base_folder, photo_folder, tmp_path):
+def test_streams_resume_to_the_last_bit(base_folder, image_folder, tmp_path):
     """Rows of a table in passing, a damaged one among them; the second half of the run once more from its checkpoint."""
     import datasets
 
-    files = sorted(photo_folder.glob("*.jpg"))
-    rows = [{"bytes": path.read_bytes(), "path": None} for path in files] + [{"bytes": b"no photo", "path": None}]
+    files = sorted(image_folder.glob("*.jpg"))
+    rows = [{"bytes": path.read_bytes(), "path": None} for path in files] + [{"bytes": b"no image", "path": None}]
     features = datasets.Features({"image": datasets.Image()})
     datasets.Dataset.from_dict({"image": rows}, features).save_to_disk(tmp_path / "table")
     options = ("--steps", 8, "--save_steps", 3, "--train_layers", "all", "--learning_rate", 1e-3, "--streaming")
@@ -132,28 +132,28 @@ def test_streams_resume_to_the_last_bit(base_folder, photo_folder, tmp_path):
     assert len((tmp_path / "half" / "skipped.jsonl").read_text().splitlines()) == 1
 
 
-def test_a_run_is_not_mixed_with_another(base_folder, photo_folder, tmp_path):
+def test_a_run_is_not_mixed_with_another(base_folder, image_folder, tmp_path):
     options = ("--steps", 4, "--save_steps", 2, "--teacher_windows", 2, "--report_to", "none", "--holdout_images", 0)
-    distil(base_folder, photo_folder, tmp_path / "run", *options)
+    distil(base_folder, image_folder, tmp_path / "run", *options)
     with pytest.raises(ValueError, match="--resume"):
-        distil(base_folder, photo_folder, tmp_path / "run", *options)
+        distil(base_folder, image_folder, tmp_path / "run", *options)
     with pytest.raises(ValueError, match=r"--seed \(was 0, is 1\)"):
-        distil(base_folder, photo_folder, tmp_path / "run", *options, "--resume", "--seed", 1)
+        distil(base_folder, image_folder, tmp_path / "run", *options, "--resume", "--seed", 1)
     with pytest.raises(FileNotFoundError, match="Start without --resume"):
-        distil(base_folder, photo_folder, tmp_path / "other", *options, "--resume")
-    assert distil(base_folder, photo_folder, tmp_path / "run", *options, "--resume", "--workers", 1).is_dir()
+        distil(base_folder, image_folder, tmp_path / "other", *options, "--resume")
+    assert distil(base_folder, image_folder, tmp_path / "run", *options, "--resume", "--workers", 1).is_dir()
     held = {path.name for path in (tmp_path / "run" / "checkpoint-2").iterdir()}
     assert "model.safetensors" in held  # the student once, and no teacher
     size = (tmp_path / "run" / "checkpoint-2" / "model.safetensors").stat().st_size
     assert size < 1.2 * 4 * sum(p.numel() for p in AutoModel.from_pretrained(base_folder).parameters())
 
 
-def test_adapters_are_saved_by_themselves_and_merged(base_folder, photo_folder, tmp_path):
+def test_adapters_are_saved_by_themselves_and_merged(base_folder, image_folder, tmp_path):
     from peft import PeftModel
 
     options = ("--steps", 6, "--learning_rate", 1e-2, "--lora_rank", 4, "--merge", "--teacher_windows", 2)
     options += ("--save_steps", 3, "--report_to", "none", "--log_steps", 1, "--train_layers", 1)
-    merged = AutoModel.from_pretrained(distil(base_folder, photo_folder, tmp_path / "run", *options))
+    merged = AutoModel.from_pretrained(distil(base_folder, image_folder, tmp_path / "run", *options))
     assert curve(tmp_path / "run")[-1][1] > 0
     adapter = tmp_path / "run" / "adapter"
     small = sum(path.stat().st_size for path in adapter.glob("*.safetensors"))
@@ -171,42 +171,42 @@ def test_adapters_are_saved_by_themselves_and_merged(base_folder, photo_folder, 
     assert str(tmp_path) not in (adapter / "README.md").read_text() + (adapter / "adapter_config.json").read_text()
 
 
-def test_the_held_out_error_is_measured_in_full_precision(base_folder, photo_folder, tmp_path):
+def test_the_held_out_error_is_measured_in_full_precision(base_folder, image_folder, tmp_path):
     """It decides which student is kept, and half precision would blur it."""
     errors = []
     for precision in ("no", "bf16"):
         options = ("--steps", 1, "--mixed_precision", precision, "--report_to", "none", "--teacher_windows", 1)
-        folder = distil(base_folder, photo_folder, tmp_path / precision, *options)
+        folder = distil(base_folder, image_folder, tmp_path / precision, *options)
         errors.append(AutoConfig.from_pretrained(folder).distillation["held_out"]["before"])
     assert errors[0] == errors[1] and errors[0]["mse"] > 0
 
 
-def test_a_cached_teacher_trains_on_its_own_maps(base_folder, photo_folder, tmp_path, monkeypatch):
+def test_a_cached_teacher_trains_on_its_own_maps(base_folder, image_folder, tmp_path, monkeypatch):
     cache = tmp_path / "cache"
-    made = {"model": str(base_folder), "images": [str(photo_folder)], "output": str(cache)}
+    made = {"model": str(base_folder), "images": [str(image_folder)], "output": str(cache)}
     made |= {"crop_probability": 0.2, "jitter_probability": 0.1, "long_side": 3.0}
     make_cache(CacheOptions(views=8, stride=32, holdout_every=3, mixed_precision="no", **made))
     options = ("--stride", 32, "--steps", 40, "--learning_rate", 1e-3, "--train_layers", "all", "--eval_steps", 40)
     options += ("--teacher_mode", "cached", "--teacher_cache", cache)
     calls, run = [], SlidingWindowTeacher.forward
     monkeypatch.setattr(SlidingWindowTeacher, "forward", lambda *a, **k: calls.append(1) or run(*a, **k))
-    folder = distil(base_folder, photo_folder, tmp_path / "run", *options)
-    assert len(calls) == 2  # the held-out photos, once
+    folder = distil(base_folder, image_folder, tmp_path / "run", *options)
+    assert len(calls) == 2  # the held-out images, once
     record = AutoConfig.from_pretrained(folder).distillation
-    assert record["photos"] == 4 * 8
+    assert record["num_images"] == 4 * 8
     # how the stored views were drawn, not what options of this run would have said
-    assert (record["crop_probability"], record["jitter_probability"], record["photo_size"][0]) == (0.2, 0.1, 3.0)
+    assert (record["crop_probability"], record["jitter_probability"], record["view_size"][0]) == (0.2, 0.1, 3.0)
     assert record["held_out"]["after"]["mse"] < 0.9 * record["held_out"]["before"]["mse"]
     with pytest.raises(ValueError, match="stride is 32 there and 24 here"):
-        distil(base_folder, photo_folder, tmp_path / "other", *options, "--stride", 24)
+        distil(base_folder, image_folder, tmp_path / "other", *options, "--stride", 24)
     with pytest.raises(ValueError, match="held out here"):
-        distil(base_folder, photo_folder, tmp_path / "other", *options, "--holdout_every", 2)
+        distil(base_folder, image_folder, tmp_path / "other", *options, "--holdout_every", 2)
     with pytest.raises(ValueError, match="belong together"):
-        distil(base_folder, photo_folder, tmp_path / "other", "--teacher_mode", "cached")
+        distil(base_folder, image_folder, tmp_path / "other", "--teacher_mode", "cached")
 
 
 @pytest.mark.parametrize("family", ["dinov3", "clip"])
-def test_distils_a_backbone_as_the_hub_holds_it(family, photo_folder, tmp_path, tokenizer):
+def test_distils_a_backbone_as_the_hub_holds_it(family, image_folder, tmp_path, tokenizer):
     """No conversion first: a vision-only DINOv3 and a two-tower CLIP, with their image statistics and tokenizer."""
     shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
     if family == "dinov3":
@@ -220,7 +220,7 @@ def test_distils_a_backbone_as_the_hub_holds_it(family, photo_folder, tmp_path, 
     statistics = {"image_processor_type": "ViTImageProcessor", "image_mean": [0.4] * 3, "image_std": [0.3] * 3}
     (tmp_path / "hub" / "preprocessor_config.json").write_text(json.dumps(statistics))
     options = ("--steps", 6, "--learning_rate", 1e-3, "--train_layers", "all", "--teacher_windows", 2, "--whiten", 0.5)
-    folder = distil(tmp_path / "hub", photo_folder, tmp_path / "run", *options, "--report_to", "none")
+    folder = distil(tmp_path / "hub", image_folder, tmp_path / "run", *options, "--report_to", "none")
     student = AutoModel.from_pretrained(folder)
     assert type(student) is SparVisionModel
     assert student.config.readout == ("dinov3" if family == "dinov3" else "maskclip")
@@ -237,7 +237,7 @@ def test_distils_a_backbone_as_the_hub_holds_it(family, photo_folder, tmp_path, 
         assert type(AutoImageProcessor.from_pretrained(folder)) is SparImageProcessorPil
 
 
-def test_ctrl_c_keeps_what_was_done(base_folder, photo_folder, tmp_path, caplog):
+def test_ctrl_c_keeps_what_was_done(base_folder, image_folder, tmp_path, caplog):
     def interrupt():
         while not (tmp_path / "run" / "log.jsonl").is_file() or not (tmp_path / "run" / "log.jsonl").stat().st_size:
             time.sleep(0.01)
@@ -248,15 +248,15 @@ def test_ctrl_c_keeps_what_was_done(base_folder, photo_folder, tmp_path, caplog)
     watcher = threading.Thread(target=interrupt, daemon=True)
     watcher.start()
     with caplog.at_level("INFO"):
-        distil(base_folder, photo_folder, tmp_path / "run", *options)
+        distil(base_folder, image_folder, tmp_path / "run", *options)
     assert "--resume" in caplog.text
     (kept,) = (tmp_path / "run").glob("checkpoint-*")
     assert json.loads((kept / "state.json").read_text())["step"] == log_of(tmp_path / "run")[-1]["step"] < 3000
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_resume_of_a_finished_run_says_so(base_folder, photo_folder, tmp_path, monkeypatch, caplog):
-    arguments = ["--model", base_folder, "--images", photo_folder, "--output", tmp_path / "run", "--holdout_every", 3]
+def test_resume_of_a_finished_run_says_so(base_folder, image_folder, tmp_path, monkeypatch, caplog):
+    arguments = ["--model", base_folder, "--images", image_folder, "--output", tmp_path / "run", "--holdout_every", 3]
     arguments += ["--workers", 0, "--teacher_windows", 2, "--picture_steps", 0, "--report_to", "none", "--resume"]
 
     def resume(*options):
@@ -265,7 +265,7 @@ def test_resume_of_a_finished_run_says_so(base_folder, photo_folder, tmp_path, m
             main()
         return caplog.messages[-1]
 
-    folder = distil(base_folder, photo_folder, tmp_path / "run", *arguments[6:-1], "--steps", 1)
+    folder = distil(base_folder, image_folder, tmp_path / "run", *arguments[6:-1], "--steps", 1)
     weights = (folder / "model.safetensors").stat().st_mtime_ns
     assert str(folder) in resume("--steps", 1) and "complete" in caplog.messages[-1]
     assert (folder / "model.safetensors").stat().st_mtime_ns == weights
@@ -276,18 +276,18 @@ def test_resume_of_a_finished_run_says_so(base_folder, photo_folder, tmp_path, m
         resume("--steps", 1)
 
 
-def test_several_students_start_as_their_mean(base_folder, photo_folder, tmp_path):
+def test_several_students_start_as_their_mean(base_folder, image_folder, tmp_path):
     options = ("--teacher_windows", 2, "--report_to", "none", "--holdout_images", 0, "--train_layers", "all")
-    one = distil(base_folder, photo_folder, tmp_path / "1", *options, "--steps", 2, "--learning_rate", 1e-2)
+    one = distil(base_folder, image_folder, tmp_path / "1", *options, "--steps", 2, "--learning_rate", 1e-2)
     options += ("--steps", 1, "--learning_rate", 1e-12, "--student")
-    found = distil(base_folder, photo_folder, tmp_path / "2", *options, base_folder, one)
+    found = distil(base_folder, image_folder, tmp_path / "2", *options, base_folder, one)
     base, trained, mean = (AutoModel.from_pretrained(folder).state_dict() for folder in (base_folder, one, found))
     for name, weight in mean.items():
         torch.testing.assert_close(weight, (base[name] + trained[name]) / 2)
     assert any(not torch.equal(trained[name], weight) for name, weight in mean.items())
     assert [Path(name).name for name in AutoConfig.from_pretrained(found).distillation["student"]] == ["base0", "model"]
-    fixed = distil(base_folder, photo_folder, tmp_path / "3", *options, one, "--position_extent", 128)
+    fixed = distil(base_folder, image_folder, tmp_path / "3", *options, one, "--position_extent", 128)
     with pytest.raises(ValueError, match=r"span None px, those of .* 128"):
-        distil(base_folder, photo_folder, tmp_path / "4", *options, one, fixed)
+        distil(base_folder, image_folder, tmp_path / "4", *options, one, fixed)
     with pytest.raises(ValueError, match="mean of several"):
         parse_options(["--model", "m", "--images", "i", "--output", "o", "--student", "a", "b", "--lora_rank", "4"])

@@ -1,4 +1,4 @@
-"""The pieces of the distillation script whose correctness training depends on: options, losses, photos, what is trained."""
+"""The pieces of the distillation script whose correctness training depends on: options, losses, images, what is trained."""
 
 import io
 import tarfile
@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from spar_hf import SlidingWindowTeacher, SparConfig, SparImageProcessorPil, SparVisionModel
-from spar_hf.data.sources import MapOrder, Photos, Skipped, StreamOrder, augment, open_sources, split_photos
+from spar_hf.data.sources import MapOrder, Skipped, StreamOrder, TrainingImages, augment, open_sources, split_images
 from spar_hf.distillation.held_out import feature_colours
 from spar_hf.distillation.losses import decision_loss, distillation_loss, error_weights
 from spar_hf.distillation.options import PRESETS, Options, parse_options
@@ -31,27 +31,27 @@ def options(**kwargs):
 
 
 @pytest.mark.parametrize("size", [(1600, 900), (480, 360), (200, 700), (60, 50)])
-def test_augmented_photos_follow_the_recipe(size):
-    photo = Image.fromarray(np.zeros((size[1], size[0], 3), np.uint8))
+def test_augmented_images_follow_the_recipe(size):
+    image = Image.fromarray(np.zeros((size[1], size[0], 3), np.uint8))
     whole = options(crop_probability=0.0, min_scale=1.0)
-    width, height = augment(photo, 192, 16, whole, Random(0)).size
+    width, height = augment(image, 192, 16, whole, Random(0)).size
     # the largest size that fits 4 × 2 windows, floored to patches, never distorted by more than a patch
     factor = min(768 / max(size), 384 / min(size))
     assert (width, height) == tuple(int(side * factor + 1e-3) // 16 * 16 for side in size)
     for seed in range(30):
-        width, height = augment(photo, 192, 16, options(), Random(seed)).size
+        width, height = augment(image, 192, 16, options(), Random(seed)).size
         assert width % 16 == 0 and height % 16 == 0
         assert max(width, height) <= 768 and min(width, height) <= 384
         assert min(width, height) >= min(160, min(size) * factor * 0.5 - 16)
 
 
 def test_augmentation_crops_the_right_place():
-    """A photo whose red channel is its column and green its row: values tell where a crop was taken."""
+    """An image whose red channel is its column and green its row: values tell where a crop was taken."""
     rows, columns = np.mgrid[0:192, 0:256]
-    photo = Image.fromarray(np.stack([columns, rows, columns * 0], -1).astype(np.uint8))
+    image = Image.fromarray(np.stack([columns, rows, columns * 0], -1).astype(np.uint8))
     no_flip = options(long_side=4 / 3, short_side=1.0, min_scale=1.0, flip_probability=0.0, crop_probability=1.0)
     for seed in range(10):
-        crop = np.asarray(augment(photo, 96, 16, no_flip, Random(seed))).astype(int)
+        crop = np.asarray(augment(image, 96, 16, no_flip, Random(seed))).astype(int)
         step = np.diff(crop[crop.shape[0] // 2, :, 0])
         assert (step.mean() == pytest.approx(2, abs=0.05)) and (
             np.diff(crop[:, 5, 1]).mean() == pytest.approx(2, abs=0.05)
@@ -182,23 +182,23 @@ def test_accelerate_reads_the_configurations(name, kind, cpu, processes):
     assert kind != "FSDP" or str(found.fsdp_version) == "2"
 
 
-def test_split_holds_out_and_excludes(photo_folder):
-    kept = Options(model="m", images=[str(photo_folder)], output="o", exclude=["1*"], holdout_every=2)
-    train, held_out = split_photos(open_sources(kept), kept)
+def test_split_holds_out_and_excludes(image_folder):
+    kept = Options(model="m", images=[str(image_folder)], output="o", exclude=["1*"], holdout_every=2)
+    train, held_out = split_images(open_sources(kept), kept)
     names = [[Path(part.name(i)).stem for i in range(len(part))] for part in (train, held_out)]
     assert names == [["0", "3", "5"], ["2", "4"]]
-    with pytest.raises(ValueError, match="No photo is left"):
-        split_photos(open_sources(kept), options(exclude=["*"]))
+    with pytest.raises(ValueError, match="No image is left"):
+        split_images(open_sources(kept), options(exclude=["*"]))
 
 
 @pytest.fixture(scope="module")
-def sources(photo_folder, tmp_path_factory):
-    """The same six photos as a list, a saved table, a Parquet file and two WebDataset shards."""
+def sources(image_folder, tmp_path_factory):
+    """The same six images as a list, a saved table, a Parquet file and two WebDataset shards."""
     import datasets
 
     folder = tmp_path_factory.mktemp("sources")
-    files = sorted(photo_folder.glob("*.jpg"))
-    (folder / "list.txt").write_text("# photos\n" + "\n".join(map(str, files)) + "\n")
+    files = sorted(image_folder.glob("*.jpg"))
+    (folder / "list.txt").write_text("# images\n" + "\n".join(map(str, files)) + "\n")
     rows = {"picture": [{"bytes": p.read_bytes(), "path": None} for p in files], "n": list(range(6))}
     table = datasets.Dataset.from_dict(
         rows, datasets.Features({"picture": datasets.Image(), "n": datasets.Value("int8")})
@@ -216,20 +216,20 @@ def sources(photo_folder, tmp_path_factory):
     return folder
 
 
-def make_photos(opened, kept):
-    return Photos(opened, SparImageProcessorPil(), 64, 16, kept)
+def make_images(opened, kept):
+    return TrainingImages(opened, SparImageProcessorPil(), 64, 16, kept)
 
 
 @pytest.mark.parametrize("name", ["list.txt", "saved", "table.parquet", "shards"])
-def test_every_source_gives_the_same_photos(photo_folder, sources, name, monkeypatch, tmp_path):
+def test_every_source_gives_the_same_images(image_folder, sources, name, monkeypatch, tmp_path):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     streams = []
-    for images in (photo_folder, sources / name):
+    for images in (image_folder, sources / name):
         kept = options(images=[str(images)], holdout_every=3)
         opened = open_sources(kept)
-        train, held_out = split_photos(opened, kept)
-        photos = make_photos(opened, kept)
-        streams.append([photos[ticket].pixel_values for ticket in islice(MapOrder(train, 0, 0, 1), 6)])
+        train, held_out = split_images(opened, kept)
+        pictures = make_images(opened, kept)
+        streams.append([pictures[ticket].pixel_values for ticket in islice(MapOrder(train, 0, 0, 1), 6)])
         assert (len(train), len(held_out)) == (4, 2)
     assert all(torch.equal(a, b) for a, b in zip(*streams, strict=True))
 
@@ -241,13 +241,13 @@ def test_unreadable_sources_are_named(tmp_path, sources):
             open_sources(options(images=[str(images)]))
     with pytest.raises(ValueError, match="--streaming reads one"):
         open_sources(options(images=[str(sources / "list.txt")], streaming=True))
-    with pytest.raises(ValueError, match="no photos among its columns picture, n"):
-        open_sources(options(images=[str(sources / "saved")], image_column="photo"))
+    with pytest.raises(ValueError, match="no images among its columns picture, n"):
+        open_sources(options(images=[str(sources / "saved")], image_column="image"))
 
 
 @pytest.mark.parametrize("name", ["saved", "shards"])
 def test_streams__order_holdout_and_going_on(sources, name):
-    """Held-out photos never come, epochs differ, and going on anywhere gives what would have come."""
+    """Held-out images never come, epochs differ, and going on anywhere gives what would have come."""
     kept = options(images=[str(sources / name)], streaming=True, holdout_every=3, shuffle_buffer=3)
     table = open_sources(kept)[0]
     order = StreamOrder(table, kept, 0, 1)
@@ -264,9 +264,9 @@ def test_streams__order_holdout_and_going_on(sources, name):
     assert not {t.source for t in two[0]} & {t.source for t in two[1]} and two[0][0].index != two[1][0].index
 
 
-def test_order_is_shared_by_processes_and_resumes(photo_folder):
-    kept = options(images=[str(photo_folder)], holdout_every=6)
-    train, _ = split_photos(open_sources(kept), kept)
+def test_order_is_shared_by_processes_and_resumes(image_folder):
+    kept = options(images=[str(image_folder)], holdout_every=6)
+    train, _ = split_images(open_sources(kept), kept)
     one = list(islice(MapOrder(train, 3, 0, 1), 20))
     two = [list(islice(MapOrder(train, 3, process, 2), 10)) for process in (0, 1)]
     assert [t.name for pair in zip(*two, strict=True) for t in pair] == [t.name for t in one]
@@ -277,18 +277,18 @@ def test_order_is_shared_by_processes_and_resumes(photo_folder):
         assert len({t.name for t in one[5 * epoch : 5 * epoch + 5]}) == 5
 
 
-def test_damaged_photos_are_skipped_whatever_the_workers(photo_folder, tmp_path):
-    for path in photo_folder.glob("*.jpg"):
+def test_damaged_images_are_skipped_whatever_the_workers(image_folder, tmp_path):
+    for path in image_folder.glob("*.jpg"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     (tmp_path / "1.jpg").write_bytes((tmp_path / "1.jpg").read_bytes()[:700])
-    (tmp_path / "3.jpg").write_text("no photo")
+    (tmp_path / "3.jpg").write_text("no image")
     Image.new("RGB", (300, 20)).save(tmp_path / "4.jpg")
     kept = options(images=[str(tmp_path)], holdout_every=6, jitter_probability=0.5)
     opened = open_sources(kept)
-    train, _ = split_photos(opened, kept)
+    train, _ = split_images(opened, kept)
     seen = []
     for workers in (0, 2):
-        loader = DataLoader(make_photos(opened, kept), None, sampler=MapOrder(train, 0, 0, 1), num_workers=workers,
+        loader = DataLoader(make_images(opened, kept), None, sampler=MapOrder(train, 0, 0, 1), num_workers=workers,
                             collate_fn=lambda item: item)  # fmt: skip
         seen.append(list(islice(loader, 10)))
     skipped = {Path(item.name).name: item.reason for item in seen[0] if isinstance(item, Skipped)}

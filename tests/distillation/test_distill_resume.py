@@ -14,17 +14,17 @@ from transformers import AutoModel
 
 TRAINING = Path(__file__).parents[2] / "training"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(TRAINING.parent), *sys.path])}
-# four photos a step, on one process or two
+# four images a step, on one process or two
 SETTING = ("--steps", 8, "--learning_rate", 1e-3, "--train_layers", "all", "--teacher_windows", 3, "--save_steps", 1)
 SETTING += ("--eval_steps", 4, "--picture_steps", 0, "--log_steps", 1, "--holdout_every", 3, "--workers", 0)
 SETTING += ("--report_to", "none")
 
 
 class Launcher:
-    """Runs of one base on one folder of photos."""
+    """Runs of one base on one folder of images."""
 
-    def __init__(self, base, photos):
-        self.data = base, photos
+    def __init__(self, base, images):
+        self.data = base, images
 
     def start(self, output, *options, config=None, script=TRAINING / "distill.py", **environment):
         command = [sys.executable]
@@ -49,8 +49,8 @@ class Launcher:
 
 
 @pytest.fixture(scope="module")
-def launcher(base_folder, photo_folder):
-    return Launcher(base_folder, photo_folder)
+def launcher(base_folder, image_folder):
+    return Launcher(base_folder, image_folder)
 
 
 def accumulate(processes):

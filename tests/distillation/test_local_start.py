@@ -35,7 +35,7 @@ def model():
 
 
 def distances(height, width):
-    """Squared distance of every two patches in halves of the photo's side: `(patches, patches)`."""
+    """Squared distance of every two patches in halves of the image's side: `(patches, patches)`."""
     rows, columns = ((torch.arange(n) + 0.5) / n * 2 - 1 for n in (height, width))
     place = torch.cartesian_prod(rows, columns)
     return torch.cdist(place, place).square()
@@ -71,7 +71,7 @@ def assert_gaussian(after, before, apart, spread):
 
 
 @pytest.mark.parametrize("first", ["extent", "prior"])
-def test_with_an_extent_attention_reaches_as_many_patches_in_every_photo(model, first):
+def test_with_an_extent_attention_reaches_as_many_patches_in_every_image(model, first):
     with torch.no_grad():  # as above
         for layer in model.backbone.encoder.layers:
             layer.self_attn.q_proj.weight *= 0.05
@@ -96,12 +96,12 @@ def test_with_an_extent_attention_reaches_as_many_patches_in_every_photo(model, 
 @torch.no_grad()
 def test_features_stay_nearly_what_they_were_at_two_windows_a_side():
     model = SparVisionModel.from_pretrained(SPAR_TINY_BASE)
-    photo = SparImageProcessorPil(size={"shortest_edge": 384})(load_sample_image("china.jpg"), return_tensors="pt")
-    photo = photo["pixel_values"][..., :384]
-    before = model(photo).feature_map
+    image = SparImageProcessorPil(size={"shortest_edge": 384})(load_sample_image("china.jpg"), return_tensors="pt")
+    image = image["pixel_values"][..., :384]
+    before = model(image).feature_map
     spread_positions(model, None, 1024, 192)
     model.config.position_extent = 1024
-    after = model(photo).feature_map
+    after = model(image).feature_map
     spread = (before - before.mean((2, 3), keepdim=True)).square().mean()
     assert (after - before).square().mean() < 0.01 * spread  # without any positions it is 0.07
 
@@ -133,20 +133,20 @@ def test_the_place_is_kept_whatever_training_writes(model):
         with torch.no_grad():
             return torch.stack(model(pixels, output_hidden_states=True).hidden_states) @ directions
 
-    photos = torch.randn(1, 3, 96, 128), torch.randn(1, 3, 96, 128)
+    images = torch.randn(1, 3, 96, 128), torch.randn(1, 3, 96, 128)
     randomise(model, seed=7)  # a step of training, in effect
-    assert (place_of(photos[0]) - place_of(photos[1])).abs().max() > 0.1
+    assert (place_of(images[0]) - place_of(images[1])).abs().max() > 0.1
     keep_place(writers(model), directions)
-    first, second = map(place_of, photos)
-    torch.testing.assert_close(first, second, atol=2e-5, rtol=0)  # of the photo nothing
+    first, second = map(place_of, images)
+    torch.testing.assert_close(first, second, atol=2e-5, rtol=0)  # of the image nothing
     torch.testing.assert_close(first, first[:1].expand_as(first), atol=2e-5, rtol=0)  # and in all layers the same
 
 
 def test_four_times_the_exponent_is_half_the_spread(model):
-    photos = [torch.randn(1, 3, 96, 96) for _ in range(4)]
+    images = [torch.randn(1, 3, 96, 96) for _ in range(4)]
     narrow = copy.deepcopy(model)
-    start_local(narrow, photos, 0.3)
-    directions = start_local(model, photos, 0.6)
+    start_local(narrow, images, 0.3)
+    directions = start_local(model, images, 0.6)
     for block in range(4):
         scale_prior(model, directions, block, 4.0)
     with torch.no_grad():
@@ -156,8 +156,8 @@ def test_four_times_the_exponent_is_half_the_spread(model):
 
 def test_priors_are_fitted_to_a_teacher(model):
     directions = start_local(model, [torch.randn(1, 3, 96, 96) for _ in range(4)], 0.5)
-    photos = [torch.randn(1, 3, 96, 128) for _ in range(2)]
-    own = [(photo, model(photo).feature_map.detach()) for photo in photos]
+    images = [torch.randn(1, 3, 96, 128) for _ in range(2)]
+    own = [(image, model(image).feature_map.detach()) for image in images]
     weights = copy.deepcopy(model.state_dict())
     assert fit_prior(model, directions, own) == [1.0] * 4  # nothing is nearer to it than itself
     for name, weight in model.state_dict().items():
@@ -165,41 +165,41 @@ def test_priors_are_fitted_to_a_teacher(model):
     teacher = copy.deepcopy(model)
     scale_prior(teacher, directions, 0, 1.4)
     scale_prior(teacher, directions, 3, 1 / 1.4**2)
-    pairs = [(photo, teacher(photo).feature_map.detach()) for photo in photos]
+    pairs = [(image, teacher(image).feature_map.detach()) for image in images]
     factors = fit_prior(model, directions, pairs)
     assert factors == pytest.approx([1.4, 1, 1, 1.4**-2])
-    for unusable in ([], [(photos[0], torch.full_like(own[0][1], float("nan")))]):
+    for unusable in ([], [(images[0], torch.full_like(own[0][1], float("nan")))]):
         with pytest.raises(ValueError, match=f"error on {len(unusable)}"):
             fit_prior(model, directions, unusable)
     with torch.no_grad():
-        assert all(torch.allclose(model(photo).feature_map, target, atol=1e-4) for photo, target in pairs)
+        assert all(torch.allclose(model(image).feature_map, target, atol=1e-4) for image, target in pairs)
 
 
-def test_a_local_run_resumes_to_the_last_bit(base_folder, photo_folder, tmp_path):
+def test_a_local_run_resumes_to_the_last_bit(base_folder, image_folder, tmp_path):
     options = ("--steps", 4, "--save_steps", 2, "--train_layers", "all", "--learning_rate", 1e-3, "--local_start", 0.5)
     options += ("--position_extent", 128)
     options += ("--teacher_windows", 2, "--report_to", "none", "--holdout_images", 0, "--fit_prior", 2)
-    whole = distil(base_folder, photo_folder, tmp_path / "whole", *options)
+    whole = distil(base_folder, image_folder, tmp_path / "whole", *options)
     shutil.copytree(tmp_path / "whole", tmp_path / "half")
-    half = distil(base_folder, photo_folder, tmp_path / "half", *options, "--resume")
+    half = distil(base_folder, image_folder, tmp_path / "half", *options, "--resume")
     weights, resumed = (AutoModel.from_pretrained(folder).state_dict() for folder in (whole, half))
     assert all(torch.equal(resumed[name], weight) for name, weight in weights.items())
     # the positions go with the student, and it can go on without being told
     assert AutoModel.from_pretrained(whole).config.position_extent == 128
     options = ("--steps", 1, "--student", whole, "--learning_rate", 1e-9, "--report_to", "none", "--holdout_images", 0)
-    after = AutoModel.from_pretrained(distil(base_folder, photo_folder, tmp_path / "after", *options))
+    after = AutoModel.from_pretrained(distil(base_folder, image_folder, tmp_path / "after", *options))
     pixels = torch.randn(1, 3, 96, 200)
     with torch.no_grad():
         found, expected = (model(pixels).feature_map for model in (after, AutoModel.from_pretrained(whole)))
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
     with pytest.raises(ValueError, match="span 128 px"):
-        distil(base_folder, photo_folder, tmp_path / "other", *options, "--position_extent", 256)
+        distil(base_folder, image_folder, tmp_path / "other", *options, "--position_extent", 256)
 
 
-def test_fitting_a_prior_leaves_the_teacher_as_it_is(base_folder, photo_folder, tmp_path, monkeypatch):
+def test_fitting_a_prior_leaves_the_teacher_as_it_is(base_folder, image_folder, tmp_path, monkeypatch):
     """The fit scales blocks that are not trained as well, which teacher and student otherwise hold once."""
     options = ("--steps", 1, "--report_to", "none", "--holdout_images", 0, "--teacher_windows", 1)
-    start = distil(base_folder, photo_folder, tmp_path / "start", *options, "--local_start", 0.5)
+    start = distil(base_folder, image_folder, tmp_path / "start", *options, "--local_start", 0.5)
     runs = []
     train = Distillation.run
     monkeypatch.setattr(Distillation, "run", lambda run: runs.append(run) or train(run))
@@ -207,7 +207,7 @@ def test_fitting_a_prior_leaves_the_teacher_as_it_is(base_folder, photo_folder, 
         "spar_hf.distillation.trainer.fit_prior", lambda model, place, pairs: scale_prior(model, place, 0, 2.0)
     )
     options += ("--student", start, "--train_layers", 1, "--fit_prior", 1)
-    written = AutoModel.from_pretrained(distil(start, photo_folder, tmp_path / "run", *options)).state_dict()
+    written = AutoModel.from_pretrained(distil(start, image_folder, tmp_path / "run", *options)).state_dict()
     first = "backbone.encoder.layers.0.self_attn.q_proj.weight"
     before, teacher = AutoModel.from_pretrained(start).state_dict(), runs[0].teacher.model.state_dict()
     assert not torch.equal(written[first], before[first])
@@ -239,15 +239,15 @@ def test_other_readouts_and_streams_are_refused(model):
 
 @pytest.mark.parametrize("extent, message", [(100, "multiple of the patch"), (48, "at least the pre-training size")])
 def test_an_extent_that_no_model_could_be_loaded_with_ends_no_training(
-    base_folder, photo_folder, tmp_path, extent, message
+    base_folder, image_folder, tmp_path, extent, message
 ):
     with pytest.raises(ValueError, match=message):
-        distil(base_folder, photo_folder, tmp_path / "run", "--steps", 1, "--position_extent", extent)
+        distil(base_folder, image_folder, tmp_path / "run", "--steps", 1, "--position_extent", extent)
     with pytest.raises(ValueError, match=message):
         SparVisionModel.from_pretrained(base_folder, position_extent=extent)
 
 
-def test_a_prior_can_only_be_fitted_where_there_is_one(base_folder, photo_folder, tmp_path):
+def test_a_prior_can_only_be_fitted_where_there_is_one(base_folder, image_folder, tmp_path):
     options = ("--steps", 1, "--holdout_images", 0, "--student", base_folder, "--fit_prior", 2)
     with pytest.raises(ValueError, match="had no local start"):
-        distil(base_folder, photo_folder, tmp_path / "run", *options)
+        distil(base_folder, image_folder, tmp_path / "run", *options)

@@ -13,7 +13,7 @@ from spar_hf import SparForOpenVocabSegmentation, SparImageProcessorPil, SparPro
 from spar_hf.distillation.student import finish_folder, save_adapter, save_student
 from spar_hf.distillation.trainer import Distillation
 
-PHOTO = Image.effect_mandelbrot((121, 90), (-2, -1, 1, 1), 20).convert("RGB")
+IMAGE = Image.effect_mandelbrot((121, 90), (-2, -1, 1, 1), 20).convert("RGB")
 RECORD = {"teacher": "org/base", "steps": 3}
 
 
@@ -46,7 +46,7 @@ def test_the_card_of_two_towers_names_segmentation_by_words(tmp_path, tokenizer)
     expected = ("transformers", "image-segmentation", ["spar", "open-vocabulary-segmentation"])
     assert cards(folder, options_of(folder)) == [expected] * 2
     words = pipeline("open-vocab-segmentation", model=str(folder))
-    assert words(PHOTO, candidate_labels=["road", "sky"], templates="plain", output="map")["map"].shape == (90, 121)
+    assert words(IMAGE, candidate_labels=["road", "sky"], templates="plain", output="map")["map"].shape == (90, 121)
 
 
 def test_the_card_of_a_vision_tower_names_the_pipeline_that_runs_it(tmp_path):
@@ -54,8 +54,8 @@ def test_the_card_of_a_vision_tower_names_the_pipeline_that_runs_it(tmp_path):
     model = write_student(folder)
     assert cards(folder, options_of(folder)) == [("transformers", "image-feature-extraction", ["spar"])] * 2
     task = ModelCard.load(folder / "README.md").data.pipeline_tag
-    found = torch.tensor(pipeline(task, model=str(folder))(PHOTO))
-    pixels = SparImageProcessorPil(size={"shortest_edge": 80})(PHOTO, return_tensors="pt")["pixel_values"]
+    found = torch.tensor(pipeline(task, model=str(folder))(IMAGE))
+    pixels = SparImageProcessorPil(size={"shortest_edge": 80})(IMAGE, return_tensors="pt")["pixel_values"]
     with torch.no_grad():
         expected = model(pixels).last_hidden_state  # as of every model in this pipeline
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
@@ -98,11 +98,11 @@ def test_a_picture_of_a_step_is_written_as_a_whole_or_not_at_all(tmp_path):
             raise OSError("disk full")
 
     run = SimpleNamespace(output=tmp_path, accelerator=SimpleNamespace(trackers=[]))
-    run.held_out = SimpleNamespace(picture=lambda: PHOTO)
+    run.held_out = SimpleNamespace(picture=lambda: IMAGE)
     Distillation.draw(run, 3)
     run.held_out.picture = Half
     for step in (3, 4):
         with pytest.raises(OSError, match="disk full"):
             Distillation.draw(run, step)
     assert [path.name for path in (tmp_path / "pictures").iterdir()] == ["step-000003.png"]
-    assert Image.open(tmp_path / "pictures" / "step-000003.png").size == PHOTO.size
+    assert Image.open(tmp_path / "pictures" / "step-000003.png").size == IMAGE.size

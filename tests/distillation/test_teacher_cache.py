@@ -18,7 +18,7 @@ from test_distill_resume import signal_all
 from transformers import HfArgumentParser
 
 from spar_hf import SlidingWindowTeacher, SparImageProcessorPil, SparVisionModel
-from spar_hf.data.sources import Photos, Ticket, augment
+from spar_hf.data.sources import Ticket, TrainingImages, augment
 from spar_hf.distillation import options as distill_options
 from spar_hf.distillation.cache_teacher import Options, make_cache
 from spar_hf.distillation.teacher_cache import Crop, TeacherCache
@@ -28,7 +28,7 @@ SCRIPT = Path(__file__).parents[2] / "training" / "cache_teacher.py"
 
 
 @pytest.fixture
-def photos(tmp_path):
+def pictures(tmp_path):
     folder = tmp_path / "photos"
     folder.mkdir()
     rng = np.random.default_rng(0)
@@ -50,10 +50,10 @@ def cache_model(base):
 
 
 @pytest.fixture
-def options(base, photos, tmp_path):
+def options(base, pictures, tmp_path):
     return Options(
         model=str(base),
-        images=[str(photos)],
+        images=[str(pictures)],
         output=str(tmp_path / "cache"),
         views=2,
         stride=32,
@@ -65,27 +65,27 @@ def options(base, photos, tmp_path):
 @pytest.mark.parametrize("size", [(480, 360), (200, 700), (60, 50)])
 def test_a_pinned_crop_is_what_the_augmentation_does(size):
     options = Options(model="m", images=["x"], output="o")
-    photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8))
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8))
     flips = set()
     for seed in range(8):
-        crop = Crop.draw(augment, photo.size, 64, 16, options, Random(seed))
-        expected = augment(photo, 64, 16, options, Random(seed))
-        assert np.array_equal(np.asarray(crop(photo)), np.asarray(expected))
+        crop = Crop.draw(augment, image.size, 64, 16, options, Random(seed))
+        expected = augment(image, 64, 16, options, Random(seed))
+        assert np.array_equal(np.asarray(crop(image)), np.asarray(expected))
         flips.add(crop.flip)
     assert flips == {True, False}
 
 
-def test_views_are_those_that_distillation_draws(options, photos):
-    """The first epoch of a training on the same photos with the same seed, if it took them in the order of the cache."""
+def test_views_are_those_that_distillation_draws(options, pictures):
+    """The first epoch of a training on the same images with the same seed, if it took them in the order of the cache."""
     options.jitter_probability = 0.5
     cache = make_cache(options)
     same = {entry.name: getattr(options, entry.name) for entry in fields(distill_options.TeacherViews)}
-    settings = distill_options.Options(model="m", images=[str(photos)], output="o", **same)
-    drawn = Photos([], cache.image_processor, cache.setting["window_size"], 16, settings)
+    settings = distill_options.Options(model="m", images=[str(pictures)], output="o", **same)
+    drawn = TrainingImages([], cache.image_processor, cache.setting["window_size"], 16, settings)
     jittered = [entry["crop"]["jitter"] is not None for shard in cache.shards for entry in shard["maps"]]
     assert set(jittered) == {True, False}
     for i in range(len(cache)):
-        expected = drawn[Ticket(i, cache.photo(i).name, str(cache.photo(i)), [])].pixel_values
+        expected = drawn[Ticket(i, cache.image(i).name, str(cache.image(i)), [])].pixel_values
         assert torch.equal(cache.pixel_values(i), expected)
 
 
@@ -93,8 +93,8 @@ def test_maps_are_the_teachers_and_half_the_size(options, vision_model, caplog):
     caplog.set_level("INFO")
     cache = make_cache(options)
     assert "times smaller than float32" in caplog.text
-    # three of four photos are not held out, twice; the views of one photo differ
-    assert len(cache) == 6 and [cache.photo(i).stem for i in range(6)] == ["0", "1", "2"] * 2
+    # three of four images are not held out, twice; the views of one image differ
+    assert len(cache) == 6 and [cache.image(i).stem for i in range(6)] == ["0", "1", "2"] * 2
     teacher = SlidingWindowTeacher(vision_model, stride=32)
     for i in range(6):
         pixel_values, target = cache[i]
@@ -132,7 +132,7 @@ def test_going_on_makes_only_what_is_missing_or_damaged(options, base):
         TeacherCache.open(options.output, model=model).target(0)
 
 
-def test_another_setting_is_refused(options, base, photos):
+def test_another_setting_is_refused(options, base, pictures):
     make_cache(options)
     model = cache_model(base)
     with pytest.raises(ValueError, match=r"stride is 32 there and 24 here.*another folder"):
@@ -163,14 +163,14 @@ def test_fingerprint__is_the_same_however_a_model_was_loaded(base, tmp_path):
     assert {fingerprint(copy) for copy in copies} == {fingerprint(model)}
 
 
-def test_a_changed_photo_is_refused_and_an_unreadable_one_skipped(options, base, photos, caplog):
-    (photos / "1.jpg").write_bytes(b"no photo")
+def test_a_changed_image_is_refused_and_an_unreadable_one_skipped(options, base, pictures, caplog):
+    (pictures / "1.jpg").write_bytes(b"no image")
     cache = make_cache(options)
     assert len(cache) == 4 and "1.jpg" in caplog.text
-    Image.new("RGB", (150, 110)).save(photos / "0.jpg")
-    with pytest.raises(ValueError, match=r"0.jpg is not the photo"):
+    Image.new("RGB", (150, 110)).save(pictures / "0.jpg")
+    with pytest.raises(ValueError, match=r"0.jpg is not the image"):
         cache[0]
-    (photos / "2.jpg").unlink()
+    (pictures / "2.jpg").unlink()
     with pytest.raises(FileNotFoundError, match=r"2.jpg, which is gone"):
         cache[1]
 
@@ -186,7 +186,7 @@ def test_no_cache_and_an_unfinished_one_are_refused(options, base, tmp_path):
         TeacherCache.open(options.output, model=model)
 
 
-def test_killed_processes_go_on_where_they_stopped(base, photos, tmp_path):
+def test_killed_processes_go_on_where_they_stopped(base, pictures, tmp_path):
     """Two processes are killed once a shard is there; one process finishes, and computes nothing twice."""
     output = tmp_path / "cache"
     script = [
@@ -194,7 +194,7 @@ def test_killed_processes_go_on_where_they_stopped(base, photos, tmp_path):
         "--model",
         base,
         "--images",
-        photos,
+        pictures,
         "--output",
         output,
         "--stride",
@@ -216,7 +216,7 @@ def test_killed_processes_go_on_where_they_stopped(base, photos, tmp_path):
     assert 0 < len(made) < 16, "the run was over before it could be killed"
     (output / "maps-00015.safetensors.1.partial").write_bytes(b"half")  # as a killed process may leave one
     options = Options(
-        model=str(base), images=[str(photos)], output=str(output), views=4, holdout_every=5, stride=8, shard_maps=1
+        model=str(base), images=[str(pictures)], output=str(output), views=4, holdout_every=5, stride=8, shard_maps=1
     )
     cache = make_cache(options)
     assert len(cache) == 16

@@ -21,7 +21,7 @@ from spar_hf.data.benchmarks import SegmentationSet
 from spar_hf.evaluation import command as script
 from spar_hf.evaluation.evaluator import evaluate_runs
 from spar_hf.evaluation.inference import Candidate, average_logits
-from spar_hf.evaluation.options import Options, choose_photos
+from spar_hf.evaluation.options import Options, choose_images
 from spar_hf.model.prompts import TEMPLATES
 from spar_hf.model.refine import REFINEMENTS
 
@@ -42,7 +42,7 @@ def fresh_accelerator():
 
 @pytest.fixture
 def dataset(tmp_path):
-    """Five photos of odd sizes: coarse coloured noise, labels in blocks, some of them void."""
+    """Five images of odd sizes: coarse coloured noise, labels in blocks, some of them void."""
     folder = tmp_path / "set"
     (folder / "images").mkdir(parents=True)
     (folder / "masks").mkdir()
@@ -50,10 +50,10 @@ def dataset(tmp_path):
     rng = np.random.default_rng(0)
     for i, (height, width) in enumerate(SIZES):
         coarse = Image.fromarray(rng.integers(0, 256, (5, 6, 3), dtype=np.uint8))
-        coarse.resize((width, height), Image.Resampling.BICUBIC).save(folder / "images" / f"photo{i}.png")
+        coarse.resize((width, height), Image.Resampling.BICUBIC).save(folder / "images" / f"image{i}.png")
         blocks = rng.choice(np.array([0, 1, 2, 3, 4, VOID], np.uint8), (4, 3))
         mask = Image.fromarray(blocks).resize((width, height), Image.Resampling.NEAREST)
-        mask.save(folder / "masks" / f"photo{i}.png")
+        mask.save(folder / "masks" / f"image{i}.png")
     return folder
 
 
@@ -98,7 +98,7 @@ def slow_feature_map(model, pixels, stride):
 
 @torch.no_grad()
 def slow_predictions(checkpoint, tokenizer, dataset, shortest_edge=None, stride=None, names=LABELS):
-    """The best name per pixel of every photo, from PIL, the model's two towers and plain interpolation."""
+    """The best name per pixel of every image, from PIL, the model's two towers and plain interpolation."""
     model = SparForOpenVocabSegmentation.from_pretrained(checkpoint)
     rows = []
     for name in names:
@@ -108,21 +108,21 @@ def slow_predictions(checkpoint, tokenizer, dataset, shortest_edge=None, stride=
     text = torch.stack(rows)
     predictions = []
     for path in sorted((dataset / "images").iterdir()):
-        photo = Image.open(path)
-        width, height = photo.size
+        image = Image.open(path)
+        width, height = image.size
         if shortest_edge is not None:
             factor = shortest_edge / min(width, height)
-            photo = photo.resize((round(width * factor), round(height * factor)), Image.Resampling.BICUBIC)
-        pixels = (torch.tensor(np.array(photo)).permute(2, 0, 1)[None] / 255 - 0.5) / 0.5
+            image = image.resize((round(width * factor), round(height * factor)), Image.Resampling.BICUBIC)
+        pixels = (torch.tensor(np.array(image)).permute(2, 0, 1)[None] / 255 - 0.5) / 0.5
         features = F.normalize(slow_feature_map(model, pixels, stride), dim=1)
         logits = torch.einsum("bdhw,nd->bnhw", features, text)
         if shortest_edge is None:
             logits = F.interpolate(logits, scale_factor=16, mode="bilinear")[:, :, :height, :width]
         else:
-            # pixel centres of the photo on the padded working image, in grid_sample's coordinates from -1 to 1
+            # pixel centres of the image on the padded working image, in grid_sample's coordinates from -1 to 1
             side = [16 * n for n in logits.shape[-2:]]
-            y = (torch.arange(height) + 0.5) * photo.height / height / side[0] * 2 - 1
-            x = (torch.arange(width) + 0.5) * photo.width / width / side[1] * 2 - 1
+            y = (torch.arange(height) + 0.5) * image.height / height / side[0] * 2 - 1
+            x = (torch.arange(width) + 0.5) * image.width / width / side[1] * 2 - 1
             grid = torch.stack(torch.meshgrid(y, x, indexing="ij")[::-1], -1)[None].float()
             logits = F.grid_sample(logits, grid, mode="bilinear", padding_mode="border", align_corners=False)
         predictions.append(logits[0].argmax(0).numpy())
@@ -130,7 +130,7 @@ def slow_predictions(checkpoint, tokenizer, dataset, shortest_edge=None, stride=
 
 
 def slow_iou(predictions, dataset, classes=6):
-    """Per class over all photos; NaN where the class is neither predicted nor labelled."""
+    """Per class over all images; NaN where the class is neither predicted nor labelled."""
     both, either = np.zeros(classes), np.zeros(classes)
     for prediction, path in zip(predictions, sorted((dataset / "masks").iterdir()), strict=True):
         reference = np.array(Image.open(path))
@@ -160,7 +160,7 @@ def test_runs_side_by_side_equal_a_slow_computation(dataset, checkpoint, tokeniz
         np.testing.assert_allclose(class_iou(row), expected, atol=1e-3)
         assert row["mean_iou"] == pytest.approx(np.nanmean(expected), abs=1e-3)
     assert len({row["mean_iou"] for row in report["runs"]}) == 3
-    assert report["photos"] == 5
+    assert report["images"] == 5
 
 
 @torch.no_grad()
@@ -171,7 +171,7 @@ def test_mean_of_logits_is_that_of_the_published_evaluation(stride):
     model = randomise(SparForOpenVocabSegmentation(tiny_config()))
     pixels, text = torch.randn(1, 3, 112, 160), F.normalize(torch.randn(5, 32), dim=-1)
     total, count = torch.zeros(5, 112, 160), torch.zeros(112, 160)
-    seam = torch.zeros(112, 160, dtype=torch.bool)  # within half a patch of a window's border inside the photo
+    seam = torch.zeros(112, 160, dtype=torch.bool)  # within half a patch of a window's border inside the image
     for top in {*range(0, 48, stride), 48}:
         for left in {*range(0, 96, stride), 96}:
             rows, columns = slice(top, top + 64), slice(left, left + 64)
@@ -214,11 +214,11 @@ def test_mean_of_logits__more_than_fits_is_refused_before_any_window(monkeypatch
     ):
         average_logits(candidate, pixels, 25, window_batch_size=5)
     monkeypatch.setattr(teacher, "MAP_BYTES", 1)
-    with pytest.raises(ValueError, match="Use smaller photos, or fewer channels"):
+    with pytest.raises(ValueError, match="Use smaller images, or fewer channels"):
         average_logits(candidate, pixels, 32, window_batch_size=5)
 
 
-def test_mean_of_logits__padding_of_the_photo_is_cut_off(dataset, checkpoint):
+def test_mean_of_logits__padding_of_the_image_is_cut_off(dataset, checkpoint):
     command = ["--dataset", str(dataset), "--model", f"base={checkpoint('base')}", "--native", "--no_warmup", "--runs"]
     row = script.main([*command, "base:sliding-logits:24"])["runs"][0]
     assert row["inference"] == "sliding, stride 24, mean of logits"
@@ -232,7 +232,7 @@ def test_refined_run(dataset, checkpoint, monkeypatch):
 
     def twice(logits, feature_map, pixel_values):
         assert feature_map.shape == (32, *logits.shape[1:])
-        # whole cells, whatever the photo's size
+        # whole cells, whatever the image's size
         assert tuple(pixel_values.shape[1:]) == tuple(16 * side for side in logits.shape[1:])
         return F.interpolate(logits[None], scale_factor=2, mode="nearest")[0]
 
@@ -361,36 +361,36 @@ def test_masks_of_nothing_but_void_have_no_score(dataset, checkpoint, tmp_path):
     assert "results: []" in (cards / "base.md").read_text()
 
 
-def test_held_out_photos_are_those_that_pretraining_leaves(dataset):
+def test_held_out_images_are_those_that_pretraining_leaves(dataset):
     from spar_hf.pretraining.trainer import load_sets
 
     def chosen(**kwargs):
-        return list(choose_photos(Options(dataset=str(dataset), model=[], **kwargs)).names)
+        return list(choose_images(Options(dataset=str(dataset), model=[], **kwargs)).names)
 
-    spec = {"path": dataset.name, "weight": 1, "crop": [32, 48], "holdout_every": 2, "exclude": ["*photo1"]}
+    spec = {"path": dataset.name, "weight": 1, "crop": [32, 48], "holdout_every": 2, "exclude": ["*image1"]}
     recipe = {"sets": [spec], "held_out": [], "synonyms": {}}
     (trained,) = load_sets(dataset.parent, recipe)
-    assert [photo.shape[:2] for photo in trained.photos] == [SIZES[0], SIZES[3]]
-    kept = {"holdout_every": 2, "exclude": ["*photo1"]}
-    assert chosen(**kept) == ["photo2", "photo4"]
-    assert chosen(**kept, holdout_rest=True) == ["photo0", "photo3"]
-    # which photos are held out does not depend on what else is asked for
-    assert chosen(**kept, include=["*4", "*3"]) == ["photo4"]
-    assert chosen(**kept, limit=1) == ["photo2"]
-    assert chosen(include=["*4", "*3"]) == ["photo3", "photo4"]
-    with pytest.raises(FileNotFoundError, match="leave no photo"):
+    assert [image.shape[:2] for image in trained.images] == [SIZES[0], SIZES[3]]
+    kept = {"holdout_every": 2, "exclude": ["*image1"]}
+    assert chosen(**kept) == ["image2", "image4"]
+    assert chosen(**kept, holdout_rest=True) == ["image0", "image3"]
+    # which images are held out does not depend on what else is asked for
+    assert chosen(**kept, include=["*4", "*3"]) == ["image4"]
+    assert chosen(**kept, limit=1) == ["image2"]
+    assert chosen(include=["*4", "*3"]) == ["image3", "image4"]
+    with pytest.raises(FileNotFoundError, match="leave no image"):
         chosen(include=["*7"])
 
 
-def test_mask_must_fit_its_photo(dataset, checkpoint):
+def test_mask_must_fit_its_image(dataset, checkpoint):
     command = ["--dataset", str(dataset), "--model", str(checkpoint("base"))]
-    path = dataset / "masks" / "photo3.png"
+    path = dataset / "masks" / "image3.png"
     mask = Image.open(path).copy()
     mask.resize((66, 130)).save(path)
-    with pytest.raises(ValueError, match=r"photo3 has 130×66 pixels .* its photo 131×66"):
+    with pytest.raises(ValueError, match=r"image3 has 130×66 pixels .* its image 131×66"):
         script.main(command)
     mask.point(lambda value: 6 if value == VOID else value).save(path)
-    with pytest.raises(ValueError, match=r"photo3 holds the values \[6\], which set \(6 classes\)"):
+    with pytest.raises(ValueError, match=r"image3 holds the values \[6\], which set \(6 classes\)"):
         script.main(command)
 
 
@@ -401,14 +401,14 @@ def test_cut_off_measurement_goes_on_where_it_stopped(dataset, checkpoint, tmp_p
     whole = script.main(command)
     output.unlink()
 
-    photo = dataset / "images" / "photo3.png"
-    content, times = photo.read_bytes(), (photo.stat().st_atime_ns, photo.stat().st_mtime_ns)
-    photo.write_bytes(b"damaged")
-    with pytest.raises(ValueError, match="Cannot read photo3"):
+    image = dataset / "images" / "image3.png"
+    content, times = image.read_bytes(), (image.stat().st_atime_ns, image.stat().st_mtime_ns)
+    image.write_bytes(b"damaged")
+    with pytest.raises(ValueError, match="Cannot read image3"):
         script.main(command)
     assert not list(tmp_path.glob("report.json*"))  # before any work, so that the command may leave it out
-    photo.write_bytes(content)
-    os.utime(photo, ns=times)
+    image.write_bytes(content)
+    os.utime(image, ns=times)
 
     seen, read = [], SegmentationSet.read
 
@@ -424,25 +424,25 @@ def test_cut_off_measurement_goes_on_where_it_stopped(dataset, checkpoint, tmp_p
     assert not output.exists()
     with pytest.raises(ValueError, match=r"--shortest_edge was null, is 64.*Give the same ones"):
         script.main([*[part for part in command if part != "--native"], "--shortest_edge", "64"])
-    os.utime(photo)
-    with pytest.raises(ValueError, match="files of photos was"):
+    os.utime(image)
+    with pytest.raises(ValueError, match="files of images was"):
         script.main(command)
-    os.utime(photo, ns=times)
+    os.utime(image, ns=times)
     seen.clear()
     resumed = script.main(command)
     assert seen == [3, 4]
     for mine, expected in zip(resumed["runs"], whole["runs"], strict=True):
         np.testing.assert_equal(mine["classes"], expected["classes"])
         assert mine["mean_boundary_iou"] == expected["mean_boundary_iou"]
-    assert resumed["photos"] == 5
+    assert resumed["images"] == 5
     assert not (tmp_path / "report.json.parts").exists()
     # finished: nothing is read, unless something else is asked for
     stored = evaluate_runs(script_options(command), reuse=True)
     assert stored["runs"][0]["mean_iou"] == whole["runs"][0]["mean_iou"]
     with pytest.raises(ValueError, match=r"--limit was null, is 2"):
         evaluate_runs(script_options([*command, "--limit", "2"]), reuse=True)
-    Image.new("L", (90, 70)).save(dataset / "masks" / "photo1.png")
-    with pytest.raises(ValueError, match="files of photos was"):
+    Image.new("L", (90, 70)).save(dataset / "masks" / "image1.png")
+    with pytest.raises(ValueError, match="files of images was"):
         evaluate_runs(script_options(command), reuse=True)
 
 
@@ -451,8 +451,8 @@ def script_options(command):
     return parsed
 
 
-def test_stride_above_the_window_is_refused_before_any_photo(dataset, checkpoint, tmp_path):
-    (dataset / "images" / "photo0.png").write_bytes(b"damaged")
+def test_stride_above_the_window_is_refused_before_any_image(dataset, checkpoint, tmp_path):
+    (dataset / "images" / "image0.png").write_bytes(b"damaged")
     command = ["--dataset", str(dataset), "--model", f"base={checkpoint('base')}", "--output", str(tmp_path / "r.json")]
     with pytest.raises(ValueError, match="stride=80 must lie between 1 and the window"):
         script.main([*command, "--runs", "base:single", "base:sliding-logits:80"])
@@ -500,7 +500,7 @@ def test_two_processes_count_the_same_pixels(dataset, checkpoint, tmp_path):
 
     two = json.loads(output.read_text(encoding="utf-8"), parse_constant=no_constant)
     assert [path.name for path in output.parent.iterdir()] == ["report.json"]
-    assert two["processes"] == 2 and two["photos"] == 5  # of which one process has three, the other two
+    assert two["processes"] == 2 and two["images"] == 5  # of which one process has three, the other two
     counts = [f"{kind}_pixels" for kind in ("labelled", "predicted", "correct")]
     for row_of_one, row_of_two in zip(one["runs"], two["runs"], strict=True):
         for label in LABELS:

@@ -188,7 +188,7 @@ def test_share_of_the_gap_closed_and_the_table():
     assert gaps[0]["share_closed"] == pytest.approx(0.75)
     assert gaps[0]["times_faster"] == 20
     assert gaps[1]["share_closed"] is None  # a teacher below the base leaves no gap
-    report = {"title": "streets", "split": "val", "subset": "rain", "photos": 3, "dataset": "org/streets"}
+    report = {"title": "streets", "split": "val", "subset": "rain", "images": 3, "dataset": "org/streets"}
     report |= {"vocabulary": {"a": ["a"]}, "scored_classes": ["a"], "runs": rows, "gaps": gaps}
     out = io.StringIO()
     show(report, Console(file=out, width=80, markup=False))
@@ -197,5 +197,5 @@ def test_share_of_the_gap_closed_and_the_table():
     lines = out.getvalue().splitlines()
     assert any("base" in line and "stride 24" in line and "28.00" in line and "20.0 ×" in line for line in lines)
     text = " ".join(out.getvalue().split())
-    assert "streets, rain, val: 3 photos" in text
+    assert "streets, rain, val: 3 images" in text
     assert "75 % of the gap closed" in text and "no gap to close" in text

@@ -16,7 +16,7 @@ SIZES = [(5, 7), (16, 9), (1, 13), (12, 12)]
 
 @pytest.fixture
 def label_maps():
-    """Photos of unequal size in uint8. Class 3 is only predicted, class 4 only labelled, classes 5 and 6 neither."""
+    """Images of unequal size in uint8. Class 3 is only predicted, class 4 only labelled, classes 5 and 6 neither."""
     rng = np.random.default_rng(0)
     absent = {"prediction": [4, 5, 6], "reference": [3, 5, 6]}
     labels = {name: np.setdiff1d(np.arange(CLASSES), classes) for name, classes in absent.items()}
@@ -31,13 +31,13 @@ def label_maps():
 
 
 def slow_scores(predictions, references):
-    """IoU and accuracy per class from sets of (photo, row, column)."""
+    """IoU and accuracy per class from sets of (image, row, column)."""
     predicted, labelled = [{c: set() for c in range(CLASSES)} for _ in range(2)]
-    for photo, (prediction, reference) in enumerate(zip(predictions, references, strict=True)):
+    for image, (prediction, reference) in enumerate(zip(predictions, references, strict=True)):
         for pixel in np.ndindex(reference.shape):
             if reference[pixel] != VOID:
-                predicted[int(prediction[pixel])].add((photo, *pixel))
-                labelled[int(reference[pixel])].add((photo, *pixel))
+                predicted[int(prediction[pixel])].add((image, *pixel))
+                labelled[int(reference[pixel])].add((image, *pixel))
     iou, accuracy = {}, {}
     for c in range(CLASSES):
         if predicted[c] | labelled[c]:
@@ -98,7 +98,7 @@ def test_every_way_of_adding_gives_the_same(label_maps, convert):
     np.testing.assert_equal(last, expected.compute())
 
 
-def test_one_array_of_several_photos_is_a_batch():
+def test_one_array_of_several_images_is_a_batch():
     rng = np.random.default_rng(1)
     predictions, references = rng.integers(0, 3, (2, 4, 6, 5))
     metric = MeanIoU(3)
@@ -182,7 +182,7 @@ def test_clear_errors__wrong_use():
 
 
 def eroded_boundary(mask, distance):
-    """The definition's own way: what erosion by 3×3, `distance` times, takes away; outside of the photo is no mask."""
+    """The definition's own way: what erosion by 3×3, `distance` times, takes away; outside of the image is no mask."""
     eroded = ndimage.binary_erosion(mask, np.ones((3, 3), bool), iterations=distance, border_value=0)
     return mask & ~eroded
 

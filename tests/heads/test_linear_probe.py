@@ -1,4 +1,4 @@
-"""The probing script on photos whose labels their colours tell, and its parts against plain torch."""
+"""The probing script on images whose labels their colours tell, and its parts against plain torch."""
 
 import hashlib
 import json
@@ -40,7 +40,7 @@ def fresh_accelerator():
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
-    """Eight photos of odd sizes in blocks of three colours with noise; a stripe is void."""
+    """Eight images of odd sizes in blocks of three colours with noise; a stripe is void."""
     folder = tmp_path_factory.mktemp("colours")
     (folder / "images").mkdir()
     (folder / "masks").mkdir()
@@ -76,7 +76,7 @@ def arguments(backbone, dataset, output, *more):
 
 def test_probe_learns_and_its_folder_gives_the_masks_that_were_measured(backbone, dataset, tmp_path):
     report = main(arguments(backbone, dataset, tmp_path / "probe"))
-    assert (report["train_photos"], report["test_photos"]) == (6, 2)
+    assert (report["train_images"], report["test_images"]) == (6, 2)
     low, high = (row["mean_iou"] for row in report["heads"])
     assert low < high and high > 0.6  # a learning rate of nothing learns nothing
     assert report["best"]["learning_rate"] == 3e-2
@@ -142,8 +142,8 @@ def test_launched_in_two_processes_on_a_sliding_window_of_a_spar_folder(vision_m
     # the folder's own head gives what both processes measured together
     metric = MeanIoU(3)
     for name in ("p6", "p7"):
-        photo = hashlib.sha256((dataset / "images" / f"{name}.png").read_bytes()).hexdigest()
-        entry = load_file(next((tmp_path / "cache").rglob(f"{photo[:32]}*")))
+        image = hashlib.sha256((dataset / "images" / f"{name}.png").read_bytes()).hexdigest()
+        entry = load_file(next((tmp_path / "cache").rglob(f"{image[:32]}*")))
         logits = torch.einsum("dhw,nd->nhw", entry["features"].float(), saved.classifier.weight.detach())
         logits = logits + saved.classifier.bias.detach()[:, None, None]
         sizes = {key: tuple(entry[key].tolist()) for key in ("working_size", "photo_size")}
@@ -194,7 +194,7 @@ def test_folding_the_norm_changes_nothing():
 
 
 def test_loss_reads_logits_where_masks_do():
-    """A photo of twice the working size, whose working size is no multiple of the patch."""
+    """An image of twice the working size, whose working size is no multiple of the patch."""
     logits = torch.randn(2, 4, 6, 3)
     up = F.interpolate(logits.permute(0, 3, 1, 2), scale_factor=32, mode="bilinear")[:, :, :100, :180]
     rows, columns = torch.randint(0, 100, (50,)), torch.randint(0, 180, (50,))

@@ -26,7 +26,7 @@ from spar_hf import (
 from spar_hf.data.segmentation_sets import open_segmentation_folder
 from spar_hf.heads import panoptic
 from spar_hf.heads.panoptic import Options, measure
-from spar_hf.heads.segments import Photos, find_segments, only, thing_classes
+from spar_hf.heads.segments import PanopticImages, find_segments, only, thing_classes
 
 CLASSES = ("person", "sky", "grass")
 
@@ -41,7 +41,7 @@ def base(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Four photos of different sizes: sky above grass, persons in front, in colours of their own."""
+    """Four images of different sizes: sky above grass, persons in front, in colours of their own."""
     folder = tmp_path_factory.mktemp("data")
     (folder / "images").mkdir()
     (folder / "masks").mkdir()
@@ -154,11 +154,11 @@ def test_measure__the_definition_of_coco(data):
     assert row["pq_things"] == pytest.approx(100 * by_hand[0], abs=0.01)
     assert row["pq_stuff"] == pytest.approx(50 * (by_hand[1] + by_hand[2]), abs=0.01)
     assert row["pq"] == pytest.approx(100 * np.mean(list(by_hand.values())), abs=0.01)
-    assert (row["classes"], row["photos"]) == (3, 1)
+    assert (row["classes"], row["images"]) == (3, 1)
 
 
-def test_photos__the_same_whatever_the_workers_and_the_start(data, tmp_path):
-    """Which photo an item is, is told by a shuffle of its own; one without a segment is passed over."""
+def test_images__the_same_whatever_the_workers_and_the_start(data, tmp_path):
+    """Which image an item is, is told by a shuffle of its own; one without a segment is passed over."""
     pairs = [(path, data / "masks" / path.name) for path in sorted((data / "images").iterdir())]
     pairs[2] = pairs[2][0], tmp_path / "void.png"
     Image.new("L", Image.open(pairs[2][0]).size, 255).save(tmp_path / "void.png")
@@ -167,19 +167,19 @@ def test_photos__the_same_whatever_the_workers_and_the_start(data, tmp_path):
     )
     processor = SparUniversalImageProcessorPil()
 
-    def photos(start, workers):
-        made = Photos(open_segmentation_folder(data), pairs, {0}, processor, options)
+    def images(start, workers):
+        made = PanopticImages(open_segmentation_folder(data), pairs, {0}, processor, options)
         return list(DataLoader(made, 1, sampler=range(start, 11), collate_fn=only, num_workers=workers))
 
-    whole = photos(0, workers=0)
+    whole = images(0, workers=0)
     for i, item in enumerate(whole):
         order = list(range(4))
         random.Random(f"order-5-{i // 4}").shuffle(order)
-        chosen = next(photo for photo in (order * 2)[i % 4 :] if photo != 2)
+        chosen = next(image for image in (order * 2)[i % 4 :] if image != 2)
         expected = processor(Image.open(pairs[chosen][0]), size={"shortest_edge": 64}, return_tensors="pt")
         assert torch.equal(item["pixel_values"], expected["pixel_values"]), i
     for start, workers in ((0, 2), (6, 0), (6, 1)):
-        for item, expected in zip(photos(start, workers), whole[start:], strict=True):
+        for item, expected in zip(images(start, workers), whole[start:], strict=True):
             assert torch.equal(item["pixel_values"], expected["pixel_values"])
 
 
@@ -212,16 +212,16 @@ def test_script__launched_in_two_processes(base, data, tmp_path):
 
     # each process measured its share; together they are what one finds
     measured = json.loads((tmp_path / "run" / "curve.json").read_text())[-1]
-    photos = open_segmentation_folder(data, classes=options["classes"])
-    _, pairs = panoptic.split_pairs(photos, Options(**options))
-    again = measure(model.eval(), processor, photos, pairs, {0}, Options(**options), Accelerator())
-    assert again["photos"] == 2 and again["pq"] > 0
+    images = open_segmentation_folder(data, classes=options["classes"])
+    _, pairs = panoptic.split_pairs(images, Options(**options))
+    again = measure(model.eval(), processor, images, pairs, {0}, Options(**options), Accelerator())
+    assert again["images"] == 2 and again["pq"] > 0
     assert {"step": 40, **again} == measured
 
 
-def test_training__learns_the_photos_and_resumes_to_the_last_bit(base, data, tmp_path):
-    # two photos learned by heart, backbone frozen
-    settings = {"steps": 120, "learning_rate": 4e-3, "holdout_every": 0, "photos": 2, "save_steps": 60, "log_steps": 10}
+def test_training__learns_the_images_and_resumes_to_the_last_bit(base, data, tmp_path):
+    # two images learned by heart, backbone frozen
+    settings = {"steps": 120, "learning_rate": 4e-3, "holdout_every": 0, "images": 2, "save_steps": 60, "log_steps": 10}
     settings |= {"flip_probability": 0.0, "min_scale": 1.0, "max_scale": 1.0, "eval_steps": 120}
     settings |= {"gradient_accumulation_steps": 1}
     whole = tmp_path / "whole"
@@ -268,7 +268,7 @@ def test_options__bad_ones_are_refused(base, data, tmp_path):
     with pytest.raises(FileNotFoundError, match="masks"):
         panoptic.train(Options(**arguments(base, data / "images", tmp_path)))
     for wrong, message in [
-        ({"holdout_every": 5}, "holds out none"),  # of four photos: not to be called held out
+        ({"holdout_every": 5}, "holds out none"),  # of four images: not to be called held out
         ({"holdout_every": 0, "train_backbone": "9"}, "9 blocks are to be trained, and the backbone has 2"),
         ({"holdout_every": 0, "min_area": 0.9, "things": list(CLASSES)}, "has a segment"),
     ]:

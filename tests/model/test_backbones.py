@@ -43,7 +43,7 @@ SIZES = [(32, 32), (16, 64), (64, 16), (35, 39), (51, 23)]
 pytestmark = pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects")
 
 
-def photos(size, batch=2):
+def random_images(size, batch=2):
     return torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(sum(size)))
 
 
@@ -63,7 +63,7 @@ def needs(model, flag: str) -> None:
 @torch.no_grad()
 def test_any_resolution(model, size):
     needs(model, "any_resolution")
-    outputs = model(photos(size), output_pooled=True)
+    outputs = model(random_images(size), output_pooled=True)
     rows, columns = -(-size[0] // 8), -(-size[1] // 8)
     assert outputs.feature_map.shape == (2, model.config.projection_dim, rows, columns)
     assert outputs.feature_map.isfinite().all() and outputs.pooler_output.isfinite().all()
@@ -71,12 +71,12 @@ def test_any_resolution(model, size):
 
 @torch.no_grad()
 def test_every_patch_describes_its_own_pixels(model):
-    """The feature that changes most is the one of the patch that was painted over, wherever the photo ends."""
+    """The feature that changes most is the one of the patch that was painted over, wherever the image ends."""
     for name, weight in model.named_parameters():  # random attention mixes all patches; trained attention does less
         if ".layer" in name and ("out_proj" in name or "o_proj" in name):
             weight *= 0.02
     for size in [(35, 39), (40, 40), (43, 36)]:
-        image = photos(size, batch=1)
+        image = random_images(size, batch=1)
         before = model(image).feature_map
         for row, column in [(0, 0), (17, 9), (34, 35)]:
             painted = image.clone()
@@ -91,12 +91,12 @@ def test_an_edge_stays_where_the_object_ends(model):
     for name, weight in model.named_parameters():  # see above
         if ".layer" in name and ("out_proj" in name or "o_proj" in name):
             weight *= 0.02
-    photo = photos((75, 91), batch=1)
-    painted = photo.clone()
+    image = random_images((75, 91), batch=1)
+    painted = image.clone()
     painted[:, :, 20:52, 28:69] += 25
     for height, width in [(75, 91), (72, 88), (70, 83), (80, 96)]:
         edges = [0, max(0, width - 91), 0, max(0, height - 75)]  # a few pixels more on the right and below
-        pair = [torch.nn.functional.pad(x, edges)[:, :, :height, :width] for x in (photo, painted)]
+        pair = [torch.nn.functional.pad(x, edges)[:, :, :height, :width] for x in (image, painted)]
         change = (model(pair[0]).feature_map - model(pair[1]).feature_map).norm(dim=1)[0]
         found = (change > 0.5 * change.max()).repeat_interleave(8, 0).repeat_interleave(8, 1)[:height, :width]
         rows, columns = found.any(1).nonzero().flatten(), found.any(0).nonzero().flatten()
@@ -107,7 +107,7 @@ def test_an_edge_stays_where_the_object_ends(model):
 @torch.no_grad()
 def test_saved_model_is_the_same_in_a_fresh_process(model, tmp_path):
     model.save_pretrained(tmp_path / "model")
-    save_file({"pixels": photos((35, 39))}, tmp_path / "in.safetensors")
+    save_file({"pixels": random_images((35, 39))}, tmp_path / "in.safetensors")
     code = (
         "import sys, torch, spar_hf; from transformers import AutoModel\n"
         "from safetensors.torch import load_file, save_file\n"
@@ -118,14 +118,14 @@ def test_saved_model_is_the_same_in_a_fresh_process(model, tmp_path):
         "save_file({k: v.contiguous() for k, v in out.items()}, sys.argv[1] + '/out.safetensors')"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
-    found, expected = load_file(tmp_path / "out.safetensors"), model(photos((35, 39)), output_pooled=True)
+    found, expected = load_file(tmp_path / "out.safetensors"), model(random_images((35, 39)), output_pooled=True)
     torch.testing.assert_close(found["map"], expected.feature_map, atol=1e-5, rtol=0)
     torch.testing.assert_close(found["pooled"], expected.pooler_output, atol=1e-5, rtol=0)
 
 
 @torch.no_grad()
 def test_a_batch_equals_its_images(model):
-    batch = photos((35, 39), batch=3)
+    batch = random_images((35, 39), batch=3)
     singles = torch.cat([model(image[None]).feature_map for image in batch])
     torch.testing.assert_close(model(batch).feature_map, singles, atol=1e-5, rtol=0)
 
@@ -133,7 +133,7 @@ def test_a_batch_equals_its_images(model):
 @torch.no_grad()
 def test_eager_equals_sdpa(model):
     assert type(model.backbone)._supports_sdpa
-    pixels = photos((35, 39))
+    pixels = random_images((35, 39))
     model.set_attn_implementation("sdpa")
     expected = model(pixels, output_pooled=True)
     model.set_attn_implementation("eager")
@@ -149,7 +149,7 @@ def test_compiles_as_one_graph(model):
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="eager")
     for size in [(40, 56), *SIZES]:
         torch.testing.assert_close(
-            compiled(photos(size)).feature_map, model(photos(size)).feature_map, atol=1e-5, rtol=0
+            compiled(random_images(size)).feature_map, model(random_images(size)).feature_map, atol=1e-5, rtol=0
         )
 
 
@@ -158,12 +158,12 @@ def test_strict_export_holds_for_all_sizes(model):
     needs(model, "exportable")
     sides = {2: Dim("height", min=9, max=4096), 3: Dim("width", min=9, max=4096)}
     program = torch.export.export(
-        model, (), kwargs={"pixel_values": photos((43, 59))}, dynamic_shapes={"pixel_values": sides}, strict=True
+        model, (), kwargs={"pixel_values": random_images((43, 59))}, dynamic_shapes={"pixel_values": sides}, strict=True
     )
     exported = program.module()
     for size in SIZES:
-        found = exported(pixel_values=photos(size)).feature_map
-        torch.testing.assert_close(found, model(photos(size)).feature_map, atol=1e-5, rtol=0)
+        found = exported(pixel_values=random_images(size)).feature_map
+        torch.testing.assert_close(found, model(random_images(size)).feature_map, atol=1e-5, rtol=0)
 
 
 def test_gradient_checkpointing_gives_the_same_gradients(model):
@@ -173,7 +173,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(model):
         if checkpointing:
             model.activation_checkpointing_enable()
         model.train().zero_grad()
-        model(photos((35, 39))).feature_map.square().mean().backward()
+        model(random_images((35, 39))).feature_map.square().mean().backward()
         gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
     assert gradients[0].keys() == gradients[1].keys() and len(gradients[0]) > 20
     for name, gradient in gradients[0].items():
@@ -184,8 +184,8 @@ def test_gradient_checkpointing_gives_the_same_gradients(model):
 @torch.no_grad()
 def test_half_precision_is_close(model, dtype):
     needs(model, "half_precision")
-    expected = model(photos((35, 39))).feature_map
-    found = model.to(dtype)(photos((35, 39))).feature_map
+    expected = model(random_images((35, 39))).feature_map
+    found = model.to(dtype)(random_images((35, 39))).feature_map
     assert found.dtype == dtype
     limit = {torch.float16: 0.01, torch.bfloat16: 0.06}[dtype]
     assert (found.float() - expected).norm() / expected.norm() < limit
@@ -193,13 +193,13 @@ def test_half_precision_is_close(model, dtype):
 
 @torch.no_grad()
 def test_training_mode_is_deterministic(model):
-    expected = model(photos((35, 39))).feature_map
-    torch.testing.assert_close(model.train()(photos((35, 39))).feature_map, expected, atol=0, rtol=0)
+    expected = model(random_images((35, 39))).feature_map
+    torch.testing.assert_close(model.train()(random_images((35, 39))).feature_map, expected, atol=0, rtol=0)
 
 
 @torch.no_grad()
 def test_hidden_states_are_those_of_the_layers(model):
-    outputs = model(photos((35, 39)), output_hidden_states=True)
+    outputs = model(random_images((35, 39)), output_hidden_states=True)
     assert len(outputs.hidden_states) == 1 + model.config.num_hidden_layers
     tokens = outputs.last_hidden_state.shape[1]
     assert all(state.shape == (2, tokens, 32) for state in outputs.hidden_states)
@@ -209,8 +209,8 @@ def test_hidden_states_are_those_of_the_layers(model):
 def test_backbone_gives_the_chosen_stages(model, tmp_path):
     model.save_pretrained(tmp_path)
     backbone = SparBackbone.from_pretrained(tmp_path, out_features=["stem", "stage2", "features"])
-    maps = backbone(photos((35, 39))).feature_maps
-    outputs = model(photos((35, 39)), output_hidden_states=True)
+    maps = backbone(random_images((35, 39))).feature_maps
+    outputs = model(random_images((35, 39)), output_hidden_states=True)
     assert backbone.channels == [32, 32, model.config.projection_dim]
     assert [tuple(m.shape) for m in maps] == [(2, channels, 5, 5) for channels in backbone.channels]
     torch.testing.assert_close(maps[2], outputs.feature_map, atol=1e-6, rtol=0)
@@ -247,7 +247,7 @@ def test_two_towers_come_straight_from_a_backbone(name, tmp_path):
     expected = source.get_text_features(ids).pooler_output
     torch.testing.assert_close(model.get_text_features(ids).pooler_output, expected, atol=1e-5, rtol=0)
 
-    pixels = photos((32, 32))
+    pixels = random_images((32, 32))
     if name == "naflex":  # patches with the channel last, in rows
         patches = pixels.view(2, 3, 4, 8, 4, 8).permute(0, 2, 4, 3, 5, 1).reshape(2, 16, -1)
         inputs = {"pixel_values": patches, "pixel_attention_mask": torch.ones(2, 16, dtype=torch.int64)}
@@ -267,11 +267,11 @@ def test_two_towers_come_straight_from_a_backbone(name, tmp_path):
 
 @torch.no_grad()
 def test_naflex_equals_transformers_at_another_aspect(tmp_path):
-    """All tokens of NaFlex's own model for a 48×24 photo, given patchified with its spatial shape."""
+    """All tokens of NaFlex's own model for a 48×24 image, given patchified with its spatial shape."""
     source_class, config = two_tower_sources()["naflex"]
     source = randomise(source_class(config))
     source.save_pretrained(tmp_path)
-    pixels = photos((48, 24))
+    pixels = random_images((48, 24))
     patches = pixels.view(2, 3, 6, 8, 3, 8).permute(0, 2, 4, 3, 5, 1).reshape(2, 18, -1)
     expected = source.vision_model(
         pixel_values=patches,
@@ -287,16 +287,16 @@ def test_vision_models_come_straight_from_a_backbone(tmp_path):
     source = randomise(DINOv3ViTModel(CONFIGS["dinov3"]()))
     source.save_pretrained(tmp_path / "dino")
     model = SparVisionModel.from_backbone(str(tmp_path / "dino"))
-    expected = source(photos((40, 24))).last_hidden_state[:, 5:].transpose(1, 2).reshape(2, 32, 5, 3)
-    torch.testing.assert_close(model(photos((40, 24))).feature_map, expected, atol=1e-5, rtol=0)
+    expected = source(random_images((40, 24))).last_hidden_state[:, 5:].transpose(1, 2).reshape(2, 32, 5, 3)
+    torch.testing.assert_close(model(random_images((40, 24))).feature_map, expected, atol=1e-5, rtol=0)
     teacher = SlidingWindowTeacher(model, stride=12)
-    assert teacher(photos((40, 48))).feature_map.shape == (2, 32, 5, 6)
+    assert teacher(random_images((40, 48))).feature_map.shape == (2, 32, 5, 6)
 
     source = randomise(CLIPVisionModelWithProjection(CONFIGS["maskclip"]()))
     source.save_pretrained(tmp_path / "clip")
     model = SparVisionModel.from_backbone(str(tmp_path / "clip"))
-    pooled = model(photos((32, 32)), output_pooled=True).pooler_output
-    torch.testing.assert_close(pooled, source(photos((32, 32))).image_embeds, atol=1e-5, rtol=0)
+    pooled = model(random_images((32, 32)), output_pooled=True).pooler_output
+    torch.testing.assert_close(pooled, source(random_images((32, 32))).image_embeds, atol=1e-5, rtol=0)
 
 
 @torch.no_grad()
@@ -306,7 +306,7 @@ def test_half_precision_is_the_same_from_a_backbone_and_from_its_saved_folder(tm
     model = SparVisionModel.from_backbone(tmp_path / "dinov3", dtype=torch.bfloat16)
     model.save_pretrained(tmp_path / "spar")
     again = SparVisionModel.from_pretrained(tmp_path / "spar", dtype=torch.bfloat16)
-    pixels = photos((35, 39))
+    pixels = random_images((35, 39))
     assert model.dtype == torch.bfloat16
     assert torch.equal(model(pixels).feature_map, again(pixels).feature_map)
 

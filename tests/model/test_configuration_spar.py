@@ -111,7 +111,7 @@ def test_making_saving_and_showing_a_config_logs_nothing(transformers_log, tmp_p
         ({"dense_logit_scale": "40"}, "`dense_logit_scale`.*positive"),
         ({"templates": "imagenet81"}, "imagenet80"),
         ({"templates": []}, "template"),
-        ({"templates": ["a photo"]}, "template"),
+        ({"templates": ["an image"]}, "template"),
         ({"templates": ["a {} and a {}"]}, "template"),
     ],
 )

@@ -26,17 +26,17 @@ SIDE = {"min": 17, "max": 4096}
 pytestmark = pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects")
 
 
-def photos(size):
+def images(size):
     return torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(sum(size)))
 
 
 def vision_inputs(size):
-    return {"pixel_values": photos(size)}
+    return {"pixel_values": images(size)}
 
 
 def open_vocab_inputs(size, names=3):
     text_embeds = torch.randn(names, 32, generator=torch.Generator().manual_seed(names))
-    return {"pixel_values": photos(size), "text_embeds": text_embeds}
+    return {"pixel_values": images(size), "text_embeds": text_embeds}
 
 
 MODELS = {
@@ -74,7 +74,7 @@ def test_compiles_with_inductor():
     model = randomise(SparVisionModel(config))
     compiled = torch.compile(model, fullgraph=True, dynamic=True)
     for size in [(80, 112), *SIZES]:
-        assert_same(compiled(photos(size)), model(photos(size)), atol=5e-5)
+        assert_same(compiled(images(size)), model(images(size)), atol=5e-5)
 
 
 @pytest.mark.parametrize("strict, traced_at", [(False, (64, 64)), (True, (83, 119))], ids=["default", "strict"])

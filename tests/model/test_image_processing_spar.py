@@ -24,7 +24,7 @@ import spar_hf
 from spar_hf import SparImageProcessorPil, SparVisionModel
 
 
-def photo_array(height: int = 37, width: int = 53, channels: int | None = 3, seed: int = 0) -> np.ndarray:
+def image_array(height: int = 37, width: int = 53, channels: int | None = 3, seed: int = 0) -> np.ndarray:
     shape = (height, width) if channels is None else (height, width, channels)
     return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
 
@@ -45,7 +45,7 @@ def assert_shows(image, levels: np.ndarray, **kwargs):
 
 
 def test_native_size_is_only_normalised():
-    array = photo_array(37, 53)
+    array = image_array(37, 53)
     inputs = SparImageProcessorPil()(Image.fromarray(array), return_tensors="pt")
     assert inputs.pixel_values.dtype == torch.float32
     assert inputs.pixel_values.shape == (1, 3, 37, 53)
@@ -69,17 +69,17 @@ def test_native_size_is_only_normalised():
     ],
 )
 def test_resize_is_pillows_antialiased_bicubic(size, expected):
-    photo = Image.fromarray(photo_array(37, 53))
-    inputs = SparImageProcessorPil(size=size)(photo, return_tensors="np")
+    image = Image.fromarray(image_array(37, 53))
+    inputs = SparImageProcessorPil(size=size)(image, return_tensors="np")
     assert inputs["pixel_values"].shape[2:] == expected
-    resized = np.asarray(photo.resize(expected[::-1], Image.Resampling.BICUBIC))
+    resized = np.asarray(image.resize(expected[::-1], Image.Resampling.BICUBIC))
     np.testing.assert_allclose(inputs["pixel_values"][0], by_hand(resized), atol=1e-6)
     assert inputs["original_sizes"] == [(37, 53)]
 
 
 def test_resize__portrait_and_a_side_that_would_vanish():
-    photo = Image.fromarray(photo_array(53, 37))
-    assert values(photo, size={"shortest_edge": 16}).shape == (3, 23, 16)
+    image = Image.fromarray(image_array(53, 37))
+    assert values(image, size={"shortest_edge": 16}).shape == (3, 23, 16)
     assert values(Image.new("RGB", (400, 2)), size={"longest_edge": 50}).shape == (3, 1, 50)
 
 
@@ -90,20 +90,20 @@ def test_resize__halves_are_rounded_up_on_each_side():
 
 def test_options_at_the_call_win():
     image_processor = SparImageProcessorPil(size={"shortest_edge": 16})
-    photo = Image.fromarray(photo_array(37, 53))
+    image = Image.fromarray(image_array(37, 53))
     np.testing.assert_allclose(
-        image_processor(photo, size=None)["pixel_values"][0], by_hand(photo_array(37, 53)), atol=1e-6
+        image_processor(image, size=None)["pixel_values"][0], by_hand(image_array(37, 53)), atol=1e-6
     )
-    assert image_processor(photo, do_resize=False)["pixel_values"][0].shape == (3, 37, 53)
-    levels = image_processor(photo, do_resize=False, do_rescale=False, do_normalize=False)["pixel_values"][0]
-    np.testing.assert_array_equal(levels, photo_array(37, 53).transpose(2, 0, 1))
-    nearest = image_processor(photo, resample=Image.Resampling.NEAREST)["pixel_values"][0]
-    expected = by_hand(np.asarray(photo.resize((23, 16), Image.Resampling.NEAREST)))
+    assert image_processor(image, do_resize=False)["pixel_values"][0].shape == (3, 37, 53)
+    levels = image_processor(image, do_resize=False, do_rescale=False, do_normalize=False)["pixel_values"][0]
+    np.testing.assert_array_equal(levels, image_array(37, 53).transpose(2, 0, 1))
+    nearest = image_processor(image, resample=Image.Resampling.NEAREST)["pixel_values"][0]
+    expected = by_hand(np.asarray(image.resize((23, 16), Image.Resampling.NEAREST)))
     np.testing.assert_allclose(nearest, expected, atol=1e-6)
 
 
 def test_normalise_per_channel():
-    array = photo_array()
+    array = image_array()
     mean, std = [0.1, 0.2, 0.3], [0.4, 0.5, 0.6]
     expected = (array / 255 - np.array(mean)) / np.array(std)
     result = values(Image.fromarray(array), image_mean=mean, image_std=std)
@@ -127,10 +127,10 @@ STORED = {
 
 @pytest.mark.parametrize("orientation", STORED)
 def test_exif_orientation(orientation, tmp_path):
-    upright = photo_array(20, 31)
+    upright = image_array(20, 31)
     exif = Image.Exif()
     exif[0x0112] = orientation
-    path = tmp_path / "photo.png"
+    path = tmp_path / "image.png"
     Image.fromarray(np.ascontiguousarray(STORED[orientation](upright))).save(path, exif=exif)
     for source in (path, str(path), Image.open(path)):
         inputs = SparImageProcessorPil()(source, return_tensors="np")
@@ -144,12 +144,12 @@ def over_white(rgba: np.ndarray) -> np.ndarray:
 
 
 def test_transparent_pixels_lie_over_white():
-    rgba = photo_array(channels=4)
+    rgba = image_array(channels=4)
     one_level = 2 / 255  # Pillow composites in whole levels
     for image in (Image.fromarray(rgba), rgba, rgba.transpose(2, 0, 1)):
         np.testing.assert_allclose(values(image), by_hand(over_white(rgba)), atol=one_level)
     np.testing.assert_allclose(values(rgba / 255), by_hand(over_white(rgba)), atol=1e-6)
-    grey = photo_array(channels=2)
+    grey = image_array(channels=2)
     expected = over_white(grey[:, :, [0, 0, 0, 1]])
     np.testing.assert_allclose(
         values(Image.merge("LA", [Image.fromarray(np.ascontiguousarray(c)) for c in grey.transpose(2, 0, 1)])),
@@ -159,7 +159,7 @@ def test_transparent_pixels_lie_over_white():
 
 
 def test_palette_with_and_without_transparency(tmp_path):
-    index = photo_array(channels=None) % 3
+    index = image_array(channels=None) % 3
     image = Image.fromarray(index)
     image.putpalette([255, 0, 0, 0, 128, 0, 0, 0, 255])
     assert image.mode == "P"
@@ -171,13 +171,13 @@ def test_palette_with_and_without_transparency(tmp_path):
 
 
 def test_grey_black_and_white_and_cmyk():
-    grey = photo_array(channels=None)
+    grey = image_array(channels=None)
     assert_shows(Image.fromarray(grey), np.stack([grey] * 3, 2))
     mask = grey > 127
     black_and_white = np.stack([mask] * 3, 2).astype(np.uint8) * 255
     assert_shows(Image.fromarray(mask), black_and_white)
     assert_shows(mask, black_and_white)
-    cmyk = photo_array(channels=4)
+    cmyk = image_array(channels=4)
     image = Image.merge("CMYK", [Image.fromarray(np.ascontiguousarray(ink)) for ink in cmyk.transpose(2, 0, 1)])
     expected = by_hand((255 - cmyk[:, :, :3]) * (1 - cmyk[:, :, 3:] / 255))
     np.testing.assert_allclose(values(image), expected, atol=2 * 2 / 255)
@@ -215,16 +215,16 @@ def test_32_bit_integers_that_are_no_16_bit_levels():
 
 @pytest.mark.parametrize("wrap", [np.asarray, torch.from_numpy])
 def test_array_layouts(wrap):
-    array = photo_array()
+    array = image_array()
     assert_shows(wrap(array), array)
     assert_shows(wrap(np.ascontiguousarray(array.transpose(2, 0, 1))), array)
-    grey = photo_array(channels=None)
+    grey = image_array(channels=None)
     for layout in (grey, grey[None], grey[:, :, None]):
         assert_shows(wrap(layout), np.stack([grey] * 3, 2))
 
 
 def test_ambiguous_layout_needs_a_word():
-    array = photo_array(3, 40)
+    array = image_array(3, 40)
     with pytest.raises(ValueError, match=r"\(3, 40, 3\) is ambiguous.*input_data_format='channels_first'"):
         values(array)
     assert_shows(array, array, input_data_format="channels_last")
@@ -232,7 +232,7 @@ def test_ambiguous_layout_needs_a_word():
 
 
 def test_float_pixels_are_zero_to_one_and_not_rescaled_twice():
-    array = photo_array()
+    array = image_array()
     exact = array / 255 * 0.999  # not a multiple of 1 / 255: the precision of floats must survive
     expected = (exact.transpose(2, 0, 1) - 0.5) / 0.5
     for image in (exact, exact.astype(np.float32), torch.from_numpy(exact).permute(2, 0, 1)):
@@ -245,7 +245,7 @@ def test_float_pixels_are_zero_to_one_and_not_rescaled_twice():
 
 
 def test_float_pixels_are_resized_like_levels():
-    array = photo_array() // 2 + 64  # away from black and white, where Pillow clips levels between its two passes
+    array = image_array() // 2 + 64  # away from black and white, where Pillow clips levels between its two passes
     levels = values(Image.fromarray(array), size={"shortest_edge": 20})
     floats = values(array / 255, size={"shortest_edge": 20})
     np.testing.assert_allclose(floats, levels, atol=2 * 2 / 255)  # levels are rounded after each pass
@@ -256,7 +256,7 @@ def test_float_pixels_are_resized_like_levels():
 
 
 def test_input_is_left_as_it_was():
-    array, floats = photo_array(), photo_array() / np.float32(255)
+    array, floats = image_array(), image_array() / np.float32(255)
     before, floats_before = array.copy(), floats.copy()
     SparImageProcessorPil(size=20)([array, floats])
     SparImageProcessorPil()(floats.transpose(2, 0, 1), do_normalize=False)["pixel_values"][0][:] = 7
@@ -269,9 +269,9 @@ def test_input_is_left_as_it_was():
     [
         (np.full((8, 8, 3), np.nan), "NaN"),
         (np.full((8, 8, 3), np.inf, dtype=np.float32), "NaN or infinite"),
-        (photo_array().astype(np.float32), "Divide levels of 0–255 by 255"),
-        (photo_array() / 127.5 - 1, "do not normalise"),
-        (photo_array().astype(np.int64), "this one is int64"),
+        (image_array().astype(np.float32), "Divide levels of 0–255 by 255"),
+        (image_array() / 127.5 - 1, "do not normalise"),
+        (image_array().astype(np.int64), "this one is int64"),
         (np.zeros((8, 8, 3), dtype=complex), "complex128"),
         (np.zeros((0, 8, 3), dtype=np.uint8), "0 × 8 pixels"),
         (np.zeros((1, 8), dtype=np.uint8), "1 × 8 pixels.*at least 2"),
@@ -304,7 +304,7 @@ def test_bad_files(tmp_path):
         values(str(tmp_path / "text.jpg"))
     for suffix in ("jpg", "png"):
         whole = BytesIO()
-        Image.fromarray(photo_array(100, 100)).save(whole, {"jpg": "JPEG", "png": "PNG"}[suffix])
+        Image.fromarray(image_array(100, 100)).save(whole, {"jpg": "JPEG", "png": "PNG"}[suffix])
         path = tmp_path / f"half.{suffix}"
         path.write_bytes(whole.getvalue()[: len(whole.getvalue()) // 2])
         for source in (path, Image.open(path)):
@@ -337,8 +337,8 @@ def web(tmp_path, monkeypatch):
 
 def test_url_is_read_as_the_file_is(web, tmp_path):
     deep = (np.arange(37 * 53, dtype=np.uint16) * 33).reshape(37, 53)
-    Image.fromarray(deep).save(tmp_path / "a photo.png")
-    assert_shows(f"{web}/a photo.png", np.stack([np.round(deep / 257)] * 3, 2))
+    Image.fromarray(deep).save(tmp_path / "an image.png")
+    assert_shows(f"{web}/an image.png", np.stack([np.round(deep / 257)] * 3, 2))
     with pytest.raises(ConnectionError, match="404"):
         values(f"{web}/missing.png")
     (tmp_path / "page.png").write_text("<html>")
@@ -349,11 +349,11 @@ def test_url_is_read_as_the_file_is(web, tmp_path):
 def test_url__nobody_answers(monkeypatch):
     monkeypatch.setenv("no_proxy", "*")
     with pytest.raises(ConnectionError, match=r"Cannot download 'http://127.0.0.1:9/"):
-        values("http://127.0.0.1:9/photo.png")
+        values("http://127.0.0.1:9/image.png")
 
 
 def test_data_url():
-    array, file = photo_array(), BytesIO()
+    array, file = image_array(), BytesIO()
     Image.fromarray(array).save(file, "PNG")
     assert_shows("data:image/png;base64," + base64.b64encode(file.getvalue()).decode(), array)
     with pytest.raises(ConnectionError, match="Cannot download 'data:image/png"):
@@ -361,7 +361,7 @@ def test_data_url():
 
 
 def test_batch_of_equal_sizes(tmp_path):
-    arrays = [photo_array(seed=seed) for seed in range(4)]
+    arrays = [image_array(seed=seed) for seed in range(4)]
     Image.fromarray(arrays[0]).save(tmp_path / "0.png")
     mixed = [tmp_path / "0.png", Image.fromarray(arrays[1]), arrays[2], torch.from_numpy(arrays[3]) / 255]
     expected = np.stack([by_hand(array) for array in arrays])
@@ -372,7 +372,7 @@ def test_batch_of_equal_sizes(tmp_path):
 
 
 def test_unequal_sizes_are_not_stacked():
-    images = [Image.fromarray(photo_array(37, 53)), Image.fromarray(photo_array(53, 37))]
+    images = [Image.fromarray(image_array(37, 53)), Image.fromarray(image_array(53, 37))]
     image_processor = SparImageProcessorPil()
     for kind in ("pt", "np"):
         with pytest.raises(ValueError, match=r"\(37, 53\), \(53, 37\).*Group them by size.*return_tensors=None"):
@@ -386,7 +386,7 @@ def test_unequal_sizes_are_not_stacked():
 
 
 def test_inputs_go_to_a_device_and_into_the_model(vision_model):
-    inputs = SparImageProcessorPil()(Image.fromarray(photo_array(37, 53)), return_tensors="pt")
+    inputs = SparImageProcessorPil()(Image.fromarray(image_array(37, 53)), return_tensors="pt")
     moved = inputs.to("cpu", torch.bfloat16)
     assert moved.pixel_values.dtype == torch.bfloat16
     assert moved.original_sizes == [(37, 53)]
@@ -421,7 +421,7 @@ def test_what_it_does_not_do_is_refused(option):
 
 def test_without_conversion_only_rgb_is_taken():
     image_processor = SparImageProcessorPil(do_convert_rgb=False)
-    np.testing.assert_allclose(image_processor(photo_array())["pixel_values"][0], by_hand(photo_array()), atol=1e-6)
+    np.testing.assert_allclose(image_processor(image_array())["pixel_values"][0], by_hand(image_array()), atol=1e-6)
     for image in (Image.new("L", (8, 8)), np.zeros((8, 8, 4), dtype=np.uint8)):
         with pytest.raises(ValueError, match="do_convert_rgb"):
             image_processor(image)
@@ -440,12 +440,12 @@ def test_save_and_load_in_a_fresh_process(tmp_path):
     image_processor = SparImageProcessorPil(**CUSTOM)
     SparVisionModel(tiny_config(text_config=None)).save_pretrained(tmp_path)
     image_processor.save_pretrained(tmp_path)
-    photo = Image.fromarray(photo_array())
-    photo.save(tmp_path / "photo.png")
+    image = Image.fromarray(image_array())
+    image.save(tmp_path / "image.png")
     code = (
         "import json, sys, numpy, spar_hf; from transformers import AutoImageProcessor; "
         "image_processor = AutoImageProcessor.from_pretrained(sys.argv[1]); "
-        "numpy.save(sys.argv[1] + '/values.npy', image_processor(sys.argv[1] + '/photo.png')['pixel_values'][0]); "
+        "numpy.save(sys.argv[1] + '/values.npy', image_processor(sys.argv[1] + '/image.png')['pixel_values'][0]); "
         "print(json.dumps([type(image_processor).__name__, image_processor.to_dict()]))"
     )
     result = subprocess.run(
@@ -458,7 +458,7 @@ def test_save_and_load_in_a_fresh_process(tmp_path):
     name, loaded = json.loads(result.stdout)
     assert name == "SparImageProcessorPil"
     assert loaded == json.loads(image_processor.to_json_string())
-    np.testing.assert_array_equal(np.load(tmp_path / "values.npy"), image_processor(photo)["pixel_values"][0])
+    np.testing.assert_array_equal(np.load(tmp_path / "values.npy"), image_processor(image)["pixel_values"][0])
     assert "Warning" not in result.stderr and "backend" not in result.stderr, result.stderr
 
 

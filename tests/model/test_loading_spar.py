@@ -12,7 +12,7 @@ import torch
 from conftest import tiny_config
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
-from test_modeling_spar import attention_of, photos, prompts
+from test_modeling_spar import attention_of, prompts, random_images
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -278,7 +278,7 @@ with torch.no_grad():
 def test_fresh_process_loads_the_same_models_and_says_nothing(two_towers, tmp_path):
     two_towers.save_pretrained(tmp_path / "both")
     two_towers.vision_model.save_pretrained(tmp_path / "vision")
-    inputs = {"pixel_values": photos((67, 71)), "input_ids": prompts()}
+    inputs = {"pixel_values": random_images((67, 71)), "input_ids": prompts()}
     torch.save(inputs, tmp_path / "inputs.pt")
     arguments = [tmp_path / name for name in ("both", "vision", "inputs.pt", "results.pt")]
     process = subprocess.run(

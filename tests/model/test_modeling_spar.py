@@ -99,7 +99,7 @@ def state(two_towers):
     return two_towers.state_dict()
 
 
-def photos(size, batch=2, seed=1):
+def random_images(size, batch=2, seed=1):
     return torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(seed))
 
 
@@ -122,7 +122,7 @@ def cosine(a, b):
 @at_sizes
 @torch.no_grad()
 def test_features_equal_an_independent_formula(vision_model, state, size):
-    close(vision_model(photos(size)).feature_map, reference_features(state, photos(size)))
+    close(vision_model(random_images(size)).feature_map, reference_features(state, random_images(size)))
 
 
 @at_sizes
@@ -131,9 +131,9 @@ def test_tokens_and_pooled_output_equal_the_model_of_transformers(vision_model, 
     siglip = SiglipVisionModel(vision_model.config.backbone_config).eval()
     siglip.load_state_dict(vision_model.backbone.state_dict())
     height, width = (math.ceil(side / PATCH) * PATCH for side in size)
-    padded = F.pad(photos(size), (0, width - size[1], 0, height - size[0]))
+    padded = F.pad(random_images(size), (0, width - size[1], 0, height - size[0]))
     expected = siglip(padded, interpolate_pos_encoding=True)
-    outputs = vision_model(photos(size), output_pooled=True)
+    outputs = vision_model(random_images(size), output_pooled=True)
     close(outputs.last_hidden_state, expected.last_hidden_state)
     close(outputs.pooler_output, expected.pooler_output)
 
@@ -143,25 +143,25 @@ def test_pooling_head_runs_only_on_request(vision_model, monkeypatch):
         raise AssertionError("the pooling head ran")
 
     monkeypatch.setattr(vision_model.backbone.head, "forward", refuse)
-    assert vision_model(photos((64, 64))).pooler_output is None
+    assert vision_model(random_images((64, 64))).pooler_output is None
 
 
 @at_sizes
 @torch.no_grad()
 def test_padding_is_zeros_right_and_bottom_after_normalisation(vision_model, size):
-    feature_map = vision_model(photos(size)).feature_map
+    feature_map = vision_model(random_images(size)).feature_map
     height, width = (math.ceil(side / PATCH) for side in size)
     assert feature_map.shape == (2, 32, height, width)
     padded = torch.zeros(2, 3, height * PATCH, width * PATCH)
-    padded[..., : size[0], : size[1]] = photos(size)
-    assert torch.equal(pad_to_patches(photos(size), PATCH), padded)
+    padded[..., : size[0], : size[1]] = random_images(size)
+    assert torch.equal(pad_to_patches(random_images(size), PATCH), padded)
     assert torch.equal(vision_model(padded).feature_map, feature_map)
 
 
 @at_sizes
 @torch.no_grad()
 def test_a_batch_equals_single_images(vision_model, size):
-    images = photos(size, batch=3)
+    images = random_images(size, batch=3)
     singles = torch.cat([vision_model(image[None]).feature_map for image in images])
     close(vision_model(images).feature_map, singles, atol=1e-5)
 
@@ -186,10 +186,10 @@ def test_positions_are_untouched_on_the_native_grid(dtype):
 
 
 @pytest.mark.parametrize("grid", [(4, 4), (9, 14), (12, 3), (14, 14), (14, 30), (31, 9)], ids=str)
-def test_positions_of_an_extent_have_one_step_in_every_photo(grid):
+def test_positions_of_an_extent_have_one_step_in_every_image(grid):
     table = torch.randn(36, 8, generator=torch.Generator().manual_seed(4))
     reach = max(*grid, 14)  # patches that the table spans
-    # places in halves of the table, the photo in its middle; grid_sample's bicubic kernel is interpolate's
+    # places in halves of the table, the image in its middle; grid_sample's bicubic kernel is interpolate's
     rows, columns = ((torch.arange(n) + 0.5 - n / 2) * 2 / reach for n in grid)
     where = torch.stack(torch.meshgrid(columns, rows, indexing="xy"), dim=-1)[None]
     image = table.T.reshape(1, 8, 6, 6)
@@ -198,7 +198,7 @@ def test_positions_of_an_extent_have_one_step_in_every_photo(grid):
 
 
 @torch.no_grad()
-def test_a_photo_in_the_middle_of_a_larger_one_has_its_positions(vision_model):
+def test_a_image_in_the_middle_of_a_larger_one_has_its_positions(vision_model):
     config = tiny_config(text_config=None, position_extent=192)
     model = SparVisionModel(config).eval()
     model.load_state_dict(vision_model.state_dict())
@@ -235,24 +235,24 @@ def test_text_features_equal_an_independent_formula_and_the_model_of_transformer
 @torch.no_grad()
 def test_logits_are_the_cosine_times_the_scale(two_towers, state, size):
     two_towers.config.dense_logit_scale = 65.0
-    features, texts = reference_features(state, photos(size)), reference_texts(state, prompts())
+    features, texts = reference_features(state, random_images(size)), reference_texts(state, prompts())
     cosines = torch.stack([F.cosine_similarity(features, text[None, :, None, None]) for text in texts], dim=1)
-    outputs = two_towers(photos(size), input_ids=prompts())
+    outputs = two_towers(random_images(size), input_ids=prompts())
     close(outputs.logits, 65.0 * cosines, atol=65 * 5e-5)
     close(outputs.text_embeds, texts / texts.norm(dim=1, keepdim=True))
     close(outputs.feature_map, features)
-    given = two_towers(photos(size), text_embeds=7 * texts)  # of any length
+    given = two_towers(random_images(size), text_embeds=7 * texts)  # of any length
     close(given.logits, outputs.logits, atol=65 * 5e-5)
 
 
 def test_words_must_be_given_once(two_towers):
     for words in ({}, {"input_ids": prompts(), "text_embeds": torch.randn(3, 32)}):
         with pytest.raises(ValueError, match="either `input_ids` or `text_embeds`"):
-            two_towers(photos((64, 64)), **words)
+            two_towers(random_images((64, 64)), **words)
 
 
 def test_gradients_reach_both_towers(two_towers):
-    logits = two_towers(photos((48, 80)), input_ids=prompts()).logits
+    logits = two_towers(random_images((48, 80)), input_ids=prompts()).logits
     logits.square().mean().backward()
     # dense features pass by the pooling head's query side and by the retrieval scale
     unused = ("logit_scale", "logit_bias", "head.probe")
@@ -272,7 +272,7 @@ def test_gradients_reach_both_towers(two_towers):
 )
 def test_bad_input_is_refused_with_what_to_do(two_towers, arguments, message):
     with pytest.raises(ValueError, match=message):
-        two_towers(**{"pixel_values": photos((64, 64)), "text_embeds": torch.randn(3, 32), **arguments})
+        two_towers(**{"pixel_values": random_images((64, 64)), "text_embeds": torch.randn(3, 32), **arguments})
 
 
 def test_backbone_without_pooling_head_is_refused():
@@ -296,10 +296,10 @@ def attention_of(two_towers):
 @torch.no_grad()
 def test_attention_implementations_agree_and_switch_in_both_towers(two_towers, transformers_log):
     assert attention_of(two_towers) == ["sdpa"] * 4
-    sdpa = two_towers(photos((48, 80)), input_ids=prompts())
+    sdpa = two_towers(random_images((48, 80)), input_ids=prompts())
     two_towers.set_attn_implementation("eager")
     assert attention_of(two_towers) == ["eager"] * 4
-    eager = two_towers(photos((48, 80)), input_ids=prompts())
+    eager = two_towers(random_images((48, 80)), input_ids=prompts())
     close(sdpa.feature_map, eager.feature_map)
     close(sdpa.text_embeds, eager.text_embeds)
     two_towers.set_attn_implementation({"text_config": "sdpa"})
@@ -314,14 +314,14 @@ def test_attention_implementations_agree_and_switch_in_both_towers(two_towers, t
 def test_hidden_states_and_attentions_on_request(two_towers, state, with_words):
     def run(**kwargs):
         if with_words:
-            return two_towers(photos((48, 80)), input_ids=prompts(), **kwargs)
-        return two_towers.vision_model(photos((48, 80)), **kwargs)
+            return two_towers(random_images((48, 80)), input_ids=prompts(), **kwargs)
+        return two_towers.vision_model(random_images((48, 80)), **kwargs)
 
     assert run().hidden_states is None
     assert run().attentions is None
     two_towers.set_attn_implementation("eager")
     outputs = run(output_hidden_states=True, output_attentions=True)
-    embeddings, last_hidden_state = reference_tokens(state, photos((48, 80)))
+    embeddings, last_hidden_state = reference_tokens(state, random_images((48, 80)))
     assert len(outputs.hidden_states) == 3  # the embeddings and two layers
     close(outputs.hidden_states[0], embeddings)
     close(layer_norm(state, "vision_model.backbone.post_layernorm", outputs.hidden_states[-1]), last_hidden_state)
@@ -343,15 +343,15 @@ def test_hidden_states_and_attentions_on_request(two_towers, state, with_words):
 @torch.no_grad()
 def test_return_dict_false_gives_tuples(two_towers, in_config):
     kwargs = {} if in_config else {"return_dict": False}
-    expected = two_towers(photos((48, 80)), input_ids=prompts())
-    tokens = two_towers.vision_model(photos((48, 80))).last_hidden_state
+    expected = two_towers(random_images((48, 80)), input_ids=prompts())
+    tokens = two_towers.vision_model(random_images((48, 80))).last_hidden_state
     if in_config:
         two_towers.config.return_dict = two_towers.vision_model.config.return_dict = False
-    outputs = two_towers(photos((48, 80)), input_ids=prompts(), **kwargs)
+    outputs = two_towers(random_images((48, 80)), input_ids=prompts(), **kwargs)
     assert isinstance(outputs, tuple)
     for actual, name in zip(outputs, ["logits", "text_embeds", "feature_map"], strict=True):
         assert torch.equal(actual, expected[name])
-    last_hidden_state, feature_map = two_towers.vision_model(photos((48, 80)), **kwargs)
+    last_hidden_state, feature_map = two_towers.vision_model(random_images((48, 80)), **kwargs)
     assert torch.equal(last_hidden_state, tokens)
     assert torch.equal(feature_map, expected.feature_map)
     _, text_features = two_towers.get_text_features(prompts(), **kwargs)
@@ -363,7 +363,7 @@ def test_return_dict_false_gives_tuples(two_towers, in_config):
 
 def gradients(model):
     model.zero_grad()
-    model(photos((67, 71)), input_ids=prompts()).logits.square().mean().backward()
+    model(random_images((67, 71)), input_ids=prompts()).logits.square().mean().backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
@@ -381,20 +381,20 @@ def test_gradient_checkpointing_gives_the_same_gradients(two_towers):
 
 @torch.no_grad()
 def test_training_mode_gives_the_features_of_evaluation(vision_model):
-    expected = vision_model(photos((67, 71))).feature_map
+    expected = vision_model(random_images((67, 71))).feature_map
     vision_model.train()
-    assert torch.equal(vision_model(photos((67, 71))).feature_map, expected)
+    assert torch.equal(vision_model(random_images((67, 71))).feature_map, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @torch.no_grad()
-def test_half_precision_is_close_and_takes_float32_photos(two_towers, dtype):
-    expected = two_towers(photos((67, 71)), input_ids=prompts())
-    outputs = two_towers.to(dtype)(photos((67, 71)), input_ids=prompts())
+def test_half_precision_is_close_and_takes_float32_images(two_towers, dtype):
+    expected = two_towers(random_images((67, 71)), input_ids=prompts())
+    outputs = two_towers.to(dtype)(random_images((67, 71)), input_ids=prompts())
     # decisions are taken in float32 whatever the precision: names of nearly the same cosine are told apart by it
     assert outputs.feature_map.dtype == dtype and outputs.logits.dtype == outputs.text_embeds.dtype == torch.float32
     assert cosine(outputs.feature_map, expected.feature_map) > 0.999
     assert cosine(outputs.text_embeds, expected.text_embeds) > 0.999
     # embeddings made once in float32 serve a half-precision model
-    given = two_towers(photos((67, 71)), text_embeds=expected.text_embeds)
+    given = two_towers(random_images((67, 71)), text_embeds=expected.text_embeds)
     close(given.logits.float(), expected.logits, atol=40 * 0.03)

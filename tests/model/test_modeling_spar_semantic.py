@@ -34,7 +34,7 @@ LABELS = ["road, street", "car, automobile", "sky", "tree"]
 
 
 @pytest.fixture(scope="module")
-def photo():
+def picture():
     coarse = np.random.default_rng(0).integers(0, 256, (9, 13, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize((131, 90), Image.Resampling.BICUBIC)
 
@@ -55,12 +55,12 @@ def label_map(segments, labels):
 
 
 @pytest.mark.parametrize("size", [{"shortest_edge": 80}, {"shortest_edge": 131}, None])
-def test_masks_of_a_baked_folder_are_those_of_the_words(folder, two_towers, tokenizer, photo, size):
+def test_masks_of_a_baked_folder_are_those_of_the_words(folder, two_towers, tokenizer, picture, size):
     processor = SparImageProcessorPil(size=size)
     processor.save_pretrained(folder)
     words = pipeline("open-vocab-segmentation", model=two_towers, tokenizer=tokenizer, image_processor=processor)
-    expected = words(photo, candidate_labels=LABELS, templates="short", output="map")
-    segments = pipeline("image-segmentation", model=str(folder))(photo)
+    expected = words(picture, candidate_labels=LABELS, templates="short", output="map")
+    segments = pipeline("image-segmentation", model=str(folder))(picture)
     assert len(segments) > 1
     assert (label_map(segments, expected["labels"]) == expected["map"]).mean() >= 0.9999
 
@@ -79,10 +79,10 @@ def test_logits_of_classes_are_the_largest_of_their_names(two_towers, tokenizer,
     assert outputs.geometry.tolist() == [[50, 70, 16]] * 2
 
 
-def test_a_batch_in_the_pipeline_gives_what_single_photos_give(folder, photo):
+def test_a_batch_in_the_pipeline_gives_what_single_images_give(folder, picture):
     segment = pipeline("image-segmentation", model=str(folder))
-    photos = [photo, photo.transpose(Image.Transpose.FLIP_LEFT_RIGHT)]
-    for one, other in zip(segment(photos, batch_size=2), [segment(image) for image in photos], strict=True):
+    images = [picture, picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)]
+    for one, other in zip(segment(images, batch_size=2), [segment(image) for image in images], strict=True):
         labels = list(segment.model.config.id2label.values())
         assert (label_map(one, labels) == label_map(other, labels)).mean() >= 0.999
 
@@ -100,9 +100,9 @@ def test_label_maps_are_upsampled_cropped_and_resized():
     up = F.interpolate(logits, scale_factor=16, mode="bilinear")[:, :, :70, :51]
     processor = SparImageProcessorPil()
     assert (processor.post_process_semantic_segmentation(outputs)[0] == up.argmax(1)[0]).float().mean() > 0.999
-    photo = processor.post_process_semantic_segmentation(outputs, [(140, 102)])[0]
+    picture = processor.post_process_semantic_segmentation(outputs, [(140, 102)])[0]
     twice = F.interpolate(logits, scale_factor=32, mode="bilinear")[:, :, :140, :102]
-    assert photo.shape == (140, 102) and (photo == twice.argmax(1)[0]).float().mean() > 0.999
+    assert picture.shape == (140, 102) and (picture == twice.argmax(1)[0]).float().mean() > 0.999
     with pytest.raises(ValueError, match="one for each"):
         processor.post_process_semantic_segmentation(outputs, [(140, 102), (1, 1)])
 
@@ -138,7 +138,7 @@ def test_the_loss_is_that_of_all_upsampled_logits(monkeypatch, names, working_by
     monkeypatch.setattr("spar_hf.model.modeling_spar_semantic.WORKING_BYTES", working_bytes)
     model = semantic_model(names)
     pixels, labels = torch.randn(2, 3, 70, 51), torch.randint(0, 5, (2, 70, 51))
-    labels[0, :20], labels[1, 5:, 3:] = 255, 255  # the mean is over pixels, not over photos
+    labels[0, :20], labels[1, 5:, 3:] = 255, 255  # the mean is over pixels, not over images
     outputs = model(pixels, labels=labels)
     grid = outputs.logits if names is None else outputs.name_logits
     up = F.interpolate(grid, scale_factor=16, mode="bilinear")[:, :, :70, :51]
@@ -232,10 +232,10 @@ def test_another_heads_folder_is_refused(folder, two_towers, tmp_path):
         SparForSemanticSegmentation.from_pretrained(folder)
 
 
-def test_two_towers_in_image_segmentation_name_their_own_pipeline(photo):
+def test_two_towers_in_image_segmentation_name_their_own_pipeline(picture):
     segment = pipeline("image-segmentation", model=SPAR_TINY)
     with pytest.raises(ValueError, match=r"open-vocab-segmentation.*bake_vocabulary"):
-        segment(photo)
+        segment(picture)
 
 
 def test_bad_vocabularies_and_models_are_refused(two_towers, vision_model, tokenizer):
@@ -249,11 +249,11 @@ def test_bad_vocabularies_and_models_are_refused(two_towers, vision_model, token
         SparSemanticConfig(backbone_config=vision_model.config, id2label={0: "a", 1: "b"}, names=[["x", "y"], []])
 
 
-def test_the_classifier_stays_in_float32_in_half_precision(folder, photo):
+def test_the_classifier_stays_in_float32_in_half_precision(folder, picture):
     half = SparForSemanticSegmentation.from_pretrained(folder, dtype=torch.bfloat16)
     assert half.classifier.weight.dtype == torch.float32 and half.vision_model.dtype == torch.bfloat16
     segment = pipeline("image-segmentation", model=str(folder), dtype=torch.bfloat16)
-    assert sum((np.asarray(s["mask"]) == 255).sum() for s in segment(photo)) == 131 * 90
+    assert sum((np.asarray(s["mask"]) == 255).sum() for s in segment(picture)) == 131 * 90
 
 
 def test_folder_says_nothing_of_where_it_was_made(folder, tmp_path):
@@ -276,14 +276,14 @@ from PIL import Image
 folder, trust = sys.argv[1], {"trust_remote_code": True} if sys.argv[2] == "hidden" else {}
 model = AutoModelForSemanticSegmentation.from_pretrained(folder, **trust)
 features = AutoModel.from_pretrained(folder, **trust)(torch.zeros(1, 3, 40, 50)).feature_map
-segments = pipeline("image-segmentation", model=folder, **trust)(Image.open(folder + "/photo.png"))
+segments = pipeline("image-segmentation", model=folder, **trust)(Image.open(folder + "/image.png"))
 print([(s["label"], int((np.asarray(s["mask"]) == 255).sum())) for s in segments], f"{float(features.detach().sum()):.3f}")
 assert ("spar_hf" in sys.modules) == (sys.argv[2] != "hidden")
 """
 
 
-def test_folder_runs_in_a_fresh_process_with_and_without_the_library(folder, photo, tmp_path):
-    photo.save(folder / "photo.png")
+def test_folder_runs_in_a_fresh_process_with_and_without_the_library(folder, picture, tmp_path):
+    picture.save(folder / "image.png")
     printed = {}
     for mode, start in (("hidden", HIDE), ("installed", "import spar_hf\n")):
         result = subprocess.run(
@@ -312,8 +312,8 @@ def test_bake_command_writes_a_folder_or_one_line(tmp_path):
     assert again.exit_code == 2 and "exists" in again.output and "Traceback" not in again.output
     assert [path.name for path in tmp_path.iterdir()] == ["street"]
 
-    Image.new("RGB", (40, 30)).save(tmp_path / "photo.png")
-    words = ["segment", str(tmp_path / "photo.png"), "--labels", "sky", "--output", str(tmp_path / "masks.png")]
+    Image.new("RGB", (40, 30)).save(tmp_path / "image.png")
+    words = ["segment", str(tmp_path / "image.png"), "--labels", "sky", "--output", str(tmp_path / "masks.png")]
     for command in (words, ["app"], ["bake", "--labels", "sky", "--output", str(tmp_path / "again")]):
         asked = CliRunner().invoke(app, [*command, "--model", str(output)])
         assert asked.exit_code and asked.output.count("\n") == 1, asked.output

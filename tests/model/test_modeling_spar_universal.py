@@ -57,7 +57,7 @@ def folder(model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("universal")
     model.save_pretrained(folder)
     SparUniversalImageProcessorPil(size={"shortest_edge": 60}, label_ids_to_fuse=[0, 1]).save_pretrained(folder)
-    Image.effect_mandelbrot((121, 90), (-2, -1, 1, 1), 20).convert("RGB").save(folder / "photo.png")
+    Image.effect_mandelbrot((121, 90), (-2, -1, 1, 1), 20).convert("RGB").save(folder / "image.png")
     return folder
 
 
@@ -108,7 +108,7 @@ def test_a_new_head_starts_as_transformers_starts_its_own(vision_model):
 
 def test_calibrate__mean_and_variance_of_the_features(vision_model):
     fresh = SparForUniversalSegmentation.from_spar(vision_model, **CLASSES, **HEAD).train()
-    images = [torch.randn(1, 3, 64, 64), 3 * torch.rand(2, 3, 50, 90)]  # what differs between photos counts too
+    images = [torch.randn(1, 3, 64, 64), 3 * torch.rand(2, 3, 50, 90)]  # what differs between images counts too
     fresh.calibrate(images)
     with torch.no_grad():
         maps = [vision_model(image).feature_map.transpose(0, 1).flatten(1) for image in images]
@@ -154,15 +154,15 @@ def test_loss__falls_and_the_segments_come_out(vision_model):
     torch.manual_seed(0)
     model = SparForUniversalSegmentation.from_spar(vision_model, **CLASSES, **{**HEAD, "train_num_points": 256})
     processor = SparUniversalImageProcessorPil(label_ids_to_fuse=[0])
-    photos, maps = [], []
+    images, maps = [], []
     for column in (30, 66):
-        photo = np.zeros((70, 99, 3), np.uint8)
-        photo[:, :column], photo[20:50, column:] = (40, 90, 220), (240, 120, 30)
+        image = np.zeros((70, 99, 3), np.uint8)
+        image[:, :column], image[20:50, column:] = (40, 90, 220), (240, 120, 30)
         label_map = np.full((70, 99), 255)
         label_map[:, :column], label_map[20:50, column:] = 0, 2
-        photos.append(photo)
+        images.append(image)
         maps.append(label_map)
-    inputs = processor(photos, maps, return_tensors="pt")
+    inputs = processor(images, maps, return_tensors="pt")
     model.vision_model.requires_grad_(False)
     model.calibrate([inputs["pixel_values"]])
     model.feature_norm.eval()
@@ -189,9 +189,9 @@ def test_loss__falls_and_the_segments_come_out(vision_model):
 
 
 @pytest.mark.parametrize("working_bytes", [2**26, 1])
-@pytest.mark.parametrize(("working", "photo"), [((67, 93), (67, 93)), ((67, 93), (201, 279)), ((40, 30), (53, 41))])
-def test_geometry__a_border_lies_where_it_lies_in_the_photo(working, photo, working_bytes):
-    """Logits that rise by one per pixel change sign where that line of the working image lies in the photo."""
+@pytest.mark.parametrize(("working", "image"), [((67, 93), (67, 93)), ((67, 93), (201, 279)), ((40, 30), (53, 41))])
+def test_geometry__a_border_lies_where_it_lies_in_the_image(working, image, working_bytes):
+    """Logits that rise by one per pixel change sign where that line of the working image lies in the image."""
     cells = [-(-side // 16) * 4 for side in working]
     column, row = 0.43 * working[1], 0.61 * working[0]
     centres = [(torch.arange(n) + 0.5) * 4 for n in cells]  # pixels of the working image, cells of 4
@@ -199,9 +199,9 @@ def test_geometry__a_border_lies_where_it_lies_in_the_photo(working, photo, work
     below = (centres[0] - row)[:, None].expand(*cells)
     outputs = outputs_of(torch.stack([right, -right, below]), sure_of(0, 1, 3), extent=[side / 4 for side in working])
     processor = SparUniversalImageProcessorPil()
-    x = (np.arange(photo[1]) + 0.5) * working[1] / photo[1]
-    expected = np.broadcast_to(np.where(x > column, 0, 1), photo)
-    arguments = {"target_sizes": [photo], "working_bytes": working_bytes}
+    x = (np.arange(image[1]) + 0.5) * working[1] / image[1]
+    expected = np.broadcast_to(np.where(x > column, 0, 1), image)
+    arguments = {"target_sizes": [image], "working_bytes": working_bytes}
     semantic = processor.post_process_semantic_segmentation(outputs, **arguments)[0]
     np.testing.assert_array_equal(semantic.numpy(), expected)
     panoptic = processor.post_process_panoptic_segmentation(outputs, **arguments)[0]
@@ -209,9 +209,9 @@ def test_geometry__a_border_lies_where_it_lies_in_the_photo(working, photo, work
     np.testing.assert_array_equal(panoptic["segmentation"].numpy(), expected + 1)
     outputs.class_queries_logits = sure_of(3, 3, 2)[None]
     instance = processor.post_process_instance_segmentation(outputs, **arguments)[0]
-    y = (np.arange(photo[0]) + 0.5) * working[0] / photo[0]
+    y = (np.arange(image[0]) + 0.5) * working[0] / image[0]
     np.testing.assert_array_equal(
-        instance["segmentation"].numpy(), np.broadcast_to(np.where(y >= row, 0, -1)[:, None], photo)
+        instance["segmentation"].numpy(), np.broadcast_to(np.where(y >= row, 0, -1)[:, None], image)
     )
 
 
@@ -318,10 +318,10 @@ def test_encode__masks_lie_where_the_pixels_lie(size):
 
 
 def test_encode__segments_with_classes_of_their_own():
-    photo = Image.new("RGB", (8, 6))
+    image = Image.new("RGB", (8, 6))
     segments = np.repeat(np.array([[70000, 3, 9, 255]]), 2, axis=1).repeat(6, axis=0)
     inputs = SparUniversalImageProcessorPil()(
-        [photo], [segments], instance_id_to_semantic_id={3: 1, 9: 1, 70000: 0}, return_tensors="pt"
+        [image], [segments], instance_id_to_semantic_id={3: 1, 9: 1, 70000: 0}, return_tensors="pt"
     )
     assert inputs["class_labels"][0].tolist() == [1, 1, 0]
     assert inputs["mask_labels"][0].sum((1, 2)).tolist() == [12, 12, 12]
@@ -333,7 +333,7 @@ def test_encode__segments_with_classes_of_their_own():
         ({"segmentation_maps": segments, "instance_id_to_semantic_id": {3: 1}}, r"\[9, 70000\]"),
     ]:
         with pytest.raises(ValueError, match=message):
-            SparUniversalImageProcessorPil()(photo, **wrong)
+            SparUniversalImageProcessorPil()(image, **wrong)
 
 
 def test_labels__bad_ones_are_refused(model):
@@ -391,15 +391,15 @@ def test_save_and_load__the_same_and_no_other_head(model, folder, tmp_path):
         SparForUniversalSegmentation.from_pretrained(broken)
 
 
-def test_pipeline__quiet_and_in_the_size_of_the_photo(folder, transformers_log, monkeypatch):
+def test_pipeline__quiet_and_in_the_size_of_the_image(folder, transformers_log, monkeypatch):
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked at the terminal whether to trust the folder"))
     segment = pipeline("image-segmentation", model=str(folder))
-    photo = Image.open(folder / "photo.png")
+    image = Image.open(folder / "image.png")
     for subtask in ("panoptic", "instance"):
-        segments = segment(photo, subtask=subtask, threshold=0.0, overlap_mask_area_threshold=0.0)
+        segments = segment(image, subtask=subtask, threshold=0.0, overlap_mask_area_threshold=0.0)
         assert segments and all(s["mask"].size == (121, 90) for s in segments)
         assert {s["label"] for s in segments} <= {"sky", "grass", "dog"}
-    semantic = segment([photo, photo], subtask="semantic", batch_size=2)
+    semantic = segment([image, image], subtask="semantic", batch_size=2)
     covered = sum(np.asarray(s["mask"]) / 255 for s in semantic[1])
     assert (covered == 1).all()
     assert transformers_log == []
@@ -417,7 +417,7 @@ import json
 from transformers import AutoModelForUniversalSegmentation, pipeline
 folder = sys.argv[1]
 segment = pipeline("image-segmentation", model=folder, trust_remote_code=True)
-found = segment(folder + "/photo.png", threshold=0.0, overlap_mask_area_threshold=0.0)
+found = segment(folder + "/image.png", threshold=0.0, overlap_mask_area_threshold=0.0)
 name = type(AutoModelForUniversalSegmentation.from_pretrained(folder, trust_remote_code=True)).__name__
 assert "spar_hf" not in sys.modules
 print(json.dumps([name, [[s["label"], s["score"], s["mask"].histogram()[255]] for s in found]]))
@@ -433,7 +433,7 @@ def test_a_fresh_process_without_the_library_gives_the_same(folder, tmp_path):
     name, segments = json.loads(run.stdout.splitlines()[-1])
     assert name == "SparForUniversalSegmentation"
     expected = pipeline("image-segmentation", model=str(folder))(
-        str(folder / "photo.png"), threshold=0.0, overlap_mask_area_threshold=0.0
+        str(folder / "image.png"), threshold=0.0, overlap_mask_area_threshold=0.0
     )
     assert [label for label, _, _ in segments] == [s["label"] for s in expected]
     assert [pixels for _, _, pixels in segments] == [s["mask"].histogram()[255] for s in expected]

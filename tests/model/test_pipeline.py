@@ -25,7 +25,7 @@ def segment(two_towers, tokenizer):
 
 
 @pytest.fixture
-def photo():
+def picture():
     pixels = np.random.default_rng(0).integers(0, 256, (90, 131, 3), dtype=np.uint8)
     return Image.fromarray(pixels)
 
@@ -33,13 +33,13 @@ def photo():
 LABELS = ["road", "car, automobile", "sky"]
 
 
-def test_masks_partition_the_photo_and_equal_the_plain_formula(segment, photo, two_towers, tokenizer):
-    segments = segment(photo, candidate_labels=LABELS)
+def test_masks_partition_the_image_and_equal_the_plain_formula(segment, picture, two_towers, tokenizer):
+    segments = segment(picture, candidate_labels=LABELS)
     masks = np.stack([np.asarray(s["mask"]) for s in segments])
     assert masks.shape[1:] == (90, 131) and set(np.unique(masks)) <= {0, 255}
     assert ((masks == 255).sum(0) == 1).all()
 
-    pixels = segment.image_processor(photo, return_tensors="pt")["pixel_values"]
+    pixels = segment.image_processor(picture, return_tensors="pt")["pixel_values"]
     height, width = pixels.shape[-2:]
     with torch.no_grad():
         text = embed_names(two_towers, tokenizer, ["road", "car", "automobile", "sky"])
@@ -62,14 +62,14 @@ def same(one: dict, other: dict) -> float:
     return float((one["map"] == other["map"]).mean())
 
 
-def test_list_in_list_out_and_text_is_embedded_once_per_vocabulary(segment, photo, two_towers):
+def test_list_in_list_out_and_text_is_embedded_once_per_vocabulary(segment, picture, two_towers):
     calls = []
     hook = two_towers.text_model.register_forward_hook(lambda *args: calls.append(1))
-    singles = [segment(image, candidate_labels=LABELS) for image in (photo, photo.resize((40, 50)))]
+    singles = [segment(image, candidate_labels=LABELS) for image in (picture, picture.resize((40, 50)))]
     first = len(calls)
-    together = segment([photo, photo.resize((40, 50))], candidate_labels=LABELS)
+    together = segment([picture, picture.resize((40, 50))], candidate_labels=LABELS)
     assert len(calls) == first > 0
-    segment(photo, candidate_labels=LABELS, templates="plain")
+    segment(picture, candidate_labels=LABELS, templates="plain")
     assert len(calls) > first
     hook.remove()
     for one, other in zip(singles, together, strict=True):
@@ -77,31 +77,31 @@ def test_list_in_list_out_and_text_is_embedded_once_per_vocabulary(segment, phot
         assert all((np.asarray(a["mask"]) == np.asarray(b["mask"])).all() for a, b in zip(one, other, strict=True))
 
 
-def test_map_output_agrees_with_segments(segment, photo):
-    result = segment(photo, candidate_labels=LABELS, output="map")
+def test_map_output_agrees_with_segments(segment, picture):
+    result = segment(picture, candidate_labels=LABELS, output="map")
     assert result["labels"] == ["road", "car", "sky"] and result["map"].shape == (90, 131)
-    for s in segment(photo, candidate_labels=LABELS):
+    for s in segment(picture, candidate_labels=LABELS):
         index = result["labels"].index(s["label"])
         assert ((np.asarray(s["mask"]) == 255) == (result["map"] == index)).all()
         assert result["scores"][index] == pytest.approx(s["score"])
 
 
-def test_working_size_is_an_option_and_the_masks_keep_the_photos(segment, photo, two_towers):
+def test_working_size_is_an_option_and_the_masks_keep_the_images(segment, picture, two_towers):
     shapes = []
     hook = two_towers.vision_model.register_forward_pre_hook(lambda module, args: shapes.append(args[0].shape[-2:]))
-    mask = segment(photo, candidate_labels=LABELS, size={"shortest_edge": 45})[0]["mask"]
+    mask = segment(picture, candidate_labels=LABELS, size={"shortest_edge": 45})[0]["mask"]
     hook.remove()
     assert shapes == [(45, 66)] and mask.size == (131, 90)
 
 
-def test_unsure_pixels_go_to_a_background_without_words(segment, photo):
-    plain = segment(photo, candidate_labels=LABELS, output="map")
+def test_unsure_pixels_go_to_a_background_without_words(segment, picture):
+    plain = segment(picture, candidate_labels=LABELS, output="map")
     middle = float(np.median([s for s in plain["scores"] if s]))
-    result = segment(photo, candidate_labels=LABELS, output="map", threshold=middle)
+    result = segment(picture, candidate_labels=LABELS, output="map", threshold=middle)
     assert result["labels"] == ["road", "car", "sky", "background"]
     moved = result["map"] == 3
     assert 0 < moved.mean() < 1 and (result["map"][~moved] == plain["map"][~moved]).all()
-    named = segment(photo, candidate_labels=LABELS, output="map", threshold=1.0, background="sky")
+    named = segment(picture, candidate_labels=LABELS, output="map", threshold=1.0, background="sky")
     assert named["labels"] == ["road", "car", "sky"] and (named["map"] == 2).all()
 
 
@@ -126,9 +126,9 @@ def test_unsure_pixels_go_to_a_background_without_words(segment, photo):
         ({"candidate_labels": LABELS, "templates": "nonsense"}, "template set"),
     ],
 )
-def test_bad_calls_name_the_fix(segment, photo, call, message):
+def test_bad_calls_name_the_fix(segment, picture, call, message):
     with pytest.raises(ValueError, match=message):
-        segment(photo, **call)
+        segment(picture, **call)
 
 
 def test_a_vision_model_is_refused(vision_model, tokenizer):
@@ -182,8 +182,8 @@ def test_embedded_folder_serves_every_auto_class():
 
 
 @torch.no_grad()
-def test_embedded_student_is_nearer_to_the_teacher_than_its_base_on_a_photo_it_never_saw():
-    """A photo inside scikit-learn: the student's one pass against the teacher's features, base against the same."""
+def test_embedded_student_is_nearer_to_the_teacher_than_its_base_on_a_image_it_never_saw():
+    """An image inside scikit-learn: the student's one pass against the teacher's features, base against the same."""
     from sklearn.datasets import load_sample_image
 
     processor = SparImageProcessorPil.from_pretrained(SPAR_TINY)
@@ -206,50 +206,55 @@ def forwards(two_towers):
     return shapes
 
 
-def test_unequal_sizes_in_one_batch_give_the_masks_they_give_one_by_one(segment, photo, forwards):
-    photos = [photo, photo.resize((40, 50)), photo.transpose(Image.Transpose.FLIP_LEFT_RIGHT), photo.resize((97, 97))]
-    photos.append(photo.resize((40, 50)).rotate(180))
-    alone = [segment(image, candidate_labels=LABELS, output="map") for image in photos]
+def test_unequal_sizes_in_one_batch_give_the_masks_they_give_one_by_one(segment, picture, forwards):
+    images = [
+        picture,
+        picture.resize((40, 50)),
+        picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT),
+        picture.resize((97, 97)),
+    ]
+    images.append(picture.resize((40, 50)).rotate(180))
+    alone = [segment(image, candidate_labels=LABELS, output="map") for image in images]
     forwards.clear()
-    together = segment(photos, candidate_labels=LABELS, output="map", batch_size=4)
+    together = segment(images, candidate_labels=LABELS, output="map", batch_size=4)
     # of the first four, two share a size; the fifth is a batch of its own; nothing is padded
     assert forwards == [(2, 3, 80, 116), (1, 3, 100, 80), (1, 3, 80, 80), (1, 3, 100, 80)]
     assert all(same(one, other) >= 0.9999 for one, other in zip(alone, together, strict=True))
 
 
-def test_streams__generators_and_datasets_give_their_results_as_they_are_asked_for(segment, photo):
+def test_streams__generators_and_datasets_give_their_results_as_they_are_asked_for(segment, picture):
     from datasets import Dataset
     from transformers.pipelines.pt_utils import KeyDataset
 
-    photos = [photo, photo.resize((40, 50)), photo.rotate(180)]
-    expected = segment(photos, candidate_labels=LABELS, output="map")
+    images = [picture, picture.resize((40, 50)), picture.rotate(180)]
+    expected = segment(images, candidate_labels=LABELS, output="map")
     read = []
 
     def stream():
-        for image in photos:
+        for image in images:
             read.append(1)
             yield image
 
     results = iter(segment(stream(), candidate_labels=LABELS, output="map"))
     assert same(next(results), expected[0]) == 1 and len(read) == 1
     assert [same(*pair) for pair in zip(results, expected[1:], strict=True)] == [1, 1]
-    rows = Dataset.from_dict({"image": photos, "number": [1, 2, 3]})
+    rows = Dataset.from_dict({"image": images, "number": [1, 2, 3]})
     by_key = segment(KeyDataset(rows, "image"), candidate_labels=LABELS, output="map", batch_size=2)
     assert len(by_key) == 3
     for results in (by_key, segment(rows, candidate_labels=LABELS, output="map"), by_key):  # also a second time
         assert [same(*pair) for pair in zip(results, expected, strict=True)] == [1, 1, 1]
     streamed = segment(rows.to_iterable_dataset(), candidate_labels=LABELS, output="map", batch_size=2)
     assert [same(*pair) for pair in zip(streamed, expected, strict=True)] == [1, 1, 1]
-    tuples_and_arrays = (tuple(photos), np.stack([np.asarray(photo)] * 2))
+    tuples_and_arrays = (tuple(images), np.stack([np.asarray(picture)] * 2))
     assert [len(segment(many, candidate_labels=LABELS)) for many in tuples_and_arrays] == [3, 2]
     assert segment([], candidate_labels=LABELS) == []
 
 
-def test_one_bad_photo_loses_none_of_the_others(segment, photo, tmp_path):
+def test_one_bad_image_loses_none_of_the_others(segment, picture, tmp_path):
     from datasets import Dataset, Features
     from datasets import Image as ImageColumn
 
-    photo.save(tmp_path / "good.png")
+    picture.save(tmp_path / "good.png")
     (tmp_path / "empty.png").touch()
     (tmp_path / "cut.png").write_bytes((tmp_path / "good.png").read_bytes()[:9000])
     good = tmp_path / "good.png"
@@ -269,11 +274,11 @@ def test_one_bad_photo_loses_none_of_the_others(segment, photo, tmp_path):
         results = list(segment(dataset, candidate_labels=LABELS, output="map", on_error="skip"))
         assert "Cannot decode" in results[1]["error"] and same(results[0], results[2]) == 1
     with pytest.raises(ValueError, match=r"columns \['photo'\] has no `image`.*KeyDataset"):
-        segment([{"photo": photo}], candidate_labels=LABELS)
+        segment([{"photo": picture}], candidate_labels=LABELS)
 
 
-def test_a_batch_that_fails_is_run_photo_by_photo(segment, photo, two_towers):
-    """As where several photos at once are too much for the device."""
+def test_a_batch_that_fails_is_run_image_by_image(segment, picture, two_towers):
+    """As where several images at once are too much for the device."""
 
     def refuse(module, args):
         if len(args[0]) > 1:
@@ -281,13 +286,13 @@ def test_a_batch_that_fails_is_run_photo_by_photo(segment, photo, two_towers):
 
     two_towers.vision_model.register_forward_pre_hook(refuse)
     with pytest.raises(RuntimeError, match="out of memory"):
-        segment([photo, photo], candidate_labels=LABELS, batch_size=2)
-    results = segment([photo, photo], candidate_labels=LABELS, batch_size=2, on_error="skip", output="map")
+        segment([picture, picture], candidate_labels=LABELS, batch_size=2)
+    results = segment([picture, picture], candidate_labels=LABELS, batch_size=2, on_error="skip", output="map")
     assert same(*results) == 1
 
 
-def test_encode__once_for_any_number_of_vocabularies(segment, photo, forwards):
-    encoded = segment.encode(photo, size={"shortest_edge": 60})
+def test_encode__once_for_any_number_of_vocabularies(segment, picture, forwards):
+    encoded = segment.encode(picture, size={"shortest_edge": 60})
     assert encoded.working_size == (60, 87) and encoded.original_size == (90, 131)
     assert encoded.feature_map.shape == (32, 4, 6)
     told = "EncodedImage(grid=(4, 6), dim=32, working_size=(60, 87), original_size=(90, 131), device='cpu')"
@@ -295,14 +300,14 @@ def test_encode__once_for_any_number_of_vocabularies(segment, photo, forwards):
     first = segment(encoded, candidate_labels=LABELS, output="map")
     second = segment([encoded], candidate_labels=["tree", "dog"], output="map")[0]
     assert len(forwards) == 1
-    assert same(first, segment(photo, candidate_labels=LABELS, output="map", size={"shortest_edge": 60})) == 1
+    assert same(first, segment(picture, candidate_labels=LABELS, output="map", size={"shortest_edge": 60})) == 1
     assert second["labels"] == ["tree", "dog"] and second["map"].shape == (90, 131)
-    assert [part.original_size for part in segment.encode([photo, photo.resize((40, 50))])] == [(90, 131), (50, 40)]
+    assert [part.original_size for part in segment.encode([picture, picture.resize((40, 50))])] == [(90, 131), (50, 40)]
 
 
-def test_probabilities_and_logits_are_those_of_the_map(segment, photo, two_towers):
-    result = segment(photo, candidate_labels=LABELS, output="map", top_k=2)
-    dense = segment(photo, candidate_labels=LABELS, output="probabilities")
+def test_probabilities_and_logits_are_those_of_the_map(segment, picture, two_towers):
+    result = segment(picture, candidate_labels=LABELS, output="map", top_k=2)
+    dense = segment(picture, candidate_labels=LABELS, output="probabilities")
     assert dense["labels"] == ["road", "car", "sky"] and dense["probabilities"].shape == (3, 90, 131)
     assert (dense["probabilities"].argmax(0) == result["map"]).mean() > 0.999
     assert (result["top_map"][0] == result["map"]).mean() > 0.999
@@ -311,7 +316,7 @@ def test_probabilities_and_logits_are_those_of_the_map(segment, photo, two_tower
     for label, score in enumerate(result["scores"]):
         mask = result["map"] == label
         assert score == pytest.approx(float(dense["probabilities"][label][mask].mean()) if mask.any() else 0, abs=1e-5)
-    raw = segment(photo, candidate_labels=LABELS, output="logits")
+    raw = segment(picture, candidate_labels=LABELS, output="logits")
     assert raw["names"] == ["road", "car", "automobile", "sky"] and raw["labels"] == ["road", "car", "sky"]
     geometry = (raw["patch_size"], raw["working_size"], raw["original_size"])
     again = decide(torch.from_numpy(raw["logits"]), torch.from_numpy(raw["name_to_class"]), *geometry)
@@ -319,45 +324,45 @@ def test_probabilities_and_logits_are_those_of_the_map(segment, photo, two_tower
     assert np.abs(raw["logits"]).max() <= two_towers.config.dense_logit_scale
 
 
-def test_top_k_segments_are_those_of_highest_score(segment, photo):
-    segments = segment(photo, candidate_labels=LABELS)
-    best = segment(photo, candidate_labels=LABELS, top_k=2)
+def test_top_k_segments_are_those_of_highest_score(segment, picture):
+    segments = segment(picture, candidate_labels=LABELS)
+    best = segment(picture, candidate_labels=LABELS, top_k=2)
     assert [s["score"] for s in best] == sorted((s["score"] for s in segments), reverse=True)[:2]
 
 
-def test_outputs_too_large_for_memory_name_the_map(segment, photo, monkeypatch):
+def test_outputs_too_large_for_memory_name_the_map(segment, picture, monkeypatch):
     monkeypatch.setattr("spar_hf.model.pipeline.OUTPUT_BYTES", 1000)
     monkeypatch.setattr("spar_hf.model.segmentation.OUTPUT_BYTES", 1000)
     for output in ("segments", "probabilities"):
         with pytest.raises(ValueError, match='Take output="map"'):
-            segment(photo, candidate_labels=LABELS, output=output)
-    assert segment(photo, candidate_labels=LABELS, output="map")["map"].size > 1000
+            segment(picture, candidate_labels=LABELS, output=output)
+    assert segment(picture, candidate_labels=LABELS, output="map")["map"].size > 1000
 
 
-def test_background_of_words_takes_its_pixels_from_all_classes(segment, photo):
-    result = segment(photo, candidate_labels=LABELS, output="map", background=["sky", "tree"])
+def test_background_of_words_takes_its_pixels_from_all_classes(segment, picture):
+    result = segment(picture, candidate_labels=LABELS, output="map", background=["sky", "tree"])
     assert result["labels"] == ["road", "car", "background"]
-    merged = segment(photo, candidate_labels=["road", "car, automobile", "sky, tree"], output="map")
+    merged = segment(picture, candidate_labels=["road", "car, automobile", "sky, tree"], output="map")
     assert (result["map"] == merged["map"]).all()
-    stuff = segment(photo, candidate_labels=["dog", "cat"], output="map", background="auto")
+    stuff = segment(picture, candidate_labels=["dog", "cat"], output="map", background="auto")
     assert stuff["labels"] == ["dog", "cat", "background"]
-    of_auto = segment(photo, candidate_labels=["auto", "cat"], output="map", background="auto", threshold=1.0)
+    of_auto = segment(picture, candidate_labels=["auto", "cat"], output="map", background="auto", threshold=1.0)
     assert of_auto["labels"] == ["auto", "cat"] and (of_auto["map"] == 0).all()
 
 
-def test_defaults_of_the_pipeline_hold_until_a_call_says_otherwise(two_towers, tokenizer, photo, tmp_path):
+def test_defaults_of_the_pipeline_hold_until_a_call_says_otherwise(two_towers, tokenizer, picture, tmp_path):
     parts = {"model": two_towers, "tokenizer": tokenizer, "image_processor": SparImageProcessorPil()}
     segment = pipeline(
         "open-vocab-segmentation", **parts, candidate_labels=["road", "sky"], output="map", templates="plain"
     )
-    assert segment(photo)["labels"] == ["road", "sky"]
-    assert segment(photo, candidate_labels=["dog"])["labels"] == ["dog"]
+    assert segment(picture)["labels"] == ["road", "sky"]
+    assert segment(picture, candidate_labels=["dog"])["labels"] == ["dog"]
     two_towers.text_model.register_forward_pre_hook(lambda *args: pytest.fail("a text forward"))
     segment.save_text_embeddings(tmp_path / "words.safetensors")  # those of the default templates
     assert segment.load_text_embeddings(tmp_path / "words.safetensors") == 3
 
 
-def test_working_sizes(segment, photo, forwards):
+def test_working_sizes(segment, picture, forwards):
     for size in (
         "native",
         {"longest_edge": 64},
@@ -365,33 +370,33 @@ def test_working_sizes(segment, photo, forwards):
         50,
         {"shortest_edge": 80, "longest_edge": 90},
     ):
-        segment(photo, candidate_labels=LABELS, size=size)
-    segment(photo, candidate_labels=LABELS)
+        segment(picture, candidate_labels=LABELS, size=size)
+    segment(picture, candidate_labels=LABELS)
     assert [shape[2:] for shape in forwards] == [(90, 131), (44, 64), (32, 48), (50, 73), (62, 90), (80, 116)]
 
 
-def test_a_grid_over_the_limit_is_made_smaller_with_one_warning(segment, photo, forwards, caplog):
+def test_a_grid_over_the_limit_is_made_smaller_with_one_warning(segment, picture, forwards, caplog):
     from transformers.utils.logging import warning_once
 
     warning_once.cache_clear()
     for _ in range(2):
-        result = segment(photo, candidate_labels=LABELS, size="native", max_tokens=24, output="map")
+        result = segment(picture, candidate_labels=LABELS, size="native", max_tokens=24, output="map")
     assert result["map"].shape == (90, 131)
     # 6 × 9 patches; times sqrt(24 · 16² / (90 · 131)) = 0.72 there are 4.06 × 5.9, rounded down 4 × 5
     assert [shape[2:] for shape in forwards] == [(64, 80)] * 2
     assert len([record for record in caplog.records if "24 patches" in record.message]) == 1
     segment.image_processor.max_tokens = 6  # what a checkpoint carries
     segment.image_processor.patch_size = 16
-    segment(photo, candidate_labels=LABELS)
+    segment(picture, candidate_labels=LABELS)
     assert forwards[-1][2:] == (32, 32)
 
 
 def test_fifty_megapixels(segment, forwards):
-    """A photo of 8660 × 5773 pixels at its native size: 16,384 patches would be a minute's work here, 64 are not."""
+    """An image of 8660 × 5773 pixels at its native size: 16,384 patches would be a minute's work here, 64 are not."""
     columns = np.arange(8660, dtype=np.uint16) * 255 // 8659
-    photo = Image.fromarray(np.broadcast_to(columns.astype(np.uint8), (5773, 8660)))
+    picture = Image.fromarray(np.broadcast_to(columns.astype(np.uint8), (5773, 8660)))
     result = segment(
-        photo, candidate_labels=["road", "sky"], size="native", max_tokens=64, output="map", templates="plain"
+        picture, candidate_labels=["road", "sky"], size="native", max_tokens=64, output="map", templates="plain"
     )
     assert forwards == [(1, 3, 96, 144)] and result["map"].shape == (5773, 8660)
     assert set(np.unique(result["map"])) <= {0, 1}
@@ -412,10 +417,10 @@ def test_any_size_mode_and_vocabulary(small_segment, height, width, mode, classe
     seen: set[str] = set()
     classes = [kept for names in classes if (kept := [n for n in names if n not in seen and not seen.add(n)])]
     if mode == "I;16":
-        photo = Image.fromarray(np.full((height, width), 30_000, np.uint16))
+        picture = Image.fromarray(np.full((height, width), 30_000, np.uint16))
     else:
-        photo = Image.effect_noise((width, height), 80).convert(mode)
-    result = small_segment(photo, candidate_labels=classes, output=output, size=size)
+        picture = Image.effect_noise((width, height), 80).convert(mode)
+    result = small_segment(picture, candidate_labels=classes, output=output, size=size)
     if output == "segments":
         masks = np.stack([np.asarray(s["mask"]) for s in result])
         assert masks.shape[1:] == (height, width) and ((masks == 255).sum(0) == 1).all()
@@ -440,18 +445,18 @@ def small_segment():
     return pipeline("open-vocab-segmentation", model=model, **parts, templates="plain")
 
 
-def test_photos_of_unusual_kinds(segment, photo, tmp_path):
+def test_images_of_unusual_kinds(segment, picture, tmp_path):
     """An animation's first frame, transparency over white, and what is refused, with the way out."""
-    other = photo.rotate(180)
-    photo.save(tmp_path / "moving.png", save_all=True, append_images=[other])
-    still = segment(photo, candidate_labels=LABELS, output="map")
+    other = picture.rotate(180)
+    picture.save(tmp_path / "moving.png", save_all=True, append_images=[other])
+    still = segment(picture, candidate_labels=LABELS, output="map")
     assert same(segment(str(tmp_path / "moving.png"), candidate_labels=LABELS, output="map"), still) == 1
-    clear = Image.new("RGBA", photo.size, (0, 0, 0, 0))
-    white = segment(Image.new("RGB", photo.size, "white"), candidate_labels=LABELS, output="map")
+    clear = Image.new("RGBA", picture.size, (0, 0, 0, 0))
+    white = segment(Image.new("RGB", picture.size, "white"), candidate_labels=LABELS, output="map")
     assert same(segment(clear, candidate_labels=LABELS, output="map"), white) == 1
     with pytest.raises(ValueError, match="NaN"):
         segment(torch.full((3, 40, 40), torch.nan), candidate_labels=LABELS)
-    photo.save(tmp_path / "bomb.png")
+    picture.save(tmp_path / "bomb.png")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
         with pytest.raises(ValueError, match=r"bomb\.png' is refused.*MAX_IMAGE_PIXELS"):
@@ -466,14 +471,14 @@ def test_a_device_that_is_not_there(two_towers, tokenizer):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_gives_nearly_the_same(segment, photo, two_towers, dtype):
-    expected = segment(photo, candidate_labels=LABELS, output="map")
+def test_half_precision_gives_nearly_the_same(segment, picture, two_towers, dtype):
+    expected = segment(picture, candidate_labels=LABELS, output="map")
     two_towers.to(dtype)
-    assert same(segment(photo, candidate_labels=LABELS, output="map"), expected) > 0.9
+    assert same(segment(picture, candidate_labels=LABELS, output="map"), expected) > 0.9
 
 
-def test_a_compiled_model_is_what_runs_and_gives_the_same(segment, photo):
-    expected = segment(photo, candidate_labels=LABELS, output="map")
+def test_a_compiled_model_is_what_runs_and_gives_the_same(segment, picture):
+    expected = segment(picture, candidate_labels=LABELS, output="map")
     graphs = []
 
     def backend(graph, inputs):
@@ -481,6 +486,6 @@ def test_a_compiled_model_is_what_runs_and_gives_the_same(segment, photo):
         return graph
 
     segment.model = torch.compile(segment.model, backend=backend)
-    assert same(segment(photo, candidate_labels=LABELS, output="map"), expected) > 0.9999
+    assert same(segment(picture, candidate_labels=LABELS, output="map"), expected) > 0.9999
     assert graphs
     torch._dynamo.reset()

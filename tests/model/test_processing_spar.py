@@ -1,4 +1,4 @@
-"""The processor: photos and words together, and one folder that all Auto classes reload."""
+"""The processor: images and words together, and one folder that all Auto classes reload."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from spar_hf import SparImageProcessorPil, SparProcessor, SparVisionModel
 
 
 @pytest.fixture
-def photo() -> Image.Image:
+def image() -> Image.Image:
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (37, 53, 3), dtype=np.uint8))
 
 
@@ -32,12 +32,12 @@ def ids(tokenizer: PreTrainedTokenizerFast, words: str, length: int = 16) -> lis
     return sequence + [vocabulary["<pad>"]] * (length - len(sequence))
 
 
-def test_images_and_text(processor, photo, two_towers):
-    inputs = processor(images=photo, text=["road", "a photo of the sky."], return_tensors="pt")
+def test_images_and_text(processor, image, two_towers):
+    inputs = processor(images=image, text=["road", "a photo of the sky."], return_tensors="pt")
     assert sorted(inputs) == ["input_ids", "original_sizes", "pixel_values"]
     expected = [ids(processor.tokenizer, "road"), ids(processor.tokenizer, "a photo of the sky")]
     assert inputs.input_ids.tolist() == expected
-    alone = SparImageProcessorPil(size={"shortest_edge": 48})(photo, return_tensors="pt")
+    alone = SparImageProcessorPil(size={"shortest_edge": 48})(image, return_tensors="pt")
     torch.testing.assert_close(inputs.pixel_values, alone.pixel_values, rtol=0, atol=0)
     assert inputs.original_sizes == [(37, 53)]
     assert inputs.to("cpu").original_sizes == [(37, 53)]
@@ -45,9 +45,9 @@ def test_images_and_text(processor, photo, two_towers):
         assert two_towers(**inputs).logits.shape == (1, 2, 3, 5)
 
 
-def test_images_or_text_alone(processor, photo, tmp_path):
-    photo.save(tmp_path / "photo.png")
-    inputs = processor(images=[photo, str(tmp_path / "photo.png"), tmp_path / "photo.png"], return_tensors="pt")
+def test_images_or_text_alone(processor, image, tmp_path):
+    image.save(tmp_path / "image.png")
+    inputs = processor(images=[image, str(tmp_path / "image.png"), tmp_path / "image.png"], return_tensors="pt")
     assert sorted(inputs) == ["original_sizes", "pixel_values"]
     assert inputs.pixel_values.shape == (3, 3, 48, 69)
     assert processor(text="road", return_tensors="pt").input_ids.shape == (1, 16)
@@ -56,15 +56,15 @@ def test_images_or_text_alone(processor, photo, tmp_path):
         processor()
 
 
-def test_options_reach_their_part(processor, photo):
-    inputs = processor(images=photo, text=["sky"], size={"longest_edge": 32}, padding=False)
+def test_options_reach_their_part(processor, image):
+    inputs = processor(images=image, text=["sky"], size={"longest_edge": 32}, padding=False)
     assert inputs["pixel_values"][0].shape == (3, 22, 32)
     assert inputs["input_ids"] == [ids(processor.tokenizer, "sky", length=2)]
 
 
-def test_unequal_sizes_are_refused(processor, photo):
+def test_unequal_sizes_are_refused(processor, image):
     with pytest.raises(ValueError, match="Group them by size"):
-        processor(images=[photo, photo.rotate(90, expand=True)], return_tensors="pt")
+        processor(images=[image, image.rotate(90, expand=True)], return_tensors="pt")
 
 
 def test_attention_mask_only_where_the_tokenizer_has_one(processor):
@@ -92,11 +92,11 @@ def test_text_that_cannot_be_padded(processor):
         processor(text=["road"])
 
 
-def test_one_folder_for_all_auto_classes(processor, photo, two_towers, tmp_path):
+def test_one_folder_for_all_auto_classes(processor, image, two_towers, tmp_path):
     """Weights, configuration, image processor and tokenizer, loaded in a fresh process."""
     two_towers.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
-    photo.save(tmp_path / "photo.png")
+    image.save(tmp_path / "image.png")
     code = """
 import json, sys
 import spar_hf
@@ -107,7 +107,7 @@ processor = AutoProcessor.from_pretrained(folder)
 image_processor = AutoImageProcessor.from_pretrained(folder)
 tokenizer = AutoTokenizer.from_pretrained(folder)
 words = ["road", "a photo of the sky"]
-inputs = processor(images=folder + "/photo.png", text=words, return_tensors="np")
+inputs = processor(images=folder + "/image.png", text=words, return_tensors="np")
 print(json.dumps({
     "types": [type(part).__name__ for part in (processor, image_processor, AutoConfig.from_pretrained(folder))],
     "image_processors": [processor.image_processor.to_dict(), image_processor.to_dict()],
@@ -127,7 +127,7 @@ print(json.dumps({
     loaded = json.loads(result.stdout)
     assert loaded["types"] == ["SparProcessor", "SparImageProcessorPil", "SparConfig"]
     assert loaded["image_processors"] == [json.loads(processor.image_processor.to_json_string())] * 2
-    here = processor(images=photo, text=["road", "a photo of the sky"], return_tensors="np")
+    here = processor(images=image, text=["road", "a photo of the sky"], return_tensors="np")
     assert loaded["input_ids"] == [here["input_ids"].tolist()] * 2
     assert loaded["keys"] == sorted(here)
     assert loaded["original_sizes"] == [[37, 53]]

@@ -24,7 +24,7 @@ from spar_hf.model.refine import (
 scipy = pytest.importorskip("scipy")
 
 
-def random_photo(names=3, dim=8, height=5, width=7, cell=4, seed=0):
+def random_image(names=3, dim=8, height=5, width=7, cell=4, seed=0):
     generator = torch.Generator().manual_seed(seed)
     shapes = ((names, height, width), (dim, height, width), (3, height * cell, width * cell))
     return tuple(torch.randn(shape, generator=generator) for shape in shapes)
@@ -34,7 +34,7 @@ def random_photo(names=3, dim=8, height=5, width=7, cell=4, seed=0):
 
 
 def test_propagated_logits_solve_the_dense_equations():
-    logits, features, pixels = random_photo()
+    logits, features, pixels = random_image()
     propagation = LabelPropagation(alpha=0.9, neighbors=6)
     weights = propagation.feature_graph(features).toarray()
     assert (weights == weights.T).all() and (weights >= 0).all() and (weights.diagonal() == 0).all()
@@ -47,7 +47,7 @@ def test_propagated_logits_solve_the_dense_equations():
 
 
 def test_edges_join_each_patch_to_the_most_alike_ones():
-    _, features, _ = random_photo()
+    _, features, _ = random_image()
     flat = features.flatten(1).T
     centred = F.normalize(flat - flat.mean(0), dim=-1)
     weights = np.zeros((35, 35))
@@ -78,7 +78,7 @@ def test_colour_edges_join_cells_up_to_two_apart():
 @pytest.mark.parametrize("refine", ["lposs", "lposs+", "pamr"])
 def test_refined_logits_are_means_of_logits(refine):
     """So a probability keeps its meaning: nothing leaves the range, and what is the same everywhere stays."""
-    logits, features, pixels = random_photo(cell=8)
+    logits, features, pixels = random_image(cell=8)
     logits[1] = 2.5
     refined = resolve_refinement(refine)(logits, features, pixels)
     assert refined.shape[1] % 5 == 0 and refined.shape[2] // 7 == refined.shape[1] // 5
@@ -109,7 +109,7 @@ def test_a_grid_of_one_patch_and_equal_features_are_no_trouble():
 def test_without_scipy_the_error_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "scipy", None)
     with pytest.raises(ImportError, match=r"pip install spar-hf\[refine\]"):
-        LabelPropagation()(*random_photo())
+        LabelPropagation()(*random_image())
     # and a folder that brings this file along does not demand it
     assert "scipy" not in get_imports(Path(spar_hf.model.refine.__file__))
 
@@ -118,7 +118,7 @@ def test_without_scipy_the_error_names_the_extra(monkeypatch):
 
 
 def test_pamr_is_the_mean_over_dilated_neighbours():
-    logits, features, pixels = random_photo(height=3, width=4, cell=2)
+    logits, features, pixels = random_image(height=3, width=4, cell=2)
     refined = PixelAdaptiveRefinement(iterations=1, dilations=(1, 2))(logits, features, pixels)
     fine = F.interpolate(logits[None], scale_factor=2, mode="bilinear")[0]
     expected = torch.zeros_like(fine)
@@ -133,7 +133,7 @@ def test_pamr_is_the_mean_over_dilated_neighbours():
     torch.testing.assert_close(refined, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_pamr_moves_the_border_to_the_edge_of_the_photo():
+def test_pamr_moves_the_border_to_the_edge_of_the_image():
     """An edge within a patch: bilinear masks miss it by up to half a patch."""
     edge = 70
     pixels = (torch.arange(160) < edge).float().expand(3, 96, 160)
@@ -231,20 +231,22 @@ def test_pipeline_refines_masks_of_any_size(two_towers, tokenizer, refine):
         image_processor=SparImageProcessorPil(size={"shortest_edge": 75}),
     )
     coarse = np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8)
-    photo = Image.fromarray(coarse).resize((131, 90), Image.Resampling.BICUBIC)
+    picture = Image.fromarray(coarse).resize((131, 90), Image.Resampling.BICUBIC)
     labels = {"candidate_labels": ["road", "sky", "tree"], "output": "map", "templates": "short"}
-    plain, refined = segment(photo, **labels), segment(photo, refine=refine, **labels)
+    plain, refined = segment(picture, **labels), segment(picture, refine=refine, **labels)
     assert refined["map"].shape == (90, 131)
     assert 0.5 < (refined["map"] == plain["map"]).mean() < 1
-    assert (segment(photo, **labels)["map"] == plain["map"]).all()  # of that call only
+    assert (segment(picture, **labels)["map"] == plain["map"]).all()  # of that call only
 
 
 def test_pipeline_runs_ones_own_refinement_and_upsampler(two_towers, tokenizer):
     segment = pipeline(
         "open-vocab-segmentation", model=two_towers, tokenizer=tokenizer, image_processor=SparImageProcessorPil()
     )
-    photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8))
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8))
     labels = {"candidate_labels": ["road", "sky"], "output": "map", "templates": "short"}
-    plain = segment(photo, **labels)["map"]
-    same = segment(photo, refine=lambda logits, *_: logits, upsampler=lambda image, features: features, **labels)["map"]
+    plain = segment(picture, **labels)["map"]
+    same = segment(picture, refine=lambda logits, *_: logits, upsampler=lambda image, features: features, **labels)[
+        "map"
+    ]
     assert (plain == same).mean() > 0.999

@@ -33,22 +33,22 @@ with torch.no_grad():
     out["tower"] = AutoModel.from_pretrained(folder + "/both", **trust)(pixels).feature_map
     model = AutoModelForSemanticSegmentation.from_pretrained(folder + "/both", **trust)
     processor = AutoProcessor.from_pretrained(folder + "/both", **trust)
-    inputs = processor(images=folder + "/photo.png", text=["road", "sky"], return_tensors="pt")
+    inputs = processor(images=folder + "/image.png", text=["road", "sky"], return_tensors="pt")
     inputs.pop("original_sizes")
     out["logits"] = model(**inputs).logits
     image_processor = AutoImageProcessor.from_pretrained(folder + "/vision", **trust)
-    out["pixels"] = image_processor(folder + "/photo.png", return_tensors="pt").pixel_values
+    out["pixels"] = image_processor(folder + "/image.png", return_tensors="pt").pixel_values
 segment = pipeline("open-vocab-segmentation", model=folder + "/both", **trust)
 segment.load_text_embeddings(folder + "/words.safetensors")
 calls = []
 segment.model.text_model.register_forward_pre_hook(lambda *args: calls.append(1))
-photos = [folder + "/photo.png", folder + "/none.png", segment.encode(folder + "/photo.png")]
+images = [folder + "/image.png", folder + "/none.png", segment.encode(folder + "/image.png")]
 options = {"candidate_labels": ["road", "sky"], "output": "probabilities"}
-results = segment(photos, batch_size=2, on_error="skip", **options)
+results = segment(images, batch_size=2, on_error="skip", **options)
 assert "none.png" in results[1]["error"]
 out["probabilities"], out["encoded"] = (torch.from_numpy(results[i]["probabilities"]) for i in (0, 2))
 assert not calls, "words of a file ran through the text tower"
-out["map"] = torch.from_numpy(segment(folder + "/photo.png", candidate_labels=["road", "sky"], output="map")["map"])
+out["map"] = torch.from_numpy(segment(folder + "/image.png", candidate_labels=["road", "sky"], output="map")["map"])
 assert ("spar_hf" in sys.modules) == (sys.argv[2] != "hidden"), "the package was not hidden"
 save_file({k: v.contiguous() for k, v in out.items()}, folder + "/" + sys.argv[2] + ".safetensors")
 """
@@ -64,7 +64,7 @@ def folder(tmp_path_factory):
     SparVisionModel.from_pretrained(SPAR_TINY).save_pretrained(folder / "vision")
     processor.image_processor.save_pretrained(folder / "vision")
     save_file({"pixels": torch.randn(1, 3, 100, 140)}, folder / "in.safetensors")
-    Image.effect_mandelbrot((120, 90), (-2, -1, 1, 1), 20).convert("RGB").save(folder / "photo.png")
+    Image.effect_mandelbrot((120, 90), (-2, -1, 1, 1), 20).convert("RGB").save(folder / "image.png")
     return folder
 
 

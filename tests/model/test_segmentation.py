@@ -8,7 +8,7 @@ from spar_hf.model.segmentation import LabelMap, class_probabilities, decide, gi
 
 
 def plain(logits, name_to_class, patch, working, output):
-    """Upsample p-fold, crop the padding, resize to the photo, softmax over names, maximum per class."""
+    """Upsample p-fold, crop the padding, resize to the image, softmax over names, maximum per class."""
     up = F.interpolate(logits[None], scale_factor=patch, mode="bilinear", align_corners=False)
     up = up[:, :, : working[0], : working[1]]
     if output != working:
@@ -52,7 +52,7 @@ def test_an_edge_stays_where_it_is_at_any_size(height, width):
     assert (labels[:, :32] == 0).all() and (labels[:, 32:] == 1).all()
 
 
-def test_photo_twice_the_working_size_has_the_edge_at_twice_the_place():
+def test_image_twice_the_working_size_has_the_edge_at_twice_the_place():
     logits = torch.zeros(2, 4, 6)
     logits[0, :, :2], logits[1, :, 2:] = 10, 10
     labels = decide(logits, torch.arange(2), 16, (61, 90), (122, 180)).labels
@@ -70,7 +70,7 @@ def test_scores_are_mean_probabilities_over_the_mask():
     assert pixels[3] == 0 and scores[3] == 0
 
 
-def test_a_grid_of_another_photo_is_refused():
+def test_a_grid_of_another_image_is_refused():
     with pytest.raises(ValueError, match="5×5 patches"):
         decide(torch.zeros(2, 4, 4), torch.arange(2), 16, (80, 80), (80, 80))
 
@@ -122,7 +122,7 @@ def test_rows_of_logits_on_request_give_the_same_and_never_more_than_fit(working
 
 
 def test_no_tile_is_larger_than_the_working_bytes():
-    """Twenty thousand names on a wide photo: not even one row of it would fit."""
+    """Twenty thousand names on a wide image: not even one row of it would fit."""
     logits = torch.randn(20_000, 2, 3, generator=torch.Generator().manual_seed(4))
     geometry = (16, (32, 48), (8, 700), torch.device("cpu"), 4 * 2**20)
     covered = torch.zeros(8, 700)
@@ -155,7 +155,7 @@ def test_probabilities_too_large_for_memory_are_refused_before_any_work():
         class_probabilities(torch.zeros(1000, 2, 2), torch.arange(1000), 16, (32, 32), (2048, 2048))
 
 
-def test_background_rules_on_a_photo_of_many_strips_equal_the_rules_on_the_whole():
+def test_background_rules_on_a_image_of_many_strips_equal_the_rules_on_the_whole():
     generator = torch.Generator().manual_seed(6)
     labels = torch.randint(0, 5, (2100, 1030), generator=generator, dtype=torch.int32)
     labels[labels == 1] = torch.where(torch.rand(int((labels == 1).sum()), generator=generator) < 0.02, 1, 0).int()

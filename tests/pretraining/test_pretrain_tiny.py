@@ -20,7 +20,7 @@ COLOURS = {"sky": (90, 150, 240), "road": (90, 90, 90), "grass": (60, 170, 50), 
 
 @pytest.fixture
 def world(tmp_path):
-    """Photos of coloured rectangles with masks, and photos of one colour with its name in the file name."""
+    """Images of coloured rectangles with masks, and photos of one colour with its name in the file name."""
     rng = np.random.default_rng(0)
     scenes, tagged = tmp_path / "scenes", tmp_path / "tagged"
     for folder in (scenes / "images", scenes / "masks", tagged):

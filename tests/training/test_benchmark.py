@@ -43,7 +43,7 @@ def test_a_distillation_step_is_measured(tmp_path, vision_model):
 
 
 def test_memory_is_that_of_a_process_of_its_own(tmp_path, vision_model):
-    """A step on a large photo holds at least what each block keeps of it for the way back."""
+    """A step on a large image holds at least what each block keeps of it for the way back."""
     vision_model.save_pretrained(tmp_path)
     options = Options(model=str(tmp_path), height=512, width=1024, device="cpu")
     tokens, hidden, mlp, blocks = 32 * 64, 32, 48, 2
@@ -57,7 +57,7 @@ def test_two_processes_are_measured_against_one__steps_apart_from_the_start(tmp_
     options = Options(model=str(tmp_path), height=96, width=128, stride=16, repeats=1, device="cpu")
     steps, start = benchmark_distill.process_rows(options)
     two, one = steps["images_per_second"], steps["bare_images_per_second"]
-    assert "4 photos a step" in steps["name"] and steps["ratio"] == pytest.approx(two / one)
+    assert "4 images a step" in steps["name"] and steps["ratio"] == pytest.approx(two / one)
     # steps of this model take milliseconds, and importing torch alone takes longer than all of them
     assert all(seconds > 48 / rate for seconds, rate in ((start["seconds"], two), (start["bare_seconds"], one)))
 

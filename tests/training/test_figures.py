@@ -1,4 +1,4 @@
-"""The two figures and the table of strength, on two photos and tiny models."""
+"""The two figures and the table of strength, on two images and tiny models."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def fresh_accelerator():
 
 @pytest.fixture
 def street(tmp_path):
-    """Four photos `a0` to `a3` of noise with masks of four classes."""
+    """Four images `a0` to `a3` of noise with masks of four classes."""
     rng = np.random.default_rng(0)
     for kind in ("images", "masks"):
         (tmp_path / "street" / kind).mkdir(parents=True)
@@ -77,7 +77,7 @@ def test_figure_of_strides_is_restartable(street, models, tmp_path):
     with pytest.raises(ValueError, match="stride=65 must lie between 1 and the window"):
         figures.main([*command[:-1], str(tmp_path / "new"), "--strides", "24", "65"])
     assert not (tmp_path / "new").exists()  # nothing was measured
-    # other photos are other points
+    # other images are other points
     with pytest.raises(ValueError, match="--limit was 2, is 3"):
         figures.main([*command[:-4], "--limit", "3", "--output", str(output), "--strides", "64"])
     with pytest.raises(ValueError, match="leave --runs out"):
@@ -148,7 +148,7 @@ def test_every_model_is_drawn():
 
 
 def test_strength_table(street, models, tmp_path):
-    """Kept photos are those of the recipe, and held-out classes are scored among all words."""
+    """Kept images are those of the recipe, and held-out classes are scored among all words."""
     shutil.copytree(street, tmp_path / "kept")
     recipe = {
         "held_out": ["tree", "zebra"],
@@ -165,16 +165,16 @@ def test_strength_table(street, models, tmp_path):
         "64",
     ]
     rows = strength.main([*command, "--output", str(tmp_path / "out"), "--runs", "SPAR:single"])
-    assert [(row["set"], row["part"], row["photos"]) for row in rows] == [
-        *(("street", part, n) for part, n in (("trained on", 2), ("kept photos", 2), ("new classes", 4))),
-        *(("kept", part, n) for part, n in (("trained on", 2), ("kept photos", 2), ("new classes", 4))),
+    assert [(row["set"], row["part"], row["images"]) for row in rows] == [
+        *(("street", part, n) for part, n in (("trained on", 2), ("kept images", 2), ("new classes", 4))),
+        *(("kept", part, n) for part, n in (("trained on", 2), ("kept images", 2), ("new classes", 4))),
     ]
     assert all(row["classes"] == ["tree"] for row in rows if row["part"] == "new classes")
     assert not any("tree" in row["classes"] for row in rows if row["part"] != "new classes")
     report = json.loads((tmp_path / "out" / "street-new-classes.json").read_text())
     assert list(report["vocabulary"]) == ["road", "sky", "tree", "dog"]
     assert report["runs"][0]["mean_iou"] == report["runs"][0]["classes"]["tree"]["iou"]
-    report = json.loads((tmp_path / "out" / "kept-kept-photos.json").read_text())
+    report = json.loads((tmp_path / "out" / "kept-kept-images.json").read_text())
     assert report["options"]["include"] == ["a0", "a1"]
 
 

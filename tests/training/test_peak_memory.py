@@ -1,4 +1,4 @@
-"""Peak memory on a CPU, of one piece of work and of the photos of a measurement."""
+"""Peak memory on a CPU, of one piece of work and of the images of a measurement."""
 
 import sys
 
@@ -38,8 +38,8 @@ def test_peak_memory_of_work_on_a_cpu():
     [(((64, 128), (704, 704)), {"native": True}), (((300, 300), (16, 200)), {"shortest_edge": 192})],
     ids=["pixels", "shape"],
 )
-def test_peak_memory_of_photos_is_that_of_the_largest(sizes, resize, tokenizer, tmp_path):
-    """The second photo makes the larger working image, by its pixels or by its shape; it alone is measured too."""
+def test_peak_memory_of_images_is_that_of_the_largest(sizes, resize, tokenizer, tmp_path):
+    """The second image makes the larger working image, by its pixels or by its shape; it alone is measured too."""
     model = tmp_path / "model"
     randomise(SparForOpenVocabSegmentation(tiny_config(templates="plain"))).save_pretrained(model)
     tokenizer.save_pretrained(model)

@@ -35,13 +35,13 @@ def test_study_writes_table_and_picture_and_repeats_nothing(two_towers, tokenize
         steps=2,
         windows=[2],
         variants=["tiling"],
-        photos=[2],
+        images_per_step=[2],
         stride=32,
         distill="--learning_rate 1e-3 --workers 0 --holdout_every 3 --crop_probability 0 --min_scale 1",
     )
     report = study(options)
     full, sampled = report["rows"]
-    # a photo of 150×110 px fits 4 × 2 windows of 64 px as 174×128, floored to 160×128: 4 × 3 windows of stride 32
+    # an image of 150×110 px fits 4 × 2 windows of 64 px as 174×128, floored to 160×128: 4 × 3 windows of stride 32
     assert full["windows_in_all"] == 2 * 12 and sampled["windows_in_all"] == 2 * 2 * 2
     assert (full["cost_percent"], full["mse_gain_percent"]) == (100, 100)
     assert sampled["cost_percent"] == pytest.approx(100 * 2 * 2 / 12)

@@ -1,4 +1,4 @@
-"""Which photos a command reads, where it writes, and that nothing is lost on the way."""
+"""Which images a command reads, where it writes, and that nothing is lost on the way."""
 
 import errno
 import json
@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from spar_hf.utils.files import (
-    Photo,
-    find_photos,
+    InputImage,
+    find_images,
     refuse_overwriting,
     url_name,
     work_through,
@@ -20,7 +20,7 @@ from spar_hf.utils.files import (
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """Files by name alone: finding photos opens none."""
+    """Files by name alone: finding images opens none."""
     monkeypatch.chdir(tmp_path)
     for name in (
         "in/b.jpg",
@@ -37,55 +37,55 @@ def folder(tmp_path, monkeypatch):
 
 
 def names(*arguments, **options):
-    photos, problems = find_photos(arguments, **options)
+    images, problems = find_images(arguments, **options)
     assert not problems
-    return {photo.source: photo.name for photo in photos}
+    return {image.source: image.name for image in images}
 
 
-def test_find_photos__folders_keep_their_sub_folders_and_hidden_files_stay_out(folder):
+def test_find_images__folders_keep_their_sub_folders_and_hidden_files_stay_out(folder):
     assert names("in") == {"in/a.JPG": "a", "in/b.jpg": "b", "in/sub/a.png": "sub/a"}
     assert names("in", leave_out=folder / "in/sub") == {"in/a.JPG": "a", "in/b.jpg": "b"}
 
 
-def test_find_photos__patterns_keep_what_is_below_their_first_wildcard(folder):
+def test_find_images__patterns_keep_what_is_below_their_first_wildcard(folder):
     assert names("in/**/*.png") == {"in/sub/a.png": "sub/a"}
     assert names("in/s*/*.png") == {"in/sub/a.png": "sub/a"}
     assert names("*/*.jpg") == {"in/b.jpg": "in/b", "x/a.jpg": "x/a"}
 
 
-def test_find_photos__a_photo_named_twice_is_one(folder):
+def test_find_images__a_image_named_twice_is_one(folder):
     assert names("in/b.jpg", "in/*.jpg", str(folder / "in/b.jpg")) == {"in/b.jpg": "b"}
 
 
-def test_find_photos__a_name_with_brackets_is_a_file_before_it_is_a_pattern(folder):
+def test_find_images__a_name_with_brackets_is_a_file_before_it_is_a_pattern(folder):
     Path("in/b[1].jpg").touch()
     assert names("in/b[1].jpg") == {"in/b[1].jpg": "b[1]"}
 
 
-def test_find_photos__two_of_one_stem_keep_their_suffixes(folder):
+def test_find_images__two_of_one_stem_keep_their_suffixes(folder):
     Path("in/B.png").touch()
     assert names("in") == {"in/B.png": "B.png", "in/a.JPG": "a", "in/b.jpg": "b.jpg", "in/sub/a.png": "sub/a"}
 
 
-def test_find_photos__twins_of_two_folders_are_refused(folder):
+def test_find_images__twins_of_two_folders_are_refused(folder):
     Path("in/a.JPG").rename("in/a.jpg")
     with pytest.raises(ValueError, match=r"in/a.jpg and x/a.jpg would both be written as a"):
-        find_photos(["in", "x"])
+        find_images(["in", "x"])
 
 
-def test_find_photos__reading_and_writing_one_folder_is_refused(folder):
+def test_find_images__reading_and_writing_one_folder_is_refused(folder):
     for argument in ("in", "in/*.jpg"):
         with pytest.raises(ValueError, match="read and written at once"):
-            find_photos([argument], leave_out=Path("in"))
-    photos, _ = find_photos(["in/b.jpg"])
-    with pytest.raises(ValueError, match="would overwrite a photo"):
-        refuse_overwriting([Path("in/sub/../b.jpg")], photos)
+            find_images([argument], leave_out=Path("in"))
+    images, _ = find_images(["in/b.jpg"])
+    with pytest.raises(ValueError, match="would overwrite an image"):
+        refuse_overwriting([Path("in/sub/../b.jpg")], images)
 
 
-def test_find_photos__what_gives_nothing_is_a_problem_of_its_own(folder):
+def test_find_images__what_gives_nothing_is_a_problem_of_its_own(folder):
     Path("void").mkdir()
-    photos, problems = find_photos(["in/b.jpg", "gone.jpg", "void", "in/*.gif"])
-    assert [photo.name for photo in photos] == ["b"]
+    images, problems = find_images(["in/b.jpg", "gone.jpg", "void", "in/*.gif"])
+    assert [image.name for image in images] == ["b"]
     assert [argument for argument, _ in problems] == ["gone.jpg", "void", "in/*.gif"]
     for (_, message), expected in zip(problems, ("neither a file", "holds no image", "is named like"), strict=True):
         assert expected in message
@@ -96,8 +96,8 @@ def test_find_photos__what_gives_nothing_is_a_problem_of_its_own(folder):
     [
         ("https://host/a/street%20view.jpg?size=2", "street_view.jpg"),
         ("https://host/%2e%2e%2fetc", "etc"),
-        ("https://host", "photo"),
-        ("data:image/png;base64,AAAA", "photo"),
+        ("https://host", "image"),
+        ("data:image/png;base64,AAAA", "image"),
     ],
 )
 def test_url_name(url, name):
@@ -183,18 +183,18 @@ def test_writing_folder__a_kill_between_the_renames_is_made_good_by_the_next_run
     assert [path.name for path in tmp_path.iterdir()] == ["out"] and (tmp_path / "out" / "file").read_text() == "old"
 
 
-PHOTOS = [Photo(f"{name}.jpg", name) for name in "abcd"]
+IMAGES = [InputImage(f"{name}.jpg", name) for name in "abcd"]
 
 
-def test_work_through__one_bad_photo_loses_no_other(capsys):
+def test_work_through__one_bad_image_loses_no_other(capsys):
     done, lines = [], []
 
-    def work(photo):
-        if photo.name == "b":
+    def work(image):
+        if image.name == "b":
             raise MemoryError
-        done.append(photo.name)
+        done.append(image.name)
 
-    tally = work_through(PHOTOS, work, lambda photo: photo.name == "c", lines.append, [("gone", "gone is missing")])
+    tally = work_through(IMAGES, work, lambda image: image.name == "c", lines.append, [("gone", "gone is missing")])
     assert done == ["a", "d"] and lines == ["gone is missing", "b.jpg: MemoryError"]
     assert (tally.done, tally.skipped, len(tally.failed), tally.exit_status) == (2, 1, 2, 1)
     assert "2 done, 1 skipped (written before), 2 failed" in str(tally)
@@ -202,21 +202,21 @@ def test_work_through__one_bad_photo_loses_no_other(capsys):
 
 
 def test_work_through__ctrl_c_ends_with_a_summary_and_its_own_status():
-    def work(photo):
-        if photo.name == "b":
+    def work(image):
+        if image.name == "b":
             raise KeyboardInterrupt
 
-    tally = work_through(PHOTOS, work, bar=False)
+    tally = work_through(IMAGES, work, bar=False)
     assert tally.done == 1 and tally.exit_status == 130 and "--skip-existing" in str(tally)
 
 
-def test_work_through__a_full_disk_is_not_tried_again_for_every_photo():
+def test_work_through__a_full_disk_is_not_tried_again_for_every_image():
     tried = []
 
-    def work(photo):
-        tried.append(photo.name)
+    def work(image):
+        tried.append(image.name)
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with pytest.raises(OSError, match="No space"):
-        work_through(PHOTOS, work, bar=False)
+        work_through(IMAGES, work, bar=False)
     assert tried == ["a"]

@@ -2,8 +2,8 @@
 Distillation as ratios: a training step over its bare parts, a step with few sampled windows over one with all, the memory
 of training the last two blocks over that of everything, and `distill.py` on two processes over one.
 
-The last launches the script itself, two processes and one in turn, with the same number of photos a step: on the CPU (gloo)
-with a thread a process, on GPUs (NCCL) with a GPU a process. Photos per second are those of the later half of the steps;
+The last launches the script itself, two processes and one in turn, with the same number of images a step: on the CPU (gloo)
+with a thread a process, on GPUs (NCCL) with a GPU a process. Images per second are those of the later half of the steps;
 the start (imports, models, process group) and the end (the folder written) have a row of their own. Where there is but one
 core or GPU the two rows are left out. Give the machine no other work meanwhile: what takes one of two cores makes two
 processes look slow and not one.
@@ -39,7 +39,7 @@ from spar_hf.distillation.student import choose_parameters
 logger = logging.getLogger("benchmark")
 
 TRAINING = Path(__file__).parents[1]
-PHOTOS_PER_STEP = 4  # of all processes together, where launched runs are compared
+IMAGES_PER_STEP = 4  # of all processes together, where launched runs are compared
 HALF_STEPS = 6  # steps before their clock runs, and as many under it
 MOST_LAUNCHES = 5  # pairs of launched runs at most, a matter of minutes
 
@@ -128,9 +128,9 @@ def memory_in_new_process(options, blocks: int | None) -> float:
     return float(done.stdout.splitlines()[-1])
 
 
-def short_distillation(base: Path, photos: Path, output: Path, processes: int, options) -> tuple[float, float]:
+def short_distillation(base: Path, images: Path, output: Path, processes: int, options) -> tuple[float, float]:
     """
-    A short distillation, started as users start it: (photos per second of the later half of its steps, seconds of all that
+    A short distillation, started as users start it: (images per second of the later half of its steps, seconds of all that
     is no step). Both come from its log, whose rate is that of all steps so far.
     """
     cpu = options.device == "cpu"
@@ -139,11 +139,11 @@ def short_distillation(base: Path, photos: Path, output: Path, processes: int, o
     command += ["--multi_gpu", "--main_process_port", "0"] if processes > 1 else []
     settings = {
         "model": base,
-        "images": photos,
+        "images": images,
         "output": output,
         "steps": 2 * HALF_STEPS,
         "log_steps": HALF_STEPS,
-        "gradient_accumulation_steps": PHOTOS_PER_STEP // processes,
+        "gradient_accumulation_steps": IMAGES_PER_STEP // processes,
         "holdout_images": 0,
         "workers": 0,  # each worker would want a core of its own
         "teacher_windows": 10,
@@ -162,8 +162,8 @@ def short_distillation(base: Path, photos: Path, output: Path, processes: int, o
     if done.returncode:
         raise RuntimeError(f"distill.py failed:\n{done.stderr[-3000:]}")
     lines = map(json.loads, (output / "log.jsonl").read_text().splitlines())
-    half, end = (line["step"] * PHOTOS_PER_STEP / line["photos_per_second"] for line in lines)  # seconds of steps
-    return HALF_STEPS * PHOTOS_PER_STEP / (end - half), whole - end
+    half, end = (line["step"] * IMAGES_PER_STEP / line["images_per_second"] for line in lines)  # seconds of steps
+    return HALF_STEPS * IMAGES_PER_STEP / (end - half), whole - end
 
 
 def ratio_row(name: str, unit: str, pairs: list[tuple[float, float]], goal: str) -> dict[str, Any]:
@@ -216,7 +216,7 @@ def places(device: str) -> int:
 
 
 def process_rows(options) -> list[dict]:
-    """`distill.py` on two processes against one of as many photos a step: its steps, and its start by itself."""
+    """`distill.py` on two processes against one of as many images a step: its steps, and its start by itself."""
     kind = "core" if options.device == "cpu" else "GPU"
     if places(options.device) < 2:
         logger.warning("Two processes against one are left out: they need two %ss, and this machine has fewer.", kind)
@@ -224,21 +224,21 @@ def process_rows(options) -> list[dict]:
     model, noise = load(options), np.random.default_rng(0)
     rates, starts = [], []
     with tempfile.TemporaryDirectory() as folder:
-        base, photos = Path(folder, "base"), Path(folder, "photos")
-        photos.mkdir()
+        base, images = Path(folder, "base"), Path(folder, "images")
+        images.mkdir()
         model.save_pretrained(base)
         SparImageProcessorPil().save_pretrained(base)
         for i in range(4):
             pixels = noise.integers(0, 256, (options.height, options.width, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(photos / f"{i}.jpg")
+            Image.fromarray(pixels).save(images / f"{i}.jpg")
         for number in tqdm(range(min(MOST_LAUNCHES, options.repeats)), desc="two processes over one", leave=False):
-            two = short_distillation(base, photos, Path(folder, f"two-{number}"), 2, options)
-            one = short_distillation(base, photos, Path(folder, f"one-{number}"), 1, options)
+            two = short_distillation(base, images, Path(folder, f"two-{number}"), 2, options)
+            one = short_distillation(base, images, Path(folder, f"one-{number}"), 1, options)
             rates.append((two[0], one[0]))
             starts.append((two[1], one[1]))
-    name = f"two processes over one, a {kind} each, {PHOTOS_PER_STEP} photos a step"
+    name = f"two processes over one, a {kind} each, {IMAGES_PER_STEP} images a step"
     return [
-        ratio_row(f"photos/s of {name}, steps alone", "images_per_second", rates, "→ 2"),
+        ratio_row(f"images/s of {name}, steps alone", "images_per_second", rates, "→ 2"),
         ratio_row(f"start and end of {name}: imports, models, the folder written", "seconds", starts, ""),
     ]
 

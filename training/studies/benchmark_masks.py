@@ -146,9 +146,9 @@ def noise(height: int, width: int) -> Image.Image:
 def beside_the_forward(options: Options, size: int = 1024, model=None) -> list[dict]:
     """What runs on the device beside the vision forward, over the forward; and what does not, over the former."""
     segment = random_pipeline(options, model)
-    photo = noise(size, size)
-    pixel_values = segment.preprocess(photo)["pixel_values"].to(options.device)
-    encoded = segment.encode(photo)
+    image = noise(size, size)
+    pixel_values = segment.preprocess(image)["pixel_values"].to(options.device)
+    encoded = segment.encode(image)
     vocabulary = Vocabulary.parse("ade20k")
     decided = segment.forward(encoded, vocabulary=vocabulary, templates="plain")
 
@@ -159,7 +159,7 @@ def beside_the_forward(options: Options, size: int = 1024, model=None) -> list[d
     segments = len(segment.postprocess(decided))
     with TemporaryDirectory() as folder:
         path = Path(folder) / "photo.jpg"
-        photo.save(path)
+        image.save(path)
         forward = partial(segment.model.vision_model, pixel_values)
         decoding, masks = partial(segment.preprocess, path), partial(segment.postprocess, decided)
         return [
@@ -170,18 +170,18 @@ def beside_the_forward(options: Options, size: int = 1024, model=None) -> list[d
 
 
 @torch.no_grad()
-def folder_throughput(options: Options, photos: int = 8) -> dict:
-    """Photos per second of a folder through the pipeline over those of a bare loop of vision forwards on ready tensors."""
+def folder_throughput(options: Options, count: int = 8) -> dict:
+    """Images per second of a folder through the pipeline over those of a bare loop of vision forwards on ready tensors."""
     model = SparForOpenVocabSegmentation.from_pretrained(options.model)
     segment = random_pipeline(options, model)
     with TemporaryDirectory() as folder:
-        paths = [Path(folder) / f"{i}.jpg" for i in range(photos)]
+        paths = [Path(folder) / f"{i}.jpg" for i in range(count)]
         for path in paths:
             noise(options.height, options.width).save(path)
         ready = [segment.preprocess(path)["pixel_values"].to(options.device) for path in paths]
         labels = ["road", "car, automobile", "sky", "tree", "building"]
         row = compare(
-            f"bare loop of forwards over a folder of {photos} JPEGs to label maps, {options.height}×{options.width}",
+            f"bare loop of forwards over a folder of {count} JPEGs to label maps, {options.height}×{options.width}",
             lambda: [segment.model.vision_model(pixel_values) for pixel_values in ready],
             lambda: segment(paths, candidate_labels=labels, output="map"),
             "≥ 0.85",
@@ -191,13 +191,13 @@ def folder_throughput(options: Options, photos: int = 8) -> dict:
 
 
 @torch.no_grad()
-def batch_speed(options: Options, photos: int = 8) -> dict:
-    """Photos of equal size together over one by one."""
+def batch_speed(options: Options, count: int = 8) -> dict:
+    """Images of equal size together over one by one."""
     model = SparForOpenVocabSegmentation.from_pretrained(options.model)
     segment = random_pipeline(options, model)
-    images, labels = [noise(options.height, options.width)] * photos, ["road", "sky"]
+    images, labels = [noise(options.height, options.width)] * count, ["road", "sky"]
     return compare(
-        f"{photos} equal photos one by one over batch_size=4, {options.height}×{options.width}",
+        f"{count} equal images one by one over batch_size=4, {options.height}×{options.width}",
         lambda: segment(images, candidate_labels=labels, output="map"),
         lambda: segment(images, candidate_labels=labels, output="map", batch_size=4),
         "reported",

@@ -1,9 +1,9 @@
 """
-The main job on real photos, with no download: masks from words by the embedded spar-tiny in one pass, beside its untouched
+The main job on real images, with no download: masks from words by the embedded spar-tiny in one pass, beside its untouched
 base in one pass and the sliding-window teacher; one HTML page with pictures, legends and times.
 
     python training/demo.py --output demo
-    python training/demo.py --output demo --packaged false --images PHOTOS --vocabulary everyday
+    python training/demo.py --output demo --packaged false --images IMAGES --vocabulary everyday
 """
 
 import base64
@@ -24,12 +24,12 @@ from spar_hf import SPAR_TINY, SPAR_TINY_BASE
 from spar_hf.cli.commands import load_pipeline, read_words, timed
 from spar_hf.cli.visualization import overlay, palette
 from spar_hf.model.image_input import read_image, to_rgb
-from spar_hf.utils.files import Photo, find_photos, work_through, write_text
+from spar_hf.utils.files import InputImage, find_images, work_through, write_text
 
 logger = logging.getLogger("demo")
 
-# photos inside packages of the demo extra, and words for what one sees in them
-PHOTOS: list[tuple[str, str, list[str]]] = [
+# images inside packages of the demo extra, and words for what one sees in them
+IMAGES: list[tuple[str, str, list[str]]] = [
     ("skimage.data", "astronaut.png", ["person, woman", "hair", "skin, face", "suit", "flag, banner", "wall"]),
     ("skimage.data", "chelsea.png", ["cat", "wall", "floor, rug"]),
     ("skimage.data", "coffee.png", ["cup", "spoon", "table", "wall"]),
@@ -46,7 +46,7 @@ PHOTOS: list[tuple[str, str, list[str]]] = [
     ),
 ]
 
-# words for folders of photos, by what is on them
+# words for folders of images, by what is on them
 PRESETS: dict[str, str] = {
     "everyday": "person; cat; dog; bird; car, bus, truck; bicycle, motorcycle; sky; building, house; tree, bush; grass; "
     "flower; water, sea, river; mountain, hill; road, pavement; wall; floor; table; chair, couch; food, fruit; window; rock",
@@ -75,13 +75,13 @@ td:first-child, th:first-child { text-align: left; } h2 { margin: 2rem 0 .2rem; 
 (window {{ window }} px, stride {{ stride }} px), at a working short side of {{ shortest_edge }} px on {{ device }}.
 Times are the vision forward alone, after a warm-up. “Like the teacher” is the share of pixels that get the teacher's class:
 it says how well one pass replaces the window, not that either is right. {{ note }}</p>
-<table><tr><th></th><th>seconds per photo</th><th>× student</th><th>like the teacher</th></tr>
+<table><tr><th></th><th>seconds per image</th><th>× student</th><th>like the teacher</th></tr>
 {% for name, seconds, ratio, agreement in summary %}<tr><td>{{ name }}</td><td>{{ "%.3f"|format(seconds) }}</td>
 <td>{{ "%.1f"|format(ratio) }}</td><td>{{ "%.0f"|format(100 * agreement) }} %</td></tr>{% endfor %}</table>
-{% for photo in photos %}<h2>{{ photo.name }} ({{ photo.width }}×{{ photo.height }})</h2>
-<p class="words">{{ photo.words }}</p>
-<div class="row"><figure><img src="{{ photo.image }}" alt="photo"><figcaption>photo</figcaption></figure>
-{% for result in photo.results %}<figure><img src="{{ result.image }}" alt="{{ result.name }}">
+{% for image in images %}<h2>{{ image.name }} ({{ image.width }}×{{ image.height }})</h2>
+<p class="words">{{ image.words }}</p>
+<div class="row"><figure><img src="{{ image.image }}" alt="photo"><figcaption>image</figcaption></figure>
+{% for result in image.results %}<figure><img src="{{ result.image }}" alt="{{ result.name }}">
 <figcaption><b>{{ result.name }}</b>, {{ "%.3f"|format(result.seconds) }} s ({{ "%.1f"|format(result.ratio) }} × student),
 {{ "%.0f"|format(100 * result.agreement) }} % like the teacher
 <div class="legend">{% for label, colour, share in result.legend %}<span><i style="background: rgb{{ colour }}"></i>
@@ -90,7 +90,7 @@ it says how well one pass replaces the window, not that either is right. {{ note
 </body></html>
 """
 TINY = (
-    "The model is tiny and was trained on few photos of streets, people and everyday scenes: where it has never seen a "
+    "The model is tiny and was trained on few images of streets, people and everyday scenes: where it has never seen a "
     "thing, its masks are guesses."
 )
 
@@ -101,7 +101,7 @@ class Options:
 
     output: str = field(default="demo", metadata={"help": "Folder to write index.html to."})
     images: list[str] | None = field(
-        default=None, metadata={"help": "Folders, files or patterns of further photos.", "nargs": "+"}
+        default=None, metadata={"help": "Folders, files or patterns of further images.", "nargs": "+"}
     )
     vocabulary: str = field(
         default="everyday",
@@ -110,41 +110,41 @@ class Options:
             "own: 'road; car, automobile; sky'."
         },
     )
-    max_photos: int = field(default=10, metadata={"help": "Photos of --images, evenly from each of them."})
-    packaged: bool = field(default=True, metadata={"help": "Show the photos inside scikit-image and others."})
+    max_images: int = field(default=10, metadata={"help": "Images of --images, evenly from each of them."})
+    packaged: bool = field(default=True, metadata={"help": "Show the images inside scikit-image and others."})
     model: str = field(default=SPAR_TINY, metadata={"help": "The student: a two-tower SPAR folder."})
     base: str = field(default=SPAR_TINY_BASE, metadata={"help": "Its untouched base."})
     stride: int = field(default=24, metadata={"help": "Stride of the teacher in pixels."})
     shortest_edge: int = field(default=384, metadata={"help": "Shorter side of the working image in pixels."})
 
 
-def packaged_photos() -> dict[Photo, str]:
-    """The photos that are installed, with the words for what is on them."""
+def packaged_images() -> dict[InputImage, str]:
+    """The images that are installed, with the words for what is on them."""
     found = {}
-    for package, name, words in PHOTOS:
+    for package, name, words in IMAGES:
         root, _, rest = package.partition(".")
         path = resources.files(root).joinpath(*rest.split("."), name)
         if path.is_file():
-            found[Photo(str(path), name)] = "; ".join(words)
+            found[InputImage(str(path), name)] = "; ".join(words)
         else:
             logger.info("not installed, left out: %s/%s", package, name)
     return found
 
 
-def own_photos(arguments: list[str], limit: int, words: str) -> dict[Photo, str]:
+def own_images(arguments: list[str], limit: int, words: str) -> dict[InputImage, str]:
     """
-    At most `limit` photos, evenly from all arguments and evenly from each.
+    At most `limit` images, evenly from all arguments and evenly from each.
 
     Raises:
-        FileNotFoundError: an argument gives no photo.
+        FileNotFoundError: an argument gives no image.
     """
-    found: dict[Photo, str] = {}
+    found: dict[InputImage, str] = {}
     for i, argument in enumerate(arguments):
-        photos, problems = find_photos([argument])
+        images, problems = find_images([argument])
         if problems:
             raise FileNotFoundError(problems[0][1])
-        count = min(len(photos), (limit - len(found)) // (len(arguments) - i))
-        found.update({photos[j * len(photos) // count]: words for j in range(count)})
+        count = min(len(images), (limit - len(found)) // (len(arguments) - i))
+        found.update({images[j * len(images) // count]: words for j in range(count)})
     return found
 
 
@@ -156,7 +156,7 @@ def data_url(picture: Image.Image, width: int = 720) -> str:
 
 
 def legend(label_map: np.ndarray, labels: list[str]) -> list[tuple[str, tuple[int, ...], float]]:
-    """Name, colour and share of the photo of the classes that have pixels, largest first."""
+    """Name, colour and share of the image of the classes that have pixels, largest first."""
     shares = np.bincount(label_map.ravel(), minlength=len(labels)) / label_map.size
     colours = palette(len(labels)).tolist()
     return [(labels[i], tuple(colours[i]), shares[i]) for i in np.argsort(-shares, kind="stable") if shares[i]]
@@ -164,16 +164,16 @@ def legend(label_map: np.ndarray, labels: list[str]) -> list[tuple[str, tuple[in
 
 def run(options: Options, report: Callable[[str], None] = logger.error) -> Path:
     """
-    Segment every photo three ways and write the page; returns its path.
+    Segment every image three ways and write the page; returns its path.
 
     Raises:
-        FileNotFoundError: an argument of `--images` gives no photo.
-        ValueError: malformed words, or not one photo could be read.
+        FileNotFoundError: an argument of `--images` gives no image.
+        ValueError: malformed words, or not one image could be read.
     """
     words = PRESETS.get(options.vocabulary, options.vocabulary)
-    photos = packaged_photos() if options.packaged else {}
-    photos.update(own_photos(options.images or [], options.max_photos, words))
-    vocabularies = {text: read_words(text) for text in photos.values()}
+    found = packaged_images() if options.packaged else {}
+    found.update(own_images(options.images or [], options.max_images, words))
+    vocabularies = {text: read_words(text) for text in found.values()}
     teacher = f"base, sliding window at stride {options.stride}"
     ways = {
         "SPAR student, one pass": load_pipeline(options.model),
@@ -182,11 +182,11 @@ def run(options: Options, report: Callable[[str], None] = logger.error) -> Path:
     }
     size = {"shortest_edge": options.shortest_edge}
     for segment in ways.values():
-        timed(segment, Image.new("RGB", (64, 64)), ["photo"])  # warm-up
+        timed(segment, Image.new("RGB", (64, 64)), ["image"])  # warm-up
     pages: list[dict] = []
 
-    def show(photo: Photo) -> None:
-        image, text = to_rgb(read_image(photo.source)), photos[photo]
+    def show(item: InputImage) -> None:
+        image, text = to_rgb(read_image(item.source)), found[item]
         results = {name: timed(segment, image, vocabularies[text], size=size) for name, segment in ways.items()}
         first, last = next(iter(results.values())), results[teacher]
         shown = [
@@ -200,12 +200,12 @@ def run(options: Options, report: Callable[[str], None] = logger.error) -> Path:
             }
             for name, result in results.items()
         ]
-        facts = {"name": photo.name, "width": image.width, "height": image.height, "words": text}
+        facts = {"name": item.name, "width": image.width, "height": image.height, "words": text}
         pages.append({**facts, "image": data_url(image), "results": shown})
 
-    tally = work_through(list(photos), show, report=report)
+    tally = work_through(list(found), show, report=report)
     if not pages:
-        raise ValueError("There is no photo to show. Give --images a folder, or install the extra `demo`.")
+        raise ValueError("There is no image to show. Give --images a folder, or install the extra `demo`.")
     columns = list(zip(*(page["results"] for page in pages), strict=True))
     seconds = [sum(result["seconds"] for result in column) / len(pages) for column in columns]
     agreement = [sum(result["agreement"] for result in column) / len(pages) for column in columns]
@@ -213,7 +213,7 @@ def run(options: Options, report: Callable[[str], None] = logger.error) -> Path:
     model = ways[teacher].model
     page = Environment(autoescape=True).from_string(PAGE)
     html = page.render(
-        photos=pages,
+        images=pages,
         model=Path(options.model).name,
         stride=options.stride,
         window=model.vision_model.window_size,
@@ -226,7 +226,7 @@ def run(options: Options, report: Callable[[str], None] = logger.error) -> Path:
     target = Path(options.output) / "index.html"
     write_text(target, html)
     for name, mean, ratio, like in summary:
-        logger.info("%-36s %.3f s per photo, %4.1f × student, %3.0f %% like the teacher", name, mean, ratio, 100 * like)
+        logger.info("%-36s %.3f s per image, %4.1f × student, %3.0f %% like the teacher", name, mean, ratio, 100 * like)
     return target
 
 

@@ -1,5 +1,5 @@
 """
-The two figures of the paper: what a sliding window's stride buys and costs, and how models bear large photos.
+The two figures of the paper: what a sliding window's stride buys and costs, and how models bear large images.
 
     python training/figures.py --figure strides --dataset DATA/camvid/train --include "0001TP_*" --shortest_edge 384 \
         --model base=BASE SPAR=STUDENT --strides 192 96 64 48 40 24 --output figures
@@ -7,9 +7,9 @@ The two figures of the paper: what a sliding window's stride buys and costs, and
         --model base=BASE SPAR=STUDENT "SPAR ALL=OTHER" --resolutions 192 288 384 512 672 --stride 48 --output figures
 
 The first model is the base, which also runs as the sliding window; all others are students, in one pass. All options of
-`evaluate.py` that choose photos and words hold here too. Each point is a measurement of its own and stays in `points/`: a
+`evaluate.py` that choose images and words hold here too. Each point is a measurement of its own and stays in `points/`: a
 command that was cut off goes on, and one with further strides or resolutions measures those alone. Times are those of the
-vision forward; a stride's is set against a pass of the base on the same photos in turn.
+vision forward; a stride's is set against a pass of the base on the same images in turn.
 
 Writes `OUTPUT/strides.png` and `.json`, or `resolutions`.
 """
@@ -134,7 +134,7 @@ def draw_strides(rows: list[dict[str, Any]]) -> Figure:
 
 
 def draw_resolutions(rows: list[dict[str, Any]], stride: int) -> Figure:
-    """mIoU and seconds per photo over the shorter side, a line per model and way."""
+    """mIoU and seconds per image over the shorter side, a line per model and way."""
     figure = Figure(figsize=(9, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     lines: dict[str, list[dict[str, Any]]] = {}
@@ -146,7 +146,7 @@ def draw_resolutions(rows: list[dict[str, Any]], stride: int) -> Figure:
         left.plot(*curve(line, "shortest_edge"), **style)
         right.plot([row["shortest_edge"] for row in line], [row["vision_seconds"] for row in line], **style)
     left.set(xlabel="shorter side (px)", ylabel="mIoU (%)")
-    right.set(xlabel="shorter side (px)", ylabel="vision forward, seconds per photo", yscale="log")
+    right.set(xlabel="shorter side (px)", ylabel="vision forward, seconds per image", yscale="log")
     for axes in (left, right):
         axes.set_xticks(sorted({row["shortest_edge"] for row in rows}))
     finish(figure)
@@ -191,7 +191,7 @@ def against_teacher(rows: list[dict[str, Any]]) -> list[str]:
 
 def print_rows(rows: list[dict[str, Any]], console: Console) -> None:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in ("model", "stride", "shorter side", "mIoU %", "s/photo", "× base"):
+    for heading in ("model", "stride", "shorter side", "mIoU %", "s/image", "× base"):
         table.add_column(heading, justify="left" if heading == "model" else "right")
     for row in rows:
         table.add_row(
@@ -212,14 +212,14 @@ def make_figure(options: FigureOptions, console: Console) -> list[dict[str, Any]
     Measure what is missing, draw, write.
 
     Raises:
-        ValueError: `--runs`, a resolution beside `--resolutions`, or photos without a score; and see `evaluate_runs`.
+        ValueError: `--runs`, a resolution beside `--resolutions`, or images without a score; and see `evaluate_runs`.
     """
     if options.runs is not None:
         raise ValueError("The figures choose their own runs: leave --runs out.")
     rows = (measure_strides if options.figure == "strides" else measure_resolutions)(options, console)
     if all(row["mean_iou"] != row["mean_iou"] for row in rows):  # NaN
         raise ValueError(
-            "No pixel of these photos is labelled with a class that is scored, so there is nothing to draw: choose others "
+            "No pixel of these images is labelled with a class that is scored, so there is nothing to draw: choose others "
             "with --include, --limit, --ignore_classes or --only_classes."
         )
     if PartialState().is_main_process:

@@ -2,7 +2,7 @@
 Student quality against what the teacher cost: students from the same start, with the same steps and seeds, of the full
 teacher and of samples of its windows.
 
-    python training/quality_cost.py --model BASE --images PHOTOS --dataset DATA --output DIR --windows 5 10 20 40
+    python training/quality_cost.py --model BASE --images IMAGES --dataset DATA --output DIR --windows 5 10 20 40
 
 Trains with `distill.py`, measures mIoU with `evaluate.py`, and writes `DIR/quality_cost.json` and `.png`. Finished runs
 are not repeated, so a study that was stopped goes on with the same command.
@@ -49,18 +49,19 @@ class Options:
     """Options of the study; those that distillation has as well mean the same there."""
 
     model: str = field(metadata={"help": "Two-tower model: the teacher and every student's start."})
-    images: list[str] = field(metadata={"help": "Folders of photos to distil on."})
+    images: list[str] = field(metadata={"help": "Folders of images to distil on."})
     dataset: str = field(metadata={"help": "Folder with `images/`, `masks/` and `classes.txt` that mIoU is taken on."})
     output: str = field(metadata={"help": "Folder to write runs, table and picture to."})
     steps: int = field(default=1000, metadata={"help": "Optimizer steps of every student."})
-    windows: list[int] = field(default_factory=lambda: [5, 10, 20, 40], metadata={"help": "Windows drawn per photo."})
+    windows: list[int] = field(default_factory=lambda: [5, 10, 20, 40], metadata={"help": "Windows drawn per image."})
     variants: list[str] = field(
         default_factory=lambda: list(VARIANTS), metadata={"help": f"How they are drawn: {', '.join(VARIANTS)}."}
     )
-    photos: list[int] = field(
+    images_per_step: list[int] = field(
         default_factory=lambda: [1],
         metadata={
-            "help": "Photos whose gradients a step averages; sampled students once per number, the full teacher's at 1."
+            "aliases": ["--photos"],  # its name in 0.1
+            "help": "Images whose gradients a step averages; sampled students once per number, the full teacher's at 1.",
         },
     )
     full_steps: list[int] = field(
@@ -78,29 +79,30 @@ class Options:
 
     def __post_init__(self):
         unknown = [variant for variant in self.variants if variant not in VARIANTS]
-        if unknown or min([*self.windows, *self.photos, *self.full_steps, self.steps], default=1) < 1:
+        if unknown or min([*self.windows, *self.images_per_step, *self.full_steps, self.steps], default=1) < 1:
             raise ValueError(
-                f"--variants are of {', '.join(VARIANTS)}; --windows, --photos, --steps and --full_steps at least 1."
+                f"--variants are of {', '.join(VARIANTS)}; "
+                "--windows, --images_per_step, --steps and --full_steps at least 1."
             )
 
 
 @dataclass(frozen=True)
 class Run:
-    """A student: `windows` of each of a step's `photos`, None for the full teacher."""
+    """A student: `windows` of each of a step's `images`, None for the full teacher."""
 
     variant: str
     windows: int | None
-    photos: int
+    images_per_step: int
     steps: int
     seed: int
 
     @property
     def name(self) -> str:
-        return f"{self.variant}-{self.windows or 'all'}x{self.photos}-{self.steps}-{self.seed}"
+        return f"{self.variant}-{self.windows or 'all'}x{self.images_per_step}-{self.steps}-{self.seed}"
 
     @property
     def kind(self) -> tuple[str, int | None, int, int]:
-        return self.variant, self.windows, self.photos, self.steps
+        return self.variant, self.windows, self.images_per_step, self.steps
 
 
 def plan_runs(options: Options) -> list[Run]:
@@ -109,9 +111,9 @@ def plan_runs(options: Options) -> list[Run]:
         ("full", None, 1, steps) for steps in dict.fromkeys([options.steps, *options.full_steps])
     ]
     kinds += [
-        (variant, windows, photos, options.steps)
+        (variant, windows, images_per_step, options.steps)
         for variant in options.variants
-        for photos in options.photos
+        for images_per_step in options.images_per_step
         for windows in options.windows
     ]
     return [Run(*kind, seed) for kind in kinds for seed in options.seeds]
@@ -147,7 +149,7 @@ def carry_out(run: Run, options: Options) -> dict[str, Any]:
     """
     folder = Path(options.output) / run.name
     arguments = ["--model", options.model, "--images", *options.images, "--output", folder, "--steps", run.steps]
-    arguments += ["--seed", run.seed, "--stride", options.stride, "--gradient_accumulation_steps", run.photos]
+    arguments += ["--seed", run.seed, "--stride", options.stride, "--gradient_accumulation_steps", run.images_per_step]
     if run.windows is not None:
         arguments += ["--teacher_windows", run.windows, "--teacher_variant", run.variant]
     arguments += shlex.split(options.distill)
@@ -171,7 +173,7 @@ def carry_out(run: Run, options: Options) -> dict[str, Any]:
     return result
 
 
-def windows_per_photo(options: Options, most: int = 500) -> list[int]:
+def windows_per_image(options: Options, most: int = 500) -> list[int]:
     """
     Windows that the full teacher needs for each photo of a stream such as distillation draws. The costs of the table are
     means over these: a sample of `n` costs the lesser of `n` and that number (tilings on average, about).
@@ -185,8 +187,8 @@ def windows_per_photo(options: Options, most: int = 500) -> list[int]:
     paths = [path for folder in options.images for path in list_images(folder)]
     rng, counts = random.Random(0), []
     for index in range(most):
-        with Image.open(rng.choice(paths)) as photo:
-            size = photo.size
+        with Image.open(rng.choice(paths)) as image:
+            size = image.size
         window = recipe.window_size or config.image_size
         crop = Crop.draw(augment, size, window, config.patch_size, recipe, seeded(options.seeds[0], index))
         counts.append(len(WindowPlan.make(*crop.size[::-1], window, options.stride, config.patch_size)))
@@ -213,11 +215,11 @@ def summarise(
         {
             "variant": variant,
             "windows": windows,
-            "photos": photos,
+            "images": images_per_step,
             "steps": steps,
             "seeds": len(found),
-            "windows_in_all": cost(windows) * photos * steps,
-            "cost_percent": 100 * cost(windows) * photos * steps / (cost(None) * options.steps),
+            "windows_in_all": cost(windows) * images_per_step * steps,
+            "cost_percent": 100 * cost(windows) * images_per_step * steps / (cost(None) * options.steps),
             "mse": row["mse"],
             "mean_iou": row["mean_iou"],
             "mse_gain_percent": share(row["before"] - row["mse"], full["before"] - full["mse"]),
@@ -225,8 +227,8 @@ def summarise(
             "mse_of_seeds": [r["mse"] for r in found],
             "mean_iou_of_seeds": [r["mean_iou"] for r in found],
         }
-        for (variant, windows, photos, steps), found in kinds.items()
-        for row in [mean[variant, windows, photos, steps]]
+        for (variant, windows, images_per_step, steps), found in kinds.items()
+        for row in [mean[variant, windows, images_per_step, steps]]
     ]
 
 
@@ -238,12 +240,12 @@ def draw(rows: list[dict], before: float, base: float, path: Path) -> None:
         (panels[1], "mean_iou", base, 100, "mIoU in %"),
     ):
         final = factor * rows[0][key]
-        for variant, photos in dict.fromkeys((row["variant"], row["photos"]) for row in rows):
-            own = [row for row in rows if (row["variant"], row["photos"]) == (variant, photos)]
+        for variant, images_per_step in dict.fromkeys((row["variant"], row["images"]) for row in rows):
+            own = [row for row in rows if (row["variant"], row["images"]) == (variant, images_per_step)]
             own.sort(key=lambda row: row["windows_in_all"])
             spent, values = [row["windows_in_all"] for row in own], [factor * row[key] for row in own]
             name = "full teacher" if variant == "full" else f"sampled: {variant}"
-            name += f", {photos} photos a step" if photos > 1 else ""
+            name += f", {images_per_step} images a step" if images_per_step > 1 else ""
             line = panel.plot(spent, values, "o-", label=name, zorder=3, alpha=0.9)[0]
             for row in own:
                 seeds = [factor * value for value in row[f"{key}_of_seeds"]]
@@ -275,8 +277,8 @@ def show(rows: list[dict], before: float, base: float) -> None:
     table = Table(title=f"Before distillation: held-out error {before:.4f}, mIoU {100 * base:.2f} %")
     for heading in (
         "teacher",
-        "windows\na photo",
-        "photos\na step",
+        "windows\na image",
+        "images\na step",
         "steps",
         "windows\nin all",
         "cost\n%",
@@ -291,7 +293,7 @@ def show(rows: list[dict], before: float, base: float) -> None:
         return "" if value is None else f"{value:.1f}"
 
     for row in rows:
-        numbers = [str(row["windows"] or "all"), str(row["photos"]), str(row["steps"]), f"{row['windows_in_all']:.0f}"]
+        numbers = [str(row["windows"] or "all"), str(row["images"]), str(row["steps"]), f"{row['windows_in_all']:.0f}"]
         numbers += [percent(row["cost_percent"]), f"{row['mse']:.4f}", percent(row["mse_gain_percent"])]
         table.add_row(row["variant"], *numbers, f"{100 * row['mean_iou']:.2f}", percent(row["mean_iou_gain_percent"]))
     Console().print(table)
@@ -301,7 +303,7 @@ def study(options: Options) -> dict[str, Any]:
     """Carry out what is missing of the study; writes and returns its table."""
     output = Path(options.output)
     output.mkdir(parents=True, exist_ok=True)
-    counts = windows_per_photo(options)
+    counts = windows_per_image(options)
     runs, results = plan_runs(options), []
     work_begins()
     for number, run in enumerate(runs):

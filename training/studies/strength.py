@@ -1,14 +1,14 @@
 """
-How well words find their pixels: one table over photos a model was trained on, photos kept out of the training, and classes
+How well words find their pixels: one table over images a model was trained on, images kept out of the training, and classes
 that were void in every mask it saw.
 
     python training/strength.py --data DATA --model base=BASE student=STUDENT --shortest_edge 384 --output strength
 
-Sets, kept photos and held-out classes are those of the recipe of `pretrain_tiny.py`. In the third part only pixels of
-held-out classes are scored, on all photos of a set, and all its words compete for them. Each part of a set is a measurement
+Sets, kept images and held-out classes are those of the recipe of `pretrain_tiny.py`. In the third part only pixels of
+held-out classes are scored, on all images of a set, and all its words compete for them. Each part of a set is a measurement
 of its own and stays in `--output`: a command that was cut off goes on. The commands behind a row are those of
 `evaluate.py`, with the options that its JSON holds. Its mIoU counts a class that is predicted but in no mask of the part as
-0, as mIoU does everywhere; few photos hold few classes, so the mean over those in the masks stands beside it.
+0, as mIoU does everywhere; few images hold few classes, so the mean over those in the masks stands beside it.
 """
 
 from collections.abc import Iterator
@@ -27,7 +27,7 @@ from transformers import HfArgumentParser
 from spar_hf import pretraining
 from spar_hf.evaluation.evaluator import evaluate_runs
 from spar_hf.evaluation.metrics import mean_of_present
-from spar_hf.evaluation.options import Options, choose_photos
+from spar_hf.evaluation.options import Options, choose_images
 from spar_hf.evaluation.reports import percent
 from spar_hf.utils.files import write_json
 from spar_hf.utils.usage import run_script
@@ -47,8 +47,8 @@ class StrengthOptions:
     runs: list[str] | None = field(
         default=None, metadata={"help": "As in evaluate.py. Default: every model in one pass."}
     )
-    shortest_edge: int = field(default=384, metadata={"help": "Resize photos to this shorter side."})
-    limit: int | None = field(default=None, metadata={"help": "Only the first photos of every part, this many."})
+    shortest_edge: int = field(default=384, metadata={"help": "Resize images to this shorter side."})
+    limit: int | None = field(default=None, metadata={"help": "Only the first images of every part, this many."})
 
 
 def find_parts(options: StrengthOptions) -> Iterator[tuple[str, str, Options]]:
@@ -75,14 +75,14 @@ def find_parts(options: StrengthOptions) -> Iterator[tuple[str, str, Options]]:
             "limit": options.limit,
         }
         kept = {"exclude": exclude, "holdout_every": every}
-        labels = choose_photos(Options(**common)).labels
+        labels = choose_images(Options(**common)).labels
         known = [label for label in labels if label not in held_out]
         if known:
             yield spec["path"], "trained on", Options(**common, **kept, holdout_rest=bool(every), only_classes=known)
         if known and every:
-            yield spec["path"], "kept photos", Options(**common, **kept, only_classes=known)
+            yield spec["path"], "kept images", Options(**common, **kept, only_classes=known)
         elif known and exclude:
-            yield spec["path"], "kept photos", Options(**common, include=exclude, only_classes=known)
+            yield spec["path"], "kept images", Options(**common, include=exclude, only_classes=known)
         unseen = [label for label in labels if label in held_out]
         if unseen:
             yield spec["path"], "new classes", Options(**common, only_classes=unseen)
@@ -101,7 +101,7 @@ def measure_strength(options: StrengthOptions, console: Console) -> list[dict[st
             scores["mean_iou_of_present"] = mean_of_present(
                 np.array([row["classes"][label]["iou"] for label in present])
             )
-            rows.append({"set": name, "part": part, "photos": report["photos"], "classes": present} | scores)
+            rows.append({"set": name, "part": part, "images": report["images"], "classes": present} | scores)
     if PartialState().is_main_process:
         write_json(Path(options.output) / "strength.json", {"rows": rows})
         print_rows(rows, console)
@@ -110,10 +110,10 @@ def measure_strength(options: StrengthOptions, console: Console) -> list[dict[st
 
 def print_rows(rows: list[dict[str, Any]], console: Console) -> None:
     table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
-    for heading in ("set", "part", "photos", "classes", "model", "inference", "mIoU\n%", "of\npresent", "acc.\n%"):
+    for heading in ("set", "part", "images", "classes", "model", "inference", "mIoU\n%", "of\npresent", "acc.\n%"):
         table.add_column(heading)
     for row in rows:
-        counts = (str(row["photos"]), str(len(row["classes"])))
+        counts = (str(row["images"]), str(len(row["classes"])))
         scores = [percent(row[name]) for name in ("mean_iou", "mean_iou_of_present", "overall_accuracy")]
         table.add_row(row["set"], row["part"], *counts, row["model"], row["inference"], *scores)
     console.print(table)

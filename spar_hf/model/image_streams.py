@@ -1,4 +1,4 @@
-"""What the pipeline is given: one photo, or many of them in a list, a dataset or a stream, read as they are needed."""
+"""What the pipeline is given: one image, or many of them in a list, a dataset or a stream, read as they are needed."""
 
 import copy
 import os
@@ -18,12 +18,12 @@ from .image_input import read_image
 @dataclass(repr=False)
 class EncodedImage:
     """
-    A photo after the vision tower, to be compared with any number of vocabularies.
+    An image after the vision tower, to be compared with any number of vocabularies.
 
     Attributes:
         feature_map: dense features `(dim, ceil(height / patch), ceil(width / patch))`, not normalised.
         pixel_values: the normalised image that the model saw `(3, height, width)`.
-        original_size: height and width of the photo, the size of its masks.
+        original_size: height and width of the image, the size of its masks.
     """
 
     feature_map: torch.Tensor
@@ -74,14 +74,14 @@ def image_of_row(row: Mapping) -> Any:
         image = read_image(image["bytes"]) if image.get("bytes") else image.get("path")
     if image is None:
         raise ValueError(
-            f"A row with the columns {list(row)} has no `image`. Name the column: `KeyDataset(dataset, 'photo')` of "
+            f"A row with the columns {list(row)} has no `image`. Name the column: `KeyDataset(dataset, 'image')` of "
             "transformers.pipelines.pt_utils, or rename it."
         )
     return image
 
 
-class Photos(Dataset):
-    """Photos that can be counted: a list, a dataset. Each is prepared when it is asked for, also in worker processes."""
+class ImageSequence(Dataset):
+    """Images that can be counted: a list, a dataset. Each is prepared when it is asked for, also in worker processes."""
 
     def __init__(self, source: Any, prepare: Callable[[Callable[[], Any]], Any] | None = None):
         self.source, self.prepare = source, prepare
@@ -96,19 +96,19 @@ class Photos(Dataset):
         return self.prepare(lambda: self.source[index]) if self.prepare else self.source[index]
 
 
-class PhotoStream(IterableDataset):
-    """Photos that come one after the other: a generator, a streamed dataset."""
+class ImageStream(IterableDataset):
+    """Images that come one after the other: a generator, a streamed dataset."""
 
     def __init__(self, source: Iterable, prepare: Callable[[Callable[[], Any]], Any] | None = None):
         self.source, self.prepare = source, prepare
 
     def __iter__(self) -> Iterator[Any]:
-        for photo in self.source:
-            yield self.prepare(partial(next, iter([photo]))) if self.prepare else photo
+        for image in self.source:
+            yield self.prepare(partial(next, iter([image]))) if self.prepare else image
 
 
 class Results:
-    """Results in the order of the photos, made as they are asked for; its length is the number of photos, if known."""
+    """Results in the order of the images, made as they are asked for; its length is the number of images, if known."""
 
     def __init__(self, loader: DataLoader, run: Callable[[list], Iterator[Any]]):
         self.loader, self.run = loader, run
@@ -121,18 +121,18 @@ class Results:
             yield from self.run(items)
 
 
-def as_photos(inputs: Any) -> Photos | PhotoStream | None:
-    """Many photos as a dataset; `None` where `inputs` is a single one."""
+def as_images(inputs: Any) -> ImageSequence | ImageStream | None:
+    """Many images as a dataset; `None` where `inputs` is a single one."""
     if isinstance(inputs, (np.ndarray, torch.Tensor)):
-        return Photos(inputs) if inputs.ndim == 4 else None
+        return ImageSequence(inputs) if inputs.ndim == 4 else None
     if isinstance(inputs, (str, bytes, os.PathLike, Mapping, Image.Image, EncodedImage)):
         return None
     column: Any = (getattr(inputs, "features", None) or {}).get("image")
     if getattr(column, "decode", None) and hasattr(inputs, "cast_column"):
-        # a dataset of `datasets`: decoded here, photo by photo, so that a damaged one does not end the stream
+        # a dataset of `datasets`: decoded here, image by image, so that a damaged one does not end the stream
         column = copy.copy(column)
         column.decode = False
         inputs = inputs.cast_column("image", column)
     if isinstance(inputs, Sized) and hasattr(inputs, "__getitem__"):
-        return Photos(inputs)
-    return PhotoStream(inputs) if isinstance(inputs, Iterable) else None
+        return ImageSequence(inputs)
+    return ImageStream(inputs) if isinstance(inputs, Iterable) else None
