@@ -21,8 +21,9 @@ from spar_hf.model.modeling_spar import SparVisionModel
 from spar_hf.model.pipeline import check_device
 from spar_hf.registration import SPAR_TINY
 from spar_hf.teacher import SlidingWindowTeacher
-from spar_hf.utils.files import InputImage, write_atomically, write_json
+from spar_hf.utils.atomic import write_atomically, write_json
 from spar_hf.utils.fingerprint import fingerprint
+from spar_hf.utils.image_files import InputImage
 
 KEY = "feature_map"  # of the tensor in a file of one image
 INDEX = "features.safetensors.index.json"

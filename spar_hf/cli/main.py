@@ -6,15 +6,14 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from spar_hf.utils.files import (
+from spar_hf.utils.atomic import write_text, writing_folder
+from spar_hf.utils.image_files import (
     InputImage,
-    Tally,
+    RunSummary,
     find_images,
+    process_images,
     refuse_overwriting,
     refuse_twins,
-    work_through,
-    write_text,
-    writing_folder,
 )
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")  # what overlays are written as
@@ -111,7 +110,7 @@ def segment(
         fail(f"--format {formats!r} must name some of {', '.join(FORMATS)}, with commas.", 2)
     try:
         vocabulary = read_labels(labels)
-        found, problems = find_images(images, leave_out=output)
+        found, problems = find_images(images, exclude=output)
         many = len(found) + len(problems) > 1
         targets = {item: result_paths(item, output, kinds, many, map_output) for item in found}
         files = [(path, item.source) for item, paths in targets.items() for path in paths.values()]
@@ -123,7 +122,7 @@ def segment(
         fail(error, 2)
 
     if not found:  # nothing to load a model for
-        finish(work_through((), lambda item: None, report=report, problems=problems))
+        finish(process_images((), lambda item: None, report=report, problems=problems))
 
     from PIL import Image
 
@@ -168,7 +167,7 @@ def segment(
     try:
         if not is_single(output, many):
             write_classes(output / "classes.txt", names, skip_existing)
-        tally = work_through(found, work, is_done, report, problems)
+        summary = process_images(found, work, is_done, report, problems)
         if "coco" in kinds and not is_single(output, many):
             parts = [paths["coco"] for paths in targets.values() if paths["coco"].is_file()]
             write_text(output / "annotations.json", json_text(merge_coco(parts)))
@@ -176,7 +175,7 @@ def segment(
         fail(error, 2)
     except OSError as error:
         fail(error)
-    finish(tally, str(tally) if many or tally.skipped else None)
+    finish(summary, str(summary) if many or summary.skipped else None)
 
 
 def read_labels(labels: str):
@@ -283,11 +282,11 @@ def json_text(content: Any) -> str:
     return json.dumps(content, ensure_ascii=False) + "\n"
 
 
-def finish(tally: Tally, summary: str | None = None) -> NoReturn:
-    """Say what became of a run and leave with its exit status."""
-    if summary is not None:
-        typer.echo(summary)
-    raise typer.Exit(tally.exit_status)
+def finish(summary: RunSummary, line: str | None = None) -> NoReturn:
+    """Print the line, if any, and leave with the run's exit status."""
+    if line is not None:
+        typer.echo(line)
+    raise typer.Exit(summary.exit_status)
 
 
 @app.command()
@@ -322,11 +321,11 @@ def features(
     if output.is_file():
         fail(f"--output {output} is a file; features need a folder.", 2)
     try:
-        found, problems = find_images(images, leave_out=output)
+        found, problems = find_images(images, exclude=output)
     except ValueError as error:
         fail(error, 2)
     if not found:
-        finish(work_through((), lambda item: None, report=report, problems=problems))
+        finish(process_images((), lambda item: None, report=report, problems=problems))
 
     from spar_hf.batch.features import (
         FeatureExtractor,
@@ -362,7 +361,7 @@ def features(
             fail(error, 2)
         first = process == 0
         try:
-            tally = work_through(
+            summary = process_images(
                 mine,
                 lambda item: writer.add(item, *extract(item.source)),
                 done.__contains__,
@@ -377,7 +376,7 @@ def features(
             wait()  # the first to leave with a failure has the others stopped
         except OSError as error:
             fail(error)
-    finish(tally, f"process {process + 1} of {count}: {tally}" if count > 1 else str(tally))
+    finish(summary, f"process {process + 1} of {count}: {summary}" if count > 1 else str(summary))
 
 
 @app.command("app")

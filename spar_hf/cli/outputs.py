@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from spar_hf.cli.visualization import overlay
-from spar_hf.utils.files import write_atomically, write_text
+from spar_hf.utils.atomic import write_atomically, write_text
 
 # ends of the files' names in an output folder
 FORMATS = {"overlay": ".png", "map": ".map.png", "coco": ".coco.json", "json": ".json"}

@@ -13,7 +13,7 @@ from spar_hf.model.configuration_spar import SparConfig
 from spar_hf.model.image_processing_spar import SparImageProcessorPil
 from spar_hf.model.modeling_spar import SparForOpenVocabSegmentation, SparVisionModel
 from spar_hf.model.processing_spar import SparProcessor, published_tokenizer
-from spar_hf.utils.files import writing_folder
+from spar_hf.utils.atomic import writing_folder
 
 from . import dinov3txt, openclip, siglip2
 from .source import Source, read_tensors

@@ -37,7 +37,7 @@ from spar_hf.distillation.teacher_cache import (
     seeded,
     sha256,
 )
-from spar_hf.utils.files import write_atomically, write_json
+from spar_hf.utils.atomic import write_atomically, write_json
 from spar_hf.utils.fingerprint import fingerprint
 from spar_hf.utils.usage import check_precision, work_begins
 

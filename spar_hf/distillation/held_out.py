@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from spar_hf import SlidingWindowTeacher
 from spar_hf.data.sources import Skipped, SkippedList, Ticket, TrainingImages, augment
-from spar_hf.utils.files import write_atomically
+from spar_hf.utils.atomic import write_atomically
 
 PICTURED = 3  # images in a picture of feature maps
 

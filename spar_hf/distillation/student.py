@@ -15,7 +15,7 @@ from torch import nn
 
 from spar_hf import SparForOpenVocabSegmentation, SparVisionModel
 from spar_hf.model.backbone_sources import load_source_config
-from spar_hf.utils.files import write_atomically, write_json, write_text, writing_folder
+from spar_hf.utils.atomic import write_atomically, write_json, write_text, writing_folder
 
 # parts by name, as patterns of parameters' names: inside a block, and in the backbone around the blocks
 BLOCK_PARTS = {

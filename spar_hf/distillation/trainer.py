@@ -69,8 +69,8 @@ from spar_hf.distillation.student import (
 from spar_hf.distillation.targets import CachedImages, FullTarget, SampledTarget, Target
 from spar_hf.distillation.teacher_cache import TeacherCache
 from spar_hf.model.prompts import Vocabulary, embed_names
+from spar_hf.utils.atomic import write_atomically, write_text
 from spar_hf.utils.checkpoints import StopAtStep, cut_log, earlier_state, is_finished, load_checkpoint, save_checkpoint
-from spar_hf.utils.files import write_atomically, write_text
 from spar_hf.utils.usage import check_precision, work_begins
 
 logger = logging.getLogger("distill")

@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 
 from spar_hf.evaluation.metrics import BoundaryIoU, MeanIoU
-from spar_hf.utils.files import write_atomically, write_json
+from spar_hf.utils.atomic import write_atomically, write_json
 
 ARRAYS = ("confusion", "boundary", "nanoseconds", "memory")
 

@@ -31,7 +31,7 @@ from spar_hf.model.backbone_sources import load_source_config
 from spar_hf.model.prompts import Vocabulary, resolve_templates
 from spar_hf.model.refine import resolve_refinement
 from spar_hf.teacher import SlidingWindowTeacher
-from spar_hf.utils.files import write_json, write_text
+from spar_hf.utils.atomic import write_json, write_text
 from spar_hf.utils.usage import check_precision, work_begins
 
 # what changes neither counts nor times

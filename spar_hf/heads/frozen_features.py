@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from spar_hf import SlidingWindowTeacher, SparImageProcessorPil, SparVisionModel
 from spar_hf.data.segmentation_sets import read_image
-from spar_hf.utils.files import write_atomically
+from spar_hf.utils.atomic import write_atomically
 from spar_hf.utils.fingerprint import fingerprint
 
 logger = logging.getLogger("frozen_features")

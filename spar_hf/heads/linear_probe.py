@@ -37,6 +37,7 @@ from spar_hf.data.segmentation_sets import VOID, ShuffledStream, check_pairs, op
 from spar_hf.evaluation.metrics import MeanIoU
 from spar_hf.heads.frozen_features import FrozenFeatures, parse_inference
 from spar_hf.model.segmentation import decide, patch_coordinates
+from spar_hf.utils.atomic import write_json, write_text, writing_folder
 from spar_hf.utils.checkpoints import (
     discard,
     earlier_state,
@@ -45,7 +46,6 @@ from spar_hf.utils.checkpoints import (
     save_checkpoint,
     settings_of,
 )
-from spar_hf.utils.files import write_json, write_text, writing_folder
 from spar_hf.utils.usage import check_precision, work_begins
 
 # what a resumed run may have otherwise: none of it changes what is learned

@@ -29,8 +29,8 @@ from spar_hf.data.segmentation_sets import SegmentationFolder, check_pairs, open
 from spar_hf.distillation.options import check_positive
 from spar_hf.distillation.student import choose_parameters, short_name
 from spar_hf.heads.segments import PanopticImages, find_segments, only, thing_classes
+from spar_hf.utils.atomic import write_json, write_text, writing_folder
 from spar_hf.utils.checkpoints import StopAtStep, cut_log, earlier_state, load_checkpoint, save_checkpoint, settings_of
-from spar_hf.utils.files import write_json, write_text, writing_folder
 from spar_hf.utils.usage import check_precision, work_begins
 
 logger = logging.getLogger("panoptic")

@@ -45,8 +45,8 @@ from spar_hf.data.segmentation_sets import (
 )
 from spar_hf.model.prompts import TEMPLATES
 from spar_hf.pretraining.words import build_tokenizer, common_words, teach_words
+from spar_hf.utils.atomic import writing_folder
 from spar_hf.utils.checkpoints import cut_log, earlier_state, load_checkpoint, save_checkpoint, settings_of
-from spar_hf.utils.files import writing_folder
 from spar_hf.utils.usage import check_precision, work_begins
 
 logger = logging.getLogger("pretrain_tiny")

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 from accelerate import Accelerator
 
-from spar_hf.utils.files import write_text
+from spar_hf.utils.atomic import write_text
 
 
 def save_checkpoint(accelerator: Accelerator, output: Path, step: int, keep: int = 2, **state: Any) -> Path:

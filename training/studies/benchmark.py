@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 from transformers import CLIPVisionConfig, DINOv3ViTConfig, HfArgumentParser, SiglipVisionConfig
 
 from spar_hf import SPAR_TINY, SlidingWindowTeacher, SparConfig, SparVisionModel
-from spar_hf.utils.files import write_json
+from spar_hf.utils.atomic import write_json
 from spar_hf.utils.usage import run_script, work_begins
 
 logger = logging.getLogger("benchmark")

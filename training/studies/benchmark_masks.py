@@ -26,7 +26,7 @@ from transformers import AutoTokenizer, HfArgumentParser, SiglipTextConfig, Sigl
 from spar_hf import SPAR_TINY, SparConfig, SparForOpenVocabSegmentation, SparImageProcessorPil
 from spar_hf.model.prompts import Vocabulary
 from spar_hf.model.segmentation import decide
-from spar_hf.utils.files import write_json
+from spar_hf.utils.atomic import write_json
 from spar_hf.utils.usage import run_script
 
 logger = logging.getLogger("benchmark")

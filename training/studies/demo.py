@@ -24,7 +24,8 @@ from spar_hf import SPAR_TINY, SPAR_TINY_BASE
 from spar_hf.cli.commands import load_pipeline, read_words, timed
 from spar_hf.cli.visualization import overlay, palette
 from spar_hf.model.image_input import read_image, to_rgb
-from spar_hf.utils.files import InputImage, find_images, work_through, write_text
+from spar_hf.utils.atomic import write_text
+from spar_hf.utils.image_files import InputImage, find_images, process_images
 
 logger = logging.getLogger("demo")
 
@@ -203,7 +204,7 @@ def run(options: Options, report: Callable[[str], None] = logger.error) -> Path:
         facts = {"name": item.name, "width": image.width, "height": image.height, "words": text}
         pages.append({**facts, "image": data_url(image), "results": shown})
 
-    tally = work_through(list(found), show, report=report)
+    tally = process_images(list(found), show, report=report)
     if not pages:
         raise ValueError("There is no image to show. Give --images a folder, or install the extra `demo`.")
     columns = list(zip(*(page["results"] for page in pages), strict=True))

@@ -31,7 +31,7 @@ from spar_hf import SlidingWindowTeacher, SparForOpenVocabSegmentation
 from spar_hf.evaluation.evaluator import evaluate_runs
 from spar_hf.evaluation.inference import parse_models
 from spar_hf.evaluation.options import Options
-from spar_hf.utils.files import write_atomically, write_json
+from spar_hf.utils.atomic import write_atomically, write_json
 from spar_hf.utils.usage import run_script
 
 COLOURS = ("#c1272d", "#1b7f4b", "#7b4fa3", "#c77700", "#008b9e")  # students, in their order, then again from the first

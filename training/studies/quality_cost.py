@@ -36,8 +36,8 @@ from spar_hf.data.sources import augment
 from spar_hf.distillation.options import Options as Recipe
 from spar_hf.distillation.teacher_cache import Crop, seeded
 from spar_hf.teacher import VARIANTS, WindowPlan
+from spar_hf.utils.atomic import write_atomically, write_json
 from spar_hf.utils.checkpoints import list_checkpoints
-from spar_hf.utils.files import write_atomically, write_json
 from spar_hf.utils.usage import run_script, work_begins
 
 logger = logging.getLogger("quality_cost")

@@ -29,7 +29,7 @@ from spar_hf.evaluation.evaluator import evaluate_runs
 from spar_hf.evaluation.metrics import mean_of_present
 from spar_hf.evaluation.options import Options, choose_images
 from spar_hf.evaluation.reports import percent
-from spar_hf.utils.files import write_json
+from spar_hf.utils.atomic import write_json
 from spar_hf.utils.usage import run_script
 
 

@@ -1,24 +1,20 @@
 """
-Many images in, many files out: which images a command reads, where it writes their results, and how one bad image loses
-nothing. No torch, so that the command line can say what is wrong with its arguments at once.
+Commands on many images: which images they read, where results go, and a loop in which one bad image stops no other.
+
+Imports no torch, so that a command reports wrong arguments at once.
 """
 
-import contextlib
 import errno
 import glob
-import json
-import math
 import os
 import re
-import shutil
 import sys
 import time
 import urllib.parse
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from tqdm.auto import tqdm
 
@@ -42,7 +38,7 @@ class InputImage:
 
 
 @dataclass
-class Tally:
+class RunSummary:
     """
     What became of the images of a run.
 
@@ -78,28 +74,28 @@ def url_name(url: str) -> str:
     return re.sub(r"[^\w.-]+", "_", last).strip("._") or "image"
 
 
-def images_under(folder: Path, leave_out: Path | None = None) -> list[Path]:
-    """Image files of a folder and its sub-folders, sorted, without hidden ones and those under `leave_out`."""
+def images_under(folder: Path, exclude: Path | None = None) -> list[Path]:
+    """Image files of a folder and its sub-folders, sorted, without hidden ones and those under `exclude`."""
     found = []
     for parent, folders, files in os.walk(folder):
         here = Path(parent)
         folders[:] = [
             name
             for name in folders
-            if not name.startswith(".") and (leave_out is None or (here / name).resolve() != leave_out)
+            if not name.startswith(".") and (exclude is None or (here / name).resolve() != exclude)
         ]
         found += [here / n for n in files if not n.startswith(".") and Path(n).suffix.lower() in IMAGE_SUFFIXES]
     return sorted(found)
 
 
-def expand(argument: str, leave_out: Path | None = None) -> list[tuple[str, PurePosixPath]]:
+def expand(argument: str, exclude: Path | None = None) -> list[tuple[str, PurePosixPath]]:
     """
     The images of one argument, each with its path below the argument's folder: a file, a URL, a folder (with its
     sub-folders) or a pattern with `*`, `?`, `[…]` or `**`.
 
     Raises:
         FileNotFoundError: no such file, an empty folder, or a pattern that meets no image.
-        ValueError: the argument is the folder `leave_out` itself.
+        ValueError: the argument is the folder `exclude` itself.
     """
     if argument.startswith(URL_STARTS):
         return [(argument, PurePosixPath(url_name(argument)))]
@@ -108,8 +104,8 @@ def expand(argument: str, leave_out: Path | None = None) -> list[tuple[str, Pure
         return [(argument, PurePosixPath(path.name))]
     suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
     if path.is_dir():
-        refuse_same_folder(path, leave_out)
-        images = images_under(path, leave_out)
+        refuse_same_folder(path, exclude)
+        images = images_under(path, exclude)
         if not images:
             raise FileNotFoundError(f"{argument} holds no image ({suffixes}).")
         return [(str(image), PurePosixPath(image.relative_to(path).as_posix())) for image in images]
@@ -122,13 +118,13 @@ def expand(argument: str, leave_out: Path | None = None) -> list[tuple[str, Pure
     root = path
     while glob.has_magic(str(root)):
         root = root.parent
-    refuse_same_folder(root, leave_out)
+    refuse_same_folder(root, exclude)
     images = [
         image
         for image in map(Path, sorted(glob.glob(argument, recursive=True)))
         if image.is_file()
         and image.suffix.lower() in IMAGE_SUFFIXES
-        and (leave_out is None or leave_out not in image.resolve().parents)
+        and (exclude is None or exclude not in image.resolve().parents)
     ]
     if not images:
         raise FileNotFoundError(f"No image ({suffixes}) is named like {argument!r}.")
@@ -142,28 +138,28 @@ def refuse_same_folder(folder: Path, output: Path | None) -> None:
 
 
 def find_images(
-    arguments: Iterable[str], leave_out: Path | None = None
+    arguments: Iterable[str], exclude: Path | None = None
 ) -> tuple[list[InputImage], list[tuple[str, str]]]:
     """
     The images of all arguments, each once, with names that differ.
 
     Args:
         arguments (`Iterable[str]`): files, folders, patterns and URLs.
-        leave_out (`Path`, *optional*): a folder that is not searched: the results of an earlier run.
+        exclude (`Path`, *optional*): a folder that is not searched: the results of an earlier run.
 
     Returns:
         The images, and the arguments that gave none with the reason.
 
     Raises:
         ValueError: images of two folders have the same path in them, so that one would overwrite the other; a folder
-            is `leave_out` itself.
+            is `exclude` itself.
     """
-    leave_out = None if leave_out is None else leave_out.resolve()
+    exclude = None if exclude is None else exclude.resolve()
     found: dict[str, tuple[str, PurePosixPath]] = {}
     problems = []
     for argument in arguments:
         try:
-            for source, below in expand(argument, leave_out):
+            for source, below in expand(argument, exclude):
                 key = source if source.startswith(URL_STARTS) else str(Path(source).resolve())
                 found.setdefault(key, (source, below))
         except OSError as error:
@@ -209,84 +205,14 @@ def refuse_overwriting(targets: Iterable[Path], images: Sequence[InputImage]) ->
             raise ValueError(f"The result {target} would overwrite an image that is read. Name another output folder.")
 
 
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """
-    Write under a temporary name and rename, so that no interrupted run leaves half a file.
-
-    Args:
-        path (`Path`): the file; its folder is made.
-        write (`Callable[[Path], object]`): writes to the path it is given, which ends in the same suffix.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # of this process alone: where two write the same file, neither takes the other's half away
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial{path.suffix}")
-    try:
-        write(temporary)
-        temporary.replace(path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
-
-
-@contextlib.contextmanager
-def writing_folder(folder: Path) -> Iterator[Path]:
-    """
-    Write a folder as a whole or not at all: gives a path beside it that does not exist yet, and renames that at the end, in
-    place of an older folder. After an error the older one stands, and what was written is removed. A run that is killed
-    between the two renames leaves the older one as `.NAME.old`; the next one puts it back before it writes.
-
-    ```python
-    with writing_folder(Path("out/model")) as temporary:
-        model.save_pretrained(temporary)
-    ```
-    """
-    temporary, old = (folder.with_name(f".{folder.name}.{state}") for state in ("partial", "old"))
-    shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
-
-    def put_back() -> None:
-        if old.exists() and not folder.exists():
-            old.rename(folder)
-
-    put_back()
-    try:
-        yield temporary
-        if folder.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            folder.rename(old)
-        temporary.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        put_back()
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text as a whole or not at all."""
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON as a whole or not at all; it knows no NaN and no infinity, which become null."""
-
-    def finite(entry: Any) -> Any:
-        if isinstance(entry, dict):
-            return {key: finite(part) for key, part in entry.items()}
-        if isinstance(entry, (list, tuple)):
-            return [finite(part) for part in entry]
-        return None if isinstance(entry, float) and not math.isfinite(entry) else entry
-
-    write_text(path, json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def work_through(
+def process_images(
     images: Sequence[InputImage],
     work: Callable[[InputImage], None],
     is_done: Callable[[InputImage], bool] = lambda image: False,
     report: Callable[[str], None] | None = None,
     problems: Sequence[tuple[str, str]] = (),
     bar: bool = True,
-) -> Tally:
+) -> RunSummary:
     """
     Work on every image, with a bar and an estimate where there are several; an image that fails loses no other.
 
@@ -299,15 +225,15 @@ def work_through(
         bar (`bool`, *optional*, defaults to `True`): whether to show progress.
 
     Returns:
-        [`Tally`]. A full disk ends the run; so does Ctrl-C.
+        [`RunSummary`]. A full disk ends the run; so does Ctrl-C.
 
     Raises:
         OSError: the disk is full or read-only.
     """
-    tally, start = Tally(), time.perf_counter()
+    summary, start = RunSummary(), time.perf_counter()
 
     def fail(source: str, message: str) -> None:
-        tally.failed.append((source, message))
+        summary.failed.append((source, message))
         if report is not None:
             # a data: URL is as long as its image; most messages name the file already
             report(message if source[:80] in message else f"{source[:80]}: {message}")
@@ -321,7 +247,7 @@ def work_through(
         try:
             for image in progress:
                 if is_done(image):
-                    tally.skipped += 1
+                    summary.skipped += 1
                     continue
                 try:
                     work(image)
@@ -330,8 +256,8 @@ def work_through(
                         raise
                     fail(image.source, str(error) or type(error).__name__)
                 else:
-                    tally.done += 1
+                    summary.done += 1
         except KeyboardInterrupt:
-            tally.interrupted = True
-    tally.seconds = time.perf_counter() - start
-    return tally
+            summary.interrupted = True
+    summary.seconds = time.perf_counter() - start
+    return summary
