@@ -21,15 +21,11 @@ from tqdm.auto import tqdm
 from spar_hf.data.sources import list_images
 from spar_hf.model.image_input import read_image, to_rgb
 from spar_hf.model.image_processing_spar import MIN_SIDE
-from spar_hf.utils.errors import UsageError
+from spar_hf.utils.errors import MissingFiles, UsageError
 
 IGNORE_INDEX = 255  # label of pixels that do not count
 INVALID = -1  # in a table: a mask value that must not occur
 MASK_MODES = ("L", "P", "I", "I;16")  # one channel of whole numbers; palette images by their index
-
-
-class MissingFiles(UsageError, FileNotFoundError):
-    """A folder, or a part of a data set, is not there."""
 
 
 @dataclass(frozen=True)
@@ -81,8 +77,8 @@ class SegmentationSet:
     @property
     def stamp(self) -> str:
         """
-        Changes when images or masks change, without decoding any: hash of the files' sizes and times, or the fingerprint that
-        `datasets` keeps of a data set whose images are stored in it.
+        Changes when images or masks change, without decoding any: hash of the files' sizes and times, or the fingerprint
+        that `datasets` keeps of a data set whose images are stored in it.
         """
         entries = [entry for name in ("image", "mask") for entry in self.rows[name]]
         paths = [entry["path"] for entry in entries if entry and entry["bytes"] is None]
@@ -269,8 +265,8 @@ def table_of_lines(lines: Sequence[str]) -> tuple[tuple[str, ...], np.ndarray]:
 
 def open_folder(folder: str | Path, classes: str | Path | None = None, readable: bool = False) -> SegmentationSet:
     """
-    A folder with `images/`, `masks/` (8-bit PNG of the same stem, 255 ignored) and `classes.txt`, which may also stand in the
-    parent, so that splits of one set share it.
+    A folder with `images/`, `masks/` (8-bit PNG of the same stem, 255 ignored) and `classes.txt`, which may also stand in
+    the parent, so that splits of one set share it.
 
     Args:
         folder: the folder.
@@ -337,8 +333,8 @@ def check_readable(data: SegmentationSet, accelerator: Accelerator) -> list[int]
         image, mask = data.read(number)
         if min(image.size) < MIN_SIDE:
             raise UsageError(
-                f"{data.names[number]} has {image.height}×{image.width} pixels (height × width), but an image needs at least "
-                f"{MIN_SIDE} a side. Leave it out with --exclude."
+                f"{data.names[number]} has {image.height}×{image.width} pixels (height × width), but an image needs "
+                f"at least {MIN_SIDE} a side. Leave it out with --exclude."
             )
         if (mask != IGNORE_INDEX).any():
             labelled.append(number)

@@ -12,14 +12,21 @@ from typing import Any
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """
-    Write under a temporary name and rename, so that no interrupted run leaves half a file.
+    Write under a temporary name and rename, so that an interrupted run leaves no half-written file.
 
     Args:
-        path (`Path`): the file; its folder is made.
-        write (`Callable[[Path], object]`): writes to the path it is given, which ends in the same suffix.
-    """
+        path: the file; its folder is created.
+        write: writes to the path it is given, which has the same suffix.
+
+    Example:
+
+    ```python
+    >>> write_atomically(Path("out/notes.txt"), lambda temporary: temporary.write_text("done"))
+    >>> Path("out/notes.txt").read_text()
+    'done'
+    ```"""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # of this process alone: where two write the same file, neither takes the other's half away
+    # the process id keeps two processes that write the same file from removing each other's temporary file
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial{path.suffix}")
     try:
         write(temporary)
@@ -33,23 +40,29 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 @contextlib.contextmanager
 def writing_folder(folder: Path) -> Iterator[Path]:
     """
-    Write a folder as a whole or not at all: gives a path beside it that does not exist yet, and renames that at the end, in
-    place of an older folder. After an error the older one stands, and what was written is removed. A run that is killed
-    between the two renames leaves the older one as `.NAME.old`; the next one puts it back before it writes.
+    Write a folder completely or not at all.
+
+    Yields a path beside the folder that does not exist yet. When the block ends, that path is renamed to `folder` and
+    replaces an older one. After an error the older folder is kept and the new one removed. A process that is killed between
+    the two renames leaves the older folder as `.NAME.old`; the next call restores it first.
+
+    Example:
 
     ```python
-    with writing_folder(Path("out/model")) as temporary:
-        model.save_pretrained(temporary)
-    ```
-    """
+    >>> with writing_folder(Path("model")) as temporary:
+    ...     temporary.mkdir()
+    ...     write_text(temporary / "README.md", "A model.")
+    >>> [path.name for path in Path("model").iterdir()]
+    ['README.md']
+    ```"""
     temporary, old = (folder.with_name(f".{folder.name}.{state}") for state in ("partial", "old"))
-    shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
+    shutil.rmtree(temporary, ignore_errors=True)  # left by a killed process
 
-    def put_back() -> None:
+    def restore() -> None:
         if old.exists() and not folder.exists():
             old.rename(folder)
 
-    put_back()
+    restore()
     try:
         yield temporary
         if folder.exists():
@@ -58,17 +71,26 @@ def writing_folder(folder: Path) -> Iterator[Path]:
         temporary.rename(folder)
         shutil.rmtree(old, ignore_errors=True)
     finally:
-        put_back()
+        restore()
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text as a whole or not at all."""
+    """Write UTF-8 text atomically."""
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON as a whole or not at all; it knows no NaN and no infinity, which become null."""
+    """
+    Write JSON atomically. NaN and infinity, which JSON lacks, become null.
+
+    Example:
+
+    ```python
+    >>> write_json(Path("scores.json"), {"miou": 0.41, "loss": float("nan")})
+    >>> json.loads(Path("scores.json").read_text())
+    {'miou': 0.41, 'loss': None}
+    ```"""
 
     def finite(entry: Any) -> Any:
         if isinstance(entry, dict):

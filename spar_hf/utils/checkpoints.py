@@ -1,4 +1,4 @@
-"""Checkpoints that survive a kill at any moment: written under a temporary name, renamed, the one before kept until then."""
+"""Checkpoints of runs. They survive a kill at any moment: each is written under a temporary name and then renamed."""
 
 import json
 import shutil
@@ -12,6 +12,7 @@ import yaml
 from accelerate import Accelerator
 
 from spar_hf.utils.atomic import write_text
+from spar_hf.utils.errors import MissingFiles, UsageError
 
 
 def save_checkpoint(accelerator: Accelerator, output: Path, step: int, keep: int = 2, **state: Any) -> Path:
@@ -39,7 +40,7 @@ def save_checkpoint(accelerator: Accelerator, output: Path, step: int, keep: int
 
 
 def discard(checkpoint: Path) -> None:
-    """Remove a checkpoint under another name: half removed it must not look complete."""
+    """Remove a checkpoint, renamed first: half removed it must not look complete."""
     doomed = checkpoint.with_name(f".{checkpoint.name}.old.partial")  # a new one of that name may be half written
     shutil.rmtree(doomed, ignore_errors=True)
     checkpoint.rename(doomed)
@@ -57,41 +58,41 @@ def read_state(output: Path) -> dict[str, Any]:
     The `state` of the last complete checkpoint.
 
     Raises:
-        FileNotFoundError: the run has none.
+        MissingFiles: the run has none.
     """
     found = list_checkpoints(output)
     if not found:
-        raise FileNotFoundError(f"{output} has no checkpoint to resume from. Start without --resume.")
+        raise MissingFiles(f"{output} has no checkpoint to resume from. Start without --resume.")
     return json.loads((found[-1] / "state.json").read_text())
 
 
 def settings_of(options: Any, free: set[str]) -> dict[str, Any]:
-    """The fields of a dataclass that a resumed run must have as well, as JSON and YAML give them back."""
+    """The fields of a dataclass that a resumed run must share, without those of `free`, as JSON and YAML return them."""
     return json.loads(json.dumps({name: value for name, value in asdict(options).items() if name not in free}))
 
 
 def earlier_state(output: Path, resume: bool, settings: dict[str, Any], processes: int) -> dict[str, Any] | None:
     """
-    The `state` of the last complete checkpoint where a run goes on; `None` where it begins.
+    The `state` of the last complete checkpoint of a resumed run; `None` for a new run.
 
     Raises:
-        FileNotFoundError: there is none to go on from.
-        ValueError: a run that begins would mix its checkpoints with another's, or one that goes on would compute something
-            else than the first: with other `settings` or another number of processes.
+        MissingFiles: there is no checkpoint to resume from.
+        UsageError: a new run would mix its checkpoints with another's, or a resumed one would compute something else: its
+            `settings` or number of processes differ.
     """
     if not resume:
         if list_checkpoints(output):
-            raise ValueError(
+            raise UsageError(
                 f"{output} holds checkpoints of an earlier run. Go on with --resume, or write to another folder."
             )
         return None
     state = read_state(output)
     if "settings" not in state or "processes" not in state:
-        raise ValueError(f"The checkpoints in {output} are of an earlier version, which did not say how it ran.")
+        raise UsageError(f"The checkpoints in {output} are of an earlier version, which did not say how it ran.")
     if changed := differences(state["settings"], settings):
-        raise ValueError(f"--resume goes on with the same options, but {changed}. Write another run to another folder.")
+        raise UsageError(f"--resume goes on with the same options, but {changed}. Write another run to another folder.")
     if state["processes"] != processes:
-        raise ValueError(
+        raise UsageError(
             f"The run had {state['processes']} processes and now has {processes}: images would be seen twice or never. "
             "Launch as many as before."
         )
@@ -99,18 +100,23 @@ def earlier_state(output: Path, resume: bool, settings: dict[str, Any], processe
 
 
 def differences(then: dict[str, Any], now: dict[str, Any]) -> str:
-    """The options that were otherwise, as a message has them; empty where none was."""
+    """
+    The options that differ, for a message; empty where none does. A precision that one of both left to `accelerate launch`
+    (`None`) is no difference.
+    """
     changed = [name for name, value in now.items() if then.get(name) != value]
+    if None in (then.get("mixed_precision"), now.get("mixed_precision")):
+        changed = [name for name in changed if name != "mixed_precision"]
     return ", ".join(f"--{name} (was {then.get(name)!r}, is {now[name]!r})" for name in changed)
 
 
 def is_finished(output: Path, written: Path, settings: dict[str, Any]) -> bool:
     """
-    Whether the last run in `output` has come to its end, with these settings: it writes `recipe.yaml` when it starts, at its
-    end `curve.png` and then the card of the folder `written`.
+    Whether the last run in `output` is complete and had these settings: a run writes `recipe.yaml` when it starts, and at
+    its end `curve.png` and then the card of the folder `written`.
 
     Raises:
-        ValueError: it has, with other settings, and left no checkpoint.
+        UsageError: it is complete, had other settings, and left no checkpoint.
     """
     marks = [output / "recipe.yaml", output / "curve.png", written / "README.md"]
     times = [mark.stat().st_mtime_ns for mark in marks if mark.is_file()]
@@ -119,7 +125,7 @@ def is_finished(output: Path, written: Path, settings: dict[str, Any]) -> bool:
     then = yaml.safe_load(marks[0].read_text(encoding="utf-8"))
     changed = differences(then, settings)
     if changed and not list_checkpoints(output):
-        raise ValueError(
+        raise UsageError(
             f"The run in {output} is complete ({written}), and a finished run has no checkpoint to go on from with "
             f"{changed}. Write another run to another folder; --student starts from a finished model."
         )
@@ -127,7 +133,7 @@ def is_finished(output: Path, written: Path, settings: dict[str, Any]) -> bool:
 
 
 def load_checkpoint(accelerator: Accelerator, output: Path) -> dict[str, Any]:
-    """Take up the last complete checkpoint and return its [`read_state`]. Everything must be prepared already."""
+    """Load the last complete checkpoint and return its [`read_state`]. Call it after `accelerator.prepare`."""
     state = read_state(output)
     accelerator.load_state(str(list_checkpoints(output)[-1]))
     return state
@@ -135,8 +141,8 @@ def load_checkpoint(accelerator: Accelerator, output: Path) -> dict[str, Any]:
 
 def cut_log(path: Path, step: int | None = None) -> None:
     """
-    Drop the rows after `step` that a killed run had already written, the resumed run writes them again; and the line that
-    was being written.
+    Drop the rows after `step` that a killed run had written, because the resumed run writes them again, and an incomplete
+    last line.
     """
     if not path.is_file():
         return
@@ -153,9 +159,8 @@ def cut_log(path: Path, step: int | None = None) -> None:
 
 class StopAtStep:
     """
-    Ctrl-C, or the SIGTERM of a cluster that wants its machine back, asks for a stop at the end of the step, where weights
-    and optimizer agree; a second one is at once. A launcher hands on what its processes got already: within two seconds
-    that is no second one.
+    Turns Ctrl-C and SIGTERM into a stop at the end of the step, where weights and optimizer agree. A second signal stops at
+    once, unless it comes within two seconds: launchers hand on signals that their processes got already.
     """
 
     def __init__(self, accelerator: Accelerator):

@@ -1,0 +1,134 @@
+"""Training images: read, augmented and turned into tensors in the workers of a `DataLoader`."""
+
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+
+from spar_hf.data.augmentation import Views, draw_crop, view_generator
+from spar_hf.data.order import Sample
+from spar_hf.model.image_input import to_rgb, turn_upright
+from spar_hf.utils.checkpoints import cut_log
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class LoadedSample:
+    """
+    An image for the model.
+
+    Attributes:
+        index, after: of its [`Sample`].
+        pixel_values: `(1, 3, height, width)`, sides multiples of the patch.
+        target: the teacher's map `(1, dim, height / patch, width / patch)`, where it was computed before.
+    """
+
+    index: int
+    pixel_values: torch.Tensor
+    after: list[int]
+    target: torch.Tensor | None = None
+
+
+@dataclass
+class Skipped:
+    """An image that could not be read, and why."""
+
+    name: str
+    reason: str
+
+
+class SkippedList:
+    """`skipped.jsonl`: the images of a run that could not be read, each once, from any process."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.listed: set[str] = set()
+
+    def start(self, resume: bool) -> None:
+        """Begin anew, or mend the line that a killed run was writing."""
+        if resume:
+            cut_log(self.path)
+        else:
+            self.path.unlink(missing_ok=True)
+
+    def names(self) -> set[str]:
+        if not self.path.is_file():
+            return set()
+        rows = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
+        return {row.get("image", row.get("photo")) for row in rows}  # version 0.1 wrote "photo"
+
+    def count(self) -> int:
+        return len(self.names())
+
+    def add(self, skipped: Skipped) -> None:
+        if skipped.name not in self.listed and skipped.name not in (names := self.names()):
+            self.listed |= names
+            with self.path.open("a", encoding="utf-8") as file:  # a line in one write
+                file.write(json.dumps({"image": skipped.name, "reason": skipped.reason}) + "\n")
+        self.listed.add(skipped.name)
+
+
+class TrainingImages(Dataset):
+    """
+    The image of a sample, resized, cropped, flipped and jittered as (seed, index) says, whatever the worker; a
+    [`Skipped`] where it cannot be read.
+    """
+
+    def __init__(
+        self,
+        sources: list[Any],
+        image_processor,
+        window: int,
+        patch_size: int,
+        views: Views,
+        seed: int = 0,
+        min_side: int = 32,
+    ):
+        self.sources, self.image_processor, self.window, self.patch_size = sources, image_processor, window, patch_size
+        self.views, self.seed, self.min_side = views, seed, min_side
+
+    def read(self, sample: Sample) -> Image.Image:
+        source = sample.source
+        if isinstance(source, tuple):
+            source = self.sources[source[0]].source(source[1])
+        if source is None:
+            raise ValueError("the row holds no image")
+        data = source if isinstance(source, bytes) else Path(source).read_bytes()
+        image = Image.open(BytesIO(data))
+        if min(image.size) < self.min_side:
+            raise ValueError(f"{image.width}×{image.height} px; --min_side is {self.min_side}")
+        return to_rgb(turn_upright(image, "the file"))
+
+    def __getitem__(self, sample: Sample) -> LoadedSample | Skipped:
+        try:
+            image = self.read(sample)
+        except Exception as error:  # each of Pillow's decoders raises its own kind, and no file may end a training
+            return Skipped(sample.name, str(error) or type(error).__name__)
+        crop = draw_crop(image.size, self.window, self.patch_size, self.views, view_generator(self.seed, sample.index))
+        return LoadedSample(sample.index, self.pixels(crop.apply(image)), sample.after)
+
+    def squares(self, samples: list[Sample], side: int) -> Iterator[torch.Tensor]:
+        """The images of samples, those that can be read, as squares of `side` pixels: `(1, 3, side, side)` one by one."""
+        for sample in samples:
+            try:
+                image = self.read(sample)
+            except Exception as error:  # as above; training lists the image
+                logger.warning("%s is passed over: %s", sample.name, error)
+                continue
+            yield self.pixels(image.resize((side, side)))
+
+    def pixels(self, image: Image.Image) -> torch.Tensor:
+        return self.image_processor(image, do_resize=False, return_tensors="pt")["pixel_values"]
+
+
+def only_item(item: Any) -> Any:
+    """Collate function for a loader of single items; a function of a module, so that any worker process can receive it."""
+    return item

@@ -1,0 +1,64 @@
+"""Errors that a user can mend: reported in one line, without a traceback."""
+
+import contextlib
+import logging
+import sys
+from collections.abc import Callable, Iterator
+
+# what the operating system says of a file or folder that the user named; other OSErrors keep their traceback
+PATH_ERRORS = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
+
+
+class UsageError(ValueError):
+    """
+    An option, file or folder that the user has to change. The message says what is wrong and how to mend it.
+
+    A command reports it in one line and exits with status 2; every other `ValueError` is a bug and keeps its traceback.
+
+    Example:
+
+    ```python
+    >>> raise UsageError("--steps 0 must be above 0.")
+    Traceback (most recent call last):
+    spar_hf.utils.errors.UsageError: --steps 0 must be above 0.
+    ```"""
+
+
+class MissingFiles(UsageError, FileNotFoundError):
+    """A folder or file that the user named, or a part of what it should hold, is not there."""
+
+
+@contextlib.contextmanager
+def as_usage_errors() -> Iterator[None]:
+    """
+    Report errors of code that reads what the user named as [`UsageError`]: the files that travel with a checkpoint, and
+    transformers, raise plain `ValueError` and `OSError`. Wrap single calls only, or bugs lose their traceback.
+
+    Example:
+
+    ```python
+    >>> with as_usage_errors():
+    ...     raise OSError("nowhere is not a local folder.")
+    Traceback (most recent call last):
+    spar_hf.utils.errors.UsageError: nowhere is not a local folder.
+    ```"""
+    try:
+        yield
+    except UsageError:
+        raise
+    except (ValueError, OSError) as error:
+        raise UsageError(str(error)) from error
+
+
+def run_command(main: Callable[[], object]) -> None:
+    """
+    Run the `main` of a command: set up its log, and report a [`UsageError`] or a missing file in one line on stderr with
+    exit status 2, as argparse does. Everything else is a bug and is raised.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger("accelerate").setLevel(logging.WARNING)  # it writes five lines for every checkpoint
+    try:
+        main()
+    except (UsageError, *PATH_ERRORS) as error:
+        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+        sys.exit(2)
