@@ -10,10 +10,10 @@ from spar_hf.utils.atomic import write_text, writing_folder
 from spar_hf.utils.image_files import (
     InputImage,
     RunSummary,
+    check_distinct_targets,
+    check_inputs_kept,
     find_images,
     process_images,
-    refuse_overwriting,
-    refuse_twins,
 )
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")  # what overlays are written as
@@ -114,8 +114,8 @@ def segment(
         many = len(found) + len(problems) > 1
         targets = {item: result_paths(item, output, kinds, many, map_output) for item in found}
         files = [(path, item.source) for item, paths in targets.items() for path in paths.values()]
-        refuse_twins(files)
-        refuse_overwriting([path for path, _ in files], found)
+        check_distinct_targets(files)
+        check_inputs_kept([path for path, _ in files], found)
         if "coco" in kinds:
             coco_encoder()
     except (ValueError, ImportError, OSError) as error:
@@ -367,7 +367,7 @@ def features(
                 done.__contains__,
                 report,
                 problems if first else (),
-                bar=first,
+                progress_bar=first,
             )
             writer.close()
             wait()

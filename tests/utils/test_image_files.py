@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from spar_hf.utils.image_files import InputImage, find_images, process_images, refuse_overwriting, url_name
+from spar_hf.utils.image_files import InputImage, check_inputs_kept, find_images, process_images, url_to_file_name
 
 
 @pytest.fixture
@@ -65,19 +65,19 @@ def test_find_images__twins_of_two_folders_are_refused(folder):
 
 def test_find_images__reading_and_writing_one_folder_is_refused(folder):
     for argument in ("in", "in/*.jpg"):
-        with pytest.raises(ValueError, match="read and written at once"):
+        with pytest.raises(ValueError, match="both input and output"):
             find_images([argument], exclude=Path("in"))
     images, _ = find_images(["in/b.jpg"])
-    with pytest.raises(ValueError, match="would overwrite an image"):
-        refuse_overwriting([Path("in/sub/../b.jpg")], images)
+    with pytest.raises(ValueError, match="would overwrite an input"):
+        check_inputs_kept([Path("in/sub/../b.jpg")], images)
 
 
 def test_find_images__what_gives_nothing_is_a_problem_of_its_own(folder):
-    Path("void").mkdir()
-    images, problems = find_images(["in/b.jpg", "gone.jpg", "void", "in/*.gif"])
+    Path("empty").mkdir()
+    images, problems = find_images(["in/b.jpg", "gone.jpg", "empty", "in/*.gif"])
     assert [image.name for image in images] == ["b"]
-    assert [argument for argument, _ in problems] == ["gone.jpg", "void", "in/*.gif"]
-    for (_, message), expected in zip(problems, ("neither a file", "holds no image", "is named like"), strict=True):
+    assert [argument for argument, _ in problems] == ["gone.jpg", "empty", "in/*.gif"]
+    for (_, message), expected in zip(problems, ("neither a file", "contains no image", "matches"), strict=True):
         assert expected in message
 
 
@@ -90,8 +90,8 @@ def test_find_images__what_gives_nothing_is_a_problem_of_its_own(folder):
         ("data:image/png;base64,AAAA", "image"),
     ],
 )
-def test_url_name(url, name):
-    assert url_name(url) == name
+def test_url_to_file_name(url, name):
+    assert url_to_file_name(url) == name
 
 
 IMAGES = [InputImage(f"{name}.jpg", name) for name in "abcd"]
@@ -108,7 +108,7 @@ def test_process_images__one_bad_image_loses_no_other(capsys):
     summary = process_images(IMAGES, work, lambda image: image.name == "c", lines.append, [("gone", "gone is missing")])
     assert done == ["a", "d"] and lines == ["gone is missing", "b.jpg: MemoryError"]
     assert (summary.done, summary.skipped, len(summary.failed), summary.exit_status) == (2, 1, 2, 1)
-    assert "2 done, 1 skipped (written before), 2 failed" in str(summary)
+    assert "2 done, 1 skipped (already written), 2 failed" in str(summary)
     assert "4/4" in capsys.readouterr().err  # the bar
 
 
@@ -117,7 +117,7 @@ def test_process_images__ctrl_c_ends_with_a_summary_and_its_own_status():
         if image.name == "b":
             raise KeyboardInterrupt
 
-    summary = process_images(IMAGES, work, bar=False)
+    summary = process_images(IMAGES, work, progress_bar=False)
     assert summary.done == 1 and summary.exit_status == 130 and "--skip-existing" in str(summary)
 
 
@@ -129,5 +129,5 @@ def test_process_images__a_full_disk_is_not_tried_again_for_every_image():
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with pytest.raises(OSError, match="No space"):
-        process_images(IMAGES, work, bar=False)
+        process_images(IMAGES, work, progress_bar=False)
     assert tried == ["a"]
