@@ -1,4 +1,4 @@
-"""Shared by all tests: offline, two threads at most, tiny models of random weights."""
+"""Fixtures that several rooms use: tiny models of random weights, images, what transformers logs."""
 
 import logging
 import os
@@ -11,38 +11,22 @@ sys.path.append(str(Path(__file__).parents[1] / "training" / "studies"))
 import numpy as np
 import pytest
 import torch
+from launching import reset_accelerate
 from PIL import Image
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast, SiglipTextConfig, SiglipVisionConfig
+from tiny_models import make_tokenizer, randomise, tiny_config
+from transformers import PreTrainedTokenizerFast
 
-from spar_hf import SparConfig, SparForOpenVocabSegmentation, SparImageProcessorPil, SparProcessor
+from spar_hf import SparForOpenVocabSegmentation, SparImageProcessorPil, SparProcessor
 
 torch.set_num_threads(1)  # two workers share two cores
 
 
-def randomise(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """Every weight, bias, norm and scale non-trivial, so that no mistake hides behind a zero or a one."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
-    return model.eval()
-
-
-def tiny_config(**kwargs) -> SparConfig:
-    """Two blocks of width 32 on a 4×4 grid of 16 px patches, with a text tower of the same width."""
-    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
-    vision = SiglipVisionConfig(image_size=64, hidden_act="gelu", layer_norm_eps=1e-6, **shape)
-    text = SiglipTextConfig(
-        vocab_size=64,
-        max_position_embeddings=16,
-        projection_size=32,
-        pad_token_id=0,
-        eos_token_id=1,
-        bos_token_id=None,
-        **shape,
-    )
-    return SparConfig(**{"backbone_config": vision, "text_config": text, **kwargs})
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    """What one test told accelerate, half precision say, must not be inherited by the next one in this process."""
+    reset_accelerate()
+    yield
+    reset_accelerate()
 
 
 @pytest.fixture
@@ -61,28 +45,9 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return make_tokenizer()
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One id per word of the short templates and of some classes, padded to the tiny text tower's 16 tokens."""
-    words = "a photo of the bright dark black and white hard to see road street car automobile sky tree dog cat grass"
-    ids = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", *words.split()])}
-    backend = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
-    backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), normalizers.Replace(".", " ")])
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    backend.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        pad_token="<pad>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        padding_side="right",
-        model_max_length=16,
-        model_input_names=["input_ids"],
-    )
-
-
 @pytest.fixture(scope="session")
 def base_folder(tmp_path_factory):
-    """A saved two-tower model with its processor: a teacher for the training scripts."""
+    """A saved two-tower model with its processor: a teacher for the training commands."""
     folder = tmp_path_factory.mktemp("base")
     with torch.random.fork_rng():
         torch.manual_seed(0)  # the same in every run: how far it can be trained in a few steps is no matter of luck

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from launching import HIDE
 from PIL import Image
 from plain_torch import (
     PlainDinov3Txt,
@@ -22,7 +23,6 @@ from plain_torch import (
     siglip2_shapes,
 )
 from safetensors.torch import save_file
-from test_remote_code import HIDE
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     AutoModel,

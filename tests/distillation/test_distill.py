@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
+from distilling import curve, distil, log_of
 from PIL import Image
 from transformers import (
     AutoConfig,
@@ -27,27 +27,7 @@ from spar_hf import SlidingWindowTeacher, SparForOpenVocabSegmentation, SparImag
 from spar_hf.distillation.cache_teacher import Options as CacheOptions
 from spar_hf.distillation.cache_teacher import make_cache
 from spar_hf.distillation.options import parse_options
-from spar_hf.distillation.trainer import Distillation, main
-
-
-def distil(base, images, output, *options):
-    """A run on the CPU, alone; each is a process of its own to accelerate."""
-    arguments = ["--model", base, "--images", images, "--output", output, "--workers", 0, "--holdout_every", 3]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ACCELERATE_USE_CPU", "true")
-        try:
-            return Distillation(parse_options([*map(str, (*arguments, *options))])).run()
-        finally:
-            AcceleratorState._reset_state(reset_partial_state=True)
-            GradientState._reset_state()
-
-
-def log_of(folder):
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-
-
-def curve(folder):
-    return [(row["step"], row["loss"]) for row in log_of(folder)]
+from spar_hf.distillation.trainer import main
 
 
 def test_student_nears_the_teacher_and_says_how(base_folder, image_folder, tmp_path):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from PIL import Image
-from test_backbones import CONFIGS
+from tiny_models import CONFIGS
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 

@@ -1,51 +1,17 @@
 """The distillation script as processes: killed, on two of them, sharded over them. They are slow to start, so few."""
 
-import os
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
-import psutil
 import pytest
 import torch
-from test_distill import curve, distil
+from distilling import Launcher, curve, distil
+from launching import TRAINING, signal_all
 from transformers import AutoModel
 
-TRAINING = Path(__file__).parents[2] / "training"
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(TRAINING.parent), *sys.path])}
 # four images a step, on one process or two
 SETTING = ("--steps", 8, "--learning_rate", 1e-3, "--train_layers", "all", "--teacher_windows", 3, "--save_steps", 1)
 SETTING += ("--eval_steps", 4, "--picture_steps", 0, "--log_steps", 1, "--holdout_every", 3, "--workers", 0)
 SETTING += ("--report_to", "none")
-
-
-class Launcher:
-    """Runs of one base on one folder of images."""
-
-    def __init__(self, base, images):
-        self.data = base, images
-
-    def start(self, output, *options, config=None, script=TRAINING / "distill.py", **environment):
-        command = [sys.executable]
-        if config:
-            command += ["-m", "accelerate.commands.launch", "--config_file", str(TRAINING / "configs" / config)]
-            command += ["--main_process_port", "0", "--mixed_precision", "no"]
-        command += [*map(str, script if isinstance(script, tuple) else (script,)), "--output", str(output)]
-        command += ["--model", str(self.data[0]), "--images", str(self.data[1])]
-        return subprocess.Popen(
-            [*command, *map(str, options)],
-            env={**ENVIRONMENT, "ACCELERATE_USE_CPU": "true", **environment},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
-    def finish(self, output, *options, **kwargs):
-        run = self.start(output, *options, **kwargs)
-        _, said = run.communicate()
-        assert run.returncode == 0, said[-4000:]
-        return output / "model"
 
 
 @pytest.fixture(scope="module")
@@ -65,13 +31,6 @@ def whole(launcher, tmp_path_factory):
         1: distil(*launcher.data, folder / "1", *SETTING, *accumulate(1)),
         2: launcher.finish(folder / "2", *SETTING, *accumulate(2), config="multi_gpu.yaml"),
     }
-
-
-def signal_all(run, number):
-    """A launcher gives each of its processes a session of its own, so a group is not enough."""
-    launched = psutil.Process(run.pid)
-    for process in [launched, *launched.children(recursive=True)]:
-        process.send_signal(number)
 
 
 def kill_in_the_middle_of_writing(run, output, first):

@@ -5,9 +5,9 @@ import shutil
 
 import pytest
 import torch
-from conftest import randomise, tiny_config
+from distilling import distil
 from sklearn.datasets import load_sample_image
-from test_distill import distil
+from tiny_models import randomise, tiny_config
 from transformers import AutoModel, DINOv3ViTConfig, SiglipVisionConfig
 
 from spar_hf import SPAR_TINY_BASE, SparConfig, SparImageProcessorPil, SparVisionModel

@@ -4,9 +4,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import randomise, tiny_config
 from huggingface_hub import ModelCard
 from PIL import Image
+from tiny_models import randomise, tiny_config
 from transformers import pipeline
 
 from spar_hf import SparForOpenVocabSegmentation, SparImageProcessorPil, SparProcessor, SparVisionModel

@@ -13,8 +13,8 @@ from random import Random
 import numpy as np
 import pytest
 import torch
+from launching import signal_all
 from PIL import Image
-from test_distill_resume import signal_all
 from transformers import HfArgumentParser
 
 from spar_hf import SlidingWindowTeacher, SparImageProcessorPil, SparVisionModel

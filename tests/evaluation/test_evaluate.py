@@ -9,10 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
-from conftest import randomise, tiny_config
 from huggingface_hub import ModelCard
 from PIL import Image
+from tiny_models import randomise, tiny_config
 from torch.nn import functional as F
 from transformers import HfArgumentParser
 
@@ -30,14 +29,6 @@ VOID = 255
 CLASSES = ["road", "sky-other-merged", "null", "tree-merged", "car", "dog"]  # no mask holds the last one
 LABELS = ["road", "sky", "background", "tree", "car", "dog"]
 SIZES = [(70, 101), (64, 64), (47, 90), (131, 66), (80, 83)]  # height, width
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    """What another script in this process set (half precision, say) must not be inherited."""
-    AcceleratorState._reset_state(True)
-    yield
-    AcceleratorState._reset_state(True)
 
 
 @pytest.fixture

@@ -4,9 +4,9 @@ import io
 import json
 
 import pytest
-from conftest import tiny_config
 from huggingface_hub import ModelCard
 from rich.console import Console
+from tiny_models import tiny_config
 
 from spar_hf.data.benchmarks import SegmentationSet, table_of_lines
 from spar_hf.data.segmentation_sets import VOID

@@ -10,11 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
-from conftest import randomise
 from PIL import Image
 from safetensors.torch import load_file
-from test_backbones import CONFIGS
+from tiny_models import CONFIGS, randomise
 from torch.nn import functional as F
 from transformers import AutoModelForSemanticSegmentation, DINOv3ViTModel, pipeline
 
@@ -28,14 +26,6 @@ from spar_hf.model.segmentation import decide
 SCRIPT = Path(__file__).parents[2] / "training" / "linear_probe.py"
 COLOURS = np.array([[200, 40, 40], [40, 200, 40], [40, 40, 220]], np.uint8)
 CLASSES = ["red", "green", "blue"]
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    """What another script in this process set (half precision, say) must not be inherited."""
-    AcceleratorState._reset_state(True)
-    yield
-    AcceleratorState._reset_state(True)
 
 
 @pytest.fixture(scope="module")

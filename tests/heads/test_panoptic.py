@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import randomise, tiny_config
 from PIL import Image
+from tiny_models import randomise, tiny_config
 from torch.utils.data import DataLoader
 from transformers import AutoImageProcessor, AutoModelForUniversalSegmentation, pipeline
 

@@ -5,38 +5,25 @@ import sys
 
 import pytest
 import torch
-from conftest import randomise
 from safetensors.torch import load_file, save_file
+from tiny_models import CONFIGS, GRID, SHAPE, randomise
 from torch.export import Dim
 from transformers import (
     AutoBackbone,
     AutoModel,
     CLIPConfig,
     CLIPModel,
-    CLIPVisionConfig,
     CLIPVisionModelWithProjection,
-    DINOv3ViTConfig,
     DINOv3ViTModel,
     Siglip2Config,
     Siglip2Model,
-    Siglip2VisionConfig,
     SiglipConfig,
     SiglipModel,
-    SiglipVisionConfig,
 )
 
 from spar_hf import SlidingWindowTeacher, SparBackbone, SparConfig, SparForOpenVocabSegmentation, SparVisionModel
 from spar_hf.model.readouts import READOUTS
 
-SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
-GRID = {"image_size": 32, "patch_size": 8}
-CONFIGS = {
-    "siglip": lambda: SiglipVisionConfig(**SHAPE, **GRID),
-    "naflex": lambda: Siglip2VisionConfig(**SHAPE, patch_size=8, num_patches=16),
-    "maskclip": lambda: CLIPVisionConfig(**SHAPE, **GRID, projection_dim=24),
-    "dinov3": lambda: DINOv3ViTConfig(**SHAPE, **GRID, num_register_tokens=4, pos_embed_rescale=2.0),
-    "dinov3txt": lambda: DINOv3ViTConfig(**SHAPE, **GRID, num_register_tokens=4, pos_embed_rescale=2.0),
-}
 # native grid, as many patches in another shape, portrait, no multiples
 SIZES = [(32, 32), (16, 64), (64, 16), (35, 39), (51, 23)]
 

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import tiny_config
+from tiny_models import tiny_config
 from transformers import AutoConfig, SiglipConfig, SiglipTextConfig, SiglipVisionConfig
 
 from spar_hf import SparConfig

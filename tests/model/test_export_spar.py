@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import randomise, tiny_config
+from tiny_models import randomise, tiny_config
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.export import Dim
 

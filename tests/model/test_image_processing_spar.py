@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_config
 from PIL import Image
+from tiny_models import tiny_config
 from transformers import AutoImageProcessor
 from transformers.models.auto import image_processing_auto
 

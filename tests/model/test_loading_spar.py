@@ -9,10 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import tiny_config
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
-from test_modeling_spar import attention_of, prompts, random_images
+from tiny_models import attention_of, prompts, random_images, tiny_config
 from transformers import (
     AutoConfig,
     AutoModel,

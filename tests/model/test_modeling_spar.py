@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import tiny_config
+from tiny_models import attention_of, prompts, random_images, tiny_config
 from torch.nn import functional as F
 from transformers import (
     SiglipTextModel,
@@ -97,15 +97,6 @@ def reference_texts(state, input_ids):
 @pytest.fixture
 def state(two_towers):
     return two_towers.state_dict()
-
-
-def random_images(size, batch=2, seed=1):
-    return torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(seed))
-
-
-def prompts(names=3, length=None, seed=2):
-    length = tiny_config().text_config.max_position_embeddings if length is None else length
-    return torch.randint(2, 64, (names, length), generator=torch.Generator().manual_seed(seed))
 
 
 def close(actual, expected, atol=5e-5):
@@ -282,15 +273,6 @@ def test_backbone_without_pooling_head_is_refused():
 
 
 # --- outputs that are recorded on request ---
-
-
-def attention_of(two_towers):
-    return [
-        two_towers.config._attn_implementation,
-        two_towers.vision_model.config._attn_implementation,
-        two_towers.vision_model.backbone.config._attn_implementation,
-        two_towers.text_model.config._attn_implementation,
-    ]
 
 
 @torch.no_grad()

@@ -8,10 +8,10 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import randomise, tiny_config
+from launching import HIDE
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_remote_code import HIDE
+from tiny_models import randomise, tiny_config
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoImageProcessor, AutoModel, AutoModelForSemanticSegmentation, pipeline

@@ -9,9 +9,9 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import randomise, tiny_config
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from tiny_models import randomise, tiny_config
 from torch.nn import functional as F
 from transformers import (
     AutoImageProcessor,

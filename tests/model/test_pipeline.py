@@ -436,7 +436,7 @@ def test_any_size_mode_and_vocabulary(small_segment, height, width, mode, classe
 
 @pytest.fixture(scope="module")
 def small_segment():
-    from conftest import randomise, tiny_config
+    from tiny_models import randomise, tiny_config
 
     parts = {"tokenizer": AutoTokenizer.from_pretrained(SPAR_TINY), "image_processor": SparImageProcessorPil()}
     config = tiny_config()

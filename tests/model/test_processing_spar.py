@@ -8,8 +8,8 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_config
 from PIL import Image
+from tiny_models import tiny_config
 from transformers import AutoProcessor, PreTrainedTokenizerFast
 
 from spar_hf import SparImageProcessorPil, SparProcessor, SparVisionModel

@@ -6,20 +6,13 @@ import sys
 
 import pytest
 import torch
+from launching import HIDE
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import pipeline
 
 from spar_hf import SPAR_TINY, SparProcessor, SparVisionModel
 
-HIDE = """
-import sys
-class Hidden:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "spar_hf":
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-sys.meta_path.insert(0, Hidden())
-"""
 USE = """
 import sys, torch, numpy as np
 from PIL import Image

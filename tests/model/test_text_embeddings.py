@@ -5,9 +5,9 @@ import json
 
 import pytest
 import torch
-from conftest import randomise, tiny_config
 from safetensors import safe_open
 from safetensors.torch import save_file
+from tiny_models import randomise, tiny_config
 
 from spar_hf import SparForOpenVocabSegmentation
 from spar_hf.model.prompts import embed_names

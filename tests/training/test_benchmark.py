@@ -6,8 +6,7 @@ import benchmark_distill
 import pytest
 import torch
 from benchmark import Options, load, plain_pass, run
-from conftest import randomise
-from test_backbones import CONFIGS
+from tiny_models import CONFIGS, randomise
 
 from spar_hf import SparConfig, SparVisionModel
 

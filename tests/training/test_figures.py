@@ -12,21 +12,13 @@ import numpy as np
 import pytest
 import strength
 import yaml
-from accelerate.state import AcceleratorState
-from conftest import randomise, tiny_config
 from PIL import Image
+from tiny_models import randomise, tiny_config
 from transformers import HfArgumentParser
 
 from spar_hf import SparForOpenVocabSegmentation, SparImageProcessorPil
 from spar_hf.evaluation.evaluator import evaluate_runs
 from spar_hf.evaluation.options import Options
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    AcceleratorState._reset_state(True)
-    yield
-    AcceleratorState._reset_state(True)
 
 
 @pytest.fixture

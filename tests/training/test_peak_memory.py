@@ -5,9 +5,8 @@ import sys
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
-from conftest import randomise, tiny_config
 from PIL import Image
+from tiny_models import randomise, tiny_config
 
 from spar_hf import SparForOpenVocabSegmentation, SparImageProcessorPil
 from spar_hf.evaluation.evaluator import evaluate_runs
@@ -17,13 +16,6 @@ from spar_hf.evaluation.options import Options
 pytestmark = pytest.mark.skipif(
     not sys.platform.startswith("linux"), reason="resident memory is read from Linux's /proc"
 )
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    AcceleratorState._reset_state(True)
-    yield
-    AcceleratorState._reset_state(True)
 
 
 def test_peak_memory_of_work_on_a_cpu():

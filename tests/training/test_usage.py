@@ -5,7 +5,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from accelerate.state import AcceleratorState, GradientState
 
 from spar_hf import SPAR_TINY
 from spar_hf.utils import usage
@@ -45,12 +44,8 @@ def test_wrong_options_and_missing_folders_are_one_line_and_exit_status_2(script
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     monkeypatch.setattr(sys, "argv", [script, *options])
-    try:
-        with pytest.raises(SystemExit) as stop:
-            runpy.run_path(str(next(TRAINING.rglob(f"{script}.py"))), run_name="__main__")
-    finally:
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(next(TRAINING.rglob(f"{script}.py"))), run_name="__main__")
     said = capsys.readouterr().err
     assert stop.value.code == 2 and said.startswith("error: ") and said.count("\n") == 1 and message in said, said
 
