@@ -4,7 +4,8 @@ import json
 import shutil
 import signal
 import time
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -67,13 +68,40 @@ def read_state(output: Path) -> dict[str, Any]:
 
 
 def settings_of(options: Any, free: set[str]) -> dict[str, Any]:
-    """The fields of a dataclass that a resumed run must share, without those of `free`, as JSON and YAML return them."""
-    return json.loads(json.dumps({name: value for name, value in asdict(options).items() if name not in free}))
+    """
+    The options that a resumed run must share, as JSON and YAML return them. Options composed of dataclasses give the fields
+    of each of them.
+
+    Args:
+        options: a dataclass.
+        free: names of fields to leave out: what a resumed run may have otherwise.
+    """
+    settings: dict[str, Any] = {}
+    for field in fields(options):
+        value = getattr(options, field.name)
+        if is_dataclass(value):
+            settings |= settings_of(value, free)
+        elif field.name not in free:
+            settings[field.name] = value
+    return json.loads(json.dumps(settings))
 
 
-def earlier_state(output: Path, resume: bool, settings: dict[str, Any], processes: int) -> dict[str, Any] | None:
+def earlier_state(
+    output: Path,
+    resume: bool,
+    settings: dict[str, Any],
+    processes: int,
+    upgrade: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+) -> dict[str, Any] | None:
     """
     The `state` of the last complete checkpoint of a resumed run; `None` for a new run.
+
+    Args:
+        output: folder of the run.
+        resume: whether the run goes on from there.
+        settings: its options, see [`settings_of`].
+        processes: how many take part.
+        upgrade: gives the options of a run of an earlier version the names and values of today.
 
     Raises:
         MissingFiles: there is no checkpoint to resume from.
@@ -89,7 +117,8 @@ def earlier_state(output: Path, resume: bool, settings: dict[str, Any], processe
     state = read_state(output)
     if "settings" not in state or "processes" not in state:
         raise UsageError(f"The checkpoints in {output} are of an earlier version, which did not say how it ran.")
-    if changed := differences(state["settings"], settings):
+    then = state["settings"] if upgrade is None else upgrade(state["settings"])
+    if changed := differences(then, settings):
         raise UsageError(f"--resume goes on with the same options, but {changed}. Write another run to another folder.")
     if state["processes"] != processes:
         raise UsageError(

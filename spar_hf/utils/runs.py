@@ -9,8 +9,10 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
-from spar_hf.utils.checkpoints import cut_log
+from spar_hf.utils.checkpoints import StopAtStep, cut_log, save_checkpoint
 from spar_hf.utils.errors import UsageError
+
+logger = logging.getLogger(__name__)
 
 
 def start_accelerator(
@@ -78,6 +80,48 @@ class RunLog:
         """Close the file."""
         if self.file is not None:
             self.file.close()
+
+
+class Checkpointing:
+    """
+    Writes a checkpoint every few steps, and one more where Ctrl-C or SIGTERM ends the run early. It takes over these
+    signals until it is closed.
+
+    Args:
+        accelerator: of the run.
+        output: folder of the run.
+        settings: options that a resumed run must share.
+        every: steps between checkpoints.
+        steps: of the whole run; none is written after the last.
+    """
+
+    def __init__(self, accelerator: Accelerator, output: Path, settings: dict[str, Any], every: int, steps: int):
+        self.accelerator, self.output, self.settings = accelerator, output, settings
+        self.every, self.steps = every, steps
+        self.stop = StopAtStep(accelerator)
+
+    def after_step(self, step: int, **state: Any) -> bool:
+        """
+        Whether the run must end here, its checkpoint written. All processes must call it after every step.
+
+        Args:
+            step: steps done so far.
+            state: what the checkpoint keeps beside weights, optimizer and schedule, as JSON.
+        """
+        if step >= self.steps:
+            return False
+        stopped = self.stop.asked()
+        if stopped or step % self.every == 0:
+            folder = save_checkpoint(self.accelerator, self.output, step, settings=self.settings, **state)
+            if stopped:
+                logger.info(
+                    "Stopped after step %d; %s is complete. Go on with the same command and --resume.", step, folder
+                )
+        return stopped
+
+    def close(self) -> None:
+        """Give the signals back."""
+        self.stop.restore()
 
 
 def end_run(accelerator: Accelerator, *prepared: Any) -> None:
