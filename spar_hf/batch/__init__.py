@@ -1,1 +1,1 @@
-"""Features of many images."""
+"""Batch processing: features of many images as files."""

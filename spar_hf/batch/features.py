@@ -1,10 +1,10 @@
-"""What `spar-hf features` writes: dense features of images as safetensors, one file per image or shards with an index."""
+"""Dense features of many images as safetensors: one file per image, or shards with an index. Used by `spar-hf features`."""
 
 import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cached_property
@@ -15,17 +15,17 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from spar_hf.cli.commands import quiet_transformers
 from spar_hf.model.image_processing_spar import SparImageProcessorPil
 from spar_hf.model.modeling_spar import SparVisionModel
 from spar_hf.model.pipeline import check_device
 from spar_hf.registration import SPAR_TINY
 from spar_hf.teacher import SlidingWindowTeacher
 from spar_hf.utils.atomic import write_atomically, write_json
+from spar_hf.utils.errors import UsageError
 from spar_hf.utils.fingerprint import fingerprint
 from spar_hf.utils.image_files import InputImage
 
-KEY = "feature_map"  # of the tensor in a file of one image
+KEY = "feature_map"  # name of the tensor in the file of one image
 INDEX = "features.safetensors.index.json"
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -33,20 +33,20 @@ DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch
 @dataclass
 class FeatureExtractor:
     """
-    Dense features of images by a model's one pass or its sliding window.
+    Computes dense features of images with a model in one pass, or with its sliding window.
 
     Args:
-        model (`str`, *optional*): folder or hub id of a SPAR model, with or without text tower, or of an untouched backbone;
-            the embedded model by default.
-        shortest_edge (`int`, *optional*): shorter side of the working image in pixels; the checkpoint's by default.
-        normalize (`bool`, *optional*, defaults to `False`): whether every patch's feature gets unit length.
-        dtype (`str`, *optional*, defaults to `"float32"`): of the features: `"float16"`, `"bfloat16"` or `"float32"`.
-        stride (`int`, *optional*): step of the sliding window in pixels; one pass by default.
-        window_size (`int`, *optional*): side of the window in pixels; the model's own by default.
-        device (`str`, *optional*): where the model runs; a graphics card by default where there is one.
+        model: folder or hub id of a SPAR model, with or without text tower, or of a pretrained backbone of transformers; the
+            embedded spar-tiny by default.
+        shortest_edge: shorter side of the working size in pixels; the checkpoint's by default.
+        normalize: whether to scale the feature of every patch to unit length.
+        dtype: of the features: `"float16"`, `"bfloat16"` or `"float32"`.
+        stride: stride of the sliding window in pixels; one pass by default.
+        window_size: side of the window in pixels; the model's by default.
+        device: of the model; CUDA by default if available, else the CPU.
 
     Raises:
-        ValueError: an unknown dtype or device, a window without a stride, or a stride that misses pixels.
+        ValueError: an unknown dtype or device, a window without stride, or a stride larger than the window.
         OSError: no such folder or repository.
 
     Example:
@@ -72,10 +72,9 @@ class FeatureExtractor:
 
     def __post_init__(self):
         if self.dtype not in DTYPES:
-            raise ValueError(f"Unknown dtype {self.dtype!r}; use {', '.join(DTYPES)}.")
+            raise UsageError(f"Unknown dtype {self.dtype!r}; use one of {', '.join(DTYPES)}.")
         if self.window_size is not None and self.stride is None:
-            raise ValueError("A window needs a step: give a stride, 24 pixels say.")
-        quiet_transformers()
+            raise UsageError("A window size needs a stride: give a stride too, for example 24 pixels.")
         check_device(self.device)
         device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
         folder = SPAR_TINY if self.model is None else self.model
@@ -91,8 +90,8 @@ class FeatureExtractor:
     @cached_property
     def settings(self) -> dict[str, Any]:
         """
-        What the features of all images share; files of other settings are not to be mixed with. A folder of the same name
-        may hold other weights: `fingerprint` tells.
+        Settings that all images share and that every file records, so that files of other settings are not mixed with.
+        `fingerprint` identifies the weights and the image processing, since folders may have the same name.
         """
         model = self.encoder if self.stride is None else self.encoder.model
         parts = fingerprint(model) + self.image_processor.to_json_string()
@@ -111,14 +110,15 @@ class FeatureExtractor:
     def __call__(self, source: str) -> tuple[torch.Tensor, dict[str, Any]]:
         """
         Args:
-            source (`str`): file or URL.
+            source: file or URL.
 
         Returns:
-            Features `(dim, ceil(height / patch), ceil(width / patch))` of the working image, on the CPU, and a record with
-            `image`, `original_size` and `working_size`, both `[height, width]` in pixels.
+            The feature map `(dim, ceil(height / patch), ceil(width / patch))` on the CPU, where height and width are those
+            of the working size; and a record with `image` (the source), `original_size` and `working_size`, both
+            `[height, width]` in pixels.
 
         Raises:
-            ValueError: an image that cannot be read, or features beyond the numbers of half precision.
+            ValueError: an image that cannot be read, or features beyond the range of float16.
         """
         options = {} if self.shortest_edge is None else {"size": {"shortest_edge": self.shortest_edge}}
         inputs = self.image_processor(source, return_tensors="pt", **options)
@@ -138,25 +138,25 @@ class FeatureExtractor:
 
 
 def as_metadata(values: dict[str, Any]) -> dict[str, str]:
-    """safetensors' metadata are strings: each value as JSON, a string as it is."""
+    """Metadata of safetensors, which are strings: strings unchanged, other values as JSON."""
     return {key: value if isinstance(value, str) else json.dumps(value) for key, value in values.items()}
 
 
 def check_settings(file: Path, settings: dict[str, Any]) -> list[str]:
     """
-    The tensors of a file written before, if it was written with the same settings.
+    Names of the tensors in an existing file that was written with the same settings.
 
     Raises:
-        ValueError: with other settings, or the file cannot be read.
+        UsageError: it was written with other settings, or cannot be read.
     """
     try:
         with safe_open(file, "pt") as opened:
             metadata, keys = opened.metadata() or {}, list(opened.keys())
-    except Exception as error:  # safetensors has an error class of its own in every version
-        raise ValueError(f"{file} is no safetensors file ({error}). Remove it, or name another folder.") from error
+    except Exception as error:  # the error class of safetensors depends on its version
+        raise UsageError(f"{file} is not a safetensors file ({error}). Remove it, or name another folder.") from error
     for key, value in as_metadata(settings).items():
         if metadata.get(key) != value:
-            raise ValueError(
+            raise UsageError(
                 f"{file} was written with {key}={metadata.get(key)}, not {value}. Name another folder, or repeat the "
                 "options of the earlier run."
             )
@@ -164,30 +164,50 @@ def check_settings(file: Path, settings: dict[str, Any]) -> list[str]:
 
 
 class FileWriter:
-    """One file per image: `sub/street.safetensors` with the tensor `feature_map`, everything else in its metadata."""
+    """
+    Writes one file per image: `sub/street.safetensors` with the tensor `feature_map`; settings and record are its metadata.
+
+    Args:
+        output: folder to write.
+        settings: see [`FeatureExtractor.settings`].
+    """
 
     def __init__(self, output: Path, settings: dict[str, Any]):
         self.output, self.settings = output, settings
 
     def target(self, image: InputImage) -> Path:
+        """File of an image."""
         return self.output / f"{image.name}.safetensors"
 
     def is_done(self, image: InputImage) -> bool:
-        """Whether the image's file is there, with these settings."""
+        """Whether the file of the image exists. Raises `UsageError` if it was written with other settings."""
         return self.target(image).is_file() and bool(check_settings(self.target(image), self.settings))
 
     def add(self, image: InputImage, features: torch.Tensor, record: dict[str, Any]) -> None:
+        """Write the features of an image."""
         metadata = as_metadata({**self.settings, **record})
         write_atomically(self.target(image), lambda path: save_file({KEY: features}, path, metadata))
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Nothing to do: every file is complete when it is written."""
+
+    def write_index(self) -> None:
+        """Nothing to do: files of single images need no index."""
 
 
 class ShardWriter:
     """
-    Files of about `shard_bytes` with a tensor per image, named as the image (`sub/street`); the metadata hold the settings
-    and under `images` the records of all, by name, as JSON. Every process writes files of its own number.
+    Writes shards with one tensor per image, named after the image (`sub/street`). The metadata are the settings and, under
+    `photos`, the records by image name as JSON.
+
+    Args:
+        output: folder to write; shards of an earlier run in it are continued.
+        settings: see [`FeatureExtractor.settings`].
+        shard_bytes: size from which a shard is written.
+        process: index of this process, part of the names of its shards.
+
+    Raises:
+        UsageError: the folder has shards with other settings.
     """
 
     def __init__(self, output: Path, settings: dict[str, Any], shard_bytes: int, process: int = 0):
@@ -199,16 +219,17 @@ class ShardWriter:
         self.records: dict[str, dict[str, Any]] = {}
 
     def is_done(self, image: InputImage) -> bool:
-        """Whether a shard of an earlier run holds the image."""
+        """Whether a shard of an earlier run contains the image."""
         return image.name in self.written
 
     def add(self, image: InputImage, features: torch.Tensor, record: dict[str, Any]) -> None:
+        """Keep the features of an image, and write a shard if they are large enough together."""
         self.tensors[image.name], self.records[image.name] = features, record
         if sum(tensor.nbytes for tensor in self.tensors.values()) >= self.shard_bytes:
             self.close()
 
     def close(self) -> None:
-        """Write what is held."""
+        """Write the features that are still in memory."""
         if not self.tensors:
             return
         metadata = as_metadata({**self.settings, "photos": self.records})
@@ -218,48 +239,90 @@ class ShardWriter:
         self.number += 1
         self.tensors, self.records = {}, {}
 
+    def write_index(self) -> None:
+        """Write the index of the shards of all processes, in the format of transformers: `weight_map` from image to file."""
+        weight_map, size = {}, 0
+        for shard in list_shards(self.output):
+            size += shard.stat().st_size
+            weight_map.update(dict.fromkeys(check_settings(shard, self.settings), shard.name))
+        index = {"metadata": {**self.settings, "total_size": size}, "weight_map": weight_map}
+        write_json(self.output / INDEX, index)
+
 
 def list_shards(output: Path) -> list[Path]:
+    """The shards in a folder, of all processes."""
     return sorted(output.glob("features-[0-9]*-[0-9]*.safetensors"))
 
 
-def write_index(output: Path, settings: dict[str, Any]) -> int:
+@dataclass(frozen=True)
+class Processes:
     """
-    The index of all shards, in the form of transformers: `weight_map` from the image's name to its file.
+    This process among those that `accelerate launch` started.
 
-    Returns:
-        Number of images in it.
+    Attributes:
+        index: of this process, from 0.
+        count: number of processes.
+        device: of this process; `None` leaves the choice to the caller.
+        wait: waits until every process has called it.
     """
-    weight_map, size = {}, 0
-    for shard in list_shards(output):
-        size += shard.stat().st_size
-        weight_map.update(dict.fromkeys(check_settings(shard, settings), shard.name))
-    index = {"metadata": {**settings, "total_size": size}, "weight_map": weight_map}
-    write_json(output / INDEX, index)
-    return len(weight_map)
+
+    index: int = 0
+    count: int = 1
+    device: str | None = None
+    wait: Callable[[], None] = lambda: None
+
+    def share(self, images: Sequence[InputImage]) -> Sequence[InputImage]:
+        """
+        The images of this process: every `count`-th one, independent of what exists already.
+
+        Example:
+
+        ```python
+        >>> Processes(index=1, count=2).share("abcde")
+        'bd'
+        ```"""
+        return images[self.index :: self.count]
 
 
 @contextlib.contextmanager
-def processes() -> Iterator[tuple[int, int, str | None, Any]]:
-    """
-    This process among those that `accelerate launch` has started: its number, how many there are, its device (`None`: not
-    chosen) and a function that waits for all. One process alone needs no accelerate.
-    """
+def launched_processes() -> Iterator[Processes]:
+    """Join the processes that `accelerate launch` started. A single process needs no accelerate."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield 0, 1, None, lambda: None
+        yield Processes()
         return
     from accelerate import PartialState
 
-    # without `cpu` accelerate takes every process for the only one where there is no graphics card
+    # without an accelerator, PartialState only joins the other processes if `cpu` is set
     cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true") or not torch.accelerator.is_available()
-    # whoever has the small images waits for the others, and the default patience is minutes
+    # a process with small images waits long for the others; the default timeout is minutes
     state = PartialState(cpu=cpu, timeout=timedelta(days=7))
     try:
-        yield state.process_index, state.num_processes, str(state.device), state.wait_for_everyone
+        yield Processes(state.process_index, state.num_processes, str(state.device), state.wait_for_everyone)
     finally:
         state.destroy_process_group()
 
 
-def share(images: Sequence[InputImage], process: int, count: int) -> Sequence[InputImage]:
-    """Every `count`-th image: each belongs to one process, whatever was written before."""
-    return images[process::count]
+def open_writer(
+    output: Path, settings: dict[str, Any], shard_size: float | None, skip_existing: bool, processes: Processes
+) -> FileWriter | ShardWriter:
+    """
+    The writer of a run.
+
+    Args:
+        output: folder to write.
+        settings: see [`FeatureExtractor.settings`].
+        shard_size: size of a shard in MB; `None` for a file per image.
+        skip_existing: whether to continue the shards of an earlier run.
+        processes: the processes of the run, each of which calls this.
+
+    Raises:
+        UsageError: the folder has shards, with other settings or without `skip_existing`.
+    """
+    if shard_size is None:
+        return FileWriter(output, settings)
+    if list_shards(output) and not skip_existing:
+        raise UsageError(
+            f"{output} has shards of an earlier run. Use --skip-existing to continue it, or name another folder."
+        )
+    processes.wait()  # no process writes before all have checked
+    return ShardWriter(output, settings, int(shard_size * 1e6), processes.index)

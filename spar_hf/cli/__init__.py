@@ -1,1 +1,1 @@
-"""`spar-hf`, the command line."""
+"""The command line, `spar-hf`: one module per command, assembled in `main`."""

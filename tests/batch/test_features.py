@@ -108,7 +108,7 @@ def test_single_files_go_on_too_and_a_bad_image_loses_no_other(model, images, tm
     (images / "broken.png").write_bytes((images / "a.png").read_bytes()[:400])
     assert "5 done, 1 failed" in run(images, "--model", model, "--output", output, status=1)
     (output / "c.safetensors").unlink()
-    assert "1 done, 4 skipped (written before), 1 failed" in run(
+    assert "1 done, 4 skipped (already written), 1 failed" in run(
         images, "--model", model, "--output", output, "--skip-existing", status=1
     )
     assert "dtype=float32" in run(

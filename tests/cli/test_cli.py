@@ -38,18 +38,18 @@ def images(tmp_path):
     return folder
 
 
-def test_help_is_immediate_and_imports_no_torch():
+def test_help_imports_neither_torch_nor_transformers():
     code = """
 import sys
 sys.argv = ["spar-hf"]
 from spar_hf.cli.main import main
-for command in ([], ["segment"], ["features"], ["app"], ["convert"]):
+for command in ([], ["segment"], ["features"], ["app"], ["convert"], ["bake"]):
     sys.argv[1:] = [*command, "--help"]
     try:
         main()
     except SystemExit as stop:
         assert stop.code == 0
-print("torch" in sys.modules)
+print("torch" in sys.modules or "transformers" in sys.modules)
 """
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "--labels" in process.stdout and "--stride" in process.stdout
@@ -128,7 +128,7 @@ def test_skip_existing_goes_on_and_keeps_other_classes_apart(images, tmp_path):
     time = kept.stat().st_mtime_ns
     lost.unlink()
     text = run(images / "*.png", images / "street.jpg", *options, "--skip-existing", status=1)
-    assert "1 done, 1 skipped (written before), 1 failed" in text
+    assert "1 done, 1 skipped (already written), 1 failed" in text
     assert lost.is_file() and kept.stat().st_mtime_ns == time
     others = ["--labels", "dog; cat", "--output", output, "--format", "map,json", "--skip-existing"]
     assert "results for other classes" in run(images / "*.png", images / "street.jpg", *others, status=2)
@@ -148,7 +148,7 @@ def test_labels_from_a_file_and_unsure_pixels_to_a_background(images, tmp_path):
 
 @pytest.mark.parametrize(("classes", "mode"), [(2, "L"), (257, "I;16")])
 def test_label_maps_have_as_many_bits_as_the_classes_need(classes, mode, tmp_path):
-    from spar_hf.cli.outputs import write_results
+    from spar_hf.cli.result_files import write_results
 
     label_map = np.zeros((6, 5), np.int32)
     label_map[2:] = classes - 1
@@ -179,7 +179,7 @@ def test_a_bad_image_is_one_line_and_exit_status_1(images, tmp_path, image, mess
     [
         ({"--labels": " ; "}, "at least one class"),
         ({"--labels": "sky; Sky"}, "stand twice"),
-        ({"--labels": "@nowhere.txt"}, "Cannot read the labels"),
+        ({"--labels": "@nowhere.txt"}, "nowhere.txt"),
         ({"--format": "overlay,svg"}, "overlay, map, coco, json"),
         ({"--output": "out.gif"}, "must end in .png"),
         ({"--output": "out.jpg", "--format": "map"}, "must end in .png"),
@@ -202,7 +202,7 @@ def test_several_images_need_a_folder_that_is_not_their_own(images, tmp_path):
         assert message in run(images, "--labels", LABELS, *options, status=2)
 
     refuse("need a folder", "--output", tmp_path / "out.png")
-    refuse("read and written at once", "--output", images)
+    refuse("both input and output", "--output", images)
     refuse("one image", "--output", tmp_path / "out", "--map", tmp_path / "map.png")
 
 

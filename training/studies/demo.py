@@ -21,8 +21,9 @@ from PIL import Image
 from transformers import HfArgumentParser
 
 from spar_hf import SPAR_TINY, SPAR_TINY_BASE
-from spar_hf.cli.commands import load_pipeline, read_words, timed
-from spar_hf.cli.visualization import overlay, palette
+from spar_hf.cli.labels import parse_labels
+from spar_hf.cli.overlays import overlay, palette
+from spar_hf.cli.pipelines import load_pipeline, segment_timed
 from spar_hf.model.image_input import read_image, to_rgb
 from spar_hf.utils.atomic import write_text
 from spar_hf.utils.image_files import InputImage, find_images, process_images
@@ -174,7 +175,7 @@ def run(options: Options, report: Callable[[str], None] = logger.error) -> Path:
     words = PRESETS.get(options.vocabulary, options.vocabulary)
     found = packaged_images() if options.packaged else {}
     found.update(own_images(options.images or [], options.max_images, words))
-    vocabularies = {text: read_words(text) for text in found.values()}
+    vocabularies = {text: parse_labels(text) for text in found.values()}
     teacher = f"base, sliding window at stride {options.stride}"
     ways = {
         "SPAR student, one pass": load_pipeline(options.model),
@@ -183,12 +184,12 @@ def run(options: Options, report: Callable[[str], None] = logger.error) -> Path:
     }
     size = {"shortest_edge": options.shortest_edge}
     for segment in ways.values():
-        timed(segment, Image.new("RGB", (64, 64)), ["image"])  # warm-up
+        segment_timed(segment, Image.new("RGB", (64, 64)), ["image"])  # warm-up
     pages: list[dict] = []
 
     def show(item: InputImage) -> None:
         image, text = to_rgb(read_image(item.source)), found[item]
-        results = {name: timed(segment, image, vocabularies[text], size=size) for name, segment in ways.items()}
+        results = {name: segment_timed(segment, image, vocabularies[text], size=size) for name, segment in ways.items()}
         first, last = next(iter(results.values())), results[teacher]
         shown = [
             {

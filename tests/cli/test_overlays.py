@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from spar_hf.cli.visualization import overlay, palette
+from spar_hf.cli.overlays import overlay, palette
 
 
 def test_overlay_mixes_colours_and_draws_a_border_and_legend():

@@ -1,4 +1,4 @@
-"""Pictures of label maps: overlays with a legend, drawn with Pillow alone."""
+"""Label maps drawn over their images, with a legend."""
 
 import colorsys
 from collections.abc import Sequence
@@ -9,10 +9,14 @@ from PIL import Image, ImageDraw, ImageFont
 
 def palette(classes: int) -> np.ndarray:
     """
-    Colours that neighbours in a list can be told apart by: `(classes, 3)` uint8.
+    Distinct RGB colours for classes: `(classes, 3)` uint8. Hues are spaced by the golden ratio, brightness alternates.
 
-    Hues go round by the golden ratio, brightness alternates.
-    """
+    Example:
+
+    ```python
+    >>> palette(2).tolist()
+    [[255, 38, 38], [82, 117, 204]]
+    ```"""
     colours = [
         colorsys.hsv_to_rgb(i * 0.618034 % 1, (0.85, 0.6)[i % 2], (1.0, 0.8, 0.95)[i % 3]) for i in range(classes)
     ]
@@ -23,17 +27,17 @@ def overlay(
     image: Image.Image, label_map: np.ndarray, labels: Sequence[str], opacity: float = 0.55, legend: bool = True
 ) -> Image.Image:
     """
-    Lay a label map over its image, with thin borders between classes and a legend below.
+    Draw a label map over its image, with thin white borders between classes and a legend below.
 
     Args:
-        image (`PIL.Image.Image`): any mode.
-        label_map (`np.ndarray` of shape `(height, width)`): class numbers, in the size of the image.
-        labels (`Sequence[str]`): name of every class; the legend lists those that have pixels, largest first.
-        opacity (`float`, *optional*, defaults to 0.55): of the colours, 0 to 1.
-        legend (`bool`, *optional*, defaults to `True`): whether to add the legend.
+        image: of any mode.
+        label_map: class numbers `(height, width)`, in the size of the image.
+        labels: name of every class; the legend lists those that have pixels, largest first.
+        opacity: of the colours, 0 to 1.
+        legend: whether to add the legend.
 
     Raises:
-        ValueError: map and image differ in size.
+        ValueError: label map and image differ in size.
 
     Example:
 
@@ -46,7 +50,7 @@ def overlay(
             f"The label map is {label_map.shape[1]}×{label_map.shape[0]} but the image {image.width}×{image.height}."
         )
     colours = palette(len(labels))
-    # by Pillow on 8-bit levels: in floats an image of 50 megapixels takes gigabytes
+    # blended by Pillow in 8 bits: in floats an image of 50 megapixels takes gigabytes
     mixed = np.array(Image.blend(image.convert("RGB"), Image.fromarray(colours[label_map]), opacity))
     border = np.zeros(label_map.shape, bool)
     border[:, 1:] |= label_map[:, 1:] != label_map[:, :-1]
@@ -61,6 +65,7 @@ def overlay(
 
 
 def _with_legend(picture: Image.Image, entries: Sequence[tuple[str, np.ndarray, float]]) -> Image.Image:
+    """Add a legend below the picture: colour, name and share of the image, in as many rows as needed."""
     size = max(11, picture.width // 45)
     font = ImageFont.load_default(size)
     pad = size // 2

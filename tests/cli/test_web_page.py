@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from spar_hf.cli.app import legend, picture
+from spar_hf.cli.web_page import legend, picture
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of pandas, in Gradio's queue
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -58,10 +58,10 @@ def address():
     pytest.importorskip("playwright", reason="the browser is driven by playwright (extra dev)")
     if CHROMIUM is None:
         pytest.skip("no Chromium is installed")
-    from spar_hf.cli.app import build, launch
+    from spar_hf.cli.web_page import build_page, launch_page
 
-    page = build()
-    yield launch(page, wait=False)
+    page = build_page()
+    yield launch_page(page, wait=False)
     page.close(verbose=False)
 
 

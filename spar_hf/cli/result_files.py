@@ -1,4 +1,4 @@
-"""What `spar-hf segment` writes of an image: overlay, label map, COCO's run-length masks, a list of segments."""
+"""Files that `spar-hf segment` writes: overlay, label map, COCO run-length masks, list of segments."""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
@@ -9,12 +9,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from spar_hf.cli.visualization import overlay
+from spar_hf.cli.overlays import overlay
 from spar_hf.utils.atomic import write_atomically, write_text
+from spar_hf.utils.errors import UsageError
 
-# ends of the files' names in an output folder
-FORMATS = {"overlay": ".png", "map": ".map.png", "coco": ".coco.json", "json": ".json"}
-MAX_CLASSES = 2**16  # a label map's pixel holds no more
+MAX_CLASSES = 2**16  # of a 16-bit label map
 
 
 @dataclass
@@ -23,11 +22,11 @@ class Segment:
     The pixels of one class.
 
     Attributes:
-        index: number of the class.
-        label: its name.
+        index: number of the class, from 0.
+        label: name of the class.
         score: mean probability over the mask.
         mask: `(height, width)` bool.
-        bbox: x and y of the top left pixel, width and height, in pixels of the image (COCO's order).
+        bbox: x and y of the top left pixel, width and height, in pixels (the order of COCO).
     """
 
     index: int
@@ -39,7 +38,7 @@ class Segment:
 
 def segments(result: Mapping[str, Any]) -> Iterator[Segment]:
     """
-    The classes of a pipeline's `output="map"` that have pixels, one mask at a time.
+    Iterate over the classes that have pixels in a pipeline's `output="map"`, so that one mask is in memory at a time.
 
     Example:
 
@@ -61,25 +60,32 @@ def segments(result: Mapping[str, Any]) -> Iterator[Segment]:
 
 def label_image(label_map: np.ndarray, classes: int) -> Image.Image:
     """
-    Class numbers as a grey image: 8 bit up to 256 classes, else 16 bit, whichever of them the image shows.
+    Class numbers as a grey image: 8 bits for up to 256 classes, else 16 bits, the same for all images of a vocabulary.
 
     Raises:
-        ValueError: more classes than 16 bits count.
-    """
+        UsageError: more classes than 16 bits can number.
+
+    Example:
+
+    ```python
+    >>> label_image(np.zeros((40, 60), int), 257).mode
+    'I;16'
+    ```"""
     if classes > MAX_CLASSES:
-        raise ValueError(f"A label map holds {MAX_CLASSES} classes, not {classes}. Leave out --format map.")
+        raise UsageError(f"A label map is limited to {MAX_CLASSES} classes, not {classes}. Omit --format map.")
     return Image.fromarray(label_map.astype(np.uint8 if classes <= 256 else np.uint16))
 
 
 def write_image(image: Image.Image, path: Path) -> None:
-    """Write a picture as a whole or not at all."""
+    """Write a picture atomically, in the format of its suffix."""
     write_atomically(path, image.save)
 
 
 def segment_list(result: Mapping[str, Any], source: str) -> dict[str, Any]:
     """
-    What the `json` format holds: the image's size in pixels, all labels in order, and per class with pixels its label, score
-    (mean probability over the mask), share of the image (0 to 1) and bounding box (x, y, width, height in pixels).
+    Content of the `json` format: the size of the image in pixels, all labels in order, and for each class with pixels its
+    label, score (mean probability over the mask), share of the image (0 to 1) and bounding box (x, y, width, height in
+    pixels).
     """
     height, width = result["map"].shape
     return {
@@ -101,8 +107,8 @@ def segment_list(result: Mapping[str, Any], source: str) -> dict[str, Any]:
 
 def coco_dataset(result: Mapping[str, Any], source: str) -> dict[str, Any]:
     """
-    One image as a COCO data set: `images`, `categories` (class number + 1, in the order of the labels) and
-    `annotations`, a run-length mask per class with pixels and its `score`. `pycocotools.coco.COCO` reads it.
+    One image as a COCO data set that `pycocotools.coco.COCO` reads: `images`, `categories` (ids are class numbers + 1) and
+    `annotations`, with a run-length mask and a `score` for each class that has pixels.
 
     Raises:
         ImportError: pycocotools is not installed.
@@ -133,20 +139,20 @@ def coco_dataset(result: Mapping[str, Any], source: str) -> dict[str, Any]:
 
 def coco_encoder():
     """
-    `pycocotools.mask.encode`.
+    Import `pycocotools.mask.encode`.
 
     Raises:
-        ImportError: names the extra to install.
+        ImportError: pycocotools is not installed.
     """
     try:
         from pycocotools.mask import encode
     except ImportError as error:
-        raise ImportError("COCO's masks need pycocotools: pip install 'spar-hf[coco]'.") from error
+        raise ImportError("COCO masks need pycocotools: pip install 'spar-hf[coco]'.") from error
     return encode
 
 
 def merge_coco(files: Iterable[Path]) -> dict[str, Any]:
-    """The data sets of single images as one, numbered on."""
+    """Merge the data sets of single images into one, with consecutive ids."""
     merged: dict[str, Any] = {"images": [], "categories": [], "annotations": []}
     for file in files:
         part = json.loads(file.read_text(encoding="utf-8"))
@@ -161,23 +167,23 @@ def merge_coco(files: Iterable[Path]) -> dict[str, Any]:
 
 def write_results(image: Image.Image, result: Mapping[str, Any], targets: Mapping[str, Path], source: str) -> None:
     """
-    Write what was found in an image, each file as a whole or not at all.
+    Write the results of an image, each file atomically.
 
     Args:
-        image (`PIL.Image.Image`): in RGB, upright.
-        result (`Mapping`): the pipeline's `output="map"`: `map`, `labels` and `scores`.
-        targets (`Mapping[str, Path]`): path by format, see `FORMATS`.
-        source (`str`): what the files call the image.
+        image: in RGB, upright.
+        result: the pipeline's `output="map"`: `map`, `labels` and `scores`.
+        targets: path by format: `overlay`, `map`, `coco` or `json`.
+        source: file or URL of the image, which COCO and JSON files record.
 
     Raises:
         ImportError: `coco` without pycocotools.
         OSError: a file cannot be written.
     """
-    for kind, path in targets.items():
-        if kind == "overlay":
+    for format_name, path in targets.items():
+        if format_name == "overlay":
             write_image(overlay(image, result["map"], result["labels"]), path)
-        elif kind == "map":
+        elif format_name == "map":
             write_image(label_image(result["map"], len(result["labels"])), path)
         else:
-            content = (coco_dataset if kind == "coco" else segment_list)(result, source)
-            write_text(path, json.dumps(content, ensure_ascii=False, indent=None if kind == "coco" else 1) + "\n")
+            content, indent = (coco_dataset, None) if format_name == "coco" else (segment_list, 1)
+            write_text(path, json.dumps(content(result, source), ensure_ascii=False, indent=indent) + "\n")

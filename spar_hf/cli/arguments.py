@@ -1,0 +1,31 @@
+"""Arguments and options that several commands share."""
+
+from typing import Annotated
+
+import typer
+
+Images = Annotated[
+    list[str], typer.Argument(help='Images: files, folders (with sub-folders), patterns ("in/*.jpg") and URLs.')
+]
+Model = Annotated[
+    str | None, typer.Option(help="Folder or hub id of a two-tower model. Default: the embedded spar-tiny.")
+]
+Labels = Annotated[
+    str,
+    typer.Option(
+        help='Classes separated by ";", names of one class by ",": "road; car, automobile; sky". Or a built-in '
+        "vocabulary: ade20k, voc21, … Or @FILE, a text file with a class per line."
+    ),
+]
+Templates = Annotated[
+    str | None, typer.Option(help="Prompt templates: imagenet80, short or plain. Default: the checkpoint's.")
+]
+ShortestEdge = Annotated[
+    int | None, typer.Option(help="Shorter side of the working size in pixels. Default: the checkpoint's.", min=16)
+]
+SkipExisting = Annotated[
+    bool, typer.Option("--skip-existing", help="Skip images that have results already, to continue a stopped run.")
+]
+Device = Annotated[
+    str | None, typer.Option(help="cpu, cuda, cuda:1 or mps. Default: an accelerator if there is one, else the CPU.")
+]

@@ -1,0 +1,36 @@
+"""`spar-hf bake`: a fixed vocabulary inside a vision-only model."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from spar_hf.cli.arguments import Labels, Model, Templates
+from spar_hf.cli.reporting import exit_on_error, fail
+from spar_hf.utils.atomic import writing_folder
+
+
+def bake(
+    labels: Labels,
+    output: Annotated[Path, typer.Option(help="Folder to write; it must not exist.")],
+    model: Model = None,
+    templates: Templates = None,
+) -> None:
+    """Combine a vision tower and a fixed vocabulary in a folder for pipeline("image-segmentation")."""
+    if output.exists():
+        fail(f"{output} exists. Name another folder.", 2)
+    from spar_hf.cli.labels import read_labels
+
+    with exit_on_error(failure=()):
+        vocabulary = read_labels(labels)
+
+    from spar_hf.cli.pipelines import load_pipeline
+    from spar_hf.model.modeling_spar_semantic import bake_vocabulary
+
+    with exit_on_error(usage=(), failure=(ValueError, OSError, RuntimeError)):
+        pipe = load_pipeline(model)
+        baked = bake_vocabulary(pipe.model, pipe.tokenizer, vocabulary, templates)
+        with writing_folder(output) as temporary:
+            baked.save_pretrained(temporary)
+            pipe.image_processor.save_pretrained(temporary)
+    typer.echo(f"written: {output}, {baked.config.num_labels} classes with {len(baked.config.name_to_class)} names")

@@ -1,0 +1,60 @@
+"""`spar-hf convert`: official checkpoints as folders for `AutoModel`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from spar_hf.cli.reporting import exit_on_error, quiet_transformers
+
+Checkpoint = Annotated[Path, typer.Argument(help="Official checkpoint: .ckpt, .pt, .pth or .safetensors.")]
+Family = Annotated[str, typer.Option(help="siglip2, openclip or dinov3txt.")]
+Base = Annotated[str, typer.Option(help="Hub id or folder of the base model in the format of transformers.")]
+Output = Annotated[Path, typer.Option(help="Folder to write.")]
+Tokenizer = Annotated[
+    str | None, typer.Option(help="Tokenizer for a base without one (dinov3txt uses that of CLIP ViT-B/16).")
+]
+TextHeads = Annotated[
+    int | None, typer.Option(help="Attention heads of the text tower (dinov3txt: 20 in the published ViT-L).", min=1)
+]
+ImageMean = Annotated[tuple[float, float, float] | None, typer.Option(help="Image mean. Default: that of the base.")]
+ImageStd = Annotated[
+    tuple[float, float, float] | None, typer.Option(help="Image standard deviation. Default: that of the base.")
+]
+VisionAct = Annotated[
+    str | None,
+    typer.Option(help="Activation of SigLIP's vision tower: gelu or gelu_pytorch_tanh (see the model card)."),
+]
+Force = Annotated[bool, typer.Option("--force", help="Replace the output folder if it exists.")]
+
+
+def convert(
+    checkpoint: Checkpoint,
+    family: Family,
+    base: Base,
+    output: Output,
+    tokenizer: Tokenizer = None,
+    text_heads: TextHeads = None,
+    image_mean: ImageMean = None,
+    image_std: ImageStd = None,
+    vision_act: VisionAct = None,
+    force: Force = False,
+) -> None:
+    """Convert an official checkpoint into a folder that AutoModel and the pipeline load."""
+    from spar_hf.conversion import convert as convert_checkpoint
+
+    quiet_transformers()
+    with exit_on_error(usage=(), failure=(ValueError, OSError, RuntimeError)):
+        report = convert_checkpoint(
+            checkpoint,
+            family,
+            base,
+            output,
+            tokenizer=tokenizer,
+            text_heads=text_heads,
+            image_mean=None if image_mean is None else list(image_mean),
+            image_std=None if image_std is None else list(image_std),
+            vision_act=vision_act,
+            force=force,
+        )
+    typer.echo(report)

@@ -1,0 +1,83 @@
+"""`spar-hf features`: dense features of images as safetensors."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from spar_hf.cli.arguments import Device, Images, ShortestEdge, SkipExisting
+from spar_hf.cli.reporting import exit_on_error, fail, finish, quiet_transformers, report_failure
+from spar_hf.utils.image_files import find_images, process_images
+
+Output = Annotated[Path, typer.Option(help="Folder to write, with the sub-folders of the input.")]
+Model = Annotated[
+    str | None,
+    typer.Option(
+        help="Folder or hub id of a SPAR model or of a pretrained backbone of transformers. Default: the embedded spar-tiny."
+    ),
+]
+Normalize = Annotated[bool, typer.Option("--normalize", help="Scale the feature of every patch to unit length.")]
+Dtype = Annotated[str, typer.Option(help="float16, bfloat16 or float32.")]
+Stride = Annotated[
+    int | None, typer.Option(help="Use the sliding window with this stride in pixels instead of one pass.", min=1)
+]
+WindowSize = Annotated[int | None, typer.Option(help="Side of the window in pixels. Default: the model's.", min=1)]
+ShardSize = Annotated[
+    float | None,
+    typer.Option(help="Write shards of about this many MB and an index instead of a file per image.", min=0.001),
+]
+
+
+def features(
+    images: Images,
+    output: Output,
+    model: Model = None,
+    normalize: Normalize = False,
+    dtype: Dtype = "float32",
+    shortest_edge: ShortestEdge = None,
+    stride: Stride = None,
+    window_size: WindowSize = None,
+    shard_size: ShardSize = None,
+    skip_existing: SkipExisting = False,
+    device: Device = None,
+) -> None:
+    """
+    Write the dense features of images as safetensors. Exit status: 0 success, 1 something failed, 2 wrong usage.
+
+    Several processes share the images: accelerate launch -m spar_hf.cli.main features …
+    """
+    if output.is_file():
+        fail(f"--output {output} is a file; features need a folder.", 2)
+    with exit_on_error(failure=()):
+        found, problems = find_images(images, exclude=output)
+    if not found:  # nothing to load a model for
+        finish(process_images((), lambda image: None, report=report_failure, problems=problems))
+
+    from spar_hf.batch.features import FeatureExtractor, launched_processes, open_writer
+
+    quiet_transformers()
+    with launched_processes() as processes:
+        first = processes.index == 0
+        with exit_on_error():
+            device = device or processes.device
+            extract = FeatureExtractor(model, shortest_edge, normalize, dtype, stride, window_size, device)
+        with exit_on_error(failure=()):
+            writer = open_writer(output, extract.settings, shard_size, skip_existing, processes)
+            share = processes.share(found)
+            done = {image for image in share if skip_existing and writer.is_done(image)}
+        with exit_on_error(usage=(), failure=OSError):
+            summary = process_images(
+                share,
+                lambda image: writer.add(image, *extract(image.source)),
+                done.__contains__,
+                report_failure,
+                problems if first else (),
+                progress_bar=first,
+            )
+            writer.close()
+            processes.wait()
+            if first:
+                writer.write_index()
+            processes.wait()  # a process that exits with status 1 makes the launcher stop the others
+    several = processes.count > 1
+    finish(summary, f"process {processes.index + 1} of {processes.count}: {summary}" if several else str(summary))

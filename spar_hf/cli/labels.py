@@ -1,0 +1,56 @@
+"""Classes as people type them: `"road; car, automobile; sky"`, the name of a vocabulary, or `@FILE`."""
+
+from difflib import get_close_matches
+from pathlib import Path
+
+from spar_hf.model.prompts import Vocabulary
+from spar_hf.model.vocabularies import VOCABULARIES
+from spar_hf.utils.errors import UsageError
+
+
+def parse_labels(text: str | None) -> Vocabulary:
+    """
+    Parse classes separated by `;` or line breaks, with `,` between the names of one class, or the name of a built-in
+    vocabulary.
+
+    Raises:
+        ValueError: no class, or two classes of the same label.
+
+    Example:
+
+    ```python
+    >>> parse_labels("road; car, automobile").labels
+    ('road', 'car')
+    >>> len(parse_labels("ade20k").labels)
+    150
+    ```"""
+    classes = [part.strip() for part in (text or "").replace("\n", ";").split(";") if part.strip()]
+    built_in = len(classes) == 1 and classes[0].lower() in VOCABULARIES
+    return Vocabulary.parse(classes[0] if built_in else classes)
+
+
+def read_labels(labels: str) -> Vocabulary:
+    """
+    Parse the option `--labels`, which [`parse_labels`] describes. `@FILE` names a UTF-8 text file with a class per line and
+    comments after `#`.
+
+    Raises:
+        ValueError: no class, two classes of the same label, or no such file.
+    """
+    if labels.startswith("@"):
+        try:
+            lines = Path(labels[1:]).read_text(encoding="utf-8-sig").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(
+                f"Cannot read the labels in {labels[1:]!r}: {error}. It must be a UTF-8 text file with a class per line."
+            ) from error
+        labels = "\n".join(line for line in lines if not line.lstrip().startswith("#"))
+    return parse_labels(labels)
+
+
+def single_class_hint(labels: str) -> str:
+    """Explain why one class alone says nothing, and suggest what was probably meant."""
+    text = "a single class covers the whole image."
+    if near := get_close_matches(labels.strip().lower(), VOCABULARIES, 1):
+        return f"{text} Did you mean the built-in {near[0]}?"
+    return f'{text} Separate classes by ";" ("road; sky"; commas separate names of one class), or name a --background.'

@@ -1,0 +1,102 @@
+"""Pipelines of one pass and of the sliding window, and their run times, for the commands, the web page and the demo."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import pipeline
+
+from spar_hf.cli.reporting import quiet_transformers
+from spar_hf.model.modeling_spar import SparForOpenVocabSegmentation
+from spar_hf.model.processing_spar import SparProcessor
+from spar_hf.registration import SPAR_TINY, SPAR_TINY_BASE
+from spar_hf.teacher import SlidingWindowTeacher
+from spar_hf.utils.devices import clock
+
+
+class SlidingWindowVision(SlidingWindowTeacher):
+    """
+    The sliding window as vision tower of a two-tower model; it ignores the other arguments of a vision tower.
+
+    Attributes:
+        progress: called after each batch of windows with the number of windows done and the number of all.
+    """
+
+    progress: Callable[[int, int], None] | None = None
+
+    def forward(self, pixel_values: torch.Tensor, *args, **kwargs):
+        return super().forward(pixel_values, self.progress)
+
+
+def load_pipeline(model: str | None = None, device: str | None = None, stride: int | None = None):
+    """
+    Load an open-vocabulary segmentation pipeline, without notices of transformers.
+
+    Args:
+        model: folder or hub id of a two-tower SPAR model or of a pretrained two-tower backbone; the embedded spar-tiny by
+            default.
+        device: `"cpu"`, `"cuda"`, `"cuda:1"`, `"mps"`; the choice of transformers by default.
+        stride: stride of a sliding window in pixels; one pass by default.
+
+    Returns:
+        [`OpenVocabSegmentationPipeline`].
+
+    Raises:
+        ValueError: no such device, a stride outside 1 to the window size, or a model without text tower.
+        OSError: no such folder or repository.
+    """
+    quiet_transformers()
+    folder = SPAR_TINY if model is None else model
+    options: dict[str, Any] = {} if device is None else {"device": device}
+    # loaded here since `pipeline(model=folder)` wraps errors into two tracebacks
+    two_towers: Any = SparForOpenVocabSegmentation.from_backbone(folder)
+    processor: Any = SparProcessor.from_backbone(folder)
+    if stride is not None:
+        two_towers.vision_model = SlidingWindowVision(two_towers.vision_model, stride=stride).eval()
+    task: Any = "open-vocab-segmentation"  # transformers types its own tasks only
+    tokenizer, image_processor = processor.tokenizer, processor.image_processor
+    return pipeline(task, model=two_towers, tokenizer=tokenizer, image_processor=image_processor, **options)
+
+
+def sliding_window_model(model: str | None) -> str | None:
+    """The model to compare with one pass of `model`: the base of the embedded spar-tiny, or `model` itself."""
+    return SPAR_TINY_BASE if model in (None, SPAR_TINY) else model
+
+
+def segment_timed(pipe, image: Image.Image, candidate_labels, **options) -> dict[str, Any]:
+    """
+    Segment an image and measure the time, in all and of the vision tower alone.
+
+    Args:
+        pipe ([`OpenVocabSegmentationPipeline`]): from [`load_pipeline`].
+        image: of any size.
+        candidate_labels: classes, as for the pipeline.
+        options: further options of the pipeline.
+
+    Returns:
+        The pipeline's `output="map"` (`map`, `labels`, `scores`), `forward_seconds` (vision tower) and `seconds` (from the
+        decoded image to the map).
+
+    Example:
+
+    ```python
+    >>> size = {"shortest_edge": 48}
+    >>> result = segment_timed(load_pipeline(), Image.new("RGB", (64, 48)), ["road", "sky"], size=size)
+    >>> result["map"].shape, result["labels"], 0 < result["forward_seconds"] < result["seconds"]
+    ((48, 64), ['road', 'sky'], True)
+    ```"""
+    times: list[float] = []
+
+    def note_time(*_: Any) -> None:
+        times.append(clock(pipe.device))
+
+    vision = pipe.model.vision_model
+    hooks = [vision.register_forward_pre_hook(note_time), vision.register_forward_hook(note_time)]
+    start = clock(pipe.device)
+    try:
+        result = pipe(image, candidate_labels=candidate_labels, output="map", **options)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {**result, "forward_seconds": times[-1] - times[0], "seconds": clock(pipe.device) - start}

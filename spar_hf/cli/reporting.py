@@ -1,0 +1,59 @@
+"""Messages and exit status of the commands."""
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from typing import NoReturn
+
+import typer
+from tqdm.auto import tqdm
+
+from spar_hf.utils.image_files import RunSummary
+
+Errors = type[Exception] | tuple[type[Exception], ...]
+
+
+def fail(message: object, status: int = 1) -> NoReturn:
+    """Print one line on stderr and exit: status 1 if something failed, 2 for wrong usage."""
+    typer.secho(f"error: {message}", fg="red", err=True)
+    raise typer.Exit(status)
+
+
+@contextlib.contextmanager
+def exit_on_error(usage: Errors = ValueError, failure: Errors = (OSError, RuntimeError)) -> Iterator[None]:
+    """
+    Report an error of the block in one line and exit.
+
+    Args:
+        usage: errors that the user mends by other arguments; exit status 2.
+        failure: errors of the work itself; exit status 1. All other errors keep their traceback.
+    """
+    try:
+        yield
+    except typer.Exit:  # a RuntimeError
+        raise
+    except usage as error:
+        fail(error, 2)
+    except failure as error:
+        fail(error)
+
+
+def report_failure(message: str) -> None:
+    """Print a line about an image that failed above the progress bar."""
+    with tqdm.external_write_mode(file=sys.stderr):
+        typer.secho(f"error: {message}", fg="red", err=True)
+
+
+def finish(summary: RunSummary, line: str | None = None) -> NoReturn:
+    """Print the line, if any, and exit with the status of the run."""
+    if line is not None:
+        typer.echo(line)
+    raise typer.Exit(summary.exit_status)
+
+
+def quiet_transformers() -> None:
+    """Hide notices and progress bars of transformers, so that a command prints its own lines only."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()

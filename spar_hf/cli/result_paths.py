@@ -1,0 +1,119 @@
+"""Where `spar-hf segment` writes the results of each image."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from spar_hf.utils.errors import UsageError
+from spar_hf.utils.image_files import InputImage, check_distinct_targets, check_inputs_kept, find_images
+
+FORMATS = {"overlay": ".png", "map": ".map.png", "coco": ".coco.json", "json": ".json"}  # suffixes in a folder
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")  # of overlays
+# an --output with such a suffix is a file and not a folder; it may then be refused for its format
+FILE_SUFFIXES = (*PICTURE_SUFFIXES, ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".json")
+
+
+@dataclass(frozen=True)
+class ResultPlan:
+    """
+    Images of a run and the files to write for each.
+
+    Attributes:
+        images: the images.
+        problems: arguments without images, with the reason.
+        paths: files of each image by format.
+        formats: the formats asked for.
+        folder: output folder; `None` if the results of a single image go to a file named by `--output`.
+        several: whether the arguments name several images.
+    """
+
+    images: list[InputImage]
+    problems: list[tuple[str, str]]
+    paths: dict[InputImage, dict[str, Path]]
+    formats: list[str]
+    folder: Path | None
+    several: bool
+
+
+def parse_formats(text: str) -> list[str]:
+    """
+    Parse the option `--format`.
+
+    Raises:
+        UsageError: no format, or an unknown one.
+
+    Example:
+
+    ```python
+    >>> parse_formats("overlay, JSON")
+    ['overlay', 'json']
+    ```"""
+    formats = list(dict.fromkeys(part.strip().lower() for part in text.split(",") if part.strip()))
+    if not formats or set(formats) - set(FORMATS):
+        raise UsageError(f"--format {text!r} must be one or more of {', '.join(FORMATS)}, separated by commas.")
+    return formats
+
+
+def plan_results(arguments: Sequence[str], output: Path, formats: list[str], map_output: Path | None) -> ResultPlan:
+    """
+    Find the images and name the files of their results, before any model is loaded.
+
+    Args:
+        arguments: files, folders, patterns and URLs.
+        output: file for one image, or folder.
+        formats: of the results.
+        map_output: file for the label map of a single image, as an addition.
+
+    Raises:
+        UsageError: `output` or `map_output` does not fit the formats or the number of images, two results would have the
+            same path, or one would overwrite an input image.
+    """
+    images, problems = find_images(arguments, exclude=output)
+    several = len(images) + len(problems) > 1
+    single_file = not several and not output.is_dir() and output.suffix.lower() in FILE_SUFFIXES
+    names_file = output.is_file() or (several and output.suffix.lower() in PICTURE_SUFFIXES and not output.is_dir())
+    if images and not single_file and names_file:
+        raise UsageError(f"--output {output} names a file, but results of several images need a folder.")
+    paths = {}
+    for image in images:
+        paths[image] = single_file_paths(output, formats) if single_file else folder_paths(image, output, formats)
+        if map_output is not None:
+            check_map_output(map_output, several)
+            paths[image]["map"] = map_output
+    targets = [(path, image.source) for image, files in paths.items() for path in files.values()]
+    check_distinct_targets(targets)
+    check_inputs_kept([path for path, _ in targets], images)
+    return ResultPlan(images, problems, paths, formats, None if single_file else output, several)
+
+
+def single_file_paths(output: Path, formats: list[str]) -> dict[str, Path]:
+    """
+    Files of a single image by format: `output` is the overlay, or the only format; the others lie beside it.
+
+    Raises:
+        UsageError: `output` has the wrong suffix.
+
+    Example:
+
+    ```python
+    >>> single_file_paths(Path("street.jpg"), ["overlay", "json"])
+    {'overlay': PosixPath('street.jpg'), 'json': PosixPath('street.json')}
+    ```"""
+    single_format = formats[0] if len(formats) == 1 else "overlay"
+    suffixes = {"overlay": PICTURE_SUFFIXES, "map": (".png",)}.get(single_format, (".json",))
+    if output.suffix.lower() not in suffixes:
+        raise UsageError(f"--output {output} must end in {' or '.join(suffixes)} for --format {','.join(formats)}.")
+    return {name: output if name == single_format else output.with_suffix(FORMATS[name]) for name in formats}
+
+
+def folder_paths(image: InputImage, folder: Path, formats: list[str]) -> dict[str, Path]:
+    """Files of an image by format in an output folder."""
+    return {name: folder / f"{image.name}{FORMATS[name]}" for name in formats}
+
+
+def check_map_output(map_output: Path, several: bool) -> None:
+    """Refuse a `--map` for several images or in a lossy format."""
+    if several:
+        raise UsageError("--map names the file of one image. For several images use --format overlay,map.")
+    if map_output.suffix.lower() != ".png":
+        raise UsageError(f"--map {map_output} must end in .png, since lossy formats change class numbers.")

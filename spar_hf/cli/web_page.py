@@ -1,0 +1,334 @@
+"""The web page of `spar-hf app`: drop an image, type words and see masks, of one pass and of the sliding window."""
+
+import html
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from spar_hf.cli.labels import parse_labels
+from spar_hf.cli.overlays import overlay, palette
+from spar_hf.cli.pipelines import load_pipeline, segment_timed, sliding_window_model
+from spar_hf.model.image_input import read_image, to_rgb
+
+DISPLAY_EDGE = 1280  # longer side in pixels of the pictures on the page; masks are computed at the size of the image
+MAX_UPLOAD = "200mb"
+WORDS = "sky; building; tree, vegetation; road, pavement; person; car"
+STYLE = """
+.spar-legend { width: 100%; border: 0 !important; border-collapse: collapse; font-variant-numeric: tabular-nums; }
+.spar-legend tr { border: 0 !important; }
+.spar-legend td, .spar-legend th {
+  padding: .3rem .6rem; border: 0; border-bottom: 1px solid var(--border-color-primary); text-align: right; }
+.spar-legend td:first-child, .spar-legend th:first-child { text-align: left; }
+.spar-legend .swatch {
+  display: inline-block; width: .9em; height: .9em; margin-right: .5em; border-radius: 3px; vertical-align: -.08em; }
+.spar-legend .absent { opacity: .5; }
+.spar-legend .bar { display: inline-block; width: 5em; height: .5em; margin-left: .5em; border-radius: 3px;
+  overflow: hidden; background: var(--border-color-primary); text-align: left; }
+.spar-legend .bar span { display: block; height: 100%; background: var(--color-accent); }
+.spar-note { opacity: .7; font-size: .9em; }
+.spar-error { padding: .7rem 1rem; border-left: 4px solid #c2410c; border-radius: 4px; background: #c2410c1a; }
+"""
+
+
+def import_gradio():
+    """
+    Import Gradio with its telemetry off.
+
+    Raises:
+        ImportError: Gradio is not installed.
+    """
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "0"  # read at import only
+    try:
+        import gradio
+    except ImportError as error:
+        raise ImportError("The page needs Gradio: pip install 'spar-hf[app]'.") from error
+    return gradio
+
+
+def legend(results: Sequence[tuple[str, dict[str, Any]]]) -> str:
+    """
+    An HTML table with a row per class: colour and, for every method, share of the image and mean probability.
+
+    Args:
+        results: name of each method and its result from [`segment_timed`].
+    """
+    labels = max((result["labels"] for _, result in results), key=len)
+    colours = palette(len(labels))
+    head = "".join(f"<th>{html.escape(method)}: share</th><th>probability</th>" for method, _ in results)
+    shares = [np.bincount(result["map"].ravel(), minlength=len(labels)) / result["map"].size for _, result in results]
+    rows = []
+    for i in sorted(range(len(labels)), key=lambda i: -shares[0][i]):
+        cells = ""
+        for (_, result), share in zip(results, shares, strict=True):
+            score = result["scores"][i] if share[i] else 0
+            bar = f'<span class="bar"><span style="width: {score:.0%}"></span></span>'
+            cells += f"<td>{share[i]:.1%}</td><td>{score:.2f}{bar}</td>" if share[i] else "<td>–</td><td>–</td>"
+        kind = "" if any(share[i] for share in shares) else ' class="absent"'
+        swatch = f'<span class="swatch" style="background: rgb{tuple(int(c) for c in colours[i])}"></span>'
+        rows.append(f"<tr{kind}><td>{swatch}{html.escape(labels[i])}</td>{cells}</tr>")
+    return (
+        f'<table class="spar-legend"><thead><tr><th>class</th>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
+        '<p class="spar-note">Share of the image’s pixels; probability averaged over the pixels of the class.</p>'
+    )
+
+
+def picture(image: Image.Image, result: dict[str, Any]) -> Image.Image:
+    """Overlay of the masks, reduced to the size that the page shows."""
+    label_map = result["map"]
+    scale = DISPLAY_EDGE / max(image.size)
+    if scale < 1:
+        size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+        image = image.resize(size, Image.Resampling.LANCZOS)
+        label_map = np.asarray(Image.fromarray(label_map.astype(np.int32)).resize(size, Image.Resampling.NEAREST))
+    return overlay(image, label_map, result["labels"], legend=False)
+
+
+def time_line(result: dict[str, Any], first: dict[str, Any] | None = None) -> str:
+    """Run times of a method as text, and their ratio to those of the first method."""
+    ratio = "" if first is None else f", {result['forward_seconds'] / first['forward_seconds']:.1f} × one pass"
+    return f"**{result['forward_seconds']:.2f} s** vision forward{ratio} · {result['seconds']:.2f} s in total"
+
+
+@dataclass
+class Controls:
+    """The input components of the page."""
+
+    image: Any
+    words: Any
+    shortest_edge: Any
+    threshold: Any
+    compare: Any
+    stride: Any
+    button: Any
+
+
+@dataclass
+class Results:
+    """The output components of the page."""
+
+    message: Any
+    one_pass_picture: Any
+    one_pass_time: Any
+    window_column: Any
+    window_picture: Any
+    window_time: Any
+    table: Any
+
+
+class Segmenters:
+    """
+    The two pipelines that the page compares.
+
+    Attributes:
+        one_pass: loaded and warmed up at once, so that the first image's time excludes initialisation.
+    """
+
+    def __init__(self, model: str | None, base: str | None, device: str | None):
+        self.window_model, self.device = base or sliding_window_model(model), device
+        self.one_pass = load_pipeline(model, device)
+        segment_timed(self.one_pass, Image.new("RGB", (64, 64)), ["image"])
+        self.window: Any = None
+
+    def sliding_window(self, stride: int, progress: Callable[[int, int], None]):
+        """
+        The pipeline of the sliding window, loaded on first use.
+
+        Args:
+            stride: in pixels.
+            progress: called with the number of windows done and the number of all.
+        """
+        if self.window is None:
+            self.window = load_pipeline(self.window_model, self.device, stride=stride)
+        vision = self.window.model.vision_model
+        vision.stride, vision.progress = stride, progress
+        return self.window
+
+
+def build_page(model: str | None = None, base: str | None = None, device: str | None = None, stride: int = 24):
+    """
+    Build the page.
+
+    Args:
+        model: folder or hub id of a two-tower SPAR model; the embedded spar-tiny by default.
+        base: model of the sliding window; by default the base of the embedded spar-tiny, for other models `model`.
+        device: of both.
+        stride: initial stride of the window in pixels.
+
+    Returns:
+        `gradio.Blocks` for [`launch_page`].
+
+    Raises:
+        ImportError: Gradio is not installed.
+        ValueError, OSError: as [`load_pipeline`].
+    """
+    gr = import_gradio()
+    segmenters = Segmenters(model, base, device)
+    name = Path(segmenters.one_pass.model.name_or_path).name
+    # uploads older than a day are deleted once an hour
+    with gr.Blocks(title="SPAR: masks from words", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
+        gr.Markdown(
+            f"# Masks from words in one pass\nSPAR with `{name}`. Everything runs on the computer that serves this page."
+        )
+        with gr.Row():
+            with gr.Column(scale=1, min_width=320):
+                controls = add_controls(gr, segmenters.one_pass, stride)
+            with gr.Column(scale=2, min_width=480):
+                results = add_results(gr)
+        connect(gr, segmenters, controls, results)
+    return page
+
+
+def add_controls(gr, one_pass, stride: int) -> Controls:
+    """Add image, words and settings to the page, with the checkpoint's values."""
+    edge = (one_pass.image_processor.size or {}).get("shortest_edge") or 672
+    window = one_pass.model.config.image_size
+    image = gr.Image(type="filepath", sources=["upload", "clipboard"], label="Image", height=280)
+    # the path only: Gradio would open the file before the handler can report a damaged one
+    image.preprocess = lambda upload: None if upload is None else upload.path
+    threshold_info = "Pixels whose highest probability is below it become background."
+    return Controls(
+        image=image,
+        words=gr.Textbox(
+            WORDS,
+            label="Words",
+            lines=3,
+            info="“;” between classes, “,” between names of one class; or ade20k, voc21, …",
+        ),
+        shortest_edge=gr.Slider(
+            64, max(1024, edge), edge, step=16, label="Working resolution", info="Shorter side in pixels."
+        ),
+        threshold=gr.Slider(0, 1, 0, step=0.01, label="Background threshold", info=threshold_info),
+        compare=gr.Checkbox(False, label="Compare with the sliding window (slow)"),
+        stride=gr.Slider(8, window, stride, step=8, label="Stride of the window", info="In pixels.", visible=False),
+        button=gr.Button("Segment", variant="primary"),
+    )
+
+
+def add_results(gr) -> Results:
+    """Add the pictures, times and legend to the page; the column of the sliding window is hidden at first."""
+    buttons = ["download", "fullscreen"]
+    message = gr.HTML(visible=False, padding=False)
+    with gr.Row():
+        with gr.Column(min_width=240):
+            one_pass_picture = gr.Image(label="One pass", interactive=False, buttons=buttons)
+            one_pass_time = gr.Markdown()
+        with gr.Column(min_width=240, visible=False) as window_column:
+            window_picture = gr.Image(label="Sliding window", interactive=False, buttons=buttons)
+            window_time = gr.Markdown()
+    table = gr.HTML(padding=False)
+    return Results(message, one_pass_picture, one_pass_time, window_column, window_picture, window_time, table)
+
+
+def connect(gr, segmenters: Segmenters, controls: Controls, results: Results) -> None:
+    """Connect the controls to the results."""
+    controls.compare.change(lambda on: gr.Slider(visible=on), controls.compare, controls.stride, show_progress="hidden")
+    gr.on(
+        [controls.button.click, controls.words.submit],
+        segmentation_handler(gr, segmenters, results),
+        [
+            controls.image,
+            controls.words,
+            controls.shortest_edge,
+            controls.threshold,
+            controls.compare,
+            controls.stride,
+        ],
+        list(vars(results).values()),
+    )
+
+
+def segmentation_handler(gr, segmenters: Segmenters, results: Results) -> Callable[..., Iterator[dict[Any, Any]]]:
+    """The function behind the button: yields the result of one pass, then that of the sliding window if asked for."""
+
+    def run(
+        path: str | None,
+        words: str,
+        shortest_edge: int,
+        threshold: float,
+        compare: bool,
+        stride: int,
+        progress=gr.Progress(),  # noqa: B008 - Gradio recognises it by its default
+    ) -> Iterator[dict[Any, Any]]:
+        try:
+            vocabulary = parse_labels(words)
+            if path is None:
+                raise ValueError("There is no image yet. Drop one on the left, or click there to choose a file.")
+            image = to_rgb(read_image(path))
+            options = {"size": {"shortest_edge": int(shortest_edge)}, "threshold": float(threshold)}
+            progress(0, desc="one pass")
+            first = segment_timed(segmenters.one_pass, image, vocabulary, **options)
+            shown: dict[Any, Any] = {
+                results.one_pass_picture: picture(image, first),
+                results.one_pass_time: time_line(first),
+                results.message: gr.HTML(visible=False),
+                results.table: legend([("one pass", first)]),
+                results.window_column: gr.Column(visible=bool(compare)),
+                results.window_picture: None,
+                results.window_time: "",
+            }
+            yield shown
+            if not compare:
+                return
+            window = segmenters.sliding_window(
+                int(stride), lambda done, total: progress((done, total), desc="sliding window", unit="windows")
+            )
+            second = segment_timed(window, image, vocabulary, **options)
+        except (ValueError, OSError, RuntimeError) as error:
+            # shown in the page, since Gradio's own errors cover the results; without the path of the upload on this computer
+            text = str(error).replace(path, Path(path).name) if path else str(error)
+            alert = f'<p class="spar-error" role="alert">{html.escape(text)}</p>'
+            yield {results.message: gr.HTML(alert, visible=True)}
+            return
+        yield {
+            results.window_picture: picture(image, second),
+            results.window_time: time_line(second, first),
+            results.table: legend([("one pass", first), ("sliding window", second)]),
+        }
+
+    return run
+
+
+def launch_page(
+    page,
+    host: str = "127.0.0.1",
+    port: int | None = None,
+    open_browser: bool = False,
+    wait: bool = True,
+) -> str:
+    """
+    Serve the page without contacting any other computer, not even for fonts or scripts.
+
+    Args:
+        page (`gradio.Blocks`): from [`build_page`].
+        host: address to serve; `"0.0.0.0"` serves the whole network.
+        port: the first free one from 7860 on by default.
+        open_browser: whether to open the page in the browser.
+        wait: whether to serve until the process is stopped.
+
+    Returns:
+        URL of the page.
+
+    Raises:
+        OSError: the port is in use.
+    """
+    gr = import_gradio()
+    _, address, _ = page.launch(
+        server_name=host,
+        server_port=port,
+        inbrowser=open_browser,
+        prevent_thread_lock=not wait,
+        quiet=not wait,
+        share=False,
+        ssr_mode=False,
+        footer_links=[],
+        max_file_size=MAX_UPLOAD,
+        css=STYLE,
+        # system fonts: the fonts of Gradio's themes are downloaded
+        theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
+    )
+    return address
