@@ -14,6 +14,7 @@ from transformers import (
     SiglipTextModel,
 )
 from transformers import initialization as init
+from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import PreTrainedModel
@@ -30,45 +31,6 @@ TEXT_MODELS: dict[str, Any] = {
     "siglip_text_model": SiglipTextModel,
     "siglip2_text_model": Siglip2TextModel,
     "clip_text_model": CLIPTextModelWithProjection,
-}
-# What travels with every folder, so that `trust_remote_code=True` loads it where this library is not installed: flat files
-# that import only each other, torch, transformers, Pillow and NumPy.
-CODE_FILES = (
-    "backbone_sources.py",
-    "backbone_spar.py",
-    "configuration_spar.py",
-    "configuration_spar_semantic.py",
-    "configuration_spar_universal.py",
-    "image_input.py",
-    "image_processing_spar.py",
-    "image_processing_spar_universal.py",
-    "modeling_spar.py",
-    "modeling_spar_semantic.py",
-    "modeling_spar_universal.py",
-    "image_streams.py",
-    "pipeline.py",
-    "processing_spar.py",
-    "prompts.py",
-    "readouts.py",
-    "refine.py",
-    "segmentation.py",
-    "text_embeddings.py",
-    "vocabularies.py",
-)
-AUTO_MAP = {
-    "AutoConfig": "configuration_spar.SparConfig",
-    "AutoModel": "modeling_spar.SparVisionModel",
-    "AutoBackbone": "backbone_spar.SparBackbone",
-    "AutoModelForSemanticSegmentation": "modeling_spar.SparForOpenVocabSegmentation",
-    "AutoImageProcessor": "image_processing_spar.SparImageProcessorPil",
-    "AutoProcessor": "processing_spar.SparProcessor",
-}
-CUSTOM_PIPELINES = {
-    "open-vocab-segmentation": {
-        "impl": "pipeline.OpenVocabSegmentationPipeline",
-        "pt": ["AutoModelForSemanticSegmentation"],
-        "type": "multimodal",
-    }
 }
 
 
@@ -135,6 +97,17 @@ def pad_to_patches(pixel_values: torch.Tensor, patch_size: int) -> torch.Tensor:
     return nn.functional.pad(pixel_values, (0, padded_width - width, 0, padded_height - height))
 
 
+def find_code(reference: str, folders: list[Path]) -> dict[str, Path]:
+    """The module of `"module.Class"` and the siblings it imports, by file name, from the first folder that has all of them."""
+    for folder in folders:
+        module = folder / f"{reference.split('.')[0]}.py"
+        try:
+            return {Path(file).name: Path(file) for file in (module, *get_relative_import_files(module))}
+        except FileNotFoundError:
+            continue
+    return {}
+
+
 class SparPreTrainedModel(PreTrainedModel):
     """What all SPAR models share: configuration class, attention back ends, initialisation."""
 
@@ -147,29 +120,49 @@ class SparPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    # what a saved folder says of the code that reads it; a class with a configuration of its own names its own
-    _auto_map: dict[str, str] = AUTO_MAP
-    _custom_pipelines: dict[str, Any] = CUSTOM_PIPELINES
+    # `auto_map` and `custom_pipelines` of config.json: what `trust_remote_code=True` loads from a saved folder
+    _auto_map = {
+        "AutoConfig": "configuration_spar.SparConfig",
+        "AutoModel": "modeling_spar.SparVisionModel",
+        "AutoBackbone": "backbone_spar.SparBackbone",
+        "AutoImageProcessor": "image_processing_spar.SparImageProcessorPil",
+    }
+    _custom_pipelines: dict[str, dict[str, Any]] = {}
+
+    def _saved_code(self) -> tuple[dict[str, str], dict[str, dict[str, Any]], dict[str, Path]]:
+        """
+        `auto_map` and `custom_pipelines` of the folder to be saved, and the code files they need, by name.
+
+        Code loaded from a checkpoint's folder lies in a cache that may not have all of its files, so the folder itself is
+        searched too. Entries whose code is nowhere are left out.
+        """
+        folders = [Path(__file__).parent, Path(self.name_or_path)]
+        auto_map, pipelines, files = {}, {}, {}
+        for auto_class, reference in self._auto_map.items():
+            if found := find_code(reference, folders):
+                auto_map[auto_class], files = reference, files | found
+        for task, pipeline in self._custom_pipelines.items():
+            if found := find_code(pipeline["impl"], folders):
+                pipelines[task], files = pipeline, files | found
+        return auto_map, pipelines, files
 
     def save_pretrained(self, save_directory, *args, **kwargs):
-        """As in transformers, and this library's files beside the weights, for `trust_remote_code=True`."""
-        Path(save_directory).mkdir(parents=True, exist_ok=True)
-        here = Path(__file__).parent
-        for name in CODE_FILES:
-            # code that was itself loaded from a folder may lack what nobody has asked for yet
-            if (here / name).is_file() and (here / name).resolve() != (Path(save_directory) / name).resolve():
-                shutil.copyfile(here / name, Path(save_directory) / name)
-        self.config.auto_map, self.config.custom_pipelines = self._auto_map, self._custom_pipelines
+        """As in transformers, with the code of the model beside the weights, for `trust_remote_code=True`."""
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.config.auto_map, self.config.custom_pipelines, files = self._saved_code()
+        for name, path in files.items():
+            if path.resolve() != (folder / name).resolve():
+                shutil.copyfile(path, folder / name)
         try:
             super().save_pretrained(save_directory, *args, **kwargs)
         finally:
             del self.config.auto_map, self.config.custom_pipelines
 
     def _get_files_timestamps(self, working_dir):
-        # by these `push_to_hub` tells what is new in the folder; the code is, though it is written before they are taken
-        return {
-            name: time for name, time in super()._get_files_timestamps(working_dir).items() if name not in CODE_FILES
-        }
+        # `push_to_hub` sends what changed after this call. The code was copied before it, so it is left out here.
+        timestamps, code = super()._get_files_timestamps(working_dir), self._saved_code()[2]
+        return {name: time for name, time in timestamps.items() if name not in code}
 
     @classmethod
     def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
@@ -347,6 +340,18 @@ class SparForOpenVocabSegmentation(SparPreTrainedModel):
     ```"""
 
     input_modalities = ["image", "text"]
+    _auto_map = {
+        **SparPreTrainedModel._auto_map,
+        "AutoModelForSemanticSegmentation": "modeling_spar.SparForOpenVocabSegmentation",
+        "AutoProcessor": "processing_spar.SparProcessor",
+    }
+    _custom_pipelines = {
+        "open-vocab-segmentation": {
+            "impl": "pipeline.OpenVocabSegmentationPipeline",
+            "pt": ["AutoModelForSemanticSegmentation"],
+            "type": "multimodal",
+        }
+    }
 
     def __init__(self, config: SparConfig):
         if config.text_config is None:

@@ -52,12 +52,16 @@ class SparSemanticSegmenterOutput(ModelOutput):
 
 
 class SparSemanticModel(SparVisionModel):
-    """What `AutoModel` gives of a folder of [`SparForSemanticSegmentation`]: its vision model. It saves a 'spar' folder."""
+    """The vision model of a [`SparForSemanticSegmentation`], as `AutoModel` loads it. It is saved as a `"spar"` folder."""
 
     config: SparSemanticConfig  # type: ignore[assignment]
 
     def __init__(self, config: SparSemanticConfig):
         super().__init__(config.backbone_config)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class="AutoModel"):
+        """Does nothing: registered, this class would be named in the `"spar"` folder it saves, which it cannot load."""
 
 
 class SparForSemanticSegmentation(SparPreTrainedModel):
@@ -91,7 +95,6 @@ class SparForSemanticSegmentation(SparPreTrainedModel):
         "AutoModelForSemanticSegmentation": "modeling_spar_semantic.SparForSemanticSegmentation",
         "AutoImageProcessor": "image_processing_spar.SparImageProcessorPil",
     }
-    _custom_pipelines = {}
     # classes of nearly the same logit decide many pixels
     _keep_in_fp32_modules_strict = {"classifier"}
 

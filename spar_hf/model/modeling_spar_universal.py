@@ -58,7 +58,6 @@ class SparUniversalPreTrainedModel(SparPreTrainedModel, Mask2FormerPreTrainedMod
         "AutoModelForImageSegmentation": "modeling_spar_universal.SparForUniversalSegmentation",
         "AutoImageProcessor": "image_processing_spar_universal.SparUniversalImageProcessorPil",
     }
-    _custom_pipelines = {}
 
     def _initialize_weights(self, module, is_custom_code: bool = False):
         # For code outside of transformers, layers that hold all their weights in sub-modules are passed by, and these start
