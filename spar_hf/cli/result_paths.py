@@ -96,8 +96,9 @@ def single_file_paths(output: Path, formats: list[str]) -> dict[str, Path]:
     Example:
 
     ```python
-    >>> single_file_paths(Path("street.jpg"), ["overlay", "json"])
-    {'overlay': PosixPath('street.jpg'), 'json': PosixPath('street.json')}
+    >>> paths = single_file_paths(Path("street.jpg"), ["overlay", "json"])
+    >>> {name: str(path) for name, path in paths.items()}
+    {'overlay': 'street.jpg', 'json': 'street.json'}
     ```"""
     single_format = formats[0] if len(formats) == 1 else "overlay"
     suffixes = {"overlay": PICTURE_SUFFIXES, "map": (".png",)}.get(single_format, (".json",))

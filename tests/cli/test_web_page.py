@@ -1,4 +1,4 @@
-"""The page in a real browser: an image and words in, masks and a legend out, no word to anybody else."""
+"""The web page over HTTP and in a real browser: masks and a legend from an image and words, and no other computer asked."""
 
 import re
 import shutil
@@ -55,9 +55,6 @@ def test_without_gradio_the_command_names_the_extra(monkeypatch):
 def address():
     """The page of the embedded model, served by this process."""
     pytest.importorskip("gradio", reason="the page needs Gradio (extra app)")
-    pytest.importorskip("playwright", reason="the browser is driven by playwright (extra dev)")
-    if CHROMIUM is None:
-        pytest.skip("no Chromium is installed")
     from spar_hf.cli.web_page import build_page, launch_page
 
     page = build_page()
@@ -65,8 +62,35 @@ def address():
     page.close(verbose=False)
 
 
+def test_the_page_over_http_answers_twice_and_reports_errors_as_text(address, tmp_path):
+    from gradio_client import Client, handle_file
+    from PIL import Image
+
+    image, broken = tmp_path / "street.png", tmp_path / "broken.png"
+    Image.new("RGB", (64, 48), "green").save(image)
+    broken.write_bytes(image.read_bytes()[:60])
+    client = Client(address, verbose=False)
+
+    def run(source, words="road; <b>sky</b>"):
+        job = client.submit(source and handle_file(source), words, 64, 0, True, 96, api_name="/run")
+        job.result()
+        return job.outputs()
+
+    (_, picture, time, window_picture, _, table), (*_, window_time, both) = run(image)
+    assert Image.open(picture).size == (64, 48) and window_picture is None and "vision forward" in time
+    assert "one pass: share" in table and "&lt;b&gt;sky" in table and "sliding window" not in table
+    assert "× one pass" in window_time and "sliding window: share" in both
+    for arguments, word in (((None,), "no image"), ((image, "sky; sky"), "differ"), ((broken,), broken.name)):
+        ((message, *_),) = run(*arguments)
+        assert 'role="alert"' in message["value"] and word in message["value"]
+        assert "gradio" not in message["value"]  # the folder of the uploads
+
+
 @pytest.fixture
 def tab(address):
+    pytest.importorskip("playwright", reason="the browser is driven by playwright (extra dev)")
+    if CHROMIUM is None:
+        pytest.skip("no Chromium is installed")
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
