@@ -1,1 +1,1 @@
-"""Linear probe and panoptic head, trained on SPAR features."""
+"""Linear probes and panoptic heads, trained on the dense features of a SPAR model or of another backbone."""

@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,46 +13,66 @@ from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
 from spar_hf import SlidingWindowTeacher, SparImageProcessorPil, SparVisionModel
-from spar_hf.data.segmentation_sets import read_image
+from spar_hf.data.segmentation_sets import SegmentationSet
 from spar_hf.utils.atomic import write_atomically
+from spar_hf.utils.devices import clock
+from spar_hf.utils.errors import UsageError, as_usage_errors
 from spar_hf.utils.fingerprint import fingerprint
 
-logger = logging.getLogger("frozen_features")
+logger = logging.getLogger(__name__)
 
 
-def parse_inference(text: str) -> int | None:
+@dataclass
+class ImageFeatures:
     """
-    `single` -> `None`, `sliding:STRIDE` -> the stride.
+    The features of one image.
 
-    Raises:
-        ValueError: another form.
+    Attributes:
+        features: `(dim, h, w)` bfloat16.
+        working_size: height and width of the resized image that the model saw, in pixels.
+        image_size: height and width of the image itself.
     """
-    kind, _, stride = text.partition(":")
-    if text == "single":
-        return None
-    if kind == "sliding" and stride.isdecimal() and int(stride) > 0:
-        return int(stride)
-    raise ValueError(f"Cannot read --inference {text}: write single or sliding:STRIDE, e.g. sliding:24.")
+
+    features: torch.Tensor
+    working_size: tuple[int, int]
+    image_size: tuple[int, int]
+
+    def save(self, path: Path) -> None:
+        """Write a safetensors file; its key "photo_size" is that of files written by version 0.1."""
+        sizes = {"working_size": self.working_size, "photo_size": self.image_size}
+        save_file({"features": self.features, **{key: torch.tensor(size) for key, size in sizes.items()}}, path)
+
+    @classmethod
+    def load(cls, path: Path) -> "ImageFeatures":
+        """
+        Read what [`ImageFeatures.save`] wrote.
+
+        Raises:
+            SafetensorError: the file is damaged.
+        """
+        tensors = load_file(path)
+        working_size, image_size = (tuple(tensors[key].tolist()) for key in ("working_size", "photo_size"))
+        return cls(tensors["features"], working_size, image_size)
 
 
 class FrozenFeatures:
     """
-    Features of images by path, from the disk where they are there: a dict of `features` `(dim, h, w)` bfloat16,
-    `working_size` (the image that the model saw) and `image_size`, both (height, width) as tensors.
+    Features of the images of a [`SegmentationSet`], read from the disk where they are there already.
 
     Args:
         model: hub id or folder of a SPAR model or a backbone of transformers.
-        accelerator: processes share the making out among them.
-        inference: `single` (one pass) or `sliding:STRIDE`.
+        accelerator: its processes share the work of making features.
+        inference: `single` (one pass) or `sliding:STRIDE` (sliding window, stride in pixels).
         size: of the image processor, in place of the model's own.
         window_batch_size: windows per forward pass of a sliding window.
         cache: folder to keep features in; `None` makes them each time.
 
     Attributes:
-        made: images whose features this process made, in `seconds`.
+        made: number of images whose features this process made.
+        seconds: time that it took for them.
 
     Raises:
-        ValueError: another form of `inference`.
+        UsageError: another form of `inference`, or the model cannot be loaded.
     """
 
     def __init__(
@@ -66,66 +86,91 @@ class FrozenFeatures:
     ):
         stride = parse_inference(inference)
         self.accelerator = accelerator
-        self.model = SparVisionModel.from_backbone(model).eval().requires_grad_(False).to(accelerator.device)
-        self.image_processor = SparImageProcessorPil.from_backbone(model)
+        self.encoder: Any
+        with as_usage_errors():
+            vision_model = SparVisionModel.from_backbone(model)
+        with as_usage_errors():
+            self.image_processor = SparImageProcessorPil.from_backbone(model)
         if size:
             self.image_processor = SparImageProcessorPil.from_dict({**self.image_processor.to_dict(), "size": size})
-        self.encoder: Any = self.model
+        self.model = self.encoder = vision_model.eval().requires_grad_(False).to(accelerator.device)
         if stride is not None:
-            self.encoder = SlidingWindowTeacher(self.model, stride=stride, window_batch_size=window_batch_size)
+            with as_usage_errors():
+                self.encoder = SlidingWindowTeacher(self.model, stride=stride, window_batch_size=window_batch_size)
         self.folder: Path | None = None
         if cache is not None:
             self.folder = Path(cache) / self.fingerprint(inference)
             self.folder.mkdir(parents=True, exist_ok=True)
-        self.names: dict[Path, str] = {}
+        self.hashes: dict[str, str] = {}  # path -> hash of the file
         self.made, self.seconds = 0, 0.0
 
     def fingerprint(self, inference: str) -> str:
-        """A name for all that features depend on but the image."""
+        """A name for all that features depend on except the image."""
         parts = [fingerprint(self.model), inference, self.image_processor.to_json_string()]
         parts.append(self.accelerator.mixed_precision)
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:20]
 
-    def file(self, path: Path) -> Path:
-        assert self.folder is not None
-        if path not in self.names:
-            self.names[path] = hashlib.sha256(path.read_bytes()).hexdigest()[:32]
-        return self.folder / f"{self.names[path]}.safetensors"
-
-    def fill(self, paths: list[Path]) -> None:
-        """Make what the disk does not hold yet; every process its share."""
+    def fill(self, data: SegmentationSet) -> None:
+        """Make the features of all images that the disk lacks; every process makes its share."""
         if self.folder is None:
             return
-        share = paths[self.accelerator.process_index :: self.accelerator.num_processes]
-        for path in tqdm(share, desc="features", disable=not self.accelerator.is_main_process):
-            self(path)
+        share = range(self.accelerator.process_index, len(data), self.accelerator.num_processes)
+        for number in tqdm(share, desc=f"features of {data.title}", disable=not self.accelerator.is_main_process):
+            self(data, number)
         self.accelerator.wait_for_everyone()
 
-    def __call__(self, path: Path) -> dict[str, torch.Tensor]:
+    def __call__(self, data: SegmentationSet, number: int) -> ImageFeatures:
+        """The features of one image of a set."""
         if self.folder is None:
-            return self.make(path)
-        file = self.file(path)
-        if file.is_file():
+            return self._make(data, number)
+        path = self.folder / f"{self._hash(data.file(number))}.safetensors"
+        if path.is_file():
             try:
-                return load_file(file)
+                return ImageFeatures.load(path)
             except SafetensorError:
-                logger.warning("%s is damaged and made again", file)
-        made = self.make(path)
-        write_atomically(file, lambda temporary: save_file(made, temporary))
+                logger.warning("%s is damaged and is made again.", path)
+        made = self._make(data, number)
+        write_atomically(path, made.save)
         return made
 
+    def _hash(self, image: str | bytes) -> str:
+        """Hash of an encoded image, read once where it is a file."""
+        if isinstance(image, bytes):
+            return hashlib.sha256(image).hexdigest()[:32]
+        if image not in self.hashes:
+            self.hashes[image] = hashlib.sha256(Path(image).read_bytes()).hexdigest()[:32]
+        return self.hashes[image]
+
     @torch.no_grad()
-    def make(self, path: Path) -> dict[str, torch.Tensor]:
-        start = time.perf_counter()
-        inputs = self.image_processor(read_image(path), return_tensors="pt")
+    def _make(self, data: SegmentationSet, number: int) -> ImageFeatures:
+        start = clock(self.accelerator.device)
+        inputs = self.image_processor(data.read_image(number), return_tensors="pt")
         pixel_values = inputs["pixel_values"].to(self.accelerator.device)
         with self.accelerator.autocast():
             features = self.encoder(pixel_values).feature_map[0]
-        # rounded as on the disk, so that both ways give the same probe
-        made = {
-            "features": features.bfloat16().cpu().contiguous(),
-            "working_size": torch.tensor(pixel_values.shape[-2:]),
-            "photo_size": torch.tensor(inputs["original_sizes"][0]),
-        }
-        self.made, self.seconds = self.made + 1, self.seconds + time.perf_counter() - start
-        return made
+        # in the precision of the disk, so that a probe is the same with and without a cache
+        features = features.bfloat16().cpu().contiguous()
+        self.made, self.seconds = self.made + 1, self.seconds + clock(self.accelerator.device) - start
+        height, width = pixel_values.shape[-2:]
+        return ImageFeatures(features, (height, width), tuple(inputs["original_sizes"][0]))
+
+
+def parse_inference(text: str) -> int | None:
+    """
+    The stride of `sliding:STRIDE`, and `None` for `single`.
+
+    Raises:
+        UsageError: another form.
+
+    Example:
+
+    ```python
+    >>> parse_inference("sliding:24"), parse_inference("single")
+    (24, None)
+    ```"""
+    kind, _, stride = text.partition(":")
+    if text == "single":
+        return None
+    if kind == "sliding" and stride.isdecimal() and int(stride) > 0:
+        return int(stride)
+    raise UsageError(f"--inference {text}: write single or sliding:STRIDE, e.g. sliding:24.")

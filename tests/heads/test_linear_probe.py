@@ -1,15 +1,17 @@
-"""The probing script on images whose labels their colours tell, and its parts against plain torch."""
+"""Linear probing on images whose classes are colours, and its parts against plain torch."""
 
 import hashlib
 import json
-import os
+import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
+from datasets import Dataset
+from launching import ENVIRONMENT, TRAINING, TWO_PROCESSES
 from PIL import Image
 from safetensors.torch import load_file
 from tiny_models import CONFIGS, randomise
@@ -17,20 +19,23 @@ from torch.nn import functional as F
 from transformers import AutoModelForSemanticSegmentation, DINOv3ViTModel, pipeline
 
 from spar_hf import SparForSemanticSegmentation, SparImageProcessorPil, SparVisionModel
+from spar_hf.data.segmentation_sets import make_table, open_folder
 from spar_hf.evaluation.metrics import MeanIoU
 from spar_hf.heads import linear_probe
-from spar_hf.heads.frozen_features import parse_inference
-from spar_hf.heads.linear_probe import Heads, batch_loss, logits_at, main
+from spar_hf.heads.frozen_features import FrozenFeatures, parse_inference
+from spar_hf.heads.linear_head import LinearHeads, batch_loss, logits_at_pixels
+from spar_hf.heads.linear_probe import main
 from spar_hf.model.segmentation import decide
+from spar_hf.utils.errors import UsageError
 
-SCRIPT = Path(__file__).parents[2] / "training" / "linear_probe.py"
+SCRIPT = TRAINING / "linear_probe.py"
 COLOURS = np.array([[200, 40, 40], [40, 200, 40], [40, 40, 220]], np.uint8)
 CLASSES = ["red", "green", "blue"]
 
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
-    """Eight images of odd sizes in blocks of three colours with noise; a stripe is void."""
+    """Eight images of odd sizes in blocks of three colours with noise; a stripe is ignored."""
     folder = tmp_path_factory.mktemp("colours")
     (folder / "images").mkdir()
     (folder / "masks").mkdir()
@@ -114,11 +119,9 @@ def test_launched_in_two_processes_on_a_sliding_window_of_a_spar_folder(vision_m
     vision_model.save_pretrained(tmp_path / "spar")
     SparImageProcessorPil().save_pretrained(tmp_path / "spar")
     more = ["--inference", "sliding:32", "--steps", "3", "--cache", tmp_path / "cache", "--shortest_edge", "96"]
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     result = subprocess.run(
-        [*command, str(SCRIPT), *arguments(tmp_path / "spar", dataset, tmp_path / "probe", *more)],
-        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"},
+        [*TWO_PROCESSES, str(SCRIPT), *arguments(tmp_path / "spar", dataset, tmp_path / "probe", *more)],
+        env={**ENVIRONMENT, "TQDM_DISABLE": "1"},
         capture_output=True,
         text=True,
     )
@@ -146,24 +149,29 @@ def test_launched_in_two_processes_on_a_sliding_window_of_a_spar_folder(vision_m
     assert results["per_category_iou"].tolist() == list(report["best"]["classes"].values())
 
 
+def stop_after(calls, function):
+    """The function, which fails after so many calls."""
+    left = [None] * calls
+
+    def stopping(*args):
+        if not left:
+            raise MemoryError
+        left.pop()
+        return function(*args)
+
+    return stopping
+
+
 def test_a_killed_run_resumes_to_the_last_bit(backbone, dataset, tmp_path, monkeypatch):
     whole = main(arguments(backbone, dataset, tmp_path / "whole", "--save_steps", 20))
     assert not list((tmp_path / "whole").glob("checkpoint-*"))
-    calls = []
-
-    def killed(*args):
-        calls.append(args)
-        if len(calls) > 47:
-            raise MemoryError
-        return batch_loss(*args)
-
-    monkeypatch.setattr(linear_probe, "batch_loss", killed)
+    monkeypatch.setattr(linear_probe, "batch_loss", stop_after(47, batch_loss))
     with pytest.raises(MemoryError):
         main(arguments(backbone, dataset, tmp_path / "cut", "--save_steps", 20))
     monkeypatch.undo()
-    with pytest.raises(ValueError, match="Go on with --resume"):
+    with pytest.raises(UsageError, match="--resume"):
         main(arguments(backbone, dataset, tmp_path / "cut", "--save_steps", 20))
-    with pytest.raises(ValueError, match=r"--pixels \(was 300, is 200\)"):
+    with pytest.raises(UsageError, match=r"--pixels \(was 300, is 200\)"):
         main(arguments(backbone, dataset, tmp_path / "cut", "--pixels", 200, "--resume"))
     resumed = main(arguments(backbone, dataset, tmp_path / "cut", "--resume"))
     assert resumed["heads"] == whole["heads"] and resumed["features_made"] == 20 * 3 + 2
@@ -171,16 +179,16 @@ def test_a_killed_run_resumes_to_the_last_bit(backbone, dataset, tmp_path, monke
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
-def test_folding_the_norm_changes_nothing():
-    heads = Heads(12, 5, 3)
+def test_heads_without_their_norm_give_the_same_logits():
+    heads = LinearHeads(12, 5, 3)
     features = torch.randn(200, 12) * torch.rand(12) * 9 + torch.randn(12) * 20
     for _ in range(9):
         heads(features)
     heads.eval()
-    weight, bias = heads.folded()
+    weight, bias = heads.without_norm()
     expected = heads(features).double()
-    folded = torch.einsum("pd,hcd->hpc", features.double(), weight) + bias[:, None]
-    torch.testing.assert_close(folded, expected, atol=1e-5, rtol=1e-5)
+    found = torch.einsum("pd,hcd->hpc", features.double(), weight) + bias[:, None]
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_loss_reads_logits_where_masks_do():
@@ -188,20 +196,20 @@ def test_loss_reads_logits_where_masks_do():
     logits = torch.randn(2, 4, 6, 3)
     up = F.interpolate(logits.permute(0, 3, 1, 2), scale_factor=32, mode="bilinear")[:, :, :100, :180]
     rows, columns = torch.randint(0, 100, (50,)), torch.randint(0, 180, (50,))
-    read = logits_at(logits, rows, columns, 16, (50, 90), (100, 180))
+    read = logits_at_pixels(logits, rows, columns, 16, (50, 90), (100, 180))
     torch.testing.assert_close(read, up[:, :, rows, columns].permute(0, 2, 1), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--test_include", "*"], r"trained and tested on, p0\.png"),
+        (["--test_include", "*"], r"p0\.png .*--train_exclude"),
         (["--inference", "sliding"], "sliding:STRIDE"),
-        (["--learning_rates", "0"], "positive"),
+        (["--learning_rates", "0"], "--learning_rates"),
     ],
 )
 def test_bad_options_name_the_fix(backbone, dataset, tmp_path, more, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UsageError, match=message):
         main(arguments(backbone, dataset, tmp_path / "probe", *more))
     assert not (tmp_path / "probe").exists()
 
@@ -210,10 +218,60 @@ def test_masks_beyond_the_classes_are_refused(backbone, dataset, tmp_path):
     (tmp_path / "images").symlink_to(dataset / "images")
     (tmp_path / "masks").symlink_to(dataset / "masks")
     (tmp_path / "classes.txt").write_text("red\ngreen\n")
-    with pytest.raises(ValueError, match=r"holds the values \[2\], but classes.txt has 2 lines"):
+    with pytest.raises(UsageError, match=r"holds the values \[2\], which .*2 classes"):
         main(arguments(backbone, tmp_path, tmp_path / "probe", "--cache", tmp_path / "cache"))
     assert not list((tmp_path / "cache").rglob("*.safetensors"))  # before any work
 
 
 def test_inference_is_read_as_documented():
     assert (parse_inference("single"), parse_inference("sliding:24")) == (None, 24)
+
+
+def test_a_run_of_version_0_1_resumes(backbone, dataset, tmp_path, monkeypatch):
+    """It stored one pattern where there are lists now, and the precision that was the default then."""
+    monkeypatch.setattr(linear_probe, "batch_loss", stop_after(3, batch_loss))
+    with pytest.raises(MemoryError):
+        main(arguments(backbone, dataset, tmp_path / "run", "--save_steps", 2))
+    monkeypatch.undo()
+    file = tmp_path / "run" / "checkpoint-2" / "state.json"
+    state = json.loads(file.read_text())
+    assert state["settings"]["mixed_precision"] == "no"
+    assert (state["settings"]["train_include"], state["settings"]["test_include"]) == (["*"], ["p[67]"])
+    state["settings"] |= {"train_include": "*", "test_include": "p[67]"}
+    file.write_text(json.dumps(state))
+    assert main(arguments(backbone, dataset, tmp_path / "run", "--resume"))["steps"] == 60
+
+
+def test_features_of_images_stored_in_a_data_set_are_those_of_the_files(backbone, dataset, tmp_path):
+    """The bytes of an image name its features, wherever they come from; the keys of the file are those of version 0.1."""
+    folder = open_folder(dataset)
+    images = [{"bytes": Path(str(folder.file(i))).read_bytes(), "path": None} for i in range(8)]
+    masks = [folder.file(i, "mask") for i in range(8)]
+    rows = Dataset.from_dict({"image": images, "mask": masks}, features=folder.rows.features)
+    stored = type(folder)("stored", rows, folder.names, folder.labels, make_table(range(3)), "stored")
+    assert isinstance(stored.file(0), bytes) and isinstance(folder.file(0), str)
+    features = FrozenFeatures(str(backbone), Accelerator(cpu=True), size={"shortest_edge": 64}, cache=str(tmp_path))
+    features.fill(folder)
+    features.fill(stored)
+    assert features.made == 8
+    found, image = features(stored, 3), Image.open(dataset / "images" / "p3.png")
+    assert found.image_size == image.size[::-1] and min(found.working_size) == 64
+    tensors = load_file(next(tmp_path.rglob("*.safetensors")))
+    assert set(tensors) == {"features", "working_size", "photo_size"} and tensors["features"].dtype == torch.bfloat16
+
+
+def test_sigterm_stops_after_the_step_and_the_run_resumes(backbone, dataset, tmp_path, monkeypatch):
+    whole = main(arguments(backbone, dataset, tmp_path / "whole"))
+    calls = []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 7:
+            signal.raise_signal(signal.SIGTERM)
+        return batch_loss(*args)
+
+    monkeypatch.setattr(linear_probe, "batch_loss", interrupted)
+    assert main(arguments(backbone, dataset, tmp_path / "run")) is None
+    monkeypatch.undo()
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["checkpoint-7"]
+    assert main(arguments(backbone, dataset, tmp_path / "run", "--resume"))["heads"] == whole["heads"]

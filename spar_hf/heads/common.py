@@ -1,0 +1,85 @@
+"""Options, checks and the learning-rate schedule that the training of a probe and that of a panoptic head share."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from transformers import get_scheduler
+
+from spar_hf.utils.errors import UsageError
+
+
+@dataclass(kw_only=True)
+class RunOptions:
+    """Where and how a training runs."""
+
+    output: str = field(metadata={"help": "Folder of the run: checkpoints, results, and the trained model in `model`."})
+    mixed_precision: str | None = field(
+        default=None,
+        metadata={
+            "help": "Precision of the forward pass; by default what `accelerate launch` was told.",
+            "choices": ["no", "fp16", "bf16"],
+        },
+    )
+    seed: int = field(default=0, metadata={"help": "Seed of weights, order, augmentation and drawn pixels."})
+    save_steps: int = field(default=200, metadata={"help": "Steps between checkpoints; the last two are kept."})
+    resume: bool = field(
+        default=False, metadata={"help": "Go on from the last checkpoint in --output, as if never stopped."}
+    )
+
+    def __post_init__(self):
+        check_positive(self, "save_steps")
+
+
+def check_positive(options: Any, *names: str) -> None:
+    """
+    Check numbers among the options.
+
+    Raises:
+        UsageError: one of these is given and not above 0.
+    """
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and value <= 0:
+            raise UsageError(f"--{name} {value} must be above 0.")
+
+
+def check_shares(options: Any, *names: str) -> None:
+    """
+    Check shares and probabilities among the options.
+
+    Raises:
+        UsageError: one of these does not lie in 0 to 1.
+    """
+    for name in names:
+        if not 0 <= getattr(options, name) <= 1:
+            raise UsageError(f"--{name} {getattr(options, name)} must lie in 0 to 1.")
+
+
+def make_schedule(
+    name: str, optimizer: torch.optim.Optimizer, warmup_ratio: float, steps: int, accelerator: Accelerator
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """
+    A learning-rate schedule of transformers by name, to be passed to `accelerator.prepare`.
+
+    Args:
+        name: such as `cosine`.
+        optimizer: whose learning rates follow it.
+        warmup_ratio: share of the steps with rising learning rate.
+        steps: optimizer steps of the run.
+        accelerator: steps the schedule once per process and optimizer step, so all counts are multiplied.
+
+    Raises:
+        UsageError: transformers has no schedule of this name.
+    """
+    processes = accelerator.num_processes
+    try:
+        return get_scheduler(
+            name,
+            optimizer,
+            num_warmup_steps=int(warmup_ratio * steps) * processes,
+            num_training_steps=steps * processes,
+        )
+    except ValueError as error:
+        raise UsageError(f"--lr_scheduler_type {name}: {error}") from error
