@@ -106,13 +106,15 @@ class Checkpointing:
 
         Args:
             step: steps done so far.
-            state: what the checkpoint keeps beside weights, optimizer and schedule, as JSON.
+            state: what the checkpoint keeps beside weights, optimizer and schedule, as JSON. A function among it is
+                called only when a checkpoint is written, and then in all processes.
         """
         if step >= self.steps:
             return False
         stopped = self.stop.asked()
         if stopped or step % self.every == 0:
-            folder = save_checkpoint(self.accelerator, self.output, step, settings=self.settings, **state)
+            values = {name: value() if callable(value) else value for name, value in state.items()}
+            folder = save_checkpoint(self.accelerator, self.output, step, settings=self.settings, **values)
             if stopped:
                 logger.info(
                     "Stopped after step %d; %s is complete. Go on with the same command and --resume.", step, folder
