@@ -1,4 +1,4 @@
-"""Official SPAR checkpoints and the bases they started from, to folders that `AutoModel` and the pipeline load."""
+"""Converts official checkpoints, of SPAR and of its base models, to folders that `AutoModel` and the pipeline load."""
 
 from .convert import ConversionReport, convert
 

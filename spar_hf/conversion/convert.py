@@ -1,4 +1,4 @@
-"""Conversion of one checkpoint: configuration, weights, check against the source's own formulae, one atomic rename."""
+"""Converts one checkpoint: configuration, weights, comparison with reference implementations, one atomic rename."""
 
 import json
 from dataclasses import dataclass, field
@@ -14,25 +14,28 @@ from spar_hf.model.image_processing_spar import SparImageProcessorPil
 from spar_hf.model.modeling_spar import SparForOpenVocabSegmentation, SparVisionModel
 from spar_hf.model.processing_spar import SparProcessor, published_tokenizer
 from spar_hf.utils.atomic import writing_folder
+from spar_hf.utils.errors import UsageError
 
 from . import dinov3txt, openclip, siglip2
-from .source import Source, read_tensors
+from .checkpoint_tensors import CheckpointTensors, read_tensors
 
+DINOV3_BACKBONE = "visual_model.backbone."  # prefix of its tensors in a checkpoint of dino.txt
+# modules, each with MODEL_TYPES, VISION_SETTINGS, TEXT_SETTINGS, rename, dense_features and text_features
 FAMILIES: dict[str, Any] = {"siglip2": siglip2, "openclip": openclip, "dinov3txt": dinov3txt}
-TOLERANCE = 1e-4  # largest difference, in float32, that the reloaded folder may show
+TOLERANCE = 1e-4  # largest allowed difference of features in float32
 
 
 @dataclass
 class ConversionReport:
     """
-    What a conversion did.
+    Result of a conversion.
 
     Attributes:
         output: the folder written.
-        used: number of tensors of the checkpoint that went into the model.
-        skipped: tensors without a place, each with the reason.
-        notes: what did not come from the checkpoint, and where it came from.
-        differences: per check, the largest absolute difference between the reloaded folder and the source's formulae.
+        used: number of tensors of the checkpoint that the model uses.
+        skipped: tensors that the model does not have, with the reason.
+        notes: properties that do not come from the checkpoint, and their origin.
+        differences: largest absolute difference between the reloaded folder and the reference implementation, by check.
     """
 
     output: Path
@@ -42,8 +45,8 @@ class ConversionReport:
     differences: dict[str, float] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        lines = [f"{self.used} tensors used, {len(self.skipped)} left out"]
-        lines += [f"  left out: {name} ({reason})" for name, reason in self.skipped.items()]
+        lines = [f"{self.used} tensors used, {len(self.skipped)} skipped"]
+        lines += [f"  skipped: {name} ({reason})" for name, reason in self.skipped.items()]
         lines += [f"  {note}" for note in self.notes]
         lines += [f"  largest difference, {name}: {value:.1e}" for name, value in self.differences.items()]
         return "\n".join([*lines, f"written: {self.output}"])
@@ -63,161 +66,178 @@ def convert(
     force: bool = False,
 ) -> ConversionReport:
     """
-    Convert an official checkpoint (SPAR's, or that of a base in timm, open_clip or dinov3 naming) into a folder.
+    Convert an official checkpoint, of SPAR or of a base model in timm, open_clip or dinov3 naming, to a folder.
 
-    Tensors are read without unpickling code. Each is used exactly once or named in the report with the reason; a missing,
-    extra or misshapen one stops the conversion. The folder is written under a temporary name, loaded again and compared
-    with the source's formulae in plain torch, and only then renamed.
+    Tensors are read without unpickling code. Each is used exactly once, or reported as skipped with the reason; a missing,
+    unknown or misshapen one stops the conversion. The folder is written under a temporary name, loaded again, compared with
+    a reference implementation in plain torch, and only then renamed.
 
     Args:
         checkpoint: `.ckpt`, `.pt`, `.pth` or `.safetensors`.
-        family: `"siglip2"` (fixed resolution), `"openclip"` (CLIP, MaskCLIP read-out) or `"dinov3txt"`.
-        base: hub id or folder of the same architecture in transformers' format. Heads, activation, image size, image
-            statistics and tokenizer are its to tell. For `"dinov3txt"` a DINOv3 folder; where the checkpoint holds only
-            dino.txt's head and text tower, the backbone's weights are taken from it too.
+        family: `"siglip2"` (fixed resolution), `"openclip"` (CLIP with MaskCLIP read-out) or `"dinov3txt"`.
+        base: hub id or folder of the same architecture in the format of transformers. It determines the number of heads,
+            activation, image size, image statistics and tokenizer. For `"dinov3txt"` a DINOv3 model; its weights are used
+            for the backbone if the checkpoint contains only the vision head and text tower of dino.txt.
         output: the folder to write.
-        tokenizer: hub id or folder, where the base has none (CLIP's, for `"dinov3txt"`).
-        text_heads: attention heads of the text tower, for `"dinov3txt"` (20 in the published ViT-L), which no tensor tells.
-        vision_act: activation of SigLIP's vision tower, `"gelu"` or `"gelu_pytorch_tanh"`. The hub's configuration says the
-            latter for all sizes, timm computes the former for the ViT-B (checked, so it is the default there) and the
-            latter for SO400M; for other sizes than the ViT-B it must be given.
-        image_mean, image_std: per channel, where the checkpoint was trained with other statistics than its base.
+        tokenizer: hub id or folder, for a base without tokenizer (that of CLIP, for `"dinov3txt"`).
+        text_heads: number of attention heads of the text tower, for `"dinov3txt"` (20 in the published ViT-L).
+        vision_act: activation of SigLIP's vision tower, `"gelu"` or `"gelu_pytorch_tanh"`. The configurations on the hub say
+            `"gelu_pytorch_tanh"` for all sizes, but timm uses `"gelu"` for the ViT-B (verified; the default for this size)
+            and `"gelu_pytorch_tanh"` for SO400M. For all other sizes this option is required.
+        image_mean, image_std: per channel, if the checkpoint was trained with other statistics than its base.
         force: replace `output` if it exists.
 
     Raises:
-        FileExistsError: `output` exists and `force` is not given.
+        FileExistsError: `output` exists and `force` is not given, or it is not a SPAR folder.
         FileNotFoundError: no such checkpoint.
-        ValueError: an unknown family, a base of another one, a file with code in it, or tensors that do not fit.
-        RuntimeError: the written folder differs from the source's formulae by more than 1e-4.
+        UsageError: an unknown family, a base of another family, a file that contains code, or tensors that do not fit.
+        RuntimeError: the written folder differs from the reference implementation by more than 1e-4.
     """
-    if family not in FAMILIES:
-        raise ValueError(f"Family {family!r} is unknown; use one of {', '.join(FAMILIES)}.")
     output = Path(output)
-    if output.exists() and not force:
-        raise FileExistsError(f"{output} exists. Name another folder, or pass --force to replace it.")
-    if output.exists() and not is_spar_folder(output):
-        raise FileExistsError(f"{output} is no SPAR folder, so --force does not delete it. Name another folder.")
-    names, tensors = FAMILIES[family], read_tensors(checkpoint)
-    source, notes = Source(tensors), []
-    names.rename(source)
-    complete = family != "dinov3txt" or any(name.startswith("visual_model.backbone.") for name in tensors)
-    if not complete:
-        backbone = SparVisionModel.from_backbone(base)
-        source.target |= {f"vision_model.{name}": tensor.float() for name, tensor in backbone.state_dict().items()}
-        source.absent = [name for name in source.absent if not name.startswith("visual_model.backbone.")]
+    check_output(output, force)
+    if family not in FAMILIES:
+        raise UsageError(f"Family {family!r} is unknown; use one of {', '.join(FAMILIES)}.")
+    layout, tensors = FAMILIES[family], read_tensors(checkpoint)
+    source, notes = CheckpointTensors(tensors), []
+    layout.rename(source)
+    backbone_from_base = family == "dinov3txt" and not any(name.startswith(DINOV3_BACKBONE) for name in tensors)
+    if backbone_from_base:
+        add_backbone(source, base)
         notes.append(
-            f"the backbone's weights are those of {base}: the checkpoint holds the head and the text tower alone"
+            f"backbone weights from {base}, since the checkpoint contains only the vision head and the text tower"
         )
-    config = build_config(names, family, base, source, tokenizer, text_heads, vision_act)
+    config = build_config(layout, family, base, source, tokenizer, text_heads, vision_act)
+    vision = config.backbone_config
     notes.append(
-        f"from {base}: {config.backbone_config.num_attention_heads} heads, image size {config.image_size}, image statistics"
+        f"from {base}: {vision.num_attention_heads} heads, image size {config.image_size}, image statistics"
         + ("" if tokenizer else ", tokenizer")
     )
-    notes.append(f"activation of the vision tower: {config.backbone_config.hidden_act}")
+    notes.append(f"activation of the vision tower: {vision.hidden_act}")
     model = SparForOpenVocabSegmentation(config).eval()
-    fit(model, source, checkpoint)
+    load_renamed(model, source, checkpoint)
 
     processor = build_processor(family, base, tokenizer, config, image_mean, image_std)
     report = ConversionReport(output, len(tensors) - len(source.skipped), source.skipped, notes)
     with writing_folder(output) as temporary:
         model.save_pretrained(temporary)
         processor.save_pretrained(temporary)
-        report.differences = compare(temporary, names, tensors if complete else tensors | {"base": base})
+        report.differences = compare(temporary, layout, tensors, base if backbone_from_base else None)
         worst = max(report.differences.values())
         if not worst < TOLERANCE:
             raise RuntimeError(
-                f"The converted model differs from the source's formulae by {worst:.1e} (allowed: {TOLERANCE:.0e}): "
+                f"The converted model differs from the reference implementation by {worst:.1e} (allowed: {TOLERANCE:.0e}): "
                 f"{report.differences}. Check that {base} is the base of this checkpoint; nothing was written."
             )
     return report
 
 
+def check_output(output: Path, force: bool) -> None:
+    """Refuse to replace a folder without `force`, and any folder that was not written by a conversion."""
+    if output.exists() and not force:
+        raise FileExistsError(f"{output} exists. Name another folder, or pass --force to replace it.")
+    if output.exists() and not is_spar_folder(output):
+        raise FileExistsError(f"{output} is not a SPAR folder, so --force does not delete it. Name another folder.")
+
+
+def add_backbone(source: CheckpointTensors, base: str) -> None:
+    """Take the weights of a DINOv3 backbone from the base."""
+    backbone = SparVisionModel.from_backbone(base)
+    source.renamed |= {f"vision_model.{name}": tensor.float() for name, tensor in backbone.state_dict().items()}
+    source.missing = [name for name in source.missing if not name.startswith(DINOV3_BACKBONE)]
+
+
 def is_spar_folder(folder: Path) -> bool:
+    """Whether a folder contains a SPAR model."""
     config = folder / "config.json"
     return config.is_file() and json.loads(config.read_text(encoding="utf-8")).get("model_type") == "spar"
 
 
 def build_config(
-    names,
+    layout,
     family: str,
     base: str,
-    source: Source,
+    source: CheckpointTensors,
     tokenizer: str | None,
     text_heads: int | None,
     vision_act: str | None,
 ) -> SparConfig:
-    """The configuration: the base's, with what the family's published code computes differently."""
+    """The configuration of the base, with the settings of the family's published code."""
     base_config = load_source_config(base)
-    if base_config.model_type not in names.MODEL_TYPES:
-        raise ValueError(
+    if base_config.model_type not in layout.MODEL_TYPES:
+        raise UsageError(
             f"{base} is a model of type {base_config.model_type!r}, but the base of a {family} checkpoint must be one of "
-            f"{', '.join(names.MODEL_TYPES)}."
+            f"{', '.join(layout.MODEL_TYPES)}."
         )
-    vision = getattr(base_config, "vision_config", base_config).to_dict() | names.VISION_SETTINGS
-    if family != "dinov3txt":
-        text = base_config.text_config.to_dict() | names.TEXT_SETTINGS
-        if family == "siglip2":
-            vision["hidden_act"] = siglip_activation(base, vision, vision_act)
-        else:  # both of CLIP's projections have the width at the top of its configuration
-            vision["projection_dim"] = text["projection_dim"] = base_config.projection_dim
-        return SparConfig(backbone_config=vision, text_config=text, dtype="float32")
-    if tokenizer is None or text_heads is None:
-        raise ValueError(
-            "A DINOv3 base has no text tower, and no tensor tells the tokenizer and the number of attention heads of "
-            "dino.txt's. Pass `--tokenizer` (CLIP's, e.g. openai/clip-vit-base-patch16) and `--text-heads` (20 for the "
-            "published ViT-L)."
-        )
-    periods = source.target.pop("rope_periods", None)
-    vision["rope_periods"] = None if periods is None else periods.flatten().tolist()
-    text = names.TEXT_SETTINGS | {"model_type": "clip_text_model", "num_attention_heads": text_heads}
-    text["num_hidden_layers"] = 1 + max(
-        [int(name.split(".")[4]) for name in source.target if name.startswith("text_model.text_model.encoder.layers.")],
-        default=-1,
-    )
+    vision = getattr(base_config, "vision_config", base_config).to_dict() | layout.VISION_SETTINGS
+    if family == "dinov3txt":
+        if tokenizer is None or text_heads is None:
+            raise UsageError(
+                "A DINOv3 base has no text tower, and the checkpoint does not tell its tokenizer and number of heads. Pass "
+                "--tokenizer (that of CLIP, e.g. openai/clip-vit-base-patch16) and --text-heads (20 for the published "
+                "ViT-L)."
+            )
+        periods = source.renamed.pop("rope_periods", None)
+        vision["rope_periods"] = None if periods is None else periods.flatten().tolist()
+        text = layout.TEXT_SETTINGS | dinov3txt_text_config(source.renamed, tokenizer, text_heads)
+        return SparConfig(backbone_config=vision, text_config=text, readout="dinov3txt", dtype="float32")
+    text = base_config.text_config.to_dict() | layout.TEXT_SETTINGS
+    if family == "siglip2":
+        vision["hidden_act"] = siglip_activation(base, vision, vision_act)
+    else:  # CLIP's projections are as wide as its top-level configuration says
+        vision["projection_dim"] = text["projection_dim"] = base_config.projection_dim
+    return SparConfig(backbone_config=vision, text_config=text, dtype="float32")
+
+
+def dinov3txt_text_config(renamed: dict[str, torch.Tensor], tokenizer: str, heads: int) -> dict[str, Any]:
+    """Text configuration of dino.txt: sizes from the shapes of the tensors, special tokens from the tokenizer."""
+    tower = "text_model.text_model."
+    layers = [int(name.split(".")[4]) for name in renamed if name.startswith(f"{tower}encoder.layers.")]
+    text: dict[str, Any] = {"model_type": "clip_text_model", "num_attention_heads": heads}
+    text["num_hidden_layers"] = 1 + max(layers, default=-1)
     sizes = {
-        ("vocab_size", "hidden_size"): "text_model.text_model.embeddings.token_embedding.weight",
-        ("max_position_embeddings",): "text_model.text_model.embeddings.position_embedding.weight",
-        ("intermediate_size",): "text_model.text_model.encoder.layers.0.mlp.fc1.weight",
+        ("vocab_size", "hidden_size"): f"{tower}embeddings.token_embedding.weight",
+        ("max_position_embeddings",): f"{tower}embeddings.position_embedding.weight",
+        ("intermediate_size",): f"{tower}encoder.layers.0.mlp.fc1.weight",
         ("projection_dim",): "text_model.text_projection.weight",
     }
     for keys, name in sizes.items():
-        if name in source.target:
-            text |= dict(zip(keys, source.target[name].shape, strict=False))
-    words = AutoTokenizer.from_pretrained(tokenizer)
-    special = {"bos": words.bos_token_id, "eos": words.eos_token_id, "pad": words.pad_token_id}
-    text |= {f"{key}_token_id": value for key, value in special.items()}
-    return SparConfig(backbone_config=vision, text_config=text, readout="dinov3txt", dtype="float32")
+        if name in renamed:
+            text |= dict(zip(keys, renamed[name].shape, strict=False))
+    loaded = AutoTokenizer.from_pretrained(tokenizer)
+    special = {"bos": loaded.bos_token_id, "eos": loaded.eos_token_id, "pad": loaded.pad_token_id}
+    return text | {f"{key}_token_id": value for key, value in special.items()}
 
 
 def siglip_activation(base: str, vision: dict[str, Any], vision_act: str | None) -> str:
+    """Activation of SigLIP's vision tower, which is known without `vision_act` for the ViT-B only."""
     if vision_act is None and (vision["hidden_size"], vision["num_hidden_layers"]) != (768, 12):
-        raise ValueError(
-            f"No tensor tells the activation of {base}'s vision tower, and only that of the ViT-B was checked. Pass "
-            "`--vision-act gelu` or `--vision-act gelu_pytorch_tanh` (SO400M), as timm's definition of the model says."
+        raise UsageError(
+            f"The activation of {base}'s vision tower is not stored in the checkpoint, and the default is verified for the "
+            "ViT-B only. Pass --vision-act gelu or --vision-act gelu_pytorch_tanh (SO400M), as timm defines the model."
         )
     if vision_act not in (None, "gelu", "gelu_pytorch_tanh"):
-        raise ValueError(f"--vision-act {vision_act}: use gelu or gelu_pytorch_tanh.")
+        raise UsageError(f"--vision-act {vision_act}: use gelu or gelu_pytorch_tanh.")
     return vision_act or "gelu"
 
 
-def fit(model: SparForOpenVocabSegmentation, source: Source, checkpoint: str | Path) -> None:
-    """Load what was renamed; every weight must be there, have its shape, and nothing may be left over."""
-    wanted = model.state_dict()
-    if "logit_bias" not in source.target:
-        wanted.pop("logit_bias")  # only the sigmoid loss has one; zero else
-    problems = [f"missing in the checkpoint: {name}" for name in source.absent]
-    problems += [f"without a place in the model: {name}" for name in sorted(source.left)]
-    for name, tensor in sorted(source.target.items()):
-        if name not in wanted:
-            problems.append(f"one more than the base has: {name}")
-        elif wanted[name].shape != tensor.shape:
-            shape = tuple(wanted[name].shape)
-            problems.append(f"misshapen: {name} is {tuple(tensor.shape)}, of the base's size it would be {shape}")
-    problems += [f"missing for the model: {name}" for name in sorted(set(wanted) - set(source.target))]
+def load_renamed(model: SparForOpenVocabSegmentation, source: CheckpointTensors, checkpoint: str | Path) -> None:
+    """Load the renamed tensors; every weight must exist with its shape, and no tensor may remain."""
+    expected = model.state_dict()
+    if "logit_bias" not in source.renamed:
+        expected.pop("logit_bias")  # checkpoints of the softmax loss have none; it stays zero
+    problems = [f"missing in the checkpoint: {name}" for name in source.missing]
+    problems += [f"not in the model: {name}" for name in sorted(source.remaining)]
+    for name, tensor in sorted(source.renamed.items()):
+        if name not in expected:
+            problems.append(f"not in the base: {name}")
+        elif expected[name].shape != tensor.shape:
+            shape = tuple(expected[name].shape)
+            problems.append(f"wrong shape: {name} is {tuple(tensor.shape)}, but {shape} in the base")
+    problems += [f"missing for the model: {name}" for name in sorted(set(expected) - set(source.renamed))]
     if problems:
         shown = "\n  ".join(problems[:40]) + (f"\n  and {len(problems) - 40} more" if len(problems) > 40 else "")
-        raise ValueError(f"{checkpoint} does not fit its family and base:\n  {shown}\nNothing was written.")
-    model.load_state_dict(source.target, strict=False)
+        raise UsageError(f"{checkpoint} does not fit its family and base:\n  {shown}\nNothing was written.")
+    model.load_state_dict(source.renamed, strict=False)
 
 
 def build_processor(
@@ -228,9 +248,10 @@ def build_processor(
     image_mean: list[float] | None,
     image_std: list[float] | None,
 ) -> SparProcessor:
+    """The processor of the base, with the published text preprocessing and the given image statistics."""
     if family == "dinov3txt":
-        words = published_tokenizer(AutoTokenizer.from_pretrained(tokenizer), config.text_config)
-        processor = SparProcessor(SparImageProcessorPil.from_backbone(base), words)
+        text = published_tokenizer(AutoTokenizer.from_pretrained(tokenizer), config.text_config)
+        processor = SparProcessor(SparImageProcessorPil.from_backbone(base), text)
     else:
         processor = SparProcessor.from_backbone(base, tokenizer)
     if image_mean is not None:
@@ -241,33 +262,43 @@ def build_processor(
 
 
 @torch.no_grad()
-def compare(folder: Path, names, tensors: dict[str, Any]) -> dict[str, float]:
-    """Largest differences between the folder, loaded anew, and the source's formulae, at the native size and two others."""
+def compare(folder: Path, layout, tensors: dict[str, torch.Tensor], base: str | None) -> dict[str, float]:
+    """
+    Compare the folder, loaded again, with the reference implementation on random pixels and token ids.
+
+    Args:
+        folder: the converted model.
+        layout: module of the family, which has the reference implementation.
+        tensors: of the checkpoint, by their old names.
+        base: DINOv3 model if the backbone's weights come from it; transformers' own implementation is the reference then.
+
+    Returns:
+        Largest absolute difference of feature maps, at the native size and two others, of image and of text embeddings.
+    """
     model = SparForOpenVocabSegmentation.from_pretrained(folder, dtype=torch.float32).eval()
     config = model.config
-    base = tensors.get("base")
-    tensors = {name: value.float() for name, value in tensors.items() if isinstance(value, torch.Tensor)}
+    tensors = {name: value.float() for name, value in tensors.items()}
     generator = torch.Generator().manual_seed(0)
     patch, side = config.patch_size, config.image_size // config.patch_size
     differences = {}
     for rows, columns in ((side, side), (side + 2, side // 2 + 1), (side // 2 + 1, 2 * side)):
         pixels = torch.randn(1, 3, rows * patch, columns * patch, generator=generator)
         if base is None:
-            expected = names.dense_features(tensors, pixels, config)
-        else:  # the backbone is transformers' own
+            expected = layout.dense_features(tensors, pixels, config)
+        else:
             tokens = DINOv3ViTModel.from_pretrained(base, dtype=torch.float32).eval()(pixels).last_hidden_state
             expected = tokens[:, -rows * columns :].transpose(1, 2).unflatten(2, (rows, columns))
         found = model.vision_model(pixels).feature_map
         differences[f"features {rows * patch}×{columns * patch}"] = float((found - expected).abs().max())
-    if hasattr(names, "pooled_features") and base is None:
+    if hasattr(layout, "pooled_features") and base is None:
         pixels = torch.randn(1, 3, side * patch, (side + 1) * patch, generator=generator)
         found = model.vision_model(pixels, output_pooled=True).pooler_output
-        differences["pooled image"] = float((found - names.pooled_features(tensors, pixels, config)).abs().max())
+        differences["pooled image"] = float((found - layout.pooled_features(tensors, pixels, config)).abs().max())
     text = config.text_config
     end = text.vocab_size - 1
     ids = torch.randint(3, end, (3, text.max_position_embeddings), generator=generator)
-    if text.model_type == "clip_text_model":  # pooled at the end token, in all of CLIP's vocabularies the last
+    if text.model_type == "clip_text_model":  # pooled at the end token, the last one of CLIP's vocabularies
         ids[:, -3:] = end
-    expected = names.text_features(tensors, ids, config)
+    expected = layout.text_features(tensors, ids, config)
     differences["texts"] = float((model.get_text_features(ids).pooler_output - expected).abs().max())
     return differences

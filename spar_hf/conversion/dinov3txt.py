@@ -1,12 +1,12 @@
-"""DINOv3.txt as the dinov3 code names it: `visual_model.backbone.*`, `visual_model.head.*`, `text_model.*`."""
+"""DINOv3.txt in the naming of the dinov3 code: `visual_model.backbone.*`, `visual_model.head.*`, `text_model.*`."""
 
 import math
 
 import torch
 from torch.nn.functional import conv2d, gelu, silu
 
-from .blocks import Tensors, attention, dense, norm, pad_to_multiple
-from .source import Source
+from .checkpoint_tensors import CheckpointTensors
+from .reference_layers import Tensors, attention, dense, norm, pad_to_multiple
 
 MODEL_TYPES = ("dinov3_vit",)
 VISION_SETTINGS = {
@@ -23,7 +23,8 @@ VISION_SETTINGS = {
 TEXT_SETTINGS = {"hidden_act": "gelu", "layer_norm_eps": 1e-5}
 
 
-def rename_block(source: Source, old: str, new: str, gated: bool) -> None:
+def rename_block(source: CheckpointTensors, old: str, new: str, gated: bool) -> None:
+    """Rename a block of the backbone, or of the vision head, whose MLP is gated."""
     source.linear(f"{old}norm1", f"{new}norm1")
     source.linear(f"{old}norm2", f"{new}norm2")
     source.split(f"{old}attn.qkv.weight", [f"{new}attention.{name}_proj.weight" for name in "qkv"])
@@ -31,8 +32,8 @@ def rename_block(source: Source, old: str, new: str, gated: bool) -> None:
         bias = source.take(f"{old}attn.qkv.bias")
         if bias is not None:
             query, _, value = bias.chunk(3)  # bias_mask is 1, 0, 1: keys have no bias
-            source.target[f"{new}attention.q_proj.bias"], source.target[f"{new}attention.v_proj.bias"] = query, value
-        source.skip("1, 0, 1 for query, key and value: keys have no bias", f"{old}attn.qkv.bias_mask")
+            source.renamed[f"{new}attention.q_proj.bias"], source.renamed[f"{new}attention.v_proj.bias"] = query, value
+        source.skip("mask that sets the bias of the keys to zero; the model has none", f"{old}attn.qkv.bias_mask")
     source.linear(f"{old}attn.proj", f"{new}attention.o_proj")
     for i in (1, 2):
         source.move(f"{old}ls{i}.gamma", f"{new}layer_scale{i}.lambda1")
@@ -41,8 +42,8 @@ def rename_block(source: Source, old: str, new: str, gated: bool) -> None:
         source.linear(f"{old}mlp.{name}", f"{new}mlp.{new_name}")
 
 
-def rename(source: Source) -> None:
-    """Move every tensor to its place in [`SparForOpenVocabSegmentation`]."""
+def rename(source: CheckpointTensors) -> None:
+    """Rename every tensor to its name in [`SparForOpenVocabSegmentation`]."""
     old, new = "visual_model.backbone.", "vision_model.backbone."
     source.move(f"{old}cls_token", f"{new}embeddings.cls_token")
     source.move(f"{old}mask_token", f"{new}embeddings.mask_token", lambda t: t.reshape(1, 1, -1))
@@ -51,7 +52,7 @@ def rename(source: Source) -> None:
     for i in range(source.depth(f"{old}blocks.")):
         rename_block(source, f"{old}blocks.{i}.", f"{new}model.layer.{i}.", gated=False)
     source.linear(f"{old}norm", f"{new}norm")
-    # kept in the configuration: a buffer would be rounded with the weights
+    # `build_config` moves the periods to the configuration, where half precision cannot round them
     source.move(f"{old}rope_embed.periods", "rope_periods")
     for i in range(source.depth("visual_model.head.blocks.")):
         rename_block(source, f"visual_model.head.blocks.{i}.", f"{new}vision_head.layer.{i}.", gated=True)
@@ -64,9 +65,9 @@ def rename(source: Source) -> None:
         before, after = f"{text}blocks.{i}.", f"{new}encoder.layers.{i}."
         projections = [f"{after}self_attn.{name}_proj.weight" for name in "qkv"]
         source.split(f"{before}attention.qkv.weight", projections)
-        for name in projections:  # CLIP's text tower has biases where this one has none
-            if name in source.target:
-                source.target[name.replace("weight", "bias")] = torch.zeros(len(source.target[name]))
+        for name in projections:  # CLIP's text model in transformers has biases; these are zero
+            if name in source.renamed:
+                source.renamed[name.replace("weight", "bias")] = torch.zeros(len(source.renamed[name]))
         source.linear(f"{before}attention.proj", f"{after}self_attn.out_proj")
         source.linear(f"{before}attention_norm", f"{after}layer_norm1")
         source.linear(f"{before}ffn_norm", f"{after}layer_norm2")
@@ -77,13 +78,14 @@ def rename(source: Source) -> None:
     source.scalar("logit_scale")
 
 
-def vision_block(tensors: Tensors, key: str, x: torch.Tensor, heads: int, turn=None) -> torch.Tensor:
+def vision_block(tensors: Tensors, key: str, x: torch.Tensor, heads: int, rotate=None) -> torch.Tensor:
+    """Transformer block of the backbone (with RoPE `rotate`) or of the vision head."""
     qkv = dense(tensors, f"{key}attn.qkv", norm(tensors, f"{key}norm1", x, 1e-5))
-    if turn is not None:
-        # the bias of the keys is masked out in the published code
+    if rotate is not None:
+        # the published code masks the bias of the keys
         query, _, value = tensors[f"{key}attn.qkv.bias"].chunk(3)
         qkv = qkv - tensors[f"{key}attn.qkv.bias"] + torch.cat([query, torch.zeros_like(query), value])
-    attended = dense(tensors, f"{key}attn.proj", attention(qkv, heads, turn=turn))
+    attended = dense(tensors, f"{key}attn.proj", attention(qkv, heads, rotate=rotate))
     x = x + attended * tensors[f"{key}ls1.gamma"]
     hidden = norm(tensors, f"{key}norm2", x, 1e-5)
     if f"{key}mlp.w1.weight" in tensors:
@@ -95,7 +97,7 @@ def vision_block(tensors: Tensors, key: str, x: torch.Tensor, heads: int, turn=N
 
 
 def tokens(tensors: Tensors, pixels: torch.Tensor, config) -> tuple[torch.Tensor, torch.Size]:
-    """The backbone's normalised tokens, class and storage tokens first, and the grid of the patches."""
+    """Tokens of the backbone after its last norm, class and register tokens first, and the size of the patch grid."""
     old, heads = "visual_model.backbone.", config.backbone_config.num_attention_heads
     weight = tensors[f"{old}patch_embed.proj.weight"]
     pixels = pad_to_multiple(pixels, weight.shape[-1])
@@ -110,25 +112,25 @@ def tokens(tensors: Tensors, pixels: torch.Tensor, config) -> tuple[torch.Tensor
     angles = torch.cat([down, across, down, across], dim=1)
     skip = prefix.shape[1]
 
-    def turn(x: torch.Tensor) -> torch.Tensor:
+    def rotate(x: torch.Tensor) -> torch.Tensor:
         patches = x[:, :, skip:]
         first, second = patches.chunk(2, dim=-1)
-        turned = patches * angles.cos() + torch.cat([-second, first], dim=-1) * angles.sin()
-        return torch.cat([x[:, :, :skip], turned], dim=2)
+        rotated = patches * angles.cos() + torch.cat([-second, first], dim=-1) * angles.sin()
+        return torch.cat([x[:, :, :skip], rotated], dim=2)
 
     for i in range(config.backbone_config.num_hidden_layers):
-        x = vision_block(tensors, f"{old}blocks.{i}.", x, heads, turn)
+        x = vision_block(tensors, f"{old}blocks.{i}.", x, heads, rotate)
     return norm(tensors, f"{old}norm", x, 1e-5), grid
 
 
 def dense_features(tensors: Tensors, pixels: torch.Tensor, config) -> torch.Tensor:
-    """The published dense features `(batch, dim, h, w)`: the backbone's normalised patch tokens."""
+    """Reference feature map `(batch, dim, height / patch, width / patch)`: patch tokens after the last norm."""
     x, grid = tokens(tensors, pixels, config)
     return x[:, -grid[0] * grid[1] :].transpose(1, 2).unflatten(2, grid)
 
 
 def pooled_features(tensors: Tensors, pixels: torch.Tensor, config) -> torch.Tensor:
-    """The published image embedding `(batch, 2 * dim)` of dino.txt's vision head."""
+    """Reference image embedding `(batch, 2 * dim)` of the vision head: class token and mean of the patch tokens."""
     x, grid = tokens(tensors, pixels, config)
     for i in range(2):
         x = vision_block(tensors, f"visual_model.head.blocks.{i}.", x, config.backbone_config.num_attention_heads)
@@ -137,7 +139,7 @@ def pooled_features(tensors: Tensors, pixels: torch.Tensor, config) -> torch.Ten
 
 
 def text_features(tensors: Tensors, ids: torch.Tensor, config) -> torch.Tensor:
-    """The half of the published text embeddings that faces patches `(names, dim)`, not normalised."""
+    """Reference text embeddings `(names, dim)`, not normalised: the half of the channels that matches patch tokens."""
     text, heads = "text_model.backbone.", config.text_config.num_attention_heads
     x = tensors[f"{text}token_embedding.weight"][ids] + tensors[f"{text}positional_embedding"][: ids.shape[1]]
     for i in range(config.text_config.num_hidden_layers):

@@ -1,21 +1,21 @@
-"""OpenCLIP and CLIP as open_clip and openai name them: `visual.*`, `transformer.*`."""
+"""CLIP in the naming of open_clip and OpenAI: `visual.*`, `transformer.*`."""
 
 import math
 
 import torch
 from torch.nn.functional import conv2d, interpolate, linear
 
-from .blocks import ACTIVATIONS, Tensors, dense, norm, open_clip_block, pad_to_multiple
-from .source import Source
+from .checkpoint_tensors import CheckpointTensors
+from .reference_layers import ACTIVATIONS, Tensors, dense, norm, open_clip_block, pad_to_multiple
 
 MODEL_TYPES = ("clip",)
-# the activation (gelu, or quick_gelu of openai's weights) and the heads are the base's to tell
+# the base determines the activation (gelu, or quick_gelu for OpenAI's weights) and the number of heads
 VISION_SETTINGS = {"layer_norm_eps": 1e-5}
 TEXT_SETTINGS = {"layer_norm_eps": 1e-5}
 
 
-def rename(source: Source) -> None:
-    """Move every tensor to its place in [`SparForOpenVocabSegmentation`]."""
+def rename(source: CheckpointTensors) -> None:
+    """Rename every tensor to its name in [`SparForOpenVocabSegmentation`]."""
     vision, text = "vision_model.backbone.", "text_model.text_model."
     source.move("visual.class_embedding", f"{vision}embeddings.class_embedding")
     source.move("visual.positional_embedding", f"{vision}embeddings.position_embedding.weight")
@@ -31,12 +31,12 @@ def rename(source: Source) -> None:
     source.linear("ln_final", f"{text}final_layer_norm")
     source.move("text_projection", "text_model.text_projection.weight", lambda t: t.T)
     source.scalar("logit_scale")
-    source.skip("the causal mask of the text tower, built anew", "attn_mask")
-    source.skip("a size, which the tensors tell", "input_resolution", "context_length", "vocab_size")
+    source.skip("causal mask of the text tower, computed by the model", "attn_mask")
+    source.skip("a size, known from the shapes of the tensors", "input_resolution", "context_length", "vocab_size")
 
 
 def dense_features(tensors: Tensors, pixels: torch.Tensor, config) -> torch.Tensor:
-    """The published dense features (MaskCLIP) `(batch, dim, h, w)`."""
+    """Reference feature map `(batch, dim, height / patch, width / patch)` of MaskCLIP: the last attention gives its values."""
     vision = config.backbone_config
     weight = tensors["visual.conv1.weight"]
     x = conv2d(pad_to_multiple(pixels, weight.shape[-1]), weight, stride=weight.shape[-1])
@@ -65,7 +65,7 @@ def dense_features(tensors: Tensors, pixels: torch.Tensor, config) -> torch.Tens
 
 
 def text_features(tensors: Tensors, ids: torch.Tensor, config) -> torch.Tensor:
-    """The published text embeddings `(names, dim)`, pooled at the end token, not normalised."""
+    """Reference text embeddings `(names, dim)`, pooled at the end token, not normalised."""
     text = config.text_config
     x = tensors["token_embedding.weight"][ids] + tensors["positional_embedding"][: ids.shape[1]]
     for i in range(text.num_hidden_layers):

@@ -1,20 +1,20 @@
-"""SigLIP and fixed-resolution SigLIP2 as open_clip and timm name them: `visual.trunk.*`, `text.*`."""
+"""SigLIP and fixed-resolution SigLIP2 in the naming of open_clip and timm: `visual.trunk.*`, `text.*`."""
 
 import math
 
 import torch
 from torch.nn.functional import conv2d, interpolate
 
-from .blocks import ACTIVATIONS, Tensors, attention, dense, norm, open_clip_block, pad_to_multiple
-from .source import Source
+from .checkpoint_tensors import CheckpointTensors
+from .reference_layers import ACTIVATIONS, Tensors, attention, dense, norm, open_clip_block, pad_to_multiple
 
 MODEL_TYPES = ("siglip",)
 VISION_SETTINGS = {"layer_norm_eps": 1e-6}
 TEXT_SETTINGS = {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6}
 
 
-def rename(source: Source) -> None:
-    """Move every tensor to its place in [`SparForOpenVocabSegmentation`]."""
+def rename(source: CheckpointTensors) -> None:
+    """Rename every tensor to its name in [`SparForOpenVocabSegmentation`]."""
     trunk, vision = "visual.trunk.", "vision_model.backbone."
     source.linear(f"{trunk}patch_embed.proj", f"{vision}embeddings.patch_embedding")
     source.move(f"{trunk}pos_embed", f"{vision}embeddings.position_embedding.weight", lambda t: t.squeeze(0))
@@ -33,7 +33,7 @@ def rename(source: Source) -> None:
     for part in ("weight", "bias"):
         query, keys_values = source.take(f"{pool}q.{part}"), source.take(f"{pool}kv.{part}")
         if query is not None and keys_values is not None:
-            source.target[f"{head}attention.in_proj_{part}"] = torch.cat([query, keys_values])
+            source.renamed[f"{head}attention.in_proj_{part}"] = torch.cat([query, keys_values])
     source.linear(f"{pool}proj", f"{head}attention.out_proj")
     source.linear(f"{pool}norm", f"{head}layernorm")
     source.linear(f"{pool}mlp.fc1", f"{head}mlp.fc1")
@@ -49,7 +49,7 @@ def rename(source: Source) -> None:
 
 
 def dense_features(tensors: Tensors, pixels: torch.Tensor, config) -> torch.Tensor:
-    """The published dense features `(batch, dim, h, w)`."""
+    """Reference feature map `(batch, dim, height / patch, width / patch)`: the pooling head applied to single patches."""
     trunk, vision = "visual.trunk.", config.backbone_config
     act = ACTIVATIONS[vision.hidden_act]
     weight = tensors[f"{trunk}patch_embed.proj.weight"]
@@ -74,7 +74,7 @@ def dense_features(tensors: Tensors, pixels: torch.Tensor, config) -> torch.Tens
 
 
 def text_features(tensors: Tensors, ids: torch.Tensor, config) -> torch.Tensor:
-    """The published text embeddings `(names, dim)`, not normalised."""
+    """Reference text embeddings `(names, dim)`, not normalised."""
     x = tensors["text.token_embedding.weight"][ids] + tensors["text.positional_embedding"]
     heads = config.text_config.num_attention_heads
     for i in range(config.text_config.num_hidden_layers):

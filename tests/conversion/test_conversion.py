@@ -40,7 +40,7 @@ from typer.testing import CliRunner
 from spar_hf import SlidingWindowTeacher, SparForOpenVocabSegmentation, SparProcessor, SparVisionModel
 from spar_hf.cli.main import app
 from spar_hf.conversion import convert
-from spar_hf.conversion.source import read_tensors
+from spar_hf.conversion.checkpoint_tensors import read_tensors
 
 VOCAB, LENGTH = 40, 12
 SIZES = [(32, 32), (48, 24), (24, 64), (64, 48), (16, 64)]  # native, others, and as many patches in another shape
@@ -230,11 +230,11 @@ def test_plain_state_dicts(tmp_path, suffix):
             lambda s: s.pop("visual.trunk.blocks.1.mlp.fc2.bias"),
             r"missing in the checkpoint: visual.trunk.blocks.1.mlp.fc2",
         ),
-        (lambda s: s.update(extra=torch.zeros(3)), "without a place in the model: extra"),
-        (lambda s: s.update({"logit_scale": torch.zeros(2)}), "misshapen: logit_scale is"),
+        (lambda s: s.update(extra=torch.zeros(3)), "not in the model: extra"),
+        (lambda s: s.update({"logit_scale": torch.zeros(2)}), "wrong shape: logit_scale is"),
         (
             lambda s: s.update({"text.ln_final.weight": torch.ones(31)}),
-            r"misshapen: text_model.final_layer_norm.weight",
+            r"wrong shape: text_model.final_layer_norm.weight",
         ),
     ],
 )
@@ -268,16 +268,16 @@ def test_code_in_a_checkpoint_is_never_run(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("photo.jpg", "is no checkpoint"),
-        ("text.pt", "is no checkpoint"),
+        ("photo.jpg", "is not a checkpoint"),
+        ("text.pt", "is not a checkpoint"),
         ("empty.pt", "is empty"),
         ("empty.safetensors", "is empty"),
-        ("cut.safetensors", "is no whole safetensors file"),
-        ("zip.safetensors", "is no whole safetensors file"),
-        ("cut.pt", "is damaged or cut short"),
-        ("cut_old.ckpt", "is damaged or cut short"),
-        ("objects.pt", r"holds Python objects \(datetime.timedelta\)"),
-        ("list.pt", "holds a list"),
+        ("cut.safetensors", "is not a complete safetensors file"),
+        ("zip.safetensors", "is not a complete safetensors file"),
+        ("cut.pt", "is damaged or truncated"),
+        ("cut_old.ckpt", "is damaged or truncated"),
+        ("objects.pt", r"contains Python objects \(datetime.timedelta\)"),
+        ("list.pt", "contains a list"),
     ],
 )
 def test_what_is_no_checkpoint_is_one_line_that_never_advises_to_run_code(tmp_path, recwarn, name, message):
@@ -319,7 +319,7 @@ def test_command_line_refuses_to_overwrite(tmp_path):
     command += ["--output", str(tmp_path / "out"), "--vision-act", "gelu"]
     first = CliRunner().invoke(app, command)
     assert first.exit_code == 0, first.output
-    assert "largest difference, texts" in first.output and "0 left out" in first.output
+    assert "largest difference, texts" in first.output and "0 skipped" in first.output
     again = CliRunner().invoke(app, command)
     assert again.exit_code == 1 and "--force" in again.output
     assert CliRunner().invoke(app, [*command, "--force"]).exit_code == 0
@@ -338,7 +338,7 @@ def test_dinotxt_head_and_text_join_a_hub_backbone(tmp_path):
     head = {name: value for name, value in state.items() if not name.startswith("visual_model.backbone.")}
     torch.save(head, tmp_path / "head.pth")
     report = convert(tmp_path / "head.pth", "dinov3txt", str(tmp_path / "base"), tmp_path / "out", **options)
-    assert "backbone's weights are those of" in str(report)
+    assert "backbone weights from" in str(report)
     pixels = torch.randn(1, 3, 40, 24)
     with torch.no_grad():
         tokens = DINOv3ViTModel.from_pretrained(tmp_path / "base").eval()(pixels).last_hidden_state[:, 5:]
@@ -380,7 +380,7 @@ def test_force_deletes_no_other_folder(tmp_path):
     torch.save(state, tmp_path / "plain.pt")
     (tmp_path / "precious").mkdir()
     (tmp_path / "precious" / "thesis.txt").write_text("years of work")
-    with pytest.raises(FileExistsError, match="no SPAR folder"):
+    with pytest.raises(FileExistsError, match="not a SPAR folder"):
         convert(tmp_path / "plain.pt", "siglip2", str(tmp_path / "base"), tmp_path / "precious", force=True)
     assert (tmp_path / "precious" / "thesis.txt").read_text() == "years of work"
 

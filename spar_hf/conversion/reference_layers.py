@@ -1,7 +1,6 @@
 """
-The published networks in plain torch, straight from a checkpoint's own names: what a conversion is checked against.
-
-Nothing here is shared with the models of the library; a mistake would have to be made twice to stay hidden.
+Layers of the published networks in plain torch, reading weights by the names in a checkpoint. Conversions are checked
+against them, so they share no code with the models of the library.
 """
 
 import torch
@@ -18,25 +17,27 @@ ACTIVATIONS = {
 
 
 def norm(tensors: Tensors, key: str, x: torch.Tensor, eps: float) -> torch.Tensor:
+    """Layer normalisation with weight and bias below `key`."""
     return layer_norm(x, x.shape[-1:], tensors[f"{key}.weight"], tensors[f"{key}.bias"], eps)
 
 
 def dense(tensors: Tensors, key: str, x: torch.Tensor) -> torch.Tensor:
+    """Linear layer with weight and, where it has one, bias below `key`."""
     return linear(x, tensors[f"{key}.weight"], tensors.get(f"{key}.bias"))
 
 
-def attention(qkv: torch.Tensor, heads: int, causal: bool = False, turn=None) -> torch.Tensor:
-    """Rows of queries, keys and values `(batch, tokens, 3 * dim)` -> `(batch, tokens, dim)`; `turn` is RoPE."""
+def attention(qkv: torch.Tensor, heads: int, causal: bool = False, rotate=None) -> torch.Tensor:
+    """Attention of queries, keys and values `(batch, tokens, 3 * dim)` -> `(batch, tokens, dim)`; `rotate` is RoPE."""
     batch, tokens, width = qkv.shape
     query, key, value = qkv.view(batch, tokens, 3, heads, width // 3 // heads).permute(2, 0, 3, 1, 4)
-    if turn is not None:
-        query, key = turn(query), turn(key)
+    if rotate is not None:
+        query, key = rotate(query), rotate(key)
     attended = scaled_dot_product_attention(query, key, value, is_causal=causal)
     return attended.transpose(1, 2).reshape(batch, tokens, width // 3)
 
 
 def open_clip_block(tensors: Tensors, key: str, x: torch.Tensor, heads: int, act: str, eps: float, causal: bool):
-    """A residual block of open_clip, vision or text."""
+    """Transformer block of open_clip, of the vision or the text tower."""
     qkv = linear(
         norm(tensors, f"{key}ln_1", x, eps), tensors[f"{key}attn.in_proj_weight"], tensors[f"{key}attn.in_proj_bias"]
     )
@@ -46,4 +47,5 @@ def open_clip_block(tensors: Tensors, key: str, x: torch.Tensor, heads: int, act
 
 
 def pad_to_multiple(pixels: torch.Tensor, size: int) -> torch.Tensor:
+    """Zeros right and bottom up to a multiple of the patch size."""
     return pad(pixels, (0, -pixels.shape[3] % size, 0, -pixels.shape[2] % size))
