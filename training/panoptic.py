@@ -1,7 +1,7 @@
 """Train a panoptic head on SPAR features. Options: `--help`."""
 
 from spar_hf.heads.panoptic import main
-from spar_hf.utils.usage import run_script
+from spar_hf.utils.errors import run_command
 
 if __name__ == "__main__":
-    run_script(main)
+    run_command(main)

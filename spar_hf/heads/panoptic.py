@@ -1,434 +1,379 @@
 """
-Train a panoptic head on the features of a SPAR model, of its base, or of any backbone that SPAR reads.
+Train a panoptic head on the features of a SPAR model, or of any transformers backbone that SPAR reads.
 
 Images and masks lie in a folder (`images/`, `masks/`, `classes.txt`). Its masks tell classes, not objects, so each connected
 region of a countable class (`--things`) counts as one segment, and each other class of an image as one. With few images,
-tell fewer classes apart (`--classes`). The backbone stays frozen unless `--train_backbone` says otherwise.
+merge classes (`--classes`). The backbone stays frozen unless `--train_backbone` says otherwise.
 
-    accelerate launch training/panoptic.py --model DIR --data DATA --things 80 --output DIR
+    accelerate launch training/panoptic.py --model DIR --dataset DATA --things 80 --output DIR
 """
 
-import json
 import logging
 import random
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
-from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedDataParallelKwargs, set_seed
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
 from huggingface_hub import ModelCardData
 from torch.utils.data import DataLoader
-from torchmetrics.detection import PanopticQuality
 from tqdm.auto import tqdm
-from transformers import HfArgumentParser, get_scheduler
 
 from spar_hf import SparForUniversalSegmentation, SparImageProcessorPil, SparUniversalImageProcessorPil
-from spar_hf.data.segmentation_sets import SegmentationFolder, check_pairs, open_segmentation_folder, read_image
-from spar_hf.distillation.options import check_positive
-from spar_hf.distillation.student import choose_parameters, short_name
-from spar_hf.heads.segments import PanopticImages, find_segments, only, thing_classes
+from spar_hf.data.order import split_held_out
+from spar_hf.data.segmentation_sets import SegmentationSet, check_readable, open_folder
+from spar_hf.distillation.student import choose_parameters
+from spar_hf.heads.common import make_schedule
+from spar_hf.heads.panoptic_options import FREE, PanopticData, PanopticModel, PanopticOptions, parse_options, upgrade
+from spar_hf.heads.panoptic_quality import measure_quality
+from spar_hf.heads.segments import PanopticImages, first_item, has_segment, thing_classes
 from spar_hf.utils.atomic import write_json, write_text, writing_folder
-from spar_hf.utils.checkpoints import StopAtStep, cut_log, earlier_state, load_checkpoint, save_checkpoint, settings_of
-from spar_hf.utils.usage import check_precision, work_begins
+from spar_hf.utils.checkpoints import earlier_state, load_checkpoint, settings_of
+from spar_hf.utils.devices import clock
+from spar_hf.utils.errors import UsageError, as_usage_errors
+from spar_hf.utils.model_cards import model_card, rows, short_name
+from spar_hf.utils.runs import Checkpointing, RunLog, end_run, start_accelerator
 
-logger = logging.getLogger("panoptic")
+logger = logging.getLogger(__name__)
 
-# what a resumed run may have otherwise: none of it changes what is learned
-FREE = {"output", "resume", "workers", "save_steps", "report_to"}
-CALIBRATION_IMAGES = 64  # images over which mean and variance of the features are taken before training
+CALIBRATION_IMAGES = 64  # images from which mean and variance of the features are taken before training
+
+
+def main(args: list[str] | None = None) -> Path | None:
+    """The command; returns the folder of the model, or `None` where the run was stopped."""
+    folder = PanopticTrainer(parse_options(args, description=__doc__)).run()
+    if folder is not None:
+        logger.info("written: %s", folder)
+    return folder
 
 
 @dataclass
-class Options:
-    """Options of the training."""
-
-    model: str = field(metadata={"help": "Hub id or folder of a SPAR model or a backbone of transformers."})
-    data: str = field(metadata={"help": "Folder with images/, masks/ (8-bit PNG of class numbers) and classes.txt."})
-    output: str = field(metadata={"help": "Folder to write to."})
-    classes: str | None = field(
-        default=None,
-        metadata={
-            "help": "JSON file {class: [line of classes.txt, ...]}: the classes told apart; what none names is void. "
-            "E.g. training/configs/coco_supercategories.json. Default: each line of classes.txt is one."
-        },
-    )
-    things: list[str] = field(
-        default_factory=list,
-        metadata={
-            "help": "Countable classes: names, or one number N for the first N (COCO: 80, its supercategories: 12)."
-        },
-    )
-    min_area: float = field(
-        default=0.001,
-        metadata={
-            "help": "Regions of countable classes below this share of the image are void, in training and measure."
-        },
-    )
-    include: str = field(default="*", metadata={"help": "Shell pattern of the file stems read."})
-    exclude: list[str] = field(default_factory=list, metadata={"help": "Shell patterns of file stems never read."})
-    holdout_every: int = field(
-        default=5,
-        metadata={"help": "Each n-th image (sorted by name) is held out to measure on; 0 measures on training images."},
-    )
-    images: int | None = field(default=None, metadata={"help": "Train on the first so many images; on all by default."})
-    shortest_edge: int = field(default=512, metadata={"help": "Shorter side of the images that the model sees."})
-    min_scale: float = field(default=0.75, metadata={"help": "In training, times a factor drawn between this ..."})
-    max_scale: float = field(default=1.25, metadata={"help": "... and this."})
-    flip_probability: float = field(default=0.5, metadata={"help": "Chance of a horizontal flip."})
-    steps: int = field(default=2000, metadata={"help": "Optimizer steps."})
-    gradient_accumulation_steps: int = field(default=4, metadata={"help": "Images per process and optimizer step."})
-    learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate of the head."})
-    train_backbone: str = field(
-        default="none", metadata={"help": "What is trained of the backbone: 'none', 'all' or a number of last blocks."}
-    )
-    backbone_learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate of the backbone."})
-    weight_decay: float = field(default=0.05, metadata={"help": "AdamW weight decay."})
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Name of a transformers schedule."})
-    warmup_ratio: float = field(default=0.05, metadata={"help": "Share of the steps with rising learning rate."})
-    out_features: list[str] = field(
-        default_factory=lambda: ["features"],
-        metadata={"help": "Stages of the backbone that the head reads: features, stage1, ..."},
-    )
-    hidden_dim: int = field(default=256, metadata={"help": "Width of the head."})
-    decoder_layers: int = field(default=4, metadata={"help": "Predictions of the decoder: its layers and one before."})
-    num_queries: int = field(default=100, metadata={"help": "Segments per image at most."})
-    train_num_points: int = field(default=12544, metadata={"help": "Points at which the loss of a mask is taken."})
-    threshold: float = field(
-        default=0.5, metadata={"help": "Class probability from which a segment counts when measuring."}
-    )
-    mixed_precision: str = field(default="no", metadata={"help": "no, fp16 or bf16."})
-    workers: int = field(default=1, metadata={"help": "Processes that decode images."})
-    seed: int = field(default=0, metadata={"help": "Seed of head, order, augmentation and the points of the loss."})
-    log_steps: int = field(default=20, metadata={"help": "Steps between lines of the log."})
-    save_steps: int = field(default=500, metadata={"help": "Steps between checkpoints; the last two are kept."})
-    eval_steps: int = field(
-        default=500, metadata={"help": "Steps between measurements; OUTPUT/model is the one with the best quality."}
-    )
-    resume: bool = field(
-        default=False, metadata={"help": "Go on from the last checkpoint in --output, as if never stopped."}
-    )
-    report_to: str | None = field(default=None, metadata={"help": "Tracker of accelerate, e.g. tensorboard or wandb."})
-
-    def __post_init__(self):
-        if self.train_backbone not in ("none", "all") and not (
-            self.train_backbone.isdigit() and int(self.train_backbone) > 0
-        ):
-            raise ValueError(f"--train_backbone {self.train_backbone}: write 'none', 'all' or a number of last blocks.")
-        if not 0 < self.min_scale <= self.max_scale:
-            raise ValueError("--min_scale is above 0 and --max_scale not below it.")
-        if self.holdout_every < 0 or self.holdout_every == 1:
-            raise ValueError("--holdout_every is 0 or at least 2.")
-        names = "shortest_edge steps gradient_accumulation_steps learning_rate backbone_learning_rate hidden_dim num_queries"
-        check_positive(self, f"{names} decoder_layers train_num_points images log_steps save_steps eval_steps")
-        for name in ("min_area", "flip_probability", "threshold", "warmup_ratio"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"--{name} {getattr(self, name)} must lie in 0 to 1.")
-
-
-def split_pairs(folder: SegmentationFolder, options: Options) -> tuple[list, list]:
+class Progress:
     """
-    Pairs to train on, and pairs to measure on: the held-out ones, or those trained on with `--holdout_every 0`.
+    How far a training is.
+
+    Attributes:
+        step: optimizer steps done.
+        running: sum of the losses since the last line of the log.
+        curve: the measurements so far.
+    """
+
+    step: int = 0
+    running: float = 0.0
+    curve: list[dict[str, Any]] = field(default_factory=list)
+
+
+class PanopticTrainer:
+    """
+    The training of a panoptic head. Building it reads and checks all options, images and models; [`PanopticTrainer.run`]
+    trains.
 
     Raises:
-        ValueError: none of one kind is there.
+        UsageError: options, images, masks or an earlier run in the output folder do not fit.
     """
-    every = options.holdout_every
-    held_out = [pair for i, pair in enumerate(folder.pairs) if every and i % every == every - 1]
-    train = [pair for i, pair in enumerate(folder.pairs) if not every or i % every != every - 1][: options.images]
+
+    def __init__(self, options: PanopticOptions):
+        self.options, self.output = options, Path(options.run.output)
+        self.accelerator = accelerator = start_panoptic_accelerator(options)
+        self.settings = settings_of(options, FREE) | {"mixed_precision": accelerator.mixed_precision}
+        self.state = earlier_state(self.output, options.run.resume, self.settings, accelerator.num_processes, upgrade)
+        self.train_data, self.measured, self.things = open_data(options.data, accelerator)
+        stuff = sorted(set(range(len(self.train_data.labels))) - self.things)
+        self.image_processor = load_image_processor(options.model.model, options.views.shortest_edge, stuff)
+        self.model = build_model(options.model, self.train_data.labels).to(accelerator.device)
+        groups = parameter_groups(self.model, options)
+        self.parameters = [parameter for group in groups for parameter in group["params"]]
+        training = options.training
+        self.optimizer: Any = torch.optim.AdamW(groups, weight_decay=training.weight_decay)
+        self.schedule: Any = make_schedule(
+            training.lr_scheduler_type, self.optimizer, training.warmup_ratio, training.steps, accelerator
+        )
+        self.wrapped: Any
+        self.wrapped, self.optimizer, self.schedule = accelerator.prepare(self.model, self.optimizer, self.schedule)
+        self.images_per_step = accelerator.num_processes * training.gradient_accumulation_steps
+        logger.info(
+            "%d images to train on, measured on %d%s; %.2f M of %.2f M parameters trained",
+            len(self.train_data),
+            len(self.measured),
+            "" if options.data.holdout_every else " of them",
+            sum(p.numel() for p in self.parameters) / 1e6,
+            sum(p.numel() for p in self.model.parameters()) / 1e6,
+        )
+
+    def run(self) -> Path | None:
+        """Train; returns the folder of the best model, or `None` where Ctrl-C or SIGTERM stopped the run."""
+        options, accelerator = self.options, self.accelerator
+        progress = self._begin()
+        log = RunLog(
+            self.output / "log.jsonl", accelerator, resume_step=progress.step if self.state is not None else None
+        )
+        steps, accumulated = options.training.steps, options.training.gradient_accumulation_steps
+        loader, first_step = self._loader(progress.step), progress.step
+        bar = tqdm(initial=first_step, total=steps, disable=not accelerator.is_main_process, mininterval=5)
+        checkpoints = Checkpointing(accelerator, self.output, self.settings, options.run.save_steps, steps)
+        start, stopped = clock(accelerator.device), False
+        for number, inputs in enumerate(loader, start=first_step * accumulated):
+            progress.running += self._train_on(inputs, number) / accumulated
+            if not accelerator.sync_gradients:
+                continue
+            progress.step += 1
+            bar.update()
+            if progress.step % options.run.log_steps == 0:
+                seconds = clock(accelerator.device) - start
+                speed = (progress.step - first_step) * self.images_per_step / seconds
+                self._log(log, progress, speed)
+                bar.set_postfix(loss=f"{progress.running / options.run.log_steps:.3f}")
+                progress.running = 0.0
+            if progress.step % options.run.eval_steps == 0 or progress.step == steps:
+                self._measure(progress)
+            stopped = checkpoints.after_step(progress.step, running=progress.running, curve=progress.curve)
+            if stopped:
+                break
+        checkpoints.close()
+        bar.close()
+        log.close()
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            write_json(self.output / "curve.json", progress.curve)
+        end_run(accelerator, self.wrapped, self.optimizer, self.schedule)
+        return None if stopped else self.output / "model"
+
+    def _begin(self) -> Progress:
+        """Load the checkpoint of a resumed run, or take the statistics of the features for a new one."""
+        if self.options.run.report_to:
+            plain = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in self.record().items()}
+            self.accelerator.init_trackers("spar-panoptic", config=plain)
+        self.output.mkdir(parents=True, exist_ok=True)
+        if self.state is not None:
+            load_checkpoint(self.accelerator, self.output)
+            return Progress(self.state["step"], self.state["running"], self.state["curve"])
+        count = min(CALIBRATION_IMAGES, len(self.train_data))
+        drawn = random.Random(self.options.run.seed).sample(range(len(self.train_data)), count)
+        images = tqdm(drawn, desc="statistics of the features", disable=not self.accelerator.is_main_process)
+        self.model.calibrate(
+            self.image_processor(self.train_data.read_image(i), return_tensors="pt")["pixel_values"].to(
+                self.accelerator.device
+            )
+            for i in images
+        )
+        return Progress()
+
+    def _loader(self, step: int) -> Any:
+        """Training images from a step on. Image i of the stream depends on the seed and i alone, so any start will do."""
+        options = self.options
+        images = PanopticImages(
+            self.train_data,
+            self.things,
+            options.data.min_area,
+            options.model.num_queries,
+            self.image_processor,
+            options.views,
+            options.run.seed,
+        )
+        numbers = range(step * self.images_per_step, options.training.steps * self.images_per_step)
+        return self.accelerator.prepare(
+            DataLoader(images, 1, sampler=numbers, collate_fn=first_item, num_workers=options.run.workers)
+        )
+
+    def _train_on(self, inputs: dict[str, Any], number: int) -> float:
+        """Forward and backward pass of the `number`-th image of this process; returns the loss."""
+        accelerator = self.accelerator
+        self.wrapped.train()
+        self.model.vision_model.eval()  # DINOv3 jitters its positions in training mode
+        self.model.feature_norm.eval()  # single images have no statistics worth following: it was calibrated before
+        # the points of the loss depend on seed, process and image, so that a resumed run draws the same
+        seed = f"points-{self.options.run.seed}-{accelerator.process_index}-{number}"
+        torch.manual_seed(random.Random(seed).getrandbits(62))
+        with accelerator.accumulate(self.wrapped):
+            with accelerator.autocast():
+                loss = self.wrapped(**inputs).loss
+            accelerator.backward(loss)
+            if accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(self.parameters, 1.0)
+            self.optimizer.step()
+            self.schedule.step()
+            self.optimizer.zero_grad()
+        return float(loss.detach())
+
+    def _log(self, log: RunLog, progress: Progress, images_per_second: float) -> None:
+        """A line of the log: the mean loss since the last one, and the speed."""
+        log.write(
+            {
+                "step": progress.step,
+                "loss": progress.running / self.options.run.log_steps,
+                "learning_rate": self.schedule.get_last_lr()[0],
+                "images_per_second": round(images_per_second, 3),
+            }
+        )
+
+    def _measure(self, progress: Progress) -> None:
+        """Measure the model, and write it if it is the best so far."""
+        options, step = self.options, progress.step
+        quality = measure_quality(
+            self.model,
+            self.image_processor,
+            self.measured,
+            self.things,
+            options.data.min_area,
+            options.run.threshold,
+            self.accelerator,
+        )
+        progress.curve.append({"step": step, **quality})
+        logger.info("step %d: %s", step, quality)
+        self.accelerator.log(quality, step=step)
+        if self.accelerator.is_main_process and quality["pq"] == max(point["pq"] for point in progress.curve):
+            self._save(progress.curve)
+
+    def _save(self, curve: list[dict[str, Any]]) -> None:
+        """Write a `from_pretrained` folder with its card."""
+        record = self.record() | {"quality": curve[-1], "curve": curve}
+        with writing_folder(self.output / "model") as temporary:
+            self.model.save_pretrained(temporary)
+            self.image_processor.save_pretrained(temporary)
+            write_text(temporary / "README.md", make_card(self.output.name, self.options.run.threshold, record))
+
+    def record(self) -> dict[str, Any]:
+        """How the head is trained, for its card and the trackers."""
+        data, views, training = self.options.data, self.options.views, self.options.training
+        return {
+            "model": short_name(self.options.model.model),
+            "dataset": short_name(data.dataset),
+            "images": len(self.train_data),
+            "held_out": len(self.measured) if data.holdout_every else 0,
+            "classes": short_name(data.classes) if data.classes else "classes.txt",
+            "things": f"{len(self.things)} of {len(self.train_data.labels)} classes",
+            "min_area": data.min_area,
+            "train_backbone": training.train_backbone,
+            "steps": training.steps,
+            "images_per_step": self.images_per_step,
+            "shortest_edge": views.shortest_edge,
+            "scale": [views.min_scale, views.max_scale],
+            "learning_rate": training.learning_rate,
+            "weight_decay": training.weight_decay,
+            "seed": self.options.run.seed,
+        }
+
+
+def start_panoptic_accelerator(options: PanopticOptions) -> Accelerator:
+    """The accelerator of the run."""
+    # blocks after the last stage that the head reads get no gradient, for which DDP would wait
+    unused = options.training.train_backbone != "none" and "features" not in options.model.out_features
+    return start_accelerator(
+        options.run.mixed_precision,
+        options.run.seed,
+        report_to=options.run.report_to,
+        output=options.run.output,
+        gradient_accumulation_steps=options.training.gradient_accumulation_steps,
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=unused)],
+    )
+
+
+def open_data(options: PanopticData, accelerator: Accelerator) -> tuple[SegmentationSet, SegmentationSet, set[int]]:
+    """
+    Images to train on, images to measure on, and the numbers of the countable classes; all files are read once.
+
+    Raises:
+        UsageError: images or masks do not fit, or none of them has a segment.
+    """
+    folder = open_folder(options.dataset, options.classes).filter(options.include, options.exclude)
+    things = thing_classes(options.things, folder.labels)
+    train, measured = split_data(folder, options)
+    check_readable(train, accelerator)
+    if options.holdout_every:
+        check_readable(measured, accelerator)
+    for data, purpose in ((train, "trained"), (measured, "measured")):
+        if not has_segment(data, things, options.min_area):
+            raise UsageError(f"No mask that is {purpose} on has a segment; check --things and --min_area.")
+    return train, measured, things
+
+
+def split_data(data: SegmentationSet, options: PanopticData) -> tuple[SegmentationSet, SegmentationSet]:
+    """
+    Images to train on, and images to measure on: the held-out ones, or with `--holdout_every 0` those trained on.
+
+    Raises:
+        UsageError: one of the two would be empty.
+    """
+    train, held_out = split_held_out(len(data), options.holdout_every)
+    train = train[: options.limit]
     if not train:
-        raise ValueError("No image is left to train on; check --images.")
-    if every and not held_out:
-        raise ValueError(
-            f"Of {len(folder.pairs)} images --holdout_every {every} holds out none. Give a smaller one, or 0 to measure on "
-            "the images trained on."
+        raise UsageError("No image is left to train on; check --include, --exclude and --holdout_every.")
+    if options.holdout_every and not held_out:
+        raise UsageError(
+            f"Of {len(data)} images --holdout_every {options.holdout_every} holds out none. Give a smaller number, or 0 to "
+            "measure on the images trained on."
         )
-    return train, held_out or train
+    return data.select(train), data.select(held_out or train)
 
 
-@torch.no_grad()
-def measure(
-    model: SparForUniversalSegmentation,
-    image_processor: SparUniversalImageProcessorPil,
-    folder: SegmentationFolder,
-    pairs: list,
-    things: set[int],
-    options: Options,
-    accelerator: Accelerator,
-) -> dict[str, float]:
+def load_image_processor(model: str, shortest_edge: int, stuff: list[int]) -> SparUniversalImageProcessorPil:
+    """Mean and standard deviation of the model's own image processor, at the size of this training."""
+    with as_usage_errors():
+        source = SparImageProcessorPil.from_backbone(model)
+    return SparUniversalImageProcessorPil(
+        image_mean=source.image_mean,
+        image_std=source.image_std,
+        size={"shortest_edge": shortest_edge},
+        label_ids_to_fuse=stuff,
+    )
+
+
+def build_model(options: PanopticModel, classes: tuple[str, ...]) -> SparForUniversalSegmentation:
     """
-    Panoptic, segmentation and recognition quality in per cent, over all classes that occur, things and stuff, at the size of
-    the images, by torchmetrics. Images are shared out among the processes.
+    A new head on the backbone.
+
+    Raises:
+        UsageError: the backbone cannot be loaded, or lacks a stage of `out_features`.
     """
-    # torchmetrics does not count a missed segment of which most is void in the prediction. COCO's definition counts it, so
-    # what no segment covers is given to one more class, whose own quality is left out.
-    nothing = len(folder.classes)
-    metric = PanopticQuality(
-        things,
-        set(range(nothing)) - things | {nothing},
-        return_sq_and_rq=True,
-        return_per_class=True,
-        sync_on_compute=False,
-    ).to(accelerator.device)
-    model.eval()
-    for image, mask in pairs[accelerator.process_index :: accelerator.num_processes]:
-        decoded = read_image(image)
-        inputs = image_processor(decoded, return_tensors="pt").to(accelerator.device)
-        with accelerator.autocast():
-            outputs = model(inputs["pixel_values"])
-        found = image_processor.post_process_panoptic_segmentation(
-            outputs, threshold=options.threshold, target_sizes=inputs["original_sizes"]
-        )[0]
-        found_classes = torch.tensor([nothing] + [segment["label_id"] for segment in found["segments_info"]])
-        prediction = found["segmentation"].cpu().long()
-        segments, class_of = find_segments(folder.read_mask(mask, decoded.size[::-1]), things, options.min_area)
-        target = torch.from_numpy(segments).long()
-        target_classes = torch.tensor([*class_of.values(), nothing + 1])  # the last, an unknown class, is void's -1
-        metric.update(
-            # (height, width) -> (1, height, width, 2): class and number
-            torch.stack([found_classes[prediction], prediction], -1)[None].to(accelerator.device),
-            torch.stack([target_classes[target], target], -1)[None].to(accelerator.device),
+    with as_usage_errors():
+        return SparForUniversalSegmentation.from_spar(
+            options.model,
+            out_features=options.out_features,
+            id2label=dict(enumerate(classes)),
+            hidden_dim=options.hidden_dim,
+            decoder_layers=options.decoder_layers,
+            num_queries=options.num_queries,
+            train_num_points=options.train_num_points,
         )
-    for state in ("iou_sum", "true_positives", "false_positives", "false_negatives"):
-        setattr(metric, state, accelerator.reduce(getattr(metric, state)))
-    quality = metric.compute().cpu()[:nothing] * 100  # (classes, 3), things first
-    seen = (metric.true_positives + metric.false_positives + metric.false_negatives).cpu()[:nothing] > 0
-    is_thing = torch.arange(nothing) < len(things)
-    row = {}
-    for suffix, group in (("", seen), ("_things", seen & is_thing), ("_stuff", seen & ~is_thing)):
-        for name, values in zip(("pq", "sq", "rq"), quality[group].T, strict=True):
-            if len(values):
-                row[name + suffix] = round(float(values.mean()), 2)
-    return {**row, "classes": int(seen.sum()), "images": len(pairs)}
 
 
-def save_model(model, image_processor, options: Options, record: dict, folder: Path) -> None:
-    """Write a `from_pretrained` folder."""
-    with writing_folder(folder) as temporary:
-        model.save_pretrained(temporary)
-        image_processor.save_pretrained(temporary)
-        write_text(temporary / "README.md", model_card(options, record))
+def parameter_groups(model: SparForUniversalSegmentation, options: PanopticOptions) -> list[dict[str, Any]]:
+    """The head at its learning rate, and what is trained of the backbone at its own; the rest is frozen."""
+    training = options.training
+    model.vision_model.requires_grad_(False)
+    head = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups: list[dict[str, Any]] = [{"params": head, "lr": training.learning_rate}]
+    if training.train_backbone != "none":
+        with as_usage_errors():
+            backbone = choose_parameters(model.vision_model, training.train_backbone)
+        groups.append({"params": backbone, "lr": training.backbone_learning_rate})
+    return groups
 
 
-def model_card(options: Options, record: dict) -> str:
+def make_card(name: str, threshold: float, record: dict[str, Any]) -> str:
+    """The model card of a panoptic head."""
     data = ModelCardData(
         library_name="transformers", pipeline_tag="image-segmentation", tags=["spar", "panoptic-segmentation"]
     )
-    rows = "\n".join(f"| {key} | {value} |" for key, value in record.items())
-    return f"""---
-{data.to_yaml()}
----
-# {Path(options.output).name}
-
-A panoptic head (`SparForUniversalSegmentation`: queries, Mask2Former's masked-attention decoder and loss) on the features of
-`{record["model"]}`. The licence of that model and of the images applies to these weights.
+    text = f"""
+A panoptic head (`SparForUniversalSegmentation`: queries, masked-attention decoder and loss of Mask2Former) on the features
+of `{record["model"]}`. The licences of that model and of the images apply to these weights.
 
 ```python
 import spar_hf  # or trust_remote_code=True
 from transformers import pipeline
 
 segment = pipeline("image-segmentation", model="THIS FOLDER")
-segment("photo.jpg", threshold={options.threshold}, overlap_mask_area_threshold=0.8)
+segment("image.jpg", threshold={threshold}, overlap_mask_area_threshold=0.8)
 ```
 
 | training | |
 |---|---|
-{rows}
+{rows(record)}
 
-`quality` is panoptic (pq), segmentation (sq) and recognition quality (rq) in per cent at the size of the images, the mean
-over the classes that occur, by torchmetrics.
+`quality` is the panoptic (pq), segmentation (sq) and recognition quality (rq) in per cent at the size of the images: the
+mean over the classes that occur, by torchmetrics.
 """
-
-
-def load_image_processor(options: Options, fuse: list[int]) -> SparUniversalImageProcessorPil:
-    """Mean and standard deviation of the model's own image processor, at the size of this training."""
-    source = SparImageProcessorPil.from_backbone(options.model)
-    return SparUniversalImageProcessorPil(
-        image_mean=source.image_mean,
-        image_std=source.image_std,
-        size={"shortest_edge": options.shortest_edge},
-        label_ids_to_fuse=fuse,
-    )
-
-
-def parameter_groups(model: SparForUniversalSegmentation, options: Options) -> list[dict]:
-    """The head at its learning rate, and what is trained of the backbone at its own; the rest is frozen."""
-    model.vision_model.requires_grad_(False)
-    head = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [{"params": head, "lr": options.learning_rate}]
-    if options.train_backbone != "none":
-        backbone = choose_parameters(model.vision_model, options.train_backbone)
-        groups.append({"params": backbone, "lr": options.backbone_learning_rate})
-    return groups
-
-
-def train(options: Options) -> Path:
-    """Run the training; returns the folder of the model."""
-    # blocks after the last stage that the head reads are given no gradient, for which DDP would wait
-    unused = DistributedDataParallelKwargs(
-        find_unused_parameters=options.train_backbone != "none" and "features" not in options.out_features
-    )
-    accelerator = Accelerator(
-        kwargs_handlers=[unused],
-        mixed_precision=options.mixed_precision,
-        gradient_accumulation_steps=options.gradient_accumulation_steps,
-        log_with=options.report_to,
-        project_dir=options.output if options.report_to else None,
-    )
-    check_precision(accelerator)
-    set_seed(options.seed)
-    output, settings = Path(options.output), settings_of(options, FREE)
-    state = earlier_state(output, options.resume, settings, accelerator.num_processes)
-    folder = open_segmentation_folder(options.data, options.include, options.exclude, options.classes)
-    things = thing_classes(options.things, folder.classes)
-    train_pairs, measured = split_pairs(folder, options)
-    check_pairs(folder, [*train_pairs, *(measured if options.holdout_every else ())], accelerator)
-    masks = (folder.read_mask(mask, read_image(image).size[::-1]) for image, mask in measured)
-    if not any(find_segments(mask, things, options.min_area)[1] for mask in masks):
-        raise ValueError("No mask that is measured on has a segment; check --things and --min_area.")
-    image_processor = load_image_processor(options, sorted(set(range(len(folder.classes))) - things))
-    model = SparForUniversalSegmentation.from_spar(
-        options.model,
-        out_features=options.out_features,
-        id2label=dict(enumerate(folder.classes)),
-        hidden_dim=options.hidden_dim,
-        decoder_layers=options.decoder_layers,
-        num_queries=options.num_queries,
-        train_num_points=options.train_num_points,
-    ).to(accelerator.device)
-    groups = parameter_groups(model, options)
-    parameters = [parameter for group in groups for parameter in group["params"]]
-    optimizer = torch.optim.AdamW(groups, weight_decay=options.weight_decay)
-    # accelerate steps the schedule once per process and optimizer step
-    schedule = get_scheduler(
-        options.lr_scheduler_type,
-        optimizer,
-        num_warmup_steps=int(options.warmup_ratio * options.steps) * accelerator.num_processes,
-        num_training_steps=options.steps * accelerator.num_processes,
-    )
-    wrapped, optimizer, schedule = accelerator.prepare(model, optimizer, schedule)
-    images_per_step = accelerator.num_processes * options.gradient_accumulation_steps
-    logger.info(
-        "%d images to train on, measured on %d%s; %.2f M of %.2f M parameters trained",
-        len(train_pairs),
-        len(measured),
-        "" if options.holdout_every else " of them",
-        sum(p.numel() for p in parameters) / 1e6,
-        sum(p.numel() for p in model.parameters()) / 1e6,
-    )
-    record = {
-        "model": short_name(options.model),
-        "data": short_name(options.data),
-        "images": len(train_pairs),
-        "held_out": len(measured) if options.holdout_every else 0,
-        "classes": short_name(options.classes) if options.classes else "classes.txt",
-        "things": f"{len(things)} of {len(folder.classes)} classes",
-        "min_area": options.min_area,
-        "train_backbone": options.train_backbone,
-        "steps": options.steps,
-        "images_per_step": images_per_step,
-        "shortest_edge": options.shortest_edge,
-        "scale": [options.min_scale, options.max_scale],
-        "learning_rate": options.learning_rate,
-        "weight_decay": options.weight_decay,
-        "seed": options.seed,
-    }
-    if options.report_to:
-        accelerator.init_trackers("spar-panoptic", config=record)
-    output.mkdir(parents=True, exist_ok=True)
-    if state is not None:
-        load_checkpoint(accelerator, output)
-    else:
-        state = {"step": 0, "running": 0.0, "curve": []}
-        some = random.Random(options.seed).sample(train_pairs, min(CALIBRATION_IMAGES, len(train_pairs)))
-        images = tqdm(some, desc="mean and variance of features", disable=not accelerator.is_main_process)
-        model.calibrate(
-            image_processor(read_image(image), return_tensors="pt")["pixel_values"].to(accelerator.device)
-            for image, _ in images
-        )
-    step, running, curve = state["step"], state["running"], state["curve"]
-    if accelerator.is_main_process:
-        if options.resume:
-            cut_log(output / "log.jsonl", step)
-        log = (output / "log.jsonl").open("a" if options.resume else "w", encoding="utf-8")
-    # image i of the endless stream is a function of the seed and i, so going on is starting at another i
-    images = range(step * images_per_step, options.steps * images_per_step)
-    dataset = PanopticImages(folder, train_pairs, things, image_processor, options)
-    loader = accelerator.prepare(
-        DataLoader(dataset, batch_size=1, sampler=images, collate_fn=only, num_workers=options.workers)
-    )
-    bar = tqdm(initial=step, total=options.steps, disable=not accelerator.is_main_process, mininterval=5)
-    stop = StopAtStep(accelerator)
-    work_begins()
-    start, first = time.time(), step
-    for number, inputs in enumerate(loader, start=step * options.gradient_accumulation_steps):
-        wrapped.train()
-        model.vision_model.eval()  # no jitter of positions in features that are read as they are
-        model.feature_norm.eval()  # calibrated before: an image at a time has no statistics worth following
-        # the points of the loss are a function of seed, process and image, whenever the run was resumed
-        torch.manual_seed(random.Random(f"points-{options.seed}-{accelerator.process_index}-{number}").getrandbits(62))
-        with accelerator.accumulate(wrapped):
-            with accelerator.autocast():
-                loss = wrapped(**inputs).loss
-            accelerator.backward(loss)
-            if accelerator.sync_gradients:
-                accelerator.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-        running += float(loss.detach()) / options.gradient_accumulation_steps
-        if not accelerator.sync_gradients:
-            continue
-        step += 1
-        bar.update()
-        if step % options.log_steps == 0:
-            row = {
-                "step": step,
-                "loss": running / options.log_steps,
-                "learning_rate": schedule.get_last_lr()[0],
-                "images_per_second": round((step - first) * images_per_step / (time.time() - start), 3),
-            }
-            running = 0.0
-            if accelerator.is_main_process:
-                log.write(json.dumps(row) + "\n")
-                log.flush()
-                bar.set_postfix(loss=f"{row['loss']:.3f}")
-            if options.report_to:
-                accelerator.log(row, step=step)
-        if step % options.eval_steps == 0 or step == options.steps:
-            quality = measure(model, image_processor, folder, measured, things, options, accelerator)
-            curve.append({"step": step, **quality})
-            logger.info("step %d: %s", step, quality)
-            if accelerator.is_main_process and curve[-1]["pq"] == max(point["pq"] for point in curve):
-                save_model(
-                    model, image_processor, options, record | {"quality": curve[-1], "curve": curve}, output / "model"
-                )
-            if options.report_to:
-                accelerator.log(quality, step=step)
-        stopped = stop.asked()
-        if (step % options.save_steps == 0 and step < options.steps) or stopped:
-            checkpoint = save_checkpoint(accelerator, output, step, running=running, curve=curve, settings=settings)
-            if stopped:
-                logger.info(
-                    "stopped after step %d; %s is complete. Go on with the same command and --resume.", step, checkpoint
-                )
-                break
-    stop.restore()
-    bar.close()
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        write_json(output / "curve.json", curve)
-        log.close()
-    # before the process group, see distill.py
-    wrapped, optimizer, schedule = accelerator.free_memory(wrapped, optimizer, schedule)
-    accelerator.end_training()
-    return output / "model"
-
-
-def main():
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    (options,) = HfArgumentParser(Options).parse_args_into_dataclasses()
-    folder = train(options)
-    if PartialState().is_main_process:
-        logger.info("written: %s", folder)
+    return model_card(name, text, data)

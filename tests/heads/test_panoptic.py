@@ -1,18 +1,18 @@
 """The training of panoptic heads: segments of a mask, the measure, the script really launched, and its resume."""
 
 import json
-import os
 import random
 import shutil
+import signal
 import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from launching import ENVIRONMENT, TRAINING, TWO_PROCESSES
 from PIL import Image
+from safetensors.torch import load_file
 from tiny_models import randomise, tiny_config
 from torch.utils.data import DataLoader
 from transformers import AutoImageProcessor, AutoModelForUniversalSegmentation, pipeline
@@ -23,10 +23,12 @@ from spar_hf import (
     SparUniversalSegmentationOutput,
     SparVisionModel,
 )
-from spar_hf.data.segmentation_sets import open_segmentation_folder
-from spar_hf.heads import panoptic
-from spar_hf.heads.panoptic import Options, measure
-from spar_hf.heads.segments import PanopticImages, find_segments, only, thing_classes
+from spar_hf.data.segmentation_sets import open_folder
+from spar_hf.heads.panoptic import PanopticTrainer, main, split_data
+from spar_hf.heads.panoptic_options import PanopticViews, parse_options
+from spar_hf.heads.panoptic_quality import measure_quality
+from spar_hf.heads.segments import PanopticImages, find_segments, first_item, thing_classes
+from spar_hf.utils.errors import MissingFiles, UsageError
 
 CLASSES = ("person", "sky", "grass")
 
@@ -59,10 +61,13 @@ def data(tmp_path_factory):
     return folder
 
 
-def arguments(base, data, output, **kwargs) -> dict:
+def arguments(base, data, output, **options) -> list[str]:
+    """A command line of a small head."""
     small = {"hidden_dim": 32, "num_queries": 8, "train_num_points": 256, "decoder_layers": 3, "shortest_edge": 64}
     small |= {"workers": 0, "log_steps": 2, "things": ["person"], "gradient_accumulation_steps": 2}
-    return {"model": str(base), "data": str(data), "output": str(output), **small, **kwargs}
+    values = {"model": base, "dataset": data, "output": output, **small, **options}
+    lists = {name: value if isinstance(value, list) else [value] for name, value in values.items()}
+    return [part for name, value in lists.items() for part in (f"--{name}", *map(str, value))]
 
 
 def test_find_segments__regions_of_things_and_stuff_as_a_whole():
@@ -91,14 +96,14 @@ def test_find_segments__regions_of_things_and_stuff_as_a_whole():
 def test_thing_classes():
     assert thing_classes(["2"], CLASSES) == {0, 1}
     assert thing_classes(["grass", "person"], CLASSES) == {0, 2}
-    with pytest.raises(ValueError, match="tree"):
+    with pytest.raises(UsageError, match="tree"):
         thing_classes(["person", "tree"], CLASSES)
-    with pytest.raises(ValueError, match="9"):
+    with pytest.raises(UsageError, match="9"):
         thing_classes(["9"], CLASSES)
 
 
 def quality_by_hand(prediction, target, classes) -> dict[int, float]:
-    """Panoptic quality per class as COCO defines it; both are lists of (class, mask), what is in no mask is void."""
+    """Panoptic quality per class as COCO defines it; both are lists of (class, mask), what is in no mask is ignored."""
     known = np.any([mask for _, mask in target], axis=0)
     result = {}
     for class_id in classes:
@@ -109,7 +114,7 @@ def quality_by_hand(prediction, target, classes) -> dict[int, float]:
                 union = (a & known) | b
                 if (a & b).sum() > union.sum() / 2:
                     overlaps.append((a & b).sum() / union.sum())
-        # a segment that lies mostly on void is not counted as false
+        # a segment that lies mostly on ignored pixels is not counted as false
         counted = [a for a in found if (a & ~known).sum() <= a.sum() / 2]
         total = 0.5 * (len(counted) + len(wanted))
         if total:
@@ -117,8 +122,8 @@ def quality_by_hand(prediction, target, classes) -> dict[int, float]:
     return result
 
 
-def test_measure__the_definition_of_coco(data):
-    """Right, wrong, missed and void segments against a computation by hand."""
+def test_measure_quality__the_definition_of_coco(data):
+    """Right, wrong, missed and ignored segments against a computation by hand."""
 
     class Drawn(torch.nn.Module):
         """A 'model' whose queries are the segments drawn below."""
@@ -128,19 +133,18 @@ def test_measure__the_definition_of_coco(data):
             masks = torch.full((4, height, width), -30.0)
             masks[0, :28], masks[1, 18:60, 10:32] = 5, 15  # sky, one person; the other person and the grass are missed
             masks[2, 40:, 75:] = 5  # a person that is none
-            masks[3, :3, 40:] = 15  # on void
+            masks[3, :3, 40:] = 15  # on ignored pixels
             return SparUniversalSegmentationOutput(
                 class_queries_logits=torch.nn.functional.one_hot(torch.tensor([[1, 0, 0, 2]]), 4).float() * 30,
                 masks_queries_logits=masks[None],
                 mask_sizes=torch.tensor([[height, width]]),
             )
 
-    pairs = [(data / "images" / "0.png", data / "masks" / "0.png")]
-    options = Options(model="", data="", output="")
     processor = SparUniversalImageProcessorPil(label_ids_to_fuse=[1, 2])
-    row = measure(Drawn(), processor, open_segmentation_folder(data), pairs, {0}, options, Accelerator())
+    images = open_folder(data).select([0])
+    row = measure_quality(Drawn(), processor, images, {0}, 0.001, threshold=0.5, accelerator=Accelerator())
 
-    mask = np.array(Image.open(pairs[0][1]))
+    mask = np.array(Image.open(data / "masks" / "0.png"))
     drawn = np.zeros(mask.shape, int)
     drawn[:28], drawn[40:, 75:] = 1, 3
     drawn[18:60, 10:32] = 2
@@ -158,25 +162,24 @@ def test_measure__the_definition_of_coco(data):
 
 
 def test_images__the_same_whatever_the_workers_and_the_start(data, tmp_path):
-    """Which image an item is, is told by a shuffle of its own; one without a segment is passed over."""
-    pairs = [(path, data / "masks" / path.name) for path in sorted((data / "images").iterdir())]
-    pairs[2] = pairs[2][0], tmp_path / "void.png"
-    Image.new("L", Image.open(pairs[2][0]).size, 255).save(tmp_path / "void.png")
-    options = Options(
-        model="", data="", output="", seed=5, shortest_edge=64, flip_probability=0, max_scale=1, min_scale=1
-    )
+    """The order is a shuffle with a seed of its own; an image without a segment is passed over."""
+    shutil.copytree(data, tmp_path / "data")
+    Image.new("L", Image.open(data / "masks" / "2.png").size, 255).save(tmp_path / "data" / "masks" / "2.png")
+    views = PanopticViews(shortest_edge=64, flip_probability=0, max_scale=1, min_scale=1)
     processor = SparUniversalImageProcessorPil()
 
     def images(start, workers):
-        made = PanopticImages(open_segmentation_folder(data), pairs, {0}, processor, options)
-        return list(DataLoader(made, 1, sampler=range(start, 11), collate_fn=only, num_workers=workers))
+        made = PanopticImages(open_folder(tmp_path / "data"), {0}, 0.001, 100, processor, views, seed=5)
+        return list(DataLoader(made, 1, sampler=range(start, 11), collate_fn=first_item, num_workers=workers))
 
     whole = images(0, workers=0)
     for i, item in enumerate(whole):
         order = list(range(4))
         random.Random(f"order-5-{i // 4}").shuffle(order)
         chosen = next(image for image in (order * 2)[i % 4 :] if image != 2)
-        expected = processor(Image.open(pairs[chosen][0]), size={"shortest_edge": 64}, return_tensors="pt")
+        expected = processor(
+            Image.open(data / "images" / f"{chosen}.png"), size={"shortest_edge": 64}, return_tensors="pt"
+        )
         assert torch.equal(item["pixel_values"], expected["pixel_values"]), i
     for start, workers in ((0, 2), (6, 0), (6, 1)):
         for item, expected in zip(images(start, workers), whole[start:], strict=True):
@@ -184,17 +187,12 @@ def test_images__the_same_whatever_the_workers_and_the_start(data, tmp_path):
 
 
 def test_script__launched_in_two_processes(base, data, tmp_path):
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    command += [str(Path(__file__).parents[2] / "training" / "panoptic.py")]
     (tmp_path / "classes.json").write_text('{"person": ["person"], "outside": ["sky", "grass"]}')
-    options = arguments(base, data, tmp_path / "run", steps=40, train_backbone="2", holdout_every=2, learning_rate=4e-3)
-    options |= {"gradient_accumulation_steps": 1, "threshold": 0.1, "log_steps": 20, "out_features": ["stage1"]}
+    options = {"steps": 40, "train_backbone": "2", "holdout_every": 2, "learning_rate": 4e-3, "threshold": 0.1}
+    options |= {"gradient_accumulation_steps": 1, "log_steps": 20, "out_features": ["stage1"]}
     options["classes"] = tmp_path / "classes.json"
-    for name, value in options.items():
-        command += [f"--{name}", *(value if isinstance(value, list) else [str(value)])]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(command, capture_output=True, text=True, env=environment)
+    command = [*TWO_PROCESSES, str(TRAINING / "panoptic.py"), *arguments(base, data, tmp_path / "run", **options)]
+    run = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
     assert run.returncode == 0, run.stderr[-3000:]
     folder = tmp_path / "run" / "model"
     model = AutoModelForUniversalSegmentation.from_pretrained(folder)
@@ -212,20 +210,29 @@ def test_script__launched_in_two_processes(base, data, tmp_path):
 
     # each process measured its share; together they are what one finds
     measured = json.loads((tmp_path / "run" / "curve.json").read_text())[-1]
-    images = open_segmentation_folder(data, classes=options["classes"])
-    _, pairs = panoptic.split_pairs(images, Options(**options))
-    again = measure(model.eval(), processor, images, pairs, {0}, Options(**options), Accelerator())
+    folder_options = parse_options(arguments(base, data, tmp_path, **options)).data
+    _, held_out = split_data(open_folder(data, options["classes"]), folder_options)
+    again = measure_quality(model.eval(), processor, held_out, {0}, 0.001, 0.1, Accelerator())
     assert again["images"] == 2 and again["pq"] > 0
     assert {"step": 40, **again} == measured
 
 
+def as_version_0_1_stored_it(file):
+    """Rewrites the settings in a checkpoint under the option names of version 0.1."""
+    state = json.loads(file.read_text())
+    settings = state["settings"]
+    assert settings["include"] == ["*"] and settings["mixed_precision"] == "no"
+    settings |= {"data": settings.pop("dataset"), "photos": settings.pop("limit"), "include": "*"}
+    file.write_text(json.dumps(state))
+
+
 def test_training__learns_the_images_and_resumes_to_the_last_bit(base, data, tmp_path):
     # two images learned by heart, backbone frozen
-    settings = {"steps": 120, "learning_rate": 4e-3, "holdout_every": 0, "images": 2, "save_steps": 60, "log_steps": 10}
+    settings = {"steps": 120, "learning_rate": 4e-3, "holdout_every": 0, "limit": 2, "save_steps": 60, "log_steps": 10}
     settings |= {"flip_probability": 0.0, "min_scale": 1.0, "max_scale": 1.0, "eval_steps": 120}
     settings |= {"gradient_accumulation_steps": 1}
     whole = tmp_path / "whole"
-    folder = panoptic.train(Options(**arguments(base, data, whole, **settings)))
+    folder = main(arguments(base, data, whole, **settings))
     curve = json.loads((whole / "curve.json").read_text())
     assert [point["step"] for point in curve] == [120]
     losses = [json.loads(line)["loss"] for line in (whole / "log.jsonl").read_text().splitlines()]
@@ -241,17 +248,45 @@ def test_training__learns_the_images_and_resumes_to_the_last_bit(base, data, tmp
     killed = tmp_path / "killed"
     shutil.copytree(whole / "checkpoint-60", killed / "checkpoint-60")
     (killed / "log.jsonl").write_text("".join((whole / "log.jsonl").read_text().splitlines(keepends=True)[:8]))
-    with pytest.raises(ValueError, match="Go on with --resume"):
-        panoptic.train(Options(**arguments(base, data, killed, **settings)))
-    with pytest.raises(ValueError, match=r"--seed \(was 0, is 1\)"):
-        panoptic.train(Options(**arguments(base, data, killed, **settings, seed=1, resume=True)))
-    resumed = panoptic.train(Options(**arguments(base, data, killed, **settings, resume=True)))
+    with pytest.raises(UsageError, match="--resume"):
+        main(arguments(base, data, killed, **settings))
+    with pytest.raises(UsageError, match=r"--seed \(was 0, is 1\)"):
+        main(arguments(base, data, killed, **settings, seed=1, resume=True))
+    as_version_0_1_stored_it(killed / "checkpoint-60" / "state.json")
+    old = settings | {"photos": settings["limit"]}
+    resumed = main(arguments(base, data, killed, **{k: v for k, v in old.items() if k != "limit"}, resume=True))
     assert json.loads((killed / "curve.json").read_text()) == curve
     rows = [[json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()] for run in (whole, killed)]
     assert [(a["step"], a["loss"]) for a in rows[0]] == [(b["step"], b["loss"]) for b in rows[1]]
     expected = model.state_dict()
     for name, tensor in AutoModelForUniversalSegmentation.from_pretrained(resumed).state_dict().items():
         assert torch.equal(tensor, expected[name]), name
+
+
+def test_training__sigterm_stops_after_the_step(base, data, tmp_path, monkeypatch):
+    settings = {"steps": 6, "holdout_every": 0, "eval_steps": 6, "log_steps": 1}
+    whole = main(arguments(base, data, tmp_path / "whole", **settings))
+    train_on = PanopticTrainer._train_on
+
+    def interrupted(trainer, inputs, number):
+        if number == 4:  # the first of two images of the third step
+            signal.raise_signal(signal.SIGTERM)
+        return train_on(trainer, inputs, number)
+
+    monkeypatch.setattr(PanopticTrainer, "_train_on", interrupted)
+    assert main(arguments(base, data, tmp_path / "run", **settings)) is None
+    monkeypatch.undo()
+    assert sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*")) == ["checkpoint-3"]
+    assert not (tmp_path / "run" / "model").exists()
+    resumed = main(arguments(base, data, tmp_path / "run", **settings, resume=True))
+    weights = [load_file(folder / "model.safetensors") for folder in (whole, resumed)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_options__names_of_version_0_1():
+    options = parse_options(["--model", "m", "--data", "d", "--photos", "3", "--output", "o"])
+    assert (options.data.dataset, options.data.limit) == ("d", 3)
+    assert options.run.mixed_precision is None  # what `accelerate launch` was told counts
 
 
 def test_options__bad_ones_are_refused(base, data, tmp_path):
@@ -263,15 +298,15 @@ def test_options__bad_ones_are_refused(base, data, tmp_path):
         ({"gradient_accumulation_steps": 0}, "--gradient_accumulation_steps 0 must be above 0"),
         ({"eval_steps": 0}, "--eval_steps 0 must be above 0"),
     ]:
-        with pytest.raises(ValueError, match=message):
-            Options(**arguments(base, data, tmp_path, **wrong))
-    with pytest.raises(FileNotFoundError, match="masks"):
-        panoptic.train(Options(**arguments(base, data / "images", tmp_path)))
+        with pytest.raises(UsageError, match=message):
+            parse_options(arguments(base, data, tmp_path, **wrong))
+    with pytest.raises(MissingFiles, match="masks"):
+        main(arguments(base, data / "images", tmp_path))
     for wrong, message in [
         ({"holdout_every": 5}, "holds out none"),  # of four images: not to be called held out
         ({"holdout_every": 0, "train_backbone": "9"}, "9 blocks are to be trained, and the backbone has 2"),
         ({"holdout_every": 0, "min_area": 0.9, "things": list(CLASSES)}, "has a segment"),
     ]:
-        with pytest.raises(ValueError, match=message):
-            panoptic.train(Options(**arguments(base, data, tmp_path, **wrong)))
+        with pytest.raises(UsageError, match=message):
+            main(arguments(base, data, tmp_path, **wrong))
     assert not list(tmp_path.iterdir())
