@@ -36,7 +36,7 @@ def rename(source: CheckpointTensors) -> None:
 
 
 def dense_features(tensors: Tensors, pixels: torch.Tensor, config) -> torch.Tensor:
-    """Reference feature map `(batch, dim, height / patch, width / patch)` of MaskCLIP: the last attention gives its values."""
+    """Reference feature map `(batch, dim, height / patch, width / patch)` of MaskCLIP, without the last attention."""
     vision = config.backbone_config
     weight = tensors["visual.conv1.weight"]
     x = conv2d(pad_to_multiple(pixels, weight.shape[-1]), weight, stride=weight.shape[-1])

@@ -1,4 +1,4 @@
-"""`spar-hf features`: what the files hold is what the model gives, and a run goes on where it stopped."""
+"""`spar-hf features`: files contain the feature maps of the model, and an interrupted run can be continued."""
 
 import json
 import os
@@ -49,7 +49,7 @@ def expected(model, image, encoder=None, **options):
         return (encoder or AutoModel.from_pretrained(model))(pixel_values).feature_map[0]
 
 
-def test_files_hold_the_models_feature_map_and_say_what_it_is(model, images, tmp_path):
+def test_files_contain_the_feature_map_and_its_settings(model, images, tmp_path):
     assert "5 done" in run(images, "--model", model, "--output", tmp_path / "out")
     file = tmp_path / "out" / "sub" / "a.safetensors"
     assert torch.equal(load_file(file)["feature_map"], expected(model, images / "sub/a.png"))
@@ -60,7 +60,7 @@ def test_files_hold_the_models_feature_map_and_say_what_it_is(model, images, tmp
     assert len(list((tmp_path / "out").rglob("*"))) == 6  # five files, one folder
 
 
-def test_normalised_half_precision_at_another_size(model, images, tmp_path):
+def test_normalised_features_in_float16_at_another_size(model, images, tmp_path):
     options = ["--normalize", "--dtype", "float16", "--shortest-edge", 48]
     run(images / "b.png", "--model", model, "--output", tmp_path / "out", *options)
     found = load_file(tmp_path / "out" / "b.safetensors")["feature_map"]
@@ -69,7 +69,7 @@ def test_normalised_half_precision_at_another_size(model, images, tmp_path):
     assert torch.equal(found, torch.nn.functional.normalize(whole, dim=0).half())
 
 
-def test_a_stride_gives_the_sliding_windows_features(model, images, tmp_path):
+def test_a_stride_gives_the_features_of_the_sliding_window(model, images, tmp_path):
     run(images / "a.png", "--model", model, "--output", tmp_path / "out", "--stride", 24, "--window-size", 48)
     teacher = SlidingWindowTeacher(AutoModel.from_pretrained(model), window_size=48, stride=24)
     found = load_file(tmp_path / "out" / "a.safetensors")["feature_map"]
@@ -78,15 +78,15 @@ def test_a_stride_gives_the_sliding_windows_features(model, images, tmp_path):
 
 
 def read_shards(folder):
-    """Every tensor by its name through the index, and that the index lists each tensor of the shards once."""
+    """All tensors by name through the index; asserts that the index lists each tensor of the shards once."""
     index = json.loads((folder / "features.safetensors.index.json").read_text())
     shards = {path.name: load_file(path) for path in folder.glob("*.safetensors")}
     assert sorted(index["weight_map"]) == sorted(name for shard in shards.values() for name in shard)
     return {name: shards[shard][name] for name, shard in index["weight_map"].items()}
 
 
-def test_a_run_goes_on_where_it_stopped(model, images, tmp_path):
-    """Shards as a run leaves them that was killed after two images; then another setting, which must not mix with them."""
+def test_a_killed_run_is_continued(model, images, tmp_path):
+    """The shards of a run that was killed after two images; other settings must not be mixed with them."""
     output = tmp_path / "out"
     options = ["--model", model, "--output", output, "--shard-size", 0.001]
     run(images / "a.png", images / "b.png", *options)
@@ -103,7 +103,7 @@ def test_a_run_goes_on_where_it_stopped(model, images, tmp_path):
     assert torch.equal(tensors["a"], expected(model, images / "a.png"))
 
 
-def test_single_files_go_on_too_and_a_bad_image_loses_no_other(model, images, tmp_path):
+def test_single_files_are_continued_too_and_a_bad_image_stops_no_other(model, images, tmp_path):
     output = tmp_path / "out"
     (images / "broken.png").write_bytes((images / "a.png").read_bytes()[:400])
     assert "5 done, 1 failed" in run(images, "--model", model, "--output", output, status=1)
@@ -116,8 +116,8 @@ def test_single_files_go_on_too_and_a_bad_image_loses_no_other(model, images, tm
     )
 
 
-def test_features_of_a_model_trained_again_do_not_mix_with_earlier_ones(model, images, tmp_path):
-    """The folder has the same name, its weights or its image processor are others."""
+def test_features_of_other_weights_in_the_same_folder_are_not_mixed(model, images, tmp_path):
+    """The folder has the same name but other weights or another image processor."""
     options = [images, "--model", model, "--output", tmp_path / "out", "--skip-existing"]
     run(*options)
     assert "5 skipped" in run(*options)

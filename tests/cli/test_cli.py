@@ -1,4 +1,4 @@
-"""The command line as people type it."""
+"""The commands: results, messages and exit status."""
 
 import json
 import subprocess
@@ -26,7 +26,7 @@ def run(*arguments, status=0):
 
 @pytest.fixture
 def images(tmp_path):
-    """A folder as people have them: a sub-folder, two of one stem, one empty, one cut short, one that is no image."""
+    """A folder with a sub-folder, two images of the same stem, an empty file, a truncated image and a text file."""
     folder = tmp_path / "in"
     (folder / "sub").mkdir(parents=True)
     rng = np.random.default_rng(0)
@@ -86,7 +86,7 @@ def test_segment_lists_the_classes_that_have_pixels_and_counts_the_others(images
     assert f"{40 - len(found)} of 40 classes not found" in text
 
 
-def test_a_folder_gives_every_format_and_bad_files_lose_no_other(images, tmp_path):
+def test_a_folder_gives_every_format_and_bad_files_stop_no_other(images, tmp_path):
     coco = pytest.importorskip("pycocotools.coco", reason="COCO's masks need pycocotools (extra coco)")
     output = tmp_path / "out"
     text = run(images, "--labels", LABELS, "--output", output, "--format", "overlay,map,coco,json", status=1)
@@ -120,7 +120,7 @@ def test_a_folder_gives_every_format_and_bad_files_lose_no_other(images, tmp_pat
             assert annotation["category_id"] == index + 1 and annotation["area"] == mask.sum()
 
 
-def test_skip_existing_goes_on_and_keeps_other_classes_apart(images, tmp_path):
+def test_skip_existing_continues_a_run_and_refuses_other_classes(images, tmp_path):
     output = tmp_path / "out"
     options = ["--labels", LABELS, "--output", output, "--format", "map,json"]
     run(images / "*.png", images / "street.jpg", *options, status=1)
@@ -134,16 +134,16 @@ def test_skip_existing_goes_on_and_keeps_other_classes_apart(images, tmp_path):
     assert "results for other classes" in run(images / "*.png", images / "street.jpg", *others, status=2)
 
 
-def test_labels_from_a_file_and_unsure_pixels_to_a_background(images, tmp_path):
+def test_labels_from_a_file_and_a_background_for_unsure_pixels(images, tmp_path):
     labels, output = tmp_path / "classes.txt", tmp_path / "street.json"
     labels.write_text("# streets\nroad\ncar, automobile\n\nsky\n", encoding="utf-8")
     options = ["--labels", f"@{labels}", "--output", output, "--format", "json"]
     run(images / "street.png", *options)
     assert json.loads(output.read_text())["labels"] == ["road", "car", "sky"]
-    run(images / "street.png", *options, "--threshold", 1, "--background", "void")
+    run(images / "street.png", *options, "--threshold", 1, "--background", "other")
     listed = json.loads(output.read_text())
-    assert listed["labels"] == ["road", "car", "sky", "void"]
-    assert [(s["label"], s["share"], s["bbox"]) for s in listed["segments"]] == [("void", 1.0, [0, 0, 90, 70])]
+    assert listed["labels"] == ["road", "car", "sky", "other"]
+    assert [(s["label"], s["share"], s["bbox"]) for s in listed["segments"]] == [("other", 1.0, [0, 0, 90, 70])]
 
 
 @pytest.mark.parametrize(("classes", "mode"), [(2, "L"), (257, "I;16")])
@@ -169,7 +169,7 @@ def test_without_pycocotools_the_error_names_the_extra_before_any_work(images, t
     ("image", "message"),
     [("empty.jpg", "empty (0 bytes)"), ("missing.jpg", "neither a file"), ("*.gif", "No image")],
 )
-def test_a_bad_image_is_one_line_and_exit_status_1(images, tmp_path, image, message):
+def test_a_bad_image_gives_one_line_and_exit_status_1(images, tmp_path, image, message):
     text = run(images / image, "--labels", "sky", "--output", tmp_path / "o.png", status=1)
     assert message in text and text.count("error:") == 1
 
@@ -189,7 +189,7 @@ def test_a_bad_image_is_one_line_and_exit_status_1(images, tmp_path, image, mess
         ({"--device": "nonsense"}, "is not there; there is cpu"),
     ],
 )
-def test_wrong_usage_is_one_line_and_exit_status_2(images, tmp_path, monkeypatch, options, message):
+def test_wrong_usage_gives_one_line_and_exit_status_2(images, tmp_path, monkeypatch, options, message):
     monkeypatch.chdir(tmp_path)
     given = {"--labels": LABELS, "--output": "out.png", **options}
     text = run(images / "street.png", *(part for item in given.items() for part in item), status=2)
@@ -197,16 +197,16 @@ def test_wrong_usage_is_one_line_and_exit_status_2(images, tmp_path, monkeypatch
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
 
 
-def test_several_images_need_a_folder_that_is_not_their_own(images, tmp_path):
+def test_several_images_need_an_output_folder_other_than_the_input(images, tmp_path):
     def refuse(message, *options):
         assert message in run(images, "--labels", LABELS, *options, status=2)
 
-    refuse("need a folder", "--output", tmp_path / "out.png")
+    refuse("folder", "--output", tmp_path / "out.png")
     refuse("both input and output", "--output", images)
     refuse("one image", "--output", tmp_path / "out", "--map", tmp_path / "map.png")
 
 
-def test_a_vision_only_folder_and_a_missing_one_say_what_is_wrong(images, tmp_path, vision_model):
+def test_a_vision_only_folder_and_a_missing_folder_are_reported(images, tmp_path, vision_model):
     vision_model.save_pretrained(tmp_path / "vision")
     options = [images / "street.png", "--labels", LABELS, "--output", tmp_path / "o.png", "--model"]
     assert "has no text tower" in run(*options, tmp_path / "vision", status=2)
@@ -219,6 +219,6 @@ def test_a_vision_only_folder_and_a_missing_one_say_what_is_wrong(images, tmp_pa
     ("labels", "message"),
     [("road, sky, tree", '"road; sky"'), ("ade20", "Did you mean the built-in ade20k?"), ("sky; tree", None)],
 )
-def test_one_class_alone_is_noted(images, tmp_path, labels, message):
+def test_a_hint_for_a_single_class(images, tmp_path, labels, message):
     text = run(images / "street.png", "--labels", labels, "--templates", "plain", "--output", tmp_path / "o.png")
     assert message in text if message else "note:" not in text

@@ -17,7 +17,7 @@ def result_of(label_map, labels, scores):
     return {"map": np.array(label_map), "labels": labels, "scores": scores}
 
 
-def test_legend_lists_every_class_with_share_and_probability_and_escapes_words():
+def test_the_legend_lists_share_and_probability_of_every_class_and_escapes_words():
     first = result_of([[0, 0], [0, 1]], ["sky", "<b>car</b>", "dog"], [0.5, 0.75, 0.0])
     other = result_of([[0, 0], [2, 2]], ["sky", "<b>car</b>", "dog"], [0.6, 0.0, 0.25])
     rows = re.findall(r"<tr.*?</tr>", legend([("one pass", first), ("window", other)]))
@@ -30,7 +30,7 @@ def test_legend_lists_every_class_with_share_and_probability_and_escapes_words()
     ]
 
 
-def test_picture_is_reduced_with_its_masks():
+def test_large_pictures_are_reduced_together_with_their_masks():
     from PIL import Image
 
     label_map = np.zeros((2000, 3000), np.int32)

@@ -1,4 +1,4 @@
-"""Checkpoints in their original naming become folders that give the published features, or nothing is written."""
+"""Converted checkpoints give the features of the published code, or nothing is written."""
 
 import datetime
 import json
@@ -110,11 +110,11 @@ MAKERS = {
 
 @pytest.fixture(scope="module", params=list(MAKERS))
 def converted(request, tmp_path_factory):
-    """Family, source's tensors, plain formulae, converted folder, base folder, options."""
+    """Family, tensors of the checkpoint, reference model, folder with `base` and `out`, options, report."""
     folder = tmp_path_factory.mktemp(request.param)
     family, make = MAKERS[request.param]
     state, plain, options = make(folder / "base")
-    # as Lightning writes it: the wrapper's prefix, beside the training's own state
+    # as Lightning writes it: names with a prefix, beside the state of the training
     content = {"state_dict": {f"segmentor.net.model.{name}": value for name, value in state.items()}, "epoch": 10}
     torch.save(content, folder / "official.ckpt")
     report = convert(folder / "official.ckpt", family, str(folder / "base"), folder / "out", **options)
@@ -123,7 +123,7 @@ def converted(request, tmp_path_factory):
 
 @pytest.mark.parametrize("size", SIZES)
 @torch.no_grad()
-def test_features_are_the_published_ones(converted, size):
+def test_features_equal_those_of_the_published_code(converted, size):
     family, _state, plain, folder, *_ = converted
     if size == (16, 64) and family == "openclip":
         pytest.skip("the published code takes the square table for any shape with as many patches, a known defect")
@@ -133,7 +133,7 @@ def test_features_are_the_published_ones(converted, size):
 
 
 @torch.no_grad()
-def test_texts_are_the_published_ones(converted):
+def test_text_embeddings_equal_those_of_the_published_code(converted):
     _, state, plain, folder, *_ = converted
     ids = torch.randint(2, VOCAB - 1, (5, LENGTH), generator=torch.Generator().manual_seed(2))
     ids[torch.arange(5), torch.tensor([3, 5, 7, 9, 11])] = VOCAB - 1
@@ -143,7 +143,7 @@ def test_texts_are_the_published_ones(converted):
 
 
 @torch.no_grad()
-def test_pooled_embedding_is_the_published_one(converted):
+def test_the_image_embedding_equals_that_of_the_published_code(converted):
     _, _, plain, folder, *_ = converted
     if not hasattr(plain, "pooled"):
         pytest.skip("SigLIP's pooling head is transformers' own")
@@ -154,8 +154,8 @@ def test_pooled_embedding_is_the_published_one(converted):
 
 @pytest.mark.parametrize("stride", [8, 16, 4, 12, 20])
 @torch.no_grad()
-def test_teacher_stitches_the_published_features(converted, stride):
-    """Window 32 and patch 8, so these strides are to the patch what 16, 32, 8, 24 and 40 are to one of 16 px."""
+def test_the_teacher_averages_the_published_features_of_its_windows(converted, stride):
+    """With patches of 8 px these strides correspond to 16, 32, 8, 24 and 40 with patches of 16 px."""
     _, _, plain, folder, *_ = converted
     pixels = torch.randn(1, 3, 56, 48, generator=torch.Generator().manual_seed(3))
     found = SlidingWindowTeacher(AutoModel.from_pretrained(folder / "out"), 32, stride)(pixels).feature_map
@@ -200,7 +200,7 @@ def test_processor_keeps_statistics_and_text_preprocessing(converted):
         assert ids == word_tokenizer()("an image road")["input_ids"] + [0] * (LENGTH - 4)
 
 
-def test_periods_survive_half_precision(tmp_path, converted):
+def test_rope_periods_survive_half_precision(tmp_path, converted):
     family, state, _plain, folder, *_ = converted
     if family != "dinov3txt":
         pytest.skip("no RoPE")
@@ -238,7 +238,7 @@ def test_plain_state_dicts(tmp_path, suffix):
         ),
     ],
 )
-def test_tensors_that_do_not_fit_stop_it(tmp_path, change, message):
+def test_tensors_that_do_not_fit_stop_the_conversion(tmp_path, change, message):
     state, _, _ = make_siglip2(tmp_path / "base")
     change(state)
     torch.save(state, tmp_path / "broken.pt")
@@ -280,7 +280,7 @@ def test_code_in_a_checkpoint_is_never_run(tmp_path, monkeypatch):
         ("list.pt", "contains a list"),
     ],
 )
-def test_what_is_no_checkpoint_is_one_line_that_never_advises_to_run_code(tmp_path, recwarn, name, message):
+def test_files_that_are_no_checkpoint_give_one_line_and_no_advice_to_run_code(tmp_path, recwarn, name, message):
     weights = {"weight": torch.zeros(1000)}
     save_file(weights, tmp_path / "whole.safetensors")
     torch.save(weights, tmp_path / "whole.pt")
@@ -333,7 +333,7 @@ def test_wrong_base_is_refused(tmp_path):
         convert(tmp_path / "plain.pt", "siglip2", str(tmp_path / "dino"), tmp_path / "out")
 
 
-def test_dinotxt_head_and_text_join_a_hub_backbone(tmp_path):
+def test_head_and_text_tower_of_dinotxt_take_the_backbone_of_the_base(tmp_path):
     state, _, options = make_dinov3txt(tmp_path / "base")
     head = {name: value for name, value in state.items() if not name.startswith("visual_model.backbone.")}
     torch.save(head, tmp_path / "head.pth")
@@ -365,7 +365,7 @@ def test_features_survive_a_fresh_process(converted, tmp_path):
     torch.testing.assert_close(found, plain.features(pixels), atol=5e-5, rtol=0)
 
 
-def test_what_no_tensor_tells_is_never_guessed(tmp_path):
+def test_settings_that_the_tensors_do_not_determine_are_required(tmp_path):
     state, _, _ = make_siglip2(tmp_path / "base")
     torch.save(state, tmp_path / "plain.pt")
     with pytest.raises(ValueError, match="--vision-act"):
@@ -385,8 +385,8 @@ def test_force_deletes_no_other_folder(tmp_path):
     assert (tmp_path / "precious" / "thesis.txt").read_text() == "years of work"
 
 
-def test_a_folder_of_the_console_script_loads_without_the_library(tmp_path):
-    """`spar-hf convert` in a process that imported nothing else, then its folder with the package hidden."""
+def test_a_folder_written_by_the_console_script_loads_without_the_library(tmp_path):
+    """The folder of `spar-hf convert` in a process where the package cannot be imported."""
     state, _, _ = make_siglip2(tmp_path / "base")
     save_file(state, tmp_path / "plain.safetensors")
     command = [str(Path(sys.executable).parent / "spar-hf"), "convert", str(tmp_path / "plain.safetensors")]

@@ -1,4 +1,4 @@
-"""A file or folder is written completely or not at all, also when a run is killed."""
+"""Files and folders are written completely or not at all, even if the process is killed."""
 
 import json
 from pathlib import Path
@@ -21,14 +21,14 @@ def test_write_atomically__a_failure_leaves_the_old_file_and_nothing_else(tmp_pa
     assert path.read_text() == "old" and [p.name for p in path.parent.iterdir()] == ["file.txt"]
 
 
-def test_write_json__what_is_no_finite_number_is_null(tmp_path):
+def test_write_json__nan_and_infinity_become_null(tmp_path):
     value = {"a": [1, float("nan"), (float("inf"), -2.5)], "b": {"c": float("-inf"), "d": "NaN", "e": None, "f": True}}
     write_json(tmp_path / "x.json", value)
     expected = {"a": [1, None, [None, -2.5]], "b": {"c": None, "d": "NaN", "e": None, "f": True}}
     assert json.loads((tmp_path / "x.json").read_text(), parse_constant=pytest.fail) == expected
 
 
-def test_writing_folder__also_after_a_run_that_was_killed_while_writing_or_replacing(tmp_path):
+def test_writing_folder__works_after_a_process_was_killed_while_writing_or_replacing(tmp_path):
     for name, text in ((".out.partial", "half"), ("out", "old"), (".out.old", "older")):
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").write_text(text)
@@ -40,7 +40,7 @@ def test_writing_folder__also_after_a_run_that_was_killed_while_writing_or_repla
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["file"]
 
 
-def test_writing_folder__after_an_error_the_old_one_stands(tmp_path):
+def test_writing_folder__after_an_error_the_old_folder_is_kept(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "file").write_text("old")
     with pytest.raises(OSError, match="disk"), writing_folder(tmp_path / "out") as temporary:
@@ -51,7 +51,7 @@ def test_writing_folder__after_an_error_the_old_one_stands(tmp_path):
 
 
 def stop_between_renames(monkeypatch, folder, error):
-    """Make the rename to `folder` fail once: the older one has its other name by then."""
+    """Make the rename to `folder` fail once, when the old folder is already renamed."""
     rename = Path.rename
 
     def stopping(path, target):
@@ -64,7 +64,7 @@ def stop_between_renames(monkeypatch, folder, error):
 
 
 @pytest.mark.parametrize("error", [OSError("stopped"), KeyboardInterrupt("stopped")])
-def test_writing_folder__an_error_between_the_renames_puts_the_old_one_back(tmp_path, monkeypatch, error):
+def test_writing_folder__an_error_between_the_renames_restores_the_old_folder(tmp_path, monkeypatch, error):
     folder = tmp_path / "out"
     folder.mkdir()
     (folder / "file").write_text("old")
@@ -75,8 +75,8 @@ def test_writing_folder__an_error_between_the_renames_puts_the_old_one_back(tmp_
     assert [path.name for path in tmp_path.iterdir()] == ["out"] and (folder / "file").read_text() == "old"
 
 
-def test_writing_folder__a_kill_between_the_renames_is_made_good_by_the_next_run(tmp_path):
-    """What is left on the disk then: no folder, the older one under its other name, the new one under its own."""
+def test_writing_folder__after_a_kill_between_the_renames_the_next_call_restores_the_old_folder(tmp_path):
+    """Then the old and the new folder have their temporary names."""
     for name, text in ((".out.old", "old"), (".out.partial", "new")):
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").write_text(text)

@@ -1,4 +1,4 @@
-"""Which images a command reads, where it writes, and that nothing is lost on the way."""
+"""The images that arguments name, the names of their results, and the loop over them."""
 
 import errno
 from pathlib import Path
@@ -10,7 +10,7 @@ from spar_hf.utils.image_files import InputImage, check_inputs_kept, find_images
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """Files by name alone: finding images opens none."""
+    """Empty files: finding images opens none."""
     monkeypatch.chdir(tmp_path)
     for name in (
         "in/b.jpg",
@@ -32,18 +32,18 @@ def names(*arguments, **options):
     return {image.source: image.name for image in images}
 
 
-def test_find_images__folders_keep_their_sub_folders_and_hidden_files_stay_out(folder):
+def test_find_images__folders_keep_their_sub_folders_and_hidden_files_are_skipped(folder):
     assert names("in") == {"in/a.JPG": "a", "in/b.jpg": "b", "in/sub/a.png": "sub/a"}
     assert names("in", exclude=folder / "in/sub") == {"in/a.JPG": "a", "in/b.jpg": "b"}
 
 
-def test_find_images__patterns_keep_what_is_below_their_first_wildcard(folder):
+def test_find_images__patterns_keep_the_path_below_their_first_wildcard(folder):
     assert names("in/**/*.png") == {"in/sub/a.png": "sub/a"}
     assert names("in/s*/*.png") == {"in/sub/a.png": "sub/a"}
     assert names("*/*.jpg") == {"in/b.jpg": "in/b", "x/a.jpg": "x/a"}
 
 
-def test_find_images__a_image_named_twice_is_one(folder):
+def test_find_images__an_image_that_is_named_twice_is_listed_once(folder):
     assert names("in/b.jpg", "in/*.jpg", str(folder / "in/b.jpg")) == {"in/b.jpg": "b"}
 
 
@@ -52,12 +52,12 @@ def test_find_images__a_name_with_brackets_is_a_file_before_it_is_a_pattern(fold
     assert names("in/b[1].jpg") == {"in/b[1].jpg": "b[1]"}
 
 
-def test_find_images__two_of_one_stem_keep_their_suffixes(folder):
+def test_find_images__images_of_the_same_stem_keep_their_suffixes(folder):
     Path("in/B.png").touch()
     assert names("in") == {"in/B.png": "B.png", "in/a.JPG": "a", "in/b.jpg": "b.jpg", "in/sub/a.png": "sub/a"}
 
 
-def test_find_images__twins_of_two_folders_are_refused(folder):
+def test_find_images__equal_paths_in_two_folders_are_refused(folder):
     Path("in/a.JPG").rename("in/a.jpg")
     with pytest.raises(ValueError, match=r"in/a.jpg and x/a.jpg would both be written as a"):
         find_images(["in", "x"])
@@ -72,7 +72,7 @@ def test_find_images__reading_and_writing_one_folder_is_refused(folder):
         check_inputs_kept([Path("in/sub/../b.jpg")], images)
 
 
-def test_find_images__what_gives_nothing_is_a_problem_of_its_own(folder):
+def test_find_images__arguments_without_images_are_reported_each(folder):
     Path("empty").mkdir()
     images, problems = find_images(["in/b.jpg", "gone.jpg", "empty", "in/*.gif"])
     assert [image.name for image in images] == ["b"]
@@ -97,7 +97,7 @@ def test_url_to_file_name(url, name):
 IMAGES = [InputImage(f"{name}.jpg", name) for name in "abcd"]
 
 
-def test_process_images__one_bad_image_loses_no_other(capsys):
+def test_process_images__one_bad_image_stops_no_other(capsys):
     done, lines = [], []
 
     def work(image):
@@ -121,7 +121,7 @@ def test_process_images__ctrl_c_ends_with_a_summary_and_its_own_status():
     assert summary.done == 1 and summary.exit_status == 130 and "--skip-existing" in str(summary)
 
 
-def test_process_images__a_full_disk_is_not_tried_again_for_every_image():
+def test_process_images__a_full_disk_ends_the_run():
     tried = []
 
     def work(image):
