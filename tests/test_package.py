@@ -1,12 +1,15 @@
 """What an installed package must contain and keep quiet about."""
 
 import importlib
+import json
+import os
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
 import spar_hf
 
@@ -29,6 +32,75 @@ def test_everything_public_is_there():
     for name in spar_hf.__all__:
         assert getattr(spar_hf, name) is not None
     assert importlib.metadata.version("spar-hf") == spar_hf.__version__
+    assert set(spar_hf.__all__) <= set(dir(spar_hf))
+    with pytest.raises(AttributeError, match="SparNothing"):
+        spar_hf.SparNothing  # noqa: B018
+
+
+def test_import_loads_neither_torch_nor_transformers():
+    code = """
+import sys, spar_hf
+assert not {"torch", "transformers"} & set(sys.modules)
+assert "SparVisionModel" in dir(spar_hf)
+from spar_hf import *
+assert SparVisionModel is spar_hf.SparVisionModel and spar_hf.model.pipeline.OpenVocabSegmentationPipeline
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+IMPORTS = {
+    "spar_hf first": "import spar_hf\nfrom transformers import {name}",
+    "transformers first": "from transformers import {name}\nimport spar_hf",
+    "its pipeline first": "from spar_hf import OpenVocabSegmentationPipeline\nfrom transformers import {name}",
+    "a model first": "import transformers.models.mask2former.modeling_mask2former, spar_hf\nfrom transformers import {name}",
+}
+USES = {
+    "AutoConfig": "AutoConfig.from_pretrained(TINY).model_type == 'spar'",
+    "AutoModel": "type(AutoModel.from_pretrained(TINY)).__name__ == 'SparVisionModel'",
+    "AutoBackbone": "AutoBackbone.from_config(spar_hf.SparConfig.from_pretrained(TINY)).channels == [192]",
+    "AutoImageProcessor": "type(AutoImageProcessor.from_pretrained(TINY)).__name__ == 'SparImageProcessorPil'",
+    "AutoProcessor": "type(AutoProcessor.from_pretrained(TINY)).__name__ == 'SparProcessor'",
+    "pipeline": "pipeline('open-vocab-segmentation')(image, candidate_labels=['sky'])[0]['label'] == 'sky'",
+    "pipeline of a baked model": "pipeline('image-segmentation', model=sys.argv[1])(image)[0]['label'] == 'sky'",
+}
+# each use in a process of its own, forked where torch and transformers are imported already, to be quick
+FORK = """
+import json, os, sys, torch, transformers
+from PIL import Image
+image, failed = Image.new("RGB", (40, 30)), []
+for name, code in json.loads(sys.argv[2]).items():
+    if child := os.fork():
+        failed += [name] if os.waitpid(child, 0)[1] else []
+    else:
+        try:
+            exec(code)
+        except BaseException:
+            import traceback
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+print(json.dumps(failed))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")
+@pytest.mark.parametrize("order", IMPORTS)
+def test_auto_classes_and_pipelines_know_the_models_in_any_order_of_imports(order, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(spar_hf.SPAR_TINY)
+    model = spar_hf.SparForOpenVocabSegmentation.from_pretrained(spar_hf.SPAR_TINY)
+    spar_hf.bake_vocabulary(model, tokenizer, ["sky"], templates="plain").save_pretrained(tmp_path)
+    spar_hf.SparImageProcessorPil().save_pretrained(tmp_path)
+    codes = {}
+    for use, check in USES.items():
+        if order in ("its pipeline first", "a model first") and use not in ("AutoModel", "pipeline"):
+            continue  # to be quick
+        start = IMPORTS[order].format(name=use.split()[0])
+        codes[use] = f"{start}\nimport spar_hf\nTINY = spar_hf.SPAR_TINY\nassert {check}"
+    command = [sys.executable, "-c", FORK, str(tmp_path), json.dumps(codes)]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0 and json.loads(run.stdout) == [], run.stdout + run.stderr
+    assert "not supported" not in run.stderr
 
 
 def test_wheel_contains_the_embedded_model_with_its_licence(tmp_path):

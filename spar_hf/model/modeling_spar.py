@@ -98,11 +98,11 @@ def pad_to_patches(pixel_values: torch.Tensor, patch_size: int) -> torch.Tensor:
 
 
 def find_code(reference: str, folders: list[Path]) -> dict[str, Path]:
-    """The module of `"module.Class"` and the siblings it imports, by file name, from the first folder that has all of them."""
+    """The module of `"module.Class"` and the siblings it imports, by file name, from the first folder that has them all."""
     for folder in folders:
         module = folder / f"{reference.split('.')[0]}.py"
         try:
-            return {Path(file).name: Path(file) for file in (module, *get_relative_import_files(module))}
+            return {Path(file).name: Path(file) for file in (str(module), *get_relative_import_files(module))}
         except FileNotFoundError:
             continue
     return {}
@@ -136,14 +136,18 @@ class SparPreTrainedModel(PreTrainedModel):
         Code loaded from a checkpoint's folder lies in a cache that may not have all of its files, so the folder itself is
         searched too. Entries whose code is nowhere are left out.
         """
-        folders = [Path(__file__).parent, Path(self.name_or_path)]
-        auto_map, pipelines, files = {}, {}, {}
+        folders = [Path(__file__).parent, *([Path(self.name_or_path)] if self.name_or_path else [])]
+        auto_map: dict[str, str] = {}
+        pipelines: dict[str, dict[str, Any]] = {}
+        files: dict[str, Path] = {}
         for auto_class, reference in self._auto_map.items():
             if found := find_code(reference, folders):
-                auto_map[auto_class], files = reference, files | found
+                auto_map[auto_class] = reference
+                files.update(found)
         for task, pipeline in self._custom_pipelines.items():
             if found := find_code(pipeline["impl"], folders):
-                pipelines[task], files = pipeline, files | found
+                pipelines[task] = pipeline
+                files.update(found)
         return auto_map, pipelines, files
 
     def save_pretrained(self, save_directory, *args, **kwargs):

@@ -14,7 +14,7 @@ from .modeling_spar import SparPreTrainedModel, SparVisionModel
 from .prompts import CandidateLabels, Vocabulary, embed_names
 from .segmentation import WORKING_BYTES, patch_coordinates
 
-# `pipeline("image-segmentation")` takes the names of the models that it knows from here, and reports others as errors
+# `pipeline("image-segmentation")` looks up here which models it supports, and logs others as errors
 MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES["spar_semantic"] = "SparForSemanticSegmentation"
 
 

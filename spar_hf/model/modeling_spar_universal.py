@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from transformers import initialization as init
 from transformers.modeling_utils import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING_NAMES
 from transformers.models.eomt.modeling_eomt import EomtScaleLayer
 from transformers.models.mask2former.modeling_mask2former import (
     Mask2FormerLoss,
@@ -19,6 +20,8 @@ from .backbone_spar import SparBackbone
 from .configuration_spar_universal import SparUniversalConfig
 from .modeling_spar import SparPreTrainedModel, SparVisionModel, pad_to_patches
 
+# `pipeline("image-segmentation")` looks up here which models it supports, and logs others as errors
+MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING_NAMES["spar_universal"] = "SparForUniversalSegmentation"
 MASK_CELLS = 4  # cells of the masks per patch and axis: two upscaling layers, each by 2
 
 

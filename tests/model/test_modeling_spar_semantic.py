@@ -305,7 +305,7 @@ def test_bake_command_writes_a_folder_or_one_line(tmp_path):
     output = tmp_path / "street"
     arguments = ["bake", "--labels", "road; car, automobile; sky", "--templates", "plain", "--output", str(output)]
     result = CliRunner().invoke(app, arguments)
-    assert result.exit_code == 0 and "3 classes of 4 names" in result.output, result.output
+    assert result.exit_code == 0 and "3 classes" in result.output and "4 names" in result.output
     assert AutoModelForSemanticSegmentation.from_pretrained(output).config.num_labels == 3
     assert AutoImageProcessor.from_pretrained(output).size["shortest_edge"] == 384
     again = CliRunner().invoke(app, arguments)
