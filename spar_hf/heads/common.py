@@ -1,13 +1,13 @@
-"""Options, checks and the learning-rate schedule that the training of a probe and that of a panoptic head share."""
+"""Options and the learning-rate schedule that the training of a probe and that of a panoptic head share."""
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from accelerate import Accelerator
 from transformers import get_scheduler
 
 from spar_hf.utils.errors import UsageError
+from spar_hf.utils.options import require_one_of, require_positive
 
 
 @dataclass(kw_only=True)
@@ -16,11 +16,7 @@ class RunOptions:
 
     output: str = field(metadata={"help": "Folder of the run: checkpoints, results, and the trained model in `model`."})
     mixed_precision: str | None = field(
-        default=None,
-        metadata={
-            "help": "Precision of the forward pass; by default what `accelerate launch` was told.",
-            "choices": ["no", "fp16", "bf16"],
-        },
+        default=None, metadata={"help": "no, fp16 or bf16; by default what `accelerate launch` was told."}
     )
     seed: int = field(default=0, metadata={"help": "Seed of weights, order, augmentation and drawn pixels."})
     save_steps: int = field(default=200, metadata={"help": "Steps between checkpoints; the last two are kept."})
@@ -29,32 +25,8 @@ class RunOptions:
     )
 
     def __post_init__(self):
-        check_positive(self, "save_steps")
-
-
-def check_positive(options: Any, *names: str) -> None:
-    """
-    Check numbers among the options.
-
-    Raises:
-        UsageError: one of these is given and not above 0.
-    """
-    for name in names:
-        value = getattr(options, name)
-        if value is not None and value <= 0:
-            raise UsageError(f"--{name} {value} must be above 0.")
-
-
-def check_shares(options: Any, *names: str) -> None:
-    """
-    Check shares and probabilities among the options.
-
-    Raises:
-        UsageError: one of these does not lie in 0 to 1.
-    """
-    for name in names:
-        if not 0 <= getattr(options, name) <= 1:
-            raise UsageError(f"--{name} {getattr(options, name)} must lie in 0 to 1.")
+        require_positive(self, "save_steps")
+        require_one_of(self, "mixed_precision", ("no", "fp16", "bf16"))
 
 
 def make_schedule(

@@ -26,8 +26,8 @@ from tqdm.auto import tqdm
 
 from spar_hf import SparForSemanticSegmentation
 from spar_hf.data.order import ShuffledStream
-from spar_hf.data.segmentation_sets import IGNORE_INDEX, SegmentationSet, labelled_images, open_folder
-from spar_hf.evaluation.metrics import MeanIoU
+from spar_hf.data.segmentation_sets import SegmentationSet, labelled_images, open_folder
+from spar_hf.evaluation.iou import area_scores, count_pixels
 from spar_hf.heads.common import make_schedule
 from spar_hf.heads.frozen_features import FrozenFeatures
 from spar_hf.heads.linear_head import LinearHeads, batch_loss, draw_pixels
@@ -198,13 +198,13 @@ def measure_heads(
         test: images and masks.
     """
     accelerator, classes = features.accelerator, len(test.labels)
-    metrics = [MeanIoU(classes, ignore_index=IGNORE_INDEX) for _ in weight]
+    counts = np.zeros((len(weight), classes, classes), np.int64)
     share = range(accelerator.process_index, len(test), accelerator.num_processes)
     for number in tqdm(share, desc="test", disable=not accelerator.is_main_process):
         image = features(test, number)
         mask = test.read_mask(number, image.image_size)
         grid = image.features.to(accelerator.device).float()
-        for metric, head_weight, head_bias in zip(metrics, weight, bias, strict=True):
+        for head, (head_weight, head_bias) in enumerate(zip(weight, bias, strict=True)):
             decision = decide(
                 torch.einsum("dhw,nd->nhw", grid, head_weight) + head_bias[:, None, None],
                 torch.arange(classes),
@@ -212,16 +212,14 @@ def measure_heads(
                 working_size=image.working_size,
                 output_size=image.image_size,
             )
-            metric.add(prediction=decision.labels, reference=mask)
-    counts = torch.from_numpy(np.stack([metric.confusion_matrix for metric in metrics])).to(accelerator.device)
-    return [scores_of(matrix, test.labels) for matrix in accelerator.reduce(counts, "sum").cpu().numpy()]
+            counts[head] += count_pixels(decision.labels, mask, classes)
+    total = accelerator.reduce(torch.from_numpy(counts).to(accelerator.device), "sum").cpu().numpy()
+    return [scores_of(confusion_matrix, test.labels) for confusion_matrix in total]
 
 
 def scores_of(confusion_matrix: np.ndarray, labels: tuple[str, ...]) -> dict[str, Any]:
     """The scores of a confusion matrix. Classes that occur nowhere have `None`, because JSON has no NaN."""
-    metric = MeanIoU(len(labels), ignore_index=IGNORE_INDEX)
-    metric.merge(confusion_matrix)
-    results = metric.compute()
+    results = area_scores(confusion_matrix)
     iou = [None if np.isnan(value) else value for value in results["per_category_iou"].tolist()]
     return {
         "mean_iou": results["mean_iou"],

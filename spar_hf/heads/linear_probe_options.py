@@ -5,9 +5,10 @@ from typing import Any
 
 from transformers import HfArgumentParser
 
-from spar_hf.heads.common import RunOptions, check_positive, check_shares
+from spar_hf.heads.common import RunOptions
 from spar_hf.heads.frozen_features import parse_inference
 from spar_hf.utils.errors import UsageError
+from spar_hf.utils.options import require_not_negative, require_positive, require_share
 
 # options that a resumed run may change: none of them changes what is learned
 FREE = {"output", "resume", "save_steps", "cache", "window_batch_size"}
@@ -36,7 +37,7 @@ class ProbeData:
     test_exclude: list[str] | None = field(default=None, metadata={"help": "and none of these."})
 
     def __post_init__(self):
-        check_positive(self, "train_every")
+        require_positive(self, "train_every")
 
 
 @dataclass(kw_only=True)
@@ -64,7 +65,7 @@ class FeatureOptions:
     )
 
     def __post_init__(self):
-        check_positive(self, "shortest_edge", "longest_edge", "window_batch_size")
+        require_positive(self, "shortest_edge", "longest_edge", "window_batch_size")
         parse_inference(self.inference)
 
     @property
@@ -89,12 +90,11 @@ class ProbeTraining:
     warmup_ratio: float = field(default=0.1, metadata={"help": "Share of the steps with rising learning rate."})
 
     def __post_init__(self):
-        check_positive(self, "steps", "batch_size", "pixels")
-        check_shares(self, "warmup_ratio")
+        require_positive(self, "steps", "batch_size", "pixels")
+        require_share(self, "warmup_ratio")
         if not self.learning_rates or min(self.learning_rates) <= 0:
             raise UsageError(f"--learning_rates {self.learning_rates} must be positive numbers, one or more.")
-        if self.weight_decay < 0:
-            raise UsageError(f"--weight_decay {self.weight_decay} must be 0 or above.")
+        require_not_negative(self, "weight_decay")
 
 
 @dataclass(kw_only=True)

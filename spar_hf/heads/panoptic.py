@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from spar_hf import SparForUniversalSegmentation, SparImageProcessorPil, SparUniversalImageProcessorPil
 from spar_hf.data.order import split_held_out
 from spar_hf.data.segmentation_sets import SegmentationSet, check_readable, open_folder
-from spar_hf.distillation.student import choose_parameters
+from spar_hf.distillation.trainable import choose_parameters, count_parameters
 from spar_hf.heads.common import make_schedule
 from spar_hf.heads.panoptic_options import FREE, PanopticData, PanopticModel, PanopticOptions, parse_options, upgrade
 from spar_hf.heads.panoptic_quality import measure_quality
@@ -93,13 +93,14 @@ class PanopticTrainer:
         self.wrapped: Any
         self.wrapped, self.optimizer, self.schedule = accelerator.prepare(self.model, self.optimizer, self.schedule)
         self.images_per_step = accelerator.num_processes * training.gradient_accumulation_steps
+        trained, total = count_parameters(self.model)
         logger.info(
             "%d images to train on, measured on %d%s; %.2f M of %.2f M parameters trained",
             len(self.train_data),
             len(self.measured),
             "" if options.data.holdout_every else " of them",
-            sum(p.numel() for p in self.parameters) / 1e6,
-            sum(p.numel() for p in self.model.parameters()) / 1e6,
+            trained / 1e6,
+            total / 1e6,
         )
 
     def run(self) -> Path | None:
@@ -346,8 +347,7 @@ def parameter_groups(model: SparForUniversalSegmentation, options: PanopticOptio
     head = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups: list[dict[str, Any]] = [{"params": head, "lr": training.learning_rate}]
     if training.train_backbone != "none":
-        with as_usage_errors():
-            backbone = choose_parameters(model.vision_model, training.train_backbone)
+        backbone = choose_parameters(model.vision_model, training.train_backbone)
         groups.append({"params": backbone, "lr": training.backbone_learning_rate})
     return groups
 

@@ -5,8 +5,9 @@ from typing import Any
 
 from transformers import HfArgumentParser
 
-from spar_hf.heads.common import RunOptions, check_positive, check_shares
+from spar_hf.heads.common import RunOptions
 from spar_hf.utils.errors import UsageError
+from spar_hf.utils.options import require_positive, require_share
 
 # options that a resumed run may change: none of them changes what is learned
 FREE = {"output", "resume", "workers", "save_steps", "report_to"}
@@ -58,8 +59,8 @@ class PanopticData:
     )
 
     def __post_init__(self):
-        check_positive(self, "limit")
-        check_shares(self, "min_area")
+        require_positive(self, "limit")
+        require_share(self, "min_area")
         if self.holdout_every < 0 or self.holdout_every == 1:
             raise UsageError(f"--holdout_every {self.holdout_every} must be 0 or at least 2.")
 
@@ -74,8 +75,8 @@ class PanopticViews:
     flip_probability: float = field(default=0.5, metadata={"help": "Chance of a horizontal flip."})
 
     def __post_init__(self):
-        check_positive(self, "shortest_edge")
-        check_shares(self, "flip_probability")
+        require_positive(self, "shortest_edge")
+        require_share(self, "flip_probability")
         if not 0 < self.min_scale <= self.max_scale:
             raise UsageError(f"--min_scale {self.min_scale} must be above 0 and at most --max_scale {self.max_scale}.")
 
@@ -97,7 +98,7 @@ class PanopticModel:
     train_num_points: int = field(default=12544, metadata={"help": "Points at which the loss of a mask is computed."})
 
     def __post_init__(self):
-        check_positive(self, "hidden_dim", "decoder_layers", "num_queries", "train_num_points")
+        require_positive(self, "hidden_dim", "decoder_layers", "num_queries", "train_num_points")
 
 
 @dataclass(kw_only=True)
@@ -116,8 +117,8 @@ class PanopticTraining:
     warmup_ratio: float = field(default=0.05, metadata={"help": "Share of the steps with rising learning rate."})
 
     def __post_init__(self):
-        check_positive(self, "steps", "gradient_accumulation_steps", "learning_rate", "backbone_learning_rate")
-        check_shares(self, "warmup_ratio")
+        require_positive(self, "steps", "gradient_accumulation_steps", "learning_rate", "backbone_learning_rate")
+        require_share(self, "warmup_ratio")
         blocks = self.train_backbone
         if blocks not in ("none", "all") and not (blocks.isdecimal() and int(blocks) > 0):
             raise UsageError(f"--train_backbone {blocks}: write none, all or a number of last blocks.")
@@ -143,8 +144,8 @@ class PanopticRun(RunOptions):
 
     def __post_init__(self):
         super().__post_init__()
-        check_positive(self, "log_steps", "eval_steps")
-        check_shares(self, "threshold")
+        require_positive(self, "log_steps", "eval_steps")
+        require_share(self, "threshold")
 
 
 @dataclass(kw_only=True)

@@ -304,7 +304,7 @@ def test_options__bad_ones_are_refused(base, data, tmp_path):
         main(arguments(base, data / "images", tmp_path))
     for wrong, message in [
         ({"holdout_every": 5}, "holds out none"),  # of four images: not to be called held out
-        ({"holdout_every": 0, "train_backbone": "9"}, "9 blocks are to be trained, and the backbone has 2"),
+        ({"holdout_every": 0, "train_backbone": "9"}, "9: the backbone has 2 blocks"),
         ({"holdout_every": 0, "min_area": 0.9, "things": list(CLASSES)}, "has a segment"),
     ]:
         with pytest.raises(UsageError, match=message):
