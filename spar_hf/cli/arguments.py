@@ -27,5 +27,5 @@ SkipExisting = Annotated[
     bool, typer.Option("--skip-existing", help="Skip images that have results already, to continue a stopped run.")
 ]
 Device = Annotated[
-    str | None, typer.Option(help="cpu, cuda, cuda:1 or mps. Default: an accelerator if there is one, else the CPU.")
+    str | None, typer.Option(help="cpu, cuda, cuda:1 or mps. Default: a GPU if there is one, else the CPU.")
 ]

@@ -12,7 +12,8 @@ Family = Annotated[str, typer.Option(help="siglip2, openclip or dinov3txt.")]
 Base = Annotated[str, typer.Option(help="Hub id or folder of the base model in the format of transformers.")]
 Output = Annotated[Path, typer.Option(help="Folder to write.")]
 Tokenizer = Annotated[
-    str | None, typer.Option(help="Tokenizer for a base without one (dinov3txt uses that of CLIP ViT-B/16).")
+    str | None,
+    typer.Option(help="Tokenizer for a base without one (dinov3txt: CLIP's, e.g. openai/clip-vit-base-patch16)."),
 ]
 TextHeads = Annotated[
     int | None, typer.Option(help="Attention heads of the text tower (dinov3txt: 20 in the published ViT-L).", min=1)
