@@ -1,4 +1,4 @@
-"""Random views of images: a crop is drawn first, from random numbers alone, and applied to the image later."""
+"""Random views of training images. A crop is drawn from the image size and random numbers first, and applied later."""
 
 import math
 import random
@@ -14,7 +14,12 @@ from spar_hf.utils.errors import UsageError
 
 @dataclass(kw_only=True)
 class Views:
-    """How views of the training images are drawn. Sizes are in teacher windows, so that one recipe fits every backbone."""
+    """
+    Distribution of the random views of training images. Sizes are in teacher windows, so one recipe fits every backbone.
+
+    Raises:
+        UsageError: an option is out of range.
+    """
 
     long_side: float = field(
         default=4.0, metadata={"help": "Images fit this many teacher windows along their longer side ..."}
@@ -22,14 +27,14 @@ class Views:
     short_side: float = field(default=2.0, metadata={"help": "... and this many along their shorter side,"})
     min_scale: float = field(default=0.5, metadata={"help": "times a factor drawn between this and 1."})
     crop_probability: float = field(
-        default=0.5, metadata={"help": "Chance of a random crop to 0.4 or more of each side."}
+        default=0.5, metadata={"help": "Chance of a random crop that keeps at least 0.4 of each side."}
     )
     flip_probability: float = field(default=0.5, metadata={"help": "Chance of a horizontal flip."})
     jitter_probability: float = field(
         default=0.0,
         metadata={
-            "help": "Chance that brightness, contrast and colour of an image are changed at random, for teacher and student "
-            "alike (0 in the paper). With few images it keeps the student from memorising their light."
+            "help": "Chance that brightness, contrast and colour of a view are changed, for teacher and student alike (0 in "
+            "the paper). With few images it keeps the student from memorising their light."
         },
     )
 
@@ -47,13 +52,13 @@ class Views:
 @dataclass
 class Crop:
     """
-    One view of an image.
+    One view of an image: a part of it, resized, perhaps flipped and with other light.
 
     Attributes:
         size: width and height of the view in pixels.
-        box: left, top, right and bottom of the part of the image that is resized to it, in pixels, fractions allowed.
-        flip: whether the view is then flipped left to right.
-        jitter: seed of the random change of its light, see [`jitter_image`]; `None` leaves it.
+        box: left, top, right and bottom of the part of the image that becomes the view; in pixels, fractions allowed.
+        flip: whether the view is flipped left to right.
+        jitter: seed of [`jitter_image`]; `None` keeps the light.
     """
 
     size: tuple[int, int]
@@ -63,7 +68,7 @@ class Crop:
 
     def apply(self, image: Image.Image) -> Image.Image:
         """
-        The view of an image.
+        Cut the view out of an RGB image.
 
         Example:
 
@@ -81,8 +86,16 @@ class Crop:
 
 def draw_crop(image_size: tuple[int, int], window: int, patch_size: int, views: Views, rng: random.Random) -> Crop:
     """
-    Draw the view of an image of `image_size` (width, height) as SPAR's recipe does (arXiv 2604.02252, section 4): a random
-    size, then perhaps a crop, whose sides become multiples of the patch, and a flip.
+    Draw a view of an image: a random size, perhaps a crop, sides rounded down to multiples of the patch, perhaps a flip.
+
+    Source: the recipe of SPAR (arXiv 2604.02252, section 4).
+
+    Args:
+        image_size: width and height of the image in pixels.
+        window: side of a teacher window in pixels.
+        patch_size: side of a patch in pixels.
+        views: distribution of the views.
+        rng: random numbers, see [`view_generator`].
 
     Example:
 
@@ -107,12 +120,12 @@ def draw_crop(image_size: tuple[int, int], window: int, patch_size: int, views: 
 
 
 def view_generator(seed: int, index: int) -> random.Random:
-    """The random numbers of the view of the `index`-th image of a stream: the same on every machine and after a resume."""
+    """The random numbers for the view of a stream's `index`-th image, the same on every machine and after a resume."""
     return random.Random(f"photo-{seed}-{index}")
 
 
 def jitter(pixels: torch.Tensor, rng: random.Random) -> torch.Tensor:
-    """Brightness, contrast, colour and white balance of another hour and camera; `(3, height, width)` in 0 to 1."""
+    """Change brightness, contrast, saturation, white balance and sharpness of an image `(3, height, width)` in 0 to 1."""
     pixels = pixels.clamp(1e-4, 1) ** math.exp(rng.uniform(-0.7, 0.7))
     pixels = pixels * rng.uniform(0.35, 1.3)
     pixels = pixels * torch.tensor([rng.uniform(0.85, 1.15) for _ in range(3)])[:, None, None]
@@ -120,14 +133,14 @@ def jitter(pixels: torch.Tensor, rng: random.Random) -> torch.Tensor:
     grey = pixels.mean(0, keepdim=True)
     saturation = 0.0 if rng.random() < 0.08 else rng.uniform(0.4, 1.5)
     pixels = grey + (pixels - grey) * saturation
-    if rng.random() < 0.2:  # as if enlarged or out of focus
+    if rng.random() < 0.2:  # blur
         small = nn.functional.avg_pool2d(pixels[None], 2)
         pixels = nn.functional.interpolate(small, size=pixels.shape[-2:], mode="bilinear")[0]
     return pixels.clamp(0, 1)
 
 
 def jitter_image(image: Image.Image, seed: int) -> Image.Image:
-    """An RGB image after [`jitter`], the same for the same seed."""
+    """An RGB image changed by [`jitter`] with random numbers of this seed."""
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255  # (3, height, width)
     pixels = jitter(pixels, random.Random(seed)) * 255
     return Image.fromarray(pixels.round().byte().permute(1, 2, 0).numpy())

@@ -1,17 +1,18 @@
 """
-The usual benchmarks of open-vocabulary segmentation, read from their folders on disk.
+The common benchmarks of open-vocabulary segmentation, read from their folders on disk.
 
-Labels, ignored pixels and background are those of the published evaluations (the data sets of mmsegmentation 0.x;
-COCO-Object as prepared for GroupViT, Xu et al., 2022). Masks are 8-bit PNG, 255 is ignored.
+Labels, ignored pixels and background follow the published evaluations (the data sets of mmsegmentation 0.x, and
+COCO-Object as prepared for GroupViT, Xu et al., 2022). Masks are 8-bit PNG files in which 255 is ignored.
 
-- `voc21`: 0 background, 1 to 20 objects; outlines of objects are ignored.
-- `voc20`: the same masks; background is ignored and no answer.
-- `context60`: 0 background, 1 to 59 classes. `context59`: the same masks; background is ignored and no answer.
-- `coco-object`: `*_instanceTrainIds.png`, 0 background, 1 to 80 objects. Without them COCO-Stuff's masks are read: a thing
-  is its number, everything else background; pixels without a label too, as in the published preparation.
-- `coco-stuff`: `*_labelTrainIds.png`, 0 to 170: 80 things, 91 stuff. Without them the original masks, category - 1.
-- `cityscapes`: `*_labelTrainIds.png`, 0 to 18. Without them `*_labelIds.png`, the 19 of their 34 that count.
-- `ade20k`: 1 to 150 classes; 0 (other objects) is ignored.
+- `voc21`: 0 is background, 1 to 20 are objects; outlines of objects are ignored.
+- `voc20`: the same masks without background, which is ignored and not predicted.
+- `context60`: 0 is background, 1 to 59 are classes. `context59`: the same masks without background.
+- `coco-object`: `*_instanceTrainIds.png`, 0 is background, 1 to 80 are objects. If they are missing, the masks of COCO-Stuff
+  are read: things are objects, everything else, unlabelled pixels too, is background, as in the published preparation.
+- `coco-stuff`: `*_labelTrainIds.png`, 80 things and 91 kinds of stuff. If they are missing, the original masks are read,
+  whose values are the category minus 1.
+- `cityscapes`: `*_labelTrainIds.png`, 0 to 18. If they are missing, `*_labelIds.png`, in which 19 of 34 classes count.
+- `ade20k`: 1 to 150 are classes; 0 (other objects) is ignored.
 """
 
 from collections.abc import Sequence
@@ -27,11 +28,11 @@ from spar_hf.utils.errors import MissingFiles, UsageError
 
 
 def without_zero(classes: int) -> np.ndarray:
-    """Value v is class v - 1 and 0 is ignored: what transformers calls `reduce_zero_label`."""
+    """The table of masks in which 0 is ignored and value v is class v - 1: `reduce_zero_label` of transformers."""
     return make_table({value: value - 1 for value in range(1, classes + 1)}, ignored=(0, IGNORE_INDEX))
 
 
-# COCO's categories have gaps; the original masks of COCO-Stuff hold category - 1
+# category numbers that COCO does not use; the original masks of COCO-Stuff hold the category minus 1
 COCO_GAPS = {12, 26, 29, 30, 45, 66, 68, 69, 71, 83, 91}
 COCO_THINGS = {
     value: label for label, value in enumerate(c - 1 for c in range(1, 91) if c not in COCO_GAPS)
@@ -43,7 +44,7 @@ CITYSCAPES_IDS = dict(
 
 
 def things_only(things: dict[int, int], stuff: Sequence[int]) -> np.ndarray:
-    """COCO-Object from masks of COCO-Stuff: a thing is its number + 1; stuff and unlabelled pixels are background, 0."""
+    """The table that reads masks of COCO-Stuff as COCO-Object: 0 for stuff and unlabelled pixels, then the things."""
     table = make_table({value: label + 1 for value, label in things.items()}, ignored=())
     table[[*stuff, IGNORE_INDEX]] = 0
     return table
@@ -52,16 +53,16 @@ def things_only(things: dict[int, int], stuff: Sequence[int]) -> np.ndarray:
 @dataclass(frozen=True)
 class Benchmark:
     """
-    Where a benchmark lies on disk and what its masks mean. In the patterns `{}` is the name of an image.
+    The layout of a benchmark on disk and the meaning of its masks. In the patterns `{}` is the name of an image.
 
     Attributes:
-        title: what people call it.
+        title: its usual name.
         vocabulary: its class names in `spar_hf/model/vocabularies.py`.
-        homes: folders, relative to the one that a user names, in which the layout may start.
-        images: patterns of the images; the first that finds any counts.
-        masks: patterns of the masks and the table of each; the first that finds the first image's mask counts.
-        listing: file with the names of the images; without one, all that `images` finds.
-        depth: folders in an image's name.
+        homes: folders in which the layout may start, relative to the one that a user names.
+        images: patterns of the images. The first one that finds an image is used.
+        masks: patterns of the masks, each with its table. The first one that finds the mask of the first image is used.
+        listing: file with the names of the images. Without one, all images that `images` finds are used.
+        depth: number of folders in an image's name.
     """
 
     title: str
@@ -74,7 +75,7 @@ class Benchmark:
 
     @property
     def layout(self) -> str:
-        """The layout as a sentence of an error message."""
+        """The layout in words, for error messages."""
         listing = f" listed in `{self.listing}`" if self.listing else ""
         images = " or ".join(f"`{pattern.format('NAME')}`" for pattern in self.images)
         masks = " or ".join(f"`{pattern.format('NAME')}`" for pattern, _ in self.masks)
@@ -82,7 +83,7 @@ class Benchmark:
         return f"images {images}{listing} and masks {masks}" + (f", in it or in its {homes}" if homes else "")
 
     def find(self, folder: Path) -> tuple[list[str], list[str], list[str], np.ndarray] | None:
-        """Names, images, masks and the table; `None` if the layout is not there."""
+        """Names, paths of images, paths of masks, and the table; `None` if the folder has another layout."""
         for base in (folder / home for home in self.homes):
             for images in self.images:
                 names = self.list_names(base, images)
@@ -98,6 +99,7 @@ class Benchmark:
         return None
 
     def list_names(self, base: Path, images: str) -> list[str]:
+        """Names of the images from the listing, or of those that the pattern finds."""
         if self.listing is not None:
             listing = base / self.listing
             return listing.read_text(encoding="utf-8").split() if listing.is_file() else []
@@ -183,11 +185,15 @@ BENCHMARKS: dict[str, Benchmark] = {
 
 def open_benchmark(name: str, folder: str | Path) -> SegmentationSet:
     """
-    A benchmark's validation split.
+    Open the validation split of a benchmark.
+
+    Args:
+        name: one of `BENCHMARKS`.
+        folder: folder in which it was unpacked.
 
     Raises:
-        UsageError: no benchmark of this name.
-        MissingFiles: the folder has another layout, or an image or mask is missing; the message has the layout.
+        UsageError: there is no benchmark of this name.
+        MissingFiles: the folder has another layout, or an image or mask is missing. The message shows the layout.
     """
     if name not in BENCHMARKS:
         raise UsageError(f"There is no benchmark {name!r}; use one of {', '.join(BENCHMARKS)}.")

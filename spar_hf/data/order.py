@@ -1,10 +1,9 @@
 """
-The order of training images, and which of them are held out.
+The order of training images, and the choice of held-out images.
 
-The main process makes the order and hands [`Sample`]s to the workers, which read and decode. So neither order nor
-augmentation depends on how many workers there are, and a resumed run starts at any sample.
-
-Images differ in size, and each process takes one at a time; gradient accumulation makes the batch.
+The main process makes the order and passes [`Sample`]s to the workers, which read and decode. So order and augmentation do
+not depend on the number of workers, and a resumed run can start at any sample. Images differ in size, so each process
+takes one at a time; gradient accumulation makes the batch.
 """
 
 import itertools
@@ -28,10 +27,10 @@ class Sample:
     One image of the endless stream, not yet read.
 
     Attributes:
-        index: its number in the stream over all processes; augmentation and teacher windows are drawn from it.
-        name: what a message calls it.
-        source: its path, its bytes, or (number of the source, row).
-        after: where a resumed run goes on after it, for [`MapOrder`] or [`StreamOrder`].
+        index: its number in the stream over all processes. It seeds augmentation and the draw of teacher windows.
+        name: name of the image in messages.
+        source: path, bytes, or (number of the source, row).
+        after: position from which [`MapOrder`] or [`StreamOrder`] continues after this sample.
     """
 
     index: int
@@ -41,7 +40,7 @@ class Sample:
 
 
 class SampleList(Protocol):
-    """A countable set of images that gives [`Sample`]s."""
+    """Images with a known length that make [`Sample`]s."""
 
     def __len__(self) -> int: ...
 
@@ -51,7 +50,8 @@ class SampleList(Protocol):
 
 def is_held_out(position: int, every: int) -> bool:
     """
-    The one hold-out rule: of images sorted by name, each `every`-th (the last of every group) is held out; 0 holds out none.
+    The hold-out rule of the library: of images sorted by name, the last of every group of `every` is held out; 0 holds out
+    none.
 
     Example:
 
@@ -63,15 +63,23 @@ def is_held_out(position: int, every: int) -> bool:
 
 
 def split_held_out(count: int, every: int) -> tuple[list[int], list[int]]:
-    """Numbers below `count` to train on, and those held out by [`is_held_out`]."""
+    """
+    Split the numbers below `count` into those to train on and those held out by [`is_held_out`].
+
+    Example:
+
+    ```python
+    >>> split_held_out(6, every=3)
+    ([0, 1, 3, 4], [2, 5])
+    ```"""
     held_out = [i for i in range(count) if is_held_out(i, every)]
     return [i for i in range(count) if not is_held_out(i, every)], held_out
 
 
 class ShuffledStream:
     """
-    An endless stream of the numbers below `count`, shuffled anew each epoch: `stream[i]` depends on the seed and i alone,
-    whoever asks and in whatever order. The order of the epoch asked for last is kept.
+    An endless stream of the numbers below `count`, shuffled again every epoch. `stream[i]` depends on the seed and `i` only,
+    not on earlier calls. The order of the last epoch is cached.
 
     Example:
 
@@ -95,7 +103,7 @@ class ShuffledStream:
 
 
 class Listing:
-    """Images of several sources under one running number, without an object for each."""
+    """Images of several sources with consecutive numbers. It holds no object per image, so millions fit into memory."""
 
     def __init__(self, sources: list[Any], kept: list[np.ndarray]):
         self.sources, self.kept = sources, kept
@@ -105,14 +113,17 @@ class Listing:
         return int(self.ends[-1]) if len(self.ends) else 0
 
     def locate(self, i: int) -> tuple[int, int]:
+        """Number of the source of image `i`, and its number in that source."""
         number = int(np.searchsorted(self.ends, i, side="right"))
         return number, int(self.kept[number][i - (self.ends[number - 1] if number else 0)])
 
     def name(self, i: int) -> str:
+        """Name of image `i` in messages."""
         number, row = self.locate(i)
         return self.sources[number].name(row)
 
     def sample(self, i: int, index: int, after: list[int]) -> Sample:
+        """Image `i` as the `index`-th of the stream."""
         number, row = self.locate(i)
         files = isinstance(self.sources[number], Files)
         source = self.sources[number].source(row) if files else (number, row)
@@ -121,10 +132,15 @@ class Listing:
 
 def split_images(sources: list[Any], exclude: list[str], holdout_every: int) -> tuple[Listing, Listing]:
     """
-    Images to train on and held-out images: of every source each n-th that is not excluded.
+    Split the images of all sources into those to train on and those held out by [`is_held_out`], source by source.
+
+    Args:
+        sources: see `open_sources`.
+        exclude: patterns of images that are in neither part, see [`is_excluded`].
+        holdout_every: group size of the hold-out rule, counted after exclusion.
 
     Raises:
-        ValueError: none is left to train on.
+        UsageError: no image is left to train on.
     """
     train, held_out = [], []
     for source in sources:
@@ -140,15 +156,30 @@ def split_images(sources: list[Any], exclude: list[str], holdout_every: int) -> 
 
 
 def is_excluded(key: str, patterns: list[str]) -> bool:
-    """Whether a path, or a data set's key without a suffix, fits a pattern of --exclude."""
+    """
+    Whether a path without its suffix, or the key of a row, matches a shell pattern of `--exclude`.
+
+    Example:
+
+    ```python
+    >>> is_excluded("streets/0016E5_01.png", ["0016E5_*"]), is_excluded("streets/a.png", ["b"])
+    (True, False)
+    ```"""
     path = PurePath(key)
     return any(path.match(f"{pattern}.*" if path.suffix else pattern) for pattern in patterns)
 
 
 class MapOrder(Sampler):
     """
-    The endless shuffled stream of a [`Listing`]: image i is a function of seed and i alone. Each process takes every n-th
-    sample, so that n processes see together what one sees.
+    The endless shuffled stream of a [`Listing`]. Its i-th image depends on the seed and `i` only. Each of n processes takes
+    every n-th sample, so that together they see what one process would see.
+
+    Args:
+        images: the images.
+        seed: of the order.
+        process: number of this process.
+        processes: how many there are.
+        start: `after` of the last sample of an interrupted run.
     """
 
     def __init__(self, images: SampleList, seed: int, process: int, processes: int, start: list[int] | None = None):
@@ -164,9 +195,21 @@ class MapOrder(Sampler):
 
 class StreamOrder(Sampler):
     """
-    The endless stream of an iterable table, shuffled anew each epoch: the order of its shards, and images within a buffer.
-    Processes take shards where their number divides by the processes, else every n-th image. Going on reads the epoch
-    again up to where it was, without decoding: only so is the buffer the same.
+    The endless stream of an iterable table. Every epoch shuffles the shards, and the images within a buffer.
+
+    Each process takes its own shards if their number is a multiple of the number of processes, otherwise every n-th image. A
+    resumed run reads the interrupted epoch from its beginning without decoding, because only that restores the buffer.
+
+    Args:
+        table: iterable data set, see `open_sources`.
+        options: `shuffle_buffer`, `holdout_every`, `exclude` and `image_column` are used.
+        seed: of the order.
+        process: number of this process.
+        processes: how many there are.
+        start: `after` of the last sample of an interrupted run.
+
+    Raises:
+        UsageError: the stream has no image for this process.
     """
 
     def __init__(
@@ -181,14 +224,14 @@ class StreamOrder(Sampler):
         self.process, self.processes, self.start = process, processes, start or [0, 0]
 
     def read(self, row: dict[str, Any], number: int) -> tuple[Any, str, bool]:
-        """A row's image, its name, and whether it is held out: by checksum, wherever the shuffle put it."""
+        """A row's image, its name, and whether it is held out: by its checksum, because a stream has no fixed positions."""
         source = image_entry(row, self.columns)
         name = str(row[self.names]) if self.names else f"image {number} of the stream"
         content = source if isinstance(source, bytes) else str(source).encode()
         return source, name, zlib.crc32(content) % self.options.holdout_every == 0
 
     def held_out(self) -> Iterator[Sample]:
-        """The held-out images in the stream's own order."""
+        """The held-out images in the order of the table."""
         for number, row in enumerate(self.plain):
             source, name, held_out = self.read(row, number)
             if held_out and not is_excluded(name, self.options.exclude):
@@ -205,11 +248,11 @@ class StreamOrder(Sampler):
                     continue
                 found = True
                 if number >= taken:
-                    # an epoch of a stream has no known length: its images are numbered below a bound no stream reaches
+                    # the length of a stream is unknown, so each epoch gets 2 ** 40 numbers: more than any stream needs
                     index = (epoch << 40) + number * self.processes + self.process
                     yield Sample(index, name, source, [epoch, number + 1])
             if not found:
                 raise UsageError(
-                    "The stream gives this process no image to train on; check --images and --holdout_every."
+                    "The stream has no image to train on for this process; check --images, --exclude, --holdout_every."
                 )
             taken = 0

@@ -1,12 +1,13 @@
-"""Images with masks: one reader for folders, published benchmarks and Hugging Face data sets."""
+"""Images with masks: the reader that folders, published benchmarks and Hugging Face data sets share."""
 
 import fnmatch
 import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import datasets
 import numpy as np
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from PIL import Image
+from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 
 from spar_hf.data.sources import list_images
@@ -23,9 +24,9 @@ from spar_hf.model.image_input import read_image, to_rgb
 from spar_hf.model.image_processing_spar import MIN_SIDE
 from spar_hf.utils.errors import MissingFiles, UsageError
 
-IGNORE_INDEX = 255  # label of pixels that do not count
-INVALID = -1  # in a table: a mask value that must not occur
-MASK_MODES = ("L", "P", "I", "I;16")  # one channel of whole numbers; palette images by their index
+IGNORE_INDEX = 255  # label of ignored pixels, which no score counts
+INVALID = -1  # entry of a table for mask values that must not occur
+MASK_MODES = ("L", "P", "I", "I;16")  # one channel of integers; palette images are read by their index
 
 
 @dataclass(frozen=True)
@@ -34,16 +35,27 @@ class SegmentationSet:
     Images with masks, read one at a time.
 
     Attributes:
-        title: what reports call the set.
-        rows: columns `image` and `mask` of undecoded files.
-        names: a name per image, the file stem where there are files.
-        labels: the classes; several mask values may be one class.
-        table: class of every mask value, `IGNORE_INDEX` for pixels that do not count and `INVALID` for values that must not
-            occur; `(256,)` int16.
-        source: its name among the benchmarks or on the Hugging Face hub, else its folder's.
-        split: which part of it this is, where that is known.
-        subset: which configuration of a Hugging Face data set, where it was chosen.
-    """
+        title: name of the set in reports.
+        rows: columns `image` and `mask`, both of type `datasets.Image`.
+        names: one name per image: the stem of its file, or `row` and a number.
+        labels: the classes. Several mask values may mean one class.
+        table: class of every mask value, `IGNORE_INDEX` for ignored pixels, `INVALID` for values that must not occur;
+            `(256,)` int16.
+        source: name of the benchmark, id on the Hugging Face hub, or name of the folder.
+        split: split that the images belong to, if known.
+        subset: configuration of a Hugging Face data set, if one was chosen.
+
+    Example:
+
+    ```python
+    >>> Image.new("RGB", (3, 2)).save("street.png")
+    >>> Image.fromarray(np.array([[0, 1, 1], [0, 1, 255]], np.uint8)).save("mask.png")
+    >>> rows = from_files(["street.png"], ["mask.png"])
+    >>> data = SegmentationSet("streets", rows, ("street",), ("road", "sky"), make_table(range(2)), "streets")
+    >>> image, mask = data.read(0)
+    >>> image.size, mask.tolist()
+    ((3, 2), [[0, 1, 1], [0, 1, 255]])
+    ```"""
 
     title: str
     rows: datasets.Dataset
@@ -58,29 +70,34 @@ class SegmentationSet:
         return len(self.names)
 
     def select(self, numbers: Sequence[int]) -> "SegmentationSet":
-        """The images of these numbers, in this order."""
+        """The images with these numbers, in this order."""
         return replace(self, rows=self.rows.select(numbers), names=tuple(self.names[i] for i in numbers))
 
     def filter(self, include: Sequence[str] = ("*",), exclude: Sequence[str] | None = None) -> "SegmentationSet":
         """
-        The images whose stem matches one of the shell patterns `include` and none of `exclude`.
+        The images whose name matches one of the shell patterns `include` and none of `exclude`.
 
         Raises:
             MissingFiles: no image is left.
         """
-        stems = [Path(name).name for name in self.names]
-        kept = [i for i, stem in enumerate(stems) if matches(stem, include) and not matches(stem, exclude or ())]
+        kept = [i for i, name in enumerate(self.names) if passes(name, include, exclude)]
         if not kept:
-            raise MissingFiles(f"No image of {self.source} passes include={list(include)}, exclude={exclude}.")
+            raise MissingFiles(f"No image of {self.source} passes --include {list(include)} and --exclude {exclude}.")
         return self.select(kept)
+
+    @cached_property
+    def _undecoded(self) -> datasets.Dataset:
+        """The rows with paths or bytes instead of decoded images."""
+        undecoded = datasets.Image(decode=False)
+        return self.rows.cast_column("image", undecoded).cast_column("mask", undecoded)
 
     @property
     def stamp(self) -> str:
         """
-        Changes when images or masks change, without decoding any: hash of the files' sizes and times, or the fingerprint
-        that `datasets` keeps of a data set whose images are stored in it.
+        A hash that changes when images or masks change, made without decoding them: of sizes and times of the files, or
+        the fingerprint that `datasets` keeps if the images are stored in the data set.
         """
-        entries = [entry for name in ("image", "mask") for entry in self.rows[name]]
+        entries = [entry for name in ("image", "mask") for entry in self._undecoded[name]]
         paths = [entry["path"] for entry in entries if entry and entry["bytes"] is None]
         if not paths:
             return self.rows._fingerprint
@@ -89,19 +106,19 @@ class SegmentationSet:
 
     def file(self, number: int, column: str = "image") -> str | bytes:
         """
-        The path of an image or mask, or its bytes where they are stored in the data set.
+        The path of an image or mask, or its bytes if they are stored in the data set.
 
         Raises:
-            UsageError: the row holds none.
+            UsageError: the row has none.
         """
-        entry = self.rows[number][column]
+        entry = self._undecoded[number][column]
         if entry is None or not (entry["bytes"] or entry["path"]):
             raise UsageError(f"{self.names[number]} of {self.source} has no {column}.")
         return entry["bytes"] or entry["path"]
 
     def read_image(self, number: int) -> Image.Image:
         """
-        An image in RGB, upright.
+        An image in RGB, turned as its EXIF orientation says.
 
         Raises:
             UsageError: it cannot be read.
@@ -115,21 +132,21 @@ class SegmentationSet:
 
     def read_mask(self, number: int, image_size: tuple[int, int] | None = None) -> np.ndarray:
         """
-        A mask in the classes of the set, `(height, width)` uint8.
+        A mask as a label map of the set's classes, `(height, width)` uint8.
 
         Args:
-            number: which one.
-            image_size: height and width of its image, which the mask must have.
+            number: of the image.
+            image_size: height and width of the image, to check the mask's size against.
 
         Raises:
-            UsageError: a mask that cannot be read, that is no map of class numbers, that has another size than its image, or
-                that holds a value which is no class.
+            UsageError: the mask cannot be read, is not a map of class numbers, has another size than its image, or holds a
+                value that is no class.
         """
         name, source = self.names[number], self.file(number, "mask")
         try:
             with Image.open(BytesIO(source) if isinstance(source, bytes) else source) as mask:
-                mode, values = mask.mode, np.array(mask)
-        except Exception as error:  # Pillow raises many kinds for damaged files, and one of its own for huge ones
+                mode, values = mask.mode, np.array(ImageOps.exif_transpose(mask))
+        except Exception as error:  # Pillow raises many kinds of errors for damaged files, and its own for huge ones
             raise self._unreadable(number, error) from error
         if mode not in MASK_MODES:
             raise UsageError(
@@ -144,7 +161,8 @@ class SegmentationSet:
         if wrong:
             raise UsageError(
                 f"The mask of {name} holds the values {wrong}, which {self.title} ({len(self.labels)} classes) does not "
-                f"have; ignored are {[int(v) for v in np.flatnonzero(self.table == IGNORE_INDEX)]}."
+                f"have. Set pixels without a class to an ignored value "
+                f"({', '.join(map(str, np.flatnonzero(self.table == IGNORE_INDEX)))})."
             )
         return self.table[values].astype(np.uint8)
 
@@ -160,14 +178,28 @@ class SegmentationSet:
         )
 
 
-def matches(stem: str, patterns: Sequence[str]) -> bool:
-    """Whether a file stem matches one of the shell patterns."""
-    return any(fnmatch.fnmatch(stem, pattern) for pattern in patterns)
+def passes(name: str, include: Sequence[str] = ("*",), exclude: Sequence[str] | None = None) -> bool:
+    """
+    Whether the last part of an image's name matches one of the shell patterns `include` and none of `exclude`.
+
+    Example:
+
+    ```python
+    >>> passes("munster/munster_01", include=["munster_*"]), passes("a_1", exclude=["a_*"])
+    (True, False)
+    ```"""
+    stem = Path(name).name
+    included, excluded = (any(fnmatch.fnmatch(stem, p) for p in patterns or ()) for patterns in (include, exclude))
+    return included and not excluded
 
 
 def make_table(values: dict[int, int] | range, ignored: Sequence[int] = (IGNORE_INDEX,)) -> np.ndarray:
     """
-    The table of a set, from `{mask value: class}` or from a range whose values are the classes, and the ignored values.
+    The class of every mask value, as [`SegmentationSet`] holds it.
+
+    Args:
+        values: `{mask value: class}`, or a range if every value is the class of the same number.
+        ignored: mask values of ignored pixels. All other values become `INVALID`.
 
     Example:
 
@@ -183,44 +215,50 @@ def make_table(values: dict[int, int] | range, ignored: Sequence[int] = (IGNORE_
 
 
 def from_files(images: Sequence[str], masks: Sequence[str]) -> datasets.Dataset:
-    """The rows of a set from the paths of its images and masks."""
-    column = datasets.Image(decode=False)
-    features = datasets.Features({"image": column, "mask": column})
+    """The rows of a [`SegmentationSet`] from the paths of its images and masks."""
+    features = datasets.Features({"image": datasets.Image(), "mask": datasets.Image()})
     return datasets.Dataset.from_dict({"image": list(images), "mask": list(masks)}, features=features)
 
 
 def read_classes(file: Path) -> list[str]:
     """
-    The lines of a `classes.txt`; the number of a line, from 0, is its class's value in masks.
+    The lines of a `classes.txt`. The number of a line, counted from 0, is the mask value of its class.
 
     Raises:
-        UsageError: an empty line before the last one. Passing over it would shift all classes that follow.
-    """
+        UsageError: an empty line before the last one; skipping it would shift the classes that follow.
+
+    Example:
+
+    ```python
+    >>> characters = Path("classes.txt").write_text("road\\nsky")
+    >>> read_classes(Path("classes.txt"))
+    ['road', 'sky']
+    ```"""
     lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").rstrip().splitlines()]
     if not all(lines):
         raise UsageError(
-            f"Line {lines.index('') + 1} of {file} is empty. The number of a line, from 0, is its class's value in masks: "
-            "name every class up to the last."
+            f"Line {lines.index('') + 1} of {file} is empty. The number of a line, counted from 0, is the mask value of its "
+            "class: write a name on every line up to the last class."
         )
     return lines
 
 
 def read_merged_classes(lines: Sequence[str], file: str | Path) -> dict[str, list[str]]:
     """
-    A JSON file `{class: [line of classes.txt, ...]}` that merges classes.
+    Read a JSON file `{class: [line of classes.txt, ...]}` that merges classes.
 
     Raises:
-        UsageError: the file has another form, a name is no line, or stands in two classes.
+        UsageError: the file has another form, or a name is not one of `lines` or is given twice.
     """
     try:
         merged = json.loads(Path(file).read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
-        raise UsageError(f"{file} is no JSON ({error}).") from error
+        raise UsageError(f"{file} is not JSON ({error}).") from error
     if not isinstance(merged, dict) or not merged or not all(isinstance(names, list) for names in merged.values()):
         raise UsageError(f"{file} must hold {{class: [line of classes.txt, ...], ...}}.")
     names = [name for group in merged.values() for name in group]
     if unknown := [name for name in names if name not in lines]:
-        raise UsageError(f"{file}: {', '.join(map(str, unknown))}: no such line among the {len(lines)} of classes.txt.")
+        raise UsageError(f"{file}: {', '.join(map(str, unknown))}: not among the {len(lines)} lines of classes.txt.")
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise UsageError(f"{file}: {', '.join(twice)}: named more than once.")
     return merged
@@ -228,7 +266,7 @@ def read_merged_classes(lines: Sequence[str], file: str | Path) -> dict[str, lis
 
 def readable_name(name: str) -> str:
     """
-    A data set's class name as a person would write it.
+    The class name of a data set in plain words, for a text tower.
 
     Example:
 
@@ -241,47 +279,69 @@ def readable_name(name: str) -> str:
 
 
 def class_label(name: str) -> str:
-    """A class as a person would call it; `null` says nothing, `background` does."""
+    """
+    The label of a class: its [`readable_name`], and `background` for a class called `null`.
+
+    Example:
+
+    ```python
+    >>> class_label("null"), class_label("wall-other")
+    ('background', 'wall')
+    ```"""
     word = readable_name(name)
     return "background" if word == "null" else word
 
 
 def table_of_lines(lines: Sequence[str]) -> tuple[tuple[str, ...], np.ndarray]:
     """
-    Readable labels and table of a list of classes in the order of the mask values. Lines that read alike (`wall-merged`,
-    `wall-other`) are one class: no word could tell them apart.
+    Labels and table of a list of classes in the order of the mask values. Lines with the same label (`wall-merged` and
+    `wall-other`) become one class, because no word could tell them apart.
 
     Raises:
-        UsageError: more classes than 8-bit masks hold.
-    """
+        UsageError: more classes than 8-bit masks can hold.
+
+    Example:
+
+    ```python
+    >>> labels, table = table_of_lines(["wall-merged", "dog", "wall-other"])
+    >>> labels, table[:3].tolist()
+    (('wall', 'dog'), [0, 1, 0])
+    ```"""
     if len(lines) > IGNORE_INDEX:
         raise UsageError(
-            f"There are {len(lines)} classes, but 8-bit masks hold {IGNORE_INDEX} and the ignored value {IGNORE_INDEX}."
+            f"There are {len(lines)} classes, but 8-bit masks hold at most {IGNORE_INDEX}: value {IGNORE_INDEX} is ignored."
         )
     words = [class_label(line) for line in lines]
     labels = tuple(dict.fromkeys(words))
     return labels, make_table({value: labels.index(word) for value, word in enumerate(words)})
 
 
-def open_folder(folder: str | Path, classes: str | Path | None = None, readable: bool = False) -> SegmentationSet:
+def open_folder(
+    folder: str | Path,
+    classes: str | Path | None = None,
+    readable: bool = False,
+    include: Sequence[str] = ("*",),
+    exclude: Sequence[str] | None = None,
+) -> SegmentationSet:
     """
-    A folder with `images/`, `masks/` (8-bit PNG of the same stem, 255 ignored) and `classes.txt`, which may also stand in
-    the parent, so that splits of one set share it.
+    Open a folder with `images/`, `masks/` (8-bit PNG of the same stem, 255 ignored) and `classes.txt`. That file may also
+    lie in the parent folder, so that the splits of one set share it.
 
     Args:
         folder: the folder.
-        classes: JSON file that merges lines of `classes.txt`, see [`read_merged_classes`]; lines that it does not name are
+        classes: JSON file that merges lines of `classes.txt`, see [`read_merged_classes`]. Lines that it does not name are
             ignored.
-        readable: use class names as words: `floor-other-merged` becomes `floor`, and lines that read alike one class.
+        readable: turn class names into words, see [`table_of_lines`].
+        include, exclude: shell patterns of file stems, see [`passes`]. Images that do not pass need no mask.
 
     Raises:
-        MissingFiles: a part of the layout is missing, or an image has no mask.
-        UsageError: two images of one stem, an empty line in `classes.txt`, or a wrong file `classes`.
+        MissingFiles: a part of the layout is missing, an image has no mask, or no image is left.
+        UsageError: two images have the same stem, `classes.txt` has an empty line, or the file `classes` is wrong.
     """
     folder = Path(folder)
     layout = (
         f"{folder} must hold `images/`, `masks/` (PNG of the same stem) and `classes.txt` (also in its parent). "
-        "evaluate.py reads a benchmark's own layout with --benchmark."
+        "To measure on a benchmark in its published layout, use evaluate.py --benchmark."
     )
     classes_file = next((d / "classes.txt" for d in (folder, folder.parent) if (d / "classes.txt").is_file()), None)
     if classes_file is None or not (folder / "images").is_dir() or not (folder / "masks").is_dir():
@@ -291,38 +351,43 @@ def open_folder(folder: str | Path, classes: str | Path | None = None, readable:
         merged = read_merged_classes(lines, classes)
         group_of = {line: number for number, group in enumerate(merged.values()) for line in group}
         labels = tuple(merged)
-        table = make_table({value: group_of.get(line, IGNORE_INDEX) for value, line in enumerate(lines)})
+        table = make_table({v: group_of.get(line, IGNORE_INDEX) for v, line in enumerate(lines[:IGNORE_INDEX])})
     elif readable:
         labels, table = table_of_lines(lines)
     else:
         labels, table = tuple(lines), make_table(range(min(len(lines), IGNORE_INDEX)))
-    images, masks = zip(*_pairs(folder, layout), strict=True)
-    place = folder.resolve()
-    name, split = (place.name, None) if (place / "classes.txt").is_file() else (place.parent.name, place.name)
-    names = tuple(image.stem for image in images)
-    rows = from_files([*map(str, images)], [*map(str, masks)])
+    pairs = _pairs(folder, layout, include, exclude)
+    resolved = folder.resolve()
+    in_parent = classes_file.parent != folder
+    name, split = (resolved.parent.name, resolved.name) if in_parent else (resolved.name, None)
+    names = tuple(image.stem for image, _ in pairs)
+    rows = from_files([str(image) for image, _ in pairs], [str(mask) for _, mask in pairs])
     return SegmentationSet(name, rows, names, labels, table, name, split)
 
 
-def _pairs(folder: Path, layout: str) -> Iterator[tuple[Path, Path]]:
+def _pairs(folder: Path, layout: str, include: Sequence[str], exclude: Sequence[str] | None) -> list[tuple[Path, Path]]:
     """Paths of every image and its mask, sorted."""
-    last = None
+    pairs: list[tuple[Path, Path]] = []
     for image in list_images(folder / "images"):
+        if not passes(image.stem, include, exclude):
+            continue
         mask = folder / "masks" / f"{image.stem}.png"
         if not mask.is_file():
             raise MissingFiles(f"{image} has no mask {mask}. {layout}")
-        if last is not None and last[1] == mask:
-            raise UsageError(f"{last[0]} and {image} would share the mask {mask}. Rename or remove one of them.")
-        last = image, mask
-        yield last
+        if pairs and pairs[-1][1] == mask:
+            raise UsageError(f"{pairs[-1][0]} and {image} would share the mask {mask}. Rename or remove one of them.")
+        pairs.append((image, mask))
+    if not pairs:
+        raise MissingFiles(f"No image of {folder} passes --include {list(include)} and --exclude {exclude}.")
+    return pairs
 
 
 def check_readable(data: SegmentationSet, accelerator: Accelerator) -> list[int]:
     """
-    Read all images and masks once, each process its share, so that a damaged file ends a run before its work begins.
+    Read all images and masks once, each process its share, so that a damaged file stops a run before its work begins.
 
     Returns:
-        The numbers of the images that have a labelled pixel, in order, on every process.
+        Numbers of the images that have a labelled pixel, in order; the same on every process.
 
     Raises:
         UsageError: a file cannot be read, an image is too small for the image processor, or a mask does not fit.
@@ -333,8 +398,8 @@ def check_readable(data: SegmentationSet, accelerator: Accelerator) -> list[int]
         image, mask = data.read(number)
         if min(image.size) < MIN_SIDE:
             raise UsageError(
-                f"{data.names[number]} has {image.height}×{image.width} pixels (height × width), but an image needs "
-                f"at least {MIN_SIDE} a side. Leave it out with --exclude."
+                f"{data.names[number]} has {image.height}×{image.width} pixels (height × width), but each side needs at "
+                f"least {MIN_SIDE}. Leave it out with --exclude."
             )
         if (mask != IGNORE_INDEX).any():
             labelled.append(number)
@@ -343,12 +408,12 @@ def check_readable(data: SegmentationSet, accelerator: Accelerator) -> list[int]
 
 def labelled_images(data: SegmentationSet, accelerator: Accelerator) -> SegmentationSet:
     """
-    The images that have a labelled pixel, after [`check_readable`].
+    The images that have a labelled pixel. Reads all of them, see [`check_readable`].
 
     Raises:
-        UsageError: there is none.
+        UsageError: there is none, or see [`check_readable`].
     """
     numbers = check_readable(data, accelerator)
     if not numbers:
-        raise UsageError(f"All pixels of {data.title} are ignored ({IGNORE_INDEX}). Check the masks' values.")
+        raise UsageError(f"All pixels of {data.title} are ignored ({IGNORE_INDEX}). Check the values in its masks.")
     return data.select(numbers)

@@ -1,4 +1,4 @@
-"""Where training images come from: folders, lists of files, Hugging Face data sets and WebDataset shards."""
+"""Sources of training images: folders, lists of files, Hugging Face data sets and WebDataset shards."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,20 +15,22 @@ SHARDS = {".tar": "webdataset", ".parquet": "parquet", ".arrow": "arrow"}
 
 @dataclass(kw_only=True)
 class ImageSelection:
-    """Which images are read, and which of them are held out."""
+    """Choice of the images that are read, and of those held out."""
 
     images: list[str] = field(
         metadata={
-            "help": "Images, no labels needed: folders, lists (.txt, a path a line), data sets of `datasets` (a folder of "
-            "save_to_disk, .arrow and .parquet files, hub ids), WebDataset shards (.tar). One named twice counts twice."
+            "help": "Images without labels: folders, lists (.txt, one path per line), Hugging Face data sets (a folder of "
+            "save_to_disk, .arrow and .parquet files, hub ids), WebDataset shards (.tar). A source named twice counts twice."
         }
     )
-    exclude: list[str] = field(default_factory=list, metadata={"help": "Shell patterns of file stems never read."})
+    exclude: list[str] = field(
+        default_factory=list, metadata={"help": "Shell patterns of file stems that are never read."}
+    )
     holdout_every: int = field(
         default=20,
         metadata={
-            "help": "Each n-th image of every folder (sorted by name) or data set is held out to measure the error on; of a "
-            "stream those whose checksum is a multiple of n."
+            "help": "Every n-th image of each folder (sorted by name) or data set is held out to measure the error on; of a "
+            "stream, images whose checksum is a multiple of n."
         },
     )
 
@@ -39,18 +41,22 @@ class ImageSelection:
 
 @dataclass(kw_only=True)
 class ImageOptions(ImageSelection):
-    """How images are read from data sets and streams."""
+    """Choice of the images, and the way they are read from data sets and streams."""
 
-    split: str = field(default="train", metadata={"help": "Split of the data sets among --images that have several."})
+    split: str = field(default="train", metadata={"help": "Split to read of data sets in --images."})
     image_column: str | None = field(
-        default=None, metadata={"help": "Column of the images in data sets; found by its type by default."}
+        default=None, metadata={"help": "Column of images in data sets. Default: found by its type."}
     )
     streaming: bool = field(
         default=False, metadata={"help": "Read data sets and shards as a stream, without an index or a copy on disk."}
     )
-    shuffle_buffer: int = field(default=1000, metadata={"help": "Images among which a stream is shuffled."})
-    min_side: int = field(default=32, metadata={"help": "Images with a shorter side in pixels are skipped and listed."})
-    workers: int = field(default=1, metadata={"help": "Processes that decode images."})
+    shuffle_buffer: int = field(
+        default=1000, metadata={"help": "Number of images in the buffer that shuffles a stream."}
+    )
+    min_side: int = field(
+        default=32, metadata={"help": "Images with a side below this many pixels are skipped and listed."}
+    )
+    workers: int = field(default=1, metadata={"help": "Number of processes that decode images."})
 
     def __post_init__(self):
         super().__post_init__()
@@ -62,22 +68,29 @@ class ImageOptions(ImageSelection):
 
 def list_images(folder: str | Path) -> list[Path]:
     """
-    All image files of a folder and its sub-folders, sorted, without hidden ones.
+    The image files of a folder and its sub-folders, sorted, without hidden ones.
 
     Raises:
-        MissingFiles: no such folder, or no image in it.
-    """
+        MissingFiles: there is no such folder, or no image in it.
+
+    Example:
+
+    ```python
+    >>> Path("street.png").touch()
+    >>> list_images(".")
+    [PosixPath('street.png')]
+    ```"""
     folder = Path(folder)
     if not folder.is_dir():
         raise MissingFiles(f"{folder} is no folder. Name a folder of images.")
     images = images_under(folder)
     if not images:
-        raise MissingFiles(f"{folder} holds no image ({', '.join(sorted(IMAGE_SUFFIXES))}).")
+        raise MissingFiles(f"{folder} holds no image. Supported are {', '.join(sorted(IMAGE_SUFFIXES))}.")
     return images
 
 
 class Files:
-    """Images in files, named by their paths."""
+    """Image files, named by their paths."""
 
     def __init__(self, paths: list[str]):
         self.names = paths
@@ -96,14 +109,19 @@ class Files:
 
 
 class Rows:
-    """Images in a table of `datasets` (map-style), undecoded: they are decoded as those in files are."""
+    """
+    Images in a map-style data set of `datasets`. It gives bytes or paths, so that every image is decoded by the same code.
+
+    Raises:
+        UsageError: the table has no column of images, or no names for `--exclude`.
+    """
 
     def __init__(self, table, label: str, options: ImageOptions):
         self.table, self.columns, self.names = undecoded(table, label, options)
         self.label = label
         if options.exclude and self.names is None:
-            raise UsageError(f"--exclude needs names, and {label} has none ({' or '.join(NAME_COLUMNS)}).")
-        # pictures apart from names, so that reading the names of all rows reads no picture
+            raise UsageError(f"--exclude needs names, but {label} has no column {' or '.join(NAME_COLUMNS)}.")
+        # a table of its own, so that listing the names reads no images
         self.keys = None if self.names is None else self.table[self.names]
 
     def __len__(self) -> int:
@@ -120,19 +138,26 @@ class Rows:
 
 
 def undecoded(table, label: str, options: ImageOptions) -> tuple[Any, list[str], str | None]:
-    """A table with its pictures as bytes, which columns they are, and the column of names."""
+    """
+    A table that gives images as bytes or paths, the columns of images, and the column of names.
+
+    Raises:
+        UsageError: no column of images is found.
+    """
     from datasets import Image as ImageColumn
 
     features = table.features
     if features is None:
-        raise UsageError(f"The columns of {label} cannot be told; read it without --streaming.")
+        raise UsageError(f"The columns of {label} are unknown while streaming; read it without --streaming.")
     if options.image_column is not None:
         columns = [options.image_column] if options.image_column in features else []
     else:
         columns = [name for name, kind in features.items() if isinstance(kind, ImageColumn)]
         columns = columns or [name for name in IMAGE_COLUMNS if name in features]
     if not columns:
-        raise UsageError(f"{label} has no images among its columns {', '.join(features)}; name it with --image_column.")
+        raise UsageError(
+            f"{label} has no images among its columns {', '.join(features)}; name one with --image_column."
+        )
     names = next((name for name in NAME_COLUMNS if name in features), None)
     table = table.select_columns([*columns, *([names] if names else [])])
     for column in columns:
@@ -141,7 +166,7 @@ def undecoded(table, label: str, options: ImageOptions) -> tuple[Any, list[str],
 
 
 def image_entry(row: dict[str, Any], columns: list[str]) -> bytes | str | None:
-    """The bytes of a row's picture, else its path; the first column that holds one."""
+    """Bytes or path of the first image among the columns of a row; `None` if there is none."""
     for column in columns:
         value = row[column]
         if value is not None and (value["bytes"] or value["path"]):
@@ -150,37 +175,48 @@ def image_entry(row: dict[str, Any], columns: list[str]) -> bytes | str | None:
 
 
 def list_files(entry: str) -> list[str] | None:
-    """The images of a folder, or those that a list names (relative to itself); None where `entry` is something else."""
+    """
+    Paths of the images in a folder or in a list (relative to the list); `None` if `entry` is something else.
+
+    Raises:
+        MissingFiles: the list does not exist or is empty, or the folder holds nothing that can be read.
+    """
     path = Path(entry)
     if path.suffix == ".txt":
         if not path.is_file():
-            raise MissingFiles(f"{entry}: there is no such list.")
+            raise MissingFiles(f"There is no list {entry}.")
         lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
         paths = [str(path.parent / line) for line in lines if line and not line.startswith("#")]
         if not paths:
-            raise MissingFiles(f"{entry} names no image. Write a path a line.")
+            raise MissingFiles(f"{entry} names no image. Write one path per line.")
         return paths
     if not path.is_dir():
         return None
     try:
         return [str(found) for found in list_images(path)]
     except MissingFiles:
-        # no images, but maybe the tables of a data set
+        # the folder may hold a data set instead
         if is_saved_table(path) or any(found.suffix in SHARDS for found in path.rglob("*")):
             return None
         raise
 
 
 def is_saved_table(path: Path) -> bool:
+    """Whether a folder was written by `save_to_disk`."""
     return (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
 
 
 def list_shards(entry: str) -> list[str]:
-    """`entry` where it is a shard, or the shards that lie in it where it is a folder without images."""
+    """
+    `entry` itself if it is a shard, or the shards in it if it is a folder.
+
+    Raises:
+        MissingFiles: the shard does not exist.
+    """
     path = Path(entry)
     if path.suffix in SHARDS:
         if not path.is_file():
-            raise MissingFiles(f"{entry}: there is no such file.")
+            raise MissingFiles(f"There is no file {entry}.")
         return [entry]
     if not path.is_dir() or is_saved_table(path):
         return []
@@ -189,38 +225,51 @@ def list_shards(entry: str) -> list[str]:
 
 def open_table(entry: str, options: ImageOptions) -> Any:
     """
-    A table of `datasets`: a folder of `save_to_disk`, or what `load_dataset` makes of a folder or an id of the hub.
+    Open a folder of `save_to_disk`, or anything that `load_dataset` can load, as a table of `datasets`.
 
     Raises:
-        UsageError: neither, or without the split.
+        UsageError: it cannot be read, or has no such split.
     """
-    import datasets  # a second of import, and only where a table is read
+    import datasets  # takes a second to import, so only when a table is read
 
     if is_saved_table(Path(entry)):
         table = datasets.load_from_disk(entry)
         if isinstance(table, datasets.DatasetDict):
             if options.split not in table:
-                raise UsageError(f"{entry} has no split {options.split!r} but {', '.join(table)}; see --split.")
+                raise UsageError(
+                    f"{entry} has no split {options.split!r}; choose one of {', '.join(table)} with --split."
+                )
             table = table[options.split]
         return table.to_iterable_dataset(num_shards=max(1, len(table.cache_files))) if options.streaming else table
     try:
         return datasets.load_dataset(entry, split=options.split, streaming=options.streaming)
-    except Exception as error:  # of the hub, the network, the file formats: each its own
+    except Exception as error:  # hub, network and file formats each raise their own kind
         raise UsageError(
-            f"--images {entry}: neither a folder, a list, shards ({', '.join(SHARDS)}) nor a data set that can be read "
-            f"({type(error).__name__}: {error})."
+            f"--images {entry} is neither a folder of images, a list (.txt), a shard ({', '.join(SHARDS)}) nor a data set "
+            f"that can be loaded ({type(error).__name__}: {error})."
         ) from error
 
 
 def open_sources(options: ImageOptions) -> list[Any]:
     """
-    What --images names, in its order: [`Files`], [`Rows`], or (streaming) one iterable table. All shards of one kind are
-    one table, at the place of the first.
+    Open the sources that `--images` names, in its order. All shards of one kind become one table, in the place of the first.
+
+    Returns:
+        [`Files`] and [`Rows`], or one iterable table if streaming.
 
     Raises:
-        UsageError: a folder without images, something that `datasets` cannot read, a mixed stream.
-    """
-    opened: list[tuple[str, Any]] = []  # what a message calls it, and the paths, the table, or the kind of its shards
+        UsageError: a folder has no images, `datasets` cannot read a source, or several sources are streamed.
+
+    Example:
+
+    ```python
+    >>> from PIL import Image
+    >>> Image.new("RGB", (64, 64)).save("street.png")
+    >>> (source,) = open_sources(ImageOptions(images=["."]))
+    >>> source.name(0)
+    'street.png'
+    ```"""
+    opened: list[tuple[str, Any]] = []  # name in messages, and the files, the table, or the kind of shards
     shards: dict[str, list[str]] = {}
     for entry in options.images:
         paths = list_files(entry)
@@ -235,7 +284,7 @@ def open_sources(options: ImageOptions) -> list[Any]:
             opened.append((short_name(entry), open_table(entry, options) if paths is None else Files(paths)))
     if options.streaming and (len(opened) > 1 or isinstance(opened[0][1], Files)):
         raise UsageError(
-            "--streaming reads one data set, or shards of one kind. Folders and lists of images are read without it."
+            "--streaming reads one data set or shards of one kind. Omit it for folders and lists of images."
         )
     sources: list[Any] = []
     for label, source in opened:

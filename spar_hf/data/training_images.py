@@ -23,12 +23,12 @@ logger = logging.getLogger(__name__)
 @dataclass
 class LoadedSample:
     """
-    An image for the model.
+    A view of an image as input of the model.
 
     Attributes:
-        index, after: of its [`Sample`].
+        index, after: those of its [`Sample`].
         pixel_values: `(1, 3, height, width)`, sides multiples of the patch.
-        target: the teacher's map `(1, dim, height / patch, width / patch)`, where it was computed before.
+        target: feature map of the teacher `(1, dim, height / patch, width / patch)`, if it was computed before.
     """
 
     index: int
@@ -39,47 +39,71 @@ class LoadedSample:
 
 @dataclass
 class Skipped:
-    """An image that could not be read, and why."""
+    """Name of an image that could not be read, and the reason."""
 
     name: str
     reason: str
 
 
 class SkippedList:
-    """`skipped.jsonl`: the images of a run that could not be read, each once, from any process."""
+    """
+    `skipped.jsonl`, the list of images that could not be read. All processes of a run append to it; an image is listed once.
+
+    Example:
+
+    ```python
+    >>> skipped = SkippedList(Path("skipped.jsonl"))
+    >>> skipped.add(Skipped("street.png", "the file is empty"))
+    >>> skipped.count()
+    1
+    ```"""
 
     def __init__(self, path: Path):
         self.path = path
         self.listed: set[str] = set()
 
     def start(self, resume: bool) -> None:
-        """Begin anew, or mend the line that a killed run was writing."""
+        """Delete the list of an earlier run, or drop the line that a killed run left incomplete."""
         if resume:
             cut_log(self.path)
         else:
             self.path.unlink(missing_ok=True)
 
     def names(self) -> set[str]:
+        """Names of the listed images."""
         if not self.path.is_file():
             return set()
         rows = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
         return {row.get("image", row.get("photo")) for row in rows}  # version 0.1 wrote "photo"
 
     def count(self) -> int:
+        """How many images are listed."""
         return len(self.names())
 
     def add(self, skipped: Skipped) -> None:
+        """List an image, unless it is listed already."""
         if skipped.name not in self.listed and skipped.name not in (names := self.names()):
             self.listed |= names
-            with self.path.open("a", encoding="utf-8") as file:  # a line in one write
+            with self.path.open(
+                "a", encoding="utf-8"
+            ) as file:  # one write per line, so that processes do not mix lines
                 file.write(json.dumps({"image": skipped.name, "reason": skipped.reason}) + "\n")
         self.listed.add(skipped.name)
 
 
 class TrainingImages(Dataset):
     """
-    The image of a sample, resized, cropped, flipped and jittered as (seed, index) says, whatever the worker; a
-    [`Skipped`] where it cannot be read.
+    Reads the image of a [`Sample`] and makes the view of it that (seed, index) determines, whichever worker does it. An
+    image that cannot be read becomes a [`Skipped`].
+
+    Args:
+        sources: see `open_sources`.
+        image_processor: normalises pixels.
+        window: side of a teacher window in pixels.
+        patch_size: side of a patch in pixels.
+        views: distribution of the views.
+        seed: of the views.
+        min_side: images with a side below this many pixels are skipped.
     """
 
     def __init__(
@@ -96,6 +120,7 @@ class TrainingImages(Dataset):
         self.views, self.seed, self.min_side = views, seed, min_side
 
     def read(self, sample: Sample) -> Image.Image:
+        """The upright RGB image of a sample. Raises whatever its decoder raises if it cannot be read."""
         source = sample.source
         if isinstance(source, tuple):
             source = self.sources[source[0]].source(source[1])
@@ -110,18 +135,18 @@ class TrainingImages(Dataset):
     def __getitem__(self, sample: Sample) -> LoadedSample | Skipped:
         try:
             image = self.read(sample)
-        except Exception as error:  # each of Pillow's decoders raises its own kind, and no file may end a training
+        except Exception as error:  # each of Pillow's decoders raises its own kind, and no file may stop a training run
             return Skipped(sample.name, str(error) or type(error).__name__)
         crop = draw_crop(image.size, self.window, self.patch_size, self.views, view_generator(self.seed, sample.index))
         return LoadedSample(sample.index, self.pixels(crop.apply(image)), sample.after)
 
     def squares(self, samples: list[Sample], side: int) -> Iterator[torch.Tensor]:
-        """The images of samples, those that can be read, as squares of `side` pixels: `(1, 3, side, side)` one by one."""
+        """The readable images of samples, one by one, as squares of `side` pixels: `(1, 3, side, side)`."""
         for sample in samples:
             try:
                 image = self.read(sample)
-            except Exception as error:  # as above; training lists the image
-                logger.warning("%s is passed over: %s", sample.name, error)
+            except Exception as error:  # as above; training adds the image to the list of skipped ones
+                logger.warning("%s is skipped: %s", sample.name, error)
                 continue
             yield self.pixels(image.resize((side, side)))
 
@@ -130,5 +155,5 @@ class TrainingImages(Dataset):
 
 
 def only_item(item: Any) -> Any:
-    """Collate function for a loader of single items; a function of a module, so that any worker process can receive it."""
+    """Collate function of a `DataLoader` of single items. Module level, so that it can be sent to worker processes."""
     return item

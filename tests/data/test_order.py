@@ -1,0 +1,72 @@
+"""The order of training images, and the hold-out rule."""
+
+import random
+
+import numpy as np
+import pytest
+
+from spar_hf.data import order
+from spar_hf.data.order import MapOrder, ShuffledStream, is_excluded, is_held_out, split_held_out, split_images
+from spar_hf.data.sources import Files
+from spar_hf.utils.errors import UsageError
+
+
+def test_shuffled_stream__whoever_asks_and_one_shuffle_an_epoch(monkeypatch):
+    """Against a shuffle of all numbers for every single one: in turn, from the middle, every third one, backwards."""
+    seeds = []
+
+    class Counted(random.Random):
+        def __init__(self, seed):
+            seeds.append(seed)
+            super().__init__(seed)
+
+    def anew(index):
+        order = list(range(7))
+        random.Random(f"order-3-{index // 7}").shuffle(order)
+        return order[index % 7]
+
+    expected = [anew(i) for i in range(30)]
+    assert sorted(expected[7:14]) == list(range(7)) and expected[:7] != expected[7:14] != expected[14:21]
+    monkeypatch.setattr(order.random, "Random", Counted)
+    for asked in (range(30), range(11, 30), range(2, 30, 3), range(29, -1, -1)):
+        stream = ShuffledStream(7, "order-3")
+        seeds.clear()
+        assert [stream[i] for i in asked] == [expected[i] for i in asked]
+        assert len(seeds) == len({i // 7 for i in asked})
+
+
+@pytest.mark.parametrize("every", [0, 1, 2, 5])
+def test_hold_out_rule(every):
+    train, held_out = split_held_out(12, every)
+    assert held_out == [i for i in range(12) if is_held_out(i, every)]
+    assert held_out == ([] if every == 0 else list(range(every - 1, 12, every)))
+    assert sorted(train + held_out) == list(range(12))
+
+
+def test_split__every_source_by_itself_and_after_exclusion():
+    sources = [Files([f"a/{i}.jpg" for i in range(5)]), Files([f"b/{i}.jpg" for i in range(4)])]
+    train, held_out = split_images(sources, exclude=["a/1"], holdout_every=2)
+    assert [train.name(i) for i in range(len(train))] == ["a/0.jpg", "a/3.jpg", "b/0.jpg", "b/2.jpg"]
+    assert [held_out.name(i) for i in range(len(held_out))] == ["a/2.jpg", "a/4.jpg", "b/1.jpg", "b/3.jpg"]
+    with pytest.raises(UsageError, match="--exclude"):
+        split_images(sources, exclude=["*"], holdout_every=2)
+    assert is_excluded("a/1.jpg", ["1"]) and not is_excluded("a/1.jpg", ["1.jpg"])  # patterns of stems
+
+
+def test_map_order__processes_share_one_stream():
+    images, _ = split_images([Files([f"{i}.jpg" for i in range(7)])], exclude=[], holdout_every=8)
+
+    def first(count, process=0, processes=1, start=None):
+        stream = iter(MapOrder(images, 3, process, processes, start))
+        return [next(stream) for _ in range(count)]
+
+    alone = first(12)
+    assert [sample.index for sample in alone] == list(range(12))
+    for process in range(3):
+        assert first(4, process, 3) == [
+            order.Sample(sample.index, sample.name, sample.source, [turn + 1])
+            for turn, sample in enumerate(alone[process::3])
+        ]
+    assert first(4, start=alone[7].after) == alone[8:]
+    assert len({sample.name for sample in alone[:7]}) == 7
+    assert np.diff([sample.after[0] for sample in alone]).tolist() == [1] * 11
