@@ -1,284 +1,233 @@
 """
-The measurement behind `evaluate.py`, `figures.py` and `strength.py`: models, settings, and the loop over images.
+Measures runs on a data set: opens it, loads the models, counts image by image, and reports.
 
-The runs take turns image by image, so that whatever else the machine does slows all of them alike.
+The runs take turns on every image, so that other work on the machine slows all of them alike.
 """
 
 import hashlib
 import json
-import platform
 import time
-from dataclasses import asdict
-from importlib.metadata import version
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from huggingface_hub import hf_hub_download
+from PIL import Image
 from rich.console import Console
 from tqdm.auto import tqdm
 
-from spar_hf.data.benchmarks import SegmentationSet
-from spar_hf.data.segmentation_sets import VOID, check_sides
-from spar_hf.evaluation.counts import PartialCounts, Tally, refuse_others
-from spar_hf.evaluation.inference import Candidate, PeakMemory, Rules, Run, parse_models, parse_runs, predict
-from spar_hf.evaluation.metrics import BoundaryIoU, MeanIoU
-from spar_hf.evaluation.options import Options, build_vocabulary, check_options, choose_images, indices, resize_options
-from spar_hf.evaluation.protocols import PROTOCOLS, Protocol
-from spar_hf.evaluation.reports import card_block, find_gaps, make_row, show
+from spar_hf.data.segmentation_sets import SegmentationSet, check_readable
+from spar_hf.evaluation.candidates import Candidate, first_given, load_candidates
+from spar_hf.evaluation.counts import FREE_SETTINGS, Counts, PartialCounts, check_same_settings
+from spar_hf.evaluation.dataset import open_with_words
+from spar_hf.evaluation.inference import Prediction, predict
+from spar_hf.evaluation.options import EvaluationOptions
+from spar_hf.evaluation.protocols import find_protocol
+from spar_hf.evaluation.reports import make_report, read_report, write_report
+from spar_hf.evaluation.runs import Run, parse_models, parse_runs
 from spar_hf.model.backbone_sources import load_source_config
-from spar_hf.model.prompts import Vocabulary, resolve_templates
-from spar_hf.model.refine import resolve_refinement
-from spar_hf.teacher import SlidingWindowTeacher
-from spar_hf.utils.atomic import write_json, write_text
-from spar_hf.utils.usage import check_precision, work_begins
-
-# what changes neither counts nor times
-FREE_OPTIONS = {"output", "card_folder", "save_seconds"}
+from spar_hf.model.prompts import Vocabulary
+from spar_hf.utils.devices import PeakMemory
+from spar_hf.utils.errors import as_usage_errors
+from spar_hf.utils.runs import start_accelerator
 
 
-def find_protocol(options: Options, readout: str) -> Protocol | None:
+def evaluate_runs(options: EvaluationOptions, console: Console | None = None, reuse: bool = False) -> dict[str, Any]:
     """
-    The published evaluation for a data set and a model.
+    Measure all runs. Every process returns the whole report, and the process group stays for further measurements.
+
+    Args:
+        options: what to measure.
+        console: where the main process prints the table; `None` prints nothing.
+        reuse: return the report in `options.output.output` if there is one with the same settings.
+
+    Returns:
+        The report as JSON holds it: data set, classes, a row of scores for each run, settings and versions.
 
     Raises:
-        ValueError: there is none of this name.
+        UsageError: options, files and models do not fit, or a report or partial counts have other settings. Everything is
+            checked before the first image is measured.
+        MissingFiles: a folder or file is missing.
     """
-    if options.protocol is None:
-        return None
-    if options.protocol not in PROTOCOLS:
-        raise ValueError(f"There is no protocol {options.protocol!r}; use one of {', '.join(PROTOCOLS)}.")
-    return PROTOCOLS[options.protocol](options.benchmark, readout)
+    accelerator = start_accelerator(options.run.mixed_precision)
+    folders = parse_models(options.run.model)
+    runs = parse_runs(options.run.runs, folders)
+    protocol = partial(find_protocol, options.rules.protocol, options.data.benchmark)
+    common = protocol(readout="")  # words and boundaries are the same for every read-out
+    data, vocabulary, scored = open_with_words(options.data, options.words, common.vocabulary)
+    settings = measurement_settings(options.flat(), data, vocabulary, folders, accelerator)
+    output = None if options.output.output is None else Path(options.output.output)
+    if reuse and output is not None and output.is_file():
+        report = read_report(output)
+        check_same_settings(report.get("settings", {}), settings, output)
+        return report
+    candidates = load_candidates(
+        folders,
+        runs,
+        vocabulary,
+        accelerator.device,
+        protocol,
+        resize=options.resolution.resize,
+        templates=options.words.templates,
+        scale=options.rules.scale,
+        threshold=options.rules.threshold,
+        min_area=options.rules.min_area,
+    )
+    partial_counts = prepare_counts(data, output, settings, accelerator)
+    dilation_ratio = first_given(options.run.dilation_ratio, common.dilation_ratio) if options.run.boundary else None
+    forwards = Forwards(runs, candidates, vocabulary, accelerator, options.run.window_batch_size, options.run.warmup)
+    counts = count_images(data, forwards, partial_counts, dilation_ratio, options.output.save_seconds)
+    report = make_report(data, vocabulary, runs, candidates, counts, scored, options.run.boundary, accelerator)
+    report |= {"options": options.flat(), "settings": settings}
+    if accelerator.is_main_process:
+        write_report(report, output, options.output.card_folder, console)
+        if partial_counts is not None:
+            partial_counts.remove()
+    accelerator.wait_for_everyone()
+    return report
 
 
-def first_given(*values: Any) -> Any:
-    return next((value for value in values if value is not None), None)
-
-
-def load_candidates(
-    options: Options, runs: list[Run], folders: dict[str, str], vocabulary: Vocabulary, device: torch.device
-) -> dict[str, Candidate]:
+def model_files(folder: str) -> list[list[Any]]:
     """
-    The models that runs need, each with the words and its settings: an option's, the protocol's, the checkpoint's.
+    Name, size and time of the files of a local model, which change if it is trained again; of a model on the hub its commit.
 
     Raises:
-        ValueError: background rules for a set without a class called background, or a stride above a model's window.
-    """
-    candidates = {}
-    for name in dict.fromkeys(run.model for run in runs):
-        candidate, tokenizer = Candidate.load(folders[name], device)
-        protocol = find_protocol(options, candidate.model.config.readout)
-        resize = {} if protocol is None else {"do_resize": True, "size": protocol.size}
-        candidate.resize = first_given(resize_options(options), resize)
-        candidate.rules = Rules(
-            first_given(options.scale, protocol and protocol.scale),
-            first_given(options.threshold, protocol and protocol.threshold, 0.0),
-            first_given(options.min_area, protocol and protocol.min_area, 0.0),
-        )
-        if (candidate.rules.threshold or candidate.rules.min_area) and "background" not in vocabulary.labels:
-            raise ValueError(
-                "--threshold and --min_area give pixels to the class background, but there is none among "
-                f"{', '.join(vocabulary.labels)}."
-            )
-        candidate.learn(tokenizer, vocabulary, first_given(options.templates, protocol and protocol.templates))
-        candidates[name] = candidate
-        for run in runs:
-            if run.model == name and run.stride is not None:  # made only to refuse a stride that does not fit
-                SlidingWindowTeacher(candidate.model.vision_model, stride=run.stride)
-    return candidates
-
-
-def files_of(folder: str) -> list[list[Any]]:
-    """
-    Name, size and time of a local model's files: a student that was trained again is another one. Of a hub model its commit.
-
-    Raises:
-        OSError: neither a folder nor a model that the hub gives.
+        UsageError: it is neither a folder nor a model on the hub.
     """
     if not Path(folder).is_dir():
-        load_source_config(folder)  # says in one line what is wrong
-        return [["commit", Path(hf_hub_download(folder, "config.json")).parent.name]]
+        with as_usage_errors():
+            load_source_config(folder)
+            return [["commit", Path(hf_hub_download(folder, "config.json")).parent.name]]
     found = [path for pattern in ("*.safetensors", "*.json") for path in Path(folder).glob(pattern)]
     return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(found)]
 
 
-def measure_settings(
-    options: Options, data: SegmentationSet, vocabulary: Vocabulary, folders: dict[str, str], accelerator: Accelerator
+def measurement_settings(
+    options: dict[str, Any],
+    data: SegmentationSet,
+    vocabulary: Vocabulary,
+    folders: dict[str, str],
+    accelerator: Accelerator,
 ) -> dict[str, Any]:
-    """What decides the counts: two measurements of equal settings can be joined. As JSON holds it."""
-    settings = {f"--{name}": value for name, value in asdict(options).items() if name not in FREE_OPTIONS}
+    """
+    Everything that decides the counts, as JSON holds it: measurements with equal settings can be joined. Options name files
+    and vocabularies, so their content is included.
+    """
+    settings = {f"--{name}": value for name, value in options.items() if f"--{name}" not in FREE_SETTINGS}
     settings["images"] = hashlib.sha256("\n".join(data.names).encode()).hexdigest()
     settings["files of images"] = data.stamp
-    # options name files and vocabularies; what was in them counts
     settings["words"] = dict(zip(vocabulary.labels, vocabulary.names, strict=True))
     settings["classes of mask values"] = hashlib.sha256(json.dumps(data.table.tolist()).encode()).hexdigest()
-    settings["files"] = {name: files_of(folder) for name, folder in folders.items()}
+    settings["files"] = {name: model_files(folder) for name, folder in folders.items()}
     settings["mixed precision"] = accelerator.mixed_precision
     settings["device"] = accelerator.device.type
     return json.loads(json.dumps(settings))
 
 
-def check_readable(data: SegmentationSet, accelerator: Accelerator) -> None:
+def prepare_counts(
+    data: SegmentationSet, output: Path | None, settings: dict[str, Any], accelerator: Accelerator
+) -> PartialCounts | None:
     """
-    Read all images and masks once, every process its share: a bad one ends a measurement before its work, not in the midst.
+    The partial counts of the report `output`, or `None` without one. A new measurement first reads all images once.
 
     Raises:
-        ValueError: see [`SegmentationSet.read`] and [`check_sides`].
+        UsageError: an image or mask cannot be read, or there are partial counts with other settings.
     """
-    share = range(accelerator.process_index, len(data), accelerator.num_processes)
-    for number in tqdm(share, desc="checking", disable=not accelerator.is_main_process):
-        image, _ = data.read(number)
-        check_sides(image, data.names[number])
-
-
-def evaluate_runs(options: Options, console: Console | None = None, reuse: bool = False) -> dict[str, Any]:
-    """
-    Measure all runs; every process gets the whole report. The process group stays, for further measurements.
-
-    Args:
-        options: what to measure.
-        console: where the main process prints the table; `None` prints nothing.
-        reuse: where `--output` holds a finished report of the same settings, that one is returned.
-
-    Raises:
-        ValueError, FileNotFoundError: options or data that do not fit, before any image is read; see the functions above.
-    """
-    check_options(options)
-    accelerator = Accelerator(mixed_precision=options.mixed_precision)
-    check_precision(accelerator)
-    device = accelerator.device
-    folders = parse_models(options.model)
-    runs = parse_runs(options.runs, folders)
-    resize_options(options)  # complain about options before any work
-    if options.templates is not None:
-        resolve_templates(options.templates)
-    for run in runs:
-        if run.refinement is not None:
-            resolve_refinement(run.refinement)
-    protocol = find_protocol(options, readout="")  # what depends on the model comes later
-    data = choose_images(options)
-    vocabulary, data = build_vocabulary(
-        data, options, first_given(options.vocabulary, protocol and protocol.vocabulary)
-    )
-    labels = vocabulary.labels
-    chosen = indices(labels if options.only_classes is None else options.only_classes, labels, "--only_classes")
-    for folder in (options.output and Path(options.output).parent, options.card_folder):
-        if folder:
-            Path(folder).mkdir(parents=True, exist_ok=True)
-    parts = None
-    settings = measure_settings(options, data, vocabulary, folders, accelerator)
-    if reuse and options.output is not None and Path(options.output).is_file():
-        report = json.loads(Path(options.output).read_text(encoding="utf-8"))
-        refuse_others(report.get("settings", {}), settings, Path(options.output))
-        return report
-    # before the partial counts: what is refused here must not leave its settings there
-    candidates = load_candidates(options, runs, folders, vocabulary, device)
-    is_new = options.output is None or not Path(f"{options.output}.parts").is_dir()
-    accelerator.wait_for_everyone()  # all have looked before one makes that folder
+    folder = None if output is None else Path(f"{output}.parts")
+    is_new = folder is None or not folder.is_dir()
+    accelerator.wait_for_everyone()  # all processes have looked before one creates the folder
     if is_new:
         check_readable(data, accelerator)
-    if options.output is not None:
-        parts = PartialCounts(Path(f"{options.output}.parts"), settings, accelerator)
-    earlier = Tally(len(runs), len(labels)) if parts is None else parts.earlier(len(runs), len(labels))
-    left = sorted(set(range(len(data))) - set(earlier.done.tolist()))
-
-    dilation_ratio = first_given(options.dilation_ratio, protocol and protocol.dilation_ratio, 0.02)
-    area = MeanIoU(len(labels), ignore_index=VOID)
-    boundary = BoundaryIoU(len(labels), VOID, dilation_ratio) if options.boundary else None
-    tally, saved = Tally(len(runs), len(labels)), time.monotonic()
-    share = left[accelerator.process_index :: accelerator.num_processes]
-    bar = tqdm(share, desc="images", disable=not accelerator.is_main_process)
-    # pixels, and longer over shorter side: what is resized to a shorter side is large if it is long
-    largest = (0.0, 0.0)
-    work_begins()
-    for step, number in enumerate(bar):
-        image, reference = data.read(number)
-        extent = (image.width * image.height, max(image.size) / min(image.size))
-        is_larger = extent[0] > largest[0] or extent[1] > largest[1]
-        largest = (max(extent[0], largest[0]), max(extent[1], largest[1]))
-        predictions, spent = [], []
-        for i, run in enumerate(runs):
-            work = (candidates[run.model], run, image, vocabulary, accelerator, options.window_batch_size)
-            if options.warmup and step == 0:
-                predict(*work)  # what is loaded or compiled once is no memory of an image
-            if device.type == "cpu":  # where measuring memory costs time: off the clock, and seldom
-                if options.warmup and is_larger:
-                    with PeakMemory(device) as peak:
-                        predict(*work)
-                    tally.note_memory(i, peak.bytes)
-                labelled, time_spent = predict(*work)
-            else:
-                with PeakMemory(device) as peak:
-                    labelled, time_spent = predict(*work)
-                tally.note_memory(i, peak.bytes)
-            predictions.append(labelled)
-            spent.append(time_spent)
-        tally.add(number, area, boundary, predictions, reference, spent)
-        if parts is not None and time.monotonic() - saved >= options.save_seconds:
-            tally.save(parts.path)
-            saved = time.monotonic()
-    if parts is not None and share:
-        tally.save(parts.path)
-
-    total = tally.over_processes(accelerator)
-    total.absorb(earlier)
-    report = make_report(options, data, vocabulary, runs, total, chosen, candidates, accelerator)
-    report["settings"] = settings
-    if accelerator.is_main_process:
-        if options.output is not None:
-            write_json(Path(options.output), report)
-        if options.card_folder is not None:
-            for name in candidates:
-                write_text(Path(options.card_folder) / f"{name.replace('/', '-')}.md", card_block(report, name))
-        if parts is not None:
-            parts.remove()
-        if console is not None:
-            show(report, console)
-    accelerator.wait_for_everyone()
-    return report
+    return None if folder is None else PartialCounts(folder, settings, accelerator)
 
 
-def make_report(
-    options: Options,
+@dataclass
+class Forwards:
+    """The predictions of all runs for one image after another, with times and peak memory."""
+
+    runs: Sequence[Run]
+    candidates: dict[str, Candidate]
+    vocabulary: Vocabulary
+    accelerator: Accelerator
+    window_batch_size: int
+    warmup: bool
+    pixels: float = -1.0  # of the largest image so far ...
+    aspect: float = -1.0  # ... and the ratio of its sides: a long image is large once its shorter side is fixed
+
+    def __call__(self, image: Image.Image) -> list[tuple[Prediction, int | None]]:
+        """The prediction of every run, and its peak memory in bytes, if that was measured."""
+        pixels, aspect = image.width * image.height, max(image.size) / min(image.size)
+        is_first, is_larger = self.pixels < 0, pixels > self.pixels or aspect > self.aspect
+        self.pixels, self.aspect = max(pixels, self.pixels), max(aspect, self.aspect)
+        found = []
+        for run in self.runs:
+            model = self.candidates[run.model]
+            forward = partial(predict, model, run, image, self.vocabulary, self.accelerator, self.window_batch_size)
+            if self.warmup and is_first:
+                forward()  # what is loaded or compiled once belongs to no image
+            found.append(measure(forward, self.accelerator.device, self.warmup and is_larger))
+        return found
+
+
+def measure(
+    forward: Callable[[], Prediction], device: torch.device, measure_memory: bool
+) -> tuple[Prediction, int | None]:
+    """
+    A prediction and its peak memory in bytes. On a CPU measuring memory takes time, so there it needs a forward of its own,
+    and is done only if `measure_memory`.
+    """
+    if device.type != "cpu":
+        with PeakMemory(device) as peak:
+            prediction = forward()
+        return prediction, peak.bytes
+    memory = None
+    if measure_memory:
+        with PeakMemory(device) as peak:
+            forward()
+        memory = peak.bytes
+    return forward(), memory
+
+
+def count_images(
     data: SegmentationSet,
-    vocabulary: Vocabulary,
-    runs: list[Run],
-    total: Tally,
-    chosen: list[int],
-    candidates: dict[str, Candidate],
-    accelerator: Accelerator,
-) -> dict[str, Any]:
-    """All there is to say about a measurement, as JSON holds it but for NaN."""
-    labels, device = vocabulary.labels, accelerator.device
-    rows = []
-    for i, run in enumerate(runs):
-        boundary = total.boundary[i] if options.boundary else None
-        seconds = total.nanoseconds[i] / 1e9 / len(data)
-        row = make_row(run, total.confusion[i], boundary, seconds, total.memory[i], labels, chosen)
-        candidate = candidates[run.model]
-        how = {"patch_size": candidate.model.config.patch_size, "resize": candidate.resize or None}
-        rows.append(row | how | asdict(candidate.rules))
-    first = next((row for row in rows if row["stride"] is None), None)
-    for row in rows:
-        row["time_ratio"] = row["vision_seconds"] / first["vision_seconds"] if first else None
-    return {
-        "options": asdict(options),
-        "title": data.title,
-        "dataset": data.source,
-        "subset": data.subset,
-        "split": data.split,
-        "images": len(data),
-        "vocabulary": dict(zip(labels, vocabulary.names, strict=True)),
-        "scored_classes": [labels[i] for i in chosen],
-        "runs": rows,
-        "gaps": find_gaps(rows),
-        "processes": accelerator.num_processes,
-        "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else device.type,
-        "mixed_precision": accelerator.mixed_precision,
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("spar-hf", "torch", "transformers", "accelerate", "numpy", "pillow")},
-        },
-    }
+    forwards: Forwards,
+    partial_counts: PartialCounts | None,
+    dilation_ratio: float | None,
+    save_seconds: float,
+) -> Counts:
+    """
+    Count all images that were not counted before, each process its share.
+
+    Args:
+        data: the images.
+        forwards: makes the predictions.
+        partial_counts: where counts are kept on disk.
+        dilation_ratio: width of boundaries; `None` does not count them.
+        save_seconds: time between two writes.
+
+    Returns:
+        The counts of all images, on every process.
+    """
+    accelerator, size = forwards.accelerator, (len(forwards.runs), len(data.labels))
+    earlier = Counts(*size) if partial_counts is None else partial_counts.earlier(*size)
+    left = sorted(set(range(len(data))) - set(earlier.done.tolist()))
+    share = left[accelerator.process_index :: accelerator.num_processes]
+    counts, saved = Counts(*size), time.monotonic()
+    for number in tqdm(share, desc="images", disable=not accelerator.is_main_process):
+        image, reference = data.read(number)
+        found = forwards(image)
+        counts.add(number, reference, [prediction for prediction, _ in found], dilation_ratio)
+        for i, (_, memory) in enumerate(found):
+            counts.note_memory(i, memory)
+        if partial_counts is not None and time.monotonic() - saved >= save_seconds:
+            counts.save(partial_counts.path)
+            saved = time.monotonic()
+    if partial_counts is not None and share:
+        counts.save(partial_counts.path)
+    total = counts.over_processes(accelerator)
+    total.merge(earlier)
+    return total

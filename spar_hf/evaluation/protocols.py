@@ -1,32 +1,34 @@
 """
-How published evaluations run a model: working resolution, templates, scale, background rules, words, by name.
+Published evaluations by name: working resolution, templates, scale, background rules and words.
 
-A protocol only fills in what a user leaves open.
+A protocol fills in the options that a user leaves open.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from spar_hf.utils.errors import UsageError
+
 
 @dataclass(frozen=True)
 class Protocol:
     """
-    Settings of one evaluation.
+    Settings of a published evaluation. `None` leaves a setting to the checkpoint or to the data set.
 
     Attributes:
         size: working resolution as the image processor takes it; lengths in pixels.
         templates: name of the prompt templates.
-        scale: factor of the cosines before the softmax. It moves probabilities, never the best name.
-        threshold: pixels whose best probability is below it become background.
-        min_area: classes that win at most this share of what is not background are struck off before that, and their
-            pixels go to the best class that is left; see `inference.decide_as_published`.
-        vocabulary: built-in vocabulary with the words for the classes; `None` for the set's own names.
-        dilation_ratio: width of boundaries in diagonals, see `BoundaryIoU`.
+        scale: factor of the cosines before the softmax. It changes probabilities, but not which name is the best.
+        threshold: pixels whose best probability is below this become background.
+        min_area: before that, classes that win at most this share of the pixels outside the background are excluded; see
+            `inference.decide_as_published`.
+        vocabulary: built-in vocabulary with the words for the classes.
+        dilation_ratio: width of boundaries as a share of the image diagonal, see `iou.count_boundaries`.
     """
 
-    size: dict[str, int]
-    templates: str
-    scale: float
+    size: dict[str, int] | None = None
+    templates: str | None = None
+    scale: float | None = None
     threshold: float = 0.0
     min_area: float = 0.0
     vocabulary: str | None = None
@@ -35,12 +37,18 @@ class Protocol:
 
 def spar(benchmark: str | None, readout: str) -> Protocol:
     """
-    The evaluation of SPAR (arXiv 2604.02252, section 4 and its code) on a benchmark, or on any other set (`None`).
+    The evaluation of SPAR (arXiv 2604.02252, section 4, and its code) on a benchmark, or on another data set (`None`).
 
-    Short side 672 (Cityscapes 1024), long side at most 2048, the 80 ImageNet templates. The scale is 40; VOC21 has 65, and
-    with MaskCLIP probability and area thresholds of 0.1; Context60 has 50 and a probability threshold of 0.1.
-    Boundaries are no part of it; their width is that of Cheng et al. (2021).
-    """
+    The shorter side is 672 px (Cityscapes: 1024), the longer side at most 2048, with the 80 ImageNet templates. The scale
+    is 40; for VOC21 it is 65, and with the MaskCLIP read-out the probability and area thresholds are 0.1; for Context60 it
+    is 50 and the probability threshold is 0.1. Boundary IoU is not part of it; its width follows Cheng et al. (2021).
+
+    Example:
+
+    ```python
+    >>> spar("context60", "siglip").scale, spar("context60", "siglip").threshold
+    (50.0, 0.1)
+    ```"""
     words = {name: f"{name}-spar" for name in ("voc20", "voc21", "context59", "context60", "cityscapes")}
     rules: dict[str, float] = {"scale": 40.0}
     if benchmark == "voc21":
@@ -60,3 +68,17 @@ def spar(benchmark: str | None, readout: str) -> Protocol:
 
 
 PROTOCOLS: dict[str, Callable[[str | None, str], Protocol]] = {"spar": spar}
+
+
+def find_protocol(name: str | None, benchmark: str | None = None, readout: str = "") -> Protocol:
+    """
+    The protocol of this name for a benchmark and for models with this read-out. Without a name, one that sets nothing.
+
+    Raises:
+        UsageError: there is no protocol of this name.
+    """
+    if name is None:
+        return Protocol()
+    if name not in PROTOCOLS:
+        raise UsageError(f"There is no protocol {name!r}; use one of {', '.join(PROTOCOLS)}.")
+    return PROTOCOLS[name](benchmark, readout)

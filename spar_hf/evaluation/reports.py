@@ -1,27 +1,160 @@
-"""Counts -> results: rows, the gap that students close, a table for the terminal, JSON, the block of a model card."""
+"""From counts to results: the rows of a report, the gap that students close, the table, JSON and model cards."""
 
+import json
+import platform
 from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from accelerate import Accelerator
 from huggingface_hub import EvalResult, ModelCardData
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from spar_hf.evaluation.inference import Run
-from spar_hf.evaluation.metrics import BoundaryIoU, MeanIoU, mean_of_present
+from spar_hf.data.segmentation_sets import SegmentationSet
+from spar_hf.evaluation.candidates import Candidate
+from spar_hf.evaluation.counts import Counts
+from spar_hf.evaluation.iou import area_scores, boundary_scores, mean_of_present
+from spar_hf.evaluation.runs import Run
+from spar_hf.model.prompts import Vocabulary
+from spar_hf.utils.atomic import write_json, write_text
+from spar_hf.utils.model_cards import model_card, rows
+
+SCORES = {"mean_iou": "mIoU", "mean_boundary_iou": "boundary mIoU", "overall_accuracy": "pixel accuracy"}
+
+
+def make_report(
+    data: SegmentationSet,
+    vocabulary: Vocabulary,
+    runs: Sequence[Run],
+    candidates: dict[str, Candidate],
+    counts: Counts,
+    scored: Sequence[int],
+    boundary: bool,
+    accelerator: Accelerator,
+) -> dict[str, Any]:
+    """
+    The report of a measurement, as JSON holds it but for NaN.
+
+    Args:
+        data: the images.
+        vocabulary: the classes and their words.
+        runs: what was run.
+        candidates: the models by name.
+        counts: of all images.
+        scored: numbers of the classes that are averaged over.
+        boundary: whether boundaries were counted.
+        accelerator: of the measurement.
+    """
+    labels, device, table = vocabulary.labels, accelerator.device, []
+    for i, run in enumerate(runs):
+        seconds = counts.nanoseconds[i] / 1e9 / len(data)
+        boundaries = counts.boundary[i] if boundary else None
+        row = make_row(run, counts.confusion[i], boundaries, seconds, int(counts.memory[i]), labels, scored)
+        candidate = candidates[run.model]
+        how = {"patch_size": candidate.model.config.patch_size, "resize": candidate.resize or None}
+        table.append(row | how | asdict(candidate.rules))
+    single = next((row for row in table if row["stride"] is None), None)
+    for row in table:
+        row["time_ratio"] = row["vision_seconds"] / single["vision_seconds"] if single else None
+    return {
+        "title": data.title,
+        "dataset": data.source,
+        "subset": data.subset,
+        "split": data.split,
+        "images": len(data),
+        "vocabulary": dict(zip(labels, vocabulary.names, strict=True)),
+        "scored_classes": [labels[i] for i in scored],
+        "runs": table,
+        "gaps": find_gaps(table),
+        "processes": accelerator.num_processes,
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else device.type,
+        "mixed_precision": accelerator.mixed_precision,
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("spar-hf", "torch", "transformers", "accelerate", "numpy", "pillow")},
+        },
+    }
+
+
+def make_row(
+    run: Run,
+    confusion: np.ndarray,
+    boundary: np.ndarray | None,
+    seconds: np.ndarray,
+    memory: int,
+    labels: Sequence[str],
+    scored: Sequence[int],
+) -> dict[str, Any]:
+    """
+    Results of a run; NaN where nothing was counted.
+
+    Args:
+        run: what was run.
+        confusion: see `iou.count_pixels`.
+        boundary: see `iou.count_boundaries`; `None` if boundaries were not counted.
+        seconds: mean over the images of the vision forward and of everything, `(2,)`.
+        memory: peak memory in bytes, negative if it was not measured.
+        labels: all classes.
+        scored: numbers of the classes that means and accuracies are taken over.
+    """
+    scores = area_scores(confusion)
+    iou, accuracy = scores["per_category_iou"], scores["per_category_accuracy"]
+    correct, labelled, predicted = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
+    pixels = int(labelled[scored].sum())
+    boundary_iou = np.full(len(labels), np.nan)
+    if boundary is not None:
+        boundary_iou = boundary_scores(boundary)["per_category_boundary_iou"]
+    return {
+        "model": run.model,
+        "inference": run.inference,
+        "stride": run.stride,
+        "average": None if run.stride is None else run.average,
+        "refinement": run.refinement,
+        "mean_iou": mean_of_present(iou[scored]),
+        "overall_accuracy": int(correct[scored].sum()) / pixels if pixels else float("nan"),
+        "mean_accuracy": mean_of_present(accuracy[scored]),
+        "mean_boundary_iou": mean_of_present(boundary_iou[scored]),
+        "vision_seconds": float(seconds[0]),
+        "total_seconds": float(seconds[1]),
+        "peak_memory_bytes": memory if memory >= 0 else None,
+        "classes": {
+            label: {
+                "iou": float(iou[i]),
+                "boundary_iou": float(boundary_iou[i]),
+                "accuracy": float(accuracy[i]),
+                "labelled_pixels": int(labelled[i]),
+                "predicted_pixels": int(predicted[i]),
+                "correct_pixels": int(correct[i]),
+            }
+            for i, label in enumerate(labels)
+        },
+    }
 
 
 def share_closed(base: float, teacher: float, student: float) -> float | None:
-    """Share of the gap between base and teacher that the student closes; `None` if there is no gap."""
+    """
+    Share of the gap between base and teacher that the student closes; `None` if the teacher is not better than the base.
+
+    Example:
+
+    ```python
+    >>> share_closed(base=0.25, teacher=0.5, student=0.375)
+    0.5
+    ```"""
     return (student - base) / (teacher - base) if teacher > base else None
 
 
 def find_gaps(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """
-    One entry for each teacher and student. The base is the first single pass, teachers are the sliding windows of its
-    model, students the single passes of other models. Refined runs are neither.
+    One entry for each pair of a teacher and a student. The base is the first single pass, teachers are the sliding windows
+    of its model, students are the single passes of other models. Refined runs are left out.
     """
     rows = [row for row in rows if row["refinement"] is None]
     base = next((row for row in rows if row["stride"] is None), None)
@@ -45,90 +178,58 @@ def find_gaps(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def make_row(
-    run: Run,
-    confusion: np.ndarray,
-    boundary: np.ndarray | None,
-    seconds: np.ndarray,
-    memory: int,
-    labels: Sequence[str],
-    chosen: Sequence[int],
-) -> dict[str, Any]:
-    """
-    Results of a run; NaN where nothing was counted.
+def read_report(path: Path) -> dict[str, Any]:
+    """A stored report, also one of version 0.1, which called images photos."""
+    report = json.loads(path.read_text(encoding="utf-8"))
+    if "photos" in report:
+        report["images"] = report.pop("photos")
+    return report
 
-    Args:
-        run: what was run.
-        confusion: counts of `MeanIoU`.
-        boundary: counts of `BoundaryIoU`; `None` if they were not wanted.
-        seconds: mean per photo of the vision forward and in all, `(2,)`.
-        memory: bytes, negative if not measured.
-        labels: all classes.
-        chosen: the numbers of those that means and accuracies are taken over.
-    """
-    # no `compute`: it refuses counts of nothing, as of masks that are void all over; here every mean is NaN then
-    results = MeanIoU(len(labels), ignore_index=None).results(confusion)
-    iou, accuracy = results["per_category_iou"], results["per_category_accuracy"]
-    correct, labelled, predicted = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
-    pixels = int(labelled[chosen].sum())
-    outlines = np.full(len(labels), np.nan)
-    if boundary is not None:
-        outlines = BoundaryIoU(len(labels), ignore_index=None).results(boundary)["per_category_boundary_iou"]
-    return {
-        "model": run.model,
-        "inference": run.inference,
-        "stride": run.stride,
-        "average": None if run.stride is None else run.average,
-        "refinement": run.refinement,
-        "mean_iou": mean_of_present(iou[chosen]),
-        "overall_accuracy": int(correct[chosen].sum()) / pixels if pixels else float("nan"),
-        "mean_accuracy": mean_of_present(accuracy[chosen]),
-        "mean_boundary_iou": mean_of_present(outlines[chosen]),
-        "vision_seconds": float(seconds[0]),
-        "total_seconds": float(seconds[1]),
-        "peak_memory_bytes": int(memory) if memory >= 0 else None,
-        "classes": {
-            label: {
-                "iou": float(iou[i]),
-                "boundary_iou": float(outlines[i]),
-                "accuracy": float(accuracy[i]),
-                "labelled_pixels": int(labelled[i]),
-                "predicted_pixels": int(predicted[i]),
-                "correct_pixels": int(correct[i]),
-            }
-            for i, label in enumerate(labels)
-        },
-    }
+
+def write_report(report: dict[str, Any], output: Path | None, card_folder: str | None, console: Console | None) -> None:
+    """Write the report to the file `output`, model cards to `card_folder`, and the table to the console, unless `None`."""
+    if output is not None:
+        write_json(output, report)
+    if card_folder is not None:
+        for model in dict.fromkeys(row["model"] for row in report["runs"]):
+            write_text(Path(card_folder) / f"{model.replace('/', '-')}.md", results_card(report, model))
+    if console is not None:
+        show(report, console)
 
 
 def percent(value: float | None) -> str:
+    """
+    A share in percent; empty if it is undefined.
+
+    Example:
+
+    ```python
+    >>> percent(0.5), percent(None), percent(float("nan"))
+    ('50.00', '', '')
+    ```"""
     return "" if value is None or value != value else f"{100 * value:.2f}"
 
 
 def digits(value: float) -> str:
-    """Three digits after the point, or one from 10 on: columns stay narrow."""
+    """A number with three decimals, or one from 10 on, so that columns stay narrow."""
     return f"{value:.3f}" if value < 10 else f"{value:.1f}"
 
 
-def show(report: dict[str, Any], console: Console) -> None:
-    """Print the report as a table (seconds per image), and under it how much of the gap each student closes."""
+def title(report: dict[str, Any]) -> str:
+    """Data set, subset, split, number of images and of classes."""
     scored, classes = len(report["scored_classes"]), len(report["vocabulary"])
     of_classes = f"{classes} classes" if scored == classes else f"{scored} of {classes} classes"
     part = "".join(f", {report[name]}" for name in ("subset", "split") if report[name])
-    title = f"{report['title']}{part}: {report['images']} images, {of_classes}"
-    table = Table(title=title, box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
+    return f"{report['title']}{part}: {report['images']} images, {of_classes}"
+
+
+def show(report: dict[str, Any], console: Console) -> None:
+    """Print the report as a table with seconds per image, and below it the share of the gap that each student closes."""
+    table = Table(title=title(report), box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
     for heading in ("model", "inference"):
         table.add_column(heading)
-    headings = (
-        "mIoU\n%",
-        "bound.\nIoU %",
-        "pixel\nacc. %",
-        "vision\ns",
-        "total\ns",
-        "vision\ntime",
-        "peak\nMB",
-    )
-    for heading in headings:
+    units = ("mIoU\n%", "bound.\nIoU %", "pixel\nacc. %", "vision\ns", "total\ns", "vision\ntime", "peak\nMB")
+    for heading in units:
         table.add_column(heading, justify="right", no_wrap=True)
     for row in report["runs"]:
         memory = row["peak_memory_bytes"]
@@ -151,20 +252,19 @@ def show(report: dict[str, Any], console: Console) -> None:
             else f"{100 * gap['share_closed']:.0f} % of the gap closed"
         )
         console.print(
-            f"{gap['student']} in one pass: {100 * gap['gain']:+.2f} mIoU over {gap['base']} in one pass; "
-            f"{gap['teacher']}, has {100 * gap['gap']:+.2f}: {closed}; {gap['times_faster']:.1f} times faster."
+            f"{gap['student']} in a single pass: {100 * gap['gain']:+.2f} mIoU over {gap['base']} in a single pass, against "
+            f"{100 * gap['gap']:+.2f} of {gap['teacher']}: {closed}; {gap['times_faster']:.1f} times faster."
         )
 
 
-def eval_results(report: dict[str, Any], model: str) -> list[EvalResult]:
+def results_card(report: dict[str, Any], model: str) -> str:
     """
-    The results of a model as model cards hold them: mIoU, boundary mIoU and pixel accuracy in percent, for every way the
-    model was run in.
+    A model card with the results of a model: mIoU, boundary mIoU and pixel accuracy in percent for each way it was run, as a
+    `model-index` for the hub and as a table.
 
     Source: `EvalResult` of huggingface_hub.
     """
-    metrics = {"mean_iou": "mIoU", "mean_boundary_iou": "boundary mIoU", "overall_accuracy": "pixel accuracy"}
-    return [
+    results = [
         EvalResult(
             task_type="image-segmentation",
             task_name="open-vocabulary segmentation",
@@ -178,12 +278,9 @@ def eval_results(report: dict[str, Any], model: str) -> list[EvalResult]:
         )
         for row in report["runs"]
         if row["model"] == model
-        for metric, name in metrics.items()
-        if row[metric] == row[metric]  # no NaN: boundaries may not have been wanted
+        for metric, name in SCORES.items()
+        if row[metric] == row[metric]  # not NaN
     ]
-
-
-def card_block(report: dict[str, Any], model: str) -> str:
-    """The front matter of a model card with nothing but these results: a `model-index` in YAML."""
-    data = ModelCardData(model_name=model, eval_results=eval_results(report, model))
-    return f"---\n{data.to_yaml()}\n---\n"
+    table = rows({str(result.metric_name): result.metric_value for result in results})
+    text = f"{title(report)}.\n\n| score | % |\n|---|---|\n{table}"
+    return model_card(model, text, ModelCardData(model_name=model, eval_results=results))
