@@ -1,12 +1,15 @@
-# make test: lint and tests. make demo: the main job on real photos. Both install into .venv first; CPU is enough.
+# make test: lint and tests. make demo: the main job on real images. make lowest: tests with the lower bounds of all
+# dependencies. Each installs into an environment of its own first; a CPU is enough.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+LOWEST := .venv-lowest
 TORCH := torch==2.13.0
+RUN := -m pytest -n 2 -m "not network and not gpu"
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: test lint demo clean
+.PHONY: test tests lint lowest demo clean
 
 # torch first and by version: the newest one of the registry would bring gigabytes of CUDA along
 $(VENV)/.installed: pyproject.toml
@@ -16,16 +19,32 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/python -m pip install --quiet -e '.[dev]'
 	touch $@
 
+# torch stays at the version above: its older ones in the registry bring CUDA along. A workflow tests its lower bound.
+$(LOWEST)/.installed: pyproject.toml tests/lower_bounds.py
+	$(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --quiet --upgrade pip
+	$(LOWEST)/bin/python -m pip install --quiet $(TORCH)
+	$(LOWEST)/bin/python tests/lower_bounds.py torch > $(LOWEST)/requirements.txt
+	$(LOWEST)/bin/python -m pip install --quiet $(TORCH) -r $(LOWEST)/requirements.txt
+	$(LOWEST)/bin/python -m pip install --quiet --no-deps -e .
+	touch $@
+
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/codespell
 
-test: lint
-	$(BIN)/python -m pytest -n 2
+tests: $(VENV)/.installed
+	$(BIN)/python $(RUN)
+
+test: lint tests
+
+lowest: $(LOWEST)/.installed
+	$(LOWEST)/bin/python $(RUN)
 
 demo: $(VENV)/.installed
-	$(BIN)/python training/demo.py --output demo
+	$(BIN)/python training/studies/demo.py --output demo
 
 clean:
-	rm -rf $(VENV) build dist demo
+	rm -rf $(VENV) $(LOWEST) build dist demo
