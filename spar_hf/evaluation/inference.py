@@ -117,7 +117,7 @@ def decide_as_published(
         small = pixels <= rules.min_area * pixels.sum()
         small[background] = False
         if (small & (pixels > 0)).any():
-            decision = decide(logits, *geometry, barred=small)
+            decision = decide(logits, *geometry, excluded=small)
     return give_to_background(decision, background, rules.threshold)
 
 

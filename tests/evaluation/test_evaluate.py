@@ -1,4 +1,4 @@
-"""The evaluation script against a slow computation of its own, and what its options mean."""
+"""The command `evaluate` against a slow computation of its own, and the effect of its options."""
 
 import json
 import os
@@ -10,22 +10,21 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from launching import ENVIRONMENT, TRAINING, TWO_PROCESSES
 from PIL import Image
 from tiny_models import randomise, tiny_config
 from torch.nn import functional as F
-from transformers import HfArgumentParser
 
 from spar_hf import SlidingWindowTeacher, SparForOpenVocabSegmentation, SparImageProcessorPil, teacher
-from spar_hf.data.benchmarks import SegmentationSet
+from spar_hf.data.segmentation_sets import IGNORE_INDEX, SegmentationSet
+from spar_hf.evaluation import EvaluationOptions, evaluate_runs
 from spar_hf.evaluation import command as script
-from spar_hf.evaluation.evaluator import evaluate_runs
-from spar_hf.evaluation.inference import Candidate, average_logits
-from spar_hf.evaluation.options import Options, choose_images
+from spar_hf.evaluation.candidates import Candidate
+from spar_hf.evaluation.inference import average_logits
 from spar_hf.model.prompts import TEMPLATES
 from spar_hf.model.refine import REFINEMENTS
+from spar_hf.utils.errors import UsageError
 
-TRAINING = Path(__file__).parents[2] / "training"
-VOID = 255
 CLASSES = ["road", "sky-other-merged", "null", "tree-merged", "car", "dog"]  # no mask holds the last one
 LABELS = ["road", "sky", "background", "tree", "car", "dog"]
 SIZES = [(70, 101), (64, 64), (47, 90), (131, 66), (80, 83)]  # height, width
@@ -33,7 +32,7 @@ SIZES = [(70, 101), (64, 64), (47, 90), (131, 66), (80, 83)]  # height, width
 
 @pytest.fixture
 def dataset(tmp_path):
-    """Five images of odd sizes: coarse coloured noise, labels in blocks, some of them void."""
+    """Five images of odd sizes: coarse coloured noise, labels in blocks, some of them ignored."""
     folder = tmp_path / "set"
     (folder / "images").mkdir(parents=True)
     (folder / "masks").mkdir()
@@ -42,7 +41,7 @@ def dataset(tmp_path):
     for i, (height, width) in enumerate(SIZES):
         coarse = Image.fromarray(rng.integers(0, 256, (5, 6, 3), dtype=np.uint8))
         coarse.resize((width, height), Image.Resampling.BICUBIC).save(folder / "images" / f"image{i}.png")
-        blocks = rng.choice(np.array([0, 1, 2, 3, 4, VOID], np.uint8), (4, 3))
+        blocks = rng.choice(np.array([0, 1, 2, 3, 4, IGNORE_INDEX], np.uint8), (4, 3))
         mask = Image.fromarray(blocks).resize((width, height), Image.Resampling.NEAREST)
         mask.save(folder / "masks" / f"image{i}.png")
     return folder
@@ -126,7 +125,7 @@ def slow_iou(predictions, dataset, classes=6):
     for prediction, path in zip(predictions, sorted((dataset / "masks").iterdir()), strict=True):
         reference = np.array(Image.open(path))
         for c in range(classes):
-            predicted, labelled = (prediction == c) & (reference != VOID), reference == c
+            predicted, labelled = (prediction == c) & (reference != IGNORE_INDEX), reference == c
             both[c] += (predicted & labelled).sum()
             either[c] += (predicted | labelled).sum()
     return [b / e if e else np.nan for b, e in zip(both, either, strict=True)]
@@ -217,7 +216,7 @@ def test_mean_of_logits__padding_of_the_image_is_cut_off(dataset, checkpoint):
 
 
 def test_refined_run(dataset, checkpoint, monkeypatch):
-    """A refinement gets logits, features and photo of one size and may return a finer grid."""
+    """A refinement gets logits, features and image of one size and may return a finer grid."""
     folder = checkpoint("base")
     command = ["--dataset", str(dataset), "--model", f"base={folder}", "--native", "--no_warmup", "--runs"]
 
@@ -237,7 +236,7 @@ def test_refined_run(dataset, checkpoint, monkeypatch):
     pamr, lposs = script.main([*command, "base:single+pamr", "base:single+lposs+"])["runs"]
     found = [[entry["predicted_pixels"] for entry in row["classes"].values()] for row in (plain, pamr, lposs)]
     assert found[0] not in found[1:]
-    with pytest.raises(ValueError, match="Unknown refinement 'nonsense'"):
+    with pytest.raises(UsageError, match="Unknown refinement 'nonsense'"):
         script.main([*command, "base:single+nonsense"])
 
 
@@ -272,13 +271,13 @@ def test_protocol__benchmark_and_overrides(tmp_path, checkpoint):
     published = script.main([*command, "--limit", "1", "--scale", "30"])["runs"][0]
     assert published["resize"] == {"do_resize": True, "size": {"shortest_edge": 672, "longest_edge": 2048}}
     assert published["scale"] == 30
-    with pytest.raises(ValueError, match="no protocol 'sparr'; use one of spar"):
+    with pytest.raises(UsageError, match="no protocol 'sparr'; use one of spar"):
         script.main([*command, "--protocol", "sparr"])
 
 
 def test_background_rules_need_a_background(dataset, checkpoint):
     command = ["--dataset", str(dataset), "--model", str(checkpoint("base")), "--ignore_classes", "null"]
-    with pytest.raises(ValueError, match="there is none among road, sky, tree"):
+    with pytest.raises(UsageError, match="there is none among road, sky, tree"):
         script.main([*command, "--threshold", "0.2"])
 
 
@@ -300,11 +299,11 @@ def test_working_resolution_comes_from_the_checkpoint_by_default(dataset, checkp
 
 def test_a_folder_without_image_processor_is_refused(dataset, checkpoint):
     # its mean and deviation would be a guess
-    with pytest.raises(OSError, match=r"preprocessor_config\.json"):
+    with pytest.raises(UsageError, match=r"preprocessor_config\.json"):
         script.main(["--dataset", str(dataset), "--model", str(checkpoint("bare", image_processor=False))])
 
 
-def test_ignored_classes_are_void_and_no_answer(dataset, checkpoint, tokenizer):
+def test_ignored_classes_are_neither_counted_nor_predicted(dataset, checkpoint, tokenizer):
     folder = checkpoint("base")
     names = ["road", "tree", "car", "dog"]
     report = script.main(
@@ -314,7 +313,9 @@ def test_ignored_classes_are_void_and_no_answer(dataset, checkpoint, tokenizer):
     assert list(row["classes"]) == names
     for path in (dataset / "masks").iterdir():
         mask = np.array(Image.open(path))
-        mask = np.select([mask == CLASSES.index(c) for c in ("road", "tree-merged", "car", "dog")], range(4), VOID)
+        mask = np.select(
+            [mask == CLASSES.index(c) for c in ("road", "tree-merged", "car", "dog")], range(4), IGNORE_INDEX
+        )
         Image.fromarray(mask.astype(np.uint8)).save(path)
     predictions = slow_predictions(folder, tokenizer, dataset, names=names)
     np.testing.assert_allclose(
@@ -336,9 +337,9 @@ def test_only_classes_restricts_the_means_not_the_answers(dataset, checkpoint):
     assert report["scored_classes"] == ["tree", "background"]
 
 
-def test_masks_of_nothing_but_void_have_no_score(dataset, checkpoint, tmp_path):
+def test_images_without_labelled_pixels_have_no_score(dataset, checkpoint, tmp_path):
     for path in (dataset / "masks").iterdir():
-        Image.fromarray(np.full_like(np.array(Image.open(path)), VOID)).save(path)
+        Image.fromarray(np.full_like(np.array(Image.open(path)), IGNORE_INDEX)).save(path)
     output, cards = tmp_path / "report.json", tmp_path / "cards"
     command = ["--dataset", str(dataset), "--model", f"base={checkpoint('base')}", "--native", "--no_warmup"]
     report = script.main([*command, "--output", str(output), "--card_folder", str(cards)])
@@ -352,36 +353,15 @@ def test_masks_of_nothing_but_void_have_no_score(dataset, checkpoint, tmp_path):
     assert "results: []" in (cards / "base.md").read_text()
 
 
-def test_held_out_images_are_those_that_pretraining_leaves(dataset):
-    from spar_hf.pretraining.trainer import load_sets
-
-    def chosen(**kwargs):
-        return list(choose_images(Options(dataset=str(dataset), model=[], **kwargs)).names)
-
-    spec = {"path": dataset.name, "weight": 1, "crop": [32, 48], "holdout_every": 2, "exclude": ["*image1"]}
-    recipe = {"sets": [spec], "held_out": [], "synonyms": {}}
-    (trained,) = load_sets(dataset.parent, recipe)
-    assert [image.shape[:2] for image in trained.images] == [SIZES[0], SIZES[3]]
-    kept = {"holdout_every": 2, "exclude": ["*image1"]}
-    assert chosen(**kept) == ["image2", "image4"]
-    assert chosen(**kept, holdout_rest=True) == ["image0", "image3"]
-    # which images are held out does not depend on what else is asked for
-    assert chosen(**kept, include=["*4", "*3"]) == ["image4"]
-    assert chosen(**kept, limit=1) == ["image2"]
-    assert chosen(include=["*4", "*3"]) == ["image3", "image4"]
-    with pytest.raises(FileNotFoundError, match="leave no image"):
-        chosen(include=["*7"])
-
-
 def test_mask_must_fit_its_image(dataset, checkpoint):
     command = ["--dataset", str(dataset), "--model", str(checkpoint("base"))]
     path = dataset / "masks" / "image3.png"
     mask = Image.open(path).copy()
     mask.resize((66, 130)).save(path)
-    with pytest.raises(ValueError, match=r"image3 has 130×66 pixels .* its image 131×66"):
+    with pytest.raises(UsageError, match=r"image3 has 130×66 pixels .* its image 131×66"):
         script.main(command)
-    mask.point(lambda value: 6 if value == VOID else value).save(path)
-    with pytest.raises(ValueError, match=r"image3 holds the values \[6\], which set \(6 classes\)"):
+    mask.point(lambda value: 6 if value == IGNORE_INDEX else value).save(path)
+    with pytest.raises(UsageError, match=r"image3 holds the values \[6\], which set \(6 classes\)"):
         script.main(command)
 
 
@@ -395,7 +375,7 @@ def test_cut_off_measurement_goes_on_where_it_stopped(dataset, checkpoint, tmp_p
     image = dataset / "images" / "image3.png"
     content, times = image.read_bytes(), (image.stat().st_atime_ns, image.stat().st_mtime_ns)
     image.write_bytes(b"damaged")
-    with pytest.raises(ValueError, match="Cannot read image3"):
+    with pytest.raises(UsageError, match="Cannot read image3"):
         script.main(command)
     assert not list(tmp_path.glob("report.json*"))  # before any work, so that the command may leave it out
     image.write_bytes(content)
@@ -413,10 +393,10 @@ def test_cut_off_measurement_goes_on_where_it_stopped(dataset, checkpoint, tmp_p
     with pytest.raises(KeyboardInterrupt):
         script.main(command)
     assert not output.exists()
-    with pytest.raises(ValueError, match=r"--shortest_edge was null, is 64.*Give the same ones"):
+    with pytest.raises(UsageError, match=r"--native was true, is false.*--shortest_edge was null, is 64.*--output"):
         script.main([*[part for part in command if part != "--native"], "--shortest_edge", "64"])
     os.utime(image)
-    with pytest.raises(ValueError, match="files of images was"):
+    with pytest.raises(UsageError, match="files of images was"):
         script.main(command)
     os.utime(image, ns=times)
     seen.clear()
@@ -428,24 +408,19 @@ def test_cut_off_measurement_goes_on_where_it_stopped(dataset, checkpoint, tmp_p
     assert resumed["images"] == 5
     assert not (tmp_path / "report.json.parts").exists()
     # finished: nothing is read, unless something else is asked for
-    stored = evaluate_runs(script_options(command), reuse=True)
+    stored = evaluate_runs(EvaluationOptions.parse(command), reuse=True)
     assert stored["runs"][0]["mean_iou"] == whole["runs"][0]["mean_iou"]
-    with pytest.raises(ValueError, match=r"--limit was null, is 2"):
-        evaluate_runs(script_options([*command, "--limit", "2"]), reuse=True)
+    with pytest.raises(UsageError, match=r"--limit was null, is 2"):
+        evaluate_runs(EvaluationOptions.parse([*command, "--limit", "2"]), reuse=True)
     Image.new("L", (90, 70)).save(dataset / "masks" / "image1.png")
-    with pytest.raises(ValueError, match="files of images was"):
-        evaluate_runs(script_options(command), reuse=True)
-
-
-def script_options(command):
-    (parsed,) = HfArgumentParser(Options).parse_args_into_dataclasses(command)
-    return parsed
+    with pytest.raises(UsageError, match="files of images was"):
+        evaluate_runs(EvaluationOptions.parse(command), reuse=True)
 
 
 def test_stride_above_the_window_is_refused_before_any_image(dataset, checkpoint, tmp_path):
     (dataset / "images" / "image0.png").write_bytes(b"damaged")
     command = ["--dataset", str(dataset), "--model", f"base={checkpoint('base')}", "--output", str(tmp_path / "r.json")]
-    with pytest.raises(ValueError, match="stride=80 must lie between 1 and the window"):
+    with pytest.raises(UsageError, match="stride=80 must lie between 1 and the window"):
         script.main([*command, "--runs", "base:single", "base:sliding-logits:80"])
     assert not list(tmp_path.glob("r.json*"))  # so that a corrected command finds no other settings
 
@@ -468,21 +443,13 @@ def test_results_block_of_a_model_card(dataset, checkpoint, tmp_path):
 
 
 def test_two_processes_count_the_same_pixels(dataset, checkpoint, tmp_path):
-    """Also: the script runs as a script, where its own name stands before the package `evaluate`."""
-    # one thread each: sums in another order could move a pixel on a tie
     arguments = ["--dataset", str(dataset), "--model", str(checkpoint("base")), "--runs", "base:single"]
     arguments += ["base:sliding:24", "--shortest_edge", "90", "--no_warmup"]
     one = script.main(arguments)
     assert one["processes"] == 1
     output = tmp_path / "new" / "report.json"
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    command += ["--main_process_port", "0", TRAINING / "evaluate.py", *arguments, "--output", output]
-    process = subprocess.run(
-        command,
-        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-    )
+    command = [*TWO_PROCESSES, TRAINING / "evaluate.py", *arguments, "--output", output]
+    process = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
     assert process.stdout.count("mIoU") == 1  # one table
 
@@ -501,3 +468,63 @@ def test_two_processes_count_the_same_pixels(dataset, checkpoint, tmp_path):
             assert row_of_two[mean] == row_of_one[mean]  # to the last digit
         assert 0 < row_of_two["vision_seconds"] <= row_of_two["total_seconds"]
     assert two["runs"][0]["classes"]["dog"]["accuracy"] is None  # no mask holds it
+
+
+def test_commands_do_not_import_the_package_evaluate(tmp_path):
+    """`training/evaluate.py` hides it for scripts of that folder."""
+    program = f"""
+import runpy, sys
+sys.argv = [{str(TRAINING / "evaluate.py")!r}, "--help"]
+sys.path[0] = {str(TRAINING)!r}
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+except SystemExit as stop:
+    assert not stop.code, stop.code
+assert "spar_hf.evaluation.evaluator" in sys.modules
+assert "evaluate" not in sys.modules and "spar_hf.evaluation.metrics" not in sys.modules
+"""
+    command = [sys.executable, "-c", program]
+    process = subprocess.run(command, env=ENVIRONMENT, cwd=tmp_path, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    assert "--shortest_edge" in process.stdout
+
+
+def test_stored_results_of_version_0_1_are_read(dataset, checkpoint, tmp_path, monkeypatch):
+    """It called images photos, in settings and reports, and stored the precision as it was given."""
+    output = tmp_path / "report.json"
+    command = ["--dataset", str(dataset), "--model", f"base={checkpoint('base')}", "--native", "--output", str(output)]
+    command += ["--no_warmup", "--save_seconds", "0"]
+    script.main([*command, "--limit", "2"])
+    two = json.loads(output.read_text())
+    output.unlink()
+
+    def as_before(settings):
+        old = {"images": "photos", "files of images": "files of photos"}
+        return {old.get(name, name): value for name, value in settings.items()} | {"--mixed_precision": "no"}
+
+    settings, report = as_before(two["settings"]), two | {"photos": two["images"]}
+    del report["images"]
+    output.write_text(json.dumps(report | {"settings": settings}))
+    stored = evaluate_runs(EvaluationOptions.parse([*command, "--limit", "2"]), reuse=True)
+    assert stored["images"] == 2 and stored["runs"] == two["runs"]
+    with pytest.raises(UsageError, match=r"--limit was 2, is null.*; images was"):
+        evaluate_runs(EvaluationOptions.parse(command), reuse=True)
+    output.unlink()
+
+    seen, read = [], SegmentationSet.read
+
+    def read_until_it_is_stopped(data, number):
+        seen.append(number)
+        if seen.count(1) == 2:  # it was checked before
+            raise KeyboardInterrupt
+        return read(data, number)
+
+    monkeypatch.setattr(SegmentationSet, "read", read_until_it_is_stopped)
+    with pytest.raises(KeyboardInterrupt):
+        script.main([*command, "--limit", "2"])
+    file = Path(f"{output}.parts") / "settings.json"
+    file.write_text(json.dumps(as_before(json.loads(file.read_text()))))
+    seen.clear()
+    resumed = script.main([*command, "--limit", "2"])
+    assert seen == [1]
+    assert [row["mean_iou"] for row in resumed["runs"]] == [row["mean_iou"] for row in two["runs"]]

@@ -8,9 +8,10 @@ from PIL import Image
 from scipy import ndimage
 from sklearn.metrics import confusion_matrix, jaccard_score
 
-from spar_hf.evaluation.metrics import BoundaryIoU, MeanIoU
+from spar_hf.evaluation import BoundaryIoU, MeanIoU
+from spar_hf.evaluation.iou import count_boundaries, count_pixels
 
-CLASSES, VOID = 20, 255
+CLASSES, IGNORE_INDEX = 20, 255
 SIZES = [(5, 7), (16, 9), (1, 13), (12, 12)]
 
 
@@ -26,7 +27,7 @@ def label_maps():
         agree = rng.random(reference.shape) < 0.6
         agree &= np.isin(reference, labels["prediction"])
         prediction[agree] = reference[agree]
-        reference[rng.random(reference.shape) < 0.15] = VOID
+        reference[rng.random(reference.shape) < 0.15] = IGNORE_INDEX
     return predictions, references
 
 
@@ -35,7 +36,7 @@ def slow_scores(predictions, references):
     predicted, labelled = [{c: set() for c in range(CLASSES)} for _ in range(2)]
     for image, (prediction, reference) in enumerate(zip(predictions, references, strict=True)):
         for pixel in np.ndindex(reference.shape):
-            if reference[pixel] != VOID:
+            if reference[pixel] != IGNORE_INDEX:
                 predicted[int(prediction[pixel])].add((image, *pixel))
                 labelled[int(reference[pixel])].add((image, *pixel))
     iou, accuracy = {}, {}
@@ -45,6 +46,16 @@ def slow_scores(predictions, references):
         if labelled[c]:
             accuracy[c] = len(predicted[c] & labelled[c]) / len(labelled[c])
     return iou, accuracy
+
+
+def test_counts_are_those_of_the_functions(label_maps):
+    area, boundary = MeanIoU(CLASSES), BoundaryIoU(CLASSES, dilation_ratio=0.1)
+    for metric in (area, boundary):
+        metric.add_batch(predictions=label_maps[0], references=label_maps[1])
+    pairs = list(zip(*label_maps, strict=True))
+    np.testing.assert_array_equal(area.counts, sum(count_pixels(*pair, CLASSES) for pair in pairs))
+    counts = sum(count_boundaries(*pair, CLASSES, dilation_ratio=0.1) for pair in pairs)
+    np.testing.assert_array_equal(boundary.counts, counts)
 
 
 def test_results_are_those_of_pixel_sets(label_maps):
@@ -67,7 +78,7 @@ def test_results_are_those_of_scikit_learn(label_maps):
     metric = MeanIoU(CLASSES)
     metric.add_batch(predictions=predictions, references=references)
     predicted, labelled = (np.concatenate([labels.ravel() for labels in maps]) for maps in label_maps)
-    predicted, labelled = predicted[labelled != VOID], labelled[labelled != VOID]
+    predicted, labelled = predicted[labelled != IGNORE_INDEX], labelled[labelled != IGNORE_INDEX]
     np.testing.assert_array_equal(metric.confusion_matrix, confusion_matrix(labelled, predicted, labels=range(CLASSES)))
     results = metric.compute()
     present = ~np.isnan(results["per_category_iou"])
@@ -124,7 +135,7 @@ def test_merged_parts_give_the_whole(label_maps):
 
 def test_ignore_index():
     predictions, references = [[0, 1, 1, 2]], [[0, 1, 0, 2]]
-    # class 2 as void: its pixel does not count, whatever is predicted there, not even a label out of range
+    # class 2 is ignored: its pixel does not count, whatever is predicted there, not even a label out of range
     metric = MeanIoU(3, ignore_index=2)
     metric.add_batch(predictions=[[0, 1, 1, 9]], references=references)
     np.testing.assert_array_equal(metric.compute()["per_category_iou"], [0.5, 0.5, np.nan])
@@ -132,8 +143,8 @@ def test_ignore_index():
     assert metric.compute(predictions=predictions, references=references)["overall_accuracy"] == 0.75
 
 
-def test_nothing_but_void_is_not_a_number():
-    results = MeanIoU(2).compute(predictions=[[0, 1]], references=[[VOID, VOID]])
+def test_nothing_but_ignored_pixels_is_not_a_number():
+    results = MeanIoU(2).compute(predictions=[[0, 1]], references=[[IGNORE_INDEX, IGNORE_INDEX]])
     assert np.isnan([results["mean_iou"], results["mean_accuracy"], results["overall_accuracy"]]).all()
 
 
@@ -156,12 +167,12 @@ def test_combines_with_other_metrics_and_writes_nothing(tmp_path):
         (np.zeros((1, 3, 2, 2), int), np.zeros((1, 2, 2), int), "argmax"),
         ([[0, 1]], [[0, 3]], r"reference holds the labels \[3\].*num_labels=3"),
         ([[0, -1]], [[0, 1]], r"prediction holds the labels \[-1\]"),
-        ([[0, VOID]], [[0, 1]], r"prediction holds the labels \[255\]"),
+        ([[0, IGNORE_INDEX]], [[0, 1]], r"prediction holds the labels \[255\]"),
         ([[0.2, 0.8]], [[0, 1]], "integers"),
         ([[0, 1]], [[0, 1], [0, 1]], "1 predictions but 2 references"),
-        ([[0, 1]], None, "both"),
+        ([[0, 1]], None, "[Bb]oth"),
     ],
-    ids=["size", "logits", "label", "negative", "void", "float", "number", "missing"],
+    ids=["size", "logits", "label", "negative", "ignored", "float", "number", "missing"],
 )
 def test_clear_errors(predictions, references, message):
     with pytest.raises(ValueError, match=message):
@@ -195,9 +206,9 @@ def test_boundary_iou_is_that_of_eroded_masks():
         blocks = rng.integers(0, 3, (height // 6 + 1, width // 6 + 1))  # no pixel is of class 3
         reference = np.kron(blocks, np.ones((6, 6), int))[:height, :width]
         prediction = np.roll(reference, 1, axis=1)
-        reference[rng.random(reference.shape) < 0.003] = VOID
+        reference[rng.random(reference.shape) < 0.003] = IGNORE_INDEX
         metric.add(prediction=prediction.astype(np.uint8), reference=reference.astype(np.uint8))
-        known = np.where(reference == VOID, VOID, prediction)
+        known = np.where(reference == IGNORE_INDEX, IGNORE_INDEX, prediction)
         distance = max(1, round(0.05 * np.hypot(height, width)))
         for label in range(4):
             of_reference = eroded_boundary(reference == label, distance)
@@ -211,10 +222,10 @@ def test_boundary_iou_is_that_of_eroded_masks():
     assert results["mean_boundary_iou"] == pytest.approx(np.mean(expected[:3]))
 
 
-def test_boundary_iou__void_neither_makes_nor_moves_a_boundary():
+def test_boundary_iou__ignored_pixels_neither_make_nor_move_a_boundary():
     reference = np.zeros((30, 30), int)
     reference[:, 15:] = 1
-    reference[:, 14:16] = VOID  # an outline, as VOC has it
+    reference[:, 14:16] = IGNORE_INDEX  # an outline, as VOC has it
     metric = BoundaryIoU(2)
     for edge in (14, 15, 16):  # all of these are right wherever there is a label
         prediction = (np.arange(30) >= edge).astype(int) * np.ones((30, 1), int)
@@ -226,13 +237,13 @@ def test_boundary_iou__void_neither_makes_nor_moves_a_boundary():
         metric.add(prediction=[0, 1, 0, 1], reference=[0, 0, 1, 1])
 
 
-def test_boundary_iou__void_with_the_number_of_a_class():
-    """Class 0 is void in the reference. Predictions of it are wrong, and its edges to void are boundaries too."""
+def test_boundary_iou__ignored_pixels_with_the_number_of_a_class():
+    """Class 0 is ignored in the reference. Predictions of it are wrong, and edges to ignored pixels are boundaries too."""
     rng = np.random.default_rng(2)
     reference, prediction = (np.kron(rng.integers(0, 3, (6, 5)), np.ones((6, 6), int)) for _ in range(2))
     metric = BoundaryIoU(3, ignore_index=0, dilation_ratio=0.04)
     metric.add(prediction=prediction, reference=reference)
-    known = np.where(reference == 0, VOID, prediction)
+    known = np.where(reference == 0, IGNORE_INDEX, prediction)
     distance = round(0.04 * np.hypot(36, 30))
     for label in range(3):
         of_reference = eroded_boundary(reference == label, distance) if label else np.zeros((36, 30), bool)

@@ -3,8 +3,9 @@
 import torch
 from torch.nn import functional as F
 
-from spar_hf.evaluation.inference import Rules, decide_as_published
-from spar_hf.evaluation.protocols import spar
+from spar_hf.evaluation.candidates import Rules
+from spar_hf.evaluation.inference import decide_as_published
+from spar_hf.evaluation.protocols import Protocol, find_protocol, spar
 from spar_hf.model.prompts import Vocabulary
 
 
@@ -18,6 +19,8 @@ def test_protocol__settings_of_the_published_evaluation():
         assert protocol.size == {"shortest_edge": 672, "longest_edge": 2048} and protocol.templates == "imagenet80"
         assert protocol.scale == 40 and not protocol.threshold
     assert spar("voc20", "siglip").vocabulary == "voc20-spar" and spar("ade20k", "siglip").vocabulary == "ade20k"
+    assert find_protocol("spar", "voc21", "maskclip") == spar("voc21", "maskclip")
+    assert find_protocol(None) == Protocol() and Protocol().size is None and Protocol().scale is None
 
 
 def published_rules(logits, name_to_class, background, threshold, min_area):

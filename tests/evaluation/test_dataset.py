@@ -1,0 +1,138 @@
+"""The data set of an evaluation: which images, which classes, which words."""
+
+import json
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+
+from spar_hf.data.order import split_held_out
+from spar_hf.data.segmentation_sets import IGNORE_INDEX, SegmentationSet, make_table, open_folder, table_of_lines
+from spar_hf.evaluation.dataset import build_vocabulary, open_dataset, open_whole, open_with_words
+from spar_hf.evaluation.options import DataOptions, WordOptions
+from spar_hf.model.prompts import Vocabulary
+from spar_hf.utils.errors import MissingFiles, UsageError
+
+
+def set_of(classes):
+    return SegmentationSet("set", None, (), *table_of_lines(classes), "set")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Five images `image0` to `image4` of one row of pixels."""
+    for part in ("images", "masks"):
+        (tmp_path / part).mkdir()
+    (tmp_path / "classes.txt").write_text("road\nsky-other-merged\nnull\n")
+    for i in range(5):
+        Image.new("RGB", (3, 1)).save(tmp_path / "images" / f"image{i}.png")
+        Image.fromarray(np.array([[0, 1, 255]], np.uint8)).save(tmp_path / "masks" / f"image{i}.png")
+    return tmp_path
+
+
+def chosen(folder, **options):
+    return list(open_dataset(DataOptions(dataset=str(folder), **options)).names)
+
+
+def test_held_out_images_are_those_that_training_leaves(folder):
+    trained, held_out = split_held_out(len(open_folder(folder, exclude=["*image1"])), every=2)
+    assert (trained, held_out) == ([0, 2], [1, 3])  # of image0, image2, image3, image4
+    kept = {"holdout_every": 2, "exclude": ["*image1"]}
+    assert chosen(folder, **kept) == ["image2", "image4"]
+    assert chosen(folder, **kept, holdout_rest=True) == ["image0", "image3"]
+    # which images are held out does not depend on the other options
+    assert chosen(folder, **kept, include=["*4", "*3"]) == ["image4"]
+    assert chosen(folder, **kept, limit=1) == ["image2"]
+    assert chosen(folder, include=["*4", "*3"]) == ["image3", "image4"]
+    with pytest.raises(MissingFiles, match="leave no image"):
+        chosen(folder, include=["*7"])
+
+
+def test_names_of_classes_are_read_as_words(folder):
+    data, vocabulary, scored = open_with_words(
+        DataOptions(dataset=str(folder)), WordOptions(ignore_classes=["null"], only_classes=["sky"])
+    )
+    assert data.labels == vocabulary.labels == ("road", "sky") and scored == [1]
+    assert data.read_mask(0).tolist() == [[0, 1, IGNORE_INDEX]]
+    with pytest.raises(UsageError, match="Unknown template set 'none'"):
+        open_with_words(DataOptions(dataset="nowhere"), WordOptions(templates="none"))
+
+
+def test_kinds_of_data_sets_are_not_mixed_up(folder):
+    for options in ({"split": "val"}, {"classes": "names.txt"}, {"ignore_index": 0}):
+        with pytest.raises(UsageError, match=r"--split.* are for Hugging Face data sets"):
+            open_whole(DataOptions(dataset=str(folder), **options))
+    with pytest.raises(UsageError, match=r"--split.* are for Hugging Face data sets"):
+        open_whole(DataOptions(dataset=str(folder), benchmark="ade20k", split="val"))
+    with pytest.raises(MissingFiles, match="is no folder"):
+        open_whole(DataOptions(dataset=str(folder / "nowhere")))
+    (folder / "classes.txt").rename(folder / "names.txt")
+    with pytest.raises(MissingFiles, match="must hold `images/`"):
+        open_whole(DataOptions(dataset=str(folder)))
+
+
+def test_hugging_face_data_set_by_options(tmp_path):
+    rows = {"image": [], "label": []}
+    for i, values in enumerate(([0, 1, 2], [2, 1, 0])):
+        Image.new("RGB", (3, 1)).save(tmp_path / f"{i}.png")
+        Image.fromarray(np.array([values], np.uint8)).save(tmp_path / f"{i}_mask.png")
+        rows["image"].append(str(tmp_path / f"{i}.png"))
+        rows["label"].append(str(tmp_path / f"{i}_mask.png"))
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Image()})
+    datasets.Dataset.from_dict(rows, features=features).save_to_disk(tmp_path / "disk")
+    (tmp_path / "names.txt").write_text("cat\ntree\ndog\n")
+    given = {"dataset": str(tmp_path / "disk"), "image_column": "image", "mask_column": "label"}
+    data = open_dataset(DataOptions(**given, classes=str(tmp_path / "names.txt"), include=["row1"]))
+    assert data.names == ("row1",) and data.read(0)[1].tolist() == [[2, 1, 0]]
+    assert len(open_whole(DataOptions(**given), "cityscapes").labels) == 19
+    with pytest.raises(UsageError, match="--classes FILE or --vocabulary NAME"):
+        open_whole(DataOptions(**given))
+    with pytest.raises(UsageError, match="'nonsense' is no vocabulary"):
+        open_whole(DataOptions(**given), "nonsense")
+    with pytest.raises(UsageError, match="holds one subset"):
+        open_whole(DataOptions(**given, subset="rain", classes=str(tmp_path / "names.txt")))
+
+
+def test_vocabulary(tmp_path):
+    classes = ["null", "wall-merged", "Sports_ball", "wall-other", "dog"]
+    words = tmp_path / "labels.json"
+    words.write_text(json.dumps({"sports ball": ["football", "ball"], "wall-merged": "brick, wall"}))
+    vocabulary, data = build_vocabulary(set_of(classes), labels=str(words), ignore_classes=["Dog"])
+    # what reads alike is one class, and names of a file are taken as they are
+    assert vocabulary.labels == ("background", "wall", "sports ball")
+    assert vocabulary.names == (("background",), ("brick, wall",), ("football", "ball"))
+    assert data.labels == vocabulary.labels
+    assert data.table[:5].tolist() == [0, 1, 2, 1, IGNORE_INDEX] and data.table[255] == IGNORE_INDEX
+    assert (data.table[5:255] < 0).all()  # no mask of the set may hold these
+
+
+def test_vocabulary__errors(tmp_path):
+    with pytest.raises(UsageError, match="--ignore_classes: no class is called kat; there are cat, dog"):
+        build_vocabulary(set_of(["cat", "dog"]), ignore_classes=["kat"])
+    words = tmp_path / "labels.json"
+    for text, message in (
+        ("{'cat': 'kitten'}", "is not JSON"),
+        ('["cat"]', "does not hold classes"),
+        ('{"cat": 3}', "does not hold classes"),
+    ):
+        words.write_text(text)
+        with pytest.raises(UsageError, match=r"--labels .*labels.json " + message + r'.*Write \{"car": \["car"'):
+            build_vocabulary(set_of(["cat", "dog"]), labels=str(words))
+    words.write_text(json.dumps({"cat": ["cat", "dog"]}))
+    with pytest.raises(UsageError, match=r"two classes or twice: dog\. Merge or rename"):
+        build_vocabulary(set_of(["cat", "dog"]), labels=str(words))
+    with pytest.raises(UsageError, match="256 classes"):
+        set_of([str(i) for i in range(256)])
+
+
+def test_vocabulary__published_words_keep_the_labels():
+    labels = Vocabulary.parse("voc21").labels
+    data = SegmentationSet("PASCAL VOC 2012", None, (), labels, make_table(range(21)), "voc21", "val")
+    vocabulary, same = build_vocabulary(data, "voc21-spar")
+    assert vocabulary.labels == data.labels == same.labels and same.split == "val"
+    assert vocabulary.names[0][:2] == ("sky", "wall") and vocabulary.names[4] == ("ship",)
+    assert "person in dress" in vocabulary.names[15]
+    np.testing.assert_array_equal(same.table, data.table)
+    with pytest.raises(UsageError, match="20 classes, but PASCAL VOC 2012 has 21"):
+        build_vocabulary(data, "voc20")

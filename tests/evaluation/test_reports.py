@@ -1,0 +1,58 @@
+"""What a report says: the gap that students close, the table, the model card."""
+
+import io
+import json
+
+import pytest
+from huggingface_hub import ModelCard
+from rich.console import Console
+
+from spar_hf.evaluation.reports import find_gaps, read_report, results_card, show
+from spar_hf.evaluation.runs import Run
+
+
+def row(model, stride, mean_iou, seconds):
+    return {
+        "model": model,
+        "inference": Run(model, stride).inference,
+        "stride": stride,
+        "average": "features",
+        "refinement": None,
+        "mean_boundary_iou": float("nan"),
+        "peak_memory_bytes": None,
+        "mean_iou": mean_iou,
+        "overall_accuracy": 0.5,
+        "vision_seconds": seconds,
+        "total_seconds": seconds + 1,
+        "time_ratio": seconds / 0.5,
+    }
+
+
+def test_share_of_the_gap_closed_and_the_table():
+    rows = [row("student", 24, 0.4, 9.0), row("base", None, 0.2, 0.5), row("base", 24, 0.28, 10.0)]
+    assert find_gaps(rows) == []
+    rows += [row("base", 96, 0.19, 1.0), row("student", None, 0.26, 0.5)]
+    gaps = find_gaps(rows)
+    assert [(gap["student"], gap["teacher"]) for gap in gaps] == [
+        ("student", "base, sliding window of stride 24"),
+        ("student", "base, sliding window of stride 96"),
+    ]
+    assert gaps[0]["share_closed"] == pytest.approx(0.75)
+    assert gaps[0]["times_faster"] == 20
+    assert gaps[1]["share_closed"] is None  # a teacher below the base leaves no gap
+    report = {"title": "streets", "split": "val", "subset": "rain", "images": 3, "dataset": "org/streets"}
+    report |= {"vocabulary": {"a": ["a"]}, "scored_classes": ["a"], "runs": rows, "gaps": gaps}
+    out = io.StringIO()
+    show(report, Console(file=out, width=80, markup=False))
+    results = ModelCard(results_card(report, "student")).data.eval_results
+    assert [(result.dataset_config, result.dataset_split) for result in results] == [("rain", "val")] * len(results)
+    lines = out.getvalue().splitlines()
+    assert any("base" in line and "stride 24" in line and "28.00" in line and "20.0 ×" in line for line in lines)
+    text = " ".join(out.getvalue().split())
+    assert "streets, rain, val: 3 images" in text
+    assert "75 % of the gap closed" in text and "no gap to close" in text
+
+
+def test_report_of_version_0_1(tmp_path):
+    (tmp_path / "report.json").write_text(json.dumps({"title": "streets", "photos": 3}))
+    assert read_report(tmp_path / "report.json") == {"title": "streets", "images": 3}
