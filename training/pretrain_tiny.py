@@ -1,7 +1,7 @@
 """Pre-train the base of spar-tiny from scratch. Options: `--help`."""
 
 from spar_hf.pretraining.trainer import main
-from spar_hf.utils.usage import run_script
+from spar_hf.utils.errors import run_command
 
 if __name__ == "__main__":
-    run_script(main)
+    run_command(main)

@@ -1,4 +1,4 @@
-"""The words of spar-tiny: a tokenizer of our own, and a text tower that is taught before any image is seen."""
+"""The words of spar-tiny: a tokenizer, and a text tower that learns them before any image is seen."""
 
 import random
 
@@ -12,7 +12,7 @@ from spar_hf.model.prompts import TEMPLATES
 
 
 def build_tokenizer(sets: list, extra: list[str], vocab_size: int, length: int = 24) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of our own over names and templates: lower case, no punctuation, padded right to `length`."""
+    """A byte-level BPE tokenizer trained on names and templates: lower case, no punctuation, padded right to `length`."""
     tokenizer = Tokenizer(models.BPE(unk_token=None))
     tokenizer.normalizer = normalizers.Sequence(
         [
@@ -47,7 +47,7 @@ def build_tokenizer(sets: list, extra: list[str], vocab_size: int, length: int =
 
 @torch.no_grad()
 def encode_sentences(folder: str, sentences: list[str]) -> torch.Tensor:
-    """Mean-pooled, normalised sentence embeddings `(sentences, dim)` of a BERT-like encoder in a local folder."""
+    """Sentence embeddings `(sentences, dim)` of a BERT-like encoder in a local folder: mean-pooled, of unit length."""
     tokenizer, encoder = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
     embeddings = []
     for start in tqdm(range(0, len(sentences), 512), desc="sentence encoder"):
@@ -58,7 +58,7 @@ def encode_sentences(folder: str, sentences: list[str]) -> torch.Tensor:
 
 
 def common_words(folder: str, count: int) -> list[str]:
-    """The first whole words of a BERT vocabulary, which is sorted by how often they occur."""
+    """The most frequent whole words of a BERT vocabulary, which is sorted by frequency."""
     vocabulary = AutoTokenizer.from_pretrained(folder).get_vocab()
     ranked = sorted(vocabulary, key=vocabulary.__getitem__)
     return [word for word in ranked if word.isascii() and word.isalpha() and len(word) > 2][:count]
@@ -68,12 +68,21 @@ def word_targets(
     sets: list, extra: list[str], dim: int, text_teacher: str | None, seed: int
 ) -> tuple[list[str], torch.Tensor, int]:
     """
-    Where each word's embedding belongs: the words, `(words, dim)` unit vectors, and how many of the words
-    (the first ones) name a class.
+    The text embedding that each word is to get.
 
-    With `text_teacher` these are its sentence embeddings, centred and taken to their first principal axes, of the label
-    words and of `extra`: a word without labels then lies near words that have some. Without it every class has a
-    random direction. Synonyms share the mean of their class either way.
+    With `text_teacher` these are its sentence embeddings, centred and projected to their first principal axes, so that a
+    word that labels nothing lies near words of similar meaning that do. Without it every word has a random direction.
+    Either way all words of a class get the mean of the class.
+
+    Args:
+        sets: give the words that label pixels and images.
+        extra: words that label nothing.
+        dim: width of the text embeddings.
+        text_teacher: folder of a sentence encoder.
+        seed: of random directions.
+
+    Returns:
+        The words; unit vectors `(words, dim)`; and how many of the words, the first ones, label something.
     """
     classes = [names for crop_set in sets if crop_set.masks is not None for names in crop_set.names if names]
     classes += [[word] for crop_set in sets if crop_set.masks is None for names in crop_set.names for word in names]
@@ -85,8 +94,8 @@ def word_targets(
         codes = encode_sentences(text_teacher, words)
         codes = codes - codes.mean(0)
         axes = torch.linalg.svd(codes, full_matrices=False).Vh[:dim]
-        codes = codes @ axes.T  # (words, teacher's dim) -> (words, axes)
-        codes = nn.functional.pad(codes, (0, dim - codes.shape[1]))  # -> (words, dim), where there are fewer axes
+        codes = codes @ axes.T  # (words, dim of the teacher) -> (words, axes)
+        codes = nn.functional.pad(codes, (0, dim - codes.shape[1]))  # (words, dim), also with fewer axes
     codes = nn.functional.normalize(codes, dim=-1)
     row = {word: i for i, word in enumerate(labels)}
     targets = codes.clone()
@@ -99,12 +108,12 @@ def word_targets(
 
 @torch.no_grad()
 def start_from_words(model, tokenizer, words: list[str], targets: torch.Tensor) -> None:
-    """Start the text tower as an average of its tokens, each whole word's token at the word's target."""
+    """Initialise the text tower as the mean of its token embeddings; a word that is one token has its target there."""
     text, vocabulary, size = model.text_model, tokenizer.get_vocab(), model.config.hidden_size
     text.embeddings.token_embedding.weight.normal_(0, 0.02)
     text.embeddings.position_embedding.weight.normal_(0, 0.02)
     for word, target in zip(words, targets, strict=True):
-        if (token := vocabulary.get("\u0120" + word)) is not None:  # byte-level BPE writes a leading space so
+        if (token := vocabulary.get("\u0120" + word)) is not None:  # a leading space in byte-level BPE
             text.embeddings.token_embedding.weight[token] = target
     for layer in text.encoder.layers:
         layer.self_attn.v_proj.weight.copy_(torch.eye(size))
@@ -118,17 +127,20 @@ def teach_words(
     model, tokenizer, sets: list, extra: list[str], text_teacher: str | None, steps: int, seed: int
 ) -> dict[str, float]:
     """
-    Before any image: the text tower learns where prompts of each word belong; afterwards it is frozen.
+    Train the text tower to give prompts of each word the word's target, then freeze it.
 
-    From random weights all texts have nearly one embedding, and so have all patches; between two collapsed spaces the
-    softmax over names has next to no gradient. Training images against a locked tower that tells words apart is LiT
-    (Zhai et al., 2022) with the roles exchanged. Returns the mean cosine to the targets of label words and of the rest.
+    With random weights all texts have nearly the same embedding, and so have all patches. Between two collapsed spaces the
+    softmax over names has almost no gradient. Training images against a frozen tower that separates words is LiT (Zhai et
+    al., 2022) with the roles exchanged.
+
+    Returns:
+        Mean cosine of embeddings and targets, for words that label pixels, all that label anything, and the rest.
     """
     rng = random.Random(f"text-{seed}")
     words, targets, labels = word_targets(sets, extra, model.config.projection_dim, text_teacher, seed)
     start_from_words(model, tokenizer, words, targets)
     row = {word: i for i, word in enumerate(words)}
-    # words that label pixels come most often, then words of whole images, then the others
+    # words that label pixels are drawn most often: they are in the first two groups
     dense = {word for crop_set in sets if crop_set.masks is not None for names in crop_set.names for word in names}
     groups = [sorted(row[word] for word in dense), list(range(labels)), list(range(labels, len(words)))]
     templates = [t for group in TEMPLATES.values() for t in group] + ["{}"] * 20
@@ -159,6 +171,6 @@ def teach_words(
 
 
 def embed_prompts(model, tokenizer, prompts: list[str]) -> torch.Tensor:
-    """Unit text embeddings `(prompts, hidden_size)`."""
+    """Text embeddings of unit length, `(prompts, hidden_size)`."""
     tokens = tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt")["input_ids"]
     return nn.functional.normalize(model.get_text_features(tokens).pooler_output, dim=-1)

@@ -1,26 +1,36 @@
-"""The pre-training script on a made-up world of three colours: it must learn words, and never the held-out ones."""
+"""Pre-training on a made-up world of coloured classes: it must learn words, and never the held-out ones."""
 
 import json
+import math
+import random
+import signal
 
 import numpy as np
 import pytest
 import torch
 import yaml
 from PIL import Image
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, BertConfig, BertModel, PreTrainedTokenizerFast
 
 from spar_hf import SparForOpenVocabSegmentation
 from spar_hf.model.prompts import embed_names
-from spar_hf.pretraining.trainer import FIRST, Options, build_model, load_sets, train
+from spar_hf.pretraining import trainer
+from spar_hf.pretraining.crops import CropSet, load_sets
+from spar_hf.pretraining.losses import FOREIGN, draw_prompts, pixel_loss
+from spar_hf.pretraining.model import build_model
+from spar_hf.pretraining.options import NewModelOptions, TrainingOptions
+from spar_hf.pretraining.trainer import main
 from spar_hf.pretraining.words import build_tokenizer, common_words, teach_words, word_targets
+from spar_hf.utils.errors import UsageError
 
 COLOURS = {"sky": (90, 150, 240), "road": (90, 90, 90), "grass": (60, 170, 50), "bus": (220, 40, 40)}
 
 
 @pytest.fixture
 def world(tmp_path):
-    """Images of coloured rectangles with masks, and photos of one colour with its name in the file name."""
+    """Images of coloured rectangles with masks, and images of one colour with its name in the file name."""
     rng = np.random.default_rng(0)
     scenes, tagged = tmp_path / "scenes", tmp_path / "tagged"
     for folder in (scenes / "images", scenes / "masks", tagged):
@@ -46,6 +56,20 @@ def world(tmp_path):
     return tmp_path
 
 
+def arguments(world, output, **options):
+    """A command line of the pre-training."""
+    values = {"data": world, "recipe": world / "recipe.yaml", "output": output, **options}
+    return [part for name, value in values.items() for part in (f"--{name}", str(value))]
+
+
+def as_version_0_1_stored_it(file):
+    """Version 0.1 kept the recipe elsewhere, and its settings had the default precision of that time."""
+    state = json.loads(file.read_text())
+    assert state["settings"]["mixed_precision"] == "no" and state["settings"]["start"] is None
+    state["settings"]["recipe"] = "/elsewhere/training/recipe.yaml"
+    file.write_text(json.dumps(state))
+
+
 def test_held_out_words_are_in_no_label_and_no_text(world):
     scenes, tagged = load_sets(world, yaml.safe_load((world / "recipe.yaml").read_text()))
     assert scenes.names == [["sky", "blue sky"], ["road"], ["grass", "lawn"], []]
@@ -58,27 +82,34 @@ def test_masks_that_do_not_fit_are_refused(world):
     recipe = yaml.safe_load((world / "recipe.yaml").read_text())
     mask = world / "scenes" / "masks" / "05.png"
     good = np.array(Image.open(mask))
-    for wrong, message in ((good[:50], "Resize the mask"), (good + 4, "classes.txt has 4 lines")):
+    for wrong, message in ((good[:50], "Resize the mask"), (good + 4, "4 classes")):
         Image.fromarray(wrong).save(mask)
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(UsageError, match=message):
             load_sets(world, recipe)
 
 
-def test_a_set_whose_crops_are_all_void_adds_nothing(world):
+def test_a_set_whose_pixels_are_all_ignored_adds_nothing(world):
     """Not NaN, which would end in every weight."""
     for mask in (world / "scenes" / "masks").iterdir():
         Image.fromarray(np.full_like(np.array(Image.open(mask)), 255)).save(mask)
     small = {"window": 32, "hidden_size": 64, "layers": 1, "vocab_size": 400, "batch_size": 4, "text_steps": 5}
     small |= {"steps": 3, "warmup_steps": 1, "workers": 0, "foreign_names": 2}
-    folder = train(Options(data=str(world), recipe=str(world / "recipe.yaml"), output=str(world / "void"), **small))
-    row = json.loads((world / "void" / "log.jsonl").read_text().splitlines()[0])
+    folder = main(arguments(world, world / "run", **small))
+    row = json.loads((world / "run" / "log.jsonl").read_text().splitlines()[0])
     assert row["set0"] == 0 and row["set1"] > 0
     assert all(t.isfinite().all() for t in SparForOpenVocabSegmentation.from_pretrained(folder).state_dict().values())
 
 
 def test_learns_words_and_resumes(world):
-    common = {"data": str(world), "recipe": str(world / "recipe.yaml"), "mixed_precision": "no", "workers": 0}
-    common |= {"window": 64, "hidden_size": 64, "layers": 2, "text_layers": 1, "vocab_size": 400, "batch_size": 8}
+    common = {
+        "workers": 0,
+        "window": 64,
+        "hidden_size": 64,
+        "layers": 2,
+        "text_layers": 1,
+        "vocab_size": 400,
+        "batch_size": 8,
+    }
     common |= {
         "text_steps": 120,
         "foreign_names": 2,
@@ -87,7 +118,7 @@ def test_learns_words_and_resumes(world):
         "save_steps": 150,
         "steps": 220,
     }
-    folder = train(Options(output=str(world / "run"), **common))
+    folder = main(arguments(world, world / "run", **common))
     log = [json.loads(line) for line in (world / "run" / "log.jsonl").read_text().splitlines()]
     assert log[-1]["set0"] < 0.5 * log[0]["set0"]
 
@@ -101,22 +132,23 @@ def test_learns_words_and_resumes(world):
             assert (model(pixels, text_embeds=texts).logits.argmax(1) == index).float().mean() > 0.7
 
     # the same run, stopped after its checkpoint and taken up again, ends in the same weights
-    resumed = train(Options(output=str(world / "run"), resume=True, **common))
+    as_version_0_1_stored_it(world / "run" / "checkpoint-150" / "state.json")
+    resumed = main(arguments(world, world / "run", resume=True, **common))
     again = SparForOpenVocabSegmentation.from_pretrained(resumed).state_dict()
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(again[name], tensor, atol=1e-6, rtol=1e-5)
 
-    with pytest.raises(ValueError, match="Go on with --resume"):  # or it would mix its checkpoints with these
-        train(Options(output=str(world / "run"), **common))
-    with pytest.raises(ValueError, match=r"--seed \(was 0, is 1\)"):
-        train(Options(output=str(world / "run"), resume=True, **common, seed=1))
+    with pytest.raises(UsageError, match="--resume"):  # or it would mix its checkpoints with these
+        main(arguments(world, world / "run", **common))
+    with pytest.raises(UsageError, match=r"--seed \(was 0, is 1\)"):
+        main(arguments(world, world / "run", resume=True, **common, seed=1))
 
     # another run goes on from the finished model: what it knows is kept, its words and sizes stand
-    more = common | {"steps": 21, "learning_rate": 1e-4, "output": str(world / "more"), "start": str(folder)}
-    with pytest.raises(ValueError, match="leave out --window, --hidden_size"):
-        train(Options(**more))
-    more = {name: value for name, value in more.items() if name not in FIRST}
-    further = SparForOpenVocabSegmentation.from_pretrained(train(Options(**more)))
+    more = common | {"steps": 21, "learning_rate": 1e-4, "start": folder}
+    with pytest.raises(UsageError, match="leave out --window, --hidden_size"):
+        main(arguments(world, world / "more", **more))
+    more = {name: value for name, value in more.items() if not hasattr(NewModelOptions(), name)}
+    further = SparForOpenVocabSegmentation.from_pretrained(main(arguments(world, world / "more", **more)))
     later = [json.loads(line) for line in (world / "more" / "log.jsonl").read_text().splitlines()]
     assert further.config.image_size == 64 and max(row["set0"] for row in later) < 0.5 * log[0]["set0"]
     trained, before = further.state_dict(), model.state_dict()
@@ -150,8 +182,97 @@ def test_words_without_labels_lie_near_words_with_some(world):
     torch.testing.assert_close(same, torch.tensor(1.0))  # synonyms share their class's direction
 
     tokenizer = build_tokenizer(sets, ["street"], 400)
-    options = Options(data="", output="", window=64, hidden_size=64, layers=1)
-    model = build_model(options, tokenizer)
+    model = build_model(NewModelOptions(window=64, hidden_size=64, layers=1), tokenizer)
     reached = teach_words(model, tokenizer, sets, ["street"], str(encoder), steps=60, seed=0)
     assert min(reached.values()) > 0.8
     assert not any(weight.requires_grad for weight in model.text_model.parameters())
+
+
+def test_sigterm_stops_after_the_step(world, monkeypatch):
+    small = {"window": 32, "hidden_size": 64, "layers": 1, "vocab_size": 400, "batch_size": 4, "text_steps": 5}
+    small |= {"steps": 6, "warmup_steps": 1, "workers": 0, "foreign_names": 2}
+    whole = main(arguments(world, world / "whole", **small))
+    step_loss, calls = trainer.step_loss, []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            signal.raise_signal(signal.SIGTERM)
+        return step_loss(*args)
+
+    monkeypatch.setattr(trainer, "step_loss", interrupted)
+    assert main(arguments(world, world / "run", **small)) is None
+    monkeypatch.undo()
+    assert sorted(path.name for path in (world / "run").iterdir()) == ["checkpoint-3", "log.jsonl"]
+    resumed = main(arguments(world, world / "run", **small, resume=True))
+    weights = [load_file(folder / "model.safetensors") for folder in (whole, resumed)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+class TestUnnamedClass:
+    """A set whose class `road` stands for pixels that belong to none of its other classes."""
+
+    @pytest.fixture
+    def sets(self, world):
+        recipe = yaml.safe_load((world / "recipe.yaml").read_text())
+        recipe["sets"][0]["unnamed"] = "road"
+        return load_sets(world, recipe)
+
+    def test_it_has_no_word_and_no_prompt(self, sets):
+        scenes = sets[0]
+        assert scenes.unnamed == 1 and scenes.names[1] == []
+        assert any((mask == 1).any() for mask in scenes.masks)  # its pixels are not ignored
+        labels = [torch.tensor([[[0, 1], [2, 1]]]), torch.tensor([0])]
+        for seed in range(20):
+            options = TrainingOptions(foreign_names=2)
+            prompts = draw_prompts(sets, labels, options, random.Random(seed))[0]
+            assert not any("road" in text for text in prompts.texts)
+            assert prompts.targets == [0, 2, FOREIGN, FOREIGN]
+            assert {"sky", "lawn", "grass"} & set(" ".join(prompts.texts[:2]).replace(".", " ").split())
+
+    def test_its_pixels_are_pushed_to_words_of_other_sets_together(self):
+        classes, weights = torch.tensor([0, 2, FOREIGN, FOREIGN]), torch.ones(3)
+        labels = torch.full((1, 2, 2), 1)
+
+        def loss(*probabilities):
+            logits = torch.tensor(probabilities).log().view(1, 4, 1, 1).expand(1, 4, 2, 2)
+            return float(pixel_loss(logits, labels, classes, weights, unnamed=1))
+
+        assert loss(0.25, 0.25, 0.25, 0.25) == pytest.approx(-math.log(0.5), rel=1e-5)
+        assert loss(0.1, 0.1, 0.7, 0.1) == pytest.approx(loss(0.1, 0.1, 0.4, 0.4), rel=1e-5)  # any of them is right
+        assert loss(0.1, 0.1, 0.4, 0.4) < loss(0.25, 0.25, 0.25, 0.25) < loss(0.45, 0.45, 0.05, 0.05)
+
+    def test_its_pixels_never_pull_a_named_class(self):
+        """The gradient raises foreign words alone; where there are none, the pixels are ignored."""
+        labels, weights = torch.full((1, 3, 3), 1), torch.ones(3)
+        logits = torch.randn(1, 4, 3, 3, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        pixel_loss(logits, labels, torch.tensor([0, 2, FOREIGN, FOREIGN]), weights, unnamed=1).backward()
+        assert (logits.grad[:, :2] > 0).all() and (logits.grad[:, 2:] < 0).all()
+
+        logits = torch.randn(1, 2, 3, 3).requires_grad_()
+        loss = pixel_loss(logits, labels, torch.tensor([0, 2]), weights, unnamed=1)
+        loss.backward()
+        assert loss == 0 and not logits.grad.any()
+
+    def test_a_class_that_is_none_is_refused(self, world):
+        recipe = yaml.safe_load((world / "recipe.yaml").read_text())
+        recipe["sets"][0]["unnamed"] = "background"
+        with pytest.raises(UsageError, match=r"'background' is no class.*sky, road"):
+            load_sets(world, recipe)
+
+
+def test_even_classes__images_are_drawn_by_class():
+    """Of ten images nine hold class 0 alone, and one holds classes 1 and 2: two classes of three, two draws of three."""
+    masks = [np.zeros((8, 8), np.uint8) for _ in range(10)]
+    masks[9][:4], masks[9][4:] = 1, 2
+    images, names = [np.zeros((8, 8, 3), np.uint8)] * 10, [["sky"], ["road"], ["grass"], []]
+    spec = {"weight": 1, "crop": [4, 8]}
+
+    def share_of_the_last(spec):
+        crop_set, rng = CropSet(images, masks, names, spec), random.Random(0)
+        drawn = [crop_set.draw_image(rng) for _ in range(3000)]
+        assert set(drawn) == set(range(10))
+        return drawn.count(9) / len(drawn)
+
+    assert share_of_the_last(spec) == pytest.approx(1 / 10, abs=0.02)
+    assert share_of_the_last({**spec, "even_classes": True}) == pytest.approx(2 / 3, abs=0.03)

@@ -1,0 +1,202 @@
+"""Training crops of the pre-training: sets held in memory, and batches that depend on the seed and the step alone."""
+
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+from tqdm.auto import tqdm
+
+from spar_hf.data.augmentation import jitter
+from spar_hf.data.order import split_held_out
+from spar_hf.data.segmentation_sets import IGNORE_INDEX, open_folder, readable_name
+from spar_hf.data.sources import list_images
+from spar_hf.model.image_input import read_image, to_rgb
+from spar_hf.utils.errors import UsageError, as_usage_errors
+
+LABEL_GRID = 4  # pixels of a crop per label, along each side
+MASK_STRIDE = 4  # masks are searched for a class at each so-many-th pixel
+
+
+class CropSet:
+    """
+    A set of images in memory, and square crops of it.
+
+    Args:
+        images: `(height, width, 3)` uint8 each.
+        masks: classes `(height, width)` uint8 each, 255 ignored; `None` for tagged images, which have a name and no mask.
+        names: words of each class, or of each tagged image; empty for classes that no word may stand for.
+        spec: the set's entry in the recipe: `weight`, `crop` (smallest and largest side in pixels), `even_classes`.
+        unnamed: class of the pixels that belong to none of the other classes.
+    """
+
+    def __init__(
+        self,
+        images: list[np.ndarray],
+        masks: list[np.ndarray] | None,
+        names: list[list[str]],
+        spec: dict[str, Any],
+        unnamed: int | None = None,
+    ):
+        self.images, self.masks, self.names, self.unnamed = images, masks, names, unnamed
+        self.weight, self.crop = spec["weight"], spec["crop"]
+        self.images_of: dict[int, list[int]] = {}  # class -> numbers of the images that hold it
+        if masks is not None:
+            counts = np.stack([np.bincount(mask.ravel(), minlength=256)[: len(names)] for mask in masks])
+            if spec.get("even_classes"):
+                holding = {c: np.flatnonzero(counts[:, c]).tolist() for c, words in enumerate(names) if words}
+                self.images_of = {c: numbers for c, numbers in holding.items() if numbers}
+            pixels = counts.sum(0)
+            share = np.maximum(pixels / max(pixels.sum(), 1), 1e-5)
+            weights = share**-0.35  # rare classes count more, but not equally
+            self.class_weights = torch.tensor(weights / (weights * share).sum(), dtype=torch.float32).clamp(max=8)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def draw_image(self, rng: random.Random) -> int:
+        """Number of an image; with `even_classes` it holds a class drawn first, so that rare classes are not crowded out."""
+        if self.images_of:
+            return rng.choice(self.images_of[rng.choice(list(self.images_of))])
+        return rng.randrange(len(self.images))
+
+    def cut(self, rng: random.Random, window: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        A crop and its labels.
+
+        Returns:
+            Pixels `(3, window, window)` in -1 to 1; and labels `(grid, grid)` int64, where `grid` is `window / LABEL_GRID`,
+            or the number of a tagged image.
+        """
+        index = self.draw_image(rng)
+        source = self.images[index]
+        box = self._draw_box(rng, index)
+        flip = rng.random() < 0.5
+        image = np.asarray(Image.fromarray(source).resize((window, window), Image.Resampling.BICUBIC, box=box))
+        pixels = torch.from_numpy(image.copy()).permute(2, 0, 1).float() / 255  # (3, window, window)
+        pixels = jitter(pixels, rng)
+        if self.masks is None:
+            label = torch.tensor(index)
+        else:
+            grid = window // LABEL_GRID
+            mask = Image.fromarray(self.masks[index]).resize((grid, grid), Image.Resampling.NEAREST, box=box)
+            label = torch.from_numpy(np.asarray(mask).astype(np.int64))  # (grid, grid)
+        if flip:
+            pixels, label = pixels.flip(-1), label.flip(-1) if label.ndim else label
+        return pixels * 2 - 1, label
+
+    def _draw_box(self, rng: random.Random, index: int) -> tuple[float, float, float, float]:
+        """Left, top, right and bottom of a crop; half of them hold a pixel of a class drawn from those in the image."""
+        height, width = self.images[index].shape[:2]
+        low, high = self.crop
+        side = min(math.exp(rng.uniform(math.log(low), math.log(high))), height, width)
+        aspect = math.exp(rng.uniform(-0.15, 0.15))
+        crop_height, crop_width = min(side * aspect, height), min(side / aspect, width)
+        top, left = rng.uniform(0, height - crop_height), rng.uniform(0, width - crop_width)
+        if self.masks is not None and rng.random() < 0.5:  # small classes, poles and riders, would be seen too rarely
+            mask = self.masks[index][::MASK_STRIDE, ::MASK_STRIDE]
+            present = [c for c in np.unique(mask) if c not in (IGNORE_INDEX, self.unnamed)]
+            rows, columns = np.nonzero(mask == rng.choice(present or [IGNORE_INDEX]))
+            if len(rows):
+                k = rng.randrange(len(rows))
+                top = min(max(rows[k] * MASK_STRIDE - crop_height * rng.random(), 0), height - crop_height)
+                left = min(max(columns[k] * MASK_STRIDE - crop_width * rng.random(), 0), width - crop_width)
+        return left, top, left + crop_width, top + crop_height
+
+
+class CropBatches(Dataset):
+    """
+    Item i is batch i: a list with pixels and labels of every set. It depends on the seed and i, whatever the worker.
+
+    Args:
+        sets: the sets, which share the crops of a batch by their weights.
+        batch_size: crops per batch; each set gets at least one.
+        window: side of the crops in pixels.
+        steps: number of batches.
+        seed: of all batches.
+    """
+
+    def __init__(self, sets: list[CropSet], batch_size: int, window: int, steps: int, seed: int):
+        self.sets, self.window, self.steps, self.seed = sets, window, steps, seed
+        total = sum(s.weight for s in sets)
+        self.counts = [max(1, round(batch_size * s.weight / total)) for s in sets]
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __getitem__(self, step: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        rng = random.Random(f"{self.seed}-{step}")
+        groups = []
+        for crop_set, count in zip(self.sets, self.counts, strict=True):
+            crops = [crop_set.cut(rng, self.window) for _ in range(count)]
+            pixels, labels = (torch.stack(parts) for parts in zip(*crops, strict=True))
+            if crop_set.masks is not None and rng.random() < 0.3:
+                pixels, labels = paste_box(pixels, labels, rng)
+            groups.append((pixels, labels))
+        return groups
+
+
+def paste_box(pixels: torch.Tensor, labels: torch.Tensor, rng: random.Random) -> tuple[torch.Tensor, torch.Tensor]:
+    """CutMix (Yun et al., 2019) for label maps: every crop gets a box of its neighbour in the batch."""
+    grid = labels.shape[-1]
+    height, width = (rng.randint(grid // 4, grid // 2) for _ in range(2))
+    top, left = rng.randint(0, grid - height), rng.randint(0, grid - width)
+    labels, pixels, scale = labels.clone(), pixels.clone(), LABEL_GRID
+    labels[:, top : top + height, left : left + width] = labels.roll(1, 0)[:, top : top + height, left : left + width]
+    rows = slice(top * scale, (top + height) * scale)
+    columns = slice(left * scale, (left + width) * scale)
+    pixels[:, :, rows, columns] = pixels.roll(1, 0)[:, :, rows, columns]
+    return pixels, labels
+
+
+def load_sets(root: Path, recipe: dict[str, Any]) -> list[CropSet]:
+    """
+    Read every set of a recipe into memory. Held-out words are removed from every label, held-out images from every set.
+
+    Raises:
+        UsageError: images or masks do not fit, or the recipe names a class that a set does not have.
+    """
+    sets = [load_masked_set(root, spec, recipe) for spec in recipe["sets"]]
+    return sets + [load_tagged_set(root, spec, recipe) for spec in recipe.get("tagged", [])]
+
+
+def load_masked_set(root: Path, spec: dict[str, Any], recipe: dict[str, Any]) -> CropSet:
+    """Images with masks; pixels of held-out classes are ignored."""
+    data = open_folder(root / spec["path"]).filter(exclude=spec.get("exclude"))
+    data = data.select(split_held_out(len(data), spec.get("holdout_every", 0))[0])
+    words, unnamed = [readable_name(name) for name in data.labels], spec.get("unnamed")
+    if unnamed is not None and unnamed not in words:
+        raise UsageError(f"{root / spec['path']}: unnamed: {unnamed!r} is no class. Use one of: {', '.join(words)}.")
+    held_out = {word.lower() for word in recipe["held_out"]}
+    labels = np.full(256, IGNORE_INDEX, np.uint8)
+    names = []
+    for number, word in enumerate(words):
+        names.append([] if word in held_out or word == unnamed else [word, *recipe["synonyms"].get(word, [])])
+        labels[number] = IGNORE_INDEX if word in held_out else number
+    if "null" in words:  # says nothing to a reader; its synonyms do
+        names[words.index("null")].remove("null")
+    images, masks = [], []
+    for number in tqdm(range(len(data)), desc=spec["path"]):
+        image, mask = data.read(number)
+        images.append(np.asarray(image))
+        masks.append(labels[mask])
+    return CropSet(images, masks, names, spec, None if unnamed is None else words.index(unnamed))
+
+
+def load_tagged_set(root: Path, spec: dict[str, Any], recipe: dict[str, Any]) -> CropSet:
+    """Images without masks that are named in their file names, `PREFIX_NAME.jpg`; those of held-out names are left out."""
+    held_out = {word.lower() for word in recipe["held_out_tags"]}
+    images, names = [], []
+    for path in tqdm(list_images(root / spec["path"]), desc=spec["path"]):
+        prefix, _, name = path.stem.partition("_")
+        if readable_name(name) in held_out:
+            continue
+        groups = [word for first, last, word in recipe["groups"] if first <= prefix <= last]
+        with as_usage_errors():
+            images.append(np.asarray(to_rgb(read_image(path))))
+        names.append([readable_name(name), *groups])
+    return CropSet(images, None, names, spec)
