@@ -7,13 +7,14 @@ import sys
 import pytest
 from launching import ENVIRONMENT, TRAINING, reset_accelerate
 
-from spar_hf.distillation.options import parse_options
+from spar_hf.distillation.recipes import parse_options
 from spar_hf.distillation.trainer import Distillation
 
 
-def distil(base, images, output, *options):
-    """A run in this process. Each is a process of its own to accelerate."""
-    arguments = ["--model", base, "--images", images, "--output", output, "--workers", 0, "--holdout_every", 3]
+def distil(base, images, output, *options, recipe=None):
+    """A run in this process. Each is a process of its own to accelerate. The options of a recipe are left as they are."""
+    arguments = ["--model", base, "--images", images, "--output", output]
+    arguments = [*arguments, "--workers", 0, "--holdout_every", 3] if recipe is None else [recipe, *arguments]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ACCELERATE_USE_CPU", "true")
         try:

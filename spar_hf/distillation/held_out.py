@@ -1,13 +1,8 @@
-"""
-Held-out images: how far the student is from the full teacher there, and what that looks like: feature maps of both in the
-colours of one PCA, and the curves of the errors.
-"""
+"""The held-out error: how far the student is from the full teacher on images that are not trained on."""
 
-import copy
-import json
 import random
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,157 +11,140 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from spar_hf import SlidingWindowTeacher
-from spar_hf.data.sources import Skipped, SkippedList, Ticket, TrainingImages, augment
-from spar_hf.utils.atomic import write_atomically
+from spar_hf.data.augmentation import Views, draw_crop
+from spar_hf.data.order import Sample
+from spar_hf.data.training_images import Skipped, SkippedList, TrainingImages
+from spar_hf.distillation.pictures import compare_features
 
 PICTURED = 3  # images in a picture of feature maps
 
 
-class HeldOut:
+@dataclass
+class TeacherPair:
     """
-    Held-out images at the largest size of the recipe, without crop, flip or jitter, and the full teacher's maps of them.
+    A whole image and the full teacher's map of it.
 
     Attributes:
-        targets: pixel values `(1, 3, height, width)` and the teacher's map `(1, dim, h, w)` of each image.
+        image: the image that the teacher saw.
+        pixel_values: `(1, 3, height, width)`.
+        target: `(1, dim, h, w)`.
     """
 
-    def __init__(
-        self,
-        tickets: list[Ticket],
-        images: TrainingImages,
-        teacher: SlidingWindowTeacher,
-        skipped: SkippedList,
-        progress: bool = True,
-    ):
-        fixed = copy.copy(images.options)
-        fixed.min_scale, fixed.crop_probability, fixed.flip_probability = 1.0, 0.0, 0.0
-        self.targets: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self.pictured: list[Image.Image] = []
-        device = next(teacher.parameters()).device
-        for ticket in tqdm(tickets, "full teacher", disable=not progress):
-            try:
-                image = images.read(ticket)
-            except Exception as error:  # as for images to train on: no file may end a training
-                skipped.add(Skipped(ticket.name, str(error) or type(error).__name__))
-                continue
-            image = augment(image, images.window, images.patch_size, fixed, random.Random(0))
-            pixel_values = images.pixels(image).to(device)
-            self.targets.append((pixel_values, teacher(pixel_values).feature_map))
-            self.pictured += [image] if len(self.pictured) < PICTURED else []
+    image: Image.Image
+    pixel_values: torch.Tensor
+    target: torch.Tensor
+
+
+@torch.no_grad()
+def teach(
+    samples: Iterable[Sample],
+    images: TrainingImages,
+    views: Views,
+    teacher: SlidingWindowTeacher,
+    skipped: SkippedList,
+    generator: Callable[[Sample], random.Random],
+    progress: bool = True,
+) -> list[TeacherPair]:
+    """
+    Run the full teacher on a view of each image. Images that cannot be read are listed in `skipped`.
+
+    Args:
+        samples: the images.
+        images: reads them.
+        views: how views are drawn.
+        teacher: all its windows are run.
+        skipped: list of unreadable images.
+        generator: sample -> random numbers of its view.
+        progress: whether to show a progress bar.
+    """
+    pairs, device = [], next(teacher.parameters()).device
+    for sample in tqdm(samples, "full teacher", disable=not progress):
+        try:
+            image = images.read(sample)
+        except Exception as error:  # each of Pillow's decoders raises its own kind, and no file may end a training
+            skipped.add(Skipped(sample.name, str(error) or type(error).__name__))
+            continue
+        crop = draw_crop(image.size, images.window, images.patch_size, views, generator(sample))
+        view = crop.apply(image)
+        pixel_values = images.pixels(view).to(device)
+        pairs.append(TeacherPair(view, pixel_values, teacher(pixel_values).feature_map))
+    return pairs
+
+
+def largest_views(views: Views) -> Views:
+    """The largest size of a recipe, without crop, flip or jitter: what the held-out error is measured at."""
+    return replace(views, min_scale=1.0, crop_probability=0.0, flip_probability=0.0, jitter_probability=0.0)
+
+
+class HeldOut:
+    """
+    Measures the student against the full teacher.
+
+    Args:
+        pairs: held-out images and the full teacher's maps of them.
+    """
+
+    def __init__(self, pairs: list[TeacherPair]):
+        self.pairs = pairs
+        self.kept_maps: list[torch.Tensor] = []
+
+    def __len__(self) -> int:
+        return len(self.pairs)
 
     @torch.no_grad()
     def error(
         self,
         features: Callable[[torch.Tensor], torch.Tensor],
-        keep: int = 0,
-        decision: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+        keep_maps: int = 0,
+        decision: Callable[[torch.Tensor, torch.Tensor], float | None] | None = None,
     ) -> dict[str, float] | None:
         """
-        Mean squared error and mean cosine of student and full teacher; None without images.
+        Mean squared error (`mse`) and mean cosine of student and teacher over all patches; `None` without images.
 
         Args:
             features: the student, pixel values -> feature map.
-            keep: of how many images to keep the student's maps for [`HeldOut.picture`].
-            decision: student's and teacher's map -> the mean over patches that is given as `words`.
+            keep_maps: of how many images to keep the student's maps for [`HeldOut.picture`].
+            decision: student's and teacher's map -> a mean over patches that is reported as `words`, or `None`.
         """
-        squared, cosine, words, patches = 0.0, 0.0, 0.0, 0
-        self.found: list[torch.Tensor] = []
-        for pixel_values, target in self.targets:
-            found = features(pixel_values).float()
-            squared += float((found - target).square().mean(1).sum())
-            cosine += float(nn.functional.cosine_similarity(found, target, dim=1).sum())
-            if decision is not None:
-                words += float(decision(found, target)) * target.shape[-2] * target.shape[-1]
-            patches += target.shape[-2] * target.shape[-1]
-            self.found += [found[0]] if len(self.found) < keep else []
+        squared, cosine, words, patches, has_words = 0.0, 0.0, 0.0, 0, False
+        self.kept_maps = []
+        for pair in self.pairs:
+            found = features(pair.pixel_values).float()
+            count = pair.target.shape[-2] * pair.target.shape[-1]
+            squared += float((found - pair.target).square().mean(1).sum())
+            cosine += float(nn.functional.cosine_similarity(found, pair.target, dim=1).sum())
+            if decision is not None and (divergence := decision(found, pair.target)) is not None:
+                words, has_words = words + divergence * count, True
+            patches += count
+            if len(self.kept_maps) < keep_maps:
+                self.kept_maps.append(found[0])
         if not patches:
             return None
         errors = {"mse": round(squared / patches, 6), "cosine": round(cosine / patches, 4)}
-        return errors if decision is None else {**errors, "words": round(words / patches, 6)}
+        return {**errors, "words": round(words / patches, 6)} if has_words else errors
 
     def picture(self) -> Image.Image:
         """The images whose maps were kept, beside the maps of teacher and student."""
-        teacher = [target[0] for _, target in self.targets[: len(self.found)]]
-        return compare_features(self.pictured[: len(self.found)], teacher, self.found)
+        shown = self.pairs[: len(self.kept_maps)]
+        return compare_features([pair.image for pair in shown], [pair.target[0] for pair in shown], self.kept_maps)
 
 
-@torch.no_grad()
-def feature_colours(maps: Sequence[torch.Tensor], basis_of: torch.Tensor) -> list[torch.Tensor]:
+@dataclass
+class ErrorCurve:
     """
-    Feature maps `(dim, h, w)` as colours `(3, h, w)` in 0 to 1: their first three principal axes, all maps in the basis and
-    the range of one of them, so that equal features have equal colours.
+    The held-out errors of a run.
+
+    Attributes:
+        before: of the student before training; `None` without held-out images.
+        points: of later steps, with a `step` each.
+        words_weight: weight of `words` beside `mse`.
     """
-    rows = basis_of.float().flatten(1).T  # (h * w, dim)
-    mean = rows.mean(0)
-    _, axes = torch.linalg.eigh((rows - mean).T @ (rows - mean))
-    axes = axes[:, -3:].flip(1)  # the largest last: (dim, 3)
-    axes = axes * torch.where(axes.sum(0) < 0, -1.0, 1.0)  # a sign of its own, not the solver's whim
-    low, high = torch.quantile((rows - mean) @ axes, torch.tensor([0.01, 0.99], device=rows.device), dim=0)
-    colours = []
-    for feature_map in maps:
-        values = (feature_map.float().flatten(1).T - mean) @ axes  # (h * w, 3)
-        values = ((values - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
-        colours.append(values.T.unflatten(1, feature_map.shape[1:]))
-    return colours
 
+    before: dict[str, float] | None = None
+    points: list[dict[str, Any]] = field(default_factory=list)
+    words_weight: float = 0.0
 
-def compare_features(
-    images: Sequence[Image.Image], teacher: Sequence[torch.Tensor], student: Sequence[torch.Tensor], side: int = 360
-) -> Image.Image:
-    """A row per image: the image, the teacher's map `(dim, h, w)`, the student's, all `side` pixels high."""
-    rows = []
-    for image, target, found in zip(images, teacher, student, strict=True):
-        panels = [image]
-        for colours in feature_colours([target, found], target):
-            pixels = (colours.permute(1, 2, 0) * 255).round().byte().cpu().numpy()  # (h, w, 3)
-            panels.append(Image.fromarray(pixels).resize(image.size, Image.Resampling.NEAREST))
-        width = max(1, round(image.width * side / image.height))
-        panels = [panel.resize((width, side), Image.Resampling.LANCZOS) for panel in panels]
-        row = Image.new("RGB", (3 * width + 16, side), "white")
-        for i, panel in enumerate(panels):
-            row.paste(panel, (i * (width + 8), 0))
-        rows.append(row)
-    sheet = Image.new("RGB", (max(row.width for row in rows), len(rows) * (side + 8) - 8), "white")
-    for i, row in enumerate(rows):
-        sheet.paste(row, (0, i * (side + 8)))
-    return sheet
-
-
-@torch.no_grad()
-def whole_images(
-    tickets: list[Ticket], images: TrainingImages, teacher: SlidingWindowTeacher, skipped: SkippedList
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """
-    Images at the random sizes of training but not cropped, as they are used later, and the full teacher's maps of them:
-    `(1, 3, height, width)` and `(1, dim, h, w)` each. Those that cannot be read are listed.
-    """
-    whole, pairs, device = copy.copy(images), [], next(teacher.parameters()).device
-    whole.options = copy.copy(images.options)
-    whole.options.crop_probability = 0.0
-    for ticket in tqdm(tickets, "full teacher"):
-        sample = whole[ticket]
-        if isinstance(sample, Skipped):
-            skipped.add(sample)
-            continue
-        pixel_values = sample.pixel_values.to(device)
-        pairs.append((pixel_values, teacher(pixel_values).feature_map))
-    return pairs
-
-
-def draw_curve(log: Path, held_out: list[dict[str, Any]], kept: dict[str, Any] | None, path: Path) -> None:
-    """The training loss of `log.jsonl` and the held-out errors over the steps, the kept student's marked, as a picture."""
-    from matplotlib.figure import Figure  # a second of import, once at the end; a figure by itself needs no display
-
-    rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    axes.plot([row["step"] for row in rows], [row["loss"] for row in rows], color="0.6", label="training loss")
-    if kept is not None:
-        steps, errors = [point["step"] for point in held_out], [point["mse"] for point in held_out]
-        axes.plot(steps, errors, "o-", color="C0", label="held-out mean squared error")
-        axes.plot(kept["step"], kept["mse"], "o", color="C3", label=f"the student kept (step {kept['step']})")
-    axes.set_xlabel("optimizer step")
-    axes.set_ylim(bottom=0)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=120))
+    @property
+    def best(self) -> dict[str, Any] | None:
+        """The point of the student that is kept: the smallest loss, without whitening."""
+        return min(self.points, key=lambda p: p["mse"] + self.words_weight * p.get("words", 0.0), default=None)

@@ -1,19 +1,26 @@
-"""What a distillation can be told, in one dataclass; recipes by name and from YAML; checks before any work starts."""
+"""
+Options of a distillation, validated before any model is loaded.
 
-from dataclasses import dataclass, field, fields
+Each part is a small dataclass that says what one step of the work needs; [`DistillationOptions`] composes them and checks
+what they ask for together. On the command line and in YAML recipes (`recipes.py`) the options of all parts are flat.
+"""
+
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
-from transformers import HfArgumentParser
 from transformers.trainer_utils import SchedulerType
 
-from spar_hf.distillation.student import BLOCK_PARTS, OTHER_PARTS
+from spar_hf.data.augmentation import Views
+from spar_hf.data.sources import ImageOptions
+from spar_hf.distillation.trainable import ADAPTER_PARTS, BLOCK_PARTS, OTHER_PARTS
 from spar_hf.teacher import VARIANTS
 from spar_hf.utils.checkpoints import settings_of
+from spar_hf.utils.errors import UsageError
+from spar_hf.utils.options import ComposedOptions, require_not_negative, require_one_of, require_positive, require_share
 
-# SPAR, section 4: images fit 4 x 2 windows times U(0.5, 1); the third recipe's go up to 2560 px, 5 of its windows of 512 px
+# SPAR, section 4: images fit 4 × 2 windows times U(0.5, 1). The third recipe's go up to 2560 px, 5 of its windows of 512 px.
 RECIPE: dict[str, Any] = {
     "epochs": 10,
     "learning_rate": 2e-5,
@@ -30,196 +37,40 @@ PRESETS: dict[str, dict[str, Any]] = {
     "spar-all": RECIPE | {"train_layers": "all"},
     "spar-all-hires": RECIPE | {"train_layers": "all", "long_side": 5.0, "short_side": 2.5},
 }
-# what a resumed run may have otherwise: none of it changes what is learned
+DEFAULT_STEPS = 1000
+PRECISIONS = ("no", "fp16", "bf16")
+# A resumed run may change these: they do not change what is learned.
 FREE = {"output", "resume", "workers", "save_steps", "eval_steps", "picture_steps", "report_to", "preset"}
-# what an image's view is drawn with; of stored maps the cache says it
-VIEW = ["long_side", "short_side", "min_scale", "crop_probability", "flip_probability", "jitter_probability"]
-# what the written folder says of its making as it was given
-RECORDED = [
-    "teacher_mode",
-    "teacher_variant",
-    "exclude",
-    "preset",
-    "train_layers",
-    "train_parts",
-    "lora_rank",
-    "whiten",
-    "words",
-    "words_weight",
-    "local_start",
-    "fit_prior",
-    "learning_rate",
-    "weight_decay",
-    "seed",
-]
 
 
 @dataclass(kw_only=True)
-class TeacherViews:
-    """
-    What the teacher sees of which images: the options that distillation and the cache of its maps have both. Sizes of images
-    are in windows, so that the recipe fits every backbone.
-    """
-
-    exclude: list[str] = field(default_factory=list, metadata={"help": "Shell patterns of file stems never read."})
-    holdout_every: int = field(
-        default=20,
-        metadata={
-            "help": "Each n-th image of every folder (sorted by name) or data set is kept for the held-out error; of a "
-            "stream those whose checksum is a multiple of n."
-        },
-    )
-    stride: int = field(default=24, metadata={"help": "Stride of the teacher's windows in pixels."})
-    window_size: int | None = field(
-        default=None, metadata={"help": "Teacher's window; the model's image_size by default."}
-    )
-    window_batch_size: int = field(default=16, metadata={"help": "Windows per forward pass of the teacher."})
-    long_side: float = field(default=4.0, metadata={"help": "Images fit this many windows along their longer side ..."})
-    short_side: float = field(default=2.0, metadata={"help": "... and this many along their shorter side,"})
-    min_scale: float = field(default=0.5, metadata={"help": "times a factor drawn between this and 1."})
-    crop_probability: float = field(
-        default=0.5, metadata={"help": "Chance of a random crop to 0.4 or more of each side."}
-    )
-    flip_probability: float = field(default=0.5, metadata={"help": "Chance of a horizontal flip."})
-    jitter_probability: float = field(
-        default=0.0,
-        metadata={
-            "help": "Chance that light, contrast and colour of an image are changed at random, for teacher and student "
-            "alike (0 in the paper). Where images are few, the student else learns their light by heart."
-        },
-    )
-    seed: int = field(default=0, metadata={"help": "Seed of the order of images and of their views."})
-
-    def __post_init__(self):
-        if not 0 < self.min_scale <= 1 or self.holdout_every < 2:
-            raise ValueError("--min_scale lies in (0, 1] and --holdout_every is at least 2.")
-        for name in ("crop_probability", "flip_probability", "jitter_probability"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"--{name} {getattr(self, name)} must lie in 0 to 1.")
-        check_positive(self, "long_side short_side window_batch_size")
-
-
-def check_positive(options: Any, names: str) -> None:
-    """
-    Raises:
-        ValueError: one of these options is given and not above 0.
-    """
-    for name in names.split():
-        if getattr(options, name) is not None and getattr(options, name) <= 0:
-            raise ValueError(f"--{name} {getattr(options, name)} must be above 0.")
-
-
-@dataclass(kw_only=True)
-class Options(TeacherViews):
-    """Options of the distillation."""
+class WindowOptions:
+    """The model that teaches, and the windows that it runs on."""
 
     model: str = field(
         metadata={
-            "help": "Teacher, and start of the student: hub id or folder of a backbone of transformers or a SPAR model."
+            "help": "Teacher, and start of the student: hub id or folder of a Transformers backbone or of a SPAR model."
         }
     )
-    images: list[str] = field(
-        metadata={
-            "help": "Images, no labels needed: folders, lists (.txt, a path a line), data sets of `datasets` (a folder of "
-            "save_to_disk, .arrow and .parquet files, hub ids), WebDataset shards (.tar). One named twice counts twice."
-        }
+    stride: int = field(default=24, metadata={"help": "Stride of the teacher's windows in pixels."})
+    window_size: int | None = field(
+        default=None, metadata={"help": "Side of the teacher's windows in pixels; the model's image_size by default."}
     )
-    output: str = field(metadata={"help": "Folder to write the student to."})
-    preset: str | None = field(
-        default=None,
-        metadata={
-            "help": f"Recipe of the paper by name ({', '.join(PRESETS)}): last two blocks, everything, everything on larger "
-            "images. Options given beside it win."
-        },
-    )
-    student: list[str] = field(
-        default_factory=list,
-        metadata={
-            "help": "Start of the student, where it is not the teacher's encoder: an earlier student, or several that go "
-            "back to one, whose weights are averaged."
-        },
-    )
-    local_start: float | None = field(
-        default=None,
-        metadata={
-            "help": "Start the student with attention that stays near (training/local_start.py): standard deviation of the "
-            "Gaussian prior over distance in halves of the image's side, 0.3 say; with --position_extent in windows, which "
-            "is the same at two windows a side. For SigLIP and SigLIP2."
-        },
-    )
-    position_extent: int | None = field(
-        default=None,
-        metadata={
-            "help": "Let the student read its position table at one step per patch in images up to this many pixels, 1024 "
-            "say, instead of stretching it over each (`SparConfig.position_extent`). It begins as it was at two windows a "
-            "side. For SigLIP and SigLIP2."
-        },
-    )
-    fit_prior: int = field(
-        default=0,
-        metadata={
-            "help": "Training images, with all windows of the teacher, on which the strength of each block's prior is set "
-            "before training: of --local_start, or of a --student that had one; 20 say, 0 for none."
-        },
-    )
-    whiten: float = field(
-        default=0.0,
-        metadata={
-            "help": "Divides the error along each principal axis of the teacher's features by their variance there to this "
-            "power: 0 is the paper's mean squared error, 1 counts all axes alike."
-        },
-    )
-    words: list[str] = field(
-        default_factory=list,
-        metadata={
-            "help": "Built-in vocabularies (coco-stuff, cityscapes, ...) over which the student is to decide as the teacher "
-            "does, beside the paper's error of the features; for models with a text tower."
-        },
-    )
-    words_weight: float = field(default=5.0, metadata={"help": "Weight of that term beside the mean squared error."})
-    split: str = field(default="train", metadata={"help": "Split of the data sets among --images that have several."})
-    image_column: str | None = field(
-        default=None, metadata={"help": "Column of the images in data sets; found by its type by default."}
-    )
-    streaming: bool = field(
-        default=False, metadata={"help": "Read data sets and shards in passing, without an index or a copy on disk."}
-    )
-    shuffle_buffer: int = field(default=1000, metadata={"help": "Images among which a stream is shuffled."})
-    min_side: int = field(default=32, metadata={"help": "Images with a shorter side in pixels are skipped and listed."})
-    holdout_images: int = field(default=8, metadata={"help": "Held-out images the error is measured on."})
-    steps: int | None = field(default=None, metadata={"help": "Optimizer steps; 1000 where --epochs is not given."})
-    epochs: float | None = field(default=None, metadata={"help": "How often every image is seen, instead of --steps."})
-    train_layers: str = field(default="2", metadata={"help": "Trainable: number of last blocks, or 'all'."})
-    train_parts: list[str] = field(
-        default_factory=list,
-        metadata={
-            "help": f"Only these parts: {', '.join(BLOCK_PARTS)} of the blocks that --train_layers names; "
-            f"{', '.join(OTHER_PARTS)} outside of the blocks. Everything there by default."
-        },
-    )
-    lora_rank: int | None = field(
-        default=None,
-        metadata={
-            "help": "Train low-rank adapters (peft) of this rank on the blocks of --train_layers, by default on attention "
-            "and mlp; OUTPUT/adapter holds them."
-        },
-    )
-    lora_alpha: float | None = field(
-        default=None, metadata={"help": "Adapters are scaled by this over the rank; twice the rank by default."}
-    )
-    merge: bool = field(
-        default=False, metadata={"help": "Write the adapters merged into a plain OUTPUT/model as well."}
-    )
-    learning_rate: float = field(default=2e-5, metadata={"help": "Peak learning rate."})
-    weight_decay: float = field(default=1e-4, metadata={"help": "AdamW weight decay."})
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Name of a transformers schedule."})
-    warmup_ratio: float = field(default=0.05, metadata={"help": "Share of the steps with rising learning rate."})
-    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Images per process and optimizer step."})
+    window_batch_size: int = field(default=16, metadata={"help": "Windows per forward pass of the teacher."})
+
+    def __post_init__(self):
+        require_positive(self, "stride", "window_size", "window_batch_size")
+
+
+@dataclass(kw_only=True)
+class TeacherOptions(WindowOptions):
+    """The teacher, and how many of its windows make a target."""
+
     teacher_mode: str | None = field(
         default=None,
         metadata={
-            "help": "full: every window; sampled: an unbiased estimate from --teacher_windows of them; cached: maps "
-            "computed before. By default sampled where --teacher_windows is given, else full."
+            "help": "full: every window; sampled: an unbiased estimate from --teacher_windows of them; cached: feature "
+            "maps that cache_teacher.py computed before. By default sampled if --teacher_windows is given, else full."
         },
     )
     teacher_windows: int | None = field(
@@ -233,21 +84,192 @@ class Options(TeacherViews):
     teacher_cache: str | None = field(
         default=None,
         metadata={
-            "help": "Folder that training/cache_teacher.py wrote, for --teacher_mode cached: its images are trained on; "
-            "--images only gives those that are held out."
+            "help": "Folder that cache_teacher.py wrote, for --teacher_mode cached. Its images are trained on; --images "
+            "only provides the held-out ones."
         },
     )
-    mixed_precision: str | None = field(
-        default=None, metadata={"help": "no, fp16 or bf16; by default what accelerate's configuration says."}
+
+    def __post_init__(self):
+        super().__post_init__()
+        require_positive(self, "teacher_windows")
+        require_one_of(self, "teacher_mode", ("full", "sampled", "cached"))
+        require_one_of(self, "teacher_variant", VARIANTS)
+        if self.mode == "sampled" and self.teacher_windows is None:
+            raise UsageError("--teacher_mode sampled needs --teacher_windows, for example --teacher_windows 20.")
+        if self.mode != "sampled" and self.teacher_windows is not None:
+            raise UsageError(f"--teacher_mode {self.mode} draws no windows. Leave out --teacher_windows.")
+        if self.teacher_variant != "spread" and self.teacher_windows is None:
+            raise UsageError("--teacher_variant needs --teacher_windows: without it no windows are drawn.")
+        if (self.mode == "cached") != (self.teacher_cache is not None):
+            raise UsageError("--teacher_mode cached and --teacher_cache FOLDER belong together. Give both or neither.")
+
+    @property
+    def mode(self) -> str:
+        """`full`, `sampled` or `cached`."""
+        return self.teacher_mode or ("full" if self.teacher_windows is None else "sampled")
+
+
+@dataclass(kw_only=True)
+class StudentOptions:
+    """Where the student starts, which of its weights are trained, and how it is stored."""
+
+    student: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Start of the student instead of the teacher's encoder: an earlier student, or several students of one "
+            "teacher, whose weights are averaged."
+        },
+    )
+    local_start: float | None = field(
+        default=None,
+        metadata={
+            "help": "Start the student with attention that prefers near patches: standard deviation of the Gaussian prior "
+            "over distance, for example 0.3, in halves of the image's side; with --position_extent in teacher windows. Both "
+            "are the same at two windows a side. For SigLIP and SigLIP2."
+        },
+    )
+    position_extent: int | None = field(
+        default=None,
+        metadata={
+            "help": "Read the student's position table at one step per patch in images up to this many pixels, for example "
+            "1024, instead of stretching it over each image (`SparConfig.position_extent`). In images of two windows a side "
+            "the student starts unchanged. For SigLIP and SigLIP2."
+        },
+    )
+    fit_prior: int = field(
+        default=0,
+        metadata={
+            "help": "Training images, with all windows of the teacher, on which the width of each block's Gaussian prior is "
+            "fitted before training; for --local_start, or a --student that had it. For example 20; 0 fits nothing."
+        },
+    )
+    train_layers: str = field(default="2", metadata={"help": "Trained blocks: a number of last blocks, or 'all'."})
+    train_parts: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": f"Train only these parts: {', '.join(BLOCK_PARTS)} of the blocks that --train_layers names; "
+            f"{', '.join(OTHER_PARTS)} outside the blocks. All by default."
+        },
+    )
+    lora_rank: int | None = field(
+        default=None,
+        metadata={
+            "help": "Train low-rank adapters (peft) of this rank on the blocks of --train_layers, by default on attention "
+            "and mlp. They are written to OUTPUT/adapter."
+        },
+    )
+    lora_alpha: float | None = field(
+        default=None, metadata={"help": "Adapters are scaled by this over the rank; twice the rank by default."}
+    )
+    merge: bool = field(
+        default=False, metadata={"help": "Also write a plain model with the adapters merged to OUTPUT/model."}
     )
     save_dtype: str = field(
         default="float32", metadata={"help": "Precision of the stored weights: float32, float16 or bfloat16."}
     )
-    workers: int = field(default=1, metadata={"help": "Processes that decode images."})
-    log_steps: int = field(default=20, metadata={"help": "Steps between lines of the log."})
+
+    def __post_init__(self):
+        require_positive(self, "lora_rank", "lora_alpha", "local_start", "position_extent")
+        require_not_negative(self, "fit_prior")
+        require_one_of(self, "save_dtype", ("float32", "float16", "bfloat16"))
+        if self.train_layers != "all" and not (self.train_layers.isdigit() and int(self.train_layers) > 0):
+            raise UsageError(f"--train_layers {self.train_layers}: write 'all' or a number of last blocks, 1 or more.")
+        if unknown := sorted(set(self.train_parts) - {*BLOCK_PARTS, *OTHER_PARTS}):
+            raise UsageError(f"--train_parts {' '.join(unknown)}: use {', '.join((*BLOCK_PARTS, *OTHER_PARTS))}.")
+        if self.fit_prior and self.local_start is None and not self.student:
+            raise UsageError("--fit_prior needs a prior: give --local_start, or a --student that was trained with it.")
+        if self.lora_rank is None:
+            if self.merge or self.lora_alpha is not None:
+                raise UsageError("--merge and --lora_alpha are for adapters. Give --lora_rank too, for example 8.")
+        else:
+            self._check_adapters()
+
+    def _check_adapters(self):
+        if self.local_start or self.fit_prior or self.position_extent:
+            raise UsageError(
+                "--local_start, --position_extent and --fit_prior change weights that adapters do not contain. Leave them "
+                "or --lora_rank out."
+            )
+        if len(self.student) > 1:
+            raise UsageError(
+                "--lora_rank with several --student: adapters need the folder that they belong to, and the mean is in none. "
+                "Write it first, with --steps 1 and without --lora_rank."
+            )
+        if outside := [part for part in self.train_parts if part not in ADAPTER_PARTS]:
+            raise UsageError(
+                f"--train_parts {' '.join(outside)}: adapters are made for linear layers of blocks "
+                f"({', '.join(ADAPTER_PARTS)})."
+            )
+
+
+@dataclass(kw_only=True)
+class OptimisationOptions:
+    """Loss, optimiser and schedule."""
+
+    steps: int | None = field(
+        default=None, metadata={"help": f"Optimizer steps; {DEFAULT_STEPS} if --epochs is not given."}
+    )
+    epochs: float | None = field(default=None, metadata={"help": "How often every image is seen, instead of --steps."})
+    learning_rate: float = field(default=2e-5, metadata={"help": "Peak learning rate."})
+    weight_decay: float = field(default=1e-4, metadata={"help": "Weight decay of AdamW."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Name of a Transformers schedule."})
+    warmup_ratio: float = field(default=0.05, metadata={"help": "Share of the steps with rising learning rate."})
+    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Images per process and optimizer step."})
+    whiten: float = field(
+        default=0.0,
+        metadata={
+            "help": "Divide the error along each principal axis of the teacher's features by its variance to this power: 0 "
+            "is the paper's mean squared error, 1 weights all axes alike. Measured on the held-out images."
+        },
+    )
+    words: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Built-in vocabularies (coco-stuff, cityscapes, ...): beside the features, the student learns the "
+            "teacher's class probabilities over these names. For models with a text tower."
+        },
+    )
+    words_weight: float = field(
+        default=5.0, metadata={"help": "Weight of the --words term beside the mean squared error."}
+    )
+    mixed_precision: str | None = field(
+        default=None, metadata={"help": "no, fp16 or bf16; by default what `accelerate launch` was told."}
+    )
+    seed: int = field(default=0, metadata={"help": "Seed of the order of images, of their views and of drawn windows."})
+
+    def __post_init__(self):
+        require_positive(self, "steps", "epochs", "learning_rate", "gradient_accumulation_steps")
+        require_not_negative(self, "weight_decay")
+        require_share(self, "whiten", "warmup_ratio")
+        require_one_of(self, "mixed_precision", PRECISIONS)
+        require_one_of(self, "lr_scheduler_type", [str(kind.value) for kind in SchedulerType])
+        if self.steps is not None and self.epochs is not None:
+            raise UsageError("--steps and --epochs both say when to stop. Leave one out.")
+
+    @property
+    def max_steps(self) -> int | None:
+        """Optimizer steps, unless `epochs` decides."""
+        return DEFAULT_STEPS if self.steps is None and self.epochs is None else self.steps
+
+
+@dataclass(kw_only=True)
+class RunOptions:
+    """Where a run writes, how often it measures and saves, and whether it resumes."""
+
+    output: str = field(metadata={"help": "Folder of the run; the student is written to OUTPUT/model."})
+    preset: str | None = field(
+        default=None,
+        metadata={
+            "help": f"Recipe of the paper by name ({', '.join(PRESETS)}): the last two blocks, all weights, all weights on "
+            "larger images. Options given beside it take precedence."
+        },
+    )
+    holdout_images: int = field(default=8, metadata={"help": "Held-out images that the error is measured on."})
+    log_steps: int = field(default=20, metadata={"help": "Steps between rows of the log."})
     save_steps: int = field(default=500, metadata={"help": "Steps between checkpoints; the last two are kept."})
     eval_steps: int = field(
-        default=500, metadata={"help": "Steps between held-out errors; OUTPUT/model is the student with the least."}
+        default=500,
+        metadata={"help": "Steps between held-out errors; the student with the smallest is kept in OUTPUT/model."},
     )
     picture_steps: int = field(
         default=500,
@@ -259,149 +281,112 @@ class Options(TeacherViews):
     report_to: str = field(
         default="auto",
         metadata={
-            "help": "Tracker of accelerate by name (tensorboard, wandb, ...), none; auto: tensorboard if installed."
+            "help": "Tracker of accelerate (tensorboard, wandb, ...) or none; auto is tensorboard where it is installed."
         },
     )
 
     def __post_init__(self):
-        super().__post_init__()
-        if self.train_layers != "all" and not (self.train_layers.isdigit() and int(self.train_layers) > 0):
-            raise ValueError(f"--train_layers {self.train_layers}: write 'all' or a number of last blocks, 1 or more.")
-        for name in ("whiten", "warmup_ratio"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"--{name} {getattr(self, name)} must lie in 0 to 1.")
-        check_positive(
-            self,
-            "steps epochs teacher_windows gradient_accumulation_steps shuffle_buffer lora_rank lora_alpha local_start "
-            "position_extent log_steps save_steps eval_steps learning_rate",
-        )
-        for name in ("holdout_images", "picture_steps", "workers", "weight_decay"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"--{name} {getattr(self, name)} must be 0 or above.")
-        for name, known in (
-            ("save_dtype", ["float32", "float16", "bfloat16"]),
-            ("mixed_precision", [None, "no", "fp16", "bf16"]),
-            ("teacher_mode", [None, "full", "sampled", "cached"]),
-            ("teacher_variant", [*VARIANTS]),
-            ("lr_scheduler_type", [str(kind.value) for kind in SchedulerType]),
-            ("report_to", ["auto", "none", *map(str, LOGGER_TYPE_TO_CLASS)]),
-            ("preset", [None, *PRESETS]),
-        ):
-            if getattr(self, name) not in known:
-                raise ValueError(f"--{name} {getattr(self, name)}: use one of {', '.join(k for k in known if k)}.")
-        unknown = set(self.train_parts) - {*BLOCK_PARTS, *OTHER_PARTS}
-        if unknown:
-            known_parts = ", ".join((*BLOCK_PARTS, *OTHER_PARTS))
-            raise ValueError(f"--train_parts {' '.join(sorted(unknown))}: use {known_parts}.")
-        self._check_combinations()
-        self.teacher_mode = self.teacher_mode or ("full" if self.teacher_windows is None else "sampled")
-        if self.steps is None and self.epochs is None:
-            self.steps = 1000
+        require_positive(self, "log_steps", "save_steps", "eval_steps")
+        require_not_negative(self, "holdout_images", "picture_steps")
+        require_one_of(self, "report_to", ["auto", "none", *map(str, LOGGER_TYPE_TO_CLASS)])
+        require_one_of(self, "preset", PRESETS)
+
+
+@dataclass(kw_only=True)
+class DistillationOptions(ComposedOptions):
+    """
+    All options of a distillation.
+
+    Args:
+        images ([`ImageOptions`]): which images are read, and which of them are held out.
+        views ([`Views`]): how views of them are drawn.
+        teacher ([`TeacherOptions`]): model, windows, and how targets are made.
+        student ([`StudentOptions`]): start and trained weights of the student.
+        optimisation ([`OptimisationOptions`]): loss, optimiser and schedule.
+        run ([`RunOptions`]): output folder and intervals.
+
+    Raises:
+        UsageError: options that exclude each other; the message names them as on the command line.
+
+    Example:
+
+    ```python
+    >>> options = DistillationOptions.from_flat(model="base", images=["photos"], output="run", preset="spar-all")
+    >>> options.student.train_layers, options.optimisation.epochs, options.teacher.mode
+    ('all', 10, 'full')
+    ```"""
+
+    images: ImageOptions
+    views: Views
+    teacher: TeacherOptions
+    student: StudentOptions
+    optimisation: OptimisationOptions
+    run: RunOptions
+
+    def __post_init__(self):
+        if self.images.streaming and self.optimisation.epochs is not None:
+            raise UsageError(
+                "--streaming does not know how many images an epoch has. Give --steps instead of --epochs."
+            )
+        if self.teacher.mode == "cached" and (self.images.streaming or self.views.jitter_probability):
+            raise UsageError(
+                "--teacher_mode cached reads stored maps of stored views: leave out --streaming, and give "
+                "--jitter_probability to cache_teacher.py instead."
+            )
+        if (self.student.local_start is not None or self.student.fit_prior) and self.images.streaming:
+            raise UsageError("--local_start and --fit_prior need images from all of the set: leave out --streaming.")
+        if self.optimisation.whiten and not self.run.holdout_images:
+            raise UsageError("--whiten is measured on held-out images, and there are none; set --holdout_images.")
+
+    @classmethod
+    def from_flat(cls, **values: Any) -> "DistillationOptions":
+        """
+        Options under their names on the command line. A `preset` fills in what is not given.
+
+        Raises:
+            UsageError: an unknown, missing or invalid option.
+        """
+        return super().from_flat(**with_preset(values))
+
+    @property
+    def flat(self) -> dict[str, Any]:
+        """
+        All options by their names on the command line, as `recipe.yaml` keeps them. Defaults that depend on other options
+        (`teacher_mode`, `steps`) are resolved.
+        """
+        return super().flat | self.resolved
+
+    @property
+    def resolved(self) -> dict[str, Any]:
+        """Values of the options whose defaults depend on other options."""
+        return {"teacher_mode": self.teacher.mode, "steps": self.optimisation.max_steps}
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What a resumed run must have as well, as JSON and YAML give it back."""
-        return settings_of(self, FREE)
+        """The options that a resumed run must share, as JSON returns them."""
+        return settings_of(self, FREE) | self.resolved
 
     @property
     def folders(self) -> list[Path]:
-        """What is written: the adapters, the whole student, or both."""
-        adapter = [Path(self.output) / "adapter"] if self.lora_rank is not None else []
-        return adapter + ([Path(self.output) / "model"] if not adapter or self.merge else [])
-
-    def _check_combinations(self):
-        if self.steps is not None and self.epochs is not None:
-            raise ValueError("--steps and --epochs both say when to stop. Leave one out.")
-        if self.streaming and self.epochs is not None:
-            raise ValueError(
-                "--streaming does not know how many images an epoch has. Give --steps instead of --epochs."
-            )
-        if self.teacher_mode == "sampled" and self.teacher_windows is None:
-            raise ValueError("--teacher_mode sampled draws --teacher_windows of the windows: say how many, 20 say.")
-        if self.teacher_mode in ("full", "cached") and self.teacher_windows is not None:
-            raise ValueError(f"--teacher_mode {self.teacher_mode} draws no windows. Leave --teacher_windows out.")
-        if self.teacher_variant != "spread" and self.teacher_windows is None:
-            raise ValueError("--teacher_variant says how --teacher_windows are drawn, and none are.")
-        if (self.teacher_mode == "cached") != (self.teacher_cache is not None):
-            raise ValueError("--teacher_mode cached and --teacher_cache FOLDER belong together. Give both or neither.")
-        if self.teacher_mode == "cached" and (self.streaming or self.jitter_probability):
-            raise ValueError(
-                "--teacher_mode cached reads stored maps of stored crops: leave out --streaming, and give "
-                "--jitter_probability to training/cache_teacher.py instead."
-            )
-        if (self.local_start or self.fit_prior or self.position_extent) and self.lora_rank is not None:
-            raise ValueError(
-                "--local_start, --position_extent and --fit_prior change weights that adapters do not hold, and --lora_rank "
-                "writes adapters. Leave one out."
-            )
-        if self.fit_prior < 0 or (self.fit_prior and self.local_start is None and not self.student):
-            raise ValueError(
-                "--fit_prior takes a number of images, for --local_start or a --student that had one. Give one of them."
-            )
-        if (self.local_start is not None or self.fit_prior) and self.streaming:
-            raise ValueError(
-                "--local_start and --fit_prior look at images from all over the set first. Leave --streaming out."
-            )
-        if self.whiten and not self.holdout_images:
-            raise ValueError("--whiten measures the axes on held-out images, and there are none; set --holdout_images.")
-        if self.lora_rank is not None and len(self.student) > 1:
-            raise ValueError(
-                "Adapters go with the folder they were trained on, and the mean of several --student is in none: write it "
-                "first, with --steps 1 and without --lora_rank."
-            )
-        if self.lora_rank is None and (self.merge or self.lora_alpha is not None):
-            raise ValueError("--merge and --lora_alpha are about adapters. Give --lora_rank too, 8 say.")
-        outside = [part for part in self.train_parts if part not in ("qkv", "attention", "mlp")]
-        if self.lora_rank is not None and outside:
-            raise ValueError(
-                f"Adapters lie on linear layers of blocks (qkv, attention, mlp), not on {' '.join(outside)}."
-            )
+        """The folders that are written: adapters, the whole student, or both."""
+        output, adapters = Path(self.run.output), self.student.lora_rank is not None
+        plain = not adapters or self.student.merge
+        return [output / "adapter"] * adapters + [output / "model"] * plain
 
 
-def to_arguments(values: dict[str, Any]) -> list[str]:
-    """`{"images": ["a", "b"], "steps": 5}` -> `["--images", "a", "b", "--steps=5"]`, for the parser to read."""
-    arguments = []
-    for name, value in values.items():
-        if isinstance(value, (list, tuple)):
-            arguments += [f"--{name}", *map(str, value)] if value else []
-        elif value is not None:
-            arguments.append(f"--{name}={value}")
-    return arguments
-
-
-def read_recipe(path: Path) -> dict[str, Any]:
+def with_preset(values: dict[str, Any]) -> dict[str, Any]:
     """
-    The options in a YAML file, under the names of `--help` without the dashes.
+    Options with those that their preset fills in; `steps` replaces the preset's `epochs`.
 
     Raises:
-        ValueError: an option that does not exist, or a file that is no mapping.
+        UsageError: no preset of this name.
     """
-    recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if not isinstance(recipe, dict):
-        raise ValueError(f"{path} holds no options. Write them as `name: value`, one a line.")
-    unknown = sorted(set(recipe) - {option.name for option in fields(Options)})
-    if unknown:
-        raise ValueError(f"{path} names options that do not exist: {', '.join(unknown)}. `--help` lists them.")
-    return recipe
-
-
-def parse_options(arguments: list[str]) -> Options:
-    """
-    Options of a command line `[RECIPE.yaml] [--name value ...]`: the preset's, then the recipe's, then those given. What is
-    said later wins; `--steps` and `--epochs` stand in for each other.
-    """
-    recipe = {}
-    if arguments and Path(arguments[0]).suffix in (".yaml", ".yml"):
-        recipe, arguments = read_recipe(Path(arguments[0])), arguments[1:]
-    given = {word[2:].partition("=")[0].replace("-", "_") for word in arguments if word.startswith("--")}
-    parser = HfArgumentParser(Options, allow_abbrev=False)  # type: ignore[arg-type]
-    named = [word.partition("=")[2] or (arguments[i + 1] if i + 1 < len(arguments) else "")
-             for i, word in enumerate(arguments) if word == "--preset" or word.startswith("--preset=")]  # fmt: skip
-    preset = dict(PRESETS.get(named[-1] if named else recipe.get("preset"), {}))
-    for one, other in (("steps", "epochs"), ("epochs", "steps")):
-        if one in given:
-            recipe.pop(other, None)
-        if one in given or one in recipe:
-            preset.pop(other, None)
-    (options,) = parser.parse_args_into_dataclasses(to_arguments(preset | recipe) + arguments)
-    return options
+    name = values.get("preset")
+    if name is None:
+        return values
+    if name not in PRESETS:
+        raise UsageError(f"--preset {name}: use one of {', '.join(PRESETS)}.")
+    preset = dict(PRESETS[name])
+    if values.get("steps") is not None:
+        del preset["epochs"]
+    return preset | values

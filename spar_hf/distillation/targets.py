@@ -1,4 +1,4 @@
-"""What makes the student's targets: the teacher's modes behind one call, `(pixel_values, index) -> (target, weight)`."""
+"""Targets of the student: the full teacher, a sample of its windows, or maps that were computed before."""
 
 import random
 from pathlib import Path
@@ -8,21 +8,28 @@ import torch
 from torch.utils.data import Dataset
 
 from spar_hf import SlidingWindowTeacher
-from spar_hf.data.sources import Sample, Ticket
+from spar_hf.data.order import Sample
+from spar_hf.data.training_images import LoadedSample
+from spar_hf.distillation.options import TeacherOptions
 from spar_hf.distillation.teacher_cache import TeacherCache
+from spar_hf.utils.errors import UsageError
 
 
 class Target(Protocol):
     """
-    The target of an image and how much each of its cells counts: `(1, dim, h, w)` and None where all patches count alike, or
-    cells and weights as [`SlidingWindowTeacher.sample`] gives them. `index` is the image's place in the stream.
+    Makes the target of an image.
+
+    Returns:
+        the full map `(1, dim, h, w)` and `None`, or cells and their weights as [`SlidingWindowTeacher.sample`] returns them.
     """
 
-    def __call__(self, pixel_values: torch.Tensor, index: int) -> tuple[torch.Tensor, torch.Tensor | None]: ...
+    def __call__(self, pixel_values: torch.Tensor, index: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`index` is the image's number in the stream."""
+        ...
 
 
 class FullTarget:
-    """Every window of the teacher."""
+    """The mean over all windows of the teacher."""
 
     def __init__(self, teacher: SlidingWindowTeacher):
         self.teacher = teacher
@@ -33,13 +40,12 @@ class FullTarget:
 
 class SampledTarget:
     """
-    An unbiased estimate from about `windows` windows. Which are drawn is a function of the seed and the image's place in
-    the stream: the same after a resume, and on any number of processes.
+    An unbiased estimate from about `windows` windows. The draw depends on the seed and the image's number in the stream:
+    it is the same after a resume and on any number of processes.
     """
 
     def __init__(self, teacher: SlidingWindowTeacher, windows: int, seed: int, variant: str = "spread"):
-        self.teacher, self.windows, self.seed = teacher, windows, seed
-        self.variant = variant
+        self.teacher, self.windows, self.seed, self.variant = teacher, windows, seed, variant
         self.generator = torch.Generator()
 
     def __call__(self, pixel_values: torch.Tensor, index: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -47,33 +53,39 @@ class SampledTarget:
         return self.teacher.sample(pixel_values, self.windows, self.generator.manual_seed(draw), variant=self.variant)
 
 
+def make_target(teacher: SlidingWindowTeacher, options: TeacherOptions, seed: int) -> Target:
+    """The target that `--teacher_mode` asks for. Cached maps come with their images instead, see [`CachedImages`]."""
+    if options.teacher_windows is None:
+        return FullTarget(teacher)
+    return SampledTarget(teacher, options.teacher_windows, seed, options.teacher_variant)
+
+
 class CachedImages(Dataset):
     """
-    The images of a teacher cache with their targets, in the place of images and teacher. As a listing for [`MapOrder`] it
-    has a length and gives tickets; as a data set it gives the [`Sample`] of a ticket.
+    The images of a teacher cache with their targets. It lists [`Sample`]s for [`MapOrder`], and as a data set loads them.
 
-    An image or shard that changed ends the training: the targets would be of something else.
+    An image or shard that changed ends the training, because its target would belong to something else.
+
+    Raises:
+        UsageError: the cache contains an image that is held out.
     """
 
-    def __init__(self, cache: TeacherCache, held_out: list[Ticket]):
-        """
-        Raises:
-            ValueError: the cache holds an image that is held out.
-        """
+    def __init__(self, cache: TeacherCache, held_out: list[Sample]):
         self.cache = cache
         cached = {cache.image(i).resolve() for i in range(len(cache))}
-        if any(Path(ticket.source).resolve() in cached for ticket in held_out if isinstance(ticket.source, str)):
-            raise ValueError(
-                "The teacher cache holds images that are held out here. Give the --images, --exclude and --holdout_every "
-                "that it was made with."
+        if any(Path(sample.source).resolve() in cached for sample in held_out if isinstance(sample.source, str)):
+            raise UsageError(
+                f"The teacher cache {cache.folder} contains images that are held out here. Give the --images, --exclude and "
+                "--holdout_every that it was made with."
             )
 
     def __len__(self) -> int:
         return len(self.cache)
 
-    def ticket(self, i: int, index: int, after: list[int]) -> Ticket:
-        return Ticket(index, str(self.cache.image(i)), i, after)
+    def sample(self, i: int, index: int, after: list[int]) -> Sample:
+        """Map `i` as the `index`-th image of the stream."""
+        return Sample(index, str(self.cache.image(i)), i, after)
 
-    def __getitem__(self, ticket: Ticket) -> Sample:
-        pixel_values, target = self.cache[ticket.source]
-        return Sample(ticket.index, pixel_values, ticket.after, target=target)
+    def __getitem__(self, sample: Sample) -> LoadedSample:
+        pixel_values, target = self.cache[sample.source]
+        return LoadedSample(sample.index, pixel_values, sample.after, target=target)

@@ -48,7 +48,7 @@ def trainable_names(model: SparVisionModel, train_layers: str, parts: list[str])
     name_in_block = {id(p): name for block in blocks for name, p in block.named_parameters()}
     found, names = set(), []
     for name, parameter in backbone.named_parameters():
-        if any(part in name for part in backbone.unread):
+        if any(part in name for part in backbone.unused_parameters):
             continue
         local = name_in_block.get(id(parameter))
         patterns = OTHER_PARTS if local is None else BLOCK_PARTS
@@ -79,7 +79,7 @@ def choose_parameters(model: SparVisionModel, train_layers: str, parts: list[str
     >>> model = SparVisionModel.from_pretrained(SPAR_TINY)
     >>> parameters = choose_parameters(model, "1", ["mlp"])
     >>> [name for name, parameter in model.named_parameters() if parameter.requires_grad][0]
-    'backbone.encoder.layers.11.mlp.fc1.weight'
+    'backbone.encoder.layers.7.mlp.fc1.weight'
     ```"""
     names = set(trainable_names(model, train_layers, parts or []))
     for name, parameter in model.named_parameters():
@@ -109,7 +109,8 @@ def add_adapters(
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and module in in_blocks and f"{name}.weight" in names
     ]
-    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=alpha or 2 * rank, target_modules=targets))
+    scale: Any = alpha or 2 * rank  # peft says int, and takes any number
+    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=scale, target_modules=targets))
 
 
 def share_frozen(student: nn.Module, teacher: nn.Module) -> int:

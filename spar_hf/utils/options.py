@@ -1,6 +1,7 @@
-"""Checks of options that every command makes; the errors name the option as it is typed."""
+"""Options that are composed of dataclasses, and the checks that every command makes; errors name the option as typed."""
 
 from collections.abc import Iterable
+from dataclasses import MISSING, asdict, fields
 from typing import Any
 
 from spar_hf.utils.errors import UsageError
@@ -63,3 +64,65 @@ def require_one_of(options: Any, name: str, known: Iterable[str]) -> None:
     value, known = getattr(options, name), list(known)
     if value is not None and value not in known:
         raise UsageError(f"--{name} {value}: use one of {', '.join(known)}.")
+
+
+class ComposedOptions:
+    """
+    Base of a dataclass whose fields are dataclasses of options, each owned by one room. On the command line and in recipes
+    the options of all parts are flat, so no name may occur in two parts.
+
+    Example:
+
+    ```python
+    >>> from dataclasses import dataclass
+    >>> @dataclass
+    ... class Output:
+    ...     output: str
+    >>> @dataclass
+    ... class Training:
+    ...     steps: int = 10
+    >>> @dataclass
+    ... class Options(ComposedOptions):
+    ...     output: Output
+    ...     training: Training
+    >>> options = Options.from_flat(output="run")
+    >>> options
+    Options(output=Output(output='run'), training=Training(steps=10))
+    >>> options.flat
+    {'output': 'run', 'steps': 10}
+    ```"""
+
+    @classmethod
+    def parts(cls) -> dict[str, Any]:
+        """The dataclasses that the options are composed of, by the names of their fields."""
+        return {part.name: part.type for part in fields(cls)}  # type: ignore[arg-type]
+
+    @classmethod
+    def from_flat(cls, **values: Any) -> Any:
+        """
+        Options under their names on the command line.
+
+        Raises:
+            UsageError: an unknown, missing or invalid option.
+        """
+        names = {name: {option.name for option in fields(part)} for name, part in cls.parts().items()}
+        if unknown := sorted(set(values).difference(*names.values())):
+            raise UsageError(f"There is no option {', '.join(unknown)}; `--help` of the command lists them.")
+        required = [
+            option.name
+            for part in cls.parts().values()
+            for option in fields(part)
+            if option.default is MISSING and option.default_factory is MISSING
+        ]
+        if missing := [name for name in required if name not in values]:
+            raise UsageError(f"Give {', '.join(missing)}: there is no default.")
+        given = {name: {key: values[key] for key in values.keys() & names[name]} for name in names}
+        return cls(**{name: part(**given[name]) for name, part in cls.parts().items()})
+
+    @property
+    def flat(self) -> dict[str, Any]:
+        """All options by their names on the command line."""
+        values: dict[str, Any] = {}
+        for name in self.parts():
+            values |= asdict(getattr(self, name))
+        return values

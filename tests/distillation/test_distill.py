@@ -24,9 +24,8 @@ from transformers import (
 )
 
 from spar_hf import SlidingWindowTeacher, SparForOpenVocabSegmentation, SparImageProcessorPil, SparVisionModel
-from spar_hf.distillation.cache_teacher import Options as CacheOptions
-from spar_hf.distillation.cache_teacher import make_cache
-from spar_hf.distillation.options import parse_options
+from spar_hf.distillation.cache_teacher import CacheOptions, make_cache
+from spar_hf.distillation.recipes import parse_options
 from spar_hf.distillation.trainer import main
 
 
@@ -59,7 +58,7 @@ def test_student_nears_the_teacher_and_says_how(base_folder, image_folder, tmp_p
     assert all(row["teacher_share"] + row["wait_share"] < 1 and row["memory_gib"] > 0 for row in rows)
     assert list((tmp_path / "run" / "spar-distillation").rglob("events.out.tfevents*"))  # the tracker that is installed
     again = parse_options([str(tmp_path / "run" / "recipe.yaml")])
-    assert (again.words, again.stride, again.steps) == (["cityscapes"], 24, 40)
+    assert (again.optimisation.words, again.teacher.stride, again.optimisation.steps) == (["cityscapes"], 24, 40)
 
 
 def test_only_the_last_blocks_change__runs_repeat_and_damage_is_passed_over(base_folder, image_folder, tmp_path):
@@ -165,7 +164,7 @@ def test_a_cached_teacher_trains_on_its_own_maps(base_folder, image_folder, tmp_
     cache = tmp_path / "cache"
     made = {"model": str(base_folder), "images": [str(image_folder)], "output": str(cache)}
     made |= {"crop_probability": 0.2, "jitter_probability": 0.1, "long_side": 3.0}
-    make_cache(CacheOptions(views=8, stride=32, holdout_every=3, mixed_precision="no", **made))
+    make_cache(CacheOptions.from_flat(views=8, stride=32, holdout_every=3, mixed_precision="no", **made))
     options = ("--stride", 32, "--steps", 40, "--learning_rate", 1e-3, "--train_layers", "all", "--eval_steps", 40)
     options += ("--teacher_mode", "cached", "--teacher_cache", cache)
     calls, run = [], SlidingWindowTeacher.forward
@@ -269,5 +268,5 @@ def test_several_students_start_as_their_mean(base_folder, image_folder, tmp_pat
     fixed = distil(base_folder, image_folder, tmp_path / "3", *options, one, "--position_extent", 128)
     with pytest.raises(ValueError, match=r"span None px, those of .* 128"):
         distil(base_folder, image_folder, tmp_path / "4", *options, one, fixed)
-    with pytest.raises(ValueError, match="mean of several"):
+    with pytest.raises(ValueError, match="--student"):
         parse_options(["--model", "m", "--images", "i", "--output", "o", "--student", "a", "b", "--lora_rank", "4"])

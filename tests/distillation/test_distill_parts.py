@@ -1,61 +1,28 @@
 """The pieces of the distillation script whose correctness training depends on: options, losses, images, what is trained."""
 
-import io
-import tarfile
-from itertools import islice
 from pathlib import Path
 from random import Random
 
-import numpy as np
 import pytest
 import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from PIL import Image
 from tiny_models import CONFIGS
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
 
-from spar_hf import SlidingWindowTeacher, SparConfig, SparImageProcessorPil, SparVisionModel
-from spar_hf.data.sources import MapOrder, Skipped, StreamOrder, TrainingImages, augment, open_sources, split_images
-from spar_hf.distillation.held_out import feature_colours
+from spar_hf import SlidingWindowTeacher, SparConfig, SparVisionModel
 from spar_hf.distillation.losses import decision_loss, distillation_loss, error_weights
-from spar_hf.distillation.options import PRESETS, Options, parse_options
-from spar_hf.distillation.student import BLOCK_PARTS, OTHER_PARTS, choose_parameters, share_frozen
+from spar_hf.distillation.options import PRESETS, DistillationOptions
+from spar_hf.distillation.pictures import feature_colours
+from spar_hf.distillation.recipes import parse_options
 from spar_hf.distillation.targets import FullTarget, SampledTarget
+from spar_hf.distillation.trainable import BLOCK_PARTS, OTHER_PARTS, choose_parameters, share_frozen
+from spar_hf.utils.errors import UsageError
 
 CONFIG_FILES = Path(__file__).parents[2] / "training" / "configs"
 
 
 def options(**kwargs):
-    return Options(**{"model": "m", "images": ["x"], "output": "o", **kwargs})
-
-
-@pytest.mark.parametrize("size", [(1600, 900), (480, 360), (200, 700), (60, 50)])
-def test_augmented_images_follow_the_recipe(size):
-    image = Image.fromarray(np.zeros((size[1], size[0], 3), np.uint8))
-    whole = options(crop_probability=0.0, min_scale=1.0)
-    width, height = augment(image, 192, 16, whole, Random(0)).size
-    # the largest size that fits 4 × 2 windows, floored to patches, never distorted by more than a patch
-    factor = min(768 / max(size), 384 / min(size))
-    assert (width, height) == tuple(int(side * factor + 1e-3) // 16 * 16 for side in size)
-    for seed in range(30):
-        width, height = augment(image, 192, 16, options(), Random(seed)).size
-        assert width % 16 == 0 and height % 16 == 0
-        assert max(width, height) <= 768 and min(width, height) <= 384
-        assert min(width, height) >= min(160, min(size) * factor * 0.5 - 16)
-
-
-def test_augmentation_crops_the_right_place():
-    """An image whose red channel is its column and green its row: values tell where a crop was taken."""
-    rows, columns = np.mgrid[0:192, 0:256]
-    image = Image.fromarray(np.stack([columns, rows, columns * 0], -1).astype(np.uint8))
-    no_flip = options(long_side=4 / 3, short_side=1.0, min_scale=1.0, flip_probability=0.0, crop_probability=1.0)
-    for seed in range(10):
-        crop = np.asarray(augment(image, 96, 16, no_flip, Random(seed))).astype(int)
-        step = np.diff(crop[crop.shape[0] // 2, :, 0])
-        assert (step.mean() == pytest.approx(2, abs=0.05)) and (
-            np.diff(crop[:, 5, 1]).mean() == pytest.approx(2, abs=0.05)
-        )
+    return DistillationOptions.from_flat(**{"model": "m", "images": ["x"], "output": "o", **kwargs})
 
 
 def test_loss_is_the_mean_squared_error():
@@ -135,7 +102,7 @@ def test_whitening_counts_axes_alike():
     ],
 )
 def test_bad_options_are_refused_before_work_starts(bad, named):
-    with pytest.raises(ValueError, match=named):
+    with pytest.raises(UsageError, match=named):
         options(**bad)
 
 
@@ -143,7 +110,7 @@ def test_help_names_every_option(capsys):
     with pytest.raises(SystemExit):
         parse_options(["--help"])
     shown = capsys.readouterr().out
-    assert all(f"--{name}" in shown for name in vars(options()))
+    assert all(f"--{name}" in shown for name in options().flat)
 
 
 def test_recipes__preset_then_yaml_then_command_line(tmp_path):
@@ -152,14 +119,21 @@ def test_recipes__preset_then_yaml_then_command_line(tmp_path):
         "model: m\nimages: [a, b]\noutput: o\npreset: spar-all\nstride: 32\nmerge: false\nteacher_windows: 20\n"
     )
     read = parse_options([str(recipe)])
-    assert (read.images, read.train_layers, read.stride, read.long_side) == (["a", "b"], "all", 32, 4.0)
-    assert (read.epochs, read.steps, read.learning_rate, read.teacher_mode) == (10, None, 2e-5, "sampled")
+    assert (read.images.images, read.student.train_layers, read.teacher.stride) == (["a", "b"], "all", 32)
+    assert (read.views.long_side, read.teacher.mode) == (4.0, "sampled")
+    assert (read.optimisation.epochs, read.optimisation.max_steps, read.optimisation.learning_rate) == (10, None, 2e-5)
     over = parse_options([str(recipe), "--preset", "spar-all-hires", "--steps", "7", "--images", "c", "--stride=16"])
-    assert (over.images, over.stride, over.long_side, over.short_side) == (["c"], 16, 5.0, 2.5)
-    assert (over.steps, over.epochs) == (7, None)  # what is said later wins
+    assert (over.images.images, over.teacher.stride, over.views.long_side, over.views.short_side) == (["c"], 16, 5, 2.5)
+    assert (over.optimisation.steps, over.optimisation.epochs) == (7, None)  # the command line takes precedence
+    over = parse_options([str(recipe), "--epochs", "3"])
+    assert (over.optimisation.steps, over.optimisation.epochs, over.run.preset) == (None, 3, "spar-all")
     plain = parse_options(["--model", "m", "--images", "a", "--output", "o"])
-    assert (plain.steps, plain.teacher_mode) == (1000, "full")
+    assert (plain.optimisation.max_steps, plain.teacher.mode) == (1000, "full")
+    assert plain == options(images=["a"])
     assert set(PRESETS) == {"spar", "spar-all", "spar-all-hires"} and PRESETS["spar"]["train_layers"] == "2"
+    flat = options(preset="spar-all", images=["a", "b"], stride=32, teacher_windows=20)
+    assert flat == parse_options([str(recipe)])
+    assert options(preset="spar", steps=3).optimisation.epochs is None
     recipe.write_text("learning_rat: 1\n")
     with pytest.raises(ValueError, match="learning_rat"):
         parse_options([str(recipe)])
@@ -180,122 +154,6 @@ def test_accelerate_reads_the_configurations(name, kind, cpu, processes):
     assert (found.use_cpu or found.cpu, found.num_processes) == (cpu, processes)
     assert (bool(found.multi_gpu), bool(found.use_fsdp)) == (kind == "MULTI_GPU", kind == "FSDP")
     assert kind != "FSDP" or str(found.fsdp_version) == "2"
-
-
-def test_split_holds_out_and_excludes(image_folder):
-    kept = Options(model="m", images=[str(image_folder)], output="o", exclude=["1*"], holdout_every=2)
-    train, held_out = split_images(open_sources(kept), kept)
-    names = [[Path(part.name(i)).stem for i in range(len(part))] for part in (train, held_out)]
-    assert names == [["0", "3", "5"], ["2", "4"]]
-    with pytest.raises(ValueError, match="No image is left"):
-        split_images(open_sources(kept), options(exclude=["*"]))
-
-
-@pytest.fixture(scope="module")
-def sources(image_folder, tmp_path_factory):
-    """The same six images as a list, a saved table, a Parquet file and two WebDataset shards."""
-    import datasets
-
-    folder = tmp_path_factory.mktemp("sources")
-    files = sorted(image_folder.glob("*.jpg"))
-    (folder / "list.txt").write_text("# images\n" + "\n".join(map(str, files)) + "\n")
-    rows = {"picture": [{"bytes": p.read_bytes(), "path": None} for p in files], "n": list(range(6))}
-    table = datasets.Dataset.from_dict(
-        rows, datasets.Features({"picture": datasets.Image(), "n": datasets.Value("int8")})
-    )
-    table.save_to_disk(folder / "saved")
-    table.to_parquet(folder / "table.parquet")
-    (folder / "shards").mkdir()
-    for shard in range(2):
-        with tarfile.open(folder / "shards" / f"{shard}.tar", "w") as tar:
-            for path in files[shard * 3 : shard * 3 + 3]:
-                for suffix, data in (("jpg", path.read_bytes()), ("json", b'{"n": 1}')):
-                    entry = tarfile.TarInfo(f"{path.stem}.{suffix}")
-                    entry.size = len(data)
-                    tar.addfile(entry, io.BytesIO(data))
-    return folder
-
-
-def make_images(opened, kept):
-    return TrainingImages(opened, SparImageProcessorPil(), 64, 16, kept)
-
-
-@pytest.mark.parametrize("name", ["list.txt", "saved", "table.parquet", "shards"])
-def test_every_source_gives_the_same_images(image_folder, sources, name, monkeypatch, tmp_path):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    streams = []
-    for images in (image_folder, sources / name):
-        kept = options(images=[str(images)], holdout_every=3)
-        opened = open_sources(kept)
-        train, held_out = split_images(opened, kept)
-        pictures = make_images(opened, kept)
-        streams.append([pictures[ticket].pixel_values for ticket in islice(MapOrder(train, 0, 0, 1), 6)])
-        assert (len(train), len(held_out)) == (4, 2)
-    assert all(torch.equal(a, b) for a, b in zip(*streams, strict=True))
-
-
-def test_unreadable_sources_are_named(tmp_path, sources):
-    for images, message in [(tmp_path / "no.txt", "no such list"), (tmp_path / "no.tar", "no such file"),
-                            (tmp_path, "holds no image"), (tmp_path / "nothing", "neither a folder")]:  # fmt: skip
-        with pytest.raises((FileNotFoundError, ValueError), match=message):
-            open_sources(options(images=[str(images)]))
-    with pytest.raises(ValueError, match="--streaming reads one"):
-        open_sources(options(images=[str(sources / "list.txt")], streaming=True))
-    with pytest.raises(ValueError, match="no images among its columns picture, n"):
-        open_sources(options(images=[str(sources / "saved")], image_column="image"))
-
-
-@pytest.mark.parametrize("name", ["saved", "shards"])
-def test_streams__order_holdout_and_going_on(sources, name):
-    """Held-out images never come, epochs differ, and going on anywhere gives what would have come."""
-    kept = options(images=[str(sources / name)], streaming=True, holdout_every=3, shuffle_buffer=3)
-    table = open_sources(kept)[0]
-    order = StreamOrder(table, kept, 0, 1)
-    held_out = {ticket.source for ticket in order.held_out()}
-    tickets = list(islice(order, 12))
-    epochs = [[t for t in tickets if t.after[0] == epoch] for epoch in (0, 1)]
-    assert 0 < len(held_out) < 6 and not held_out & {ticket.source for ticket in tickets}
-    assert {t.source for t in epochs[0]} == {t.source for t in epochs[1]} and len(epochs[0]) == 6 - len(held_out)
-    assert len({t.index for t in tickets}) == 12
-    for cut in (1, 3, 5):
-        again = list(islice(StreamOrder(table, kept, 0, 1, tickets[cut].after), 4))
-        assert [(t.index, t.source) for t in again] == [(t.index, t.source) for t in tickets[cut + 1 : cut + 5]]
-    two = [list(islice(StreamOrder(table, kept, process, 2), 2)) for process in (0, 1)]
-    assert not {t.source for t in two[0]} & {t.source for t in two[1]} and two[0][0].index != two[1][0].index
-
-
-def test_order_is_shared_by_processes_and_resumes(image_folder):
-    kept = options(images=[str(image_folder)], holdout_every=6)
-    train, _ = split_images(open_sources(kept), kept)
-    one = list(islice(MapOrder(train, 3, 0, 1), 20))
-    two = [list(islice(MapOrder(train, 3, process, 2), 10)) for process in (0, 1)]
-    assert [t.name for pair in zip(*two, strict=True) for t in pair] == [t.name for t in one]
-    assert [t.index for t in one] == list(range(20))
-    again = list(islice(MapOrder(train, 3, 0, 1, one[7].after), 5))
-    assert [(t.index, t.name) for t in again] == [(t.index, t.name) for t in one[8:13]]
-    for epoch in range(4):
-        assert len({t.name for t in one[5 * epoch : 5 * epoch + 5]}) == 5
-
-
-def test_damaged_images_are_skipped_whatever_the_workers(image_folder, tmp_path):
-    for path in image_folder.glob("*.jpg"):
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-    (tmp_path / "1.jpg").write_bytes((tmp_path / "1.jpg").read_bytes()[:700])
-    (tmp_path / "3.jpg").write_text("no image")
-    Image.new("RGB", (300, 20)).save(tmp_path / "4.jpg")
-    kept = options(images=[str(tmp_path)], holdout_every=6, jitter_probability=0.5)
-    opened = open_sources(kept)
-    train, _ = split_images(opened, kept)
-    seen = []
-    for workers in (0, 2):
-        loader = DataLoader(make_images(opened, kept), None, sampler=MapOrder(train, 0, 0, 1), num_workers=workers,
-                            collate_fn=lambda item: item)  # fmt: skip
-        seen.append(list(islice(loader, 10)))
-    skipped = {Path(item.name).name: item.reason for item in seen[0] if isinstance(item, Skipped)}
-    assert set(skipped) == {"1.jpg", "3.jpg", "4.jpg"} and "--min_side" in skipped["4.jpg"]
-    for a, b in zip(*seen, strict=True):
-        assert type(a) is type(b)
-        assert isinstance(a, Skipped) or (a.index == b.index and torch.equal(a.pixel_values, b.pixel_values))
 
 
 PARTS = {

@@ -6,22 +6,19 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import fields
 from pathlib import Path
-from random import Random
 
 import numpy as np
 import pytest
 import torch
 from launching import signal_all
 from PIL import Image
-from transformers import HfArgumentParser
 
 from spar_hf import SlidingWindowTeacher, SparImageProcessorPil, SparVisionModel
-from spar_hf.data.sources import Ticket, TrainingImages, augment
-from spar_hf.distillation import options as distill_options
-from spar_hf.distillation.cache_teacher import Options, make_cache
-from spar_hf.distillation.teacher_cache import Crop, TeacherCache
+from spar_hf.data.order import Sample
+from spar_hf.data.training_images import TrainingImages
+from spar_hf.distillation.cache_teacher import CacheOptions, main, make_cache
+from spar_hf.distillation.teacher_cache import TeacherCache
 from spar_hf.utils.fingerprint import fingerprint
 
 SCRIPT = Path(__file__).parents[2] / "training" / "cache_teacher.py"
@@ -51,7 +48,7 @@ def cache_model(base):
 
 @pytest.fixture
 def options(base, pictures, tmp_path):
-    return Options(
+    return CacheOptions.from_flat(
         model=str(base),
         images=[str(pictures)],
         output=str(tmp_path / "cache"),
@@ -62,30 +59,19 @@ def options(base, pictures, tmp_path):
     )
 
 
-@pytest.mark.parametrize("size", [(480, 360), (200, 700), (60, 50)])
-def test_a_pinned_crop_is_what_the_augmentation_does(size):
-    options = Options(model="m", images=["x"], output="o")
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8))
-    flips = set()
-    for seed in range(8):
-        crop = Crop.draw(augment, image.size, 64, 16, options, Random(seed))
-        expected = augment(image, 64, 16, options, Random(seed))
-        assert np.array_equal(np.asarray(crop(image)), np.asarray(expected))
-        flips.add(crop.flip)
-    assert flips == {True, False}
+def changed(options, **values):
+    return CacheOptions.from_flat(**(options.flat | values))
 
 
 def test_views_are_those_that_distillation_draws(options, pictures):
     """The first epoch of a training on the same images with the same seed, if it took them in the order of the cache."""
-    options.jitter_probability = 0.5
+    options = changed(options, jitter_probability=0.5)
     cache = make_cache(options)
-    same = {entry.name: getattr(options, entry.name) for entry in fields(distill_options.TeacherViews)}
-    settings = distill_options.Options(model="m", images=[str(pictures)], output="o", **same)
-    drawn = TrainingImages([], cache.image_processor, cache.setting["window_size"], 16, settings)
+    drawn = TrainingImages([], cache.image_processor, cache.setting["window_size"], 16, options.views)
     jittered = [entry["crop"]["jitter"] is not None for shard in cache.shards for entry in shard["maps"]]
     assert set(jittered) == {True, False}
     for i in range(len(cache)):
-        expected = drawn[Ticket(i, cache.image(i).name, str(cache.image(i)), [])].pixel_values
+        expected = drawn[Sample(i, cache.image(i).name, str(cache.image(i)), [])].pixel_values
         assert torch.equal(cache.pixel_values(i), expected)
 
 
@@ -104,14 +90,14 @@ def test_maps_are_the_teachers_and_half_the_size(options, vision_model, caplog):
         # normalised with the base's own statistics
         assert float(pixel_values.min()) >= -0.4 / 0.3 - 1e-4 and float(pixel_values.max()) <= 0.6 / 0.3 + 1e-4
     assert cache[0][0].shape != cache[3][0].shape or not torch.equal(cache[0][0], cache[3][0])
-    stored = sum((Path(options.output) / shard["file"]).stat().st_size for shard in cache.shards)
+    stored = sum((Path(options.storage.output) / shard["file"]).stat().st_size for shard in cache.shards)
     assert stored < 0.55 * 4 * sum(cache.target(i).numel() for i in range(6))
 
 
 def test_going_on_makes_only_what_is_missing_or_damaged(options, base):
     cache = make_cache(options)
     targets = [cache.target(i) for i in range(6)]
-    shards = sorted(Path(options.output).glob("*.safetensors"))
+    shards = sorted(Path(options.storage.output).glob("*.safetensors"))
     assert len(shards) == 2
     damaged = bytearray(shards[1].read_bytes())
     damaged[-1] ^= 1
@@ -119,7 +105,7 @@ def test_going_on_makes_only_what_is_missing_or_damaged(options, base):
     before = [shard.stat().st_mtime_ns for shard in shards]
 
     model = cache_model(base)
-    opened = TeacherCache.open(options.output, model=model)
+    opened = TeacherCache.open(options.storage.output, model=model)
     opened.target(0)
     with pytest.raises(ValueError, match=r"00001.safetensors is damaged.*cache_teacher.py again"):
         opened.target(3)
@@ -129,19 +115,19 @@ def test_going_on_makes_only_what_is_missing_or_damaged(options, base):
     assert all(torch.equal(cache.target(i), target) for i, target in enumerate(targets))
     shards[0].unlink()
     with pytest.raises(FileNotFoundError, match="is gone"):
-        TeacherCache.open(options.output, model=model).target(0)
+        TeacherCache.open(options.storage.output, model=model).target(0)
 
 
 def test_another_setting_is_refused(options, base, pictures):
     make_cache(options)
     model = cache_model(base)
     with pytest.raises(ValueError, match=r"stride is 32 there and 24 here.*another folder"):
-        TeacherCache.open(options.output, model=model, stride=24)
+        TeacherCache.open(options.storage.output, model=model, stride=24)
     with pytest.raises(ValueError, match="window_size is 64 there and 48 here"):
-        TeacherCache.open(options.output, model=model, window_size=48)
-    assert len(TeacherCache.open(options.output, model=model, window_size=64, stride=32)) == 6
+        TeacherCache.open(options.storage.output, model=model, window_size=48)
+    assert len(TeacherCache.open(options.storage.output, model=model, window_size=64, stride=32)) == 6
     with pytest.raises(ValueError, match="seed is 0 there and 1 here"):
-        make_cache(Options(**(vars(options) | {"seed": 1})))
+        make_cache(changed(options, seed=1))
     same = fingerprint(model)
     model.config.backbone_config.num_attention_heads *= 2  # leaves no trace in the weights
     assert fingerprint(model) != same
@@ -153,7 +139,7 @@ def test_another_setting_is_refused(options, base, pictures):
         next(model.parameters()).view(-1)[0] += 1e-3
     assert fingerprint(model) != same
     with pytest.raises(ValueError, match="made with another setting: model"):
-        TeacherCache.open(options.output, model=model)
+        TeacherCache.open(options.storage.output, model=model)
 
 
 def test_fingerprint__is_the_same_however_a_model_was_loaded(base, tmp_path):
@@ -180,10 +166,10 @@ def test_no_cache_and_an_unfinished_one_are_refused(options, base, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"holds no manifest\.json"):
         TeacherCache.open(tmp_path / "nothing", model=model)
     make_cache(options)
-    manifest = Path(options.output) / "manifest.json"
+    manifest = Path(options.storage.output) / "manifest.json"
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"complete": False, "shards": []}))
     with pytest.raises(ValueError, match="not finished"):
-        TeacherCache.open(options.output, model=model)
+        TeacherCache.open(options.storage.output, model=model)
 
 
 def test_killed_processes_go_on_where_they_stopped(base, pictures, tmp_path):
@@ -215,7 +201,7 @@ def test_killed_processes_go_on_where_they_stopped(base, pictures, tmp_path):
     made = {path: path.stat().st_mtime_ns for path in output.glob("*.safetensors.json")}
     assert 0 < len(made) < 16, "the run was over before it could be killed"
     (output / "maps-00015.safetensors.1.partial").write_bytes(b"half")  # as a killed process may leave one
-    options = Options(
+    options = CacheOptions.from_flat(
         model=str(base), images=[str(pictures)], output=str(output), views=4, holdout_every=5, stride=8, shard_maps=1
     )
     cache = make_cache(options)
@@ -226,5 +212,5 @@ def test_killed_processes_go_on_where_they_stopped(base, pictures, tmp_path):
 
 def test_help_is_shown(capsys):
     with pytest.raises(SystemExit) as stop:
-        HfArgumentParser(Options).parse_args_into_dataclasses(["--help"])
+        main(["--help"])
     assert stop.value.code == 0 and "--crop_probability" in capsys.readouterr().out

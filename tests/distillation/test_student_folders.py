@@ -10,16 +10,14 @@ from tiny_models import randomise, tiny_config
 from transformers import pipeline
 
 from spar_hf import SparForOpenVocabSegmentation, SparImageProcessorPil, SparProcessor, SparVisionModel
-from spar_hf.distillation.student import finish_folder, save_adapter, save_student
+from spar_hf.distillation.student_folders import finish_folder, save_adapter, save_student
 from spar_hf.distillation.trainer import Distillation
 
 IMAGE = Image.effect_mandelbrot((121, 90), (-2, -1, 1, 1), 20).convert("RGB")
 RECORD = {"teacher": "org/base", "steps": 3}
 
 
-def options_of(folder, **changes):
-    given = {"output": str(folder), "model": "org/base", "student": ["org/base"], "save_dtype": "float32"}
-    return SimpleNamespace(**{**given, "lora_rank": None, "merge": False, **changes})
+RECIPE = {"output": "runs/student", "model": "/home/me/org/base", "student": ["org/base"], "steps": 3, "resume": False}
 
 
 def write_student(folder, tokenizer=None):
@@ -28,14 +26,14 @@ def write_student(folder, tokenizer=None):
     processor = SparImageProcessorPil(size={"shortest_edge": 80})
     state = (model if tokenizer is None else model.vision_model).state_dict()
     both = processor if tokenizer is None else SparProcessor(processor, tokenizer)
-    save_student(model, both, state, options_of(folder), RECORD, folder)
+    save_student(model, both, state, folder, RECORD, RECIPE)
     return model
 
 
-def cards(folder, options):
+def cards(folder):
     """What the hub reads of the card, in the middle of a run and at its end."""
     found = [ModelCard.load(folder / "README.md").data]
-    finish_folder(folder, options, RECORD, [])
+    finish_folder(folder, RECORD, RECIPE, [])
     found.append(ModelCard.load(folder / "README.md").data)
     return [(data.library_name, data.pipeline_tag, data.tags) for data in found]
 
@@ -44,7 +42,7 @@ def test_the_card_of_two_towers_names_segmentation_by_words(tmp_path, tokenizer)
     folder = tmp_path / "model"
     write_student(folder, tokenizer)
     expected = ("transformers", "image-segmentation", ["spar", "open-vocabulary-segmentation"])
-    assert cards(folder, options_of(folder)) == [expected] * 2
+    assert cards(folder) == [expected] * 2
     words = pipeline("open-vocab-segmentation", model=str(folder))
     assert words(IMAGE, candidate_labels=["road", "sky"], templates="plain", output="map")["map"].shape == (90, 121)
 
@@ -52,7 +50,7 @@ def test_the_card_of_two_towers_names_segmentation_by_words(tmp_path, tokenizer)
 def test_the_card_of_a_vision_tower_names_the_pipeline_that_runs_it(tmp_path):
     folder = tmp_path / "model"
     model = write_student(folder)
-    assert cards(folder, options_of(folder)) == [("transformers", "image-feature-extraction", ["spar"])] * 2
+    assert cards(folder) == [("transformers", "image-feature-extraction", ["spar"])] * 2
     task = ModelCard.load(folder / "README.md").data.pipeline_tag
     found = torch.tensor(pipeline(task, model=str(folder))(IMAGE))
     pixels = SparImageProcessorPil(size={"shortest_edge": 80})(IMAGE, return_tensors="pt")["pixel_values"]
@@ -67,16 +65,15 @@ def test_the_card_of_adapters_names_features(tmp_path):
     folder = tmp_path / "adapter"
     config = LoraConfig(r=2, target_modules=["q_proj"])
     wrapped = get_peft_model(SparVisionModel(tiny_config()), config)
-    options = options_of(folder, lora_rank=2)
-    save_adapter(wrapped, wrapped.state_dict(), options, RECORD, folder)
-    assert cards(folder, options) == [("peft", "image-feature-extraction", ["spar"])] * 2
+    save_adapter(wrapped, wrapped.state_dict(), folder, RECORD, RECIPE, "/home/me/org/base")
+    assert cards(folder) == [("peft", "image-feature-extraction", ["spar"])] * 2
 
 
 def test_a_copy_that_breaks_off_leaves_the_picture_before(tmp_path, monkeypatch):
     folder, curve = tmp_path / "model", tmp_path / "curve.png"
     write_student(folder)
     curve.write_bytes(b"first")
-    finish_folder(folder, options_of(folder), RECORD, [curve])
+    finish_folder(folder, RECORD, RECIPE, [curve])
     assert (folder / "curve.png").read_bytes() == b"first" and "(curve.png)" in (folder / "README.md").read_text()
     names = sorted(path.name for path in folder.iterdir())
 
@@ -87,7 +84,7 @@ def test_a_copy_that_breaks_off_leaves_the_picture_before(tmp_path, monkeypatch)
 
     monkeypatch.setattr("shutil.copyfile", break_off)
     with pytest.raises(OSError, match="disk full"):
-        finish_folder(folder, options_of(folder), RECORD, [curve])
+        finish_folder(folder, RECORD, RECIPE, [curve])
     assert (folder / "curve.png").read_bytes() == b"first" and sorted(path.name for path in folder.iterdir()) == names
 
 
@@ -98,11 +95,9 @@ def test_a_picture_of_a_step_is_written_as_a_whole_or_not_at_all(tmp_path):
             raise OSError("disk full")
 
     run = SimpleNamespace(output=tmp_path, accelerator=SimpleNamespace(trackers=[]))
-    run.held_out = SimpleNamespace(picture=lambda: IMAGE)
-    Distillation.draw(run, 3)
-    run.held_out.picture = Half
+    Distillation._show(run, IMAGE, 3)
     for step in (3, 4):
         with pytest.raises(OSError, match="disk full"):
-            Distillation.draw(run, step)
+            Distillation._show(run, Half(), step)
     assert [path.name for path in (tmp_path / "pictures").iterdir()] == ["step-000003.png"]
     assert Image.open(tmp_path / "pictures" / "step-000003.png").size == IMAGE.size

@@ -11,16 +11,16 @@ from tiny_models import randomise, tiny_config
 from transformers import AutoModel, DINOv3ViTConfig, SiglipVisionConfig
 
 from spar_hf import SPAR_TINY_BASE, SparConfig, SparImageProcessorPil, SparVisionModel
-from spar_hf.distillation.local_initialization import (
-    find_place,
+from spar_hf.distillation.locality import (
     fit_prior,
-    keep_place,
+    fix_position_step,
+    initialise_locality,
+    position_subspace,
+    project_out,
     scale_prior,
-    spread_positions,
-    start_local,
-    writers,
+    token_writers,
 )
-from spar_hf.distillation.options import parse_options
+from spar_hf.distillation.recipes import parse_options
 from spar_hf.distillation.trainer import Distillation
 
 
@@ -54,7 +54,7 @@ def test_attention_reaches_as_far_as_asked(model):
             layer.self_attn.q_proj.bias *= 0.05
     pixels, spread, apart = 0.1 * torch.randn(1, 3, 96, 128), 0.5, distances(6, 8)
     before = attention(model, pixels)
-    start_local(model, [0.1 * torch.randn(1, 3, 96, 96) for _ in range(4)], spread)
+    initialise_locality(model, [0.1 * torch.randn(1, 3, 96, 96) for _ in range(4)], spread)
     after = attention(model, pixels)
     assert_gaussian(after, before, apart, spread)
 
@@ -79,12 +79,12 @@ def test_with_an_extent_attention_reaches_as_many_patches_in_every_image(model, 
     untouched, spread = copy.deepcopy(model), 0.4
     squares = [0.1 * torch.randn(1, 3, 128, 128) for _ in range(4)]
     if first == "extent":
-        spread_positions(model, None, 320, 64)
+        fix_position_step(model, None, 320, 64)
         model.config.position_extent = 320
-        start_local(model, squares, spread)
+        initialise_locality(model, squares, spread)
     else:  # a student that had its local start with a stretched table
-        directions = start_local(model, squares, spread)
-        spread_positions(model, directions, 320, 64)
+        directions = initialise_locality(model, squares, spread)
+        fix_position_step(model, directions, 320, 64)
         model.config.position_extent = 320
     for height, width in ((80, 240), (192, 64), (320, 112)):
         pixels = 0.1 * torch.randn(1, 3, height, width)
@@ -99,7 +99,7 @@ def test_features_stay_nearly_what_they_were_at_two_windows_a_side():
     image = SparImageProcessorPil(size={"shortest_edge": 384})(load_sample_image("china.jpg"), return_tensors="pt")
     image = image["pixel_values"][..., :384]
     before = model(image).feature_map
-    spread_positions(model, None, 1024, 192)
+    fix_position_step(model, None, 1024, 192)
     model.config.position_extent = 1024
     after = model(image).feature_map
     spread = (before - before.mean((2, 3), keepdim=True)).square().mean()
@@ -109,25 +109,25 @@ def test_features_stay_nearly_what_they_were_at_two_windows_a_side():
 def test_a_far_reaching_prior_changes_little(model):
     pixels = torch.randn(2, 3, 96, 128)
     far = copy.deepcopy(model)
-    start_local(far, [torch.randn(1, 3, 96, 96) for _ in range(4)], 1e3)
+    initialise_locality(far, [torch.randn(1, 3, 96, 96) for _ in range(4)], 1e3)
     with torch.no_grad():
         before, after = model(pixels).feature_map, far(pixels).feature_map
     assert torch.nn.functional.cosine_similarity(before, after, dim=1).mean() > 0.93
     near = copy.deepcopy(model)
-    start_local(near, [torch.randn(1, 3, 96, 96) for _ in range(4)], 0.3)
+    initialise_locality(near, [torch.randn(1, 3, 96, 96) for _ in range(4)], 0.3)
     with torch.no_grad():
         assert torch.nn.functional.cosine_similarity(before, near(pixels).feature_map, dim=1).mean() < 0.93
 
 
 def test_the_place_is_found_again__in_half_precision(model):
-    assert find_place(model) is None
-    directions = start_local(model, [torch.randn(1, 3, 96, 96) for _ in range(4)], 0.5)
-    found = find_place(model.half().float())
+    assert position_subspace(model) is None
+    directions = initialise_locality(model, [torch.randn(1, 3, 96, 96) for _ in range(4)], 0.5)
+    found = position_subspace(model.half().float())
     torch.testing.assert_close(found @ found.T, directions @ directions.T, atol=1e-2, rtol=0)
 
 
 def test_the_place_is_kept_whatever_training_writes(model):
-    directions = start_local(model, [torch.randn(1, 3, 96, 96) for _ in range(4)], 0.5)
+    directions = initialise_locality(model, [torch.randn(1, 3, 96, 96) for _ in range(4)], 0.5)
 
     def place_of(pixels):
         with torch.no_grad():
@@ -136,7 +136,7 @@ def test_the_place_is_kept_whatever_training_writes(model):
     images = torch.randn(1, 3, 96, 128), torch.randn(1, 3, 96, 128)
     randomise(model, seed=7)  # a step of training, in effect
     assert (place_of(images[0]) - place_of(images[1])).abs().max() > 0.1
-    keep_place(writers(model), directions)
+    project_out(token_writers(model), directions)
     first, second = map(place_of, images)
     torch.testing.assert_close(first, second, atol=2e-5, rtol=0)  # of the image nothing
     torch.testing.assert_close(first, first[:1].expand_as(first), atol=2e-5, rtol=0)  # and in all layers the same
@@ -145,8 +145,8 @@ def test_the_place_is_kept_whatever_training_writes(model):
 def test_four_times_the_exponent_is_half_the_spread(model):
     images = [torch.randn(1, 3, 96, 96) for _ in range(4)]
     narrow = copy.deepcopy(model)
-    start_local(narrow, images, 0.3)
-    directions = start_local(model, images, 0.6)
+    initialise_locality(narrow, images, 0.3)
+    directions = initialise_locality(model, images, 0.6)
     for block in range(4):
         scale_prior(model, directions, block, 4.0)
     with torch.no_grad():
@@ -155,7 +155,7 @@ def test_four_times_the_exponent_is_half_the_spread(model):
 
 
 def test_priors_are_fitted_to_a_teacher(model):
-    directions = start_local(model, [torch.randn(1, 3, 96, 96) for _ in range(4)], 0.5)
+    directions = initialise_locality(model, [torch.randn(1, 3, 96, 96) for _ in range(4)], 0.5)
     images = [torch.randn(1, 3, 96, 128) for _ in range(2)]
     own = [(image, model(image).feature_map.detach()) for image in images]
     weights = copy.deepcopy(model.state_dict())
@@ -209,17 +209,17 @@ def test_fitting_a_prior_leaves_the_teacher_as_it_is(base_folder, image_folder, 
     options += ("--student", start, "--train_layers", 1, "--fit_prior", 1)
     written = AutoModel.from_pretrained(distil(start, image_folder, tmp_path / "run", *options)).state_dict()
     first = "backbone.encoder.layers.0.self_attn.q_proj.weight"
-    before, teacher = AutoModel.from_pretrained(start).state_dict(), runs[0].teacher.model.state_dict()
+    before, teacher = AutoModel.from_pretrained(start).state_dict(), runs[0].models.teacher.model.state_dict()
     assert not torch.equal(written[first], before[first])
     assert all(torch.equal(teacher[name], weight) for name, weight in before.items())
 
 
 def test_other_readouts_and_streams_are_refused(model):
     with pytest.raises(ValueError, match="none that can be read"):
-        start_local(model, [], 0.6)
+        initialise_locality(model, [], 0.6)
     dinov3 = DINOv3ViTConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
     with pytest.raises(ValueError, match="SigLIP read-out"):
-        start_local(SparVisionModel(SparConfig(backbone_config=dinov3)), [torch.zeros(1, 3, 32, 32)], 0.6)
+        initialise_locality(SparVisionModel(SparConfig(backbone_config=dinov3)), [torch.zeros(1, 3, 32, 32)], 0.6)
     arguments = "--model m --images i --output o --local_start 0.6 --streaming"
     with pytest.raises(ValueError, match="--streaming"):
         parse_options(arguments.split())
@@ -230,10 +230,10 @@ def test_other_readouts_and_streams_are_refused(model):
             ["--model", "m", "--images", "i", "--output", "o", "--position_extent", "512", "--lora_rank", "4"]
         )
     with pytest.raises(ValueError, match="SigLIP read-out"):
-        spread_positions(SparVisionModel(SparConfig(backbone_config=dinov3)), None, 1024, 224)
+        fix_position_step(SparVisionModel(SparConfig(backbone_config=dinov3)), None, 1024, 224)
     with pytest.raises(ValueError, match=r"at most 5\.8 windows, 371 px"):
-        spread_positions(model, None, 384, 64)
-    with pytest.raises(ValueError, match="--fit_prior takes a number"):
+        fix_position_step(model, None, 384, 64)
+    with pytest.raises(ValueError, match="--fit_prior"):
         parse_options(["--model", "m", "--images", "i", "--output", "o", "--fit_prior", "4"])
 
 
@@ -249,5 +249,5 @@ def test_an_extent_that_no_model_could_be_loaded_with_ends_no_training(
 
 def test_a_prior_can_only_be_fitted_where_there_is_one(base_folder, image_folder, tmp_path):
     options = ("--steps", 1, "--holdout_images", 0, "--student", base_folder, "--fit_prior", 2)
-    with pytest.raises(ValueError, match="had no local start"):
+    with pytest.raises(ValueError, match="--fit_prior"):
         distil(base_folder, image_folder, tmp_path / "run", *options)

@@ -1,0 +1,145 @@
+"""The models of a distillation: the teacher, the student, and what the student is saved with."""
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from spar_hf import (
+    SlidingWindowTeacher,
+    SparForOpenVocabSegmentation,
+    SparImageProcessorPil,
+    SparProcessor,
+    SparVisionModel,
+)
+from spar_hf.distillation.options import WindowOptions
+from spar_hf.model.backbone_sources import load_source_config
+from spar_hf.model.prompts import Vocabulary, embed_names
+from spar_hf.utils.errors import UsageError, as_usage_errors
+
+
+@dataclass
+class Models:
+    """
+    What is loaded before any work starts, so that nothing is missing when the student is written.
+
+    Attributes:
+        model: the model that is written, both towers if there are two.
+        student: its vision tower.
+        processor: is written with it.
+        teacher: sliding windows over a frozen copy of the vision tower.
+    """
+
+    model: SparForOpenVocabSegmentation | SparVisionModel
+    student: SparVisionModel
+    processor: SparProcessor | SparImageProcessorPil
+    teacher: SlidingWindowTeacher
+
+    @classmethod
+    def load(cls, options: WindowOptions, device: torch.device) -> "Models":
+        """
+        Raises:
+            UsageError: no model of this name, or windows that do not fit it.
+        """
+        with as_usage_errors():
+            model, student = load_model(options.model)
+            processor_class = (
+                SparProcessor if isinstance(model, SparForOpenVocabSegmentation) else SparImageProcessorPil
+            )
+            processor = processor_class.from_backbone(options.model)
+        return cls(model, student, processor, make_teacher(copy.deepcopy(student), options).to(device))
+
+    @property
+    def image_processor(self) -> SparImageProcessorPil:
+        """Normalises images as the teacher expects them."""
+        return self.processor.image_processor if isinstance(self.processor, SparProcessor) else self.processor
+
+    def start_from(self, students: list[str]) -> None:
+        """
+        Let the student start as the mean of earlier students.
+
+        Raises:
+            UsageError: they do not fit the teacher or one another.
+        """
+        weights, extent = mean_of_students(students, self.student)
+        self.student.load_state_dict(weights)
+        self.set_position_extent(extent)
+
+    def set_position_extent(self, extent: int | None) -> None:
+        """
+        Set how far the student's position table reaches, in its configuration and in that of the model that is written.
+
+        Raises:
+            UsageError: an extent that no model could be loaded with.
+        """
+        for config in (self.model.config, self.student.config):
+            config.position_extent = extent
+            with as_usage_errors():
+                config.check_position_extent()
+
+    def embed_words(self, vocabularies: list[str], device: torch.device) -> torch.Tensor:
+        """
+        Text embeddings of all names of built-in vocabularies: `(names, dim)` of unit length. Moves the model to `device`.
+
+        Raises:
+            UsageError: the model has no text tower, or there is no such vocabulary.
+        """
+        if not isinstance(self.processor, SparProcessor):
+            raise UsageError("--words needs a --model with a text tower. Leave it out.")
+        with as_usage_errors():
+            names = sorted({name for words in vocabularies for name in Vocabulary.parse(words).all_names})
+        model: Any = self.model  # transformers decorates `to` in a way that hides its arguments
+        return embed_names(model.to(device), self.processor.tokenizer, names, "short")
+
+
+def make_teacher(encoder: SparVisionModel, options: WindowOptions) -> SlidingWindowTeacher:
+    """
+    Sliding windows over an encoder, which is frozen.
+
+    Raises:
+        UsageError: a window or stride that does not fit the encoder.
+    """
+    with as_usage_errors():
+        return SlidingWindowTeacher(
+            encoder.eval().requires_grad_(False), options.window_size, options.stride, options.window_batch_size
+        )
+
+
+def load_model(name: str) -> tuple[SparForOpenVocabSegmentation | SparVisionModel, SparVisionModel]:
+    """A SPAR folder or a backbone: the whole model, with both towers if there are two, and its vision tower."""
+    if getattr(load_source_config(name), "text_config", None) is None:
+        model = SparVisionModel.from_backbone(name)
+        return model, model
+    both = SparForOpenVocabSegmentation.from_backbone(name)
+    return both, both.vision_model
+
+
+def mean_of_students(names: list[str], like: SparVisionModel) -> tuple[dict[str, torch.Tensor], int | None]:
+    """
+    The mean of the vision towers' weights, and their common `position_extent`. Students with a common start lie in one basin
+    of the loss, where the mean is nearer to the teacher than the students are on average (model soups, arXiv 2203.05482).
+
+    Args:
+        names: hub ids or folders.
+        like: a vision tower whose shapes they must have.
+
+    Raises:
+        UsageError: other shapes, or position tables of different extents.
+    """
+    with as_usage_errors():
+        students = [load_model(name)[1] for name in names]
+    first, states = students[0], [student.state_dict() for student in students]
+    shapes = {key: value.shape for key, value in like.state_dict().items()}
+    for name, student, state in zip(names, students, states, strict=True):
+        if student.config.position_extent != first.config.position_extent:
+            raise UsageError(
+                f"--student: the positions of {names[0]} span {first.config.position_extent} px, those of {name} "
+                f"{student.config.position_extent}. Give students of one extent."
+            )
+        if {key: value.shape for key, value in state.items()} != shapes:
+            raise UsageError(
+                f"--student {name} has other shapes than --model, its teacher. Give a student of that model."
+            )
+    mean = {key: torch.stack([state[key].float() for state in states]).mean(0) for key in states[0]}
+    return mean, first.config.position_extent

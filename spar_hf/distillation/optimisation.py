@@ -1,0 +1,89 @@
+"""The optimiser step of a student, on any number of devices."""
+
+import math
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from transformers import get_scheduler
+
+from spar_hf.distillation.options import OptimisationOptions
+from spar_hf.distillation.student import Student
+
+
+def is_sharded(accelerator: Accelerator) -> bool:
+    """Whether the processes share the weights (FSDP) instead of each holding all of them."""
+    return accelerator.distributed_type == DistributedType.FSDP
+
+
+def count_steps(options: OptimisationOptions, images: int | None, images_per_step: int) -> int:
+    """Optimizer steps of a run on this many images, which must be known for `epochs`."""
+    if options.max_steps is not None:
+        return options.max_steps
+    assert options.epochs is not None and images is not None  # DistillationOptions has checked that
+    return max(1, math.ceil(options.epochs * images / images_per_step))
+
+
+class Optimisation:
+    """
+    Optimiser and schedule of a student, as accelerate prepares them.
+
+    Args:
+        accelerator: of the run.
+        student: on its device.
+        options: learning rate, schedule, weight decay.
+        steps: optimizer steps of the run.
+
+    Attributes:
+        wrapped: the student for training; its forward runs in the precision of the run.
+    """
+
+    def __init__(self, accelerator: Accelerator, student: Student, options: OptimisationOptions, steps: int):
+        self.accelerator, self.student = accelerator, student
+        if is_sharded(accelerator):
+            # the blocks: the list of transformers also names embeddings, whose parts are called one by one
+            names = {type(block).__name__: 0 for block in student.model.backbone.blocks}
+            accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = list(names)
+        parameters = [parameter for parameter in student.trained.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(parameters, lr=options.learning_rate, weight_decay=options.weight_decay)
+        # accelerate steps the schedule once per process and optimizer step
+        schedule = get_scheduler(
+            options.lr_scheduler_type,
+            optimizer,
+            num_warmup_steps=int(options.warmup_ratio * steps) * accelerator.num_processes,
+            num_training_steps=steps * accelerator.num_processes,
+        )
+        self.wrapped: Any
+        self.wrapped, self.optimizer, self.schedule = accelerator.prepare(student.trained, optimizer, schedule)
+        # between forward and backward FSDP exposes other tensors, so parameters are collected here
+        self.parameters = [parameter for parameter in self.wrapped.parameters() if parameter.requires_grad]
+        # deterministic: the student regresses, and dropout or jittered positions would only blur the target
+        self.wrapped.eval()
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the next step."""
+        return self.schedule.get_last_lr()[0]
+
+    def step(self, loss: torch.Tensor) -> bool:
+        """Back-propagate a loss; whether that completed an optimizer step. Call it within `accelerator.accumulate`."""
+        self.accelerator.backward(loss)
+        if self.accelerator.sync_gradients:
+            self.accelerator.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        self.student.restore_positions()
+        self.schedule.step()
+        self.optimizer.zero_grad()
+        return self.accelerator.sync_gradients
+
+    def features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """The student's feature map in float32, like the full teacher's: half precision would blur the held-out error."""
+        if is_sharded(self.accelerator):  # only the wrapped forward gathers the weights, in all processes
+            return self.wrapped(pixel_values).feature_map
+        # the class's forward: accelerate wraps the model's own in autocast
+        return type(self.student.trained).forward(self.student.trained, pixel_values).feature_map
+
+    def release(self) -> None:
+        """Drop what accelerate prepared, so that the process group can end before DDP's reducer."""
+        self.wrapped = self.optimizer = self.schedule = None

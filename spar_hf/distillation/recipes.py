@@ -1,0 +1,95 @@
+"""Options of a distillation from a command line, a YAML recipe and the presets of the paper."""
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser
+
+from spar_hf.distillation.options import DistillationOptions, with_preset
+from spar_hf.utils.errors import MissingFiles, UsageError
+
+DESCRIPTION = """
+Distil the sliding-window teacher of a backbone into a student that needs one pass. Options may also stand in a YAML file,
+named first: `distill.py recipe.yaml --steps 100`. The command line takes precedence over the recipe, and the recipe over
+--preset.
+"""
+
+
+def parse_options(arguments: list[str]) -> DistillationOptions:
+    """
+    Options of a command line `[RECIPE.yaml] [--name value ...]`. Options given there take precedence over the recipe's, and
+    these over the preset's; `steps` and `epochs` replace each other.
+
+    Raises:
+        UsageError: an invalid option, or a recipe that cannot be read.
+    """
+    recipe: dict[str, Any] = {}
+    if arguments and Path(arguments[0]).suffix in (".yaml", ".yml"):
+        recipe, arguments = read_recipe(Path(arguments[0])), arguments[1:]
+    given = given_options(arguments)
+    for one, other in (("steps", "epochs"), ("epochs", "steps")):
+        if one in given:
+            recipe.pop(other, None)
+    filled = with_preset(recipe | {name: value for name, value in given.items() if name in ("preset", "steps")})
+    parts = DistillationOptions.parts()
+    parser = HfArgumentParser(tuple(parts.values()), allow_abbrev=False, description=DESCRIPTION)  # type: ignore[arg-type]
+    found = parser.parse_args_into_dataclasses(to_arguments(filled) + arguments, look_for_args_file=False)
+    return DistillationOptions(**dict(zip(parts, found, strict=True)))
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """
+    The options in a YAML file, named as in `--help` without the dashes.
+
+    Raises:
+        UsageError: an unknown option, or a file that is no mapping.
+        MissingFiles: no such file.
+    """
+    if not path.is_file():
+        raise MissingFiles(f"{path}: there is no such recipe.")
+    recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(recipe, dict):
+        raise UsageError(f"{path} contains no options. Write them as `name: value`, one per line.")
+    known = {name for part in DistillationOptions.parts().values() for name in part.__dataclass_fields__}
+    if unknown := sorted(set(recipe) - known):
+        raise UsageError(f"{path} names unknown options: {', '.join(unknown)}. `--help` lists them.")
+    return recipe
+
+
+def given_options(arguments: list[str]) -> dict[str, str]:
+    """
+    The options of a command line with their first value, as text.
+
+    Example:
+
+    ```python
+    >>> given_options(["--preset", "spar", "--steps=7", "--resume"])
+    {'preset': 'spar', 'steps': '7', 'resume': ''}
+    ```"""
+    given = {}
+    for word, after in itertools.pairwise([*arguments, "--"]):
+        if word.startswith("--"):
+            name, equals, value = word[2:].partition("=")
+            given[name.replace("-", "_")] = value if equals else "" if after.startswith("--") else after
+    return given
+
+
+def to_arguments(values: dict[str, Any]) -> list[str]:
+    """
+    Options as words of a command line.
+
+    Example:
+
+    ```python
+    >>> to_arguments({"images": ["a", "b"], "steps": 5, "epochs": None})
+    ['--images', 'a', 'b', '--steps=5']
+    ```"""
+    arguments = []
+    for name, value in values.items():
+        if isinstance(value, (list, tuple)):
+            arguments += [f"--{name}", *map(str, value)] if value else []
+        elif value is not None:
+            arguments.append(f"--{name}={value}")
+    return arguments

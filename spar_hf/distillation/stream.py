@@ -1,0 +1,151 @@
+"""The images of a distillation: what is held out, the order of the others, and what loads them."""
+
+import itertools
+import logging
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from torch.utils.data import DataLoader
+
+from spar_hf.data.augmentation import Views
+from spar_hf.data.order import Listing, MapOrder, Sample, SampleList, StreamOrder, split_images
+from spar_hf.data.sources import ImageOptions, open_sources
+from spar_hf.data.training_images import LoadedSample, Skipped, SkippedList, TrainingImages, only_item
+from spar_hf.distillation.models import Models
+from spar_hf.distillation.targets import CachedImages
+from spar_hf.distillation.teacher_cache import TeacherCache
+from spar_hf.utils.errors import UsageError
+
+logger = logging.getLogger(__name__)
+
+MOST_UNREADABLE = 1000  # images in a row that cannot be read, before the run gives up
+
+
+@dataclass
+class ImageStream:
+    """
+    The endless stream of training images of one process, and the held-out images.
+
+    Attributes:
+        order: gives the samples.
+        data: loads a sample, from images or from a teacher cache.
+        images: loads samples from images.
+        count: training images, or views of a cache; `None` for a stream of unknown length.
+        held_out: samples that the error is measured on.
+        train: the training images; `None` for a stream.
+        views: how views are drawn: what the record of the student says.
+    """
+
+    order: MapOrder | StreamOrder
+    data: TrainingImages | CachedImages
+    images: TrainingImages
+    count: int | None
+    held_out: list[Sample]
+    train: Listing | None
+    views: Views
+
+    def choose(self, count: int, seed: int) -> list[Sample]:
+        """
+        Random training images, fewer if there are fewer.
+
+        Raises:
+            UsageError: of a stream, whose images cannot be counted.
+        """
+        if self.train is None:
+            raise UsageError("--streaming reads images in their order; leave it out to draw some of them.")
+        return draw_samples(self.train, count, seed)
+
+    def loader(self, workers: int, seed: int) -> DataLoader:
+        """Loads the samples in their order."""
+        return DataLoader(
+            self.data,
+            batch_size=None,  # images differ in size: one at a time
+            sampler=self.order,
+            num_workers=workers,
+            collate_fn=only_item,
+            generator=torch.Generator().manual_seed(seed),  # without it, the run's own random numbers would be used
+        )
+
+
+def open_stream(
+    options: ImageOptions,
+    views: Views,
+    models: Models,
+    *,
+    seed: int,
+    holdout_images: int,
+    teacher_cache: str | None = None,
+    process: int = 0,
+    processes: int = 1,
+    start: list[int] | None = None,
+) -> ImageStream:
+    """
+    Open the images of a run.
+
+    Args:
+        options: which images are read, and how.
+        views: how views of them are drawn.
+        models: teacher, student's patch size and image processor.
+        seed: of the order and of the views.
+        holdout_images: held-out images to measure the error on, at most.
+        teacher_cache: folder of a cache, whose images and targets are trained on instead.
+        process, processes: each process takes every n-th image.
+        start: where a resumed run goes on, see [`Sample`].
+
+    Raises:
+        UsageError: images that cannot be read, or a cache that does not fit.
+    """
+    sources, teacher = open_sources(options), models.teacher
+    images = TrainingImages(
+        sources,
+        models.image_processor,
+        teacher.window_size,
+        models.student.config.patch_size,
+        views,
+        seed,
+        options.min_side,
+    )
+    order: StreamOrder | MapOrder
+    if options.streaming:
+        stream = order = StreamOrder(sources[0], options, seed, process, processes, start)
+        held_out = list(itertools.islice(stream.held_out(), holdout_images))
+        return ImageStream(order, images, images, None, held_out, None, views)
+    train, rest = split_images(sources, options.exclude, options.holdout_every)
+    held_out = draw_samples(rest, holdout_images, seed)
+    if teacher_cache is None:
+        order = MapOrder(train, seed, process, processes, start)
+        return ImageStream(order, images, images, len(train), held_out, train, views)
+    cache = TeacherCache.open(
+        teacher_cache, model=teacher.model, window_size=teacher.window_size, stride=teacher.stride
+    )
+    cached = CachedImages(cache, held_out)
+    stored = Views(**{name: cache.setting[name] for name in asdict(views)})
+    order = MapOrder(cached, seed, process, processes, start)
+    return ImageStream(order, cached, images, len(cached), held_out, train, stored)
+
+
+def draw_samples(listing: SampleList, count: int, seed: int) -> list[Sample]:
+    """Random images of a listing, without replacement; fewer if there are fewer."""
+    chosen = random.Random(seed).sample(range(len(listing)), min(count, len(listing)))
+    return [listing.sample(i, i, []) for i in chosen]
+
+
+def readable_samples(loader: Sequence | DataLoader, skipped: SkippedList) -> Iterator[LoadedSample]:
+    """
+    The samples that can be read; the others are listed in `skipped`.
+
+    Raises:
+        UsageError: 1000 images in a row cannot be read.
+    """
+    failed = 0
+    for item in loader:
+        if not isinstance(item, Skipped):
+            failed = 0
+            yield item
+            continue
+        skipped.add(item)
+        failed += 1
+        if failed == MOST_UNREADABLE:
+            raise UsageError(f"--images: {MOST_UNREADABLE} images in a row cannot be read; {skipped.path} says why.")

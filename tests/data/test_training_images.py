@@ -1,0 +1,171 @@
+"""Training images from any source: the views of the recipe, the order, what is held out, and what cannot be read."""
+
+import io
+import tarfile
+from itertools import islice
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from spar_hf import SparImageProcessorPil
+from spar_hf.data.augmentation import Views, draw_crop
+from spar_hf.data.order import MapOrder, StreamOrder, split_images
+from spar_hf.data.sources import ImageOptions, open_sources
+from spar_hf.data.training_images import Skipped, TrainingImages, only_item
+
+
+def view(image, window, patch_size, views, seed):
+    return draw_crop(image.size, window, patch_size, views, Random(seed)).apply(image)
+
+
+def split(options):
+    return split_images(open_sources(options), options.exclude, options.holdout_every)
+
+
+@pytest.mark.parametrize("size", [(1600, 900), (480, 360), (200, 700), (60, 50)])
+def test_augmented_images_follow_the_recipe(size):
+    image = Image.fromarray(np.zeros((size[1], size[0], 3), np.uint8))
+    whole = Views(crop_probability=0.0, min_scale=1.0)
+    width, height = view(image, 192, 16, whole, 0).size
+    # the largest size that fits 4 × 2 windows, floored to patches, never distorted by more than a patch
+    factor = min(768 / max(size), 384 / min(size))
+    assert (width, height) == tuple(int(side * factor + 1e-3) // 16 * 16 for side in size)
+    for seed in range(30):
+        width, height = view(image, 192, 16, Views(), seed).size
+        assert width % 16 == 0 and height % 16 == 0
+        assert max(width, height) <= 768 and min(width, height) <= 384
+        assert min(width, height) >= min(160, min(size) * factor * 0.5 - 16)
+
+
+def test_augmentation_crops_the_right_place():
+    """An image whose red channel is its column and green its row: values tell where a crop was taken."""
+    rows, columns = np.mgrid[0:192, 0:256]
+    image = Image.fromarray(np.stack([columns, rows, columns * 0], -1).astype(np.uint8))
+    no_flip = Views(long_side=4 / 3, short_side=1.0, min_scale=1.0, flip_probability=0.0, crop_probability=1.0)
+    for seed in range(10):
+        crop = np.asarray(view(image, 96, 16, no_flip, seed)).astype(int)
+        step = np.diff(crop[crop.shape[0] // 2, :, 0])
+        assert (step.mean() == pytest.approx(2, abs=0.05)) and (
+            np.diff(crop[:, 5, 1]).mean() == pytest.approx(2, abs=0.05)
+        )
+
+
+def test_split_holds_out_and_excludes(image_folder):
+    kept = ImageOptions(images=[str(image_folder)], exclude=["1*"], holdout_every=2)
+    train, held_out = split(kept)
+    names = [[Path(part.name(i)).stem for i in range(len(part))] for part in (train, held_out)]
+    assert names == [["0", "3", "5"], ["2", "4"]]
+    with pytest.raises(ValueError, match="--exclude"):
+        split(ImageOptions(images=[str(image_folder)], exclude=["*"]))
+
+
+@pytest.fixture(scope="module")
+def sources(image_folder, tmp_path_factory):
+    """The same six images as a list, a saved table, a Parquet file and two WebDataset shards."""
+    import datasets
+
+    folder = tmp_path_factory.mktemp("sources")
+    files = sorted(image_folder.glob("*.jpg"))
+    (folder / "list.txt").write_text("# images\n" + "\n".join(map(str, files)) + "\n")
+    rows = {"picture": [{"bytes": p.read_bytes(), "path": None} for p in files], "n": list(range(6))}
+    table = datasets.Dataset.from_dict(
+        rows, datasets.Features({"picture": datasets.Image(), "n": datasets.Value("int8")})
+    )
+    table.save_to_disk(folder / "saved")
+    table.to_parquet(folder / "table.parquet")
+    (folder / "shards").mkdir()
+    for shard in range(2):
+        with tarfile.open(folder / "shards" / f"{shard}.tar", "w") as tar:
+            for path in files[shard * 3 : shard * 3 + 3]:
+                for suffix, data in (("jpg", path.read_bytes()), ("json", b'{"n": 1}')):
+                    entry = tarfile.TarInfo(f"{path.stem}.{suffix}")
+                    entry.size = len(data)
+                    tar.addfile(entry, io.BytesIO(data))
+    return folder
+
+
+def make_images(opened, **views):
+    return TrainingImages(opened, SparImageProcessorPil(), 64, 16, Views(**views))
+
+
+@pytest.mark.parametrize("name", ["list.txt", "saved", "table.parquet", "shards"])
+def test_every_source_gives_the_same_images(image_folder, sources, name, monkeypatch, tmp_path):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    streams = []
+    for images in (image_folder, sources / name):
+        kept = ImageOptions(images=[str(images)], holdout_every=3)
+        opened = open_sources(kept)
+        train, held_out = split_images(opened, kept.exclude, kept.holdout_every)
+        pictures = make_images(opened)
+        streams.append([pictures[sample].pixel_values for sample in islice(MapOrder(train, 0, 0, 1), 6)])
+        assert (len(train), len(held_out)) == (4, 2)
+    assert all(torch.equal(a, b) for a, b in zip(*streams, strict=True))
+
+
+def test_unreadable_sources_are_named(tmp_path, sources):
+    for images, message in [(tmp_path / "no.txt", r"no\.txt"), (tmp_path / "no.tar", r"no\.tar"),
+                            (tmp_path, "no image"), (tmp_path / "nothing", "--images")]:  # fmt: skip
+        with pytest.raises((FileNotFoundError, ValueError), match=message):
+            open_sources(ImageOptions(images=[str(images)]))
+    with pytest.raises(ValueError, match="--streaming reads one"):
+        open_sources(ImageOptions(images=[str(sources / "list.txt")], streaming=True))
+    with pytest.raises(ValueError, match="no images among its columns picture, n"):
+        open_sources(ImageOptions(images=[str(sources / "saved")], image_column="image"))
+
+
+@pytest.mark.parametrize("name", ["saved", "shards"])
+def test_streams__order_holdout_and_going_on(sources, name):
+    """Held-out images never come, epochs differ, and going on anywhere gives what would have come."""
+    kept = ImageOptions(images=[str(sources / name)], streaming=True, holdout_every=3, shuffle_buffer=3)
+    table = open_sources(kept)[0]
+    order = StreamOrder(table, kept, 0, 0, 1)
+    held_out = {sample.source for sample in order.held_out()}
+    samples = list(islice(order, 12))
+    epochs = [[t for t in samples if t.after[0] == epoch] for epoch in (0, 1)]
+    assert 0 < len(held_out) < 6 and not held_out & {sample.source for sample in samples}
+    assert {t.source for t in epochs[0]} == {t.source for t in epochs[1]} and len(epochs[0]) == 6 - len(held_out)
+    assert len({t.index for t in samples}) == 12
+    for cut in (1, 3, 5):
+        again = list(islice(StreamOrder(table, kept, 0, 0, 1, samples[cut].after), 4))
+        assert [(t.index, t.source) for t in again] == [(t.index, t.source) for t in samples[cut + 1 : cut + 5]]
+    two = [list(islice(StreamOrder(table, kept, 0, process, 2), 2)) for process in (0, 1)]
+    assert not {t.source for t in two[0]} & {t.source for t in two[1]} and two[0][0].index != two[1][0].index
+
+
+def test_order_is_shared_by_processes_and_resumes(image_folder):
+    kept = ImageOptions(images=[str(image_folder)], holdout_every=6)
+    train, _ = split(kept)
+    one = list(islice(MapOrder(train, 3, 0, 1), 20))
+    two = [list(islice(MapOrder(train, 3, process, 2), 10)) for process in (0, 1)]
+    assert [t.name for pair in zip(*two, strict=True) for t in pair] == [t.name for t in one]
+    assert [t.index for t in one] == list(range(20))
+    again = list(islice(MapOrder(train, 3, 0, 1, one[7].after), 5))
+    assert [(t.index, t.name) for t in again] == [(t.index, t.name) for t in one[8:13]]
+    for epoch in range(4):
+        assert len({t.name for t in one[5 * epoch : 5 * epoch + 5]}) == 5
+
+
+def test_damaged_images_are_skipped_whatever_the_workers(image_folder, tmp_path):
+    for path in image_folder.glob("*.jpg"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "1.jpg").write_bytes((tmp_path / "1.jpg").read_bytes()[:700])
+    (tmp_path / "3.jpg").write_text("no image")
+    Image.new("RGB", (300, 20)).save(tmp_path / "4.jpg")
+    kept = ImageOptions(images=[str(tmp_path)], holdout_every=6)
+    opened = open_sources(kept)
+    train, _ = split_images(opened, kept.exclude, kept.holdout_every)
+    seen = []
+    for workers in (0, 2):
+        images, order = make_images(opened, jitter_probability=0.5), MapOrder(train, 0, 0, 1)
+        loader = DataLoader(images, None, sampler=order, num_workers=workers, collate_fn=only_item)
+        seen.append(list(islice(loader, 10)))
+    skipped = {Path(item.name).name: item.reason for item in seen[0] if isinstance(item, Skipped)}
+    assert set(skipped) == {"1.jpg", "3.jpg", "4.jpg"} and "--min_side" in skipped["4.jpg"]
+    for a, b in zip(*seen, strict=True):
+        assert type(a) is type(b)
+        assert isinstance(a, Skipped) or (a.index == b.index and torch.equal(a.pixel_values, b.pixel_values))
