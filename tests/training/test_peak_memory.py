@@ -9,9 +9,8 @@ from PIL import Image
 from tiny_models import randomise, tiny_config
 
 from spar_hf import SparForOpenVocabSegmentation, SparImageProcessorPil
-from spar_hf.evaluation.evaluator import evaluate_runs
-from spar_hf.evaluation.inference import PeakMemory
-from spar_hf.evaluation.options import Options
+from spar_hf.evaluation import EvaluationOptions, evaluate_runs
+from spar_hf.utils.devices import PeakMemory
 
 pytestmark = pytest.mark.skipif(
     not sys.platform.startswith("linux"), reason="resident memory is read from Linux's /proc"
@@ -45,7 +44,8 @@ def test_peak_memory_of_images_is_that_of_the_largest(sizes, resize, tokenizer, 
         Image.new("L", (width, height)).save(tmp_path / "set" / "masks" / f"a{i}.png")
 
     def peak(**chosen):
-        options = Options(str(tmp_path / "set"), [str(model)], boundary=False, **resize, **chosen)
+        given = {"dataset": str(tmp_path / "set"), "model": [str(model)], "boundary": False}
+        options = EvaluationOptions.from_flat(**given, **resize, **chosen)
         return evaluate_runs(options)["runs"][0]["peak_memory_bytes"]
 
     small, large, both = peak(include=["a0"]), peak(include=["a1"]), peak()

@@ -23,7 +23,7 @@ WRONG = {
     "panoptic": ((*MODEL, *OUTPUT, "--data", NOWHERE), "must hold `images/`"),
     "pretrain_tiny": ((*OUTPUT, "--data", NOWHERE), "must hold `images/`"),
     "quality_cost": ((*MODEL, *OUTPUT, "--images", NOWHERE, "--dataset", NOWHERE, "--steps", "0"), "at least 1"),
-    "strength": ((*MODEL, *OUTPUT, "--data", f"/{NOWHERE}"), "is no folder"),
+    "generalisation": ((*MODEL, *OUTPUT, "--data", f"/{NOWHERE}"), "is no folder"),
 }
 
 
