@@ -1,4 +1,4 @@
-"""The sliding-window teacher: a frozen encoder run on every window of an image, its features averaged on one grid."""
+"""Sliding-window teacher: a frozen encoder runs on every window of an image, and its features are averaged on one grid."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,14 +9,14 @@ from torch import nn
 
 from .model.modeling_spar import SparVisionModel, SparVisionModelOutput, pad_to_patches
 
-CELL_BYTES = 256 * 2**20  # bound on the features of one batch of windows, laid out on the cells
-MAP_BYTES = 2**30  # bound on the sums over all windows, on the cells
+CELL_BYTES = 256 * 2**20  # bound on the features of one batch of windows on the cells
+MAP_BYTES = 2**30  # bound on the sum over all windows on the cells
 VARIANTS = ("spread", "tiling", "windows")  # ways to draw windows, see WindowPlan.draw
 
 
 def window_starts(length: int, window: int, stride: int) -> list[int]:
     """
-    Where windows start along one axis, in pixels: every `stride`, the last one flush with the end.
+    Starts of the windows along one axis in pixels: every `stride`, the last window flush with the end.
 
     Example:
 
@@ -30,8 +30,8 @@ def window_starts(length: int, window: int, stride: int) -> list[int]:
 
 def subdivision(patch_size: int, stride: int) -> int:
     """
-    Smallest divisor `r` of the patch for which the stride is a multiple of `patch_size / r`: each patch becomes
-    `r × r` cells, so that every window starts on a cell border (SPAR, section 3).
+    Smallest divisor `r` of the patch for which the stride is a multiple of `patch_size / r`. Each patch is divided into
+    `r × r` cells, so that every window starts at the border of a cell (SPAR, section 3).
 
     Example:
 
@@ -44,12 +44,12 @@ def subdivision(patch_size: int, stride: int) -> int:
 
 class Draw(NamedTuple):
     """
-    Some of a plan's windows and how they count, see [`WindowPlan.draw`].
+    Windows drawn from a plan and their weights, see [`WindowPlan.draw`].
 
     Attributes:
         positions: top left cells of the drawn windows, `(drawn, 2)`.
         window_weights: weights of the windows in the mean of a cell, `(drawn,)` float64.
-        cell_weights: weight of each cell in the loss, 0 where nothing was drawn, `(cells high, cells wide)` float64.
+        cell_weights: weight of each cell in the loss, 0 if no drawn window covers it, `(cells high, cells wide)` float64.
     """
 
     positions: torch.Tensor
@@ -60,7 +60,7 @@ class Draw(NamedTuple):
 @dataclass
 class WindowPlan:
     """
-    Which windows cover a padded image. All lengths in cells of `patch_size / r` pixels but `window` in pixels.
+    The windows that cover a padded image. Lengths are in cells of `patch_size / r` pixels, except `window` and `cell`.
 
     Attributes:
         rows, columns: starts of the windows along each axis.
@@ -96,44 +96,44 @@ class WindowPlan:
         return torch.cartesian_prod(torch.tensor(self.rows), torch.tensor(self.columns)).view(-1, 2)
 
     def covered(self, starts: torch.Tensor, axis: int) -> torch.Tensor:
-        """Which cells along an axis (0 rows, 1 columns) each window covers: 0 or 1, `(windows, cells)` float64."""
+        """Whether each window covers each cell along an axis (0 rows, 1 columns): 0 or 1, `(windows, cells)` float64."""
         offset = torch.arange(self.grid[axis]) - starts[:, None]
         return ((offset >= 0) & (offset < self.cells[axis])).double()
 
     def coverage(self, positions: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """
-        Sum of the weights (float64) of the windows over each cell: `(cells high, cells wide)`. In float64, which autocast
-        leaves alone: in half precision a product of matrices would round the counts.
+        Sum of the weights of the windows over each cell: `(cells high, cells wide)`, float64. Autocast would compute this
+        product in half precision for other dtypes, and round the counts.
         """
         rows, columns = (self.covered(starts, axis) for axis, starts in enumerate(positions.T))
         return (rows * weights[:, None]).T @ columns
 
     def draw(self, windows: int, generator: torch.Generator | None = None, variant: str = "spread") -> Draw:
         """
-        Draw about `windows` of the windows so that a target made from them is unbiased.
+        Draw about `windows` of the windows, with weights that make the target unbiased.
 
-        Of a draw, the target of a cell is the mean `t` of the drawn windows over it, weighted by `window_weights`, and
-        counts with its entry `W` of `cell_weights` (0 where nothing was drawn). For every variant `E[W] = 1` and
-        `E[W t]` is the mean `f` over all `k` windows that cover the cell. Hence `E[W (s - t)] = s - f` for any fixed
-        `s`: the gradient of `W |s - t|²` is on average that of `|s - f|²`, cell by cell.
+        The target of a cell is the mean `t` of the drawn windows over it, weighted by `window_weights`. It counts with the
+        cell's entry `W` of `cell_weights`, 0 if no drawn window covers it. For every variant `E[W] = 1`, and `E[W t]` is
+        the mean `f` over all `k` windows that cover the cell. Hence `E[W (s - t)] = s - f` for any fixed `s`: the expected
+        gradient of `W |s - t|²` is that of `|s - f|²`, for every cell.
 
-        - `"windows"`: `n` of the `N` windows, uniformly without replacement. Given how many of the `k` are among them
-          they are a uniform subset of the `k`, so wherever there is at least one their plain mean is `f` on average; with
-          `W = 1 / P`, `P = 1 - C(N - k, n) / C(N, n)` being the chance of at least one, both equations hold.
-        - `"tiling"`: the same with disjoint sets of windows instead of single ones. The windows over a cell are
-          neighbours in the (strictly rising) row of starts, clamped last start included, because all are of one length;
-          let `m` be the largest number of them. Two starts `m` places apart never share a cell, so every `m`-th start
-          from a phase `0 ≤ p < m` covers no cell twice, and `k ≤ m` neighbours have `k` different phases. With a phase
-          for each axis the windows fall into `M = m_rows · m_columns` tilings, of which exactly `k` cover the cell, each by
-          one window. `d` of the `M` are drawn uniformly without replacement: as above with `M`, `d` for `N`, `n`.
-        - `"spread"`: window `j` is drawn with the probability `π_j` of [`WindowPlan.chances`], by systematic sampling: on a
-          line that winds through the image each window takes a stretch as long as its `π_j`, and the windows under the
-          points `u, u + 1, u + 2, …` are drawn for a uniform `0 ≤ u < 1`; so they lie far apart. With `window_weights`
-          `1 / π_j` and `W = sum of 1 / (k π_j)` over the drawn windows on the cell, `W t` is the sum of `f_j / (k π_j)`
-          (Horvitz and Thompson's estimator), and both equations follow from `π_j` being the chance that `j` is drawn.
+        - `"windows"`: `n` of the `N` windows, uniformly without replacement. Those among the `k` are a uniform subset of
+          the `k`, so if there is at least one, the expectation of their mean is `f`. With `W = 1 / P`, where
+          `P = 1 - C(N - k, n) / C(N, n)` is the probability of at least one, both equations hold.
+        - `"tiling"`: the same with disjoint sets of windows. The windows over a cell have consecutive starts, also with the
+          last start clamped, because all have one length and starts increase strictly; let `m` be their largest number.
+          Starts `m` positions apart never share a cell, so every `m`-th start from a phase `0 ≤ p < m` covers no cell twice,
+          and `k ≤ m` consecutive starts have `k` different phases. With a phase per axis there are
+          `M = m_rows · m_columns` tilings, and exactly `k` of them cover the cell, each with one window. `d` of the `M` are
+          drawn uniformly without replacement: as above, with `M`, `d` for `N`, `n`.
+        - `"spread"`: window `j` is drawn with probability `π_j` ([`WindowPlan.chances`]) by systematic sampling: each
+          window takes a stretch of length `π_j` on a line that winds through the image, and the windows at the points
+          `u, u + 1, u + 2, …` are drawn for a uniform `0 ≤ u < 1`, so they lie far apart. With `window_weights` `1 / π_j`
+          and `W = sum of 1 / (k π_j)` over the drawn windows on the cell, `W t` is the sum of `f_j / (k π_j)`, the
+          Horvitz–Thompson estimator, and both equations hold.
 
-        Cells, not whole patches, are what counts: to wait until all cells of a patch are covered would favour the
-        windows that cover all of them at once, and the mean over the draws would not be `f`.
+        Cells are weighted, not patches: requiring all cells of a patch to be covered would favour windows that cover all of
+        them at once, and bias the target.
 
         Raises:
             ValueError: an unknown variant, or fewer than one window.
@@ -145,13 +145,8 @@ class WindowPlan:
         over_rows, over_columns = self.overlaps()
         over = torch.outer(over_rows, over_columns)  # windows over each cell, (cells high, cells wide)
         if variant == "spread":
-            line, chances = self.chances(windows)
-            # drawn where a whole number lies on the window's stretch of the line
-            borders = torch.cat([chances.new_zeros(1), chances.cumsum(0)])
-            hit = (borders - torch.rand((), generator=generator, dtype=torch.float64)).floor().diff() > 0
-            positions, weights = self.positions()[line[hit]], 1 / chances[hit]
-            return Draw(positions, weights, self.coverage(positions, weights) / over)
-        # what is drawn: one group of windows, a tiling or a single window
+            return self._draw_spread(windows, generator, over)
+        # groups of windows are drawn: tilings or single windows
         m_rows, m_columns = int(over_rows.max()), int(over_columns.max())
         groups = m_rows * m_columns if variant == "tiling" else len(self)
         drawn = min(groups, max(1, round(windows * groups / len(self))))
@@ -168,23 +163,32 @@ class WindowPlan:
         weights = none.new_ones(len(positions))
         return Draw(positions, weights, (self.coverage(positions, weights) > 0) / (1 - none))
 
+    def _draw_spread(self, windows: int, generator: torch.Generator | None, over: torch.Tensor) -> Draw:
+        """Systematic sampling of windows, see `draw`; `over` counts the windows over each cell."""
+        line, chances = self.chances(windows)
+        # a window is drawn if a whole number lies on its stretch of the line
+        borders = torch.cat([chances.new_zeros(1), chances.cumsum(0)])
+        hit = (borders - torch.rand((), generator=generator, dtype=torch.float64)).floor().diff() > 0
+        positions, weights = self.positions()[line[hit]], 1 / chances[hit]
+        return Draw(positions, weights, self.coverage(positions, weights) / over)
+
     def overlaps(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """How many starts cover each cell of an axis: float64, `(cells high,)` and `(cells wide,)`."""
+        """Number of windows over each cell of an axis: float64, `(cells high,)` and `(cells wide,)`."""
         starts = torch.tensor(self.rows), torch.tensor(self.columns)
         rows, columns = (self.covered(axis_starts, axis).sum(0) for axis, axis_starts in enumerate(starts))
         return rows, columns
 
     def chances(self, windows: int) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        Chance of every window to be one of `windows` drawn ones: `∝ sqrt(sum of 1 / k² over its cells)`, at most 1.
+        Probability of each window to be among `windows` drawn ones: `∝ sqrt(sum of 1 / k² over its cells)`, at most 1.
 
-        A cell that only `k = 1` window covers has all of its target from that one, so windows at borders must come more
-        often. This is the choice of least variance if windows are drawn independently and err alike: the window's share
-        of the variance is `sum of 1 / k² / π`.
+        A cell covered by one window (`k = 1`) gets its whole target from it, so windows at borders are drawn more often.
+        This choice has the least variance if windows are drawn independently and have equal errors: the share of a window
+        in the variance is `sum of 1 / k² / π`.
 
         Returns:
-            The windows' numbers on a line that goes there and back along the shorter axis, so that neighbours on the line
-            are neighbours in the image, and their chances in that order, float64: `(windows,)` each.
+            Indices of the windows along a line that winds back and forth through the image, so that neighbours on the line
+            are neighbours in the image, and their probabilities in that order, float64: `(windows,)` each.
         """
         over_rows, over_columns = self.overlaps()
         sizes = torch.outer(
@@ -198,7 +202,7 @@ class WindowPlan:
         line, total = line.flatten(), min(windows, len(self))
         sizes = sizes.flatten()[line]
         chances = sizes * total / sizes.sum()
-        while bool((chances > 1 + 1e-9).any()):  # who would get more than 1 gets 1, and the others share the rest
+        while bool((chances > 1 + 1e-9).any()):  # cap at 1 and give the rest to the others
             rest = sizes.where(chances < 1, 0)
             chances = torch.where(chances < 1, rest * (total - int((chances >= 1).sum())) / rest.sum(), 1.0)
         return line, chances.clamp(max=1)
@@ -206,23 +210,23 @@ class WindowPlan:
 
 class SlidingWindowTeacher(nn.Module):
     """
-    Features of a frozen [`SparVisionModel`] averaged over sliding windows, on the grid of a single pass.
+    Features of a frozen [`SparVisionModel`] averaged over sliding windows, on the patch grid of a single pass.
 
-    Each window's feature map is laid onto a common grid of cells and every cell divided by how often it was covered. A
-    cell is a patch, or a part of one where the stride does not divide by the patch: the window's features are then
-    resized bilinearly to the cells first, and the averaged map back to patches at the end. The last window of each axis
-    lies flush with the padded image's border; an image smaller than the window is one smaller window.
+    The feature maps of all windows are summed on a common grid of cells and divided by the number of windows over each cell.
+    A cell is a patch, or part of one if the stride is not a multiple of the patch: then the features of a window are resized
+    bilinearly to the cells, and the averaged map back to patches. The last window of each axis is flush with the border of
+    the padded image. An image smaller than the window is one smaller window.
 
     Source: SPAR (arXiv 2604.02252), section 3.
 
     Args:
-        model ([`SparVisionModel`]): the encoder, used as it is and without gradient.
+        model ([`SparVisionModel`]): the encoder, used without gradient.
         window_size (`int`, *optional*): side in pixels, a multiple of the patch. Defaults to `config.image_size`.
         stride (`int`, *optional*, defaults to 24): step between windows in pixels, at most `window_size`.
-        window_batch_size (`int`, *optional*, defaults to 16): windows per forward pass; bounds the memory.
+        window_batch_size (`int`, *optional*, defaults to 16): windows per forward pass; it bounds the memory.
 
     Raises:
-        ValueError: a window that is no multiple of the patch, or a stride outside 1 to `window_size`.
+        ValueError: a window that is not a multiple of the patch, or a stride outside 1 to `window_size`.
 
     Example:
 
@@ -249,7 +253,7 @@ class SlidingWindowTeacher(nn.Module):
         if window_size < patch_size or window_size % patch_size:
             nearest = max(patch_size, round(window_size / patch_size) * patch_size)
             raise ValueError(
-                f"window_size={window_size} is no multiple of the patch ({patch_size} px); use {nearest}, say."
+                f"window_size={window_size} is not a multiple of the patch ({patch_size} px); use {nearest}."
             )
         if not 1 <= stride <= window_size:
             raise ValueError(
@@ -280,13 +284,13 @@ class SlidingWindowTeacher(nn.Module):
         Args:
             pixel_values (`torch.FloatTensor` of shape `(batch, 3, height, width)`): any height and width.
             progress (`Callable[[int, int], None]`, *optional*):
-                Called after each forward pass with the windows done and the windows in all.
+                Called after each forward pass with the number of windows done and of all windows.
 
         Returns:
             [`SparVisionModelOutput`] with `feature_map` `(batch, dim, ceil(height / patch), ceil(width / patch))`.
 
         Raises:
-            ValueError: the map would take more than 1 GiB on the cells, as with a stride that makes them of a pixel.
+            ValueError: the map on the cells would take more than 1 GiB, e.g. with an odd stride, whose cells are pixels.
         """
         pixel_values = pad_to_patches(pixel_values, self.config.patch_size)
         plan = self.plan(*pixel_values.shape[-2:])
@@ -302,27 +306,27 @@ class SlidingWindowTeacher(nn.Module):
         variant: str = "spread",
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        An unbiased target for distillation from about `windows` windows instead of all of them.
+        An unbiased target for distillation from about `windows` windows instead of all.
 
-        With the student's feature `s` of a patch, the sampled mean `t` of each of its cells and the returned weight
-        `w`, the gradient of `sum(w * |s - t|²)` over all cells is on average that of `sum(|s - full|²)` over patches, where
-        `full` is the teacher's map: that map is a mean of cells, and `w` is the share of the cell in its patch times the
-        weight that makes the cell unbiased, see [`WindowPlan.draw`] for the proof. All images of a batch share the draw.
+        With the student's feature `s` of a patch, the sampled mean `t` of each of its cells and the returned weight `w`, the
+        expected gradient of `sum(w * |s - t|²)` over all cells is that of `sum(|s - full|²)` over patches, where `full` is
+        the teacher's map. `w` is the share of the cell in its patch times the cell's weight of [`WindowPlan.draw`], which
+        has the proof. All images of a batch share the draw.
 
         Args:
             pixel_values (`torch.FloatTensor` of shape `(batch, 3, height, width)`): any height and width.
-            windows (`int`): windows to run per image, exactly or (tilings) on average.
-            generator (`torch.Generator`, *optional*): source of the draw, on the CPU.
+            windows (`int`): windows to run per image; with `"tiling"` on average.
+            generator (`torch.Generator`, *optional*): random generator on the CPU.
             variant (`str`, *optional*, defaults to `"spread"`):
-                `"spread"`, windows far apart, those at the borders more often: the least variance of the three;
-                `"tiling"`, disjoint windows that tile the image from a random phase; `"windows"`, any windows alike.
+                `"spread"`: windows far apart, those at the borders more often; it has the least variance. `"tiling"`:
+                disjoint windows that tile the image from a random phase. `"windows"`: windows drawn uniformly.
 
         Returns:
-            Means `(batch, dim, cells high, cells wide)`, 0 where nothing was drawn, and weights
+            Means `(batch, dim, cells high, cells wide)`, 0 in cells without a drawn window, and weights
             `(cells high, cells wide)`.
 
         Raises:
-            ValueError: an unknown variant, fewer than one window, or cells too many, see `forward`.
+            ValueError: an unknown variant, fewer than one window, or too many cells, see `forward`.
 
         Example:
 
@@ -340,7 +344,7 @@ class SlidingWindowTeacher(nn.Module):
         plan = self.plan(*pixel_values.shape[-2:])
         draw = plan.draw(windows, generator, variant)
         sums, coverage = self.stitch(pixel_values, plan, draw.positions, weights=draw.window_weights)
-        # bilinear resizing to patches reads the two middle cells of each axis (the middle one where r is odd)
+        # bilinear resizing to patches averages the two middle cells of each axis (or takes the middle one if r is odd)
         r = self.config.patch_size // plan.cell
         share = torch.zeros(r, device=sums.device)
         share[(r - 1) // 2 : r // 2 + 1] = 1 / (r // 2 + 1 - (r - 1) // 2)
@@ -356,8 +360,8 @@ class SlidingWindowTeacher(nn.Module):
         weights: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        Sum the features of the windows at `positions`, times their `weights` (1 each), on the grid of cells. Both lie on the
-        CPU, weights in float64, as a plan gives them.
+        Sum the features of the windows at `positions`, times their `weights` (default 1), on the grid of cells. Both tensors
+        are on the CPU, weights in float64, as in a [`Draw`].
 
         Returns:
             Sums `(batch, dim, cells high, cells wide)`, and the sum of the weights over each cell
@@ -376,20 +380,20 @@ class SlidingWindowTeacher(nn.Module):
         views = pixel_values.unfold(2, window_h, plan.cell).unfold(3, window_w, plan.cell)
         jobs = torch.cartesian_prod(torch.arange(batch, device=device), torch.arange(len(positions), device=device))
         sums: torch.Tensor | None = None
-        # where a stride divides the patch into many cells, a window's features on them are large: fewer windows at a time
+        # with many cells per patch the features of a window are large: fewer windows at a time
         window_bytes = 4 * self.config.projection_dim * plan.cells[0] * plan.cells[1]
         at_once = min(self.window_batch_size, max(1, CELL_BYTES // window_bytes))
         for chunk in jobs.split(at_once):
             image, (top, left) = chunk[:, 0], positions[chunk[:, 1]].unbind(1)
             windows = views[image, :, top, left]  # (n, 3, height, width)
             features = self.model(windows).feature_map.float()  # (n, dim, height / patch, width / patch)
-            if is_weighted:  # on patches, of which there are fewer than cells
+            if is_weighted:  # before resizing: there are fewer patches than cells
                 features = features * weights[chunk[:, 1]][:, None, None, None]
             if features.shape[-2:] != plan.cells:
                 features = nn.functional.interpolate(features, size=plan.cells, mode="bilinear", align_corners=False)
             if sums is None:
                 sums = features.new_zeros(batch * grid_h * grid_w, features.shape[1])
-            # the cell under each feature, counted over the whole batch: (n, cells high, cells wide)
+            # index over the whole batch of the cell of each feature: (n, cells high, cells wide)
             cell = (top[:, None] + rows)[:, :, None] * grid_w + (left[:, None] + columns)[:, None, :]
             cell = cell + image[:, None, None] * (grid_h * grid_w)
             sums.index_add_(0, cell.flatten(), features.permute(0, 2, 3, 1).flatten(0, 2))
@@ -402,7 +406,7 @@ class SlidingWindowTeacher(nn.Module):
     def check_memory(self, batch: int, plan: WindowPlan) -> None:
         """
         Raises:
-            ValueError: the maps of the batch would take more than 1 GiB on the cells.
+            ValueError: the maps of the batch on the cells would take more than 1 GiB.
         """
         (rows, columns), dim, patch = plan.grid, self.config.projection_dim, self.config.patch_size
         if 4 * batch * dim * rows * columns <= MAP_BYTES:
@@ -412,7 +416,7 @@ class SlidingWindowTeacher(nn.Module):
         coarser = f"a stride that is a multiple of half a patch ({better}), " if plan.cell < half else ""
         raise ValueError(
             f"A map of {dim} channels on {rows}×{columns} cells of {plan.cell} px takes more than {MAP_BYTES // 2**30} GiB. "
-            f"Use {coarser}smaller images, or fewer channels where they are words (a mean of logits)."
+            f"Use {coarser}smaller images, or fewer channels (names, if logits are averaged)."
         )
 
     def to_patches(self, cells: torch.Tensor, plan: WindowPlan) -> torch.Tensor:

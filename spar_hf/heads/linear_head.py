@@ -8,7 +8,7 @@ from torch import nn
 
 from spar_hf.data.segmentation_sets import IGNORE_INDEX
 from spar_hf.heads.frozen_features import ImageFeatures
-from spar_hf.model.segmentation import patch_coordinates
+from spar_hf.model.segmentation import bilinear_cells, patch_coordinates
 
 
 class LinearHeads(nn.Module):
@@ -103,11 +103,8 @@ def logits_at_pixels(
     """
     vertical = patch_coordinates(image_size[0], working_size[0], patch_size, logits.shape[1], logits.device)
     horizontal = patch_coordinates(image_size[1], working_size[1], patch_size, logits.shape[2], logits.device)
-    top, bottom, down = (values[rows] for values in vertical)
-    left, right, across = (values[columns] for values in horizontal)
-    upper = torch.lerp(logits[:, top, left], logits[:, top, right], across[:, None])
-    lower = torch.lerp(logits[:, bottom, left], logits[:, bottom, right], across[:, None])
-    return torch.lerp(upper, lower, down[:, None])
+    cells, weights = bilinear_cells(rows, columns, vertical, horizontal, logits.shape[2])
+    return (logits.flatten(1, 2)[:, cells] * weights[..., None]).sum(2)
 
 
 def batch_loss(heads: nn.Module, batch: list[DrawnPixels], patch_size: int) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""What untouched backbones of transformers are to SPAR: their configuration and their weights under its names."""
+"""Maps pretrained Transformers backbones to a `SparConfig` and SPAR weight names."""
 
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from transformers import (
 
 from .configuration_spar import SparConfig
 
-# what `from_backbone` loads, by the model type of the folder
+# class that `from_backbone` loads, by model type
 BACKBONE_SOURCES: dict[str, Any] = {
     "siglip": SiglipModel,
     "siglip_vision_model": SiglipVisionModel,
@@ -31,24 +31,24 @@ BACKBONE_SOURCES: dict[str, Any] = {
 
 def load_source_config(name: str, **hub: Any) -> Any:
     """
-    The configuration of a folder or of a model of the hub.
+    The configuration of a local folder or of a model on the hub.
 
     Raises:
-        OSError: there is no such folder, and no model of that name that the hub gives; in one line.
+        OSError: neither has this name.
     """
-    if Path(name).is_file():  # of a config.json, transformers would read that
-        raise OSError(f"{name} is a file. Name the folder of the model, {Path(name).parent} perhaps.")
+    if Path(name).is_file():  # transformers would read it as a config.json
+        raise OSError(f"{name} is a file. Pass the folder of the model, perhaps {Path(name).parent}.")
     try:
         return AutoConfig.from_pretrained(name, **hub)
     except OSError as error:
         if Path(name).is_dir():
             raise
         reason = str(error).splitlines()[0]
-        raise OSError(f"{name} is no folder here, and no model of that name came from the hub: {reason}") from error
+        raise OSError(f"{name} is neither a local folder nor a model that the hub gave: {reason}") from error
 
 
 def spar_name(name: str, clip: bool) -> str:
-    """Where a weight of a backbone of transformers lies in [`SparForOpenVocabSegmentation`]."""
+    """The name in [`SparForOpenVocabSegmentation`] of a weight of a backbone of transformers."""
     if name.startswith("logit_"):
         return name
     if name.startswith(("text_model.", "text_projection.")):  # CLIP's text class with projection wraps the text model
@@ -60,23 +60,24 @@ def read_backbone(
     name: str, source_config: Any, spar_config: dict[str, Any] | None = None, **kwargs: Any
 ) -> tuple[SparConfig, dict[str, torch.Tensor], torch.dtype]:
     """
-    Configuration, weights under the names of [`SparForOpenVocabSegmentation`], and dtype of the SPAR model of a backbone.
+    Load a backbone of transformers as a SPAR model: its configuration, its weights under the names of
+    [`SparForOpenVocabSegmentation`], and their dtype.
 
     Args:
         name: hub id or folder.
-        source_config: its [`load_source_config`].
+        source_config: its configuration, from [`load_source_config`].
         spar_config: further fields of [`SparConfig`].
         kwargs: options of `from_pretrained` of the backbone's class.
 
     Raises:
-        ValueError: a model type that SPAR does not read, a trained head's among them.
+        ValueError: an unsupported model type, such as that of a trained head.
         RuntimeError: the folder lacks weights.
     """
     if source_config.model_type.startswith("spar_"):  # a trained head or a baked vocabulary
         raise ValueError(
             f"{name} has its classes in it (model type {source_config.model_type!r}), and "
             f'pipeline("image-segmentation", model={str(name)!r}) runs it without words. For '
-            "words or features, name the model that it was made of."
+            "words or features, pass the model it was made from."
         )
     if source_config.model_type not in BACKBONE_SOURCES:
         raise ValueError(
@@ -89,7 +90,7 @@ def read_backbone(
             f"{name} lacks {len(info['missing_keys'])} weights of {type(source).__name__}: "
             f"{', '.join(sorted(info['missing_keys'])[:8])}. The files are incomplete: copy the folder again."
         )
-    if source_config.model_type == "clip":  # both of its projections have the width at the top of its configuration
+    if source_config.model_type == "clip":  # both projections have the width of the top-level configuration
         source.config.vision_config.projection_dim = source.config.projection_dim
         source.config.text_config.projection_dim = source.config.projection_dim
     config = SparConfig(

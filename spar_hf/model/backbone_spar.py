@@ -1,4 +1,4 @@
-"""SPAR as a backbone: feature maps of chosen layers, for the heads of transformers."""
+"""SPAR as a backbone of transformers: feature maps of chosen layers, for its segmentation and detection heads."""
 
 import torch
 from torch import nn
@@ -12,14 +12,14 @@ from .modeling_spar import SparVisionModel
 
 class SparBackbone(BackboneMixin, SparVisionModel):
     """
-    The encoder of a [`SparVisionModel`] with the interface of transformers' backbones, at any resolution.
+    A [`SparVisionModel`] with the backbone interface of transformers, at any resolution.
 
-    Stages are `"stem"` (the embeddings), `"stage1"` to `"stageN"` (the output of each layer, after the backbone's final
-    norm, class and register tokens left out) and `"features"` (the dense features, `feature_map` of the model: what is
-    distilled, and the default). Choose with `out_features=[...]` or `out_indices=[...]`.
+    Stages are `"stem"` (the embeddings), `"stage1"` to `"stageN"` (the output of each layer after the backbone's final
+    norm, without class and register tokens) and `"features"` (the `feature_map` of the model, the default). Choose with
+    `out_features=[...]` or `out_indices=[...]`.
 
-    `AutoBackbone.from_config` builds it; load a local folder with `SparBackbone.from_pretrained`, because
-    `AutoBackbone.from_pretrained` of transformers 5.23 asks the hub whatever it is given.
+    `AutoBackbone.from_config` builds it. Load a local folder with `SparBackbone.from_pretrained`, because
+    `AutoBackbone.from_pretrained` of transformers 5.23 always asks the hub.
 
     Source: `DINOv3ViTBackbone` in transformers.
 
@@ -52,7 +52,7 @@ class SparBackbone(BackboneMixin, SparVisionModel):
             [`~transformers.modeling_outputs.BackboneOutput`] whose `feature_maps` are, per chosen stage,
             `(batch, channels, ceil(height / patch), ceil(width / patch))`.
         """
-        outputs = SparVisionModel.forward(self, pixel_values, **kwargs)  # BackboneMixin has a forward of its own, empty
+        outputs = SparVisionModel.forward(self, pixel_values, **kwargs)  # BackboneMixin has an empty forward
         grid = outputs.feature_map.shape[-2:]
         norm: nn.Module = getattr(self.backbone, "post_layernorm", None) or self.backbone.norm
         maps = []

@@ -1,4 +1,4 @@
-"""Configuration of SPAR models: a backbone of transformers, a way to read dense features, maybe a text tower."""
+"""Configuration of SPAR models: a backbone of transformers, its read-out of dense features, and optionally a text tower."""
 
 import math
 from collections.abc import Collection, Sequence
@@ -10,7 +10,7 @@ from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
 
 from .prompts import resolve_templates
 
-# what is known of each part; where there is a choice, the default stands first
+# supported choices per backbone and per read-out, the default first
 BACKBONE_READOUTS = {
     "siglip_vision_model": ("siglip",),
     "siglip2_vision_model": ("naflex",),
@@ -24,7 +24,7 @@ READOUT_RESAMPLINGS = {
     "dinov3": ("rope",),
     "dinov3txt": ("rope",),
 }
-# the attribute of a part's own configuration that holds the width of what it gives
+# attribute of the backbone's or the text tower's configuration that holds the width of its output
 READOUT_WIDTHS = {
     "siglip": "hidden_size",
     "naflex": "hidden_size",
@@ -37,11 +37,12 @@ TEXT_WIDTHS = {
     "siglip2_text_model": "projection_size",
     "clip_text_model": "projection_dim",
 }
-# dino.txt's text embedding faces the pooled image with its first half and the patches with its last
+# dino.txt compares the first half of its text embedding with the pooled image, the last half with patches
 TEXT_PARTS = {"dinov3txt": 2}
 
 
 def _check_choice(what: str, value: Any, choices: Collection[str]) -> None:
+    """Raise `ValueError` for an unsupported value."""
     if value not in choices:
         raise ValueError(f"{what} {value!r} is unknown to SPAR; use one of {sorted(choices)}.")
 
@@ -58,31 +59,30 @@ class SparConfig(BackboneConfigMixin, PreTrainedConfig):
             Text configuration of transformers (`siglip_text_model`, `siglip2_text_model` or `clip_text_model`). `None`
             makes a vision-only model.
         readout (`str`, *optional*):
-            How dense features are read from the backbone (SPAR, section 3). Defaults to that of its family:
-            `"siglip"` and `"naflex"` are the attention-pooling head without its attention, `"maskclip"` the value path
-            of the last block, `"dinov3"` the normalised patch tokens. `"dinov3txt"` (the default with a text tower) adds
-            the vision head of dino.txt for the pooled embedding.
+            How dense features are read from the backbone (SPAR, section 3). The default follows from its family:
+            `"siglip"` and `"naflex"` apply the attention-pooling head without its attention, `"maskclip"` the value path
+            of the last block, `"dinov3"` takes the normalised patch tokens. `"dinov3txt"` (the default with a text tower)
+            adds the vision head of dino.txt for the pooled embedding.
         position_resampling (`str`, *optional*):
-            How positions are taken to another grid. It belongs to the checkpoint: features change with it.
+            How positions are resampled to another grid. It belongs to the checkpoint, because it changes the features.
             `"bicubic"`: by target size, without antialiasing (SigLIP). `"bilinear_antialias"`: by target size (NaFlex).
             `"bicubic_offset"`: by the scale factor `(target + 0.1) / source` (MaskCLIP). `"rope"`: no table (DINOv3).
         position_extent (`int`, *optional*):
-            Pixels that the position table spans. `None`, as for all pre-trained checkpoints: the image, whatever its size,
-            so that a step of one patch is a smaller step in the table the larger the image. With a number that step is
-            the same in all images up to this size, which read the middle of the table; of larger ones the longer side
-            spans it. For students distilled that way (`"bicubic"` resampling only): what is near in patches is then near
-            in the table at every size.
+            Side in pixels of the image that the position table spans. `None`, as for all pre-trained checkpoints: the image
+            itself, so the step in the table from patch to patch shrinks with the size of the image. With a number, this
+            step is the same for all images up to that size, which read the middle of the table; the longer side of larger
+            images spans the whole table. Only for students distilled this way, with `"bicubic"` resampling.
         projection_dim (`int`, *optional*):
-            Width of the dense features and of what faces them of the text embeddings. Follows from the backbone.
+            Width of the dense features. Follows from the backbone.
         dense_logit_scale (`float`, *optional*, defaults to 40.0):
-            Factor on the cosine of patch feature and text embedding before the softmax over names. It is a plain
-            multiplier, not the logarithm that a trained `logit_scale` holds.
+            Factor on the cosine of patch feature and text embedding before the softmax over names: a plain multiplier,
+            not a logarithm as the trained `logit_scale`.
         templates (`str` or `Sequence[str]`, *optional*, defaults to `"imagenet80"`):
             Prompt templates: the name of a set in `spar_hf.model.prompts.TEMPLATES` or a list of strings with one `{}`.
         distillation (`dict`, *optional*):
             How a student was made: `teacher`, `window_size`, `stride`, data. `None` for an untouched base.
         out_features, out_indices (`list[str]`, `list[int]`, *optional*):
-            The stages that [`SparBackbone`] gives; `["features"]`, the dense features, by default.
+            Stages that [`SparBackbone`] returns; `["features"]`, the dense features, by default.
 
     Raises:
         ValueError: a backbone, text tower, read-out, resampling or template set that does not exist; a `position_extent`
@@ -126,8 +126,8 @@ class SparConfig(BackboneConfigMixin, PreTrainedConfig):
     def __post_init__(self, **kwargs):
         out_features, out_indices = kwargs.pop("out_features", None), kwargs.pop("out_indices", None)
         if __name__.startswith("spar_hf."):
-            # The pipeline's code in a checkpoint's folder is for those who have not installed this library. Left in the
-            # configuration, it would make `pipeline` ask those who have to trust it.
+            # With the library installed, the pipeline's code in a checkpoint is not needed. Left in the configuration, it
+            # would make `pipeline` ask for trust.
             kwargs.pop("custom_pipelines", None)
         # checked before transformers builds the sub-configurations, which answers unknown types with a KeyError
         for key, known in (("backbone_config", BACKBONE_READOUTS), ("text_config", TEXT_WIDTHS)):
@@ -169,13 +169,13 @@ class SparConfig(BackboneConfigMixin, PreTrainedConfig):
             expected = width * TEXT_PARTS.get(self.readout, 1)
             if text_width != expected:
                 raise ValueError(
-                    f"The text tower ends in {text_width} dimensions, but beside the dense features' {width} it needs "
-                    f"{expected} to be compared. Set `text_config.{text_attribute}={expected}`."
+                    f"The text tower ends in {text_width} dimensions, but dense features of {width} need {expected}. Set "
+                    f"`text_config.{text_attribute}={expected}`."
                 )
 
         scale = self.dense_logit_scale
         if not isinstance(scale, (float, int)) or not 0 < scale < math.inf:
-            raise ValueError(f"`dense_logit_scale` must be a positive number (a plain factor, 40.0), got {scale!r}.")
+            raise ValueError(f"`dense_logit_scale` must be a positive number, such as 40.0, got {scale!r}.")
         resolve_templates(self.templates)
         if not isinstance(self.templates, str):
             self.templates = list(self.templates)  # as JSON gives it back
@@ -183,13 +183,13 @@ class SparConfig(BackboneConfigMixin, PreTrainedConfig):
     def check_position_extent(self) -> None:
         """
         Raises:
-            ValueError: `position_extent` is no multiple of the patch from the pre-training size on, or the positions are not
-                `"bicubic"`. Models call it as well: an attribute can be set after a configuration was made.
+            ValueError: `position_extent` is not a multiple of the patch of at least the pre-training size, or the positions
+                are not `"bicubic"`. Models check again, because attributes can be set later.
         """
         extent = self.position_extent
         if extent is not None and self.position_resampling != "bicubic":
             raise ValueError(
-                f"`position_extent` is for 'bicubic' positions, and these are {self.position_resampling!r}. Leave it out."
+                f"`position_extent` needs 'bicubic' positions, and these are {self.position_resampling!r}. Leave it out."
             )
         if extent is not None and (not isinstance(extent, int) or extent < self.image_size or extent % self.patch_size):
             raise ValueError(
@@ -199,13 +199,13 @@ class SparConfig(BackboneConfigMixin, PreTrainedConfig):
 
     @classmethod
     def default_config_fields(cls) -> dict[str, Any]:
-        # Both towers are written to config.json in full. The shorter form is a difference from a default
-        # SiglipTextConfig(), and building one warns of token ids outside a vocabulary that is not ours.
+        # The text tower is written to config.json in full. The short form is the difference from a default
+        # SiglipTextConfig(), and creating that warns of token ids outside its vocabulary.
         fields = super().default_config_fields()
         fields.pop("text_config", None)
         return fields
 
-    # what teacher, processor and training need to know of the backbone, whatever its family
+    # properties of the backbone, for all families
     @property
     def patch_size(self) -> int:
         """Side of a patch in pixels."""
@@ -213,17 +213,19 @@ class SparConfig(BackboneConfigMixin, PreTrainedConfig):
 
     @property
     def image_size(self) -> int:
-        """Side in pixels of the images the backbone was pre-trained on: the teacher's natural window."""
-        if self.backbone_config.model_type == "siglip2_vision_model":  # NaFlex tells its number of patches
+        """Side in pixels of the backbone's pre-training images: the default window of the teacher."""
+        if self.backbone_config.model_type == "siglip2_vision_model":  # NaFlex gives the number of patches
             return math.isqrt(self.backbone_config.num_patches) * self.patch_size
         return self.backbone_config.image_size
 
     @property
     def hidden_size(self) -> int:
+        """Width of the backbone's tokens."""
         return self.backbone_config.hidden_size
 
     @property
     def num_hidden_layers(self) -> int:
+        """Layers of the backbone."""
         return self.backbone_config.num_hidden_layers
 
 

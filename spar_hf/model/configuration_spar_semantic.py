@@ -14,19 +14,18 @@ class SparSemanticConfig(PreTrainedConfig):
 
     Args:
         backbone_config (`dict` or [`SparConfig`]):
-            The vision model. A text tower in it is left out: words are in the classifier already.
+            The vision model. A text tower is removed: the classifier replaces it.
         normalize_features (`bool`, *optional*, defaults to `False`):
-            Whether dense features are L2-normalised before the classifier, as they are beside text embeddings.
+            Whether dense features are L2-normalised before the classifier, as for a cosine with text embeddings.
         names (`list[list[str]]`, *optional*):
-            Per class of `id2label`, the words that the classifier has a row for each. `None`: one row per class.
+            Per class of `id2label`, its names; the classifier has a row for each. `None`: one row per class.
         semantic_loss_ignore_index (`int`, *optional*, defaults to 255):
-            Label of pixels that do not count in the loss.
+            Label of ignored pixels, which do not count in the loss.
         id2label (`dict[int, str]`, *optional*):
             The classes, see `PreTrainedConfig`.
 
     Raises:
-        ValueError: `backbone_config` is not one of [`SparConfig`], there is not one list of names per class, or one of them
-            is empty.
+        ValueError: `backbone_config` is not that of a SPAR model; `names` without one list per class, or with an empty one.
 
     Example:
 
@@ -51,11 +50,11 @@ class SparSemanticConfig(PreTrainedConfig):
         kind = part.get("model_type", "spar") if isinstance(part, dict) else getattr(part, "model_type", "spar")
         if kind != "spar":
             raise ValueError(
-                f"`backbone_config` is of type {kind!r}, but this head stands on a SPAR vision model ('spar'): the folder "
-                "holds no trained classifier. Load it with `AutoModel`, or make one of it with `bake_vocabulary` or "
+                f"`backbone_config` is of type {kind!r}, but this head needs a SPAR vision model ('spar'): the folder "
+                "holds no trained classifier. Load it with `AutoModel`, or add a classifier with `bake_vocabulary` or "
                 "`training/linear_probe.py`."
             )
-        # made here: transformers builds what is called `backbone_config` of its registry, where remote code has not put it
+        # built here: transformers would look it up in its registry, where remote code has not registered it
         part = {} if part is None else part
         # a copy: the caller's configuration keeps its text tower
         self.backbone_config = SparConfig(**part) if isinstance(part, dict) else copy.deepcopy(part)
@@ -69,10 +68,7 @@ class SparSemanticConfig(PreTrainedConfig):
             )
         empty = [label for label, words in enumerate(self.names or ()) if not words]
         if empty:
-            raise ValueError(
-                f"`names` of the classes {empty} are empty, so the classifier would have no row for them; give each at "
-                "least one name."
-            )
+            raise ValueError(f"`names` of the classes {empty} are empty; give each class at least one name.")
 
     @property
     def patch_size(self) -> int:
@@ -81,7 +77,7 @@ class SparSemanticConfig(PreTrainedConfig):
 
     @property
     def name_to_class(self) -> list[int]:
-        """The class of every row of the classifier."""
+        """The class of each row of the classifier."""
         if self.names is None:
             return list(range(len(self.id2label or ())))
         return [label for label, words in enumerate(self.names) for _ in words]

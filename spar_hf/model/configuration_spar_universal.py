@@ -1,4 +1,4 @@
-"""Configuration of SPAR with a mask-classification head: a SPAR backbone and the settings of the head."""
+"""Configuration of a SPAR backbone with a mask-classification head."""
 
 from typing import Any
 
@@ -11,34 +11,34 @@ class SparUniversalConfig(PreTrainedConfig):
     r"""
     Configuration of [`SparForUniversalSegmentation`].
 
-    The settings of the head have the names and, where nothing else is said, the meaning and defaults of
-    [`~transformers.Mask2FormerConfig`], because the modules of the head are Mask2Former's.
+    The modules of the head are Mask2Former's, so its settings have the names and, unless noted, the meaning and defaults of
+    [`~transformers.Mask2FormerConfig`].
 
     Args:
         backbone_config (`dict` or [`SparConfig`], *optional*):
-            The vision tower. Its `out_features` are what the head reads: `["features"]`, the dense features that SPAR
-            distils, by default. A text tower is left out.
+            The vision tower. The head reads its `out_features`: by default `["features"]`, the dense features. A text tower
+            is removed.
         hidden_dim (`int`, *optional*, defaults to 256):
             Width of queries, pyramid and mask features.
         num_queries (`int`, *optional*, defaults to 100):
-            Segments that an image can have at most.
+            Largest number of segments in an image.
         num_attention_heads (`int`, *optional*, defaults to 8), dim_feedforward (`int`, *optional*, defaults to 1024),
         dropout (`float`, *optional*, defaults to 0.0), activation_function (`str`, *optional*, defaults to `"gelu"`),
         pre_norm (`bool`, *optional*, defaults to `False`):
-            Of the layers of the decoder.
+            Settings of the decoder's layers.
         decoder_layers (`int`, *optional*, defaults to 10):
-            Predictions of the decoder, one before its first layer and one after each: layers + 1, as Mask2Former counts.
+            Predictions of the decoder, one before its first layer and one after each: layers + 1, as in Mask2Former.
         class_weight, mask_weight, dice_weight (`float`, *optional*, default to 2.0, 5.0, 5.0):
-            Weights of the terms of the loss, and of the costs of the matching.
+            Weights of the loss terms and of the matching costs.
         no_object_weight (`float`, *optional*, defaults to 0.1):
-            Weight of queries without a segment in the cross entropy.
+            Weight in the cross entropy of queries without a segment.
         train_num_points (`int`, *optional*, defaults to 12544), oversample_ratio (`float`, *optional*, defaults to 3.0),
         importance_sample_ratio (`float`, *optional*, defaults to 0.75):
-            Points at which the loss of a mask is taken, and how they are drawn.
+            Number of points at which the loss of a mask is computed, and how they are drawn.
 
     Raises:
-        ValueError: a backbone that is no SPAR model; a width that its heads do not divide; less than one query or two
-            predictions.
+        ValueError: a backbone that is no SPAR model; a `hidden_dim` that is no multiple of 4 and of the heads; less than one
+            query or two predictions.
 
     Example:
 
@@ -52,7 +52,7 @@ class SparUniversalConfig(PreTrainedConfig):
 
     model_type = "spar_universal"
     sub_configs_defaults = {"backbone_config": SubConfigSpec(config_class=SparConfig, model_type="spar")}
-    # names under which modules of EoMT read the same settings
+    # names of the same settings in the modules of EoMT
     attribute_map = {"hidden_size": "hidden_dim", "hidden_act": "activation_function"}
 
     backbone_config: Any = None
@@ -85,9 +85,9 @@ class SparUniversalConfig(PreTrainedConfig):
                 f"`backbone_config` must be a SparConfig or its dict, got one of type {kind!r}. For a new head on a SPAR "
                 "model or a backbone of transformers, call `SparForUniversalSegmentation.from_spar(...)`."
             )
-        # what belongs to the folder that the backbone came from, not to the backbone
+        # these belong to the folder the backbone came from
         dropped = ("auto_map", "custom_pipelines", "architectures", "text_config")
-        # built here: transformers would look up the name `spar`, which code that came with a folder has not registered
+        # built here: transformers would look it up in its registry, where remote code has not registered it
         self.backbone_config = SparConfig(**{key: value for key, value in backbone.items() if key not in dropped})
         super().__post_init__(**kwargs)
         if self.hidden_dim % self.num_attention_heads or self.hidden_dim % 4:
@@ -96,11 +96,11 @@ class SparUniversalConfig(PreTrainedConfig):
                 f"{self.num_attention_heads}."
             )
         if self.num_queries < 1 or self.decoder_layers < 2:
-            raise ValueError("`num_queries` is at least 1 and `decoder_layers` at least 2.")
+            raise ValueError("`num_queries` must be at least 1 and `decoder_layers` at least 2.")
 
     @property
     def mask_feature_size(self) -> int:
-        """Width of the mask features: that of the queries they are multiplied with."""
+        """Width of the mask features, which are multiplied with the queries."""
         return self.hidden_dim
 
 

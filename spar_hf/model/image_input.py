@@ -1,4 +1,4 @@
-"""One image of any kind that people have, to upright RGB: the only place that reads and converts images."""
+"""Reads images from files, URLs, bytes and arrays and converts them to upright RGB. All reading goes through here."""
 
 import os
 import urllib.parse
@@ -19,16 +19,15 @@ FLOAT_TOLERANCE = 1e-3  # how far rounding may carry float pixels beyond 0 and 1
 
 def read_image(source: str | os.PathLike | bytes) -> Image.Image:
     """
-    Open a file, an `http(s)` URL, a `data:image/` URL or the bytes of a file, in its own mode and turned as its EXIF
-    orientation says.
+    Open a file, an `http(s)` URL, a `data:image/` URL or the bytes of a file. The image keeps its mode; its EXIF
+    orientation is applied.
 
-    Like `load_image` of transformers, which converts to RGB at once and so loses transparency and clips 16-bit
-    images.
+    Unlike `load_image` of transformers it does not convert to RGB, which would drop transparency and clip 16-bit images.
 
     Raises:
         FileNotFoundError: `source` is neither a file nor a URL.
-        ConnectionError: the URL gives no answer.
-        ValueError: empty, truncated, not an image, or of more pixels than Pillow trusts.
+        ConnectionError: the URL does not answer.
+        ValueError: the image is empty, truncated, of an unknown format, or has more pixels than Pillow allows.
     """
     name: str | bytes
     if isinstance(source, bytes):
@@ -38,7 +37,7 @@ def read_image(source: str | os.PathLike | bytes) -> Image.Image:
     elif os.path.isfile(name):
         data = Path(os.fsdecode(name)).read_bytes()
     elif os.path.isdir(name):
-        raise ValueError(f"{name!r} is a folder. Pass the images in it: `sorted(Path({name!r}).glob('*.jpg'))`.")
+        raise ValueError(f"{name!r} is a folder. Pass its images: `sorted(Path({name!r}).glob('*.jpg'))`.")
     else:
         raise FileNotFoundError(
             f"{name[:200]!r} is neither a file nor a URL (http://, https:// or data:image/). Check the spelling "
@@ -50,7 +49,7 @@ def read_image(source: str | os.PathLike | bytes) -> Image.Image:
         image = Image.open(BytesIO(data))
     except Image.DecompressionBombError as error:
         raise ValueError(
-            f"{name[:200]!r} is refused: {error} If you trust it, raise `PIL.Image.MAX_IMAGE_PIXELS`, else make it smaller."
+            f"{name[:200]!r} is refused: {error} If you trust the file, raise `PIL.Image.MAX_IMAGE_PIXELS`."
         ) from error
     except OSError as error:
         raise ValueError(
@@ -61,6 +60,7 @@ def read_image(source: str | os.PathLike | bytes) -> Image.Image:
 
 
 def download(url: str) -> bytes:
+    """The content of a URL. Raises `ConnectionError` without an answer."""
     quoted = urllib.parse.quote(url, safe="%/:=&?~#+!$,;'@()*[]")
     request = urllib.request.Request(quoted, headers={"User-Agent": "spar-hf"})
     try:
@@ -71,28 +71,26 @@ def download(url: str) -> bytes:
 
 
 def turn_upright(image: Image.Image, name: str | None = None) -> Image.Image:
-    """Decode an image, of a file called `name`, and apply its EXIF orientation; the copy has none left to apply again."""
+    """Decode an image of the file `name` and apply its EXIF orientation. The returned copy has no orientation any more."""
     try:
         return ImageOps.exif_transpose(image)
-    except Exception as error:  # each of Pillow's decoders raises its own kind
+    except Exception as error:  # Pillow's decoders raise various types
         if name is None:
-            raise ValueError(
-                f"Cannot decode the image: {error}. Its file is damaged, or was closed too early."
-            ) from error
+            raise ValueError(f"Cannot decode the image: {error}. Its file is damaged or has been closed.") from error
         raise ValueError(f"Cannot decode {name}: {error}. Copy or download it again: the file is damaged.") from error
 
 
 def to_eight_bits(values: np.ndarray) -> np.ndarray:
-    """16-bit levels to the nearest 8-bit level: 65535 -> 255."""
+    """Map 16-bit levels to the nearest 8-bit levels: 65535 -> 255."""
     return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """
-    8-bit RGB of any Pillow mode except `"F"`: transparent pixels over white, 16-bit levels scaled.
+    Convert any Pillow mode except `"F"` to 8-bit RGB. Transparent pixels are blended with white, 16-bit levels scaled.
 
     Raises:
-        ValueError: 32-bit integers that are not 16-bit levels, or a mode that Pillow cannot convert.
+        ValueError: 32-bit integers outside the 16-bit levels, or a mode that Pillow cannot convert.
     """
     mode = image.mode
     if mode.startswith("I"):
@@ -100,7 +98,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         if mode == "I" and (values.min() < 0 or values.max() > 65535 or 0 < values.max() < 256):
             raise ValueError(
                 "An image of mode 'I' (32-bit integers) is read as 16-bit levels (0 to 65535), but its values "
-                f"lie in {values.min()} to {values.max()}. Scale them and make a uint8 or uint16 array of it."
+                f"lie in {values.min()} to {values.max()}. Scale them and pass a uint8 or uint16 array."
             )
         image = Image.fromarray(to_eight_bits(values))
     try:
@@ -123,7 +121,7 @@ def to_channels_last(array: np.ndarray, input_data_format: str | ChannelDimensio
         return array[:, :, None]
     if array.ndim != 3:
         raise ValueError(
-            f"An image array has two axes (height, width) or three (with channels), this one has shape {shape}. "
+            f"An image array must have two axes (height, width) or three (with channels), got shape {shape}. "
             "Pass several images as a list or as one array with four axes."
         )
     if input_data_format is not None:
@@ -133,7 +131,7 @@ def to_channels_last(array: np.ndarray, input_data_format: str | ChannelDimensio
         first, last = shape[0] in CHANNEL_COUNTS, shape[2] in CHANNEL_COUNTS
     if first and last:
         raise ValueError(
-            f"Shape {shape} is ambiguous: its first or its last axis may be the channels. Pass "
+            f"Shape {shape} is ambiguous: the first or the last axis may be the channels. Pass "
             "`input_data_format='channels_first'` or `input_data_format='channels_last'`."
         )
     if first and shape[0] in CHANNEL_COUNTS:
@@ -141,26 +139,26 @@ def to_channels_last(array: np.ndarray, input_data_format: str | ChannelDimensio
     if last and shape[2] in CHANNEL_COUNTS:
         return array
     raise ValueError(
-        f"Shape {shape} has no axis of 1, 3 or 4 channels where they are expected. An image is (height, width), "
+        f"Shape {shape} has no axis of 1, 3 or 4 channels where expected. An image is (height, width), "
         "(height, width, channels) or (channels, height, width)."
     )
 
 
 def float_to_rgb(pixels: np.ndarray) -> np.ndarray:
     """
-    Float pixels in 0–1, `(height, width, 1 or 3 or 4)` -> `(height, width, 3)` float32, transparent ones over
-    white.
+    Float pixels from 0 to 1, `(height, width, 1 or 3 or 4)` -> `(height, width, 3)` float32. Transparent pixels are blended
+    with white.
 
     Raises:
-        ValueError: NaN or infinite values, or values beyond 0–1.
+        ValueError: NaN or infinite values, or values outside 0 to 1.
     """
     if not np.isfinite(pixels).all():
         raise ValueError("The image has NaN or infinite pixels. Replace them first, e.g. with `numpy.nan_to_num`.")
     low, high = float(pixels.min()), float(pixels.max())
     if low < -FLOAT_TOLERANCE or high > 1 + FLOAT_TOLERANCE:
         raise ValueError(
-            f"Float pixels must lie in 0–1, these lie in {low:.4g} to {high:.4g}. Divide levels of 0–255 by 255 "
-            "or make them uint8; do not normalise images beforehand; clip what a resampling filter has overshot."
+            f"Float pixels must lie in 0 to 1, got {low:.4g} to {high:.4g}. Divide levels of 0–255 by 255 or convert "
+            "them to uint8; do not normalise images beforehand; clip values that a resampling filter overshot."
         )
     pixels = pixels.astype(np.float32).clip(0, 1)
     if pixels.shape[2] == 4:
@@ -170,7 +168,7 @@ def float_to_rgb(pixels: np.ndarray) -> np.ndarray:
 
 
 def array_to_rgb(pixels: np.ndarray) -> np.ndarray:
-    """`(height, width, 1 or 3 or 4)` of any supported dtype -> `(height, width, 3)`, uint8 or float32."""
+    """Array of any supported dtype, `(height, width, 1 or 3 or 4)` -> `(height, width, 3)`, uint8 or float32."""
     if np.issubdtype(pixels.dtype, np.floating):
         return float_to_rgb(pixels)
     if pixels.dtype == bool:
@@ -179,8 +177,8 @@ def array_to_rgb(pixels: np.ndarray) -> np.ndarray:
         pixels = to_eight_bits(pixels)
     elif pixels.dtype != np.uint8:
         raise ValueError(
-            f"Image arrays are uint8 (0–255), uint16 (0–65535), bool or float (0–1), this one is {pixels.dtype}. "
-            "Convert it to the one it means, e.g. `array.astype('uint8')`."
+            f"Image arrays must be uint8 (0–255), uint16 (0–65535), bool or float (0–1); this one is {pixels.dtype}. "
+            "Convert it, e.g. with `array.astype('uint8')`."
         )
     pixels = pixels[:, :, 0] if pixels.shape[2] == 1 else pixels
     return np.asarray(to_rgb(Image.fromarray(np.ascontiguousarray(pixels))))

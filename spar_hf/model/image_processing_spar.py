@@ -1,6 +1,6 @@
-"""Images in, tensors out: the only place that resizes images."""
+"""Image processor: reads, resizes and normalises images. All resizing of images goes through here."""
 
-# transformers calls its hooks by keyword; ours name the keywords they use and take the rest as **kwargs
+# transformers calls these hooks by keyword; ours name the keywords they use and take the others as **kwargs
 # mypy: disable-error-code="override"
 
 import math
@@ -22,15 +22,15 @@ from .segmentation import decide
 
 logger = logging.get_logger(__name__)
 
-MIN_SIDE = 2  # pixels: what is thinner is a line, most often an array with its axes in the wrong order
-PUBLISHED_SIZE = {"shortest_edge": 672, "longest_edge": 2048}  # SPAR's evaluation of its backbones
+MIN_SIDE = 2  # pixels; thinner inputs are mostly arrays with their axes in the wrong order
+PUBLISHED_SIZE = {"shortest_edge": 672, "longest_edge": 2048}  # of SPAR's published evaluation
 SIZE_KEYS = ({"shortest_edge"}, {"longest_edge"}, {"shortest_edge", "longest_edge"}, {"height", "width"})
 
 
 def resized_size(height: int, width: int, size: SizeDict) -> tuple[int, int]:
     """
-    The `(height, width)` that `size` asks for. Where the aspect ratio is kept, each side is rounded to its nearest
-    pixel on its own (halves up) and is at least 1.
+    The `(height, width)` of an image resized as `size` says. If the aspect ratio is kept, each side is rounded to the
+    nearest pixel by itself (halves up) and is at least 1.
     """
     if size.height is not None and size.width is not None:
         return size.height, size.width
@@ -46,9 +46,9 @@ def resized_size(height: int, width: int, size: SizeDict) -> tuple[int, int]:
 
 def limited_size(height: int, width: int, patch_size: int, max_tokens: int) -> tuple[int, int]:
     """
-    The working size `(height, width)` where it has at most `max_tokens` patches, partial ones counted; else one that
-    has: both sides times `sqrt(max_tokens * patch_size² / (height * width))`, each rounded down to whole patches, at
-    least one and at most `max_tokens`.
+    A working size of at most `max_tokens` patches, counting partial ones: `(height, width)` itself if it fits, else both
+    sides times `sqrt(max_tokens * patch_size² / (height * width))`, each rounded down to whole patches, at least one and at
+    most `max_tokens`.
     """
     if -(-height // patch_size) * -(-width // patch_size) <= max_tokens:
         return height, width
@@ -58,7 +58,7 @@ def limited_size(height: int, width: int, patch_size: int, max_tokens: int) -> t
 
 
 class SparImageKwargs(ImagesKwargs, total=False):
-    """What [`SparImageProcessorPil`] takes beyond the options of every image processor."""
+    """Options of [`SparImageProcessorPil`] beyond those of every image processor."""
 
     max_tokens: int | None
     patch_size: int | None
@@ -66,40 +66,39 @@ class SparImageKwargs(ImagesKwargs, total=False):
 
 class SparImageProcessorPil(PilBackend):
     r"""
-    Image processor of SPAR models: resizes (or not), rescales, normalises. It needs Pillow only, no torchvision.
+    Image processor of SPAR models: resizes (optionally), rescales and normalises. It uses Pillow, not torchvision.
 
-    It never pads and never crops: the model pads right and bottom up to its patch, so a pixel of a mask lies on
-    its pixel of the image. Images of unequal size are never padded to a common one either: group them by size.
+    It never pads or crops. The model pads right and bottom to a multiple of its patch, so every mask pixel lies on its
+    image pixel. Images of unequal size are not padded to a common size either: group them by size.
 
-    What it reads:
-        - a path (`str` or `os.PathLike`), an `http(s)` or `data:image/` URL, a PIL image, a NumPy array or torch
+    Inputs:
+        - A path (`str` or `os.PathLike`), an `http(s)` or `data:image/` URL, a PIL image, a NumPy array or torch
           tensor `(height, width)`, `(height, width, channels)` or `(channels, height, width)` with 1, 3 or 4
-          channels; a list of these, or an array or tensor with four axes, is a batch.
-        - any Pillow mode. EXIF orientation is applied, transparent pixels lie over white, 16-bit levels are
-          scaled to 8 bit (not clipped), of an animation the current frame is taken.
-        - numbers by their dtype, never by their range: uint8 is 0–255, uint16 is 0–65535, bool is black and white,
-          float is 0–1 and is never rescaled again. Float pixels keep their precision. Everything else is refused.
+          channels. A list of these, or an array or tensor with four axes, is a batch.
+        - Any Pillow mode. EXIF orientation is applied, transparent pixels are blended with white, 16-bit levels are
+          scaled (not clipped) to 8 bit, and the current frame of an animation is used.
+        - The dtype of an array decides its range: uint8 is 0–255, uint16 is 0–65535, bool is black and white, float
+          is 0–1 and is not rescaled again. Float pixels keep their precision. Other dtypes are refused.
 
     Args:
         size (`dict[str, int]`, `int` or `(int, int)`, *optional*):
-            Size of the images that the model sees, in pixels. `None` keeps the native size. `{"shortest_edge": n}`
-            (or `n`) makes the shorter side n, `{"longest_edge": n}` the longer one; with both, the shorter side is
-            n unless that makes the longer one exceed its own n, which then decides. They enlarge as well as
-            shrink. The aspect ratio is kept, each side rounded to its nearest pixel. `{"height": h, "width": w}`
-            does not keep it. In a call, `"native"` says the same as `None`.
+            Working size: that of the images the model sees, in pixels. `None` keeps the native size.
+            `{"shortest_edge": n}` (or `n`) sets the shorter side, `{"longest_edge": n}` the longer side; with both, the
+            smaller of the two images is made. Both may enlarge, and keep the aspect ratio, each side rounded to the
+            nearest pixel. `{"height": h, "width": w}` does not keep it. In a call, `"native"` means `None`.
         max_tokens (`int`, *optional*):
-            Most patches that an image may have, partial ones counted. A larger working image is made smaller by
+            Limit on the patches of an image, counting partial ones. A larger working image is made smaller by
             [`limited_size`], with one warning. `None` sets no limit.
         patch_size (`int`, *optional*):
-            Side of a patch in pixels; needed where `max_tokens` is set.
+            Side of a patch in pixels; required with `max_tokens`.
         do_resize (`bool`, *optional*, defaults to `True`):
-            Whether to resize to `size`, if there is one.
+            Whether to resize to `size`, if it is set.
         resample (`PIL.Image.Resampling`, *optional*, defaults to `BICUBIC`):
             Pillow's filter, antialiased when shrinking.
         do_rescale (`bool`, *optional*, defaults to `True`):
-            Whether to multiply integer pixels by `rescale_factor`. Float pixels are in 0–1 already.
+            Whether to multiply integer pixels by `rescale_factor`. Float pixels are not rescaled.
         rescale_factor (`float`, *optional*, defaults to `1 / 255`):
-            Factor on 8-bit levels.
+            Factor for 8-bit levels.
         do_normalize (`bool`, *optional*, defaults to `True`):
             Whether to subtract `image_mean` and divide by `image_std`.
         image_mean (`float` or `list[float]`, *optional*, defaults to `[0.5, 0.5, 0.5]`):
@@ -107,25 +106,24 @@ class SparImageProcessorPil(PilBackend):
         image_std (`float` or `list[float]`, *optional*, defaults to `[0.5, 0.5, 0.5]`):
             Standard deviation per channel, of pixels in 0–1.
         do_convert_rgb (`bool`, *optional*, defaults to `True`):
-            Whether to convert what is not RGB. With `False` it is refused.
+            Whether to convert other modes to RGB. With `False` they are refused.
 
-    Called with images (and any of the above, `input_data_format` and `return_tensors`), it gives a
+    A call takes images (and any of the above, `input_data_format` and `return_tensors`) and returns a
     [`~transformers.BatchFeature`]:
         - **pixel_values** (`(batch, 3, height, width)` with `return_tensors="pt"` or `"np"`, else a list of arrays
           `(3, height, width)`), float32.
         - **original_sizes** (`list[tuple[int, int]]`): `(height, width)` of each upright image before resizing,
-          the size to bring a mask back to. It stays a plain list whatever `return_tensors` is, also after
-          `.to(device)`.
+          the size of its masks. It is always a plain list, whatever `return_tensors` is, also after `.to(device)`.
 
     Raises:
         ValueError: an image that cannot be read, has a side below 2 pixels, NaN or infinite values, a dtype or
-            range that is not listed above, or an ambiguous shape such as `(3, width, 3)`; images of unequal size
-            to be stacked; padding or cropping asked for; an impossible `size` or `max_tokens`.
+            range not listed above, or an ambiguous shape such as `(3, width, 3)`; images of unequal size with
+            `return_tensors`; padding or cropping; an impossible `size` or `max_tokens`.
         FileNotFoundError: a string that is neither a file nor a URL.
-        ConnectionError: a URL that gives no answer.
+        ConnectionError: a URL that does not answer.
         TypeError: an object that is no image.
 
-    Source: `SiglipImageProcessorPil` of transformers for the defaults.
+    Source: the defaults are those of `SiglipImageProcessorPil` in transformers.
 
     Example:
 
@@ -141,7 +139,7 @@ class SparImageProcessorPil(PilBackend):
     [(480, 640)]
     ```"""
 
-    _auto_class = "AutoImageProcessor"  # saved folders name this class and bring its code
+    _auto_class = "AutoImageProcessor"  # saved folders name this class and carry its code
     valid_kwargs: Any = SparImageKwargs
     size = None
     max_tokens = None
@@ -158,8 +156,8 @@ class SparImageProcessorPil(PilBackend):
     @classmethod
     def from_backbone(cls, pretrained_model_name_or_path: str, **kwargs) -> "SparImageProcessorPil":
         """
-        The image processor for the SPAR model of an untouched backbone: its mean and standard deviation, and SPAR's
-        working size (shorter side 672 px, longer at most 2048 px) instead of its square. A SPAR folder keeps its own.
+        The image processor for the SPAR model of a backbone of transformers: its mean and standard deviation, with SPAR's
+        working size (shorter side 672 px, longer at most 2048 px). A SPAR folder loads as by `from_pretrained`.
 
         Raises:
             OSError: the folder or repository has no image processor's configuration.
@@ -170,7 +168,7 @@ class SparImageProcessorPil(PilBackend):
             return cls.from_pretrained(pretrained_model_name_or_path, **kwargs)
         if "image_mean" not in settings or "image_std" not in settings:
             raise ValueError(
-                f"The image processor of {pretrained_model_name_or_path} names no `image_mean` and `image_std`; build "
+                f"The image processor of {pretrained_model_name_or_path} lacks `image_mean` or `image_std`; build "
                 "`SparImageProcessorPil(image_mean=..., image_std=...)` with those of the checkpoint."
             )
         return cls(image_mean=settings["image_mean"], image_std=settings["image_std"], size=dict(PUBLISHED_SIZE))
@@ -179,7 +177,7 @@ class SparImageProcessorPil(PilBackend):
         if isinstance(size := kwargs.get("size"), str):
             if size != "native":
                 raise ValueError(
-                    f"`size` is {size!r}; the only word for a size is 'native'. See the class for numbers."
+                    f"`size` is {size!r}; the only word for a size is 'native'. Use it, a dict or a number."
                 )
             kwargs["size"] = None
         return super().preprocess(images, *args, **kwargs)
@@ -187,9 +185,9 @@ class SparImageProcessorPil(PilBackend):
     def _standardize_kwargs(self, size=None, max_tokens=None, patch_size=None, **kwargs) -> dict[str, Any]:
         for name, number in (("max_tokens", max_tokens), ("patch_size", patch_size)):
             if number is not None and (not isinstance(number, int) or number < 1):
-                raise ValueError(f"`{name}` is {number!r}; it must be a whole number of at least 1, or None.")
+                raise ValueError(f"`{name}` is {number!r}; it must be an integer of at least 1, or None.")
         if max_tokens is not None and patch_size is None:
-            raise ValueError("`max_tokens` counts patches, so it needs the `patch_size` of the model.")
+            raise ValueError("`max_tokens` counts patches: set `patch_size` to that of the model too.")
         if isinstance(size, int):
             size = {"shortest_edge": size}
         elif isinstance(size, (list, tuple)) and len(size) == 2:
@@ -199,14 +197,14 @@ class SparImageProcessorPil(PilBackend):
             if set(sides) not in SIZE_KEYS or any(not isinstance(n, int) or n < 1 for n in sides.values()):
                 raise ValueError(
                     f"`size` is {size}; it must be None (native size) or a dict with one of the key sets "
-                    f"{[sorted(keys) for keys in SIZE_KEYS]} and whole numbers of at least 1 pixel."
+                    f"{[sorted(keys) for keys in SIZE_KEYS]} and integers of at least 1 pixel."
                 )
         kwargs = super()._standardize_kwargs(size=size, **kwargs)
         kwargs["max_tokens"], kwargs["patch_size"] = max_tokens, patch_size
         if kwargs.get("do_pad") or kwargs.get("do_center_crop"):
             raise ValueError(
-                "SPAR's image processor neither pads nor crops: the model pads to its patch by itself. Leave "
-                "`do_pad` and `do_center_crop` out, and group images of unequal size."
+                "SPAR's image processor neither pads nor crops: the model pads to its patch. Leave `do_pad` and "
+                "`do_center_crop` out, and group images of unequal size."
             )
         if kwargs.get("data_format") not in (None, ChannelDimension.FIRST):
             raise ValueError("`pixel_values` are always (batch, channels, height, width). Leave `data_format` out.")
@@ -216,7 +214,7 @@ class SparImageProcessorPil(PilBackend):
         super()._validate_preprocess_kwargs(do_resize=bool(do_resize and size is not None), size=size, **kwargs)
 
     def fetch_images(self, image_url_or_urls):
-        """Read the paths and URLs among one image or a list of images, as PIL images in their own mode."""
+        """Replace paths and URLs, in a list or alone, by PIL images in their own mode."""
         if isinstance(image_url_or_urls, (list, tuple)):
             return [self.fetch_images(image) for image in image_url_or_urls]
         if isinstance(image_url_or_urls, (str, os.PathLike)):
@@ -228,7 +226,7 @@ class SparImageProcessorPil(PilBackend):
         if not isinstance(images, list):
             images = list(images) if getattr(images, "ndim", None) == expected_ndims + 1 else [images]
         if not images:
-            raise ValueError("There is no image. Pass one or a list of at least one.")
+            raise ValueError("There is no image. Pass at least one.")
         return [self.process_image(image, **kwargs) for image in images]
 
     def process_image(
@@ -239,10 +237,10 @@ class SparImageProcessorPil(PilBackend):
         **kwargs,
     ) -> np.ndarray:
         """
-        One image, upright and as RGB: `(3, height, width)`, uint8 levels or float32 in 0–1.
+        Convert an image to upright RGB: `(3, height, width)`, uint8 levels or float32 from 0 to 1.
 
         Raises:
-            TypeError, ValueError: see the class.
+            TypeError, ValueError: as the class.
         """
         if isinstance(image, torch.Tensor):
             image = image.detach().cpu()
@@ -262,7 +260,7 @@ class SparImageProcessorPil(PilBackend):
             )
         if min(height, width) < MIN_SIDE:
             raise ValueError(
-                f"The image is {height} × {width} pixels (height × width); each side must have at least "
+                f"The image has {height} × {width} pixels (height × width); each side must have at least "
                 f"{MIN_SIDE}. Check that it is not empty and that its axes are in order."
             )
         if do_convert_rgb is False and not is_rgb:
@@ -278,20 +276,20 @@ class SparImageProcessorPil(PilBackend):
     def working_size(
         self, height: int, width: int, size: SizeDict | None, max_tokens: int | None, patch_size: int | None
     ) -> tuple[int, int]:
-        """The `(height, width)` that an image is resized to: that of `size` (`None`: its own), within `max_tokens`."""
-        wanted = (height, width) if size is None else resized_size(height, width, size)
+        """The `(height, width)` an image is resized to: as `size` says (`None`: its own), within `max_tokens`."""
+        asked = (height, width) if size is None else resized_size(height, width, size)
         if max_tokens is None or patch_size is None:
-            return wanted
-        allowed = limited_size(*wanted, patch_size, max_tokens)
-        if allowed != wanted:
+            return asked
+        allowed = limited_size(*asked, patch_size, max_tokens)
+        if allowed != asked:
             logger.warning_once(
-                f"Images of more than {max_tokens} patches (`max_tokens`) are made smaller. For more detail allow more, "
-                "if memory and time do; a smaller `size` avoids this message."
+                f"Images of more than {max_tokens} patches are made smaller. For more detail raise `max_tokens`, if memory "
+                "and time allow; to avoid this message set a smaller `size`."
             )
         return allowed
 
     def resize(self, image: np.ndarray, size: SizeDict, resample: int | None = None, **kwargs) -> np.ndarray:
-        """Resize `(3, height, width)` as a PIL image; float pixels by channel, clipped to 0–1 as levels are."""
+        """Resize `(3, height, width)` with Pillow; float pixels by channel, clipped to 0–1 as Pillow clips levels."""
         _, old_height, old_width = image.shape
         height, width = resized_size(old_height, old_width, size)
         if (height, width) == (old_height, old_width):
@@ -303,14 +301,14 @@ class SparImageProcessorPil(PilBackend):
         return np.stack(channels).clip(0, 1)
 
     def rescale(self, image: np.ndarray, scale: float, **kwargs) -> np.ndarray:
-        """Levels to float32; float pixels are in 0–1 already and stay as they are."""
+        """Convert levels to float32; float pixels are in 0–1 already and are returned unchanged."""
         return image.astype(np.float32) * np.float32(scale) if image.dtype == np.uint8 else image
 
     def normalize(self, image: np.ndarray, mean, std, **kwargs) -> np.ndarray:
         """Subtract the mean and divide by the standard deviation of each channel: `(3, height, width)` float32."""
         mean, std = (np.asarray(values, dtype=np.float32).reshape(-1, 1, 1) for values in (mean, std))
         if mean.size not in (1, 3) or std.size not in (1, 3) or (std <= 0).any():
-            raise ValueError("`image_mean` and `image_std` must be one or three numbers, and the latter positive.")
+            raise ValueError("`image_mean` and `image_std` must be one or three numbers, `image_std` positive.")
         return (image - mean) / std
 
     def _preprocess(
@@ -335,9 +333,8 @@ class SparImageProcessorPil(PilBackend):
         sizes = sorted({image.shape[1:] for image in output["pixel_values"]})
         if return_tensors is not None and len(sizes) > 1:
             raise ValueError(
-                f"Images of unequal size (height, width) cannot be stacked: {sizes[:5]}. Group them by size, call "
-                "the image "
-                'processor once per image, set `size={"height": …, "width": …}`, or take a list with '
+                f"Images of unequal size (height, width) cannot be stacked: {sizes[:5]}. Group them by size, call the image "
+                'processor once per image, set `size={"height": …, "width": …}`, or get a list with '
                 "`return_tensors=None`."
             )
         output["original_sizes"] = [image.shape[1:] for image in images]
@@ -348,20 +345,21 @@ class SparImageProcessorPil(PilBackend):
         self, outputs, target_sizes: list[tuple[int, int]] | None = None
     ) -> list[torch.Tensor]:
         """
-        Label maps of [`SparSemanticSegmenterOutput`]: logits upsampled p-fold, cropped to the image that the model saw and
-        resized to the image, in one step and in bounded memory (see [`~spar_hf.model.segmentation.decide`]).
+        Label maps from [`SparSemanticSegmenterOutput`]: logits upsampled to the patch size, cropped to the image the model
+        saw and resized to the original image, in one step and in bounded memory (see
+        [`~spar_hf.model.segmentation.decide`]).
 
         Args:
-            outputs ([`SparSemanticSegmenterOutput`]): of a batch.
+            outputs ([`SparSemanticSegmenterOutput`]): outputs of a batch.
             target_sizes (`list[tuple[int, int]]`, *optional*):
-                `(height, width)` of each image, the image processor's `original_sizes`. By default the size that the
-                model saw.
+                `(height, width)` of each image: the image processor's `original_sizes`. Defaults to the size the model
+                saw.
 
         Returns:
             Per image, the class of every pixel: `(height, width)` int32.
 
         Raises:
-            ValueError: not one size per image.
+            ValueError: another number of sizes than of images.
         """
         logits = outputs["logits"] if outputs.get("name_logits") is None else outputs["name_logits"]
         geometry = outputs["geometry"].tolist()
@@ -381,9 +379,9 @@ class SparImageProcessorPil(PilBackend):
         ]
 
     def to_dict(self) -> dict[str, Any]:
-        # the whole name: where it is cut, as PilBackend does, Auto classes warn that there is no torchvision twin
-        # no video processor: without the second entry, `pipeline` takes this file's code for that of one, and asks for trust
-        # in it (and waits) even where this library is installed
+        # "image_processor_type": the whole name. PilBackend drops its "Pil", and Auto classes then warn of a missing twin.
+        # "video_processor_type": without it, `pipeline` takes this code for that of a video processor and asks to trust it,
+        # although the library is installed.
         return {**super().to_dict(), "image_processor_type": type(self).__name__, "video_processor_type": "none"}
 
 

@@ -1,4 +1,4 @@
-"""Images and segmentation maps in, segments of the image out: the image processor of SPAR's mask-classification head."""
+"""Image processor of SPAR's mask-classification head: images and segmentation maps in, segments of the image out."""
 
 # transformers calls its hooks by keyword; ours name the keywords they use and take the rest as **kwargs
 # mypy: disable-error-code="override"
@@ -18,18 +18,18 @@ from transformers.models.mask2former.image_processing_pil_mask2former import (
 from transformers.processing_utils import ImagesKwargs
 
 from .image_processing_spar import SparImageProcessorPil
-from .segmentation import WORKING_BYTES, patch_coordinates
+from .segmentation import WORKING_BYTES, upsampled_tiles
 
 
 class SparUniversalImageProcessorKwargs(ImagesKwargs, total=False):
-    """What [`SparUniversalImageProcessorPil`] takes beside what every image processor takes; described there."""
+    """Options of [`SparUniversalImageProcessorPil`] beyond those of every image processor; described there."""
 
     ignore_index: int | None
     label_ids_to_fuse: list[int] | None
 
 
 def nearest(label_map: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """A label map `(height, width)` of any integers in another size: the label under the centre of each new pixel."""
+    """Resize a label map `(height, width)`: each new pixel gets the label under its centre."""
     rows, columns = (
         (np.arange(new) * 2 + 1) * old // (2 * new) for new, old in zip(size, label_map.shape, strict=True)
     )
@@ -37,63 +37,53 @@ def nearest(label_map: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def mask_tiles(
-    logits: torch.Tensor, extent: Sequence[float], size: tuple[int, int], values: int, working_bytes: int
-) -> Iterator[tuple[slice, torch.Tensor]]:
+    logits: torch.Tensor, extent: tuple[float, float], size: tuple[int, int], values: int, working_bytes: int
+) -> Iterator[tuple[tuple[slice, slice], torch.Tensor]]:
     """
-    Masks over the padded image -> masks over the image, by tiles of whole rows: bilinear, as upsampling the cells,
-    cropping the padding and resizing to the image.
+    Masks resized bilinearly from the padded cells `(queries, h, w)` to the image, tile by tile.
 
     Args:
-        logits (`torch.Tensor` of shape `(queries, h, w)`).
-        extent: height and width of the image in cells.
-        size: height and width of the image.
-        values: values per pixel of a tile that the caller holds, in bytes times four.
+        logits: of the masks.
+        extent: height and width of the image in cells, without the padding.
+        size: height and width of the image in pixels.
+        values: float32 values that the caller holds per pixel of a tile.
         working_bytes: bound on them.
 
     Yields:
-        The rows of the image and the logits there, `(queries, rows, width)`.
+        Rows and columns of a tile in the image, and its logits `(queries, rows, columns)`.
     """
-    height, width = size
-    top, bottom, down = patch_coordinates(height, extent[0], 1, logits.shape[1], logits.device)
-    left, right, across = patch_coordinates(width, extent[1], 1, logits.shape[2], logits.device)
-    tile = max(1, working_bytes // (4 * max(1, values) * width))
-    for start in range(0, height, tile):
-        rows = slice(start, min(start + tile, height))
-        first, last = int(top[rows][0]), int(bottom[rows][-1])
-        # columns first, on the few rows of cells under this tile: (queries, cells, w) -> (queries, cells, width)
-        strip = logits[:, first : last + 1]
-        strip = strip.index_select(2, left).lerp_(strip.index_select(2, right), across)
-        below = strip.index_select(1, bottom[rows] - first)
-        yield rows, strip.index_select(1, top[rows] - first).lerp_(below, down[rows, None])
+    grid_size = (logits.shape[1], logits.shape[2])
+    tiles = upsampled_tiles(logits, max(1, values), 1, extent, size, logits.device, working_bytes, grid_size)
+    for place, pixels in tiles:
+        yield place, pixels.movedim(-1, 0)
 
 
 class SparUniversalImageProcessorPil(SparImageProcessorPil):
     r"""
-    Image processor of [`SparForUniversalSegmentation`]: reads and resizes images as [`SparImageProcessorPil`] does, makes
-    labels for training of segmentation maps, and segments of the image from the model's outputs.
+    Image processor of [`SparForUniversalSegmentation`]. It reads and resizes images as [`SparImageProcessorPil`], makes
+    training labels from segmentation maps, and segments from the model's outputs.
 
     Args:
         ignore_index (`int`, *optional*, defaults to 255):
-            Value of the pixels of a segmentation map that belong to no segment.
+            Value of ignored pixels in a segmentation map: they belong to no segment.
         label_ids_to_fuse (`list[int]`, *optional*):
-            Classes of which an image has one segment at most (sky, grass): what
-            `post_process_panoptic_segmentation` uses where it is called without any, as `pipeline("image-segmentation")`
-            calls it.
-        kwargs: those of [`SparImageProcessorPil`].
+            Classes of which an image has at most one segment (sky, grass). Used by `post_process_panoptic_segmentation`
+            where its caller names none, as `pipeline("image-segmentation")`.
+        kwargs: options of [`SparImageProcessorPil`].
 
-    Called with images and `segmentation_maps`, one integer map `(height, width)` per image in its upright size (PIL
-    images of mode L, P or I, arrays, tensors), it gives beside `pixel_values` and `original_sizes`:
+    A call takes images and `segmentation_maps`, one integer map `(height, width)` per image in its upright size (PIL
+    images of mode L, P or I, arrays, tensors). Beside `pixel_values` and `original_sizes` it returns:
         - **mask_labels** (`list[torch.FloatTensor]`): masks of the segments, `(segments, height, width)`, in the size of
-          `pixel_values`; segments that vanish at this size are left out.
-        - **class_labels** (`list[torch.LongTensor]`): their classes, `(segments,)`. A map's values are classes, or
-          segments where `instance_id_to_semantic_id`, one dict for all images or a list of one each, names the class
-          of every segment.
+          `pixel_values`. Segments that vanish at this size are left out.
+        - **class_labels** (`list[torch.LongTensor]`): their classes, `(segments,)`. The values of a map are classes, or
+          segments if `instance_id_to_semantic_id` gives the class of every segment (one dict for all images, or a list
+          of one dict per image).
 
     Raises:
-        ValueError: what [`SparImageProcessorPil`] raises; maps of another number or size than the images, or without
-            integers; a segment without a class.
+        ValueError: as [`SparImageProcessorPil`]; maps of another number or size than the images, or not of integers; a
+            segment without a class.
 
-    Source: `Mask2FormerImageProcessorPil` in transformers for the names and the rules.
+    Source: names and rules are those of `Mask2FormerImageProcessorPil` in transformers.
 
     Example:
 
@@ -124,7 +114,7 @@ class SparUniversalImageProcessorPil(SparImageProcessorPil):
         instance_id_to_semantic_id: dict[int, int] | list[dict[int, int]] | None = None,
         **kwargs,
     ) -> BatchFeature:
-        """See the class."""
+        """Read, resize and normalise images, and make labels from segmentation maps; see the class."""
         inputs = super().preprocess(images, **kwargs)
         if segmentation_maps is None:
             return inputs
@@ -133,7 +123,7 @@ class SparUniversalImageProcessorPil(SparImageProcessorPil):
             segmentation_maps = [segmentation_maps] if single else list(segmentation_maps)
         if len(segmentation_maps) != len(inputs["original_sizes"]):
             raise ValueError(
-                f"There are {len(inputs['original_sizes'])} images but {len(segmentation_maps)} segmentation maps."
+                f"{len(inputs['original_sizes'])} images but {len(segmentation_maps)} segmentation maps; give one per image."
             )
         ids: Any = instance_id_to_semantic_id
         ids = ids if isinstance(ids, list) else [ids] * len(segmentation_maps)
@@ -145,32 +135,38 @@ class SparUniversalImageProcessorPil(SparImageProcessorPil):
             label_map = np.asarray(segmentation_map)
             if label_map.shape != tuple(size) or not np.issubdtype(label_map.dtype, np.integer):
                 raise ValueError(
-                    f"A segmentation map holds whole numbers in the size of its upright image, {size[0]}×{size[1]}; this "
-                    f"one is {label_map.dtype} of shape {label_map.shape}."
+                    f"A segmentation map must hold integers in the size of its upright image, {size[0]}×{size[1]}, got "
+                    f"{label_map.dtype} of shape {label_map.shape}."
                 )
             label_map = nearest(label_map, pixels.shape[-2:])
             nameless = (
                 set(np.unique(label_map).tolist()) - set(classes or {}) - {ignore_index} if classes is not None else ()
             )
             if nameless:
-                raise ValueError(f"`instance_id_to_semantic_id` names no class of the segments {sorted(nameless)[:8]}.")
+                raise ValueError(
+                    f"`instance_id_to_semantic_id` lacks the class of the segments {sorted(nameless)[:8]}."
+                )
             masks, labels = convert_segmentation_map_to_binary_masks(label_map, classes, ignore_index)
             inputs["mask_labels"].append(torch.from_numpy(masks))
             inputs["class_labels"].append(torch.from_numpy(labels))
         return inputs
 
     @staticmethod
-    def _images(outputs, target_sizes) -> Iterator[tuple[torch.Tensor, torch.Tensor, list[float], tuple[int, int]]]:
-        """Per image: class probabilities `(queries, classes + 1)`, mask logits, their extent, the size asked for."""
+    def _images(
+        outputs, target_sizes
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor, tuple[float, float], tuple[int, int]]]:
+        """Per image: class probabilities `(queries, classes + 1)`, mask logits, extent in cells, target size."""
         sizes = getattr(outputs, "mask_sizes", None)
         if sizes is None:
-            raise ValueError("`outputs` are not those of SparForUniversalSegmentation: they have no `mask_sizes`.")
+            raise ValueError("`outputs` have no `mask_sizes`: pass the outputs of SparForUniversalSegmentation.")
         if target_sizes is not None and len(target_sizes) != len(sizes):
-            raise ValueError(f"There are {len(sizes)} images in `outputs` but {len(target_sizes)} `target_sizes`.")
+            raise ValueError(
+                f"{len(sizes)} images in `outputs` but {len(target_sizes)} `target_sizes`; give one per image."
+            )
         for i, extent in enumerate(sizes.tolist()):
             size = [max(1, round(side)) for side in extent] if target_sizes is None else target_sizes[i]
             probabilities = outputs.class_queries_logits[i].float().softmax(-1)
-            yield probabilities, outputs.masks_queries_logits[i].float(), extent, (int(size[0]), int(size[1]))
+            yield probabilities, outputs.masks_queries_logits[i].float(), tuple(extent), (int(size[0]), int(size[1]))
 
     @torch.no_grad()
     def post_process_panoptic_segmentation(
@@ -184,16 +180,18 @@ class SparUniversalImageProcessorPil(SparImageProcessorPil):
         working_bytes: int = WORKING_BYTES,
     ) -> list[dict[str, Any]]:
         """
-        One segment per pixel. Queries of "no segment", or less sure of their class than `threshold`, are dropped; a
-        pixel goes to the query with the largest product of class and mask probability; a query that gets no more than
-        `overlap_mask_area_threshold` of the area of its own mask (probabilities from `mask_threshold` on) is dropped,
-        and its pixels with it; so are pixels that lie outside of the mask of the query they went to.
+        Segments that do not overlap.
+
+        A query is dropped if its class is "no segment" or has a probability of at most `threshold`. Every pixel goes to
+        the query with the largest product of class and mask probability, and stays without a segment where that query's
+        own mask (probabilities of at least `mask_threshold`) does not cover it. A query that wins at most
+        `overlap_mask_area_threshold` of the area of its own mask is dropped with its pixels.
 
         Args:
-            outputs ([`SparUniversalSegmentationOutput`]).
-            threshold, mask_threshold, overlap_mask_area_threshold (`float`, *optional*).
+            outputs ([`SparUniversalSegmentationOutput`]): outputs of the model.
+            threshold, mask_threshold, overlap_mask_area_threshold (`float`, *optional*): see above.
             label_ids_to_fuse (`Collection[int]`, *optional*):
-                Classes whose segments become one; those of the image processor by default.
+                Classes whose segments are fused into one; those of the image processor by default.
             target_sizes (`Sequence[tuple[int, int]]`, *optional*):
                 Height and width of each image, `original_sizes` of the inputs; by default that of the masks.
             working_bytes (`int`, *optional*, defaults to 64 MiB):
@@ -206,47 +204,64 @@ class SparUniversalImageProcessorPil(SparImageProcessorPil):
         Raises:
             ValueError: outputs of another model; another number of sizes than of images.
 
-        Source: `Mask2FormerImageProcessorPil` in transformers. As in the code of the paper (arXiv 2112.01527) and unlike
-        there, the mask's own area is that of the mask, not of its product with the score, pixels outside of every mask stay
-        without a segment, and fused segments are listed once.
+        Source: `Mask2FormerImageProcessorPil` in transformers. Three things follow the code of the paper (arXiv
+        2112.01527) instead: a mask's own area is that of the mask, not of its product with the score; pixels outside
+        every mask stay without a segment; fused segments are listed once.
         """
         fuse = set((self.label_ids_to_fuse if label_ids_to_fuse is None else label_ids_to_fuse) or ())
         results = []
         for probabilities, logits, extent, size in self._images(outputs, target_sizes):
             scores, labels = probabilities.max(-1)
             kept = ((labels < probabilities.shape[-1] - 1) & (scores > threshold)).nonzero().flatten()
-            scores, labels, queries = scores[kept], labels[kept], len(kept)
-            segments: list[dict[str, Any]] = []
-            segmentation = torch.zeros(size, dtype=torch.int32, device=logits.device)
-            if not queries:
-                results.append({"segmentation": segmentation, "segments_info": segments})
-                continue
-            own = torch.zeros(queries, dtype=torch.long, device=logits.device)
-            won, left = torch.zeros_like(own), torch.zeros_like(own)
-            for rows, tile in mask_tiles(logits[kept], extent, size, queries, working_bytes):
-                covered = tile.sigmoid_() >= mask_threshold
-                own += covered.flatten(1).sum(1)
-                owner = tile.mul_(scores[:, None, None]).argmax(0)
-                won += torch.bincount(owner.flatten(), minlength=queries)
-                inside = covered.gather(0, owner[None])[0]
-                left += torch.bincount(owner[inside], minlength=queries)
-                segmentation[rows] = torch.where(inside, owner, queries).int()
-            valid = (left > 0) & (won > overlap_mask_area_threshold * own)
-            fused: dict[int, dict[str, Any]] = {}
-            ids = torch.zeros(queries + 1, dtype=torch.int32)  # the last is of pixels outside of every mask
-            for query in valid.nonzero().flatten().tolist():
-                label, score = int(labels[query]), round(float(scores[query]), 6)
-                if label in fused:
-                    segment = fused[label]
-                    segment["score"] = max(segment["score"], score)
-                else:
-                    segment = {"id": len(segments) + 1, "label_id": label, "was_fused": label in fuse, "score": score}
-                    segments.append(segment)
-                if label in fuse:
-                    fused[label] = segment
-                ids[query] = segment["id"]
-            results.append({"segmentation": ids.to(logits.device)[segmentation.long()], "segments_info": segments})
+            scores, labels = scores[kept], labels[kept]
+            owner, own_area, won_area, left_area = self._assign_pixels(
+                logits[kept], scores, extent, size, mask_threshold, working_bytes
+            )
+            valid = (left_area > 0) & (won_area > overlap_mask_area_threshold * own_area)
+            ids, segments = self._list_segments(valid, labels, scores, fuse)
+            results.append({"segmentation": ids.to(owner.device)[owner.long()], "segments_info": segments})
         return results
+
+    @staticmethod
+    def _assign_pixels(
+        logits, scores, extent, size, mask_threshold: float, working_bytes: int
+    ) -> tuple[torch.Tensor, ...]:
+        """
+        The query of every pixel `(height, width)`, int32, their number where no mask covers it. Per query, the areas of its
+        mask, of the pixels it wins, and of those its mask covers.
+        """
+        queries = len(logits)
+        owner = torch.full(size, queries, dtype=torch.int32, device=logits.device)
+        own_area = torch.zeros(queries, dtype=torch.long, device=logits.device)
+        won_area, left_area = torch.zeros_like(own_area), torch.zeros_like(own_area)
+        for place, tile in mask_tiles(logits, extent, size, queries, working_bytes) if queries else ():
+            covered = tile.sigmoid_() >= mask_threshold
+            own_area += covered.flatten(1).sum(1)
+            winner = tile.mul_(scores[:, None, None]).argmax(0)
+            won_area += torch.bincount(winner.flatten(), minlength=queries)
+            inside = covered.gather(0, winner[None])[0]
+            left_area += torch.bincount(winner[inside], minlength=queries)
+            owner[place] = torch.where(inside, winner, queries).int()
+        return owner, own_area, won_area, left_area
+
+    @staticmethod
+    def _list_segments(valid, labels, scores, fuse: set[int]) -> tuple[torch.Tensor, list[dict[str, Any]]]:
+        """The segment of each query `(queries + 1,)`, 0 for dropped ones and pixels outside every mask, and their list."""
+        segments: list[dict[str, Any]] = []
+        fused: dict[int, dict[str, Any]] = {}
+        ids = torch.zeros(len(valid) + 1, dtype=torch.int32)
+        for query in valid.nonzero().flatten().tolist():
+            label, score = int(labels[query]), round(float(scores[query]), 6)
+            if label in fused:
+                segment = fused[label]
+                segment["score"] = max(segment["score"], score)
+            else:
+                segment = {"id": len(segments) + 1, "label_id": label, "was_fused": label in fuse, "score": score}
+                segments.append(segment)
+            if label in fuse:
+                fused[label] = segment
+            ids[query] = segment["id"]
+        return ids, segments
 
     @torch.no_grad()
     def post_process_instance_segmentation(
@@ -261,57 +276,50 @@ class SparUniversalImageProcessorPil(SparImageProcessorPil):
         working_bytes: int = WORKING_BYTES,
     ) -> list[dict[str, Any]]:
         """
-        Masks that may overlap: the best pairs of query and class, as many as there are queries, whose class probability
-        times mean mask probability reaches `threshold`. Where masks overlap, the map shows the best.
+        Masks that may overlap. The pairs of query and class with the largest class probability are taken, as many as there
+        are queries, and kept if class probability times mean probability within the mask is at least `threshold`. Where
+        masks overlap, the map shows the best.
 
         Args:
             outputs, threshold, mask_threshold, target_sizes, working_bytes:
-                As of `post_process_panoptic_segmentation`.
+                As in `post_process_panoptic_segmentation`.
             overlap_mask_area_threshold (`float`, *optional*):
                 Without effect, as in transformers; pipelines pass it.
             return_coco_annotation (`bool`, *optional*, defaults to `False`):
-                Whether **segmentation** is a list with the run-length encoding of each segment of `segments_info`: start
-                (from 1) and length of its runs on the map, row by row; empty where better ones hide it.
+                Whether **segmentation** is a list of run-length encodings, one per segment of `segments_info`: start (from
+                1) and length of its runs in the map, row by row. Empty for segments hidden by better ones.
             return_binary_maps (`bool`, *optional*, defaults to `False`):
-                Whether **segmentation** is all masks, `(segments, height, width)` bool. That is the caller's memory.
+                Whether **segmentation** is the masks, `(segments, height, width)` bool. Their memory is not bounded.
 
         Returns:
             Per image a dict: **segmentation**, `(height, width)` int32, -1 where there is no segment; **segments_info**, a
             list of dicts `id` (from 0, best first), `label_id`, `was_fused` (`False`), `score`.
 
         Raises:
-            ValueError: both forms asked for; outputs of another model; another number of sizes than of images.
+            ValueError: both forms at once; outputs of another model; another number of sizes than of images.
         """
         if return_coco_annotation and return_binary_maps:
-            raise ValueError("Ask for `return_coco_annotation` or for `return_binary_maps`, not for both.")
+            raise ValueError("Set only one of `return_coco_annotation` and `return_binary_maps`.")
         results = []
         for probabilities, logits, extent, size in self._images(outputs, target_sizes):
-            classes = probabilities.shape[-1] - 1
-            scores, pairs = probabilities[:, :-1].flatten().topk(min(len(logits), len(logits) * classes))
-            queries, labels = pairs // classes, pairs % classes
-            # cells beyond the image are padding
-            masks = logits[:, : math.ceil(extent[0]), : math.ceil(extent[1])].sigmoid().flatten(1)
-            inside = masks >= mask_threshold
-            quality = (masks * inside).sum(1) / inside.sum(1).clamp(min=1)
-            scores, order = (scores * quality[queries]).sort(descending=True, stable=True)
-            order = order[scores >= threshold]
-            queries, labels, scores = queries[order], labels[order], scores[: len(order)]
+            scores, labels, queries = self._rank_instances(probabilities, logits, extent, mask_threshold)
+            kept = scores >= threshold
+            scores, labels, masks = scores[kept], labels[kept], logits[queries[kept]]
             segmentation = torch.full(size, -1, dtype=torch.int32, device=logits.device)
-            area = torch.zeros(len(order), dtype=torch.long, device=logits.device)
-            shape = (len(order) if return_binary_maps else 0, *size)
+            area = torch.zeros(len(masks), dtype=torch.long, device=logits.device)
+            shape = (len(masks) if return_binary_maps else 0, *size)
             binary = torch.zeros(shape, dtype=torch.bool, device=logits.device)
-            if len(order):
-                for rows, tile in mask_tiles(logits[queries], extent, size, len(order), working_bytes):
-                    covered = tile.sigmoid_() >= mask_threshold
-                    area += covered.flatten(1).sum(1)
-                    best = covered.int().argmax(0).int()  # the first of the largest: the best that covers the pixel
-                    segmentation[rows] = torch.where(covered.any(0), best, -1)
-                    if return_binary_maps:
-                        binary[:, rows] = covered
-            # masks without a pixel of the image are left out, and the numbers close up
+            for place, tile in mask_tiles(masks, extent, size, len(masks), working_bytes) if len(masks) else ():
+                covered = tile.sigmoid_() >= mask_threshold
+                area += covered.flatten(1).sum(1)
+                best = covered.int().argmax(0).int()  # the first of the largest: the best that covers the pixel
+                segmentation[place] = torch.where(covered.any(0), best, -1)
+                if return_binary_maps:
+                    binary[:, place[0], place[1]] = covered
+            # masks without a pixel of the image are left out, and the others numbered anew
             present = area > 0
             ids = torch.cumsum(present, 0).int() - 1
-            if len(order):
+            if len(masks):
                 segmentation = torch.where(segmentation < 0, segmentation, ids[segmentation.clamp(min=0).long()])
             segments = [
                 {"id": i, "label_id": int(labels[k]), "was_fused": False, "score": round(float(scores[k]), 6)}
@@ -326,6 +334,18 @@ class SparUniversalImageProcessorPil(SparImageProcessorPil):
             results.append({"segmentation": form, "segments_info": segments})
         return results
 
+    @staticmethod
+    def _rank_instances(probabilities, logits, extent, mask_threshold: float) -> tuple[torch.Tensor, ...]:
+        """Scores, classes and queries of the most probable pairs of query and class, best first: three `(queries,)`."""
+        classes = probabilities.shape[-1] - 1
+        scores, pairs = probabilities[:, :-1].flatten().topk(min(len(logits), len(logits) * classes))
+        # cells beyond the image are padding
+        masks = logits[:, : math.ceil(extent[0]), : math.ceil(extent[1])].sigmoid().flatten(1)
+        inside = masks >= mask_threshold
+        quality = (masks * inside).sum(1) / inside.sum(1).clamp(min=1)
+        scores, order = (scores * quality[pairs // classes]).sort(descending=True, stable=True)
+        return scores, pairs[order] % classes, pairs[order] // classes
+
     @torch.no_grad()
     def post_process_semantic_segmentation(
         self,
@@ -334,10 +354,10 @@ class SparUniversalImageProcessorPil(SparImageProcessorPil):
         working_bytes: int = WORKING_BYTES,
     ) -> list[torch.Tensor]:
         """
-        The class of every pixel: the largest sum over queries of class probability times mask probability.
+        The class of every pixel: that with the largest sum over queries of class probability times mask probability.
 
         Args:
-            outputs, target_sizes, working_bytes: as of `post_process_panoptic_segmentation`.
+            outputs, target_sizes, working_bytes: as in `post_process_panoptic_segmentation`.
 
         Returns:
             Per image `(height, width)`, int64.
@@ -349,9 +369,9 @@ class SparUniversalImageProcessorPil(SparImageProcessorPil):
         for probabilities, logits, extent, size in self._images(outputs, target_sizes):
             classes = probabilities[:, :-1]
             labels = torch.empty(size, dtype=torch.long, device=logits.device)
-            for rows, tile in mask_tiles(logits, extent, size, max(classes.shape), working_bytes):
-                # (queries, classes), (queries, rows, width) -> (classes, rows, width)
-                labels[rows] = torch.einsum("qc,qrw->crw", classes, tile.sigmoid_()).argmax(0)
+            for place, tile in mask_tiles(logits, extent, size, max(classes.shape), working_bytes):
+                # (queries, classes), (queries, rows, columns) -> (classes, rows, columns)
+                labels[place] = torch.einsum("qc,qrw->crw", classes, tile.sigmoid_()).argmax(0)
             results.append(labels)
         return results
 

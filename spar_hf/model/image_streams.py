@@ -1,4 +1,4 @@
-"""What the pipeline is given: one image, or many of them in a list, a dataset or a stream, read as they are needed."""
+"""Inputs of the pipeline: one image, or many from a list, a dataset or a stream, read when needed."""
 
 import copy
 import os
@@ -18,12 +18,12 @@ from .image_input import read_image
 @dataclass(repr=False)
 class EncodedImage:
     """
-    An image after the vision tower, to be compared with any number of vocabularies.
+    The features of an image, to be compared with any number of vocabularies.
 
     Attributes:
         feature_map: dense features `(dim, ceil(height / patch), ceil(width / patch))`, not normalised.
         pixel_values: the normalised image that the model saw `(3, height, width)`.
-        original_size: height and width of the image, the size of its masks.
+        original_size: height and width of the image, and of its masks.
     """
 
     feature_map: torch.Tensor
@@ -31,7 +31,7 @@ class EncodedImage:
     original_size: tuple[int, int]
 
     def __repr__(self) -> str:
-        dim, *grid = self.feature_map.shape  # not the tensors: they fill a screen
+        dim, *grid = self.feature_map.shape  # not the tensors, which are too long to print
         return (
             f"{type(self).__name__}(grid={tuple(grid)}, dim={dim}, working_size={self.working_size}, "
             f"original_size={tuple(self.original_size)}, device={str(self.feature_map.device)!r})"
@@ -39,16 +39,16 @@ class EncodedImage:
 
     @property
     def working_size(self) -> tuple[int, int]:
-        """Height and width of the image that the model saw, before its own padding."""
+        """Height and width of the image the model saw, before its padding."""
         return self.pixel_values.shape[-2], self.pixel_values.shape[-1]
 
     def to(self, device: torch.device | str) -> "EncodedImage":
-        """The same on another device."""
+        """A copy on another device."""
         return replace(self, feature_map=self.feature_map.to(device), pixel_values=self.pixel_values.to(device))
 
 
 def guarded(skip: bool, work: Callable, *args: Any, **kwargs: Any) -> Any:
-    """What `work` returns, or with `skip`, where it fails, `{"error": message}` instead of an exception."""
+    """Call `work`; with `skip`, return `{"error": message}` instead of raising."""
     try:
         return work(*args, **kwargs)
     except Exception as error:
@@ -58,13 +58,13 @@ def guarded(skip: bool, work: Callable, *args: Any, **kwargs: Any) -> Any:
 
 
 def is_error(item: Any) -> bool:
-    """Whether an item is what `guarded` left of a failure."""
+    """Whether an item is an error returned by `guarded`."""
     return isinstance(item, dict) and "error" in item
 
 
 def image_of_row(row: Mapping) -> Any:
     """
-    The image of a row of `datasets`: what stands under `"image"`, also where it is not decoded (`bytes` or `path`).
+    The image of a row of `datasets`: its column `"image"`, decoded or not (`bytes` or `path`).
 
     Raises:
         ValueError: the row has no image.
@@ -74,14 +74,14 @@ def image_of_row(row: Mapping) -> Any:
         image = read_image(image["bytes"]) if image.get("bytes") else image.get("path")
     if image is None:
         raise ValueError(
-            f"A row with the columns {list(row)} has no `image`. Name the column: `KeyDataset(dataset, 'image')` of "
+            f"A row with the columns {list(row)} has no `image`. Select the column with `KeyDataset(dataset, 'image')` of "
             "transformers.pipelines.pt_utils, or rename it."
         )
     return image
 
 
 class ImageSequence(Dataset):
-    """Images that can be counted: a list, a dataset. Each is prepared when it is asked for, also in worker processes."""
+    """A list or dataset of known length. Each image is prepared when it is read, possibly in a worker process."""
 
     def __init__(self, source: Any, prepare: Callable[[Callable[[], Any]], Any] | None = None):
         self.source, self.prepare = source, prepare
@@ -97,7 +97,7 @@ class ImageSequence(Dataset):
 
 
 class ImageStream(IterableDataset):
-    """Images that come one after the other: a generator, a streamed dataset."""
+    """A generator or streamed dataset. Each image is prepared when it is read."""
 
     def __init__(self, source: Iterable, prepare: Callable[[Callable[[], Any]], Any] | None = None):
         self.source, self.prepare = source, prepare
@@ -108,7 +108,7 @@ class ImageStream(IterableDataset):
 
 
 class Results:
-    """Results in the order of the images, made as they are asked for; its length is the number of images, if known."""
+    """Results in the order of the images, computed during iteration. Has a length if the number of images is known."""
 
     def __init__(self, loader: DataLoader, run: Callable[[list], Iterator[Any]]):
         self.loader, self.run = loader, run
@@ -122,14 +122,14 @@ class Results:
 
 
 def as_images(inputs: Any) -> ImageSequence | ImageStream | None:
-    """Many images as a dataset; `None` where `inputs` is a single one."""
+    """Many images as a dataset; `None` for a single image."""
     if isinstance(inputs, (np.ndarray, torch.Tensor)):
         return ImageSequence(inputs) if inputs.ndim == 4 else None
     if isinstance(inputs, (str, bytes, os.PathLike, Mapping, Image.Image, EncodedImage)):
         return None
     column: Any = (getattr(inputs, "features", None) or {}).get("image")
     if getattr(column, "decode", None) and hasattr(inputs, "cast_column"):
-        # a dataset of `datasets`: decoded here, image by image, so that a damaged one does not end the stream
+        # a dataset of `datasets`: we decode image by image, so that a damaged file does not end the iteration
         column = copy.copy(column)
         column.decode = False
         inputs = inputs.cast_column("image", column)

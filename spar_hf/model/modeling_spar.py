@@ -1,4 +1,4 @@
-"""SPAR models: dense features in one pass at any resolution, and masks from words when there is a text tower."""
+"""SPAR models: dense features in one pass at any resolution, and with a text tower, segmentation by class names."""
 
 import copy
 import shutil
@@ -26,7 +26,7 @@ from .backbone_sources import load_source_config, read_backbone
 from .configuration_spar import SparConfig
 from .readouts import READOUTS
 
-# An explicit table: AutoModel does not know SigLIP's text tower and would give CLIP's without its projection.
+# not AutoModel, which does not know SigLIP's text tower and loads CLIP's without its projection
 TEXT_MODELS: dict[str, Any] = {
     "siglip_text_model": SiglipTextModel,
     "siglip2_text_model": Siglip2TextModel,
@@ -43,11 +43,11 @@ class SparVisionModelOutput(ModelOutput):
         last_hidden_state (`torch.FloatTensor` of shape `(batch, tokens, hidden_size)`):
             All tokens after the backbone's final norm. `None` from the teacher.
         pooler_output (`torch.FloatTensor` of shape `(batch, hidden_size)`, *optional*):
-            The backbone's own image embedding; only with `output_pooled=True`. CLIP's is `(batch, projection_dim)`, that of
-            dino.txt `(batch, 2 * hidden_size)`.
+            The backbone's image embedding; only with `output_pooled=True`. `(batch, projection_dim)` for CLIP,
+            `(batch, 2 * hidden_size)` for dino.txt.
         hidden_states (`tuple(torch.FloatTensor)`, *optional*):
             With `output_hidden_states=True`: the embeddings and the output of each layer, each
-            `(batch, tokens, hidden_size)`. With an index or a list of indices, only those; the others are `None`.
+            `(batch, tokens, hidden_size)`. With an index or a list of indices only those, and `None` for the others.
         attentions (`tuple(torch.FloatTensor)`, *optional*):
             With `output_attentions=True` and eager attention: `(batch, heads, tokens, tokens)` per layer.
         feature_map (`torch.FloatTensor` of shape `(batch, dim, ceil(height / patch), ceil(width / patch))`):
@@ -74,7 +74,7 @@ class SparOpenVocabSegmentationOutput(ModelOutput):
         feature_map (`torch.FloatTensor` of shape `(batch, dim, ceil(height / patch), ceil(width / patch))`):
             Dense features, not normalised.
         hidden_states, attentions (`tuple(torch.FloatTensor)`, *optional*):
-            Those of the vision tower, see [`SparVisionModelOutput`].
+            Of the vision tower, see [`SparVisionModelOutput`].
     """
 
     logits: torch.Tensor | None = None
@@ -86,13 +86,13 @@ class SparOpenVocabSegmentationOutput(ModelOutput):
 
 def pad_to_patches(pixel_values: torch.Tensor, patch_size: int) -> torch.Tensor:
     """
-    Pad zeros right and bottom up to a multiple of the patch: `(..., height, width)` ->
+    Pad with zeros right and bottom to a multiple of the patch: `(..., height, width)` ->
     `(..., ceil(height / patch) * patch, ceil(width / patch) * patch)`.
 
-    The top left corner stays where it is, so patch `(i, j)` always begins at the pixel `(i * patch, j * patch)`.
+    The top left corner stays in place, so patch `(i, j)` begins at pixel `(i * patch, j * patch)`.
     """
     height, width = pixel_values.shape[-2:]
-    # no `%`: with symbolic sizes, ceil(side / patch) * patch is what torch.export and inductor can reason about
+    # not with `%`: torch.export and inductor can reason about ceil(side / patch) * patch with symbolic sizes
     padded_height, padded_width = ((side + patch_size - 1) // patch_size * patch_size for side in (height, width))
     return nn.functional.pad(pixel_values, (0, padded_width - width, 0, padded_height - height))
 
@@ -109,7 +109,7 @@ def find_code(reference: str, folders: list[Path]) -> dict[str, Path]:
 
 
 class SparPreTrainedModel(PreTrainedModel):
-    """What all SPAR models share: configuration class, attention back ends, initialisation."""
+    """Base class of all SPAR models: configuration class, attention back ends, loading and saving."""
 
     config: SparConfig
     base_model_prefix = "vision_model"
@@ -171,12 +171,12 @@ class SparPreTrainedModel(PreTrainedModel):
     @classmethod
     def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
         """
-        As in transformers, but weights that the folder does not hold are an error instead of a warning: a tower
-        initialised anew gives masks that look like masks. What a class adds on purpose (a head to be trained) it
-        lists in `_keys_to_ignore_on_load_missing`.
+        As in transformers, but missing weights are an error instead of a warning, because a newly initialised tower gives
+        masks that look plausible. A class lists weights that may be missing (a head to be trained) in
+        `_keys_to_ignore_on_load_missing`.
 
         Raises:
-            RuntimeError: weights are missing, or have another shape.
+            RuntimeError: weights are missing or have another shape.
         """
         loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         model, loading_info = loaded
@@ -192,20 +192,20 @@ class SparPreTrainedModel(PreTrainedModel):
     @classmethod
     def from_backbone(cls, pretrained_model_name_or_path: str, *, spar_config: dict[str, Any] | None = None, **kwargs):
         """
-        Build the SPAR model of an untouched backbone of transformers: the teacher of a distillation, the baseline of a
-        measurement. SigLIP, SigLIP2 (fixed resolution and NaFlex), CLIP, OpenCLIP in transformers' format, DINOv3.
+        Build a SPAR model from a pretrained backbone of transformers: the teacher of a distillation, or the baseline of an
+        evaluation. SigLIP, SigLIP2 (fixed resolution and NaFlex), CLIP, OpenCLIP in transformers' format, DINOv3.
 
         Args:
             pretrained_model_name_or_path (`str`):
                 Hub id (`google/siglip2-base-patch16-512`) or local folder. A SPAR folder loads as by `from_pretrained`.
             spar_config (`dict`, *optional*):
                 Further fields of [`SparConfig`], e.g. `{"templates": "short"}`.
-            kwargs: options of `from_pretrained` of the backbone's class (`dtype`, `revision`, `token`, ...).
+            kwargs: options of `from_pretrained` of the backbone's class (`dtype`, `revision`, `token`, …).
 
         Raises:
-            ValueError: a model type that SPAR does not read, a trained head's among them; a two-tower class and a backbone
-                without text tower; `spar_config` for a SPAR folder.
-            OSError: neither a folder nor a model that the hub gives.
+            ValueError: an unsupported model type, such as that of a trained head; a backbone without text tower for a
+                two-tower class; `spar_config` for a SPAR folder.
+            OSError: neither a local folder nor a model on the hub.
             RuntimeError: the folder lacks weights.
 
         Example:
@@ -223,13 +223,13 @@ class SparPreTrainedModel(PreTrainedModel):
         if source_config.model_type == SparConfig.model_type:
             if spar_config:
                 raise ValueError(
-                    f"`spar_config` completes an untouched backbone, and {pretrained_model_name_or_path} is a SPAR folder "
+                    f"`spar_config` is for backbones of transformers, but {pretrained_model_name_or_path} is a SPAR folder "
                     "with a configuration of its own. Leave it out."
                 )
             return cls.from_pretrained(pretrained_model_name_or_path, **kwargs)
         config, weights, dtype = read_backbone(pretrained_model_name_or_path, source_config, spar_config, **kwargs)
         model: Any = cls(config)  # refuses a two-tower class without text tower
-        # not the buffers: RoPE's frequencies stay float32, as when loaded from a file
+        # parameters only: RoPE's frequencies stay float32, as when loaded from a file
         for parameter in model.parameters():
             parameter.data = parameter.data.to(dtype)
         model.name_or_path = str(pretrained_model_name_or_path)
@@ -237,10 +237,10 @@ class SparPreTrainedModel(PreTrainedModel):
             inside = "vision_model."
             weights = {name[len(inside) :]: tensor for name, tensor in weights.items() if name.startswith(inside)}
         missing, unexpected = model.load_state_dict(weights, strict=False)
-        # the sigmoid loss has a bias, CLIP's softmax none; a text tower is needed for dino.txt's head alone
+        # CLIP's softmax has no bias, unlike the sigmoid loss
         missing = [name for name in missing if name != "logit_bias"]
         if missing or unexpected:
-            raise RuntimeError(f"The weights do not fit: missing {missing}, without a place {unexpected}.")
+            raise RuntimeError(f"The weights do not fit the model: missing {missing}, unexpected {unexpected}.")
         return model.eval()
 
 
@@ -251,7 +251,7 @@ class SparVisionModel(SparPreTrainedModel):
     The image is padded with zeros right and bottom to a multiple of the patch, the position table is resampled to
     the resulting grid, and every patch gets one feature vector in the space of the text embeddings.
 
-    Source: SPAR (arXiv 2604.02252), section 3. The backbone is a model of transformers, see `spar_hf/readouts.py`.
+    Source: SPAR (arXiv 2604.02252), section 3. The backbone is a model of transformers, see `spar_hf.model.readouts`.
 
     Example:
 
@@ -266,14 +266,14 @@ class SparVisionModel(SparPreTrainedModel):
     torch.Size([1, 192, 13, 21])
     ```"""
 
-    # the other tower of a two-tower folder, or a head, is left out on purpose; a warning would only worry people
+    # the text tower or head of a folder is skipped on purpose, so no warning is needed
     _keys_to_ignore_on_load_unexpected = [r"^text_model\.", r"^logit_scale$", r"^logit_bias$", r"^classifier\."]
-    # only the keys matter: the classes whose outputs are recorded are the backbone's own
+    # only the keys matter here: the backbone's own table names the classes whose outputs are recorded
     _can_record_outputs = {"hidden_states": GradientCheckpointingLayer, "attentions": GradientCheckpointingLayer}
 
     def __init__(self, config: SparConfig):
         if config.text_config is not None:
-            # a vision tower saved by itself must not promise a text tower
+            # so that a vision tower saved alone names no text tower
             config = copy.copy(config)
             config.text_config = None
         super().__init__(config)
@@ -320,8 +320,8 @@ class SparVisionModel(SparPreTrainedModel):
 
 class SparForOpenVocabSegmentation(SparPreTrainedModel):
     """
-    Two towers: a [`SparVisionModel`] (`.vision_model`) and a text model of transformers (`.text_model`). Patch
-    features compared with text embeddings give one logit map per name.
+    Two towers: a [`SparVisionModel`] (`.vision_model`) and a text model of transformers (`.text_model`). The cosine of
+    patch features and text embeddings gives one logit map per name.
 
     Source: SPAR (arXiv 2604.02252), section 3.
 
@@ -360,17 +360,17 @@ class SparForOpenVocabSegmentation(SparPreTrainedModel):
     def __init__(self, config: SparConfig):
         if config.text_config is None:
             raise ValueError(
-                "This configuration has no text tower (`text_config`), so words cannot be compared with its "
-                "features. Load the folder with `AutoModel`/`SparVisionModel`, or use a two-tower checkpoint."
+                "This configuration has no text tower (`text_config`) to embed words. Load the folder with "
+                "`AutoModel`/`SparVisionModel`, or use a two-tower checkpoint."
             )
         super().__init__(config)
         self.vision_model = SparVisionModel._from_config(config)
         self.text_model = TEXT_MODELS[config.text_config.model_type]._from_config(config.text_config)
-        # trained for image-text retrieval (log of the scale, bias); dense logits use config.dense_logit_scale
+        # log of the scale, and bias, as trained on image-text pairs; dense logits use config.dense_logit_scale
         self.logit_scale = nn.Parameter(torch.zeros(1))
         self.logit_bias = nn.Parameter(torch.zeros(1))
         self.post_init()
-        # post_init takes over what the vision tower ignores; here a text weight without a place deserves a warning
+        # post_init copies the vision tower's list; here an unexpected text weight deserves a warning
         self._keys_to_ignore_on_load_unexpected = set()
 
     @torch.no_grad()
@@ -392,15 +392,15 @@ class SparForOpenVocabSegmentation(SparPreTrainedModel):
 
         Args:
             input_ids (`torch.LongTensor` of shape `(names, length)`):
-                Padded to the text tower's `max_position_embeddings` where it is a SigLIP tower.
+                Token ids, padded to `max_position_embeddings` for a SigLIP text tower.
             attention_mask (`torch.Tensor` of shape `(names, length)`, *optional*):
-                Left out for SigLIP text towers, which were trained without one.
+                Ignored by SigLIP text towers, which were trained without one.
 
         Returns:
             An output whose `pooler_output` is `(names, dim)`, not normalised.
 
         Raises:
-            ValueError: prompts of another length than a SigLIP text tower reads.
+            ValueError: prompts that are too long, or for a SigLIP text tower of another length.
         """
         length = self.config.text_config.max_position_embeddings
         if self.config.text_config.model_type == "clip_text_model":
@@ -410,7 +410,7 @@ class SparForOpenVocabSegmentation(SparPreTrainedModel):
                     f"tokenise with `truncation=True, max_length={length}`."
                 )
             outputs = self.text_model(input_ids=input_ids, attention_mask=attention_mask, return_dict=True, **kwargs)
-            # dino.txt's embedding faces the pooled image with its first half, the patches with its last
+            # dino.txt compares the first half of its embedding with the pooled image, the last half with patches
             return BaseModelOutputWithPooling(
                 last_hidden_state=outputs.last_hidden_state,
                 pooler_output=outputs.text_embeds[:, -self.config.projection_dim :],
@@ -426,16 +426,16 @@ class SparForOpenVocabSegmentation(SparPreTrainedModel):
 
     def dense_logits(self, feature_map: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
         """
-        Cosine times `dense_logit_scale`: features `(batch, dim, h, w)` and texts `(names, dim)`, normalised or
-        not, -> `(batch, names, h, w)`, float32.
+        Cosine of features `(batch, dim, h, w)` and text embeddings `(names, dim)`, normalised or not, times
+        `dense_logit_scale`: `(batch, names, h, w)`, float32.
 
         Raises:
-            ValueError: `text_embeds` are not `(names, dim)` of the features' dim.
+            ValueError: `text_embeds` of another shape.
         """
         dim = feature_map.shape[1]
         if text_embeds.ndim != 2 or text_embeds.shape[1] != dim:
             raise ValueError(f"`text_embeds` must be (names, {dim}), got shape {tuple(text_embeds.shape)}.")
-        # in float32 whatever the model's precision: names of nearly the same cosine decide many pixels
+        # always in float32: at many pixels the best names have nearly the same cosine
         text_embeds = nn.functional.normalize(text_embeds.float(), dim=-1)
         features = nn.functional.normalize(
             feature_map.float().flatten(2).transpose(1, 2), dim=-1
@@ -461,18 +461,18 @@ class SparForOpenVocabSegmentation(SparPreTrainedModel):
             attention_mask (`torch.Tensor` of shape `(names, length)`, *optional*):
                 See `get_text_features`.
             text_embeds (`torch.FloatTensor` of shape `(names, dim)`, *optional*):
-                Text embeddings made before (averaged over templates, say), normalised or not.
+                Precomputed text embeddings (averaged over templates, for instance), normalised or not.
 
         Returns:
             [`SparOpenVocabSegmentationOutput`] with `logits`
             `(batch, names, ceil(height / patch), ceil(width / patch))`.
 
         Raises:
-            ValueError: neither or both of `input_ids` and `text_embeds` are given, or one of another shape.
+            ValueError: neither or both of `input_ids` and `text_embeds` are given, or one has another shape.
         """
         if (input_ids is None) == (text_embeds is None):
             raise ValueError(
-                "Give either `input_ids` or `text_embeds`: the words to look for, once. In a pipeline, this model is for "
+                "Give either `input_ids` or `text_embeds`. In a pipeline, use this model with "
                 '`pipeline("open-vocab-segmentation")`; `bake_vocabulary` makes one for `pipeline("image-segmentation")`.'
             )
         if text_embeds is None:

@@ -12,7 +12,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 from .configuration_spar_semantic import SparSemanticConfig
 from .modeling_spar import SparPreTrainedModel, SparVisionModel
 from .prompts import CandidateLabels, Vocabulary, embed_names
-from .segmentation import WORKING_BYTES, patch_coordinates
+from .segmentation import WORKING_BYTES, bilinear_cells, patch_coordinates
 
 # `pipeline("image-segmentation")` looks up here which models it supports, and logs others as errors
 MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES["spar_semantic"] = "SparForSemanticSegmentation"
@@ -21,20 +21,20 @@ MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES["spar_semantic"] = "SparForSemanti
 @dataclass
 class SparSemanticSegmenterOutput(ModelOutput):
     """
-    Output of [`SparForSemanticSegmentation`]. `SparImageProcessorPil.post_process_semantic_segmentation` makes label maps
-    of it.
+    Output of [`SparForSemanticSegmentation`]. `SparImageProcessorPil.post_process_semantic_segmentation` turns it into label
+    maps.
 
     Args:
         loss (`torch.FloatTensor` of shape `()`, *optional*):
-            Mean cross entropy over the pixels with a label, 0 where no pixel has one; with `labels`.
+            With `labels`: mean cross entropy over the labelled pixels, 0 if there are none.
         logits (`torch.FloatTensor` of shape `(batch, classes, ceil(height / patch), ceil(width / patch))`):
-            Of every class of `config.id2label`; where it has several names, the largest of theirs.
+            Logits of the classes of `config.id2label`: for a class with several names, the largest of theirs.
         name_logits (`torch.FloatTensor` of shape `(batch, names, ceil(height / patch), ceil(width / patch))`, *optional*):
-            Where classes have several names, the logits of all: upsampling comes before the maximum over them.
+            If classes have several names, the logits of all names: they are upsampled before the maximum is taken.
         name_to_class (`torch.LongTensor` of shape `(batch, names)`, *optional*):
-            The class of each of them, the same for the whole batch.
+            The class of each name, the same for the whole batch.
         geometry (`torch.LongTensor` of shape `(batch, 3)`):
-            Height and width of `pixel_values`, and the patch, in pixels: where the grid lies on the image.
+            Height and width of `pixel_values` and side of a patch, in pixels.
         feature_map (`torch.FloatTensor` of shape `(batch, dim, ceil(height / patch), ceil(width / patch))`):
             Dense features, not normalised.
         hidden_states, attentions (`tuple(torch.FloatTensor)`, *optional*):
@@ -66,8 +66,8 @@ class SparSemanticModel(SparVisionModel):
 
 class SparForSemanticSegmentation(SparPreTrainedModel):
     """
-    A [`SparVisionModel`] (`.vision_model`) and one linear layer (`.classifier`) on its dense features, normalised or not:
-    a vocabulary made into weights by [`bake_vocabulary`], or a linear probe of `training/linear_probe.py`.
+    A [`SparVisionModel`] (`.vision_model`) and one linear layer (`.classifier`) on its dense features: a vocabulary turned
+    into weights by [`bake_vocabulary`], or a linear probe trained by `training/linear_probe.py`.
 
     Runs in `pipeline("image-segmentation")`, at any resolution.
 
@@ -95,7 +95,7 @@ class SparForSemanticSegmentation(SparPreTrainedModel):
         "AutoModelForSemanticSegmentation": "modeling_spar_semantic.SparForSemanticSegmentation",
         "AutoImageProcessor": "image_processing_spar.SparImageProcessorPil",
     }
-    # classes of nearly the same logit decide many pixels
+    # at many pixels the best classes have nearly the same logit
     _keep_in_fp32_modules_strict = {"classifier"}
 
     def __init__(self, config: SparSemanticConfig):
@@ -123,18 +123,18 @@ class SparForSemanticSegmentation(SparPreTrainedModel):
         normalize_features: bool = False,
     ) -> "SparForSemanticSegmentation":
         """
-        Put a vision model (its weights are copied) and a classifier together.
+        Combine a vision model, whose weights are copied, and a classifier.
 
         Args:
-            vision_model ([`SparVisionModel`]): gives the dense features.
+            vision_model ([`SparVisionModel`]): computes the dense features.
             labels (`Sequence[str]`): one per class.
-            weight (`torch.Tensor` of shape `(rows, dim)`): a row per class, or per name where there are `names`.
+            weight (`torch.Tensor` of shape `(rows, dim)`): a row per class, or with `names` per name.
             bias (`torch.Tensor` of shape `(rows,)`, *optional*): zero by default.
-            names (`Sequence[Sequence[str]]`, *optional*): per class, the words of its rows.
+            names (`Sequence[Sequence[str]]`, *optional*): per class, the names of its rows.
             normalize_features (`bool`, *optional*, defaults to `False`): see [`SparSemanticConfig`].
         """
         backbone_config = vision_model.config.to_dict()
-        for key in ("_name_or_path", "architectures"):  # of the folder that it was loaded from
+        for key in ("_name_or_path", "architectures"):  # they belong to the folder it was loaded from
             backbone_config.pop(key, None)
         config = SparSemanticConfig(
             backbone_config=backbone_config,
@@ -161,30 +161,27 @@ class SparForSemanticSegmentation(SparPreTrainedModel):
 
     def segmentation_loss(self, grid: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """
-        Mean cross entropy over the labelled pixels of `labels` `(batch, height, width)`, 0 where there is none. The logits
-        `grid` `(batch, h, w, names)` are upsampled bilinearly before the maximum over names, as the masks are.
+        Mean cross entropy over the labelled pixels of `labels` `(batch, height, width)`, 0 if there are none. The logits
+        `grid` `(batch, h, w, names)` are upsampled bilinearly before the maximum over names, as for masks.
 
-        Some pixels at a time, of which the backward pass reads the logits again: classes × height × width are never held.
+        Pixels are read in chunks, again in the backward pass, so that no tensor has classes × height × width values.
         """
         patch, (_, h, w, names) = self.config.patch_size, grid.shape
         height, width = labels.shape[-2:]
-        down = patch_coordinates(height, height, patch, h, grid.device)
-        across = patch_coordinates(width, width, patch, w, grid.device)
+        vertical = patch_coordinates(height, height, patch, h, grid.device)
+        horizontal = patch_coordinates(width, width, patch, w, grid.device)
         table = grid.float().flatten(0, 2)  # (batch * h * w, names)
 
         def loss_of(table: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
             image, row, column = pixels.T
-            top, bottom, low = (values[row] for values in down)
-            left, right, far = (values[column] for values in across)
-            upper, lower = (image * h + top) * w, (image * h + bottom) * w
-            corners = torch.stack([upper + left, upper + right, lower + left, lower + right], dim=1)
-            shares = torch.stack([(1 - low) * (1 - far), (1 - low) * far, low * (1 - far), low * far], dim=1)
+            cells, weights = bilinear_cells(row, column, vertical, horizontal, w)
+            cells += (image * h * w)[:, None]
             # the weighted sum of four rows of the table in one step
-            read = nn.functional.embedding_bag(corners, table, per_sample_weights=shares, mode="sum")  # (pixels, names)
+            read = nn.functional.embedding_bag(cells, table, per_sample_weights=weights, mode="sum")  # (pixels, names)
             return nn.functional.cross_entropy(self.best_of_names(read), labels[image, row, column], reduction="sum")
 
         labelled = (labels != self.config.semantic_loss_ignore_index).nonzero()  # (pixels, 3): image, row, column
-        # corners and shares of a pixel take about as much as 64 logits; one empty chunk where nothing is labelled
+        # cells and weights of a pixel take about as much as 64 logits; one empty chunk if nothing is labelled
         chunks = labelled.split(max(1, WORKING_BYTES // (4 * max(names, 64))))
         losses = [checkpoint(loss_of, table, chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
         return torch.stack(losses).sum() / max(1, len(labelled))
@@ -202,9 +199,9 @@ class SparForSemanticSegmentation(SparPreTrainedModel):
             pixel_values (`torch.FloatTensor` of shape `(batch, 3, height, width)`):
                 Normalised images, any height and width.
             labels (`torch.LongTensor` of shape `(batch, height, width)`, *optional*):
-                Class of every pixel for the loss, `config.semantic_loss_ignore_index` where there is none.
+                Class of every pixel for the loss, `config.semantic_loss_ignore_index` for ignored pixels.
             original_sizes (`list[tuple[int, int]]`, *optional*):
-                What the image processor gives beside `pixel_values`; not used here.
+                Ignored; accepted because the image processor returns it beside `pixel_values`.
 
         Returns:
             [`SparSemanticSegmenterOutput`] with `logits` `(batch, classes, ceil(height / patch), ceil(width / patch))`.
@@ -215,15 +212,15 @@ class SparForSemanticSegmentation(SparPreTrainedModel):
         batch, _, height, width = pixel_values.shape
         if labels is not None and labels.shape != (batch, height, width):
             raise ValueError(
-                f"`labels` are {tuple(labels.shape)} and `pixel_values` {(batch, height, width)} (batch, height, width); a "
-                "label lies on its pixel. Resize the labels by nearest neighbour."
+                f"`labels` are {tuple(labels.shape)}, but `pixel_values` are {(batch, height, width)} (batch, height, "
+                "width). Resize the labels by nearest neighbour."
             )
         vision_outputs = self.vision_model(pixel_values, return_dict=True, **kwargs)
         features = vision_outputs.feature_map.float().permute(0, 2, 3, 1)  # (batch, dim, h, w) -> (batch, h, w, dim)
         if self.config.normalize_features:
             features = nn.functional.normalize(features, dim=-1)
         weight, bias = self.classifier.weight.float(), self.classifier.bias.float()
-        # in float32 whatever the model's precision, see `_keep_in_fp32_modules_strict`
+        # always in float32, see `_keep_in_fp32_modules_strict`
         grid = nn.functional.linear(features, weight, bias)  # (batch, h, w, names)
         loss = None if labels is None else self.segmentation_loss(grid, labels)
         logits = grid.permute(0, 3, 1, 2)  # -> (batch, names, h, w)
@@ -252,18 +249,18 @@ def bake_vocabulary(
     templates: str | Sequence[str] | None = None,
 ) -> SparForSemanticSegmentation:
     """
-    Make one vision-only model of a two-tower model and a vocabulary: its masks are those of the pipeline
-    `open-vocab-segmentation` for these words, and it needs neither text tower nor tokenizer.
+    Make a vision-only model from a two-tower model and a vocabulary. It gives the masks of the pipeline
+    `open-vocab-segmentation` for these names, without text tower and tokenizer.
 
     Args:
-        model ([`SparForOpenVocabSegmentation`]): both towers.
-        tokenizer (`PreTrainedTokenizerBase`): the checkpoint's own.
+        model ([`SparForOpenVocabSegmentation`]): the two-tower model.
+        tokenizer (`PreTrainedTokenizerBase`): that of the checkpoint.
         candidate_labels (`list[str]`, `dict[str, list[str]]`, `str` or [`Vocabulary`]):
-            The classes, as the pipeline takes them.
+            The classes, as in the pipeline.
         templates (`str` or `list[str]`, *optional*): prompt templates, the checkpoint's by default.
 
     Returns:
-        [`SparForSemanticSegmentation`]; save it and the image processor into one folder.
+        [`SparForSemanticSegmentation`]. Save it and the image processor to one folder.
 
     Raises:
         ValueError: no or malformed labels, or a model without a text tower.
@@ -283,7 +280,7 @@ def bake_vocabulary(
     ```"""
     if not hasattr(model, "get_text_features"):
         raise ValueError(
-            f"Words are embedded by a text tower, and {type(model).__name__} has none. Load a two-tower folder with "
+            f"{type(model).__name__} has no text tower to embed words. Load a two-tower folder with "
             "`SparForOpenVocabSegmentation.from_pretrained`."
         )
     vocabulary = Vocabulary.parse(candidate_labels)

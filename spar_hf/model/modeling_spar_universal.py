@@ -1,4 +1,4 @@
-"""Panoptic, instance and semantic segmentation on SPAR features: a mask-classification head of transformers' own modules."""
+"""Panoptic, instance and semantic segmentation: a mask-classification head on SPAR features."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +22,7 @@ from .modeling_spar import SparPreTrainedModel, SparVisionModel, pad_to_patches
 
 # `pipeline("image-segmentation")` looks up here which models it supports, and logs others as errors
 MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING_NAMES["spar_universal"] = "SparForUniversalSegmentation"
-MASK_CELLS = 4  # cells of the masks per patch and axis: two upscaling layers, each by 2
+MASK_CELLS = 4  # mask cells per patch and axis: two upscaling layers by 2
 
 
 @dataclass
@@ -32,14 +32,14 @@ class SparUniversalSegmentationOutput(ModelOutput):
 
     Args:
         loss (`torch.FloatTensor` of shape `()`, *optional*):
-            With `mask_labels` and `class_labels`: Mask2Former's, over all layers of the decoder.
+            With `mask_labels` and `class_labels`: Mask2Former's loss, over all layers of the decoder.
         class_queries_logits (`torch.FloatTensor` of shape `(batch, queries, classes + 1)`):
-            Class of every query; the last is "no segment".
+            Class logits of every query; the last class is "no segment".
         masks_queries_logits (`torch.FloatTensor` of shape `(batch, queries, 4 * h, 4 * w)`):
-            Mask of every query, before the sigmoid, over the padded image of `h = ceil(height / patch)` by
-            `w = ceil(width / patch)` patches: four cells per patch and axis.
+            Mask logits of every query, over the padded image of `h = ceil(height / patch)` by
+            `w = ceil(width / patch)` patches, with four cells per patch and axis.
         mask_sizes (`torch.FloatTensor` of shape `(batch, 2)`):
-            Height and width of the image in cells of the masks, often a fraction of one; what lies beyond is padding.
+            Height and width of the image in mask cells, not always whole numbers. Cells beyond are padding.
     """
 
     loss: torch.Tensor | None = None
@@ -49,7 +49,7 @@ class SparUniversalSegmentationOutput(ModelOutput):
 
 
 class SparUniversalPreTrainedModel(SparPreTrainedModel, Mask2FormerPreTrainedModel):
-    """What a saved folder says of its code, and the initialisation of Mask2Former's and EoMT's modules."""
+    """Base class: the code named by saved folders, and the initialisation of Mask2Former's and EoMT's modules."""
 
     config_class = SparUniversalConfig
     config: Any  # the modules of the head read its fields under the names of their own configurations
@@ -63,35 +63,36 @@ class SparUniversalPreTrainedModel(SparPreTrainedModel, Mask2FormerPreTrainedMod
     }
 
     def _initialize_weights(self, module, is_custom_code: bool = False):
-        # For code outside of transformers, layers that hold all their weights in sub-modules are passed by, and these start
-        # as any linear layer does. All initialisation here goes through transformers' own, which needs no such care.
+        # With is_custom_code, transformers skips modules without weights of their own, and their layers would be initialised
+        # as any other. Here all initialisation goes through transformers' functions, so it can be treated as its own code.
         super()._initialize_weights(module)
 
     @torch.no_grad()
     def _init_weights(self, module):
-        if isinstance(module, nn.BatchNorm2d):  # ours has no weight, which Mask2Former's initialisation would look for
+        if isinstance(module, nn.BatchNorm2d):  # ours has no weight, which Mask2Former's initialisation needs
             PreTrainedModel._init_weights(self, module)
             return
         super()._init_weights(module)
-        if isinstance(module, EomtScaleLayer):  # as EoMT does; Mask2Former's small weights would vanish in its GELU
+        if isinstance(module, EomtScaleLayer):  # as in EoMT; Mask2Former's small weights would vanish in the GELU
             for convolution in (module.conv1, module.conv2):
                 init.kaiming_uniform_(convolution.weight, a=5**0.5)
-        if isinstance(module, SparForUniversalSegmentation):  # as Mask2Former's own: else positions drown the features
+        if isinstance(
+            module, SparForUniversalSegmentation
+        ):  # as in Mask2Former: positions would dominate smaller features
             init.xavier_uniform_(module.projection.weight)
 
 
 class SparForUniversalSegmentation(SparUniversalPreTrainedModel):
     """
-    A [`SparBackbone`] and a mask-classification head: queries that each become a class and a mask, at any resolution.
+    A [`SparBackbone`] and a mask-classification head: every query predicts a class and a mask, at any resolution.
 
-    Features of the chosen stages are standardised (batch norm) and projected; two upscaling layers of EoMT make a simple
-    feature pyramid of them (half, whole, double and fourfold the patch grid), Mask2Former's masked-attention decoder
-    reads its three coarser levels, and the product of query and finest level is the mask.
+    Features of the chosen stages are standardised (batch norm) and projected. Two upscaling layers of EoMT make a simple
+    feature pyramid (half, whole, double and fourfold the patch grid). Mask2Former's masked-attention decoder reads the three
+    coarser levels, and the product of query and finest level is the mask.
 
-    Why a decoder over the backbone API and not EoMT's queries inside the last blocks: those blocks would have to be
-    trained and would see other tokens than the ones that SPAR distilled, so that base and student could no longer be
-    compared by their features; and every family of backbones, whose last block differs, would need code of its own. Here
-    the backbone stays as it is, and may stay frozen.
+    A decoder on top of the backbone, instead of EoMT's queries inside the last blocks, has two reasons. Those blocks would
+    have to be trained, with other tokens than the distilled ones, so that base and student could not be compared by their
+    features. And every family of backbones would need its own code. Here the backbone is unchanged and may stay frozen.
 
     Source: `Mask2FormerTransformerModule`, `Mask2FormerLoss` (arXiv 2112.01527) and `EomtScaleLayer` (arXiv 2503.19108)
     in transformers; the simple feature pyramid of ViTDet (arXiv 2203.16527).
@@ -116,7 +117,7 @@ class SparForUniversalSegmentation(SparUniversalPreTrainedModel):
         head = self.config
         self.vision_model = SparBackbone._from_config(head.backbone_config)
         channels = sum(self.vision_model.channels)
-        # All features share an offset that is far larger than what tells two classes apart.
+        # all features share an offset far larger than the differences between classes
         self.feature_norm = nn.BatchNorm2d(channels, affine=False)
         self.projection = nn.Conv2d(channels, head.hidden_dim, kernel_size=1)
         self.upscale = nn.ModuleList([EomtScaleLayer(head) for _ in range(2)])
@@ -133,17 +134,17 @@ class SparForUniversalSegmentation(SparUniversalPreTrainedModel):
         **kwargs,
     ) -> "SparForUniversalSegmentation":
         """
-        A new head, to be trained, on the vision tower of a SPAR model or of an untouched backbone of transformers.
+        A new, untrained head on the vision tower of a SPAR model or a backbone of transformers.
 
         Args:
             pretrained_model_name_or_path (`str` or [`SparVisionModel`]):
-                Folder or hub id of what [`SparVisionModel.from_backbone`] reads, or the model itself.
+                Folder or hub id that [`SparVisionModel.from_backbone`] reads, or the model itself.
             out_features (`list[str]`, *optional*):
                 Stages of [`SparBackbone`] that the head reads; the dense features by default.
             kwargs: `num_labels` or `id2label`, and settings of the head, see [`SparUniversalConfig`].
 
         Raises:
-            ValueError: the source is no model that SPAR reads, e.g. one with a trained head.
+            ValueError: an unsupported model, such as one with a trained head.
         """
         source = pretrained_model_name_or_path
         vision_model = source if isinstance(source, SparVisionModel) else SparVisionModel.from_backbone(source)
@@ -156,15 +157,15 @@ class SparForUniversalSegmentation(SparUniversalPreTrainedModel):
     @torch.no_grad()
     def calibrate(self, images) -> None:
         """
-        Measure mean and variance of the features over all patches of `images`, an iterable of `pixel_values`
-        `(batch, 3, height, width)` of any sizes: what batch norm otherwise learns from large batches while it trains.
+        Set the batch norm's mean and variance to those of the features over all patches of `images`, an iterable of
+        `pixel_values` `(batch, 3, height, width)` of any sizes. Otherwise they would be estimated from training batches.
 
         Raises:
             ValueError: `images` is empty.
         """
         training = self.training
         self.eval()
-        # in float64 and so on the CPU: not every accelerator has it, and squares of a large offset are taken from each other
+        # in float64, because large squares are subtracted, and so on the CPU, because not every accelerator has float64
         count, total, squares = 0, torch.zeros(()), torch.zeros(())
         for pixel_values in images:
             features = self.features(pixel_values).cpu().double().transpose(0, 1).flatten(1)  # (channels, patches)
@@ -173,7 +174,7 @@ class SparForUniversalSegmentation(SparUniversalPreTrainedModel):
             squares = squares + features.square().sum(1)
         self.train(training)
         if not count:
-            raise ValueError("There are no images to measure the features on.")
+            raise ValueError("There are no images to calibrate on; pass at least one batch.")
         mean, variance = total / count, (squares - total.square() / count) / max(1, count - 1)
         self.feature_norm.load_state_dict({"running_mean": mean, "running_var": variance}, strict=False)
 
@@ -196,9 +197,9 @@ class SparForUniversalSegmentation(SparUniversalPreTrainedModel):
             "loss_mask": config.mask_weight,
             "loss_dice": config.dice_weight,
         }
-        # Built here, so that inference does without the SciPy that its matching needs.
+        # built here, so that inference does not need SciPy, which the matching uses
         criterion = Mask2FormerLoss(config=config, weight_dict=weights).to(class_logits[0].device)
-        # The loss compares masks by relative position, and those of the model cover the padded image.
+        # the predicted masks cover the padded image, and the loss compares positions relative to it
         mask_labels = [pad_to_patches(masks.float(), patch_size) for masks in mask_labels]
         predictions = [
             {"class_queries_logits": classes.float(), "masks_queries_logits": masks.float()}
@@ -231,14 +232,14 @@ class SparForUniversalSegmentation(SparUniversalPreTrainedModel):
             class_labels (`list[torch.LongTensor]`, *optional*):
                 Per image the classes of its segments, `(segments,)`.
             original_sizes (`list[tuple[int, int]]`, *optional*):
-                Not used: what the image processor gives beside, so that all it gives can be handed on.
+                Ignored; accepted because the image processor returns it beside `pixel_values`.
 
         Returns:
             [`SparUniversalSegmentationOutput`].
 
         Raises:
-            ValueError: one of the labels without the other, or of another number or size than the images; an image
-                without a segment, or with more than there are queries.
+            ValueError: only one of the two labels; labels of another number or size than the images; an image without
+                segments, or with more segments than queries.
         """
         if (mask_labels is None) != (class_labels is None):
             raise ValueError("Give both `mask_labels` and `class_labels`, or neither.")
@@ -264,10 +265,11 @@ class SparForUniversalSegmentation(SparUniversalPreTrainedModel):
         )
 
     def check_labels(self, pixel_values, mask_labels, class_labels) -> None:
+        """Raise `ValueError` for labels that do not fit the images or the model, see `forward`."""
         batch, _, *size = pixel_values.shape
         if not len(mask_labels) == len(class_labels) == batch:
             raise ValueError(
-                f"There are {batch} images, but {len(mask_labels)} `mask_labels` and {len(class_labels)} `class_labels`."
+                f"{batch} images, but {len(mask_labels)} `mask_labels` and {len(class_labels)} `class_labels`."
             )
         for masks, classes in zip(mask_labels, class_labels, strict=True):
             if masks.ndim != 3 or list(masks.shape[1:]) != size or classes.shape != masks.shape[:1]:
@@ -278,13 +280,13 @@ class SparForUniversalSegmentation(SparUniversalPreTrainedModel):
                 )
             if not 0 < len(classes) <= self.config.num_queries:
                 raise ValueError(
-                    f"An image has {len(classes)} segments; it must have at least one and at most as many as there are "
-                    f"queries ({self.config.num_queries}). Leave it out, merge the smallest, or raise `num_queries`."
+                    f"An image has {len(classes)} segments; it must have at least 1 and at most `num_queries`, "
+                    f"{self.config.num_queries}. Leave it out, merge the smallest, or raise `num_queries`."
                 )
             if int(classes.min()) < 0 or int(classes.max()) >= self.config.num_labels:
                 raise ValueError(
                     f"`class_labels` lie in {int(classes.min())} to {int(classes.max())}, but the model has "
-                    f"{self.config.num_labels} classes, from 0. Leave void segments out."
+                    f"{self.config.num_labels} classes, from 0. Leave ignored segments out."
                 )
 
 

@@ -1,6 +1,6 @@
 # mypy: disable-error-code="override"
-# transformers declares the hooks of Pipeline without their keywords, which each pipeline names
-"""`pipeline("open-vocab-segmentation")`: images and words in, one mask per class out."""
+# transformers declares the hooks of Pipeline without their keywords
+"""`pipeline("open-vocab-segmentation")`: from images and class names to one mask per class."""
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,7 +15,7 @@ from transformers import Pipeline
 
 from .image_streams import EncodedImage, ImageSequence, ImageStream, Results, as_images, guarded, image_of_row, is_error
 from .processing_spar import SparProcessor
-from .prompts import CandidateLabels, Vocabulary, folded
+from .prompts import CandidateLabels, Vocabulary, normalise_name
 from .refine import Refinement, Upsampler, refined_logits
 from .segmentation import (
     OUTPUT_BYTES,
@@ -35,12 +35,12 @@ class OpenVocabSegmentationPipeline(Pipeline):
     """
     Open-vocabulary segmentation with a two-tower SPAR checkpoint.
 
-    Every pixel goes to the class with the most probable name (softmax over all names, then the maximum over the names
-    of a class; SPAR, section 3). Each name is embedded once and kept until the text tower's weights change.
+    Every pixel gets the class with the most probable name (softmax over all names, then the maximum over the names of a
+    class; SPAR, section 3). Each name is embedded once, until the text tower's weights change.
 
-    Beside features and results, a decision holds a few buffers of at most 64 MiB and 8 bytes per pixel of the image,
-    whatever the number of classes: 0.25 GiB for 150 classes at 1024×2048, 0.37 GiB for 1,000 at 2048×2048 (on a
-    CPU). To compile the model: `segment.model = torch.compile(segment.model)`.
+    Beside features and results, a decision needs a few buffers of at most 64 MiB and 8 bytes per pixel of the image,
+    for any number of classes: 0.25 GiB for 150 classes at 1024×2048, 0.37 GiB for 1,000 at 2048×2048 (on a CPU). To
+    compile the model: `segment.model = torch.compile(segment.model)`.
 
     Example:
 
@@ -62,7 +62,7 @@ class OpenVocabSegmentationPipeline(Pipeline):
     _load_processor: Any = False
     _load_image_processor: Any = True
     _load_feature_extractor: Any = False
-    _load_tokenizer: Any = None  # needed, but asked for below: a folder without one is mostly no two-tower model
+    _load_tokenizer: Any = None  # optional here and checked below, for a better message about vision-only folders
     image_processor: Any
     tokenizer: Any
     model: Any
@@ -70,7 +70,7 @@ class OpenVocabSegmentationPipeline(Pipeline):
     def __init__(self, *args, **kwargs):
         check_device(kwargs.get("device"))
         super().__init__(*args, **kwargs)
-        if not hasattr(self.model, "dense_logits"):  # not by class: a checkpoint's own code makes another of that name
+        if not hasattr(self.model, "dense_logits"):  # not isinstance: code of a checkpoint defines a class of its own
             raise ValueError(
                 f"open-vocab-segmentation needs a two-tower SPAR model, got {type(self.model).__name__}. Load the "
                 "folder with `SparForOpenVocabSegmentation.from_pretrained`, or pass its path as `model`; models with "
@@ -78,8 +78,8 @@ class OpenVocabSegmentationPipeline(Pipeline):
             )
         if self.tokenizer is None:
             raise ValueError(
-                f"open-vocab-segmentation needs the tokenizer of {self.model.name_or_path or 'the model'}, and none was "
-                "given or could be loaded: pass `tokenizer`; `AutoTokenizer.from_pretrained` of it says what is wrong."
+                f"open-vocab-segmentation needs the tokenizer of {self.model.name_or_path or 'the model'}, which could not "
+                "be loaded. Pass `tokenizer`; `AutoTokenizer.from_pretrained` shows the reason."
             )
         self._texts = TextEmbeddingCache(self.model, self.tokenizer)
 
@@ -87,31 +87,31 @@ class OpenVocabSegmentationPipeline(Pipeline):
         """
         Args:
             inputs (`str`, `PIL.Image.Image`, array, tensor, [`EncodedImage`], a list of them, a generator or dataset):
-                Images: paths, URLs, images. See [`SparImageProcessorPil`] for the arrays it takes. Rows (dicts) of
-                `datasets` give their `image`.
+                Paths, URLs or images; see [`SparImageProcessorPil`] for the accepted arrays. For rows (dicts) of `datasets`,
+                the column `image` is used.
             candidate_labels (`list[str]`, `list[list[str]]`, `dict[str, list[str]]` or [`Vocabulary`]):
-                The classes. In a list of strings commas separate names of one class: `"car, automobile"`. A string is the
-                name of a built-in vocabulary: `"ade20k"`, `"voc21"`, `"cityscapes"`, ... (`spar_hf/vocabularies.py`).
+                The classes. In a list of strings, commas separate names of one class: `"car, automobile"`. A string is the
+                name of a built-in vocabulary: `"ade20k"`, `"voc21"`, `"cityscapes"`, … (`spar_hf.model.vocabularies`).
             templates (`str` or `list[str]`, *optional*):
-                Prompt templates, the checkpoint's by default: `"imagenet80"`, `"short"`, `"plain"` or strings with `{}`.
+                Prompt templates: `"imagenet80"`, `"short"`, `"plain"` or strings with `{}`. Default: the checkpoint's.
             size (`dict[str, int]`, `int` or `str`, *optional*):
-                Working resolution, defaults to the image processor's, which the checkpoint carries:
-                `{"shortest_edge": 672}`, `{"longest_edge": 1024}`, both (the smaller image of the two), or `"native"`. Masks
-                always have the size of the image. An [`EncodedImage`] keeps the size it was encoded at.
+                Working size: `{"shortest_edge": 672}`, `{"longest_edge": 1024}`, both (the smaller image of the two), or
+                `"native"`. Default: the image processor's. Masks always have the size of the image. An [`EncodedImage`]
+                keeps the size it was encoded at.
             max_tokens (`int`, *optional*):
-                Most patches per image; defaults to the image processor's, else to 16,384 (2048×2048 pixels at a patch of
-                16). A larger working image is made smaller by the rule of [`limited_size`], with one warning.
+                Limit on the patches per image. Default: the image processor's, else 16,384 (2048×2048 pixels at a patch of
+                16). A larger working image is made smaller by [`limited_size`], with one warning.
             background (`str` or `list[str]`, *optional*):
-                What is not looked for. One string: the class that unsure pixels and tiny classes are given to, one of the
-                labels or a further one without words. A list of words, labels among them or not: they compete for
-                every pixel and make up the class `"background"`. `"auto"`: the same with the 26 stuff words of the
-                published VOC21 evaluation, less those that are among the names.
+                Class, or words, treated as background. A string is the label of the class that gets unsure pixels and tiny
+                classes: a class of the vocabulary or a new one without words. A list of words, which may be labels, makes
+                the class `"background"`, whose words compete for every pixel. `"auto"` does so with the 26 stuff words of
+                the published VOC21 evaluation, except those that are names of a class.
             threshold (`float`, *optional*, defaults to 0):
-                Pixels whose best probability is below it become background.
+                Pixels whose best probability is lower become background.
             min_area (`float`, *optional*, defaults to 0):
                 Classes that cover less than this share of the pixels outside the background become background.
             refine (`str` or `Callable`, *optional*): `"lposs"`, `"lposs+"` or `"pamr"` for sharper masks, see `refine.py`.
-            upsampler (`Callable`, *optional*): `(image, features) -> features`, a learned upsampler, see `refine.py`.
+            upsampler (`Callable`, *optional*): a learned upsampler `(image, features) -> features`, see `refine.py`.
             output (`str`, *optional*, defaults to `"segments"`):
                 - `"segments"`: a list of `{"label", "score", "mask"}` per class that has pixels, in the order of
                   the classes; `mask` is a `PIL.Image` of mode `L`, 0 or 255, in the size of the image.
@@ -122,32 +122,32 @@ class OpenVocabSegmentationPipeline(Pipeline):
                   `dense_logit_scale`), `names`, `labels`, and `name_to_class`, `patch_size`, `working_size`,
                   `original_size`, the further arguments of [`decide`].
 
-                The probability of a class at a pixel is the largest of its names' in the softmax over all names. A
-                `score` is the mean, over the pixels given to the class, of its probability there (of pixels that a
-                rule gave to the background: one minus that of the class they were taken from). It is a measure of
-                how clearly the class won among these words, not the chance that the mask is right.
+                The probability of a class at a pixel is that of its most probable name in the softmax over all names. A
+                `score` is the mean probability of the class over its pixels (for pixels moved to the background: one
+                minus the probability of their former class). It measures how clearly the class won among these words,
+                not the chance that the mask is right.
             top_k (`int`, *optional*):
-                With `"segments"`: only the `top_k` of highest score, the best first. With `"map"`: also `top_map`
+                With `"segments"`: only the `top_k` segments of highest score, best first. With `"map"`: also `top_map`
                 (int32) and `top_probabilities` (float32), both `(top_k, height, width)`: the best classes of every
-                pixel before any rule for the background.
+                pixel, before pixels are moved to the background.
             batch_size (`int`, *optional*, defaults to 1):
-                Images that are read together; those of equal working size share a forward pass, none is padded.
+                Images that are read together. Those of equal working size share a forward pass; none is padded.
             on_error (`str`, *optional*, defaults to `"raise"`):
-                `"skip"`: an image that fails gives `{"error": message}` in its place, and the others go on.
+                With `"skip"`, the result of a failed image is `{"error": message}`, and the others are still processed.
             num_workers (`int`, *optional*, defaults to 0): processes that read images.
 
         Returns:
             The output for an image, a list of them for a list of images, or an iterator for a generator or dataset.
 
         Raises:
-            ValueError: no or malformed labels, a text longer than the context, an image that cannot be read, an unknown
-                or contradictory option, an output above 1 GiB.
+            ValueError: no or malformed labels, a text that is too long for the text tower, an image that cannot be read,
+                an unknown or contradictory option, an output above 1 GiB.
 
-        ### What the rules do
+        ### Effect of `threshold`, `min_area` and `background`
 
-        Measured with `spar-tiny`, on images outside its training: ten frames spread over CamVid's `val` (11 classes) and
-        the 20 held-out COCO images (133 classes), shorter side 384 px. *Kept*: labelled pixels that are not given to the
-        background. *Right*: those of them with the right class. *Found*: classes of an image that keep any pixel.
+        Measured with `spar-tiny` on images outside its training: ten frames spread over CamVid's `val` (11 classes) and
+        the 20 held-out COCO images (133 classes), shorter side 384 px. *Kept*: labelled pixels outside the background.
+        *Right*: those of them with the right class. *Found*: classes of an image that keep any pixel.
 
         | rule            | CamVid: kept, right, mIoU, found | COCO: kept, right, mIoU, found |
         |-----------------|----------------------------------|--------------------------------|
@@ -162,9 +162,9 @@ class OpenVocabSegmentationPipeline(Pipeline):
         | `min_area` 0.05 | 93 %, 89 %, 43.9, 51 %           | 82 %, 36 %, 5.9, 24 %          |
         | `min_area` 0.1  | 79 %, 91 %, 30.3, 35 %           | 69 %, 42 %, 6.7, 19 %          |
 
-        A threshold means another thing for every number of words: the same image has lower probabilities among more. The
-        same COCO images with words for things only, all else being background (mean IoU of the things in an image /
-        IoU of all things together / IoU of the background):
+        The best threshold depends on the number of words: with more words, probabilities are lower. The same COCO images
+        with words for things only, everything else being background (mean IoU of the things in an image / IoU of all
+        things together / IoU of the background):
 
         | rule                        | words: the image's things | words: COCO's 80 things |
         |-----------------------------|---------------------------|-------------------------|
@@ -174,7 +174,7 @@ class OpenVocabSegmentationPipeline(Pipeline):
         | `background="auto"`         | 15.8 / 33.4 / 66.9        | 10.5 / 50.1 / 60.6      |
         | the same, `threshold` 0.1   | 15.8 / 33.4 / 66.9        | 10.5 / 49.7 / 60.9      |
 
-        `"auto"` finds the background best; where words are few it takes some of the things along.
+        `"auto"` finds the background best; with few words it also takes some pixels of things.
         """
         if candidate_labels is not None:
             kwargs["candidate_labels"] = candidate_labels
@@ -182,7 +182,7 @@ class OpenVocabSegmentationPipeline(Pipeline):
         if images is None:
             return super().__call__(inputs, **kwargs)
         results = super().__call__(images, **kwargs)
-        # a list at once, a dataset or a generator as its results are asked for: as in every pipeline of transformers
+        # as in every pipeline of transformers: a list for a list, an iterator for a dataset or a generator
         return list(results) if isinstance(inputs, (list, tuple, np.ndarray, torch.Tensor)) else results
 
     def _sanitize_parameters(
@@ -205,7 +205,7 @@ class OpenVocabSegmentationPipeline(Pipeline):
         if on_error not in (None, "raise", "skip"):
             raise ValueError(f"Unknown on_error {on_error!r}; use 'raise' or 'skip'.")
         if top_k is not None and (not isinstance(top_k, int) or top_k < 1):
-            raise ValueError(f"`top_k` is a number of classes, at least 1, got {top_k!r}.")
+            raise ValueError(f"`top_k` must be a number of classes, at least 1, got {top_k!r}.")
         shares = {"threshold": threshold, "min_area": min_area}
         check_shares(**{name: value for name, value in shares.items() if value is not None})
         vocabulary = None if candidate_labels is None else Vocabulary.parse(candidate_labels)
@@ -221,11 +221,11 @@ class OpenVocabSegmentationPipeline(Pipeline):
         Run the vision tower once, for any number of vocabularies.
 
         Args:
-            images: as in the call; a single one or a list.
+            images: one image or several, as in the call.
             size, max_tokens: as in the call.
 
         Returns:
-            An [`EncodedImage`], or a list of them; the pipeline takes them as images. They stay on the model's device.
+            An [`EncodedImage`] or a list of them, on the model's device. The pipeline takes them in place of images.
         """
         many = as_images(images)
         given = {name: value for name, value in (("size", size), ("max_tokens", max_tokens)) if value is not None}
@@ -237,7 +237,7 @@ class OpenVocabSegmentationPipeline(Pipeline):
         return encoded[0] if many is None else encoded
 
     def text_embeds(self, vocabulary: Vocabulary, templates=None) -> torch.Tensor:
-        """Embeddings of a vocabulary `(names, dim)`; only names that are not kept run through the text tower."""
+        """Embeddings of a vocabulary `(names, dim)`; only names not cached yet run through the text tower."""
         return self._cache().get(vocabulary.all_names, self._templates(templates))
 
     def save_text_embeddings(
@@ -247,9 +247,9 @@ class OpenVocabSegmentationPipeline(Pipeline):
         templates: str | Sequence[str] | None = None,
     ) -> None:
         """
-        Write text embeddings to a safetensors file, so that thousands of names are embedded once: those of
-        `candidate_labels`, or all that were used with these templates. It holds names, templates and a fingerprint of
-        the text tower.
+        Write text embeddings to a safetensors file, so that thousands of names are embedded only once: those of
+        `candidate_labels`, or all that were used with these templates. The file holds names, templates and a fingerprint
+        of the text tower.
 
         Raises:
             ValueError: nothing to save, malformed labels, or a text longer than the context.
@@ -259,18 +259,19 @@ class OpenVocabSegmentationPipeline(Pipeline):
 
     def load_text_embeddings(self, path: str | os.PathLike) -> int:
         """
-        Take over the embeddings of a file that `save_text_embeddings` wrote; returns how many names it holds.
+        Load the embeddings of a file written by `save_text_embeddings`. Returns the number of its names.
 
         Raises:
-            FileNotFoundError, ValueError: no such file, or one of another model, dtype or tokenizer.
+            FileNotFoundError: there is no such file.
+            ValueError: another kind of file, or one of another text tower, dtype or tokenizer.
         """
         return self._cache().load(path)
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """
-        Write the model with this library's code, the image processor and the tokenizer: a folder that `pipeline` loads, with
-        `trust_remote_code=True` where the library is not installed. Options are those of the model's `save_pretrained`; with
-        `push_to_hub=True` all of it goes there.
+        Write the model with its code, the image processor and the tokenizer to a folder that `pipeline` loads, with
+        `trust_remote_code=True` where the library is not installed. Options are those of the model's `save_pretrained`;
+        `push_to_hub=True` uploads all of it.
         """
         self.model.save_pretrained(save_directory, **kwargs)
         hub = {name: kwargs[name] for name in ("push_to_hub", "repo_id", "token", "commit_message") if name in kwargs}
@@ -285,7 +286,7 @@ class OpenVocabSegmentationPipeline(Pipeline):
         options = {"max_tokens": limit, "patch_size": self.model.config.patch_size}
         inputs = self.image_processor(image, return_tensors="pt", **options, **({} if size is None else {"size": size}))
         if len(inputs["original_sizes"]) != 1:
-            raise ValueError("An item of the list is a batch of images itself. Pass a flat list of images.")
+            raise ValueError("An item of the list is a batch of images. Pass a flat list of images.")
         return {"pixel_values": inputs["pixel_values"], "original_size": tuple(inputs["original_sizes"][0])}
 
     def run_single(self, inputs, preprocess_params, forward_params, postprocess_params):
@@ -301,33 +302,34 @@ class OpenVocabSegmentationPipeline(Pipeline):
         forward_params: dict,
         postprocess_params: dict,
     ) -> Results:
-        # what is wrong with the words or options is wrong for every image: raised here, whatever `on_error` is
+        # errors in words or options concern every image, so they are raised here, whatever `on_error` is
         output, decided = forward_params.get("output"), ("threshold", "min_area", "top_k")
         if output in ("probabilities", "logits") and any(forward_params.get(name) for name in decided):
-            raise ValueError(f"output={output!r} is what comes before a decision: leave out {', '.join(decided)}.")
+            raise ValueError(f"output={output!r} is computed before a decision: leave out {', '.join(decided)}.")
         vocabulary, _, _ = self.classes(forward_params.get("vocabulary"), forward_params.get("background"))
         self.text_embeds(vocabulary, forward_params.get("templates"))
         skip = preprocess_params.get("on_error") == "skip"
         options = {name: value for name, value in preprocess_params.items() if name != "on_error"}
         prepare = partial(guarded, skip, self._read, options)
         if isinstance(inputs, ImageStream):
-            num_workers = min(num_workers, 1)  # each further one would read the whole stream again
+            num_workers = min(num_workers, 1)  # every further worker would read the whole stream again
         images = type(inputs)(inputs.source, prepare)
         loader: DataLoader = DataLoader(images, batch_size=batch_size, num_workers=num_workers, collate_fn=list)
         return Results(loader, lambda items: self._results(items, skip, forward_params, postprocess_params))
 
     def _read(self, options: dict, get: Callable[[], Any]) -> dict | EncodedImage:
+        """Read and preprocess one image; a method, so that worker processes can pickle it."""
         return self.preprocess(get(), **options)
 
     def _results(self, items: list, skip: bool, forward_params: dict, postprocess_params: dict) -> Iterator[Any]:
-        """Results of prepared images, in their order; those of one size share a forward pass of the vision tower."""
+        """Results of preprocessed images, in their order. Images of one size share a forward pass of the vision tower."""
         groups: dict[Any, list[int]] = {}
         for i, item in enumerate(items):
             if isinstance(item, dict) and not is_error(item):
                 groups.setdefault(item["pixel_values"].shape, []).append(i)
         for group in groups.values():
             encoded = guarded(skip, self._encode, [items[i] for i in group])
-            if is_error(encoded):  # too many at once, perhaps
+            if is_error(encoded):  # perhaps out of memory: try one by one
                 encoded = [guarded(skip, lambda item=items[i]: self._encode([item])[0]) for i in group]
             for i, item in zip(group, encoded, strict=True):
                 items[i] = item
@@ -335,14 +337,15 @@ class OpenVocabSegmentationPipeline(Pipeline):
             yield item if is_error(item) else guarded(skip, self._decide, item, forward_params, postprocess_params)
 
     def _decide(self, encoded: EncodedImage, forward_params: dict, postprocess_params: dict) -> Any:
+        """The result of one encoded image."""
         return self.postprocess(self.forward(encoded, **forward_params), **postprocess_params)
 
     @torch.no_grad()
     def _encode(self, items: list[dict]) -> list[EncodedImage]:
-        """The vision tower on images of one working size."""
+        """Run the vision tower on images of one working size."""
         device = self.model.device
         pixel_values = torch.cat([item["pixel_values"] for item in items]).to(device)
-        # through the model's own forward, so that a compiled or wrapped model is what runs; one name costs next to nothing
+        # through the model's forward, so that a compiled or wrapped model is used; one name costs next to nothing
         one_name = torch.zeros(1, self.model.config.projection_dim, device=device)
         feature_map = self.model(pixel_values, text_embeds=one_name).feature_map
         sizes = [item["original_size"] for item in items]
@@ -366,19 +369,10 @@ class OpenVocabSegmentationPipeline(Pipeline):
         encoded = encoded.to(self.model.device)
         text_embeds = self.text_embeds(vocabulary, templates)
         name_to_class = vocabulary.name_to_class.to(text_embeds.device)
-        cell = self.model.config.patch_size
-        grid_h, grid_w = encoded.feature_map.shape[-2:]
-
-        def logits_of_rows(first: int, last: int) -> torch.Tensor:
-            """Of some patch rows `(names, last - first, w)`: [`decide`] asks for no more at once than fit."""
-            return self.model.dense_logits(encoded.feature_map[None, :, first:last], text_embeds)[0]
-
-        logits: DenseLogits = logits_of_rows
-        if refine is not None or upsampler is not None:
-            parts = (encoded.feature_map, text_embeds, encoded.pixel_values)
-            logits, cell = refined_logits(self.model, *parts, refine, upsampler)
+        logits, cell = self._logits(encoded, text_embeds, refine, upsampler)
         geometry = (cell, encoded.working_size, encoded.original_size)
         if output == "logits":
+            grid_h, grid_w = encoded.feature_map.shape[-2:]
             check_output_size(len(name_to_class) * grid_h * grid_w * 4, output)
             return {
                 "logits": logits if isinstance(logits, torch.Tensor) else logits(0, grid_h),
@@ -398,6 +392,18 @@ class OpenVocabSegmentationPipeline(Pipeline):
             decision = give_to_background(decision, background_class, threshold, min_area)
         pixels, scores = decision.class_scores(len(labels))
         return {"map": decision.labels, "pixels": pixels, "scores": scores, **outputs}
+
+    def _logits(self, encoded: EncodedImage, text_embeds: torch.Tensor, refine, upsampler) -> tuple[DenseLogits, int]:
+        """Logits of an image and the side of their cells in pixels; unrefined, as a function that gives rows of patches."""
+        if refine is not None or upsampler is not None:
+            parts = (encoded.feature_map, text_embeds, encoded.pixel_values)
+            return refined_logits(self.model, *parts, refine, upsampler)
+
+        def logits_of_rows(first: int, last: int) -> torch.Tensor:
+            """`(names, last - first, w)`; [`decide`] takes no more rows at once than fit."""
+            return self.model.dense_logits(encoded.feature_map[None, :, first:last], text_embeds)[0]
+
+        return logits_of_rows, self.model.config.patch_size
 
     def postprocess(self, outputs, output: str = "segments", top_k: int | None = None):
         outputs = {name: value.numpy() if isinstance(value, torch.Tensor) else value for name, value in outputs.items()}
@@ -424,10 +430,10 @@ class OpenVocabSegmentationPipeline(Pipeline):
         self, vocabulary: Vocabulary | None, background: str | Sequence[str] | None, rules: bool = False
     ) -> tuple[Vocabulary, list[str], int]:
         """
-        The vocabulary whose names compete, the labels of the result, and which of them is the background (-1: none).
+        The vocabulary with its background, the labels of the result, and the index of the background among them (-1: none).
 
         Raises:
-            ValueError: no vocabulary, or words of the background that leave no class.
+            ValueError: no vocabulary, or a background that leaves no class.
         """
         if vocabulary is None:
             raise ValueError('`candidate_labels` is missing. Name the classes to look for: ["road", "sky"].')
@@ -439,21 +445,21 @@ class OpenVocabSegmentationPipeline(Pipeline):
         labels = list(vocabulary.labels)
         if background is None and not rules:
             return vocabulary, labels, -1
-        found = [i for i, given in enumerate(labels) if folded(given) == folded(label)]
+        found = [i for i, given in enumerate(labels) if normalise_name(given) == normalise_name(label)]
         return (vocabulary, labels, found[0]) if found else (vocabulary, [*labels, label], len(labels))
 
     def _templates(self, templates: str | Sequence[str] | None) -> str | Sequence[str] | None:
         return self._forward_params.get("templates") if templates is None else templates
 
     def _cache(self) -> TextEmbeddingCache:
-        self._texts.model, self._texts.tokenizer = self.model, self.tokenizer  # a user may have replaced them
+        self._texts.model, self._texts.tokenizer = self.model, self.tokenizer  # the user may have replaced them
         return self._texts
 
 
 def check_output_size(size: int, output: str) -> None:
     """
     Raises:
-        ValueError: `size` bytes are too many for one result.
+        ValueError: `size`, in bytes, is too large for one result.
     """
     if size > OUTPUT_BYTES:
         raise ValueError(
@@ -465,21 +471,21 @@ def check_output_size(size: int, output: str) -> None:
 def check_device(device: Any) -> None:
     """
     Raises:
-        ValueError: an unknown device, or one that is not here; names those that are.
+        ValueError: an unknown or missing device; the message names those available.
     """
     if not isinstance(device, (str, torch.device)):
         return
     try:
         if torch.empty(0, device=device).is_meta:
             raise RuntimeError("a device without memory")
-    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:  # each back end has its own way
-        there = ["cpu"]
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:  # differs between back ends
+        available = ["cpu"]
         if torch.accelerator.is_available():
             kind = torch.accelerator.current_accelerator()
-            there += [f"{kind}:{i}" for i in range(torch.accelerator.device_count())]
+            available += [f"{kind}:{i}" for i in range(torch.accelerator.device_count())]
         raise ValueError(
-            f"Device {str(device)!r} is not there; there is {', '.join(there)}. Name one of these, or leave it out for the "
-            "first accelerator."
+            f"Device {str(device)!r} is not available; there is {', '.join(available)}. Use one of these, or leave it out "
+            "for the first accelerator."
         ) from error
 
 

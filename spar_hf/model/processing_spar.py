@@ -1,4 +1,4 @@
-"""Images and words in, model inputs out: the image processor and the tokenizer of a two-tower model."""
+"""Processor of two-tower models: image processor and tokenizer in one."""
 
 from tokenizers import Regex, Tokenizer, normalizers
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
@@ -11,14 +11,14 @@ SIGLIP_TEXTS = ("siglip_text_model", "siglip2_text_model")
 
 def published_tokenizer(tokenizer, text_config) -> PreTrainedTokenizerFast:
     """
-    A tokenizer that treats texts as the checkpoint's training did, kept in the files it saves.
+    A tokenizer that prepares texts as in the checkpoint's training, and saves these rules with its files.
 
-    SigLIP's text towers read lower case without punctuation, padded on the right to their full length, without a mask
-    (open_clip's `canonicalize_text`); transformers' SigLIP2 tokenizer keeps punctuation, and most templates end in a full
-    stop. CLIP's own tokenizer is right as it is and only gets its length.
+    SigLIP's text towers were trained on lower case without punctuation, padded on the right to the full length, without a
+    mask (open_clip's `canonicalize_text`). The SigLIP2 tokenizer of transformers keeps punctuation, and most templates end
+    in a full stop. CLIP's tokenizer only needs its length.
     """
     length = text_config.max_position_embeddings
-    if not getattr(tokenizer, "is_fast", False):  # SigLIP 1 comes with sentencepiece and canonicalises by itself
+    if not getattr(tokenizer, "is_fast", False):  # SigLIP 1: its sentencepiece tokenizer removes punctuation by itself
         tokenizer.model_max_length, tokenizer.padding_side = length, "right"
         return tokenizer
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
@@ -49,20 +49,20 @@ class SparProcessor(ProcessorMixin):
     Image processor and tokenizer of [`SparForOpenVocabSegmentation`]. A vision-only folder has no tokenizer: load
     its [`SparImageProcessorPil`] with `AutoImageProcessor`.
 
-    Texts are padded to the tokenizer's `model_max_length`, which is how SigLIP's text towers were trained; there
-    is no `attention_mask` unless the tokenizer's `model_input_names` lists one. Give images, text or both, with
-    any option of the two as a keyword.
+    It takes images, text or both, and any option of the two parts as a keyword. Texts are padded to the tokenizer's
+    `model_max_length`, as in the training of SigLIP's text towers. An `attention_mask` is returned only if the
+    tokenizer's `model_input_names` lists it.
 
     Args:
         image_processor ([`SparImageProcessorPil`]):
-            Gives `pixel_values` and `original_sizes`.
+            Returns `pixel_values` and `original_sizes`.
         tokenizer ([`~transformers.PreTrainedTokenizerFast`]):
-            Gives `input_ids` `(names, model_max_length)`. Its `model_max_length` must be the text tower's
+            Returns `input_ids` `(names, model_max_length)`. Its `model_max_length` must be the text tower's
             `max_position_embeddings`.
 
     Raises:
-        ValueError: a text with more tokens than fit (pass `truncation=True` to cut it), a tokenizer without a
-            length, an empty list of texts, neither images nor text; and what the image processor refuses.
+        ValueError: a text with too many tokens (pass `truncation=True` to cut it); a tokenizer without
+            `model_max_length`; an empty list of texts; neither images nor text; or as the image processor.
 
     Source: `SiglipProcessor` of transformers.
 
@@ -81,7 +81,7 @@ class SparProcessor(ProcessorMixin):
     [(200, 330)]
     ```"""
 
-    _auto_class = "AutoProcessor"  # saved folders name this class and bring its code
+    _auto_class = "AutoProcessor"  # saved folders name this class and carry its code
     text_kwargs = {"padding": "max_length"}
     skip_tensor_conversion = ["original_sizes"]
 
@@ -96,7 +96,7 @@ class SparProcessor(ProcessorMixin):
         if not texts:
             raise ValueError("`text` is an empty list. Pass at least one text.")
         limit = self.tokenizer.model_max_length
-        if limit > 1_000_000:  # what transformers sets when nobody has
+        if limit > 1_000_000:  # the placeholder of transformers for a length that was not set
             raise ValueError(
                 "The tokenizer has no `model_max_length`, so texts cannot be padded to it. Set it to the text "
                 "tower's `max_position_embeddings`."
@@ -115,15 +115,15 @@ class SparProcessor(ProcessorMixin):
         cls, pretrained_model_name_or_path: str, tokenizer: str | None = None, **kwargs
     ) -> "SparProcessor":
         """
-        The processor for [`SparForOpenVocabSegmentation.from_backbone`]: image statistics, tokenizer and text preprocessing
-        of an untouched two-tower backbone. A SPAR folder keeps its own.
+        The processor for [`SparForOpenVocabSegmentation.from_backbone`]: image statistics, tokenizer and text preparation
+        of a two-tower model of transformers. A SPAR folder loads as by `from_pretrained`.
 
         Args:
             pretrained_model_name_or_path (`str`): hub id or local folder.
-            tokenizer (`str`, *optional*): another hub id or folder to take the tokenizer from.
+            tokenizer (`str`, *optional*): hub id or folder of the tokenizer, if it is another.
 
         Raises:
-            ValueError: a backbone without a text tower.
+            ValueError: a model without a text tower.
             OSError: the folder or repository lacks an image processor or a tokenizer.
         """
         config = AutoConfig.from_pretrained(pretrained_model_name_or_path, **kwargs)
@@ -132,7 +132,7 @@ class SparProcessor(ProcessorMixin):
         text_config = getattr(config, "text_config", None)
         if text_config is None:
             raise ValueError(
-                f"{pretrained_model_name_or_path} has no text tower, so there are no texts to process. Use "
+                f"{pretrained_model_name_or_path} has no text tower, so it needs no tokenizer. Use "
                 "`SparImageProcessorPil.from_backbone`."
             )
         words = AutoTokenizer.from_pretrained(tokenizer or pretrained_model_name_or_path, **kwargs)

@@ -1,4 +1,4 @@
-"""Words in, text embeddings out: the grammar of vocabularies, prompt templates, and the embeddings of a vocabulary."""
+"""From words to text embeddings: how vocabularies are written, prompt templates, and the embeddings of names."""
 
 import re
 from collections import Counter
@@ -10,7 +10,7 @@ from transformers.utils import logging
 
 from .vocabularies import STUFF_WORDS, VOCABULARIES, vocabulary_lines
 
-PROGRESS_FROM = 1000  # names: from here on embedding takes long enough for a bar
+PROGRESS_FROM = 1000  # names from which embedding takes long enough for a progress bar
 
 # The 80 prompts that CLIP (Radford et al., 2021) uses for ImageNet; SPAR averages over them.
 IMAGENET80 = (
@@ -112,7 +112,7 @@ class Vocabulary:
     Classes to look for, each with one or more names.
 
     Attributes:
-        labels: one per class, what results are called.
+        labels: one per class, used in results.
         names: per class, the words that are embedded.
     """
 
@@ -132,18 +132,18 @@ class Vocabulary:
     @classmethod
     def parse(cls, candidate_labels: "CandidateLabels | Vocabulary") -> "Vocabulary":
         r"""
-        Read what people write as labels.
+        Parse candidate labels, in any of these forms:
 
-        - A list item is a class; commas separate its names, `\,` is a comma: `["road", "car, automobile"]`.
-        - Nested lists are names and are never split: `[["road"], ["car", "automobile"]]`.
+        - A list with one string per class. Commas separate its names, `\,` is a comma: `["road", "car, automobile"]`.
+        - A list of lists of names, which are never split: `[["road"], ["car", "automobile"]]`.
         - A dict maps labels to names: `{"vehicle": ["car", "bus"]}`.
         - A string is the name of a built-in vocabulary: `"ade20k"` (see `spar_hf/vocabularies.py`).
 
-        Names are trimmed. A class that has a name twice has it once.
+        Names are trimmed, and repeated names of a class dropped.
 
         Raises:
-            ValueError: an unknown vocabulary, no classes, an empty name, two classes of the same label or name (also where
-                only case or spaces differ), or something that is no string.
+            ValueError: an unknown vocabulary; no classes; an empty name; two classes with the same label or name, ignoring
+                case and spaces; anything but strings.
 
         Example:
 
@@ -157,8 +157,8 @@ class Vocabulary:
             name = candidate_labels.strip().lower()
             if name not in VOCABULARIES:
                 raise ValueError(
-                    f"{candidate_labels!r} is no vocabulary. Write classes as a list, names of one class with commas: "
-                    f'["road", "car, automobile", "sky"]. Built in are {", ".join(VOCABULARIES)}.'
+                    f"{candidate_labels!r} is no vocabulary. Pass a list, names of one class separated by commas: "
+                    f'["road", "car, automobile", "sky"]; or a built-in vocabulary: {", ".join(VOCABULARIES)}.'
                 )
             candidate_labels = vocabulary_lines(name)
         if isinstance(candidate_labels, Mapping):
@@ -167,7 +167,7 @@ class Vocabulary:
             entries = [("", _names(item, split=True)) for item in candidate_labels]
         else:
             raise ValueError(
-                f'Labels are a list, ["road", "car, automobile"], a dict or the name of a vocabulary, got '
+                f'Labels must be a list, ["road", "car, automobile"], a dict or the name of a vocabulary, got '
                 f"{candidate_labels!r}."
             )
         if not entries:
@@ -178,27 +178,29 @@ class Vocabulary:
                 raise ValueError(f"Class {label or names!r} has an empty name; every name needs a word.")
             labels.append(label or names[0])
         _refuse_twice(labels, "Labels must differ, but these stand twice")
-        unique = [tuple({folded(name): name for name in reversed(names)}.values())[::-1] for _, names in entries]
+        unique = [
+            tuple({normalise_name(name): name for name in reversed(names)}.values())[::-1] for _, names in entries
+        ]
         _refuse_twice(
             [name for names in unique for name in names],
-            "A word decides for one class, but these stand for two classes or twice",
+            "Names must differ, but these stand for two classes or twice",
         )
         return cls(tuple(labels), tuple(unique))
 
     def with_background(self, background: str | Sequence[str], label: str = "background") -> "Vocabulary":
         """
-        The same classes and one called `label`, of words for what one is not looking for; they compete for every pixel.
+        Add a background class of words that compete for every pixel.
 
         Args:
             background (`str` or `Sequence[str]`):
-                Words. Those that are labels of this vocabulary take their class's names along, which is then part of the
-                background. `"auto"`: the 26 stuff words that make the background of the published VOC21 evaluation, less
-                those that are a name of one of the classes.
+                Words. A word that is a label moves that class with all its names into the background; one that is another
+                name of a class is left out. `"auto"`: the 26 stuff words of the background in the published VOC21
+                evaluation, except those that are names of a class.
             label (`str`, *optional*, defaults to `"background"`):
-                What the class is called. If there is one of this label, its names stay and the words join them.
+                Label of the background class. If the vocabulary has it, the words are added to its names.
 
         Raises:
-            ValueError: no words, an empty one, none that is no further name of a class, or no class left beside the
+            ValueError: no words; an empty one; only words that are names of other classes; no class left beside the
                 background.
 
         Example:
@@ -209,49 +211,53 @@ class Vocabulary:
         (('person', 'tree', 'background'), (('person',), ('tree',), ('sky', 'wall')))
         ```"""
         classes = dict(zip(self.labels, self.names, strict=True))
-        own = next((given for given in classes if folded(given) == folded(label)), label)
-        taken = {folded(name) for name in self.all_names}
+        own = next((given for given in classes if normalise_name(given) == normalise_name(label)), label)
+        taken = {normalise_name(name) for name in self.all_names}
         if isinstance(background, str):
             background = (
-                [word for word in STUFF_WORDS if folded(word) not in taken] if background == "auto" else [background]
+                [word for word in STUFF_WORDS if normalise_name(word) not in taken]
+                if background == "auto"
+                else [background]
             )
         words = [str(word).strip() for word in background]
         if not words or not all(words):
             raise ValueError(
-                f"The background needs words, got {list(background)}. Name some, or 'auto' for common stuff."
+                f"The background needs words, got {list(background)}. Give some, or 'auto' for common stuff."
             )
-        labels = {folded(given): given for given in classes}
+        labels = {normalise_name(given): given for given in classes}
         names: list[str] = list(classes.get(own, ()))
         for word in words:
-            given = labels.get(folded(word))
+            given = labels.get(normalise_name(word))
             if given is None:
-                names += [word] if folded(word) not in taken else []
+                names += [word] if normalise_name(word) not in taken else []
             elif given != own:
                 names += classes.pop(given, ())
         if not names:
             raise ValueError(
-                f"The background has no word of its own: {', '.join(words)} are further names of classes to look for. "
-                "Name those classes by their label, or other words."
+                f"The background has no word of its own: {', '.join(words)} are names of other classes. Give other words, "
+                "or the labels of the classes to move into the background."
             )
-        classes[own] = tuple(names)  # in its place where there is one
+        classes[own] = tuple(names)  # keeps its position if the vocabulary had it
         if len(classes) == 1:
-            raise ValueError(f"Every class is part of the background {words}; at least one must be left to look for.")
+            raise ValueError(f"Every class is part of the background {words}; at least one must be left.")
         return Vocabulary.parse(classes)
 
 
-def folded(name: str) -> str:
-    """What a text tower hardly tells apart: case and spaces."""
+def normalise_name(name: str) -> str:
+    """A name for comparison: lower case, single spaces. Text towers hardly tell such differences apart."""
     return " ".join(name.lower().split())
 
 
 def _refuse_twice(words: Sequence[str], complaint: str) -> None:
-    count = Counter(map(folded, words))
-    twice = sorted({word for word in words if count[folded(word)] > 1})
+    """Raise `ValueError` if words occur twice after normalisation."""
+    count = Counter(map(normalise_name, words))
+    twice = sorted({word for word in words if count[normalise_name(word)] > 1})
     if twice:
         raise ValueError(f"{complaint}: {', '.join(twice)}. Merge or rename them.")
 
 
 def _names(item: str | Sequence[str], split: bool) -> tuple[str, ...]:
+    """The names of a class, trimmed; with `split` a string is split at its commas."""
     if isinstance(item, str):
         parts = re.split(r"(?<!\\),", item) if split else [item]
         return tuple(part.replace("\\,", ",").strip() for part in parts)
@@ -262,10 +268,10 @@ def _names(item: str | Sequence[str], split: bool) -> tuple[str, ...]:
 
 def resolve_templates(templates: str | Sequence[str]) -> tuple[str, ...]:
     """
-    The prompts behind the name of a set in `TEMPLATES`, or one's own list.
+    The templates of a set in `TEMPLATES`, or a list of templates as it is.
 
     Raises:
-        ValueError: unknown set, an empty list, or a template without exactly one `{}`.
+        ValueError: an unknown set, an empty list, or a template without exactly one `{}`.
     """
     if isinstance(templates, str):
         if templates not in TEMPLATES:
@@ -284,14 +290,14 @@ def embed_names(
     model, tokenizer, names: Sequence[str], templates: str | Sequence[str] | None = None, batch_size: int = 256
 ) -> torch.Tensor:
     """
-    One embedding per name: its prompts are embedded, L2-normalised, averaged and normalised again (SPAR, section 3).
+    One embedding per name: the mean of its L2-normalised prompt embeddings, normalised again (SPAR, section 3).
 
-    All prompts are tokenised, and refused if too long, before the first forward; from 1,000 names on there is a bar.
+    All prompts are tokenised and checked before the first forward pass. A progress bar is shown for 1,000 names or more.
 
     Args:
-        model ([`SparForOpenVocabSegmentation`]): gives `get_text_features`.
-        tokenizer (`PreTrainedTokenizerBase`): the checkpoint's own.
-        names (`Sequence[str]`): the words.
+        model ([`SparForOpenVocabSegmentation`]): its text tower embeds the prompts.
+        tokenizer (`PreTrainedTokenizerBase`): that of the checkpoint.
+        names (`Sequence[str]`): names to embed.
         templates (`str` or `Sequence[str]`, *optional*): defaults to the checkpoint's `config.templates`.
         batch_size (`int`, *optional*, defaults to 256): prompts per forward pass.
 
@@ -303,8 +309,8 @@ def embed_names(
     """
     prompts_of = resolve_templates(model.config.templates if templates is None else templates)
     encoded = []
-    for start in range(0, len(names), 256):  # of names: lists of Python numbers would be large
-        # names x templates, name by name
+    for start in range(0, len(names), 256):  # in chunks: the tokenizer returns large lists of Python integers
+        # all templates of the first name, then of the second, …
         prompts = [template.replace("{}", name) for name in names[start : start + 256] for template in prompts_of]
         encoded.append(_tokenise(tokenizer, prompts, model.config.text_config.max_position_embeddings))
     ids = torch.cat(encoded)
@@ -318,7 +324,7 @@ def embed_names(
 
 
 def _tokenise(tokenizer, prompts: Sequence[str], limit: int) -> torch.Tensor:
-    """Token ids `(prompts, limit)` int32, padded to the context."""
+    """Token ids `(prompts, limit)` int32, padded to the text tower's length. Raises `ValueError` for longer prompts."""
     encoded = tokenizer(prompts, padding="max_length", max_length=limit, truncation=False)["input_ids"]
     for prompt, ids in zip(prompts, encoded, strict=True):
         if len(ids) > limit:

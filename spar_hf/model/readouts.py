@@ -1,14 +1,14 @@
 """
-Read-outs: how each family of backbones is run at any resolution and gives one feature vector per patch.
+Read-outs: run each family of backbones at any resolution and compute one feature vector per patch.
 
-A read-out is a subclass of the family's model in transformers, so it loads that family's checkpoints as they are
-and copies none of its layers. It adds three short methods:
+A read-out is a subclass of the family's model in transformers, so it loads that family's checkpoints unchanged and copies
+none of its layers. It adds three short methods:
 
-- `embed(pixel_values, method, extent)`: `(batch, 3, height, width)` -> `(batch, tokens, hidden)`, positions resampled to
-  the grid as the configuration's `position_resampling` and `position_extent` (in patches) say;
-- `encode(hidden_states, grid)`: -> the post-norm tokens, the dense features of the patches `(batch, patches, dim)`, and
-  what the pooling head reads;
-- `pool(pool_input)`: -> the family's pooled image embedding `(batch, dim)`, run only on request.
+- `embed(pixel_values, method, extent)`: `(batch, 3, height, width)` -> `(batch, tokens, hidden)`, with positions resampled
+  to the grid by the configuration's `position_resampling` and `position_extent` (in patches);
+- `encode(hidden_states, grid)`: returns the post-norm tokens, the dense features of the patches `(batch, patches, dim)` and
+  the input of the pooling head;
+- `pool(pool_input)`: returns the family's pooled image embedding `(batch, dim)`; called only on request.
 """
 
 import copy
@@ -43,13 +43,14 @@ def bicubic_matrix(
     span: int | None = None,
 ) -> torch.Tensor:
     """
-    Matrix that resamples a line of `source` values to `target` values as
-    `torch.nn.functional.interpolate(mode="bicubic", align_corners=False)` does with `size=target`, or with
-    `scale_factor=(target + offset) / source`: `(target, source)`, float32. With `span` the source is resampled to that many
-    values, of which the middle `target` are taken.
+    Matrix `(target, source)`, float32, that resamples a line of `source` values to `target` values.
 
-    It has no branch on the sizes, so a graph exported with dynamic sizes accepts all that are larger than a patch,
-    the native grid included (where it is exactly the identity).
+    It equals `torch.nn.functional.interpolate(mode="bicubic", align_corners=False)` with `size=target`, or with
+    `scale_factor=(target + offset) / source`. With `span`, the source is resampled to `span` values, of which the middle
+    `target` are taken.
+
+    There is no branch on the sizes, so a graph exported with dynamic sizes accepts all sizes above one patch. On the native
+    grid the matrix is exactly the identity.
 
     Example:
 
@@ -74,7 +75,7 @@ def bicubic_matrix(
 
 def bilinear_antialias_matrix(source: int, target: int, device: torch.device | None = None) -> torch.Tensor:
     """
-    As [`bicubic_matrix`], for `interpolate(size=target, mode="bilinear", antialias=True)`: a triangle as wide as the
+    As [`bicubic_matrix`], for `interpolate(size=target, mode="bilinear", antialias=True)`: a triangle kernel as wide as the
     larger of the two spacings, normalised at the borders. `(target, source)`, float32.
     """
     step = torch.ones((), device=device) * (source / target)
@@ -88,24 +89,24 @@ def resample_positions(
     table: torch.Tensor, height: int, width: int, method: str, extent: int | None = None
 ) -> torch.Tensor:
     """
-    Take a square position table to another grid: `(side * side, hidden)` -> `(height * width, hidden)`.
+    Resample a square position table to another grid: `(side * side, hidden)` -> `(height * width, hidden)`.
 
-    `method` is the configuration's `position_resampling`; `extent` its `position_extent`, in patches, for `"bicubic"`.
-    Computed in float32, under autocast too, one small matrix per axis.
+    `method` is the configuration's `position_resampling`, `extent` its `position_extent` in patches (for `"bicubic"`).
+    Computed with one small matrix per axis, in float32, under autocast too.
 
     Raises:
         ValueError: unknown `method`.
     """
     side, device = math.isqrt(table.shape[0]), table.device
     if method == "bicubic":
-        # sym_max: an exported graph holds no branch on the sizes
+        # sym_max, because an exported graph must not branch on the sizes
         span = None if extent is None else torch.sym_max(torch.sym_max(height, width), extent)
         rows, columns = (bicubic_matrix(side, length, device, span=span) for length in (height, width))
     elif method == "bilinear_antialias":
         rows, columns = (bilinear_antialias_matrix(side, length, device) for length in (height, width))
     elif method == "bicubic_offset":
-        # MaskCLIP resizes by a scale factor, but not at the native grid. The comparison is one of tensors, so that an
-        # exported graph holds no branch on the sizes.
+        # MaskCLIP resizes by a scale factor, except on the native grid. Tensors are compared, because an exported graph must
+        # not branch on the sizes.
         lengths = torch.stack([torch.ones(length, device=device).sum() for length in (height, width)])
         offset = 0.1 * (lengths != side).any()
         rows, columns = (bicubic_matrix(side, length, device, offset) for length in (height, width))
@@ -114,7 +115,7 @@ def resample_positions(
             f"Unknown position_resampling {method!r}; use 'bicubic', 'bilinear_antialias' or 'bicubic_offset'."
         )
     grid = table.float().view(side, side, -1)
-    mixed = torch.is_autocast_enabled(device.type)  # asked first: an exported graph needs no word of it
+    mixed = torch.is_autocast_enabled(device.type)  # checked first, to keep autocast out of exported graphs
     with torch.autocast(device.type, enabled=False) if mixed else nullcontext():
         grid = torch.tensordot(rows, grid, dims=1)  # (side, side, hidden) -> (height, side, hidden)
         grid = torch.matmul(columns, grid)  # (height, side, hidden) -> (height, width, hidden)
@@ -122,7 +123,7 @@ def resample_positions(
 
 
 def pool_each(head: Any, hidden_states: torch.Tensor) -> torch.Tensor:
-    """SigLIP's attention-pooling head without its attention, on every token: `(batch, tokens, hidden)`, shape kept."""
+    """Apply SigLIP's attention-pooling head without its attention to every token: `(batch, tokens, hidden)`, shape kept."""
     value_weight = head.attention.in_proj_weight.chunk(3)[2]  # rows are query, key, value
     value_bias = head.attention.in_proj_bias.chunk(3)[2]
     values = head.attention.out_proj(nn.functional.linear(hidden_states, value_weight, value_bias))
@@ -130,24 +131,25 @@ def pool_each(head: Any, hidden_states: torch.Tensor) -> torch.Tensor:
 
 
 def check_head(config: SiglipVisionConfig | Siglip2VisionConfig) -> None:
+    """Raise `ValueError` for a backbone without its pooling head."""
     if not config.vision_use_head:
         raise ValueError(
-            "The SigLIP read-out is made of the attention-pooling head; this backbone has none. "
-            "Use a checkpoint with the head, `vision_use_head=True`."
+            "The SigLIP read-out uses the attention-pooling head, which this backbone lacks. "
+            "Use a checkpoint with `vision_use_head=True`."
         )
 
 
 class Readout:
     """
-    What a read-out can do, beside transformers' own flags (`_supports_sdpa`, `supports_gradient_checkpointing`). The tests
-    run what it says.
+    Capabilities of a read-out, beside transformers' own flags (`_supports_sdpa`, `supports_gradient_checkpointing`). The
+    tests check them.
     """
 
     any_resolution = True  # any height and width, multiples of the patch or not
     exportable = True  # strict torch.export with dynamic height and width
     compilable = True  # torch.compile(fullgraph=True, dynamic=True)
     half_precision = True  # float16 and bfloat16 near float32
-    unread: tuple[str, ...] = ()  # parts of parameters' names that dense features do not read
+    unused_parameters: tuple[str, ...] = ()  # parts of names of parameters that dense features do not depend on
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -156,9 +158,9 @@ class Readout:
 
 
 class PoolingHead(Readout):
-    """SigLIP's encoder and attention-pooling head, which the fixed and the native resolution share."""
+    """Encoder and attention-pooling head shared by SigLIP's fixed-resolution and NaFlex models."""
 
-    unread = ("head.probe",)
+    unused_parameters = ("head.probe",)
     encoder: Any
     post_layernorm: Any
     head: Any
@@ -174,7 +176,7 @@ class PoolingHead(Readout):
 
 class SiglipReadout(PoolingHead, SiglipVisionModel):
     """
-    SigLIP and fixed-resolution SigLIP2: the attention-pooling head without its attention, on every patch.
+    SigLIP and fixed-resolution SigLIP2: the attention-pooling head without its attention, applied to every patch.
 
     Source: SPAR section 3; `SiglipVisionModel` and `SiglipMultiheadAttentionPoolingHead` in transformers.
 
@@ -195,10 +197,10 @@ class SiglipReadout(PoolingHead, SiglipVisionModel):
 
 class NaflexReadout(PoolingHead, Siglip2VisionModel):
     """
-    SigLIP2 NaFlex, which saw native aspect ratios in pre-training: the same read-out. All patches of the image are real,
-    so there is no mask; images are not padded to a common number of patches.
+    SigLIP2 NaFlex, pre-trained with native aspect ratios: the read-out of [`SiglipReadout`]. Images are not padded to a
+    common number of patches, so there is no attention mask.
 
-    Source: the baseline of SPAR's tables; `Siglip2VisionModel` in transformers.
+    Source: the baseline in SPAR's tables; `Siglip2VisionModel` in transformers.
 
     Raises:
         ValueError: a backbone configured without its pooling head.
@@ -209,9 +211,9 @@ class NaflexReadout(PoolingHead, Siglip2VisionModel):
         super().__init__(config)
 
     def embed(self, pixel_values: torch.Tensor, method: str, extent: int | None = None) -> torch.Tensor:
-        size: Any = self.config.patch_size  # an int for all that SparConfig lets in
+        size: Any = self.config.patch_size  # an int in all configurations that SparConfig accepts
         grid = (pixel_values.shape[-2] // size, pixel_values.shape[-1] // size)
-        # (batch, 3, h * p, w * p) -> (batch, h * w, p * p * 3), the channel last as NaFlex patchifies
+        # (batch, 3, h * p, w * p) -> (batch, h * w, p * p * 3), channels last as in NaFlex
         patches = pixel_values.unflatten(3, (grid[1], size)).unflatten(2, (grid[0], size))
         patches = patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
         positions = resample_positions(self.embeddings.position_embedding.weight, *grid, method)
@@ -219,7 +221,7 @@ class NaflexReadout(PoolingHead, Siglip2VisionModel):
 
 
 class ValuePathLayer(CLIPEncoderLayer):
-    """CLIP's last block in which every token attends to itself alone: no queries, no keys. Weights as in CLIP's."""
+    """CLIP's last block where every token attends to itself only, without queries and keys. Weight names are CLIP's."""
 
     def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs):
         attention = self.self_attn
@@ -229,17 +231,19 @@ class ValuePathLayer(CLIPEncoderLayer):
 
 class MaskClipReadout(Readout, CLIPVisionModel):
     """
-    CLIP and OpenCLIP: the value path of the last block, post-norm and visual projection, on every patch.
+    CLIP and OpenCLIP: the value path of the last block, post-norm and visual projection, applied to every patch.
 
-    Source: MaskCLIP (Zhou et al., 2022), SPAR section 3; `CLIPVisionModelWithProjection` in transformers. The pooled
-    embedding runs the last block with its attention, as CLIP does; `attentions` has one entry less than blocks.
+    The pooled embedding runs the last block with its attention, as in CLIP. `attentions` has one entry fewer than there are
+    blocks.
+
+    Source: MaskCLIP (Zhou et al., 2022), SPAR section 3; `CLIPVisionModelWithProjection` in transformers.
     """
 
     def __init__(self, config: CLIPVisionConfig):
         super().__init__(config)
         self.encoder.layers[-1] = ValuePathLayer(config)
         last = f"encoder.layers.{config.num_hidden_layers - 1}.self_attn"
-        self.unread = (f"{last}.q_proj", f"{last}.k_proj")
+        self.unused_parameters = (f"{last}.q_proj", f"{last}.k_proj")
         self.visual_projection = nn.Linear(config.hidden_size, config.projection_dim, bias=False)
         self.post_init()
 
@@ -259,7 +263,7 @@ class MaskClipReadout(Readout, CLIPVisionModel):
         return last_hidden_state, self.visual_projection(last_hidden_state[:, 1:]), hidden_states
 
     def pool(self, pool_input: torch.Tensor) -> torch.Tensor:
-        # the last block as CLIP runs it; called by its class, so that no hook records it a second time
+        # the last block as in CLIP, called through its class so that no hook records it a second time
         run: Any = CLIPEncoderLayer.forward
         hidden_states = run(self.encoder.layers[-1], pool_input, None)
         return self.visual_projection(self.post_layernorm(hidden_states[:, 0]))
@@ -267,16 +271,16 @@ class MaskClipReadout(Readout, CLIPVisionModel):
 
 class Dinov3Readout(Readout, DINOv3ViTModel):
     """
-    DINOv3: the normalised patch tokens; class and register tokens are left out of the dense features.
+    DINOv3: the normalised patch tokens, without class and register tokens.
 
-    The RoPE coordinates span the image from -1 to 1 and are never drawn at random, in training neither: a student that
-    regresses onto a teacher would only see noise. `config.rope_periods`, where a checkpoint brings its own (the published
-    ones are rounded to bfloat16), are used instead of computed ones.
+    The RoPE coordinates span the image from -1 to 1. They are never augmented, in training either: that would only add
+    noise to the regression of a student onto its teacher. `config.rope_periods` of a checkpoint (the published ones are
+    rounded to bfloat16) replace the computed ones.
 
     Source: SPAR section 3; `DINOv3ViTModel` in transformers.
     """
 
-    unread = ("mask_token", "vision_head")
+    unused_parameters = ("mask_token", "vision_head")
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -284,8 +288,8 @@ class Dinov3Readout(Readout, DINOv3ViTModel):
 
     def __init__(self, config: DINOv3ViTConfig):
         super().__init__(config)
-        # a plain container of the same name: transformers renames old checkpoints' weights below its own encoder class, and
-        # would rename ours, which need it not
+        # a plain container of the same name: transformers renames the weights of old checkpoints below its own encoder
+        # class, and would rename ours too
         container: Any = nn.Module()
         container.layer = self.model.layer
         self.model = container
@@ -302,7 +306,7 @@ class Dinov3Readout(Readout, DINOv3ViTModel):
 
     def encode(self, hidden_states: torch.Tensor, grid: tuple[int, int], **kwargs):
         rope = self.rope(grid, hidden_states)
-        # the layers are called one by one: the encoder's own forward would start a record of hidden states of its own
+        # layer by layer: the encoder's forward would start another recording of hidden states
         for layer in self.model.layer:
             hidden_states = layer(hidden_states, position_embeddings=rope, **kwargs)
         last_hidden_state = self.norm(hidden_states)
@@ -312,7 +316,7 @@ class Dinov3Readout(Readout, DINOv3ViTModel):
         return pool_input[:, 0]
 
     def rope(self, grid: tuple[int, int], like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines `(h * w, head_dim)` of the patch centres, as `DINOv3ViTRopePositionEmbedding` in eval mode."""
+        """Cosines and sines `(h * w, head_dim)` of the patch centres; `DINOv3ViTRopePositionEmbedding` in eval mode."""
         rows, columns = (
             (torch.arange(length, device=like.device, dtype=torch.float32) + 0.5) / length * 2 - 1 for length in grid
         )
@@ -324,8 +328,8 @@ class Dinov3Readout(Readout, DINOv3ViTModel):
 
 class Dinov3TxtReadout(Dinov3Readout):
     """
-    DINOv3.txt: dense features as [`Dinov3Readout`]; the vision head of dino.txt (two blocks with a gated MLP over all
-    tokens and a norm) makes the pooled image embedding `(batch, 2 * hidden)`: class token beside the mean of the patches.
+    DINOv3.txt: dense features of [`Dinov3Readout`]. The vision head of dino.txt (two blocks with a gated MLP over all
+    tokens, and a norm) makes the pooled image embedding `(batch, 2 * hidden)`: class token and mean of the patches.
 
     Source: dino.txt (Jose et al., 2025), SPAR section 3.
     """
@@ -347,7 +351,7 @@ class Dinov3TxtReadout(Dinov3Readout):
 
     def pool(self, pool_input: torch.Tensor) -> torch.Tensor:
         width = self.config.hidden_size // self.config.num_attention_heads
-        no_rope = (pool_input.new_zeros(0, width),) * 2  # no token of the head is turned
+        no_rope = (pool_input.new_zeros(0, width),) * 2  # the head has no position embedding
         for layer in self.vision_head["layer"]:
             pool_input = DINOv3ViTLayer.forward(layer, pool_input, position_embeddings=no_rope)
         tokens = self.vision_head["norm"](pool_input)

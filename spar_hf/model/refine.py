@@ -1,5 +1,5 @@
 """
-Sharper masks: refinements between logits and the decision, all optional and off by default.
+Sharper masks: optional refinements of the logits before the decision, off by default.
 
 A refinement is a callable `(logits, feature_map, pixel_values) -> logits` for one image:
 
@@ -7,11 +7,11 @@ A refinement is a callable `(logits, feature_map, pixel_values) -> logits` for o
 - `pixel_values` `(3, h * cell, w * cell)` is the normalised image, padded to whole cells by repeating its border,
 - the result is `(names, h * r, w * r)` where `r` divides the cell: finer logits over the same padded image.
 
-[`LabelPropagation`] and [`PixelAdaptiveRefinement`] are two; anything of that form can take their place. An upsampler is a
-callable `(image, features) -> features` that is applied before the logits are made: `(1, 3, h * patch, w * patch)` and
+[`LabelPropagation`] and [`PixelAdaptiveRefinement`] are provided; any callable of this form can be used. An upsampler is a
+callable `(image, features) -> features`, applied before the logits are computed: `(1, 3, h * patch, w * patch)` and
 `(1, dim, h, w)` -> `(1, dim, h * r, w * r)`.
 
-What they give `spar-tiny` at a shorter side of 384 px: mIoU and pixel accuracy in percent (`training/evaluate.py --runs
+Results of `spar-tiny` at a shorter side of 384 px: mIoU and pixel accuracy in percent (`training/evaluate.py --runs
 student:single+lposs ...`). Parameters were chosen with an earlier student on 12 frames of CamVid (`val`, sequence 0016E5).
 
 | | CamVid, the first 20 frames of 0001TP, 11 classes | COCO, 20 held-out images, 133 classes |
@@ -21,10 +21,9 @@ student:single+lposs ...`). Parameters were chosen with an earlier student on 12
 | `"lposs+"` | 33.6, 72.6 | 4.8, 32.1 |
 | `"pamr"` | 34.1, 72.8 | 4.7, 32.1 |
 
-So none of them is worth much here: up to a point of accuracy, a little mIoU on images of things, none on streets. With that
-earlier student features upsampled bilinearly, 4 ×, gave nothing either, and label propagation with about the paper's
-parameters ruined the street scenes (25.8 -> 11.4 mIoU): its graph is made of DINO's features, not of the model's own. Try
-them on stronger models, on images with labels.
+The gains are small here: up to one point of accuracy, and a little mIoU on images of things. With the earlier student,
+features upsampled bilinearly by 4 gave no gain, and label propagation with about the paper's parameters, chosen for a graph
+of DINO's features, reduced the mIoU of the street scenes from 25.8 to 11.4. Measure on labelled images before using one.
 """
 
 from collections.abc import Callable
@@ -40,16 +39,16 @@ Upsampler = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 WORKING_BYTES = 64 * 2**20  # bound on the largest buffer of a step
 OUTPUT_BYTES = 2**30  # bound on upsampled logits
 MAX_NODES = 2**16
-# cells up to two away, one of each two opposite directions
+# neighbours up to two cells away, one of each pair of opposite directions
 OFFSETS = [(0, 1), (0, 2), *((down, right) for down in (1, 2) for right in range(-2, 3))]
 
 
 def load_scipy() -> tuple[Any, Any]:
     """
-    The sparse matrices and the sparse solvers of SciPy.
+    SciPy's modules of sparse matrices and of sparse solvers.
 
     Raises:
-        ImportError: it is not installed.
+        ImportError: SciPy is not installed.
     """
     try:
         from scipy import sparse
@@ -63,7 +62,7 @@ def load_scipy() -> tuple[Any, Any]:
 
 def finer_grid(height: int, width: int, names: int, cell: int, max_cells: int) -> int:
     """
-    The largest divisor `r` of the cell with `height * r × width * r` of at most `max_cells`, whose logits stay within
+    The largest divisor `r` of the cell for which `height * r × width * r` is at most `max_cells` and the logits take at most
     `WORKING_BYTES`; 1 if there is none.
 
     Example:
@@ -99,25 +98,25 @@ def shifted(maps: torch.Tensor, down: int, right: int) -> torch.Tensor:
 @dataclass(frozen=True)
 class LabelPropagation:
     """
-    Label propagation over patches, and over finer cells of alike colour if asked: patches that look alike get alike logits.
+    Label propagation: patches with similar features get similar logits.
 
-    Patches are nodes of a sparse graph, joined to the `neighbors` whose features are most alike. With the symmetrically
-    normalised weights `S` and logits `Y`, the refined logits solve `(I - alpha S) Z = (1 - alpha) Y` by conjugate
+    Patches are nodes of a sparse graph, each joined to the `neighbors` with the most similar features. With symmetrically
+    normalised weights `S` and logits `Y`, the refined logits `Z` solve `(I - alpha S) Z = (1 - alpha) Y` by conjugate
     gradients, one name at a time. Rows are scaled so that every result is a weighted mean of logits, which keeps their
-    scale and so the meaning of a probability.
+    scale and the meaning of probabilities.
 
-    Source: LPOSS (Stojnić et al., CVPR 2025, arXiv 2503.19777), which takes the graph from a second model, DINO. Here it is
-    made of the model's own features, the image's mean feature taken off: what all patches share tells none apart.
+    Source: LPOSS (Stojnić et al., CVPR 2025, arXiv 2503.19777). The paper builds the graph from a second model, DINO; here
+    it is built from the model's own features minus their mean over the image.
 
     Args:
         alpha (`float`, *optional*, defaults to 0.5):
-            How far labels travel: each step along an edge is weighted by it once more. The paper's is 0.95.
-        neighbors (`int`, *optional*, defaults to 8): edges of a patch. The paper's are 400.
+            How far labels spread: weight of each step along an edge. In the paper 0.95.
+        neighbors (`int`, *optional*, defaults to 8): edges per patch. In the paper 400.
         gamma (`float`, *optional*, defaults to 8): power of the cosine of two patches in the weight of their edge.
-        reach (`float`, *optional*, defaults to 3): distance in cells at which the weight has fallen to 1 / e.
+        reach (`float`, *optional*, defaults to 3): distance in cells at which the weight falls to 1 / e.
         max_cells (`int`, *optional*, defaults to 0):
-            If not 0, a second propagation over the cells of a finer grid of at most so many, each joined to the cells
-            around it by their colours ("LPOSS+").
+            If not 0, a second propagation follows on a finer grid of at most this many cells, each joined to the cells
+            around it by similar colours ("LPOSS+").
         tau (`float`, *optional*, defaults to 0.05): squared distance of normalised colours at which that weight is 1 / e.
 
     Raises:
@@ -137,8 +136,8 @@ class LabelPropagation:
         names, height, width = logits.shape
         if height * width > MAX_NODES:
             raise ValueError(
-                f"Label propagation over {height}×{width} cells: at most {MAX_NODES} fit. Make `size` smaller, or leave the "
-                "upsampler out."
+                f"Label propagation over {height}×{width} cells: at most {MAX_NODES} are supported. Make `size` smaller, or "
+                "leave the upsampler out."
             )
         load_scipy()
         if height * width == 1:
@@ -162,7 +161,7 @@ class LabelPropagation:
         for chunk in torch.arange(count, device=features.device).split(max(1, WORKING_BYTES // (4 * count))):
             cosines = (features[chunk] @ features.T).clamp(min=0) ** self.gamma  # (chunk, h * w)
             cosines *= torch.exp(-torch.cdist(places[chunk], places) / self.reach)
-            cosines[torch.arange(len(chunk)), chunk] = -1  # no patch is its own neighbour
+            cosines[torch.arange(len(chunk)), chunk] = -1  # a patch is not its own neighbour
             best = cosines.topk(neighbors)
             targets.append(best.indices)
             weights.append(best.values.clamp(min=0))
@@ -170,12 +169,12 @@ class LabelPropagation:
         return self.symmetric(rows, torch.cat(targets).flatten(), torch.cat(weights).flatten(), count)
 
     def colour_graph(self, guide: torch.Tensor):
-        """Weights of the edges between cells up to two apart, by their colours `(3, h, w)`: `(h * w, h * w)`."""
+        """Weights of the edges between cells up to two apart, from their colours `(3, h, w)`: `(h * w, h * w)`."""
         height, width = guide.shape[1:]
         index = torch.arange(height * width, device=guide.device).view(height, width)
         first = guide.permute(1, 2, 0)  # (3, h, w) -> (h, w, 3)
         rows, targets, weights = [], [], []
-        for down, right in OFFSETS:  # one of each two opposite directions: the matrix is made symmetric
+        for down, right in OFFSETS:
             here = (slice(None, height - down), slice(max(0, -right), width - max(0, right)))
             there = (slice(down, None), slice(max(0, right), width + min(0, right)))
             distance = (first[here] - first[there]).square().sum(-1)
@@ -186,6 +185,7 @@ class LabelPropagation:
 
     @staticmethod
     def symmetric(rows: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor, count: int):
+        """Sparse matrix `(count, count)` of the edges, averaged with its transpose."""
         sparse, _ = load_scipy()
         edges = (rows.cpu().numpy(), targets.cpu().numpy())
         graph = sparse.csr_array((weights.cpu().double().numpy(), edges), shape=(count, count))
@@ -195,13 +195,13 @@ class LabelPropagation:
         """Propagate `(names, h, w)` over a graph of its cells; shape kept."""
         sparse, linalg = load_scipy()
         degree = graph.sum(1)
-        root = (degree + 1e-12) ** 0.5  # a cell without an edge keeps its logits nearly alone
+        root = (degree + 1e-12) ** 0.5  # a cell without edges keeps its logits
         scale = sparse.diags_array(1 / root)
         system = sparse.eye_array(len(degree)) - self.alpha * (scale @ graph @ scale)
         system = system.tocsr()
         refined = torch.empty_like(logits, dtype=torch.float32, device="cpu")
         for name, values in enumerate(logits.flatten(1).cpu().double().numpy()):
-            # only differences between names count; without the mean, the start is near and the steps few
+            # the solver starts at 0, so without the mean it needs fewer steps
             mean = values.mean()
             right = (1 - self.alpha) * root * (values - mean)
             found, _ = linalg.cg(system, right, rtol=1e-4, maxiter=200)
@@ -212,17 +212,17 @@ class LabelPropagation:
 @dataclass(frozen=True)
 class PixelAdaptiveRefinement:
     """
-    Pixel-adaptive refinement: on a grid finer than the patches, each cell's logits become the mean of those around it,
-    weighted by the likeness of their colours, again and again.
+    Pixel-adaptive refinement: on a grid finer than the patches, the logits of each cell are repeatedly replaced by the mean
+    of its neighbours, weighted by the similarity of their colours.
 
-    Source: PAMR (Araslanov and Roth, CVPR 2020, arXiv 2005.08104), section 4.2, which runs on pixels.
+    Source: PAMR (Araslanov and Roth, CVPR 2020, arXiv 2005.08104), section 4.2, which works on pixels.
 
     Args:
-        iterations (`int`, *optional*, defaults to 3): how often means are taken. The paper's are 10.
+        iterations (`int`, *optional*, defaults to 3): number of repetitions. In the paper 10.
         dilations (`tuple[int, ...]`, *optional*, defaults to `(1, 2, 4)`):
             Distances in cells of the eight neighbours of each ring.
         max_cells (`int`, *optional*, defaults to 16,384):
-            Bound on the grid. Four times as many took seven times as long and gave the same within 0.1 mIoU.
+            Limit on the cells of the grid. Four times as many took seven times as long, for a change below 0.1 mIoU.
     """
 
     iterations: int = 3
@@ -257,7 +257,7 @@ REFINEMENTS: dict[str, Callable[[], Refinement]] = {
 
 def resolve_refinement(refine: str | Refinement) -> Refinement:
     """
-    The refinement of a name (`"lposs"`, `"lposs+"`, `"pamr"`), or one's own.
+    The refinement called `"lposs"`, `"lposs+"` or `"pamr"`, or a callable as it is.
 
     Raises:
         ValueError: an unknown name, or neither a name nor a callable.
@@ -273,7 +273,7 @@ def resolve_refinement(refine: str | Refinement) -> Refinement:
     if not callable(refine):
         raise ValueError(
             f"Unknown refinement {refine!r}; use one of {sorted(REFINEMENTS)} or a callable "
-            "`(logits, feature_map, pixel_values) -> logits` (`spar_hf/refine.py`)."
+            "`(logits, feature_map, pixel_values) -> logits` (`spar_hf/model/refine.py`)."
         )
     return refine
 
@@ -288,26 +288,25 @@ def refined_logits(
     upsampler: Upsampler | None = None,
 ) -> tuple[torch.Tensor, int]:
     """
-    The logits of one image, sharpened as asked; with neither `refine` nor `upsampler` the model's own.
+    The logits of one image, from upsampled features and refined, if asked.
 
     Args:
-        model ([`SparForOpenVocabSegmentation`]): compares features with texts.
+        model ([`SparForOpenVocabSegmentation`]): compares features with text embeddings.
         feature_map (`torch.Tensor` of shape `(dim, h, w)`): dense features of the image.
-        text_embeds (`torch.Tensor` of shape `(names, dim)`): the words.
-        pixel_values (`torch.Tensor` of shape `(3, height, width)`): what the vision tower was given.
+        text_embeds (`torch.Tensor` of shape `(names, dim)`): text embeddings of the names.
+        pixel_values (`torch.Tensor` of shape `(3, height, width)`): input of the vision tower.
         refine (`str` or `Callable`, *optional*): see [`resolve_refinement`].
         upsampler (`Callable`, *optional*):
             `(image, features) -> features`, e.g. AnyUp (Wimmer et al., 2025). It gets SPAR's normalised image
-            `(1, 3, h * patch, w * patch)`; one that was trained with other means and deviations needs a wrapper that
-            converts. At full resolution its features alone take `dim * height * width` numbers: let it give a coarser
-            grid where it can.
+            `(1, 3, h * patch, w * patch)`; an upsampler trained with another mean and deviation needs a wrapper. Its
+            features take `dim * height * width` values at full resolution, so prefer a coarser grid.
 
     Returns:
-        `(names, ceil(height / cell), ceil(width / cell))`, and the side of its cells in pixels, `patch / r`: what
-        [`~spar_hf.model.segmentation.decide`] takes as logits and patch.
+        Logits `(names, ceil(height / cell), ceil(width / cell))` and the side of a cell in pixels, `patch / r`: the
+        `logits` and `patch_size` of [`~spar_hf.model.segmentation.decide`].
 
     Raises:
-        ValueError: an unknown refinement, or a result that does not lie on the image.
+        ValueError: an unknown refinement, a result on an impossible grid, or logits above 1 GiB.
     """
     cell = model.config.patch_size
     height, width = pixel_values.shape[-2:]
@@ -320,19 +319,19 @@ def refined_logits(
     if 4 * len(text_embeds) * feature_map[0].numel() > OUTPUT_BYTES:
         raise ValueError(
             f"{len(text_embeds)} names on {feature_map.shape[1]}×{feature_map.shape[2]} cells take more than "
-            f"{OUTPUT_BYTES // 2**20} MiB. Name fewer words, make `size` smaller, or let an upsampler give a coarser grid."
+            f"{OUTPUT_BYTES // 2**20} MiB. Use fewer names, a smaller `size`, or an upsampler with a coarser grid."
         )
     logits = model.dense_logits(feature_map[None], text_embeds)[0]
     if refine is not None:
         refined = resolve_refinement(refine)(logits, feature_map, image[0])
         cell = cell_side("The refinement's logits", refined.shape, logits.shape, cell)
         logits = refined
-    # what lies in the padding alone is no part of the image that the decision is made for
+    # cells that lie in the padding are cut off
     return logits[:, : -(-height // cell), : -(-width // cell)], cell
 
 
 def cell_side(what: str, shape: tuple[int, ...], source: tuple[int, ...], cell: int) -> int:
-    """Side in pixels of the cells of a finer grid `(channels, h * r, w * r)` over one of `(channels, h, w)`."""
+    """Side in pixels of the cells of a grid `(channels, h * r, w * r)` over a `source` with cells of `cell` pixels."""
     r = shape[-1] // source[-1]
     if len(shape) != 3 or tuple(shape) != (source[0], source[1] * r, source[2] * r) or r < 1 or cell % r:
         raise ValueError(

@@ -1,5 +1,6 @@
-"""Logits on the patch grid -> one decision per pixel of the image, in bounded memory."""
+"""From logits on the patch grid to a class for every pixel of the image, in bounded memory."""
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -8,8 +9,8 @@ import torch
 
 WORKING_BYTES = 64 * 2**20  # bound on the largest buffer of a tile; four to five of them live at once
 OUTPUT_BYTES = 2**30  # larger dense outputs are refused
-# logits of all names on the whole grid, or what gives those of the patch rows `first` to `last` (exclusive), so that
-# they are never held all at once
+# logits of all names on the whole grid, or a function that gives those of the patch rows `first` to `last` (exclusive), so
+# that they are never all in memory
 DenseLogits = torch.Tensor | Callable[[int, int], torch.Tensor]
 
 
@@ -20,15 +21,15 @@ class LabelMap:
 
     Attributes:
         labels: class per pixel `(height, width)`, int32.
-        probabilities: probability of that class `(height, width)`, float32: the softmax over all names, the largest of
-            the class's names.
+        probabilities: probability of that class `(height, width)`, float32: that of its most probable name in the softmax
+            over all names.
     """
 
     labels: torch.Tensor
     probabilities: torch.Tensor
 
     def strips(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Views of labels and probabilities, about a million pixels each: what works on them stays small."""
+        """Views of labels and probabilities, about a million pixels each, so that temporary tensors stay small."""
         rows = max(1, 2**20 // self.labels.shape[1])
         return zip(self.labels.split(rows), self.probabilities.split(rows), strict=True)
 
@@ -36,7 +37,7 @@ class LabelMap:
         """Pixels of every class and the mean probability over them (0 where there are none): two `(classes,)`."""
         device = self.labels.device
         pixels = torch.zeros(num_classes, dtype=torch.int64, device=device)
-        accurate = torch.float32 if device.type == "mps" else torch.float64  # which Apple's GPUs do not have
+        accurate = torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs have no float64
         total = torch.zeros(num_classes, dtype=accurate, device=device)
         for labels, probabilities in self.strips():
             flat = labels.flatten()
@@ -47,13 +48,13 @@ class LabelMap:
 
 def give_to_background(decision: LabelMap, background: int, threshold: float = 0.0, min_area: float = 0.0) -> LabelMap:
     """
-    Give unsure pixels and tiny classes to the background: first pixels whose probability is below `threshold`, then classes
-    that cover less than `min_area` of the pixels that are not background.
+    Move unsure pixels and tiny classes to the background: first pixels whose probability is below `threshold`, then classes
+    that cover less than `min_area` of the pixels outside the background.
 
-    The published evaluation has another area rule: it comes before the threshold and gives the pixels of a small class to
-    the next best one (`training/inference.py` has it, through the `barred` of [`decide`]).
+    The published evaluation uses another area rule, before the threshold: the pixels of a small class go to the next best
+    class (`spar_hf.evaluation.inference`, with `excluded` of [`decide`]).
 
-    A pixel given away gets one minus its former probability. Tensors are changed in place.
+    A moved pixel gets one minus its former probability. Tensors are changed in place.
 
     Raises:
         ValueError: `threshold` or `min_area` is not in 0 to 1.
@@ -75,6 +76,7 @@ def give_to_background(decision: LabelMap, background: int, threshold: float = 0
 
 
 def _give(labels: torch.Tensor, probabilities: torch.Tensor, given: torch.Tensor, background: int) -> None:
+    """Move the pixels of the mask `given` to the background, in place."""
     labels[given] = background
     probabilities[given] = 1 - probabilities[given]
 
@@ -86,19 +88,19 @@ def check_shares(**shares: float) -> None:
     """
     for name, value in shares.items():
         if not 0 <= value <= 1:
-            raise ValueError(f"`{name}` is a share and must lie in 0 to 1, got {value}.")
+            raise ValueError(f"`{name}` must be a share from 0 to 1, got {value}.")
 
 
 def patch_coordinates(
     length: int, working_length: float, patch_size: int, patches: int, device: torch.device | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """
-    Where the pixel centres of an image's axis lie between the patch centres of the working image.
+    The two patches that each pixel of an image's axis lies between, for bilinear reading.
 
-    The model saw the image resized to `working_length` pixels and padded at the end to `patches * patch_size`. A pixel
-    centre `i + 0.5` of the image is `(i + 0.5) * working_length / length` in the working image, and patch `j` has its
-    centre at `(j + 0.5) * patch_size`. Reading the logits there is upsampling them `patch_size`-fold, cropping the
-    padding and resizing to the image, in one step.
+    The model saw the axis resized from `length` to `working_length` pixels and padded at the end to `patches * patch_size`.
+    The pixel centre `i + 0.5` lies at `(i + 0.5) * working_length / length` in the working image, and the centre of patch
+    `j` at `(j + 0.5) * patch_size`. Reading there equals upsampling `patch_size`-fold, cropping the padding and resizing to
+    the image, in one step.
 
     Returns:
         Lower patch, upper patch (both int64) and the weight of the upper one: three `(length,)`.
@@ -111,23 +113,59 @@ def patch_coordinates(
     return lower.to(device), upper.to(device), weight.to(device)
 
 
+def bilinear_cells(
+    rows: torch.Tensor,
+    columns: torch.Tensor,
+    vertical: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    horizontal: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    grid_width: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    The four cells around chosen pixels and their weights: the bilinear value of a pixel is the weighted sum of its cells.
+
+    Args:
+        rows, columns (`torch.Tensor` of shape `(pixels,)`): positions of the pixels in the image.
+        vertical, horizontal: [`patch_coordinates`] of the two axes.
+        grid_width (`int`): cells per row of the grid.
+
+    Returns:
+        Numbers of the cells, counted row by row, int64, and their weights, float32: two `(pixels, 4)`.
+
+    Example:
+
+    ```python
+    >>> axis = patch_coordinates(4, 4, 2, 2)  # 4 pixels, 2 patches of 2 pixels
+    >>> bilinear_cells(torch.tensor([0]), torch.tensor([1]), axis, axis, 2)
+    (tensor([[0, 1, 2, 3]]), tensor([[0.7500, 0.2500, 0.0000, 0.0000]]))
+    ```"""
+    top, bottom, down = (values[rows] for values in vertical)
+    left, right, across = (values[columns] for values in horizontal)
+    upper, lower = top * grid_width, bottom * grid_width
+    cells = torch.stack([upper + left, upper + right, lower + left, lower + right], dim=1)
+    weights = [(1 - down) * (1 - across), (1 - down) * across, down * (1 - across), down * across]
+    return cells, torch.stack(weights, dim=1)
+
+
 def upsampled_tiles(
     logits: DenseLogits,
     names: int,
     patch_size: int,
-    working_size: tuple[int, int],
+    working_size: tuple[float, float],
     output_size: tuple[int, int],
     device: torch.device,
     working_bytes: int,
+    grid_size: tuple[int, int] | None = None,
 ) -> Iterator[tuple[tuple[slice, slice], torch.Tensor]]:
     """
-    Bilinear upsampling tile by tile: where each lies in the image (rows, columns) and its logits `(rows, columns, names)`.
+    Bilinear upsampling tile by tile: the rows and columns of each tile in the image, and its logits
+    `(rows, columns, names)`, which may be changed in place.
 
-    Neither a tile nor the logits of the patch rows that it is read from take more than `working_bytes`, but for an image
-    of so many names that not even two patch rows or one pixel fit. A tile may be changed in place.
+    A tile and the patch rows it is read from take at most `working_bytes` each, unless there are so many names that two
+    patch rows or one pixel take more. `names` is how many values per pixel count for this. `grid_size` is that of the
+    logits where it differs from `working_size` over the patch, rounded up.
     """
     height, width = output_size
-    grid_h, grid_w = (-(-side // patch_size) for side in working_size)
+    grid_h, grid_w = grid_size or (math.ceil(side / patch_size) for side in working_size)
     top, bottom, down = patch_coordinates(height, working_size[0], patch_size, grid_h)
     left, right, across = patch_coordinates(width, working_size[1], patch_size, grid_w, device)
     down = down.to(device)
@@ -140,7 +178,7 @@ def upsampled_tiles(
         first = int(top[start])
         last = min(first + band, grid_h)
         part = logits[:, first:last] if isinstance(logits, torch.Tensor) else logits(first, last)
-        # (names, rows, w) -> (rows, w, names): names side by side in memory
+        # (names, rows, w) -> (rows, w, names): the names of a pixel become neighbours in memory
         grid = part.float().permute(1, 2, 0).contiguous()
         end = int(torch.searchsorted(bottom, last))  # image rows that lie between these patch rows
         for row in range(start, end, tile):
@@ -182,26 +220,25 @@ def decide(
     working_size: tuple[int, int],
     output_size: tuple[int, int],
     working_bytes: int = WORKING_BYTES,
-    barred: torch.Tensor | None = None,
+    excluded: torch.Tensor | None = None,
 ) -> LabelMap:
     """
-    Bilinear upsampling, softmax over names, maximum over the names of a class, best class, tile by tile.
+    The class of every pixel: bilinear upsampling, softmax over names, maximum over the names of a class, best class.
 
-    The best class is the class of the best name and its probability `exp(its logit - best) / sum(exp(logits - best))`, so
-    nothing of the size names × image is ever held.
+    It works tile by tile, so nothing of the size names × height × width is in memory.
 
     Args:
         logits (`torch.Tensor` of shape `(names, h, w)`, or a function `(first, last) -> (names, last - first, w)`):
-            Of one image, on the patch grid; a function gives some of its rows, where all together would be large. Its
+            Of one image, on the patch grid. A function gives some rows of the grid, where all would be too large; its
             tensors lie on the device of `name_to_class`.
         name_to_class (`torch.Tensor` of shape `(names,)`): class of every name.
         patch_size (`int`): side of a patch in pixels of the working image.
         working_size (`tuple[int, int]`): height and width the model saw, before its own padding.
         output_size (`tuple[int, int]`): height and width of the image; masks come out in this size.
         working_bytes (`int`, *optional*, defaults to 64 MiB):
-            Bound on a tile's largest buffer. Four to five live at once, beside the 8 bytes per pixel of the result.
-        barred (`torch.Tensor` of shape `(classes,)`, *optional*):
-            Classes (bool, not all of them) that no pixel is given to. Their names keep their share of the softmax.
+            Bound on a tile's largest buffer. Four to five exist at once, beside the 8 bytes per pixel of the result.
+        excluded (`torch.Tensor` of shape `(classes,)`, *optional*):
+            True for classes that get no pixel (not all of them). Their names keep their share of the softmax.
 
     Returns:
         [`LabelMap`] on the device of `logits`.
@@ -215,19 +252,20 @@ def decide(
     labels = torch.empty(output_size, dtype=torch.int32, device=device)
     probabilities = torch.empty(output_size, device=device)
     where = (patch_size, working_size, output_size, device, working_bytes)
-    barred_names = None if barred is None else barred.to(device).index_select(0, name_to_class)
+    excluded_names = None if excluded is None else excluded.to(device).index_select(0, name_to_class)
     for place, pixels in upsampled_tiles(logits, len(name_to_class), *where):
         best, name = pixels.max(-1)
         chosen = best
-        if barred_names is not None:
-            chosen, name = pixels.masked_fill(barred_names, -torch.inf).max(-1)
+        if excluded_names is not None:
+            chosen, name = pixels.masked_fill(excluded_names, -torch.inf).max(-1)
         labels[place] = name_to_class[name]
+        # softmax of the chosen logit
         probabilities[place] = (chosen - best).exp_() / pixels.sub_(best[..., None]).exp_().sum(-1)
     return LabelMap(labels, probabilities)
 
 
 def names_by_rank(name_to_class: torch.Tensor, device: torch.device) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """The classes that have a first, a second, ... name, and those names."""
+    """For the first, second, … name of a class: the classes that have one, and these names."""
     ranks: list[tuple[list[int], list[int]]] = []
     seen: Counter[int] = Counter()
     for name, label in enumerate(name_to_class.tolist()):
@@ -250,8 +288,8 @@ def class_probabilities(
     working_bytes: int = WORKING_BYTES,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    The probability of every class at every pixel, or of the `top_k` best: the softmax over all names, the largest of the
-    class's names. They sum to 1 where every class has one name, to less elsewhere.
+    The probability of every class, or of the `top_k` best, at every pixel: that of its most probable name in the softmax
+    over all names. They sum to 1 if every class has one name, else to less.
 
     Arguments as in [`decide`].
 
@@ -260,7 +298,7 @@ def class_probabilities(
         `(top_k, height, width)`, the best first.
 
     Raises:
-        ValueError: the result would take more than 1 GiB, and see [`decide`].
+        ValueError: the result would take more than 1 GiB; or as [`decide`].
     """
     check_grid(logits, patch_size, working_size)
     device = logits.device if isinstance(logits, torch.Tensor) else name_to_class.device

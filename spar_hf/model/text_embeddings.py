@@ -1,4 +1,4 @@
-"""Text embeddings made once: kept per model, name and templates, forgotten when the text tower changes, saved and loaded."""
+"""Cache of text embeddings per name and templates, emptied when the text tower changes; can be saved and loaded."""
 
 import hashlib
 import json
@@ -13,18 +13,18 @@ from safetensors.torch import save_file
 
 from .prompts import embed_names, resolve_templates
 
-MAX_NAMES = 50_000  # kept at most, over all templates: 150 MB of embeddings of 768 numbers
+MAX_NAMES = 50_000  # over all templates: 150 MB of 768-dimensional embeddings
 FORMAT = "spar text embeddings, 1"
 
 
 def quick_fingerprint(module: torch.nn.Module) -> tuple:
     """
-    What changes when weights do, in milliseconds: address and version of every tensor, and the sum over a sample of it.
+    Values that change with the weights, computed in milliseconds: address, version and a sampled sum of every tensor.
 
-    The version counts what PyTorch changes in place, the address shows a tensor put in its place, and the sample what
-    neither shows: fused optimisers, `weight.data += delta`.
+    The version counts in-place changes that PyTorch tracks, the address shows replaced tensors, and the sampled sum shows
+    changes that neither does: fused optimisers, `weight.data += delta`.
     """
-    # weights on meta are those that accelerate has put away
+    # accelerate leaves offloaded weights on the meta device
     tensors = [parameter.detach() for parameter in module.parameters() if parameter.device.type != "meta"]
     if not tensors:
         return ()
@@ -37,7 +37,7 @@ def quick_fingerprint(module: torch.nn.Module) -> tuple:
 
 
 def full_fingerprint(model, tokenizer) -> str:
-    """SHA-256 of all weights of the text tower, their dtypes and the tokenizer: what a file of embeddings belongs to."""
+    """SHA-256 of the text tower's weights and dtypes and of the tokenizer; it ties a file of embeddings to its model."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.text_model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -51,15 +51,14 @@ def full_fingerprint(model, tokenizer) -> str:
 
 class TextEmbeddingCache:
     """
-    Embeddings of names, one text forward per name and templates for as long as the text tower stays as it is.
+    Embeddings of names: each name is embedded once per set of templates, as long as the text tower does not change.
 
-    A name that several vocabularies share is embedded once. The least recently used names beyond `max_names` are
-    forgotten.
+    Vocabularies share their names. Beyond `max_names`, the least recently used names are dropped.
 
     Args:
-        model ([`SparForOpenVocabSegmentation`]): whose text tower embeds.
-        tokenizer (`PreTrainedTokenizerBase`): the checkpoint's own.
-        max_names (`int`, *optional*, defaults to 50,000): names kept at most, counted once per set of templates.
+        model ([`SparForOpenVocabSegmentation`]): its text tower embeds the names.
+        tokenizer (`PreTrainedTokenizerBase`): that of the checkpoint.
+        max_names (`int`, *optional*, defaults to 50,000): limit on the cached names, counted once per set of templates.
 
     Example:
 
@@ -84,16 +83,16 @@ class TextEmbeddingCache:
 
     def get(self, names: Sequence[str], templates: str | Sequence[str] | None = None) -> torch.Tensor:
         """
-        Embeddings `(names, dim)`, float32 of unit length on the model's device; only names that are not kept are embedded.
+        Embeddings `(names, dim)`, float32 of unit length, on the model's device. Only names not cached yet are embedded.
 
         Raises:
-            ValueError: see [`embed_names`].
+            ValueError: as [`embed_names`].
         """
         prompts = self._prompts(templates)
         self._forget_if_changed()
         missing = [name for name in dict.fromkeys(names) if (prompts, name) not in self._rows]
         new = embed_names(self.model, self.tokenizer, missing, prompts) if missing else None
-        # a vocabulary may have more names than are kept
+        # collected here first: a vocabulary may have more names than the cache holds
         rows = {} if new is None else {name: row.clone() for name, row in zip(missing, new, strict=True)}
         rows = {name: rows[name] if name in rows else self._rows[prompts, name] for name in names}
         self._keep(prompts, rows)
@@ -103,11 +102,11 @@ class TextEmbeddingCache:
         self, path: str | os.PathLike, names: Sequence[str] | None = None, templates: str | Sequence[str] | None = None
     ) -> None:
         """
-        Write embeddings to a safetensors file: `text_embeds` `(names, dim)`, and names, templates and the fingerprint of
-        the text tower in its metadata. `names` are embedded where they are not yet; without them, all that are kept.
+        Write embeddings to a safetensors file: the tensor `text_embeds` `(names, dim)`, and names, templates and the
+        fingerprint of the text tower as metadata. `names` not cached yet are embedded; default: all cached names.
 
         Raises:
-            ValueError: no names, and nothing has been embedded with these templates.
+            ValueError: no names given and none cached for these templates.
         """
         prompts = self._prompts(templates)
         self._forget_if_changed()
@@ -129,14 +128,14 @@ class TextEmbeddingCache:
 
     def load(self, path: str | os.PathLike) -> int:
         """
-        Take over the embeddings of a file that `save` wrote; returns how many names it holds.
+        Add the embeddings of a file written by `save` to the cache. Returns the number of its names.
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: no file of this kind, or one of another text tower, dtype or tokenizer.
+            ValueError: another kind of file, or one of another text tower, dtype or tokenizer.
         """
         if not Path(path).is_file():
-            raise FileNotFoundError(f"{str(path)!r} does not exist. `save_text_embeddings` writes such a file.")
+            raise FileNotFoundError(f"{str(path)!r} does not exist. Write it with `save_text_embeddings`.")
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
@@ -145,13 +144,13 @@ class TextEmbeddingCache:
                 embeds = file.get_tensor("text_embeds").float()
         except SafetensorError as error:
             raise ValueError(
-                f"{str(path)!r} is no safetensors file, or is damaged: {error}. Write it again."
+                f"{str(path)!r} is not a safetensors file, or damaged: {error}. Write it again."
             ) from error
         names, prompts = json.loads(metadata["names"]), tuple(json.loads(metadata["templates"]))
         if metadata["fingerprint"] != full_fingerprint(self.model, self.tokenizer):
             raise ValueError(
-                f"{str(path)!r} was made with another text tower, dtype or tokenizer, so its embeddings do not belong to "
-                "this model. Write it again with `save_text_embeddings` of this one."
+                f"{str(path)!r} was made with another text tower, dtype or tokenizer, so its embeddings do not fit this "
+                "model. Write it again with `save_text_embeddings` of this model."
             )
         if embeds.shape != (len(names), self.model.config.projection_dim):
             raise ValueError(f"{str(path)!r} holds embeddings of shape {tuple(embeds.shape)} for {len(names)} names.")

@@ -1,8 +1,8 @@
 """
-Class names of the usual benchmarks, usable by name: `candidate_labels="ade20k"`.
+Built-in vocabularies: the class names of common benchmarks, e.g. `candidate_labels="ade20k"`.
 
-Semicolons separate classes, commas names of the same class. The sets are named after their data; `-spar` marks the names
-that the published evaluation of SPAR uses where they differ and matter (arXiv 2604.02252).
+Semicolons separate classes, commas names of the same class. Each set is named after its data set; `-spar` marks the names
+of SPAR's published evaluation (arXiv 2604.02252) where they differ.
 """
 
 COCO_THINGS = """
@@ -35,7 +35,7 @@ VOC_BACKGROUND_SPAR = """
 sky, wall, tree, wood, grass, road, sea, river, mountain, sands, desk, bed, building, cloud, lamp, door, window,
 wardrobe, ceiling, shelf, curtain, stair, floor, hill, rail, fence"""
 
-# what stands around things in most images; the published VOC21 evaluation makes its background of them
+# what surrounds things in most images: the background of the published VOC21 evaluation
 STUFF_WORDS = tuple(word.strip() for word in VOC_BACKGROUND_SPAR.split(","))
 
 CONTEXT59 = """
@@ -63,7 +63,7 @@ light; tray; ashcan; fan; pier; crt screen; plate; monitor; bulletin board; show
 
 
 def together(names: str) -> str:
-    """The published evaluation writes compound names of some sets as one word: `potted plant` -> `pottedplant`."""
+    """Compound names as one word, as the published evaluation has some sets: `potted plant` -> `pottedplant`."""
     return ";".join(name.replace(" ", "") for name in " ".join(names.split()).replace("; ", ";").split(";"))
 
 

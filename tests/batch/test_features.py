@@ -159,7 +159,7 @@ def test_two_processes_share_the_images(model, images, tmp_path):
         (["--dtype", "int8"], "float16, bfloat16, float32"),
         (["--window-size", "48"], "give a stride"),
         (["--stride", "900"], "must lie between 1 and the window"),
-        (["--device", "cuda:7"], "Device 'cuda:7' is not there"),
+        (["--device", "cuda:7"], "Device 'cuda:7' is not available"),
     ],
 )
 def test_wrong_options_name_the_fix_and_have_status_2(images, tmp_path, options, message):

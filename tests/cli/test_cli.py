@@ -186,7 +186,7 @@ def test_a_bad_image_gives_one_line_and_exit_status_1(images, tmp_path, image, m
         ({"--map": "map.jpg"}, "must end in .png"),
         ({"--templates": "nonsense"}, "template set"),
         ({"--threshold": "0.5", "--labels": "sky " * 60}, "tokens"),
-        ({"--device": "nonsense"}, "is not there; there is cpu"),
+        ({"--device": "nonsense"}, "is not available; there is cpu"),
     ],
 )
 def test_wrong_usage_gives_one_line_and_exit_status_2(images, tmp_path, monkeypatch, options, message):

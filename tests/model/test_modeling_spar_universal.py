@@ -183,9 +183,9 @@ def test_loss__falls_and_the_segments_come_out(vision_model):
         for label in (0, 2):
             ids = [segment["id"] for segment in result["segments_info"] if segment["label_id"] == label]
             found = torch.isin(result["segmentation"], torch.tensor(ids, dtype=torch.int32)).numpy()
-            wanted = label_map == label
+            reference = label_map == label
             labelled = label_map != 255
-            assert (found & wanted).sum() / ((found | wanted) & labelled).sum() > 0.8
+            assert (found & reference).sum() / ((found | reference) & labelled).sum() > 0.8
 
 
 @pytest.mark.parametrize("working_bytes", [2**26, 1])
@@ -289,7 +289,7 @@ def test_instance__overlapping_masks_stay_whole():
     result = processor.post_process_instance_segmentation(**arguments, return_coco_annotation=True)[0]
     assert [s["id"] for s in result["segments_info"]] == [0, 1]
     assert [sum(run[1::2]) for run in result["segmentation"]] == [32, 0]
-    with pytest.raises(ValueError, match="not for both"):
+    with pytest.raises(ValueError, match="return_coco_annotation"):
         processor.post_process_instance_segmentation(**arguments, return_binary_maps=True, return_coco_annotation=True)
 
 

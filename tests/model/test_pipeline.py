@@ -466,7 +466,7 @@ def test_images_of_unusual_kinds(segment, picture, tmp_path):
 def test_a_device_that_is_not_there(two_towers, tokenizer):
     parts = {"model": two_towers, "tokenizer": tokenizer, "image_processor": SparImageProcessorPil()}
     for device in ("cuda:99", "nonsense"):
-        with pytest.raises(ValueError, match=f"Device '{device}' is not there.*leave it out"):
+        with pytest.raises(ValueError, match=f"Device '{device}' is not available.*leave it out"):
             pipeline("open-vocab-segmentation", **parts, device=device)
 
 

@@ -94,13 +94,13 @@ NAMES = torch.tensor([0, 0, 1, 2, 2, 2, 3])
 
 
 @pytest.mark.parametrize("working_bytes", [2_000, 2**26])
-def test_barred_classes_win_nothing_and_keep_their_share(working_bytes):
+def test_excluded_classes_win_nothing_and_keep_their_share(working_bytes):
     logits = torch.randn(7, 5, 6, generator=torch.Generator().manual_seed(7)) * 3
     up = F.interpolate(logits[None], scale_factor=16, mode="bilinear")[0, :, :75, :90].softmax(0)
     left = up.clone()
     left[[2, 3, 4, 5]] = 0  # the names of classes 1 and 2
-    barred = torch.tensor([False, True, True, False])
-    found = decide(logits, NAMES, 16, (75, 90), (75, 90), working_bytes, barred)
+    excluded = torch.tensor([False, True, True, False])
+    found = decide(logits, NAMES, 16, (75, 90), (75, 90), working_bytes, excluded)
     assert torch.equal(found.labels, NAMES[left.argmax(0)].int())
     torch.testing.assert_close(found.probabilities, left.amax(0), atol=1e-5, rtol=0)
 
