@@ -8,6 +8,8 @@ from distilling import Launcher, curve, distil
 from launching import TRAINING, signal_all
 from transformers import AutoModel
 
+pytestmark = pytest.mark.slow
+
 # four images a step, on one process or two
 SETTING = ("--steps", 8, "--learning_rate", 1e-3, "--train_layers", "all", "--teacher_windows", 3, "--save_steps", 1)
 SETTING += ("--eval_steps", 4, "--picture_steps", 0, "--log_steps", 1, "--holdout_every", 3, "--workers", 0)

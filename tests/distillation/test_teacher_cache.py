@@ -172,6 +172,7 @@ def test_no_cache_and_an_unfinished_one_are_refused(options, base, tmp_path):
         TeacherCache.open(options.storage.output, model=model)
 
 
+@pytest.mark.slow
 def test_killed_processes_go_on_where_they_stopped(base, pictures, tmp_path):
     """Two processes are killed once a shard is there; one process finishes, and computes nothing twice."""
     output = tmp_path / "cache"

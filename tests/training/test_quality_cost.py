@@ -1,13 +1,13 @@
 """The study of quality against cost, really run on little: two steps, few windows."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
+from launching import ENVIRONMENT, TRAINING
 from PIL import Image
-from quality_cost import Options, study
-
-from spar_hf import SparImageProcessorPil, SparProcessor
 
 
 @pytest.fixture
@@ -23,36 +23,33 @@ def dataset(tmp_path):
     return folder
 
 
-def test_study_writes_table_and_picture_and_repeats_nothing(two_towers, tokenizer, dataset, tmp_path, monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    two_towers.save_pretrained(tmp_path / "base")
-    SparProcessor(SparImageProcessorPil(size={"shortest_edge": 128}), tokenizer).save_pretrained(tmp_path / "base")
-    options = Options(
-        str(tmp_path / "base"),
-        [str(dataset / "images")],
-        str(dataset),
-        str(tmp_path / "study"),
-        steps=2,
-        windows=[2],
-        variants=["tiling"],
-        images_per_step=[2],
-        stride=32,
-        distill="--learning_rate 1e-3 --workers 0 --holdout_every 3 --crop_probability 0 --min_scale 1",
-    )
-    report = study(options)
+@pytest.mark.slow
+def test_study_writes_table_and_picture_and_repeats_nothing(base_folder, dataset, tmp_path):
+    output = tmp_path / "study"
+    recipe = "--learning_rate 1e-3 --workers 0 --holdout_every 3 --crop_probability 0 --min_scale 1"
+    options = ("--model", base_folder, "--images", dataset / "images", "--dataset", dataset, "--output", output)
+    options += ("--steps", 2, "--windows", 2, "--variants", "tiling", "--photos", 2, f"--distill={recipe}")
+
+    def study(*more):
+        command = [sys.executable, TRAINING / "studies" / "quality_cost.py", *options, *more]
+        return subprocess.run([*map(str, command)], env=ENVIRONMENT, capture_output=True, text=True)
+
+    done = study("--stride", 32)
+    assert done.returncode == 0, done.stderr[-4000:]
+    report = json.loads((output / "quality_cost.json").read_text())
     full, sampled = report["rows"]
     # an image of 150×110 px fits 4 × 2 windows of 64 px as 174×128, floored to 160×128: 4 × 3 windows of stride 32
     assert full["windows_in_all"] == 2 * 12 and sampled["windows_in_all"] == 2 * 2 * 2
     assert (full["cost_percent"], full["mse_gain_percent"]) == (100, 100)
     assert sampled["cost_percent"] == pytest.approx(100 * 2 * 2 / 12)
     assert full["mse"] < report["before"]["mse"] and sampled["mse"] != full["mse"]
-    assert json.loads((tmp_path / "study" / "quality_cost.json").read_text())["rows"] == report["rows"]
-    with Image.open(tmp_path / "study" / "quality_cost.png") as picture:
+    with Image.open(output / "quality_cost.png") as picture:
         assert min(picture.size) > 300
 
-    logs = {path: path.stat().st_mtime_ns for path in (tmp_path / "study").rglob("log.jsonl")}
+    logs = {path: path.stat().st_mtime_ns for path in output.rglob("log.jsonl")}
     assert len(logs) == 2
-    assert study(options)["rows"] == report["rows"]
+    assert study("--stride", 32).returncode == 0
+    assert json.loads((output / "quality_cost.json").read_text())["rows"] == report["rows"]
     assert all(path.stat().st_mtime_ns == moment for path, moment in logs.items())
-    with pytest.raises(ValueError, match="other options"):
-        study(Options(**(vars(options) | {"stride": 16})))
+    refused = study("--stride", 16)
+    assert refused.returncode == 2 and "other options" in refused.stderr

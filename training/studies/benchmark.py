@@ -4,9 +4,9 @@ Speed as ratios, measured side by side in one run: what the library adds to the 
 Both sides of a ratio run in turn, A B A B ..., and the median of the pairwise ratios is reported, so that a machine whose
 speed drifts does not decide the result.
 
-    python training/benchmark.py --output benchmark.json
-    python training/benchmark.py --random siglip2 --height 512 --width 1024 --repeats 3
-    python training/benchmark.py --suite distill
+    python training/studies/benchmark.py --output benchmark.json
+    python training/studies/benchmark.py --random siglip2 --height 512 --width 1024 --repeats 3
+    python training/studies/benchmark.py --suite distill
 
 A suite is a module `benchmark_NAME.py` beside this file with `rows(options) -> list[dict]`, made with [`compare`].
 """
@@ -16,7 +16,6 @@ import logging
 import math
 import os
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,7 +29,8 @@ from transformers import CLIPVisionConfig, DINOv3ViTConfig, HfArgumentParser, Si
 
 from spar_hf import SPAR_TINY, SlidingWindowTeacher, SparConfig, SparVisionModel
 from spar_hf.utils.atomic import write_json
-from spar_hf.utils.usage import run_script, work_begins
+from spar_hf.utils.devices import clock
+from spar_hf.utils.errors import UsageError, as_usage_errors, run_command
 
 logger = logging.getLogger("benchmark")
 
@@ -63,17 +63,15 @@ class Options:
 
 
 def seconds(work: Callable[[], object], device: str) -> float:
-    start = time.perf_counter()
+    """Time that the device takes for the work."""
+    start = clock(device)
     work()
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return clock(device) - start
 
 
 def compare(name: str, ours: Callable, bare: Callable, goal: str, options: Options) -> dict:
     """Median of the pairwise ratios of `ours` over `bare`, with the range of the middle half."""
     ours(), bare()
-    work_begins()
     pairs = []
     for _ in tqdm(range(options.repeats), desc=name, leave=False):
         pairs.append((seconds(ours, options.device), seconds(bare, options.device)))
@@ -96,7 +94,8 @@ LARGE = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24
 def load(options: Options) -> SparVisionModel:
     """The model to time: a folder's, or one of a published size with random weights."""
     if options.random is None:
-        return SparVisionModel.from_backbone(options.model)
+        with as_usage_errors():
+            return SparVisionModel.from_backbone(options.model)
     backbones = {
         "siglip2": lambda: SiglipVisionConfig(**BASE, patch_size=16, image_size=512, hidden_act="gelu"),
         "openclip": lambda: CLIPVisionConfig(
@@ -105,7 +104,7 @@ def load(options: Options) -> SparVisionModel:
         "dinov3txt": lambda: DINOv3ViTConfig(**LARGE, patch_size=16, image_size=384, num_register_tokens=4),
     }
     if options.random not in backbones:
-        raise ValueError(f"--random {options.random}: use one of {', '.join(backbones)}.")
+        raise UsageError(f"--random {options.random}: use one of {', '.join(backbones)}.")
     return SparVisionModel(SparConfig(backbone_config=backbones[options.random]()))
 
 
@@ -113,7 +112,7 @@ def plain_pass(model: SparVisionModel, pixel_values: torch.Tensor) -> torch.Tens
     """The backbone's layers and the same read-out without the library's forward: the least that one pass costs."""
     backbone, readout = model.backbone, model.config.readout
     if readout == "naflex":
-        raise ValueError("The plain side of the comparison is not written for NaFlex; choose another model.")
+        raise UsageError("--model: the plain side of the comparison is not written for NaFlex; choose another model.")
     if readout.startswith("dinov3"):
         tokens, rope = backbone.embeddings(pixel_values), backbone.rope_embeddings(pixel_values)
         for layer in backbone.model.layer:
@@ -152,13 +151,13 @@ def run(options: Options) -> list[dict]:
     The ratios of a suite; see the names in the table.
 
     Raises:
-        ValueError: there is no such suite.
+        UsageError: there is no such suite.
     """
     if options.suite == "vision":
         return rows(options)
     known = sorted(path.stem.removeprefix("benchmark_") for path in Path(__file__).parent.glob("benchmark_*.py"))
     if options.suite not in known:
-        raise ValueError(f"--suite {options.suite}: use vision or one of {', '.join(known)}.")
+        raise UsageError(f"--suite {options.suite}: use vision or one of {', '.join(known)}.")
     return importlib.import_module(f"benchmark_{options.suite}").rows(options)
 
 
@@ -180,8 +179,11 @@ def rows(options: Options) -> list[dict]:
 
     size = f"{options.height}×{options.width}"
     with torch.no_grad():
+        features = model(image).feature_map.flatten(2).transpose(1, 2)  # (1, dim, h, w) -> (1, h * w, dim)
+        difference = float((plain_pass(model, image) - features).abs().max())  # both sides must compute the same
         return [
-            compare(
+            {"difference": difference}
+            | compare(
                 f"one pass over backbone layers + plain read-out, {size}",
                 lambda: model(image),
                 lambda: plain_pass(model, image),
@@ -205,9 +207,9 @@ def rows(options: Options) -> list[dict]:
         ]
 
 
-def main():
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    (options,) = HfArgumentParser(Options).parse_args_into_dataclasses()
+def main(args: list[str] | None = None) -> list[dict]:
+    """Parse options, measure, and print the table; return its rows."""
+    (options,) = HfArgumentParser(Options, description=__doc__).parse_args_into_dataclasses(args)
     found = run(options)
     table = Table("what", "ratio", "middle half", "ours", "bare", "goal")
     for row in found:
@@ -220,7 +222,8 @@ def main():
     if options.output:
         setting = {"torch": torch.__version__, "threads": torch.get_num_threads(), "cores": os.cpu_count()}
         write_json(Path(options.output), {"options": vars(options), **setting, "ratios": found})
+    return found
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_command(main)

@@ -1,23 +1,21 @@
 """
-Distillation as ratios: a training step over its bare parts, a step with few sampled windows over one with all, the memory
-of training the last two blocks over that of everything, and `distill.py` on two processes over one.
+Suite `distill` of `benchmark.py`: a training step relative to its bare parts, a step with few sampled windows relative to
+one with all, the memory of training the last two blocks relative to training everything, and `distill.py` on two processes
+relative to one.
 
-The last launches the script itself, two processes and one in turn, with the same number of images a step: on the CPU (gloo)
-with a thread a process, on GPUs (NCCL) with a GPU a process. Images per second are those of the later half of the steps;
-the start (imports, models, process group) and the end (the folder written) have a row of their own. Where there is but one
-core or GPU the two rows are left out. Give the machine no other work meanwhile: what takes one of two cores makes two
-processes look slow and not one.
+The last launches the script itself, two processes and one in turn, with the same number of images per step: on the CPU
+(gloo) with one thread per process, on GPUs (NCCL) with one GPU per process. Images per second are those of the later half of
+the steps; the start (imports, models, process group) and the end (the folder that is written) have a row of their own. With
+only one core or GPU both rows are left out. Other work on the machine slows two processes down more than one.
 """
 
 import json
 import logging
 import os
-import resource
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,18 +32,19 @@ from transformers import get_scheduler
 
 from spar_hf import SlidingWindowTeacher, SparImageProcessorPil
 from spar_hf.distillation.losses import distillation_loss
-from spar_hf.distillation.student import choose_parameters
+from spar_hf.distillation.trainable import choose_parameters
+from spar_hf.utils.devices import clock, peak_bytes
 
 logger = logging.getLogger("benchmark")
 
 TRAINING = Path(__file__).parents[1]
-IMAGES_PER_STEP = 4  # of all processes together, where launched runs are compared
-HALF_STEPS = 6  # steps before their clock runs, and as many under it
-MOST_LAUNCHES = 5  # pairs of launched runs at most, a matter of minutes
+IMAGES_PER_STEP = 4  # of all processes of a launched run
+HALF_STEPS = 6  # steps before timing starts, and timed steps
+MOST_LAUNCHES = 5  # pairs of launched runs at most
 
 
 def training_step(options, pixel_values: torch.Tensor, teacher: SlidingWindowTeacher, windows: int | None) -> Callable:
-    """A step as distillation composes it, accelerate around everything; all windows, or about so many."""
+    """A step as distillation composes it, with accelerate; the teacher runs about so many windows, or all."""
     accelerator = Accelerator(cpu=options.device == "cpu")
     student = load(options).to(options.device).eval()
     parameters = choose_parameters(student, "2")
@@ -93,17 +92,6 @@ def bare_step(options, pixel_values: torch.Tensor, teacher: SlidingWindowTeacher
     return step
 
 
-def peak_megabytes(device: str) -> float:
-    """The most memory this process ever held: of the GPU, or resident."""
-    if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated() / 2**20
-    status = Path("/proc/self/status")
-    if status.is_file():  # the peak that `getrusage` gives on Linux may be that of the process that started this one
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) / 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 1024)
-
-
 def student_memory(options, blocks: int | None) -> float:
     """Megabytes that two student steps add to a process that holds the model."""
     torch.manual_seed(0)
@@ -111,16 +99,16 @@ def student_memory(options, blocks: int | None) -> float:
     parameters = choose_parameters(student, "all" if blocks is None else str(blocks))
     optimizer = torch.optim.AdamW(parameters, lr=1e-6)
     pixel_values = torch.randn(1, 3, options.height, options.width, device=options.device)
-    before = peak_megabytes(options.device)
+    before = peak_bytes(options.device)
     for _ in range(2):
         student(pixel_values).feature_map.square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-    return peak_megabytes(options.device) - before
+    return (peak_bytes(options.device) - before) / 2**20
 
 
 def memory_in_new_process(options, blocks: int | None) -> float:
-    """[`student_memory`] of a fresh process, whose peak nothing else has raised."""
+    """[`student_memory`] in a process of its own, whose peak nothing else has raised."""
     call = [sys.executable, str(Path(__file__)), json.dumps({"blocks": blocks, "options": vars(options)})]
     done = subprocess.run(call, capture_output=True, text=True)
     if done.returncode:
@@ -130,8 +118,8 @@ def memory_in_new_process(options, blocks: int | None) -> float:
 
 def short_distillation(base: Path, images: Path, output: Path, processes: int, options) -> tuple[float, float]:
     """
-    A short distillation, started as users start it: (images per second of the later half of its steps, seconds of all that
-    is no step). Both come from its log, whose rate is that of all steps so far.
+    Launch a short distillation. Returns images per second of the later half of its steps, and the seconds of everything
+    else. Both come from its log, whose rate is the mean over all steps so far.
     """
     cpu = options.device == "cpu"
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1", "--mixed_precision", "no"]
@@ -156,9 +144,9 @@ def short_distillation(base: Path, images: Path, output: Path, processes: int, o
     for name, value in settings.items():
         command += [f"--{name}", str(value)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"} | ({"ACCELERATE_USE_CPU": "true"} if cpu else {})
-    start = time.perf_counter()
+    start = clock("cpu")
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    whole = time.perf_counter() - start
+    whole = clock("cpu") - start
     if done.returncode:
         raise RuntimeError(f"distill.py failed:\n{done.stderr[-3000:]}")
     lines = map(json.loads, (output / "log.jsonl").read_text().splitlines())
@@ -167,7 +155,7 @@ def short_distillation(base: Path, images: Path, output: Path, processes: int, o
 
 
 def ratio_row(name: str, unit: str, pairs: list[tuple[float, float]], goal: str) -> dict[str, Any]:
-    """A row such as [`compare`] makes, of pairs of something else than seconds."""
+    """A row like those of [`compare`], from pairs of another quantity than seconds."""
     ratios = sorted(a / b for a, b in pairs)
     quarter = len(ratios) // 4
     ours, bare = zip(*pairs, strict=True)
@@ -182,7 +170,7 @@ def ratio_row(name: str, unit: str, pairs: list[tuple[float, float]], goal: str)
 
 
 def step_rows(options) -> list[dict]:
-    """A training step against its bare parts, and a sampled one against a full one."""
+    """A training step relative to its bare parts, and a sampled step relative to a full one."""
     torch.manual_seed(0)
     size = f"{options.height}×{options.width}"
     model = load(options).to(options.device).eval().requires_grad_(False)
@@ -200,7 +188,7 @@ def step_rows(options) -> list[dict]:
 
 
 def memory_row(options) -> dict:
-    """What is held for training the last two blocks against everything."""
+    """Memory of training the last two blocks relative to training everything."""
     pair = (memory_in_new_process(options, 2), memory_in_new_process(options, None))
     name = (
         f"memory of a student step above the model's, last 2 blocks over everything, {options.height}×{options.width}"
@@ -208,18 +196,18 @@ def memory_row(options) -> dict:
     return ratio_row(name, "megabytes", [pair], "< 1")
 
 
-def places(device: str) -> int:
-    """How many processes can each have a core, or a GPU, to itself."""
+def count_devices(device: str) -> int:
+    """How many processes can have a core, or a GPU, of their own."""
     if device != "cpu":
         return torch.cuda.device_count()
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def process_rows(options) -> list[dict]:
-    """`distill.py` on two processes against one of as many images a step: its steps, and its start by itself."""
+    """`distill.py` on two processes relative to one with as many images per step: the steps, and everything else."""
     kind = "core" if options.device == "cpu" else "GPU"
-    if places(options.device) < 2:
-        logger.warning("Two processes against one are left out: they need two %ss, and this machine has fewer.", kind)
+    if count_devices(options.device) < 2:
+        logger.warning("Two processes over one are left out: they need two %ss, and this machine has fewer.", kind)
         return []
     model, noise = load(options), np.random.default_rng(0)
     rates, starts = [], []
@@ -236,7 +224,7 @@ def process_rows(options) -> list[dict]:
             one = short_distillation(base, images, Path(folder, f"one-{number}"), 1, options)
             rates.append((two[0], one[0]))
             starts.append((two[1], one[1]))
-    name = f"two processes over one, a {kind} each, {IMAGES_PER_STEP} images a step"
+    name = f"two processes over one, one {kind} each, {IMAGES_PER_STEP} images per step"
     return [
         ratio_row(f"images/s of {name}, steps alone", "images_per_second", rates, "→ 2"),
         ratio_row(f"start and end of {name}: imports, models, the folder written", "seconds", starts, ""),
@@ -244,7 +232,7 @@ def process_rows(options) -> list[dict]:
 
 
 def rows(options) -> list[dict]:
-    """The ratios of distillation; options as of `benchmark.py`."""
+    """The rows of the suite; options of `benchmark.py`."""
     return [*step_rows(options), memory_row(options), *process_rows(options)]
 
 

@@ -1,11 +1,11 @@
 """
-Student quality against what the teacher cost: students from the same start, with the same steps and seeds, of the full
-teacher and of samples of its windows.
+Quality of students against the cost of their teachers: students with the same start, steps and seeds learn from the full
+teacher and from samples of its windows.
 
-    python training/quality_cost.py --model BASE --images IMAGES --dataset DATA --output DIR --windows 5 10 20 40
+    python training/studies/quality_cost.py --model BASE --images IMAGES --dataset DATA --output DIR --windows 5 10 20 40
 
 Trains with `distill.py`, measures mIoU with `evaluate.py`, and writes `DIR/quality_cost.json` and `.png`. Finished runs
-are not repeated, so a study that was stopped goes on with the same command.
+are not repeated, so the same command continues a study that was stopped.
 """
 
 import json
@@ -31,14 +31,13 @@ from rich.table import Table
 from transformers import HfArgumentParser
 
 from spar_hf import SparVisionModel
-from spar_hf.data.segmentation_sets import list_images
-from spar_hf.data.sources import augment
-from spar_hf.distillation.options import Options as Recipe
-from spar_hf.distillation.teacher_cache import Crop, seeded
+from spar_hf.data.augmentation import draw_crop, view_generator
+from spar_hf.data.sources import list_images
+from spar_hf.distillation.recipes import parse_options
 from spar_hf.teacher import VARIANTS, WindowPlan
 from spar_hf.utils.atomic import write_atomically, write_json
 from spar_hf.utils.checkpoints import list_checkpoints
-from spar_hf.utils.usage import run_script, work_begins
+from spar_hf.utils.errors import UsageError, as_usage_errors, run_command
 
 logger = logging.getLogger("quality_cost")
 TRAINING = Path(__file__).parents[1]
@@ -46,11 +45,11 @@ TRAINING = Path(__file__).parents[1]
 
 @dataclass
 class Options:
-    """Options of the study; those that distillation has as well mean the same there."""
+    """Options of the study. Names that `distill.py` has as well mean the same there."""
 
-    model: str = field(metadata={"help": "Two-tower model: the teacher and every student's start."})
+    model: str = field(metadata={"help": "Two-tower model: the teacher, and the start of every student."})
     images: list[str] = field(metadata={"help": "Folders of images to distil on."})
-    dataset: str = field(metadata={"help": "Folder with `images/`, `masks/` and `classes.txt` that mIoU is taken on."})
+    dataset: str = field(metadata={"help": "Folder with `images/`, `masks/` and `classes.txt` to measure mIoU on."})
     output: str = field(metadata={"help": "Folder to write runs, table and picture to."})
     steps: int = field(default=1000, metadata={"help": "Optimizer steps of every student."})
     windows: list[int] = field(default_factory=lambda: [5, 10, 20, 40], metadata={"help": "Windows drawn per image."})
@@ -61,14 +60,17 @@ class Options:
         default_factory=lambda: [1],
         metadata={
             "aliases": ["--photos"],  # its name in 0.1
-            "help": "Images whose gradients a step averages; sampled students once per number, the full teacher's at 1.",
+            "help": "Images per optimizer step: one student of sampled windows for each number. Those of the full teacher "
+            "have 1.",
         },
     )
     full_steps: list[int] = field(
         default_factory=list,
-        metadata={"help": "Also train with the full teacher for so many steps: the other way to spend fewer windows."},
+        metadata={"help": "Also train with the full teacher for these numbers of steps: another way to save windows."},
     )
-    seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "Every student once per seed."})
+    seeds: list[int] = field(
+        default_factory=lambda: [0], metadata={"help": "Seeds; every student is trained with each."}
+    )
     stride: int = field(default=24, metadata={"help": "Stride of the teacher's windows in pixels."})
     distill: str = field(
         default="", metadata={"help": 'More options of distill.py, in one string: --distill="--learning_rate 1e-4".'}
@@ -80,15 +82,15 @@ class Options:
     def __post_init__(self):
         unknown = [variant for variant in self.variants if variant not in VARIANTS]
         if unknown or min([*self.windows, *self.images_per_step, *self.full_steps, self.steps], default=1) < 1:
-            raise ValueError(
-                f"--variants are of {', '.join(VARIANTS)}; "
-                "--windows, --images_per_step, --steps and --full_steps at least 1."
+            raise UsageError(
+                f"--variants are of {', '.join(VARIANTS)}; --windows, --images_per_step, --steps and --full_steps are at "
+                "least 1."
             )
 
 
 @dataclass(frozen=True)
 class Run:
-    """A student: `windows` of each of a step's `images`, None for the full teacher."""
+    """One student; `windows` are those drawn per image, `None` for the full teacher."""
 
     variant: str
     windows: int | None
@@ -102,11 +104,12 @@ class Run:
 
     @property
     def kind(self) -> tuple[str, int | None, int, int]:
+        """What students that differ in their seed alone have in common."""
         return self.variant, self.windows, self.images_per_step, self.steps
 
 
 def plan_runs(options: Options) -> list[Run]:
-    """The full teacher's students first: all others are measured against them."""
+    """All students, those of the full teacher first."""
     kinds: list[tuple[str, int | None, int, int]] = [
         ("full", None, 1, steps) for steps in dict.fromkeys([options.steps, *options.full_steps])
     ]
@@ -121,10 +124,10 @@ def plan_runs(options: Options) -> list[Run]:
 
 def call(script: str, *arguments: Any) -> None:
     """
-    Run a script of this folder.
+    Run a script of `training/`.
 
     Raises:
-        RuntimeError: it failed; with the end of what it said.
+        RuntimeError: it failed; with the end of its error output.
     """
     command = [sys.executable, str(TRAINING / script), *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -142,10 +145,10 @@ def measure(model: str | Path, folder: Path, options: Options) -> float:
 
 def carry_out(run: Run, options: Options) -> dict[str, Any]:
     """
-    Train and measure a student, or read what was found before.
+    Train and measure a student, or read what an earlier call found.
 
     Raises:
-        ValueError: the folder holds a run of another setting.
+        UsageError: the folder holds a run of another setting.
     """
     folder = Path(options.output) / run.name
     arguments = ["--model", options.model, "--images", *options.images, "--output", folder, "--steps", run.steps]
@@ -156,7 +159,7 @@ def carry_out(run: Run, options: Options) -> dict[str, Any]:
     setting = [*map(str, arguments), options.dataset, *shlex.split(options.evaluate)]
     started, finished = folder / "setting.json", folder / "result.json"
     if started.is_file() and json.loads(started.read_text(encoding="utf-8")) != setting:
-        raise ValueError(f"{folder} is a run with other options. Use another --output, or delete that folder.")
+        raise UsageError(f"{folder} is a run with other options. Use another --output, or delete that folder.")
     if finished.is_file():
         return json.loads(finished.read_text(encoding="utf-8"))
     folder.mkdir(parents=True, exist_ok=True)
@@ -175,22 +178,20 @@ def carry_out(run: Run, options: Options) -> dict[str, Any]:
 
 def windows_per_image(options: Options, most: int = 500) -> list[int]:
     """
-    Windows that the full teacher needs for each photo of a stream such as distillation draws. The costs of the table are
-    means over these: a sample of `n` costs the lesser of `n` and that number (tilings on average, about).
+    Windows that the full teacher needs for images as distillation draws them. The costs of the table are means over these: a
+    sample of `n` windows costs `n` or, if that is less, all windows (for tilings on average).
     """
-    config = SparVisionModel.from_backbone(options.model).config
-    # distill.py's own defaults and what --distill says, without loading a model
+    with as_usage_errors():
+        config = SparVisionModel.from_backbone(options.model).config
     own = ["--model", options.model, "--images", *options.images, "--output", options.output]
-    recipe, *_ = HfArgumentParser(Recipe).parse_args_into_dataclasses(
-        [*own, *shlex.split(options.distill)], look_for_args_file=False
-    )
+    recipe = parse_options([*own, *shlex.split(options.distill)])
+    window = recipe.teacher.window_size or config.image_size
     paths = [path for folder in options.images for path in list_images(folder)]
     rng, counts = random.Random(0), []
     for index in range(most):
         with Image.open(rng.choice(paths)) as image:
             size = image.size
-        window = recipe.window_size or config.image_size
-        crop = Crop.draw(augment, size, window, config.patch_size, recipe, seeded(options.seeds[0], index))
+        crop = draw_crop(size, window, config.patch_size, recipe.views, view_generator(options.seeds[0], index))
         counts.append(len(WindowPlan.make(*crop.size[::-1], window, options.stride, config.patch_size)))
     return counts
 
@@ -198,7 +199,19 @@ def windows_per_image(options: Options, most: int = 500) -> list[int]:
 def summarise(
     runs: list[Run], results: list[dict[str, Any]], base: float, counts: list[int], options: Options
 ) -> list[dict]:
-    """A row per kind of student, mean over the seeds; gains in % of the full teacher's with the same steps."""
+    """
+    The rows of the table: a row per kind of student, mean over the seeds.
+
+    Args:
+        runs: the students.
+        results: what was measured of each.
+        base: mIoU of the model before distillation.
+        counts: windows of the full teacher, for images as distillation draws them.
+        options: of the study.
+
+    Returns:
+        costs and gains in percent of those of the full teacher with `--steps`.
+    """
     kinds: dict[tuple, list[dict[str, Any]]] = {}
     for run, result in zip(runs, results, strict=True):
         kinds.setdefault(run.kind, []).append(result)
@@ -233,7 +246,7 @@ def summarise(
 
 
 def draw(rows: list[dict], before: float, base: float, path: Path) -> None:
-    """Two panels over the windows spent (logarithmic): held-out error and mIoU, a line per way to spend them."""
+    """Draw held-out error and mIoU over the number of windows, a line per way to draw them."""
     figure, panels = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     for panel, key, start, factor, label in (
         (panels[0], "mse", before, 1, "held-out mean squared error"),
@@ -245,7 +258,7 @@ def draw(rows: list[dict], before: float, base: float, path: Path) -> None:
             own.sort(key=lambda row: row["windows_in_all"])
             spent, values = [row["windows_in_all"] for row in own], [factor * row[key] for row in own]
             name = "full teacher" if variant == "full" else f"sampled: {variant}"
-            name += f", {images_per_step} images a step" if images_per_step > 1 else ""
+            name += f", {images_per_step} images per step" if images_per_step > 1 else ""
             line = panel.plot(spent, values, "o-", label=name, zorder=3, alpha=0.9)[0]
             for row in own:
                 seeds = [factor * value for value in row[f"{key}_of_seeds"]]
@@ -258,11 +271,11 @@ def draw(rows: list[dict], before: float, base: float, path: Path) -> None:
                     )  # fmt: skip
         panel.axhline(factor * start, color="grey", linestyle=":", label="before distillation")
         gained = final < start if key == "mse" else final > factor * start
-        if gained:  # else there is no gain to take a share of
+        if gained:
             almost = final + 0.05 * (factor * start - final)
             panel.axhline(almost, color="grey", linestyle="--", label="95 % of the full gain")
         panel.axvline(0.1 * rows[0]["windows_in_all"], color="grey", linewidth=0.8, label="10 % of the windows")
-        panel.set(xscale="log", xlabel="teacher windows spent in all", ylabel=label)
+        panel.set(xscale="log", xlabel="teacher windows in total", ylabel=label)
         panel.xaxis.set_minor_formatter(NullFormatter())
         panel.margins(0.08, 0.12)
         panel.grid(alpha=0.25, which="both")
@@ -273,14 +286,14 @@ def draw(rows: list[dict], before: float, base: float, path: Path) -> None:
 
 
 def show(rows: list[dict], before: float, base: float) -> None:
-    """The table in the terminal."""
+    """Print the table."""
     table = Table(title=f"Before distillation: held-out error {before:.4f}, mIoU {100 * base:.2f} %")
     for heading in (
         "teacher",
-        "windows\na image",
-        "images\na step",
+        "windows\nper image",
+        "images\nper step",
         "steps",
-        "windows\nin all",
+        "windows\nin total",
         "cost\n%",
         "mse",
         "gain\n%",
@@ -300,16 +313,14 @@ def show(rows: list[dict], before: float, base: float) -> None:
 
 
 def study(options: Options) -> dict[str, Any]:
-    """Carry out what is missing of the study; writes and returns its table."""
+    """Carry out what is missing of the study; write and return its table."""
     output = Path(options.output)
     output.mkdir(parents=True, exist_ok=True)
     counts = windows_per_image(options)
     runs, results = plan_runs(options), []
-    work_begins()
     for number, run in enumerate(runs):
         logger.info("%s (%d of %d)", run.name, number + 1, len(runs))
         results.append(carry_out(run, options))
-    # a run like the others, so that it is not repeated either
     start, setting = output / "base.json", [options.model, options.dataset, options.evaluate]
     known = json.loads(start.read_text(encoding="utf-8")) if start.is_file() else {}
     if known.get("setting") != setting:
@@ -324,12 +335,13 @@ def study(options: Options) -> dict[str, Any]:
     return report
 
 
-def main():
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    (options,) = HfArgumentParser(Options, description=__doc__).parse_args_into_dataclasses()
-    study(options)
+def main(args: list[str] | None = None) -> dict[str, Any]:
+    """Parse options and carry out the study; return its table."""
+    (options,) = HfArgumentParser(Options, description=__doc__).parse_args_into_dataclasses(args)
+    report = study(options)
     logger.info("written: %s", Path(options.output) / "quality_cost.png")
+    return report
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_command(main)
