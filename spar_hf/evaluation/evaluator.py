@@ -79,8 +79,8 @@ def evaluate_runs(options: EvaluationOptions, console: Console | None = None, re
     )
     partial_counts = prepare_counts(data, output, settings, accelerator)
     dilation_ratio = first_given(options.run.dilation_ratio, common.dilation_ratio) if options.run.boundary else None
-    forwards = Forwards(runs, candidates, vocabulary, accelerator, options.run.window_batch_size, options.run.warmup)
-    counts = count_images(data, forwards, partial_counts, dilation_ratio, options.output.save_seconds)
+    predictor = Predictor(runs, candidates, vocabulary, accelerator, options.run.window_batch_size, options.run.warmup)
+    counts = count_images(data, predictor, partial_counts, dilation_ratio, options.output.save_seconds)
     report = make_report(data, vocabulary, runs, candidates, counts, scored, options.run.boundary, accelerator)
     report |= {"options": options.flat(), "settings": settings}
     if accelerator.is_main_process:
@@ -146,7 +146,7 @@ def prepare_counts(
 
 
 @dataclass
-class Forwards:
+class Predictor:
     """The predictions of all runs for one image after another, with times and peak memory."""
 
     runs: Sequence[Run]
@@ -194,7 +194,7 @@ def measure(
 
 def count_images(
     data: SegmentationSet,
-    forwards: Forwards,
+    predictor: Predictor,
     partial_counts: PartialCounts | None,
     dilation_ratio: float | None,
     save_seconds: float,
@@ -204,7 +204,7 @@ def count_images(
 
     Args:
         data: the images.
-        forwards: makes the predictions.
+        predictor: makes the predictions.
         partial_counts: where counts are kept on disk.
         dilation_ratio: width of boundaries; `None` does not count them.
         save_seconds: time between two writes.
@@ -212,14 +212,14 @@ def count_images(
     Returns:
         The counts of all images, on every process.
     """
-    accelerator, size = forwards.accelerator, (len(forwards.runs), len(data.labels))
+    accelerator, size = predictor.accelerator, (len(predictor.runs), len(data.labels))
     earlier = Counts(*size) if partial_counts is None else partial_counts.earlier(*size)
     left = sorted(set(range(len(data))) - set(earlier.done.tolist()))
     share = left[accelerator.process_index :: accelerator.num_processes]
     counts, saved = Counts(*size), time.monotonic()
     for number in tqdm(share, desc="images", disable=not accelerator.is_main_process):
         image, reference = data.read(number)
-        found = forwards(image)
+        found = predictor(image)
         counts.add(number, reference, [prediction for prediction, _ in found], dilation_ratio)
         for i, (_, memory) in enumerate(found):
             counts.note_memory(i, memory)
