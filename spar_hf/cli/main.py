@@ -13,6 +13,7 @@ from spar_hf.cli.bake import bake
 from spar_hf.cli.convert import convert
 from spar_hf.cli.features import features
 from spar_hf.cli.segment import segment
+from spar_hf.cli.training import add_training_commands
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -27,6 +28,7 @@ app.command()(features)
 app.command()(bake)
 app.command()(convert)
 app.command("app")(serve)
+add_training_commands(app)
 
 
 def main() -> None:
