@@ -8,7 +8,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -147,7 +147,15 @@ def prepare_counts(
 
 @dataclass
 class Predictor:
-    """The predictions of all runs for one image after another, with times and peak memory."""
+    """
+    Predicts with all runs, image by image, and measures times and peak memory.
+
+    Attributes:
+        runs, candidates, vocabulary: what is run.
+        accelerator: device and precision.
+        window_batch_size: windows per forward pass.
+        warmup: whether each run predicts the first image once before, and whether peak memory is measured on a CPU.
+    """
 
     runs: Sequence[Run]
     candidates: dict[str, Candidate]
@@ -155,13 +163,14 @@ class Predictor:
     accelerator: Accelerator
     window_batch_size: int
     warmup: bool
-    pixels: float = -1.0  # of the largest image so far ...
-    aspect: float = -1.0  # ... and the ratio of its sides: a long image is large once its shorter side is fixed
+    # largest so far; a long image becomes large when its shorter side is fixed
+    pixels: float = field(default=0.0, init=False)
+    aspect: float = field(default=0.0, init=False)
 
     def __call__(self, image: Image.Image) -> list[tuple[Prediction, int | None]]:
         """The prediction of every run, and its peak memory in bytes, if that was measured."""
         pixels, aspect = image.width * image.height, max(image.size) / min(image.size)
-        is_first, is_larger = self.pixels < 0, pixels > self.pixels or aspect > self.aspect
+        is_first, is_larger = not self.pixels, pixels > self.pixels or aspect > self.aspect
         self.pixels, self.aspect = max(pixels, self.pixels), max(aspect, self.aspect)
         found = []
         for run in self.runs:

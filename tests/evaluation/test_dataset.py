@@ -12,7 +12,10 @@ from spar_hf.data.segmentation_sets import IGNORE_INDEX, SegmentationSet, make_t
 from spar_hf.evaluation.dataset import build_vocabulary, open_dataset, open_whole, open_with_words
 from spar_hf.evaluation.options import DataOptions, WordOptions
 from spar_hf.model.prompts import Vocabulary
+from spar_hf.pretraining.crops import load_sets
 from spar_hf.utils.errors import MissingFiles, UsageError
+
+WIDTHS = (3, 4, 5, 6, 7)
 
 
 def set_of(classes):
@@ -21,13 +24,14 @@ def set_of(classes):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Five images `image0` to `image4` of one row of pixels."""
+    """Five images `image0` to `image4` of one row of pixels, of different widths."""
     for part in ("images", "masks"):
         (tmp_path / part).mkdir()
     (tmp_path / "classes.txt").write_text("road\nsky-other-merged\nnull\n")
-    for i in range(5):
-        Image.new("RGB", (3, 1)).save(tmp_path / "images" / f"image{i}.png")
-        Image.fromarray(np.array([[0, 1, 255]], np.uint8)).save(tmp_path / "masks" / f"image{i}.png")
+    for i, width in enumerate(WIDTHS):
+        Image.new("RGB", (width, 1)).save(tmp_path / "images" / f"image{i}.png")
+        row = np.pad(np.array([0, 1, 255], np.uint8), (0, width - 3))
+        Image.fromarray(row[None]).save(tmp_path / "masks" / f"image{i}.png")
     return tmp_path
 
 
@@ -36,8 +40,10 @@ def chosen(folder, **options):
 
 
 def test_held_out_images_are_those_that_training_leaves(folder):
-    trained, held_out = split_held_out(len(open_folder(folder, exclude=["*image1"])), every=2)
-    assert (trained, held_out) == ([0, 2], [1, 3])  # of image0, image2, image3, image4
+    spec = {"path": folder.name, "weight": 1, "crop": [1, 2], "holdout_every": 2, "exclude": ["*image1"]}
+    (trained,) = load_sets(folder.parent, {"sets": [spec], "held_out": [], "synonyms": {}})
+    assert [image.shape[1] for image in trained.images] == [WIDTHS[0], WIDTHS[3]]
+    assert split_held_out(len(open_folder(folder, exclude=["*image1"])), every=2) == ([0, 2], [1, 3])
     kept = {"holdout_every": 2, "exclude": ["*image1"]}
     assert chosen(folder, **kept) == ["image2", "image4"]
     assert chosen(folder, **kept, holdout_rest=True) == ["image0", "image3"]
