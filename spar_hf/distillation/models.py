@@ -83,12 +83,11 @@ class Models:
         Text embeddings of all names of built-in vocabularies: `(names, dim)` of unit length. Moves the model to `device`.
 
         Raises:
-            UsageError: the model has no text tower, or there is no such vocabulary.
+            UsageError: the model has no text tower.
         """
         if not isinstance(self.processor, SparProcessor):
             raise UsageError("--words needs a --model with a text tower. Leave it out.")
-        with as_usage_errors():
-            names = sorted({name for words in vocabularies for name in Vocabulary.parse(words).all_names})
+        names = sorted({name for words in vocabularies for name in Vocabulary.parse(words).all_names})
         model: Any = self.model  # transformers decorates `to` in a way that hides its arguments
         return embed_names(model.to(device), self.processor.tokenizer, names, "short")
 

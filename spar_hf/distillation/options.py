@@ -15,6 +15,7 @@ from transformers.trainer_utils import SchedulerType
 from spar_hf.data.augmentation import Views
 from spar_hf.data.sources import ImageOptions
 from spar_hf.distillation.trainable import ADAPTER_PARTS, BLOCK_PARTS, OTHER_PARTS
+from spar_hf.model.vocabularies import VOCABULARIES
 from spar_hf.teacher import VARIANTS
 from spar_hf.utils.checkpoints import settings_of
 from spar_hf.utils.errors import UsageError
@@ -243,6 +244,8 @@ class OptimisationOptions:
         require_share(self, "whiten", "warmup_ratio")
         require_one_of(self, "mixed_precision", PRECISIONS)
         require_one_of(self, "lr_scheduler_type", [str(kind.value) for kind in SchedulerType])
+        if unknown := [name for name in self.words if name.strip().lower() not in VOCABULARIES]:
+            raise UsageError(f"--words {' '.join(unknown)}: use built-in vocabularies: {', '.join(VOCABULARIES)}.")
         if self.steps is not None and self.epochs is not None:
             raise UsageError("--steps and --epochs both say when to stop. Leave one out.")
 

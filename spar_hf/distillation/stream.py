@@ -5,13 +5,14 @@ import logging
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
 
 from spar_hf.data.augmentation import Views
 from spar_hf.data.order import Listing, MapOrder, Sample, SampleList, StreamOrder, split_images
-from spar_hf.data.sources import ImageOptions, open_sources
+from spar_hf.data.sources import ImageOptions
 from spar_hf.data.training_images import LoadedSample, Skipped, SkippedList, TrainingImages, only_item
 from spar_hf.distillation.models import Models
 from spar_hf.distillation.targets import CachedImages
@@ -70,6 +71,7 @@ class ImageStream:
 
 
 def open_stream(
+    sources: list[Any],
     options: ImageOptions,
     views: Views,
     models: Models,
@@ -85,6 +87,7 @@ def open_stream(
     Open the images of a run.
 
     Args:
+        sources: as [`open_sources`] returned them.
         options: which images are read, and how.
         views: how views of them are drawn.
         models: teacher, student's patch size and image processor.
@@ -95,9 +98,9 @@ def open_stream(
         start: where a resumed run goes on, see [`Sample`].
 
     Raises:
-        UsageError: images that cannot be read, or a cache that does not fit.
+        UsageError: no image is left to train on, or a cache does not fit.
     """
-    sources, teacher = open_sources(options), models.teacher
+    teacher = models.teacher
     images = TrainingImages(
         sources,
         models.image_processor,

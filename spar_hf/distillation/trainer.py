@@ -23,6 +23,7 @@ from PIL import Image
 
 from spar_hf.data.augmentation import view_generator
 from spar_hf.data.order import Sample
+from spar_hf.data.sources import open_sources
 from spar_hf.data.training_images import LoadedSample, SkippedList
 from spar_hf.distillation.held_out import PICTURED, ErrorCurve, HeldOut, largest_views, teach
 from spar_hf.distillation.locality import fit_prior
@@ -75,12 +76,14 @@ class Distillation:
         self.settings = options.settings | {"mixed_precision": self.accelerator.mixed_precision}
         self.state = earlier_state(self.output, options.run.resume, self.settings, self.accelerator.num_processes)
 
+        sources = open_sources(options.images)  # before the models, which take long to load
         self.models = Models.load(options.teacher, self.device)
         texts = self.models.embed_words(optimisation.words, self.device) if optimisation.words else None
         if options.student.student:
             self.models.start_from(options.student.student)
         start = None if self.state is None else self.state["after"][self.accelerator.process_index]
         self.stream = open_stream(
+            sources,
             options.images,
             options.views,
             self.models,

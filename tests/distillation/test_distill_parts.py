@@ -99,6 +99,8 @@ def test_whitening_counts_axes_alike():
         ({"mixed_precision": "int8"}, "bf16"),
         ({"lr_scheduler_type": "square"}, "cosine"),
         ({"preset": "spa"}, "spar-all"),
+        ({"words": ["cityscape"]}, "--words cityscape: .*cityscapes"),
+        ({"model_name": "m"}, "model_name"),
     ],
 )
 def test_bad_options_are_refused_before_work_starts(bad, named):

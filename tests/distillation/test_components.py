@@ -1,0 +1,182 @@
+"""The parts of a run by themselves, without the run."""
+
+from itertools import islice
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from spar_hf import SlidingWindowTeacher
+from spar_hf.data.augmentation import Views
+from spar_hf.data.sources import ImageOptions, open_sources
+from spar_hf.data.training_images import Skipped, SkippedList
+from spar_hf.distillation.held_out import ErrorCurve, HeldOut, TeacherPair, largest_views
+from spar_hf.distillation.locality import initialise_locality, position_subspace
+from spar_hf.distillation.losses import DistillationLoss, decision_loss, distillation_loss, error_weights
+from spar_hf.distillation.models import Models
+from spar_hf.distillation.optimisation import Optimisation, count_steps
+from spar_hf.distillation.options import OptimisationOptions, StudentOptions, TeacherOptions, WindowOptions
+from spar_hf.distillation.progress import Progress
+from spar_hf.distillation.stream import open_stream, readable_samples
+from spar_hf.distillation.student import Student, prepare_positions
+from spar_hf.distillation.targets import FullTarget, SampledTarget, make_target
+from spar_hf.utils.errors import UsageError
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def models(base_folder):
+    return Models.load(WindowOptions(model=str(base_folder), stride=32), CPU)
+
+
+def test_models__the_teacher_is_a_frozen_copy_of_the_student(models):
+    pairs = zip(models.student.parameters(), models.teacher.model.parameters(), strict=True)
+    assert all(torch.equal(own, other) and own is not other for own, other in pairs)
+    assert not any(p.requires_grad for p in models.teacher.parameters())
+    assert models.model.vision_model is models.student and models.image_processor is models.processor.image_processor
+    texts = models.embed_words(["cityscapes"], CPU)
+    torch.testing.assert_close(texts.norm(dim=1), torch.ones(len(texts)))
+    models.set_position_extent(128)
+    assert models.model.config.position_extent == models.student.config.position_extent == 128
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [({"model": "/nowhere"}, "/nowhere"), ({"stride": 65}, "stride"), ({"window_size": 50}, "window")],
+)
+def test_models__what_does_not_fit_is_a_usage_error(base_folder, wrong, named):
+    with pytest.raises(UsageError, match=named):
+        Models.load(WindowOptions(**({"model": str(base_folder)} | wrong)), CPU)
+
+
+def test_stream__what_is_held_out_never_comes(models, image_folder):
+    options = ImageOptions(images=[str(image_folder)], holdout_every=3)
+    sources = open_sources(options)
+    stream = open_stream(sources, options, Views(), models, seed=0, holdout_images=5)
+    names = [sample.name for sample in islice(stream.order, 8)]
+    assert stream.count == 4 and len(set(names)) == 4
+    assert {sample.name for sample in stream.held_out} == {str(image_folder / f"{i}.jpg") for i in (2, 5)}
+    assert [sample.name for sample in stream.choose(9, seed=1)] != [sample.name for sample in stream.choose(9, seed=2)]
+    two = [
+        open_stream(sources, options, Views(), models, seed=0, holdout_images=1, process=i, processes=2) for i in (0, 1)
+    ]
+    taken = zip(*(islice(stream.order, 4) for stream in two), strict=True)
+    assert [sample.name for pair in taken for sample in pair] == names
+    loaded = next(iter(stream.loader(workers=0, seed=0)))
+    assert loaded.pixel_values.shape[:2] == (1, 3) and not {side % 16 for side in loaded.pixel_values.shape[2:]} - {0}
+
+
+def test_a_run_of_unreadable_images_ends(tmp_path, monkeypatch):
+    monkeypatch.setattr("spar_hf.distillation.stream.MOST_UNREADABLE", 3)
+    skipped = SkippedList(tmp_path / "skipped.jsonl")
+    damaged = [Skipped(f"{i}.jpg", "damaged") for i in range(3)]
+    assert list(readable_samples([*damaged[:2], "good", *damaged[:2]], skipped)) == ["good"]
+    with pytest.raises(UsageError, match="--images"):
+        list(readable_samples(["good", *damaged], skipped))
+    assert skipped.count() == 3
+
+
+def test_target__is_that_of_the_teachers_mode(models):
+    assert isinstance(make_target(models.teacher, TeacherOptions(model="m"), 0), FullTarget)
+    target = make_target(models.teacher, TeacherOptions(model="m", teacher_windows=2, teacher_variant="tiling"), 5)
+    assert isinstance(target, SampledTarget) and (target.windows, target.seed, target.variant) == (2, 5, "tiling")
+
+
+def test_positions__a_prior_is_kept_by_the_step(models):
+    squares = [torch.randn(1, 3, 128, 128) for _ in range(3)]
+    options = StudentOptions(local_start=0.5, position_extent=128, train_layers="all")
+    directions = prepare_positions(models, options, squares)
+    assert models.student.config.position_extent == 128
+    student = Student(models.student, options, directions).to(CPU)
+    with torch.no_grad():
+        for parameter in student.writers:
+            parameter.add_(torch.randn(parameter.shape))
+    assert position_subspace(models.student) is None
+    student.restore_positions()
+    found = position_subspace(models.student)
+    torch.testing.assert_close(found @ found.T, directions @ directions.T, atol=1e-3, rtol=0)
+    with pytest.raises(UsageError, match="--position_extent 256"):
+        prepare_positions(models, StudentOptions(position_extent=256), squares)
+    assert prepare_positions(models, StudentOptions(), squares) is not None  # of the earlier start
+
+
+def test_positions__nothing_is_asked_for(models):
+    before = {name: weight.clone() for name, weight in models.student.state_dict().items()}
+    assert prepare_positions(models, StudentOptions(), iter(())) is None
+    assert all(torch.equal(weight, before[name]) for name, weight in models.student.state_dict().items())
+    with pytest.raises(UsageError, match="--local_start"):
+        initialise_locality(models.student, [], 0.5)
+
+
+def test_optimisation__steps_lower_the_loss_of_an_image(models, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    accelerator = Accelerator(gradient_accumulation_steps=2)
+    student = Student(models.student, StudentOptions(train_layers="1"))
+    options = OptimisationOptions(learning_rate=1e-3, lr_scheduler_type="constant", warmup_ratio=0)
+    optimisation = Optimisation(accelerator, student, options, steps=10)
+    pixel_values = torch.randn(1, 3, 96, 128)
+    target, losses, steps = models.teacher(pixel_values).feature_map, [], []
+    for _ in range(12):
+        with accelerator.accumulate(optimisation.wrapped):
+            loss = DistillationLoss()(optimisation.wrapped(pixel_values).feature_map, target)
+            steps.append(optimisation.step(loss))
+            losses.append(float(loss.detach()))
+    assert steps == [False, True] * 6 and losses[0] == losses[1] and losses[-1] < 0.9 * losses[0]
+    assert optimisation.learning_rate == 1e-3
+    assert torch.equal(optimisation.features(pixel_values), models.student(pixel_values).feature_map)
+
+
+def test_steps__of_epochs_are_rounded_up():
+    assert count_steps(OptimisationOptions(epochs=1.5), images=5, images_per_step=2) == 4
+    assert count_steps(OptimisationOptions(epochs=0.01), images=5, images_per_step=2) == 1
+    assert count_steps(OptimisationOptions(), images=None, images_per_step=2) == 1000
+
+
+def test_loss__whitens_and_compares_decisions():
+    generator = torch.Generator().manual_seed(0)
+    student, target = torch.randn(2, 1, 6, 3, 4, generator=generator)
+    texts = torch.nn.functional.normalize(torch.randn(5, 6, generator=generator), dim=-1)
+    assert torch.equal(DistillationLoss()(student, target), distillation_loss(student, target))
+    assert DistillationLoss().decision(student, target) is None
+    both = DistillationLoss(texts=texts, scale=40.0, words_weight=0.5)
+    words = decision_loss(student, target, texts, 40.0)
+    torch.testing.assert_close(both(student, target), distillation_loss(student, target) + 0.5 * words)
+    assert both.decision(student, target) == pytest.approx(float(words))
+    weights = error_weights([target], 0.5)
+    white = torch.einsum("ij,bjhw->bihw", weights, student - target).square().mean()
+    torch.testing.assert_close(DistillationLoss(weights)(student, target), white)
+
+
+def test_held_out_error__is_a_mean_over_patches_and_the_best_is_kept():
+    pairs = [
+        TeacherPair(None, torch.full((1,), value), torch.ones(1, 4, size, 2)) for value, size in ((2.0, 1), (3.0, 3))
+    ]
+    held_out = HeldOut(pairs)
+
+    def features(value):
+        return float(value) * torch.ones(1, 4, 1 if value == 2 else 3, 2)
+
+    assert held_out.error(features, keep_maps=1) == {"mse": (1 * 2 + 4 * 6) / 8, "cosine": 1.0}
+    assert len(held_out.kept_maps) == 1
+    assert held_out.error(features, decision=lambda found, target: float(found.mean()))["words"] == (2 * 2 + 3 * 6) / 8
+    assert HeldOut([]).error(features) is None and ErrorCurve().best is None
+    points = [{"step": 1, "mse": 1.0, "words": 0.5}, {"step": 2, "mse": 1.1, "words": 0.1}]
+    assert ErrorCurve(None, points, 0.0).best is points[0] and ErrorCurve(None, points, 1.0).best is points[1]
+    assert largest_views(Views(jitter_probability=1.0)) == Views(min_scale=1.0, crop_probability=0, flip_probability=0)
+
+
+def test_progress__says_where_the_time_goes():
+    progress = Progress(first=2, steps=4, images_per_step=3, device=CPU, show=False)
+    assert list(progress.waiting(["a", "b"])) == ["a", "b"]
+    with progress.timed("teacher"):
+        torch.randn(200, 200) @ torch.randn(200, 200)
+    row = progress.row(step=4, loss=0.5, learning_rate=1e-3, skipped=1)
+    assert row["images_per_second"] > 0 and 0 < row["teacher_share"] + row["wait_share"] < 1
+    assert (row["step"], row["loss"], row["skipped"]) == (4, 0.5, 1) and row["memory_gib"] > 0
+
+
+def test_teacher__options_are_left_as_they_are(base_folder):
+    options = TeacherOptions(model=str(base_folder), teacher_windows=3)
+    assert options.mode == "sampled" and options.teacher_mode is None
+    assert isinstance(Models.load(options, CPU).teacher, SlidingWindowTeacher)
