@@ -2,11 +2,8 @@
 
 import logging
 import os
-import sys
-from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-sys.path.append(str(Path(__file__).parents[1] / "training" / "studies"))
 
 import numpy as np
 import pytest

@@ -20,7 +20,6 @@ import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
-from transformers import HfArgumentParser
 
 from spar_hf import SlidingWindowTeacher, SparImageProcessorPil, SparVisionModel
 from spar_hf.data.augmentation import Views, draw_crop, view_generator
@@ -41,7 +40,7 @@ from spar_hf.utils.atomic import write_atomically, write_json
 from spar_hf.utils.devices import clock
 from spar_hf.utils.errors import UsageError, as_usage_errors
 from spar_hf.utils.fingerprint import fingerprint
-from spar_hf.utils.options import ComposedOptions, require_one_of, require_positive
+from spar_hf.utils.options import ComposedOptions, parse_dataclasses, require_one_of, require_positive
 from spar_hf.utils.runs import end_run, start_accelerator
 
 logger = logging.getLogger(__name__)
@@ -336,6 +335,5 @@ def main(args: list[str] | None = None) -> TeacherCache:
         UsageError: invalid options, models or images.
     """
     parts = CacheOptions.parts()
-    parser = HfArgumentParser(tuple(parts.values()), allow_abbrev=False, description=__doc__)  # type: ignore[arg-type]
-    found = parser.parse_args_into_dataclasses(args, look_for_args_file=False)
+    found = parse_dataclasses(parts.values(), args, __doc__, allow_abbrev=False)
     return make_cache(CacheOptions(**dict(zip(parts, found, strict=True))))

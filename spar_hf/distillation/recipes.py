@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from transformers import HfArgumentParser
 
 from spar_hf.distillation.options import DistillationOptions, with_preset
 from spar_hf.utils.errors import MissingFiles, UsageError
+from spar_hf.utils.options import parse_dataclasses
 
 DESCRIPTION = """
 Distil the sliding-window teacher of a backbone into a student that needs one pass. Options may also stand in a YAML file,
@@ -34,8 +34,7 @@ def parse_options(arguments: list[str]) -> DistillationOptions:
             recipe.pop(other, None)
     filled = with_preset(recipe | {name: value for name, value in given.items() if name in ("preset", "steps")})
     parts = DistillationOptions.parts()
-    parser = HfArgumentParser(tuple(parts.values()), allow_abbrev=False, description=DESCRIPTION)  # type: ignore[arg-type]
-    found = parser.parse_args_into_dataclasses(to_arguments(filled) + arguments, look_for_args_file=False)
+    found = parse_dataclasses(parts.values(), to_arguments(filled) + arguments, DESCRIPTION, allow_abbrev=False)
     return DistillationOptions(**dict(zip(parts, found, strict=True)))
 
 

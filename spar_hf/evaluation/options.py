@@ -6,11 +6,10 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from transformers import HfArgumentParser
-
 from spar_hf.data.benchmarks import BENCHMARKS
 from spar_hf.data.segmentation_sets import IGNORE_INDEX
 from spar_hf.utils.errors import UsageError
+from spar_hf.utils.options import parse_dataclasses
 
 
 def check_least(least: float, **values: float | None) -> None:
@@ -316,8 +315,7 @@ class EvaluationOptions:
     @classmethod
     def parse(cls, args: Sequence[str] | None = None, description: str | None = None) -> "EvaluationOptions":
         """Options from the command line."""
-        parser = HfArgumentParser(PARTS.values(), description=description)
-        return cls.from_parts(parser.parse_args_into_dataclasses(args))
+        return cls.from_parts(parse_dataclasses(PARTS.values(), args, description))
 
     def flat(self) -> dict[str, Any]:
         """All values by their command-line names."""

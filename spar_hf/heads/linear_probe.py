@@ -31,7 +31,7 @@ from spar_hf.evaluation.iou import area_scores, count_pixels
 from spar_hf.heads.common import make_schedule
 from spar_hf.heads.frozen_features import FrozenFeatures
 from spar_hf.heads.linear_head import LinearHeads, batch_loss, draw_pixels
-from spar_hf.heads.linear_probe_options import FREE, ProbeData, ProbeOptions, ProbeTraining, parse_options, upgrade
+from spar_hf.heads.linear_probe_options import FREE, ProbeData, ProbeOptions, ProbeTraining, upgrade
 from spar_hf.heads.linear_probe_report import make_report, show, write_results
 from spar_hf.model.segmentation import decide
 from spar_hf.utils.checkpoints import discard, earlier_state, list_checkpoints, load_checkpoint, settings_of
@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 
 def main(args: list[str] | None = None) -> dict[str, Any] | None:
     """The command; see [`probe`]."""
-    return probe(parse_options(args, description=__doc__))
+    return probe(ProbeOptions.parse(args, __doc__))
 
 
 def probe(options: ProbeOptions) -> dict[str, Any] | None:

@@ -3,12 +3,10 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from transformers import HfArgumentParser
-
 from spar_hf.heads.common import RunOptions
 from spar_hf.heads.frozen_features import parse_inference
 from spar_hf.utils.errors import UsageError
-from spar_hf.utils.options import require_not_negative, require_positive, require_share
+from spar_hf.utils.options import ComposedOptions, require_not_negative, require_positive, require_share
 
 # options that a resumed run may change: none of them changes what is learned
 FREE = {"output", "resume", "save_steps", "cache", "window_batch_size"}
@@ -98,26 +96,13 @@ class ProbeTraining:
 
 
 @dataclass(kw_only=True)
-class ProbeOptions:
+class ProbeOptions(ComposedOptions):
     """Options of linear probing."""
 
     features: FeatureOptions
     data: ProbeData
     training: ProbeTraining
     run: RunOptions
-
-
-def parse_options(args: list[str] | None, description: str | None = None) -> ProbeOptions:
-    """
-    The options on a command line; `None` takes that of this process.
-
-    Raises:
-        UsageError: a value out of its range.
-    """
-    parts: Any = (FeatureOptions, ProbeData, ProbeTraining, RunOptions)
-    parser = HfArgumentParser(parts, description=description)
-    features, data, training, run = parser.parse_args_into_dataclasses(args)
-    return ProbeOptions(features=features, data=data, training=training, run=run)
 
 
 def upgrade(settings: dict[str, Any]) -> dict[str, Any]:

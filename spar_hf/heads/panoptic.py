@@ -26,7 +26,7 @@ from spar_hf.data.order import split_held_out
 from spar_hf.data.segmentation_sets import SegmentationSet, check_readable, open_folder
 from spar_hf.distillation.trainable import choose_parameters, count_parameters
 from spar_hf.heads.common import make_schedule
-from spar_hf.heads.panoptic_options import FREE, PanopticData, PanopticModel, PanopticOptions, parse_options, upgrade
+from spar_hf.heads.panoptic_options import FREE, PanopticData, PanopticModel, PanopticOptions, upgrade
 from spar_hf.heads.panoptic_quality import measure_quality
 from spar_hf.heads.segments import PanopticImages, first_item, has_segment, thing_classes
 from spar_hf.utils.atomic import write_json, write_text, writing_folder
@@ -43,7 +43,7 @@ CALIBRATION_IMAGES = 64  # images from which mean and variance of the features a
 
 def main(args: list[str] | None = None) -> Path | None:
     """The command; returns the folder of the model, or `None` where the run was stopped."""
-    folder = PanopticTrainer(parse_options(args, description=__doc__)).run()
+    folder = PanopticTrainer(PanopticOptions.parse(args, __doc__)).run()
     if folder is not None:
         logger.info("written: %s", folder)
     return folder

@@ -3,11 +3,9 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from transformers import HfArgumentParser
-
 from spar_hf.heads.common import RunOptions
 from spar_hf.utils.errors import UsageError
-from spar_hf.utils.options import require_positive, require_share
+from spar_hf.utils.options import ComposedOptions, require_positive, require_share
 
 # options that a resumed run may change: none of them changes what is learned
 FREE = {"output", "resume", "workers", "save_steps", "report_to"}
@@ -149,7 +147,7 @@ class PanopticRun(RunOptions):
 
 
 @dataclass(kw_only=True)
-class PanopticOptions:
+class PanopticOptions(ComposedOptions):
     """Options of training a panoptic head."""
 
     data: PanopticData
@@ -157,19 +155,6 @@ class PanopticOptions:
     model: PanopticModel
     training: PanopticTraining
     run: PanopticRun
-
-
-def parse_options(args: list[str] | None, description: str | None = None) -> PanopticOptions:
-    """
-    The options on a command line; `None` takes that of this process.
-
-    Raises:
-        UsageError: a value out of its range.
-    """
-    parts: Any = (PanopticModel, PanopticData, PanopticViews, PanopticTraining, PanopticRun)
-    parser = HfArgumentParser(parts, description=description)
-    model, data, views, training, run = parser.parse_args_into_dataclasses(args)
-    return PanopticOptions(data=data, views=views, model=model, training=training, run=run)
 
 
 def upgrade(settings: dict[str, Any]) -> dict[str, Any]:

@@ -2,12 +2,9 @@
 
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
-
-from transformers import HfArgumentParser
 
 from spar_hf.utils.errors import UsageError
-from spar_hf.utils.options import require_not_negative, require_one_of, require_positive
+from spar_hf.utils.options import ComposedOptions, require_not_negative, require_one_of, require_positive
 
 # options that a resumed run may change: where it is written, and the length of its schedule
 FREE = {"output", "resume", "workers", "save_steps", "steps"}
@@ -100,7 +97,7 @@ class RunOptions:
 
 
 @dataclass(kw_only=True)
-class PretrainingOptions:
+class PretrainingOptions(ComposedOptions):
     """
     Options of the pre-training.
 
@@ -118,16 +115,3 @@ class PretrainingOptions:
             raise UsageError(
                 f"--start keeps that model's sizes and words; leave out {', '.join(f'--{name}' for name in given)}."
             )
-
-
-def parse_options(args: list[str] | None, description: str | None = None) -> PretrainingOptions:
-    """
-    The options on a command line; `None` takes that of this process.
-
-    Raises:
-        UsageError: a value out of its range, or options that exclude each other.
-    """
-    parts: Any = (RecipeOptions, NewModelOptions, TrainingOptions, RunOptions)
-    parser = HfArgumentParser(parts, description=description)
-    recipe, new_model, training, run = parser.parse_args_into_dataclasses(args)
-    return PretrainingOptions(recipe=recipe, new_model=new_model, training=training, run=run)

@@ -25,7 +25,7 @@ from spar_hf import SparForOpenVocabSegmentation, SparImageProcessorPil, SparPro
 from spar_hf.pretraining.crops import CropBatches, CropSet, load_sets
 from spar_hf.pretraining.losses import step_loss
 from spar_hf.pretraining.model import Towers, load_model, new_model
-from spar_hf.pretraining.options import FREE, PretrainingOptions, TrainingOptions, parse_options
+from spar_hf.pretraining.options import FREE, PretrainingOptions, TrainingOptions
 from spar_hf.utils.atomic import writing_folder
 from spar_hf.utils.checkpoints import earlier_state, load_checkpoint, settings_of
 from spar_hf.utils.devices import clock
@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 def main(args: list[str] | None = None) -> Path | None:
     """The command; returns the folder of the model, or `None` where the run was stopped."""
-    folder = train(parse_options(args, description=__doc__))
+    folder = train(PretrainingOptions.parse(args, __doc__))
     if folder is not None:
         logger.info("written: %s", folder)
     return folder

@@ -1,10 +1,51 @@
 """Options that are composed of dataclasses, and the checks that every command makes; errors name the option as typed."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, asdict, fields
 from typing import Any
 
 from spar_hf.utils.errors import UsageError
+
+
+def parse_dataclasses(
+    kinds: Iterable[Any], args: Sequence[str] | None = None, description: str | None = None, **kwargs: Any
+) -> list[Any]:
+    """
+    Read a flat command line into several dataclasses with `HfArgumentParser`.
+
+    Args:
+        kinds: the dataclasses; no two have a field of the same name.
+        args: the command line; `None` takes that of this process.
+        description: text above the options in `--help`.
+        kwargs: passed on to the parser.
+
+    Raises:
+        UsageError: an option that none of them has, or what the dataclasses raise.
+
+    Example:
+
+    ```python
+    >>> from dataclasses import dataclass
+    >>> @dataclass
+    ... class Run:
+    ...     steps: int = 10
+    >>> parse_dataclasses([Run], ["--steps", "3"])
+    [Run(steps=3)]
+    >>> parse_dataclasses([Run], ["--step_count", "3"])
+    Traceback (most recent call last):
+    spar_hf.utils.errors.UsageError: --step_count 3: no such option; --help lists them.
+    ```"""
+    from transformers import HfArgumentParser
+
+    parser = HfArgumentParser(tuple(kinds), description=description, **kwargs)  # type: ignore[arg-type]
+    *found, unknown = parser.parse_args_into_dataclasses(
+        args,
+        look_for_args_file=False,
+        return_remaining_strings=True,  # type: ignore[arg-type]
+    )
+    if unknown:
+        raise UsageError(f"{' '.join(unknown)}: no such option; --help lists them.")
+    return found
 
 
 def require_positive(options: Any, *names: str) -> None:
@@ -96,6 +137,16 @@ class ComposedOptions:
     def parts(cls) -> dict[str, Any]:
         """The dataclasses that the options are composed of, by the names of their fields."""
         return {part.name: part.type for part in fields(cls)}  # type: ignore[arg-type]
+
+    @classmethod
+    def parse(cls, args: Sequence[str] | None = None, description: str | None = None) -> Any:
+        """
+        The options on a command line, see [`parse_dataclasses`].
+
+        Raises:
+            UsageError: an unknown or invalid option.
+        """
+        return cls(**dict(zip(cls.parts(), parse_dataclasses(cls.parts().values(), args, description), strict=True)))
 
     @classmethod
     def from_flat(cls, **values: Any) -> Any:

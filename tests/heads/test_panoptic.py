@@ -25,7 +25,7 @@ from spar_hf import (
 )
 from spar_hf.data.segmentation_sets import open_folder
 from spar_hf.heads.panoptic import PanopticTrainer, main, split_data
-from spar_hf.heads.panoptic_options import PanopticViews, parse_options
+from spar_hf.heads.panoptic_options import PanopticOptions, PanopticViews
 from spar_hf.heads.panoptic_quality import measure_quality
 from spar_hf.heads.segments import PanopticImages, find_segments, first_item, thing_classes
 from spar_hf.utils.errors import MissingFiles, UsageError
@@ -210,7 +210,7 @@ def test_script__launched_in_two_processes(base, data, tmp_path):
 
     # each process measured its share; together they are what one finds
     measured = json.loads((tmp_path / "run" / "curve.json").read_text())[-1]
-    folder_options = parse_options(arguments(base, data, tmp_path, **options)).data
+    folder_options = PanopticOptions.parse(arguments(base, data, tmp_path, **options)).data
     _, held_out = split_data(open_folder(data, options["classes"]), folder_options)
     again = measure_quality(model.eval(), processor, held_out, {0}, 0.001, 0.1, Accelerator())
     assert again["images"] == 2 and again["pq"] > 0
@@ -284,7 +284,7 @@ def test_training__sigterm_stops_after_the_step(base, data, tmp_path, monkeypatc
 
 
 def test_options__names_of_version_0_1():
-    options = parse_options(["--model", "m", "--data", "d", "--photos", "3", "--output", "o"])
+    options = PanopticOptions.parse(["--model", "m", "--data", "d", "--photos", "3", "--output", "o"])
     assert (options.data.dataset, options.data.limit) == ("d", 3)
     assert options.run.mixed_precision is None  # what `accelerate launch` was told counts
 
@@ -299,7 +299,7 @@ def test_options__bad_ones_are_refused(base, data, tmp_path):
         ({"eval_steps": 0}, "--eval_steps 0 must be above 0"),
     ]:
         with pytest.raises(UsageError, match=message):
-            parse_options(arguments(base, data, tmp_path, **wrong))
+            PanopticOptions.parse(arguments(base, data, tmp_path, **wrong))
     with pytest.raises(MissingFiles, match="masks"):
         main(arguments(base, data / "images", tmp_path))
     for wrong, message in [

@@ -1,13 +1,16 @@
-"""The page of overlays, made of a folder of one's own."""
+"""The page of overlays, made by the script from a folder of images."""
 
+import os
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
+from launching import ENVIRONMENT, TRAINING
 from PIL import Image
 
-# not by `import`: where the folder that it writes lies beside, ruff would take it for a package
-demo = pytest.importorskip("demo", reason="the page needs jinja2 (extra demo)")
+pytest.importorskip("jinja2", reason="the page needs the extra demo")
 
 
 @pytest.fixture
@@ -19,14 +22,30 @@ def folder(tmp_path):
     return tmp_path / "in"
 
 
+def demo(output, *images, vocabulary="road; sky", most=3):
+    """The page, and what the script said on stderr."""
+    command = [sys.executable, str(TRAINING / "studies" / "demo.py"), "--output", str(output), "--packaged", "false"]
+    command += ["--vocabulary", vocabulary, "--max_images", str(most), "--shortest_edge", "64", "--stride", "96"]
+    run = subprocess.run(
+        [*command, "--images", *map(str, images)],
+        env={**ENVIRONMENT, "TQDM_DISABLE": "1"},
+        cwd=os.path.dirname(output),
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    return (output / "index.html").read_text(encoding="utf-8"), run.stderr
+
+
+def titles(page):
+    return re.findall(r"<h2>(image\d)", page)
+
+
 def test_page_shows_every_image_three_ways_and_says_what_failed(folder, tmp_path):
     (folder / "image1.png").write_bytes(b"")
-    lines = []
-    options = demo.Options(output=str(tmp_path / "out"), images=[str(folder)], packaged=False, vocabulary="road; <sky>")
-    options.max_images, options.shortest_edge, options.stride = 3, 64, 96
-    page = demo.run(options, lines.append).read_text(encoding="utf-8")
-    assert len(lines) == 1 and "empty (0 bytes)" in lines[0] and "empty (0 bytes)" in page
-    assert re.findall(r"<h2>(image\d)", page) == ["image0", "image2"]
+    page, said = demo(tmp_path / "out", folder, vocabulary="road; <sky>")
+    assert said.count("empty (0 bytes)") == 1 and "empty (0 bytes)" in page
+    assert titles(page) == ["image0", "image2"]
     assert page.count("data:image/jpeg") == 2 * 4
     assert "&lt;sky&gt;" in page and "<sky>" not in page
     # every picture's legend covers the image: shares are rounded to whole per cents
@@ -34,9 +53,8 @@ def test_page_shows_every_image_three_ways_and_says_what_failed(folder, tmp_path
         assert abs(sum(map(int, re.findall(r"(\d+) %", caption))) - 100) <= 1
 
 
-def test_images_are_taken_evenly_from_all_arguments(folder):
-    names = [image.name for image in demo.own_images([str(folder), str(folder / "image3.png")], 3, "sky")]
-    assert names == ["image0", "image3"]  # one of the folder, the other argument's, which has no more
-    assert [image.name for image in demo.own_images([str(folder)], 2, "sky")] == ["image0", "image2"]
-    with pytest.raises(FileNotFoundError, match="neither a file"):
-        demo.own_images(["nowhere"], 2, "sky")
+def test_images_are_taken_evenly_from_all_arguments(folder, tmp_path):
+    page, _ = demo(tmp_path / "two", folder, folder / "image3.png", most=3)
+    assert titles(page) == ["image0", "image3"]  # one of the folder, and the other argument's, which has no more
+    page, _ = demo(tmp_path / "one", folder, most=2)
+    assert titles(page) == ["image0", "image2"]

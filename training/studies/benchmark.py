@@ -25,12 +25,13 @@ from rich.console import Console
 from rich.table import Table
 from torch.nn import functional as F
 from tqdm.auto import tqdm
-from transformers import CLIPVisionConfig, DINOv3ViTConfig, HfArgumentParser, SiglipVisionConfig
+from transformers import CLIPVisionConfig, DINOv3ViTConfig, SiglipVisionConfig
 
 from spar_hf import SPAR_TINY, SlidingWindowTeacher, SparConfig, SparVisionModel
 from spar_hf.utils.atomic import write_json
 from spar_hf.utils.devices import clock
 from spar_hf.utils.errors import UsageError, as_usage_errors, run_command
+from spar_hf.utils.options import parse_dataclasses
 
 logger = logging.getLogger("benchmark")
 
@@ -209,7 +210,7 @@ def rows(options: Options) -> list[dict]:
 
 def main(args: list[str] | None = None) -> list[dict]:
     """Parse options, measure, and print the table; return its rows."""
-    (options,) = HfArgumentParser(Options, description=__doc__).parse_args_into_dataclasses(args)
+    (options,) = parse_dataclasses([Options], args, __doc__)
     found = run(options)
     table = Table("what", "ratio", "middle half", "ours", "bare", "goal")
     for row in found:

@@ -1,15 +1,13 @@
 """
-What making masks from features costs: memory and time against the plain formula, labels equal to its own, time beside the
-vision forward, and the throughput of a folder.
+Suite `masks` of `benchmark.py`: what it costs to make masks from features. Memory and time relative to the plain formula,
+whose labels must be the same; time relative to the vision forward; and the throughput of a folder.
 
-    python training/benchmark_masks.py --output masks.json
+    python training/studies/benchmark_masks.py --output masks.json
 """
 
-import logging
 import statistics
-import threading
-import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,56 +19,59 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 from torch.nn import functional as F
-from transformers import AutoTokenizer, HfArgumentParser, SiglipTextConfig, SiglipVisionConfig, pipeline
+from transformers import AutoTokenizer, SiglipTextConfig, SiglipVisionConfig, pipeline
 
 from spar_hf import SPAR_TINY, SparConfig, SparForOpenVocabSegmentation, SparImageProcessorPil
 from spar_hf.model.prompts import Vocabulary
 from spar_hf.model.segmentation import decide
 from spar_hf.utils.atomic import write_json
-from spar_hf.utils.usage import run_script
+from spar_hf.utils.devices import PeakMemory, clock
+from spar_hf.utils.errors import UsageError, as_usage_errors, run_command
+from spar_hf.utils.options import parse_dataclasses
 
-logger = logging.getLogger("benchmark")
 PATCH = 16
 SCALE = 40.0  # the published factor on cosines
 
 
-def resident() -> int:
-    """Bytes that this process holds now (Linux)."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+@dataclass
+class MaskOptions(Options):
+    """Options of the benchmark, and the sizes of this suite."""
+
+    decision: list[int] = field(
+        default_factory=lambda: [150, 1024, 2048],
+        metadata={"help": "Classes, height and width in pixels of the decision against the whole formula."},
+    )
+    large_decision: list[int] = field(
+        default_factory=lambda: [1000, 2048, 2048],
+        metadata={"help": "The same where the formula does not fit into memory and is computed in strips."},
+    )
+    forward_size: int = field(
+        default=1024, metadata={"help": "Side in pixels of the image whose masks are timed against the vision forward."}
+    )
+    images: int = field(default=8, metadata={"help": "Number of images in the folder and in the batch."})
+
+    def __post_init__(self):
+        for name in ("decision", "large_decision"):
+            if len(getattr(self, name)) != 3 or min(getattr(self, name)) < 1:
+                raise UsageError(f"--{name} takes three numbers above 0: classes, height, width.")
 
 
-def measure(work: Callable[[], torch.Tensor], device: str) -> tuple[float, int, torch.Tensor]:
-    """
-    Seconds of `work`, the most bytes it held beyond what there was before, and its result. On the CPU the memory is the
-    resident one, sampled every 2 ms; CUDA keeps count itself.
-    """
-    cuda = device.startswith("cuda")
-    before, peak, done = torch.cuda.memory_allocated() if cuda else resident(), 0, threading.Event()
-
-    def watch():
-        nonlocal peak
-        while not done.wait(0.002):
-            peak = max(peak, resident())
-
-    watcher = threading.Thread(target=watch)
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        watcher.start()
-    start = time.perf_counter()
+def timed(work: Callable[[], torch.Tensor], device: str) -> tuple[float, torch.Tensor]:
+    """Seconds of the work, and its result."""
+    start = clock(device)
     result = work()
-    if cuda:
-        torch.cuda.synchronize()
-    elapsed = time.perf_counter() - start
-    if cuda:
-        return elapsed, torch.cuda.max_memory_allocated() - before, result
-    done.set()
-    watcher.join()
-    return elapsed, max(0, peak - before), result
+    return clock(device) - start, result
 
 
-def logits_like_a_models(names: int, height: int, width: int, device: str) -> torch.Tensor:
-    """Smooth cosines times the scale, one name ahead per region: `(names, h, w)`."""
+def peak_mib(work: Callable[[], torch.Tensor], device: str) -> float | None:
+    """The most memory that the work holds, in MiB; `None` where it cannot be measured."""
+    with PeakMemory(device) as peak:
+        work()
+    return None if peak.bytes is None else peak.bytes / 2**20
+
+
+def realistic_logits(names: int, height: int, width: int, device: str) -> torch.Tensor:
+    """Logits as a model makes them, smooth and with one name ahead in each region: `(names, h, w)`."""
     generator = torch.Generator().manual_seed(0)
     coarse = torch.randn(1, names, -(-height // PATCH) // 4, -(-width // PATCH) // 4, generator=generator) * 0.05
     size = (-(-height // PATCH), -(-width // PATCH))
@@ -78,12 +79,12 @@ def logits_like_a_models(names: int, height: int, width: int, device: str) -> to
 
 
 def plain_labels(logits: torch.Tensor) -> torch.Tensor:
-    """The formula as one writes it: upsample, softmax, argmax; every probability of every pixel at once."""
+    """The plain formula: upsample, softmax, argmax, with all probabilities of all pixels at once."""
     return F.interpolate(logits[None], scale_factor=PATCH, mode="bilinear")[0].softmax(0).argmax(0)
 
 
 def plain_labels_in_strips(logits: torch.Tensor, patch_rows: int = 8) -> torch.Tensor:
-    """The same in strips, with one patch row beyond on each side, where the whole does not fit into memory."""
+    """The same in strips, each with one more patch row on either side, for sizes that do not fit into memory."""
     rows, strips = logits.shape[1], []
     for first in range(0, rows, patch_rows):
         last = min(first + patch_rows, rows)
@@ -93,33 +94,38 @@ def plain_labels_in_strips(logits: torch.Tensor, patch_rows: int = 8) -> torch.T
     return torch.cat(strips)
 
 
-def against_the_plain_formula(names: int, height: int, width: int, whole: bool, options: Options) -> dict:
-    """Time, memory and labels of `decide` against the formula, whole or, where that is too large, in strips."""
-    logits = logits_like_a_models(names, height, width, options.device)
-    plain, name_to_class, size = plain_labels if whole else plain_labels_in_strips, torch.arange(names), (height, width)
-    ours, bare = [], []
+def against_the_plain_formula(size: list[int], whole: bool, options: MaskOptions) -> dict:
+    """Time, memory and labels of `decide` relative to the formula, whole or in strips."""
+    names, height, width = size
+    logits = realistic_logits(names, height, width, options.device)
+    plain = partial(plain_labels if whole else plain_labels_in_strips, logits)
+    working_size = (height, width)
+
+    def ours() -> torch.Tensor:
+        return decide(logits, torch.arange(names), PATCH, working_size, working_size).labels
+
+    pairs = []
     for _ in range(options.repeats if whole else 1):  # a thousand classes take minutes
-        ours.append(measure(lambda: decide(logits, name_to_class, PATCH, size, size).labels, options.device))
-        bare.append(measure(lambda: plain(logits), options.device))
-    ratios = sorted(a[0] / b[0] for a, b in zip(ours, bare, strict=True))
+        pairs.append((timed(ours, options.device), timed(plain, options.device)))
+    ratios = sorted(a[0] / b[0] for a, b in pairs)
     quarter = len(ratios) // 4
     form = "plain formula" if whole else "plain formula in strips of 8 patch rows"
     return {
         "name": f"decision over {form}, {names} classes, {height}×{width}",
         "ratio": statistics.median(ratios),
         "middle_half": [ratios[quarter], ratios[-1 - quarter]],
-        "seconds": statistics.median(row[0] for row in ours),
-        "bare_seconds": statistics.median(row[0] for row in bare),
-        "peak_mib": max(row[1] for row in ours) / 2**20,
-        "bare_peak_mib": max(row[1] for row in bare) / 2**20,
+        "seconds": statistics.median(a[0] for a, _ in pairs),
+        "bare_seconds": statistics.median(b[0] for _, b in pairs),
+        "peak_mib": peak_mib(ours, options.device),
+        "bare_peak_mib": peak_mib(plain, options.device),
         "formula_mib": names * height * width * 4 * 2 / 2**20,  # upsampled logits and their softmax
-        "equal_labels": float((ours[0][2] == bare[0][2]).double().mean()),
+        "equal_labels": float((pairs[0][0][1] == pairs[0][1][1]).double().mean()),
         "goal": "equal labels ≥ 0.99999",
     }
 
 
-def random_pipeline(options: Options, model=None):
-    """A pipeline of a random ViT-B/16 (SigLIP2's shape) or another model, with the tokenizer of spar-tiny."""
+def make_pipeline(options: MaskOptions, model: SparForOpenVocabSegmentation | None = None):
+    """A pipeline of a model, by default a ViT-B/16 of random weights in SigLIP2's shape, with spar-tiny's tokenizer."""
     tokenizer = AutoTokenizer.from_pretrained(SPAR_TINY)
     if model is None:
         text = SiglipTextConfig(
@@ -138,14 +144,15 @@ def random_pipeline(options: Options, model=None):
 
 
 def noise(height: int, width: int) -> Image.Image:
+    """An image of smooth noise."""
     coarse = np.random.default_rng(0).integers(0, 256, (height // 32, width // 32, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
 
 
 @torch.no_grad()
-def beside_the_forward(options: Options, size: int = 1024, model=None) -> list[dict]:
-    """What runs on the device beside the vision forward, over the forward; and what does not, over the former."""
-    segment = random_pipeline(options, model)
+def beside_the_forward(options: MaskOptions) -> list[dict]:
+    """Work on the device after the vision forward, relative to the forward; and work elsewhere, relative to that work."""
+    segment, size = make_pipeline(options), options.forward_size
     image = noise(size, size)
     pixel_values = segment.preprocess(image)["pixel_values"].to(options.device)
     encoded = segment.encode(image)
@@ -158,7 +165,7 @@ def beside_the_forward(options: Options, size: int = 1024, model=None) -> list[d
     what = f"logits, upsampling, decision and scores, 150 classes, {size}×{size}"
     segments = len(segment.postprocess(decided))
     with TemporaryDirectory() as folder:
-        path = Path(folder) / "photo.jpg"
+        path = Path(folder) / "image.jpg"
         image.save(path)
         forward = partial(segment.model.vision_model, pixel_values)
         decoding, masks = partial(segment.preprocess, path), partial(segment.postprocess, decided)
@@ -170,34 +177,29 @@ def beside_the_forward(options: Options, size: int = 1024, model=None) -> list[d
 
 
 @torch.no_grad()
-def folder_throughput(options: Options, count: int = 8) -> dict:
-    """Images per second of a folder through the pipeline over those of a bare loop of vision forwards on ready tensors."""
-    model = SparForOpenVocabSegmentation.from_pretrained(options.model)
-    segment = random_pipeline(options, model)
+def folder_throughput(segment, options: MaskOptions) -> dict:
+    """Images per second of a folder through the pipeline, relative to a bare loop of vision forwards on ready tensors."""
     with TemporaryDirectory() as folder:
-        paths = [Path(folder) / f"{i}.jpg" for i in range(count)]
+        paths = [Path(folder) / f"{i}.jpg" for i in range(options.images)]
         for path in paths:
             noise(options.height, options.width).save(path)
         ready = [segment.preprocess(path)["pixel_values"].to(options.device) for path in paths]
         labels = ["road", "car, automobile", "sky", "tree", "building"]
-        row = compare(
-            f"bare loop of forwards over a folder of {count} JPEGs to label maps, {options.height}×{options.width}",
+        return compare(
+            f"bare loop of forwards over a folder of {len(paths)} JPEGs to label maps, {options.height}×{options.width}",
             lambda: [segment.model.vision_model(pixel_values) for pixel_values in ready],
             lambda: segment(paths, candidate_labels=labels, output="map"),
             "≥ 0.85",
             options,
         )
-    return row
 
 
 @torch.no_grad()
-def batch_speed(options: Options, count: int = 8) -> dict:
-    """Images of equal size together over one by one."""
-    model = SparForOpenVocabSegmentation.from_pretrained(options.model)
-    segment = random_pipeline(options, model)
-    images, labels = [noise(options.height, options.width)] * count, ["road", "sky"]
+def batch_speed(segment, options: MaskOptions) -> dict:
+    """Images of equal size one by one, relative to the same in batches."""
+    images, labels = [noise(options.height, options.width)] * options.images, ["road", "sky"]
     return compare(
-        f"{count} equal images one by one over batch_size=4, {options.height}×{options.width}",
+        f"{len(images)} equal images one by one over batch_size=4, {options.height}×{options.width}",
         lambda: segment(images, candidate_labels=labels, output="map"),
         lambda: segment(images, candidate_labels=labels, output="map", batch_size=4),
         "reported",
@@ -206,31 +208,36 @@ def batch_speed(options: Options, count: int = 8) -> dict:
 
 
 def rows(options: Options) -> list[dict]:
-    """All comparisons; those of memory add `peak_mib`, `bare_peak_mib`, `formula_mib` and `equal_labels`."""
+    """All comparisons; those with the formula add `peak_mib`, `bare_peak_mib`, `formula_mib` and `equal_labels`."""
+    sizes = options if isinstance(options, MaskOptions) else MaskOptions(**vars(options))
+    with as_usage_errors():
+        model = SparForOpenVocabSegmentation.from_pretrained(sizes.model)
+    segment = make_pipeline(sizes, model)
     return [
-        against_the_plain_formula(150, 1024, 2048, True, options),
-        against_the_plain_formula(1000, 2048, 2048, False, options),
-        *beside_the_forward(options),
-        folder_throughput(options),
-        batch_speed(options),
+        against_the_plain_formula(sizes.decision, True, sizes),
+        against_the_plain_formula(sizes.large_decision, False, sizes),
+        *beside_the_forward(sizes),
+        folder_throughput(segment, sizes),
+        batch_speed(segment, sizes),
     ]
 
 
-def main():
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    (options,) = HfArgumentParser(Options).parse_args_into_dataclasses()
+def main(args: list[str] | None = None) -> list[dict]:
+    """The command: prints the comparisons and returns them."""
+    (options,) = parse_dataclasses([MaskOptions], args, __doc__)
     results = rows(options)
     table = Table("what", "ratio", "middle half", "seconds", "bare", "MiB", "bare", "equal", "goal")
     for row in results:
         low, high = row["middle_half"]
-        memory = [f"{row[key]:.0f}" if key in row else "" for key in ("peak_mib", "bare_peak_mib")]
+        memory = [f"{row[key]:.0f}" if row.get(key) is not None else "" for key in ("peak_mib", "bare_peak_mib")]
         equal = f"{row['equal_labels']:.7f}" if "equal_labels" in row else ""
         times = (f"{row['ratio']:.3f}", f"{low:.3f}-{high:.3f}", f"{row['seconds']:.3f}", f"{row['bare_seconds']:.3f}")
         table.add_row(row["name"], *times, *memory, equal, row["goal"])
     Console().print(table)
     if options.output:
         write_json(Path(options.output), {"options": vars(options), "ratios": results})
+    return results
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_command(main)

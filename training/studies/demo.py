@@ -1,24 +1,22 @@
 """
-The main job on real images, with no download: masks from words by the embedded spar-tiny in one pass, beside its untouched
-base in one pass and the sliding-window teacher; one HTML page with pictures, legends and times.
+Masks from words on real images, with no download: the embedded spar-tiny in one pass, next to its base in one pass and the
+base as a sliding-window teacher, on one HTML page with pictures, legends and times.
 
-    python training/demo.py --output demo
-    python training/demo.py --output demo --packaged false --images IMAGES --vocabulary everyday
+    python training/studies/demo.py --output demo
+    python training/studies/demo.py --output demo --packaged false --images IMAGES --vocabulary everyday
 """
 
 import base64
 import io
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from jinja2 import Environment
 from PIL import Image
-from transformers import HfArgumentParser
 
 from spar_hf import SPAR_TINY, SPAR_TINY_BASE
 from spar_hf.cli.labels import parse_labels
@@ -26,11 +24,13 @@ from spar_hf.cli.overlays import overlay, palette
 from spar_hf.cli.pipelines import load_pipeline, segment_timed
 from spar_hf.model.image_input import read_image, to_rgb
 from spar_hf.utils.atomic import write_text
+from spar_hf.utils.errors import MissingFiles, UsageError, as_usage_errors, run_command
 from spar_hf.utils.image_files import InputImage, find_images, process_images
+from spar_hf.utils.options import parse_dataclasses
 
-logger = logging.getLogger("demo")
+logger = logging.getLogger(__name__)
 
-# images inside packages of the demo extra, and words for what one sees in them
+# images inside packages of the extra `demo`, and words for what they show
 IMAGES: list[tuple[str, str, list[str]]] = [
     ("skimage.data", "astronaut.png", ["person, woman", "hair", "skin, face", "suit", "flag, banner", "wall"]),
     ("skimage.data", "chelsea.png", ["cat", "wall", "floor, rug"]),
@@ -48,7 +48,7 @@ IMAGES: list[tuple[str, str, list[str]]] = [
     ),
 ]
 
-# words for folders of images, by what is on them
+# words for folders of images, by what they show
 PRESETS: dict[str, str] = {
     "everyday": "person; cat; dog; bird; car, bus, truck; bicycle, motorcycle; sky; building, house; tree, bush; grass; "
     "flower; water, sea, river; mountain, hill; road, pavement; wall; floor; table; chair, couch; food, fruit; window; rock",
@@ -73,16 +73,17 @@ td:first-child, th:first-child { text-align: left; } h2 { margin: 2rem 0 .2rem; 
 .words { margin: 0 0 .5rem; color: #666; font-size: .9rem; }
 </style></head><body>
 <h1>SPAR: masks from words in one pass</h1>
-<p>{{ model }}: the distilled student in one pass, its untouched base in one pass, and the base as a sliding-window teacher
-(window {{ window }} px, stride {{ stride }} px), at a working short side of {{ shortest_edge }} px on {{ device }}.
-Times are the vision forward alone, after a warm-up. “Like the teacher” is the share of pixels that get the teacher's class:
-it says how well one pass replaces the window, not that either is right. {{ note }}</p>
+<p>{{ model }}: the distilled student in one pass, its base before distillation in one pass, and the base as a
+sliding-window teacher (window {{ window }} px, stride {{ stride }} px), at a working short side of
+{{ shortest_edge }} px on {{ device }}. Times are the vision forward alone, after a warm-up. “Like the teacher” is the share
+of pixels that get the teacher's class: it tells how well one pass replaces the window, not whether either is right.
+{{ note }}</p>
 <table><tr><th></th><th>seconds per image</th><th>× student</th><th>like the teacher</th></tr>
 {% for name, seconds, ratio, agreement in summary %}<tr><td>{{ name }}</td><td>{{ "%.3f"|format(seconds) }}</td>
 <td>{{ "%.1f"|format(ratio) }}</td><td>{{ "%.0f"|format(100 * agreement) }} %</td></tr>{% endfor %}</table>
 {% for image in images %}<h2>{{ image.name }} ({{ image.width }}×{{ image.height }})</h2>
 <p class="words">{{ image.words }}</p>
-<div class="row"><figure><img src="{{ image.image }}" alt="photo"><figcaption>image</figcaption></figure>
+<div class="row"><figure><img src="{{ image.image }}" alt="image"><figcaption>image</figcaption></figure>
 {% for result in image.results %}<figure><img src="{{ result.image }}" alt="{{ result.name }}">
 <figcaption><b>{{ result.name }}</b>, {{ "%.3f"|format(result.seconds) }} s ({{ "%.1f"|format(result.ratio) }} × student),
 {{ "%.0f"|format(100 * result.agreement) }} % like the teacher
@@ -92,8 +93,8 @@ it says how well one pass replaces the window, not that either is right. {{ note
 </body></html>
 """
 TINY = (
-    "The model is tiny and was trained on few images of streets, people and everyday scenes: where it has never seen a "
-    "thing, its masks are guesses."
+    "The model is tiny and was trained on few images of streets, people and everyday scenes: on things that it has never "
+    "seen, its masks are guesses."
 )
 
 
@@ -108,20 +109,24 @@ class Options:
     vocabulary: str = field(
         default="everyday",
         metadata={
-            "help": f"Words for --images: a preset ({', '.join(PRESETS)}), a built-in set (ade20k, voc21, ...) or one's "
-            "own: 'road; car, automobile; sky'."
+            "help": f"Words for --images: a preset ({', '.join(PRESETS)}), a built-in vocabulary (ade20k, voc21, ...) or "
+            "classes such as 'road; car, automobile; sky'."
         },
     )
-    max_images: int = field(default=10, metadata={"help": "Images of --images, evenly from each of them."})
-    packaged: bool = field(default=True, metadata={"help": "Show the images inside scikit-image and others."})
+    max_images: int = field(
+        default=10, metadata={"aliases": ["--limit"], "help": "Most images of --images, taken evenly from each."}
+    )
+    packaged: bool = field(
+        default=True, metadata={"help": "Show the images that come with scikit-image, scikit-learn and matplotlib."}
+    )
     model: str = field(default=SPAR_TINY, metadata={"help": "The student: a two-tower SPAR folder."})
-    base: str = field(default=SPAR_TINY_BASE, metadata={"help": "Its untouched base."})
+    base: str = field(default=SPAR_TINY_BASE, metadata={"help": "The model that the student was distilled from."})
     stride: int = field(default=24, metadata={"help": "Stride of the teacher in pixels."})
     shortest_edge: int = field(default=384, metadata={"help": "Shorter side of the working image in pixels."})
 
 
 def packaged_images() -> dict[InputImage, str]:
-    """The images that are installed, with the words for what is on them."""
+    """The installed images, with the words for what they show."""
     found = {}
     for package, name, words in IMAGES:
         root, _, rest = package.partition(".")
@@ -129,28 +134,29 @@ def packaged_images() -> dict[InputImage, str]:
         if path.is_file():
             found[InputImage(str(path), name)] = "; ".join(words)
         else:
-            logger.info("not installed, left out: %s/%s", package, name)
+            logger.info("%s of %s is not installed and is left out.", name, package)
     return found
 
 
 def own_images(arguments: list[str], limit: int, words: str) -> dict[InputImage, str]:
     """
-    At most `limit` images, evenly from all arguments and evenly from each.
+    At most `limit` images: as many from each argument, and evenly spaced in each.
 
     Raises:
-        FileNotFoundError: an argument gives no image.
+        MissingFiles: an argument gives no image.
     """
     found: dict[InputImage, str] = {}
     for i, argument in enumerate(arguments):
         images, problems = find_images([argument])
         if problems:
-            raise FileNotFoundError(problems[0][1])
+            raise MissingFiles(problems[0][1])
         count = min(len(images), (limit - len(found)) // (len(arguments) - i))
         found.update({images[j * len(images) // count]: words for j in range(count)})
     return found
 
 
 def data_url(picture: Image.Image, width: int = 720) -> str:
+    """A picture as a JPEG inside the page, `width` pixels wide."""
     picture = picture.resize((width, round(picture.height * width / picture.width)), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", quality=88)
@@ -158,88 +164,122 @@ def data_url(picture: Image.Image, width: int = 720) -> str:
 
 
 def legend(label_map: np.ndarray, labels: list[str]) -> list[tuple[str, tuple[int, ...], float]]:
-    """Name, colour and share of the image of the classes that have pixels, largest first."""
+    """Name, colour and share of the image for each class that has pixels, largest first."""
     shares = np.bincount(label_map.ravel(), minlength=len(labels)) / label_map.size
     colours = palette(len(labels)).tolist()
     return [(labels[i], tuple(colours[i]), shares[i]) for i in np.argsort(-shares, kind="stable") if shares[i]]
 
 
-def run(options: Options, report: Callable[[str], None] = logger.error) -> Path:
+def load_ways(options: Options) -> dict[str, Any]:
+    """The three pipelines that segment every image, by name; the last is the teacher."""
+    with as_usage_errors():
+        ways = {
+            "SPAR student, one pass": load_pipeline(options.model),
+            "base, one pass": load_pipeline(options.base),
+            f"base, sliding window at stride {options.stride}": load_pipeline(options.base, stride=options.stride),
+        }
+    for segment in ways.values():
+        segment_timed(segment, Image.new("RGB", (64, 64)), ["image"])  # the first image would be slower
+    return ways
+
+
+def segment_all_ways(
+    ways: dict[str, Any], image: Image.Image, vocabulary: Any, shortest_edge: int
+) -> list[dict[str, Any]]:
+    """What the page shows of an image: for each way the picture, legend, time, and agreement with the teacher."""
+    size = {"shortest_edge": shortest_edge}
+    results = {name: segment_timed(segment, image, vocabulary, size=size) for name, segment in ways.items()}
+    student, *_, teacher = results.values()
+    return [
+        {
+            "name": name,
+            "image": data_url(overlay(image, result["map"], result["labels"], legend=False)),
+            "legend": legend(result["map"], result["labels"]),
+            "seconds": result["forward_seconds"],
+            "ratio": result["forward_seconds"] / student["forward_seconds"],
+            "agreement": float((result["map"] == teacher["map"]).mean()),
+        }
+        for name, result in results.items()
+    ]
+
+
+def summarise(images: list[dict[str, Any]]) -> list[tuple[str, float, float, float]]:
+    """For each way: name, mean seconds per image, the same relative to the student, mean agreement with the teacher."""
+    columns = list(zip(*(image["results"] for image in images), strict=True))
+    seconds = [sum(result["seconds"] for result in column) / len(images) for column in columns]
+    agreement = [sum(result["agreement"] for result in column) / len(images) for column in columns]
+    names = [column[0]["name"] for column in columns]
+    return [(name, s, s / seconds[0], like) for name, s, like in zip(names, seconds, agreement, strict=True)]
+
+
+def run(options: Options) -> Path:
     """
     Segment every image three ways and write the page; returns its path.
 
     Raises:
-        FileNotFoundError: an argument of `--images` gives no image.
-        ValueError: malformed words, or not one image could be read.
+        UsageError: an argument of `--images` gives no image, the words are malformed, or no image could be read.
     """
     words = PRESETS.get(options.vocabulary, options.vocabulary)
     found = packaged_images() if options.packaged else {}
     found.update(own_images(options.images or [], options.max_images, words))
-    vocabularies = {text: parse_labels(text) for text in found.values()}
-    teacher = f"base, sliding window at stride {options.stride}"
-    ways = {
-        "SPAR student, one pass": load_pipeline(options.model),
-        "base, one pass": load_pipeline(options.base),
-        teacher: load_pipeline(options.base, stride=options.stride),
-    }
-    size = {"shortest_edge": options.shortest_edge}
-    for segment in ways.values():
-        segment_timed(segment, Image.new("RGB", (64, 64)), ["image"])  # warm-up
-    pages: list[dict] = []
+    with as_usage_errors():
+        vocabularies = {text: parse_labels(text) for text in found.values()}
+    ways = load_ways(options)
+    images: list[dict[str, Any]] = []
 
-    def show(item: InputImage) -> None:
+    def segment(item: InputImage) -> None:
         image, text = to_rgb(read_image(item.source)), found[item]
-        results = {name: segment_timed(segment, image, vocabularies[text], size=size) for name, segment in ways.items()}
-        first, last = next(iter(results.values())), results[teacher]
-        shown = [
-            {
-                "name": name,
-                "image": data_url(overlay(image, result["map"], result["labels"], legend=False)),
-                "legend": legend(result["map"], result["labels"]),
-                "seconds": result["forward_seconds"],
-                "ratio": result["forward_seconds"] / first["forward_seconds"],
-                "agreement": float((result["map"] == last["map"]).mean()),
-            }
-            for name, result in results.items()
-        ]
+        results = segment_all_ways(ways, image, vocabularies[text], options.shortest_edge)
         facts = {"name": item.name, "width": image.width, "height": image.height, "words": text}
-        pages.append({**facts, "image": data_url(image), "results": shown})
+        images.append({**facts, "image": data_url(image), "results": results})
 
-    tally = process_images(list(found), show, report=report)
-    if not pages:
-        raise ValueError("There is no image to show. Give --images a folder, or install the extra `demo`.")
-    columns = list(zip(*(page["results"] for page in pages), strict=True))
-    seconds = [sum(result["seconds"] for result in column) / len(pages) for column in columns]
-    agreement = [sum(result["agreement"] for result in column) / len(pages) for column in columns]
-    summary = [(name, mean, mean / seconds[0], like) for name, mean, like in zip(ways, seconds, agreement, strict=True)]
-    model = ways[teacher].model
-    page = Environment(autoescape=True).from_string(PAGE)
-    html = page.render(
-        images=pages,
-        model=Path(options.model).name,
-        stride=options.stride,
-        window=model.vision_model.window_size,
-        shortest_edge=options.shortest_edge,
-        device=f"{torch.get_num_threads()} CPU threads" if model.device.type == "cpu" else str(model.device),
-        note=TINY if options.model == SPAR_TINY else "",
-        summary=summary,
-        failed=tally.failed,
-    )
+    summary = process_images(list(found), segment, report=logger.error)
+    if not images:
+        raise UsageError("There is no image to show. Give --images a folder, or install the extra `demo`.")
     target = Path(options.output) / "index.html"
-    write_text(target, html)
-    for name, mean, ratio, like in summary:
-        logger.info("%-36s %.3f s per image, %4.1f × student, %3.0f %% like the teacher", name, mean, ratio, 100 * like)
+    write_text(target, render(options, list(ways.values())[-1].model, images, summary.failed))
+    for name, seconds, ratio, like in summarise(images):
+        text = "%-36s %.3f s per image, %4.1f × student, %3.0f %% like the teacher"
+        logger.info(text, name, seconds, ratio, 100 * like)
     return target
 
 
-def main():
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    (options,) = HfArgumentParser(Options).parse_args_into_dataclasses()
+def render(options: Options, teacher: Any, images: list[dict[str, Any]], failed: list[tuple[str, str]]) -> str:
+    """
+    The page in HTML.
+
+    Raises:
+        UsageError: jinja2 is not installed.
+    """
     try:
-        logger.info("page: %s", run(options).resolve())
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from error
+        from jinja2 import Environment
+    except ModuleNotFoundError as error:
+        raise UsageError("The page needs jinja2: pip install 'spar-hf[demo]'") from error
+    cpu = teacher.device.type == "cpu"
+    return (
+        Environment(autoescape=True)
+        .from_string(PAGE)
+        .render(
+            images=images,
+            model=Path(options.model).name,
+            stride=options.stride,
+            window=teacher.vision_model.window_size,
+            shortest_edge=options.shortest_edge,
+            device=f"{torch.get_num_threads()} CPU threads" if cpu else str(teacher.device),
+            note=TINY if options.model == SPAR_TINY else "",
+            summary=summarise(images),
+            failed=failed,
+        )
+    )
+
+
+def main(args: list[str] | None = None) -> Path:
+    """The command; returns the page."""
+    (options,) = parse_dataclasses([Options], args, __doc__)
+    page = run(options)
+    logger.info("written: %s", page.resolve())
+    return page
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -20,7 +20,6 @@ from typing import Any, Literal
 
 from accelerate import PartialState
 from rich.console import Console
-from transformers import HfArgumentParser
 
 from spar_hf import SlidingWindowTeacher, SparForOpenVocabSegmentation
 from spar_hf.evaluation import EvaluationOptions, evaluate_runs
@@ -29,6 +28,7 @@ from spar_hf.evaluation.plots import compare_to_windows, draw_resolutions, draw_
 from spar_hf.evaluation.runs import parse_models
 from spar_hf.utils.atomic import write_atomically, write_json
 from spar_hf.utils.errors import UsageError, as_usage_errors, run_command
+from spar_hf.utils.options import parse_dataclasses
 
 
 @dataclass(kw_only=True)
@@ -133,9 +133,7 @@ def make_figure(figure: FigureOptions, evaluation: EvaluationOptions, console: C
 def main(args: list[str] | None = None) -> list[dict[str, Any]]:
     """Parse options, measure, draw. Returns the points."""
     parts = {name: part for name, part in PARTS.items() if name != "output"}
-    figure, *parsed = HfArgumentParser(
-        (FigureOptions, *parts.values()), description=__doc__
-    ).parse_args_into_dataclasses(args)
+    figure, *parsed = parse_dataclasses((FigureOptions, *parts.values()), args, __doc__)
     evaluation = EvaluationOptions(**dict(zip(parts, parsed, strict=True)))
     rows = make_figure(figure, evaluation, Console(markup=False, highlight=False))
     PartialState().destroy_process_group()

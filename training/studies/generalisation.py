@@ -24,7 +24,6 @@ from accelerate import PartialState
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from transformers import HfArgumentParser
 
 from spar_hf import pretraining
 from spar_hf.evaluation import EvaluationOptions, evaluate_runs
@@ -34,6 +33,7 @@ from spar_hf.evaluation.options import OutputOptions
 from spar_hf.evaluation.reports import percent
 from spar_hf.utils.atomic import write_json
 from spar_hf.utils.errors import MissingFiles, UsageError, run_command
+from spar_hf.utils.options import parse_dataclasses
 
 # the parts of the table, each with its names in earlier versions, under which reports may be stored
 EARLIER_NAMES = {
@@ -156,7 +156,7 @@ def make_table(rows: list[dict[str, Any]]) -> Table:
 
 def main(args: list[str] | None = None) -> list[dict[str, Any]]:
     """Parse options, measure, print the table. Returns its rows."""
-    (options,) = HfArgumentParser(TableOptions, description=__doc__).parse_args_into_dataclasses(args)
+    (options,) = parse_dataclasses([TableOptions], args, __doc__)
     rows = measure_table(options, Console(markup=False, highlight=False))
     PartialState().destroy_process_group()
     return rows

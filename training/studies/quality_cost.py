@@ -28,7 +28,6 @@ from matplotlib.ticker import NullFormatter
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
-from transformers import HfArgumentParser
 
 from spar_hf import SparVisionModel
 from spar_hf.data.augmentation import draw_crop, view_generator
@@ -38,6 +37,7 @@ from spar_hf.teacher import VARIANTS, WindowPlan
 from spar_hf.utils.atomic import write_atomically, write_json
 from spar_hf.utils.checkpoints import list_checkpoints
 from spar_hf.utils.errors import UsageError, as_usage_errors, run_command
+from spar_hf.utils.options import parse_dataclasses
 
 logger = logging.getLogger("quality_cost")
 TRAINING = Path(__file__).parents[1]
@@ -337,7 +337,7 @@ def study(options: Options) -> dict[str, Any]:
 
 def main(args: list[str] | None = None) -> dict[str, Any]:
     """Parse options and carry out the study; return its table."""
-    (options,) = HfArgumentParser(Options, description=__doc__).parse_args_into_dataclasses(args)
+    (options,) = parse_dataclasses([Options], args, __doc__)
     report = study(options)
     logger.info("written: %s", Path(options.output) / "quality_cost.png")
     return report
