@@ -503,8 +503,8 @@ CONTRACT = [
         ),
     ),
     # options, data, measures
-    Row("HfArgumentParser: aliases of an option", "spar_hf/heads/panoptic_options.py", aliases),
-    Row("HfArgumentParser: several dataclasses", "spar_hf/heads/panoptic_options.py", several_dataclasses),
+    Row("HfArgumentParser: aliases of an option", "spar_hf/utils/options.py", aliases),
+    Row("HfArgumentParser: several dataclasses", "spar_hf/utils/options.py", several_dataclasses),
     Row("_fingerprint of a data set", "spar_hf/data/segmentation_sets.py", dataset_fingerprint),
     Row(
         "split_dataset_by_node",
