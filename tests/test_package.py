@@ -23,7 +23,7 @@ def test_import_is_quiet_and_repeatable():
 
 
 def test_import_pulls_in_no_training_dependency():
-    code = "import sys, spar_hf; print(*{'evaluate', 'matplotlib', 'datasets'} & set(sys.modules))"
+    code = "import sys; from spar_hf import *; print(*{'evaluate', 'matplotlib', 'datasets'} & set(sys.modules))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.split() == []
 

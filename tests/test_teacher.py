@@ -1,4 +1,4 @@
-"""The teacher against a slow, plain formula: window by window, loops and slices only."""
+"""The teacher against a slow, plain formula with loops and slices."""
 
 import itertools
 
@@ -121,7 +121,7 @@ def test_windows_start_at_zero_end_flush_and_leave_no_gap(length, stride):
 
 
 def every_draw(plan, windows, variant, monkeypatch):
-    """All that `plan.draw` can return, with its probability: the random numbers are enumerated, not drawn."""
+    """Every result of `plan.draw` with its probability, by enumerating the random numbers."""
     if variant == "spread":
         # the draw changes with the random point only where the point passes the border of a stretch
         borders = {0.0, 1.0, *(plan.chances(windows)[1].cumsum(0) % 1).tolist()}
@@ -182,7 +182,7 @@ def test_draws_are_unbiased_on_every_cell(size, stride, windows, variant, monkey
 @pytest.mark.parametrize("variant", ["tiling", "windows", "spread"])
 @pytest.mark.parametrize(("size", "stride", "windows"), [((112, 128), 24, 1), ((96, 112), 16, 2), ((80, 144), 40, 3)])
 def test_sampled_gradient_is_unbiased_over_all_draws(vision_model, monkeypatch, size, stride, windows, variant):
-    """The mean over every possible draw of the sampled gradient is the full teacher's gradient, exactly."""
+    """The mean of the sampled gradient over all possible draws equals the full teacher's gradient."""
     image = torch.randn(1, 3, *size)
     teacher = SlidingWindowTeacher(vision_model, stride=stride)
     full = teacher(image).feature_map
@@ -240,7 +240,7 @@ def test_tilings_cost_about_the_windows_asked_for():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_mixed_precision_counts_windows_exactly(vision_model, monkeypatch, dtype):
-    """Where every window sees the same, so does every mean: rounded counts would shine through."""
+    """If all windows are equal, so are all means; rounded counts would change them."""
     ones = torch.ones(1, 32, 4, 4)
     monkeypatch.setattr(
         type(vision_model),

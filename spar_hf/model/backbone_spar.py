@@ -62,9 +62,8 @@ class SparBackbone(BackboneMixin, SparVisionModel):
             if stage == "features":
                 maps.append(outputs.feature_map)
                 continue
-            patches = norm(outputs.hidden_states[index])[
-                :, -grid[0] * grid[1] :
-            ]  # class and register tokens stand first
+            # class and register tokens come first
+            patches = norm(outputs.hidden_states[index])[:, -grid[0] * grid[1] :]
             maps.append(patches.transpose(1, 2).unflatten(2, grid))  # (batch, h * w, hidden) -> (batch, hidden, h, w)
         return BackboneOutput(
             feature_maps=tuple(maps), hidden_states=outputs.hidden_states, attentions=outputs.attentions

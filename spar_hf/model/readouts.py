@@ -249,7 +249,7 @@ class MaskClipReadout(Readout, CLIPVisionModel):
 
     def embed(self, pixel_values: torch.Tensor, method: str, extent: int | None = None) -> torch.Tensor:
         patches = self.embeddings.patch_embedding(pixel_values)  # (batch, 3, H, W) -> (batch, hidden, h, w)
-        table = self.embeddings.position_embedding.weight  # the class token's position stands first
+        table = self.embeddings.position_embedding.weight  # the class token's position comes first
         height, width = patches.shape[-2:]
         positions = resample_positions(table[1:], height, width, method)
         patches = patches.flatten(2).transpose(1, 2) + positions  # (batch, h * w, hidden)

@@ -1,4 +1,4 @@
-"""One suite for every read-out: it runs what the read-out's class says it can."""
+"""One suite for every read-out: tests the capabilities that its class declares."""
 
 import subprocess
 import sys
@@ -58,7 +58,7 @@ def test_any_resolution(model, size):
 
 @torch.no_grad()
 def test_every_patch_describes_its_own_pixels(model):
-    """The feature that changes most is the one of the patch that was painted over, wherever the image ends."""
+    """Painting over a patch changes the feature of that patch most, for every size of the image."""
     for name, weight in model.named_parameters():  # random attention mixes all patches; trained attention does less
         if ".layer" in name and ("out_proj" in name or "o_proj" in name):
             weight *= 0.02
@@ -74,7 +74,7 @@ def test_every_patch_describes_its_own_pixels(model):
 
 @torch.no_grad()
 def test_an_edge_stays_where_the_object_ends(model):
-    """A rectangle found by its change of features lies within a patch of itself, and cropping or padding moves it not."""
+    """The features that a rectangle changes lie within one patch of it, with cropping and padding too."""
     for name, weight in model.named_parameters():  # see above
         if ".layer" in name and ("out_proj" in name or "o_proj" in name):
             weight *= 0.02
@@ -254,7 +254,7 @@ def test_two_towers_come_straight_from_a_backbone(name, tmp_path):
 
 @torch.no_grad()
 def test_naflex_equals_transformers_at_another_aspect(tmp_path):
-    """All tokens of NaFlex's own model for a 48×24 image, given patchified with its spatial shape."""
+    """Tokens of transformers' NaFlex model for a 48×24 image, passed as patches with their spatial shape."""
     source_class, config = two_tower_sources()["naflex"]
     source = randomise(source_class(config))
     source.save_pretrained(tmp_path)
@@ -288,7 +288,7 @@ def test_vision_models_come_straight_from_a_backbone(tmp_path):
 
 @torch.no_grad()
 def test_half_precision_is_the_same_from_a_backbone_and_from_its_saved_folder(tmp_path):
-    """RoPE's frequencies are in no file and stay float32 in both; rounded to half precision they would shift positions."""
+    """RoPE's frequencies are not saved and stay float32: rounded to half precision they would shift positions."""
     randomise(DINOv3ViTModel(CONFIGS["dinov3"]())).save_pretrained(tmp_path / "dinov3")
     model = SparVisionModel.from_backbone(tmp_path / "dinov3", dtype=torch.bfloat16)
     model.save_pretrained(tmp_path / "spar")
@@ -321,7 +321,7 @@ def test_missing_weights_of_a_backbone_are_an_error(tmp_path):
 
 @torch.no_grad()
 def test_each_family_has_its_own_positions():
-    """The same table gives other positions by each family's resampling; none falls back on another's."""
+    """Each family's resampling gives different positions from the same table."""
     from spar_hf.model.readouts import resample_positions
 
     table = torch.randn(16, 8, generator=torch.Generator().manual_seed(0))

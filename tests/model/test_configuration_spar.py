@@ -1,4 +1,4 @@
-"""SparConfig: what it fills in, what it refuses, and that nothing of it is lost on the way through JSON."""
+"""SparConfig: defaults, refused values, and an exact round trip through JSON."""
 
 import json
 

@@ -20,7 +20,7 @@ SIZES = [
     (33, 50),
     (17, 200),
 ]  # native grid, as many patches, …
-# torch specialises on sides of one: a graph holds for images of more than one patch each way
+# torch specialises on sizes of 1, so a graph is valid for images of more than one patch per axis
 SIDE = {"min": 17, "max": 4096}
 
 pytestmark = pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects")

@@ -319,7 +319,7 @@ def test_bad_files(tmp_path):
 
 @pytest.fixture
 def web(tmp_path, monkeypatch):
-    """The address of `tmp_path` on this machine."""
+    """URL of a local server for `tmp_path`."""
 
     class Quiet(SimpleHTTPRequestHandler):
         def log_message(self, *args):

@@ -1,4 +1,4 @@
-"""To disk and back: no tower lost or made anew, weight names kept, registration quiet, the same in a fresh process."""
+"""Saving and loading: no tower is lost or newly initialised, weight names are stable, a fresh process gives the same."""
 
 import importlib.metadata
 import json
@@ -84,7 +84,7 @@ def test_two_tower_folder_loads_exactly(two_towers, tmp_path, transformers_log):
 
 
 def test_pushing_while_saving_uploads_the_code_too(two_towers, tokenizer, tmp_path, monkeypatch):
-    """The hub has in the end what the folder has; without a network, what would be sent is noted."""
+    """The upload has all files of the folder. There is no network, so the calls are recorded."""
     sent = {}
 
     class Hub:
@@ -179,7 +179,7 @@ def test_text_weights_without_a_place_are_reported(two_towers, tmp_path, transfo
 
 
 class WithHead(SparPreTrainedModel):
-    """A class that adds a head says so, and loads a folder that has none."""
+    """A class that declares a new head loads a folder without one."""
 
     _keys_to_ignore_on_load_missing = [r"^head\."]
 
@@ -221,7 +221,7 @@ def test_attention_implementation_reaches_both_towers_when_loading(two_towers, t
     assert vision.backbone.config._attn_implementation == "eager"
 
 
-# --- registration, and what a fresh process sees ---
+# --- registration, and fresh processes ---
 
 
 def test_registration_is_quiet_and_can_be_repeated(two_towers, transformers_log, recwarn):
@@ -246,6 +246,7 @@ from transformers import AutoModel, pipeline
 before = {name.split(".")[0] for name in sys.modules}
 warnings.simplefilter("error")
 import spar_hf
+from spar_hf import *  # all names are loaded when first used
 after = {name.split(".")[0] for name in sys.modules}
 
 import torch

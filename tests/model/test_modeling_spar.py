@@ -1,4 +1,4 @@
-"""SparVisionModel and SparForOpenVocabSegmentation: exact at any size, whatever the words, precision and attention."""
+"""SparVisionModel and SparForOpenVocabSegmentation: exact at any size, precision and attention implementation."""
 
 import math
 
@@ -189,7 +189,7 @@ def test_positions_of_an_extent_have_one_step_in_every_image(grid):
 
 
 @torch.no_grad()
-def test_a_image_in_the_middle_of_a_larger_one_has_its_positions(vision_model):
+def test_an_image_in_the_middle_of_a_larger_one_has_its_positions(vision_model):
     config = tiny_config(text_config=None, position_extent=192)
     model = SparVisionModel(config).eval()
     model.load_state_dict(vision_model.state_dict())
@@ -217,7 +217,7 @@ def test_text_features_equal_an_independent_formula_and_the_model_of_transformer
     siglip = SiglipTextModel(two_towers.config.text_config).eval()
     siglip.load_state_dict(two_towers.text_model.state_dict())
     close(features, siglip(prompts()).pooler_output)
-    # tokenizers hand out masks, but SigLIP's text towers were trained without
+    # tokenizers return masks, but SigLIP's text towers were trained without
     masked = two_towers.get_text_features(prompts(), attention_mask=(prompts() > 30).long())
     assert torch.equal(masked.pooler_output, features)
 
@@ -245,7 +245,7 @@ def test_words_must_be_given_once(two_towers):
 def test_gradients_reach_both_towers(two_towers):
     logits = two_towers(random_images((48, 80)), input_ids=prompts()).logits
     logits.square().mean().backward()
-    # dense features pass by the pooling head's query side and by the retrieval scale
+    # dense features depend neither on the pooling head's query nor on the retrieval scale
     unused = ("logit_scale", "logit_bias", "head.probe")
     for name, parameter in two_towers.named_parameters():
         reached = parameter.grad is not None and parameter.grad.abs().sum() > 0
@@ -373,10 +373,10 @@ def test_training_mode_gives_the_features_of_evaluation(vision_model):
 def test_half_precision_is_close_and_takes_float32_images(two_towers, dtype):
     expected = two_towers(random_images((67, 71)), input_ids=prompts())
     outputs = two_towers.to(dtype)(random_images((67, 71)), input_ids=prompts())
-    # decisions are taken in float32 whatever the precision: names of nearly the same cosine are told apart by it
+    # logits are always float32, to distinguish names of nearly the same cosine
     assert outputs.feature_map.dtype == dtype and outputs.logits.dtype == outputs.text_embeds.dtype == torch.float32
     assert cosine(outputs.feature_map, expected.feature_map) > 0.999
     assert cosine(outputs.text_embeds, expected.text_embeds) > 0.999
-    # embeddings made once in float32 serve a half-precision model
+    # float32 embeddings work with a half-precision model
     given = two_towers(random_images((67, 71)), text_embeds=expected.text_embeds)
     close(given.logits.float(), expected.logits, atol=40 * 0.03)

@@ -1,4 +1,4 @@
-"""A vocabulary or a probe made into one folder: the same masks, every Auto class, and never another head's folder."""
+"""A baked vocabulary or linear probe in a folder: same masks, all Auto classes, and other heads' folders are refused."""
 
 import json
 import os
@@ -151,14 +151,14 @@ def test_the_loss_is_that_of_all_upsampled_logits(monkeypatch, names, working_by
     assert len(plain) > 10 and max(float(gradient.abs().max()) for gradient in plain) > 0.01
     for found, gradient in zip(gradients(model, model(pixels, labels=labels).loss), plain, strict=True):
         torch.testing.assert_close(found, gradient, atol=1e-6, rtol=1e-4)
-    # were the maximum taken on the patch grid, the loss would be another
+    # the maximum on the patch grid would give another loss
     coarse = F.interpolate(outputs.logits, scale_factor=16, mode="bilinear")[:, :, :70, :51]
     coarse_loss = F.cross_entropy(coarse, labels, ignore_index=255)
     assert bool((coarse_loss - expected).abs() > 1e-3) == (names is not None)
 
 
 class LargestTensor(TorchDispatchMode):
-    """The number of elements of the largest tensor that an operation gives."""
+    """Number of elements of the largest tensor returned by any operation."""
 
     size = 0
 
@@ -170,7 +170,7 @@ class LargestTensor(TorchDispatchMode):
 
 
 def test_the_loss_never_holds_classes_times_pixels(monkeypatch):
-    """No tensor of the forward or backward pass is of that size, nor is all that waits for the backward pass."""
+    """No tensor of the forward or backward pass has that size, nor have the saved tensors together."""
     monkeypatch.setattr("spar_hf.model.modeling_spar_semantic.WORKING_BYTES", 2**18)
     grid = torch.randn(1, 16, 12, 40, requires_grad=True)
     labels, waiting = torch.randint(0, 5, (1, 256, 192)), {}

@@ -1,4 +1,4 @@
-"""The panoptic head and its image processor: shapes at any size, exact geometry, transformers' rules, folders that load."""
+"""Mask-classification head and its image processor: shapes at any size, exact geometry, transformers' rules, loading."""
 
 import json
 import os
@@ -69,7 +69,7 @@ def outputs_of(masks: torch.Tensor, classes: torch.Tensor, extent=None) -> SparU
 
 
 def sure_of(*labels: int, classes: int = 3) -> torch.Tensor:
-    """Class logits of queries without a doubt."""
+    """Class logits of queries with certain classes."""
     return F.one_hot(torch.tensor(labels), classes + 1).float() * 30
 
 
@@ -94,7 +94,7 @@ def test_features_are_those_of_the_backbone(model, vision_model):
 
 
 def test_a_new_head_starts_as_transformers_starts_its_own(vision_model):
-    """Layers whose weights lie in sub-modules are easily passed by, and then start with far too small weights."""
+    """transformers may skip layers whose weights are in sub-modules; their weights would then be far too small."""
     torch.manual_seed(0)
     head = SparForUniversalSegmentation.from_spar(vision_model, **CLASSES, hidden_dim=64, num_queries=5)
     own = Mask2FormerConfig(hidden_dim=64, dim_feedforward=1024, num_queries=5, num_attention_heads=8)
@@ -121,7 +121,7 @@ def test_calibrate__mean_and_variance_of_the_features(vision_model):
 
 
 def test_loss__that_of_mask2former(model, monkeypatch):
-    """The sum over the decoder's predictions of transformers' loss, of masks over the padded image."""
+    """transformers' loss, summed over the decoder's predictions, with masks over the padded image."""
     seen = []
     segment_loss = model.segment_loss
     monkeypatch.setattr(
@@ -191,7 +191,7 @@ def test_loss__falls_and_the_segments_come_out(vision_model):
 @pytest.mark.parametrize("working_bytes", [2**26, 1])
 @pytest.mark.parametrize(("working", "image"), [((67, 93), (67, 93)), ((67, 93), (201, 279)), ((40, 30), (53, 41))])
 def test_geometry__a_border_lies_where_it_lies_in_the_image(working, image, working_bytes):
-    """Logits that rise by one per pixel change sign where that line of the working image lies in the image."""
+    """Logits that rise by one per pixel change sign at the same line in the image and the working image."""
     cells = [-(-side // 16) * 4 for side in working]
     column, row = 0.43 * working[1], 0.61 * working[0]
     centres = [(torch.arange(n) + 0.5) * 4 for n in cells]  # pixels of the working image, cells of 4

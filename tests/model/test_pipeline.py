@@ -1,4 +1,4 @@
-"""The pipeline as a user calls it, on random weights: what it returns, where its masks lie, what it refuses."""
+"""The pipeline with random weights: results, position of the masks, refused inputs."""
 
 import subprocess
 import sys
@@ -57,7 +57,7 @@ def test_masks_partition_the_image_and_equal_the_plain_formula(segment, picture,
 
 
 def same(one: dict, other: dict) -> float:
-    """Share of pixels of two label maps that agree."""
+    """Share of equal pixels of two label maps."""
     assert one["labels"] == other["labels"] and one["map"].shape == other["map"].shape
     return float((one["map"] == other["map"]).mean())
 
@@ -182,7 +182,7 @@ def test_embedded_folder_serves_every_auto_class():
 
 
 @torch.no_grad()
-def test_embedded_student_is_nearer_to_the_teacher_than_its_base_on_a_image_it_never_saw():
+def test_embedded_student_is_nearer_to_the_teacher_than_its_base_on_an_image_it_never_saw():
     """An image inside scikit-learn: the student's one pass against the teacher's features, base against the same."""
     from sklearn.datasets import load_sample_image
 
@@ -200,7 +200,7 @@ def test_embedded_student_is_nearer_to_the_teacher_than_its_base_on_a_image_it_n
 
 @pytest.fixture
 def forwards(two_towers):
-    """The shape of every batch that the vision tower saw."""
+    """Records the shape of every batch of the vision tower."""
     shapes: list[tuple[int, ...]] = []
     two_towers.vision_model.register_forward_pre_hook(lambda module, args: shapes.append(tuple(args[0].shape)))
     return shapes
@@ -278,7 +278,7 @@ def test_one_bad_image_loses_none_of_the_others(segment, picture, tmp_path):
 
 
 def test_a_batch_that_fails_is_run_image_by_image(segment, picture, two_towers):
-    """As where several images at once are too much for the device."""
+    """Fails like a device without memory for several images at once."""
 
     def refuse(module, args):
         if len(args[0]) > 1:
@@ -446,7 +446,7 @@ def small_segment():
 
 
 def test_images_of_unusual_kinds(segment, picture, tmp_path):
-    """An animation's first frame, transparency over white, and what is refused, with the way out."""
+    """The first frame of an animation, transparency over white, and refused images with a message that helps."""
     other = picture.rotate(180)
     picture.save(tmp_path / "moving.png", save_all=True, append_images=[other])
     still = segment(picture, candidate_labels=LABELS, output="map")

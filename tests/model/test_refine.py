@@ -1,4 +1,4 @@
-"""Refinements against dense algebra and plain loops, what they do to masks, and how the pipeline runs them."""
+"""Refinements against dense algebra and plain loops, their effect on masks, and their use in the pipeline."""
 
 import sys
 from pathlib import Path
@@ -77,7 +77,7 @@ def test_colour_edges_join_cells_up_to_two_apart():
 
 @pytest.mark.parametrize("refine", ["lposs", "lposs+", "pamr"])
 def test_refined_logits_are_means_of_logits(refine):
-    """So a probability keeps its meaning: nothing leaves the range, and what is the same everywhere stays."""
+    """Refined logits stay within the range of the logits, and constant logits are unchanged."""
     logits, features, pixels = random_image(cell=8)
     logits[1] = 2.5
     refined = resolve_refinement(refine)(logits, features, pixels)
@@ -110,7 +110,7 @@ def test_without_scipy_the_error_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "scipy", None)
     with pytest.raises(ImportError, match=r"pip install spar-hf\[refine\]"):
         LabelPropagation()(*random_image())
-    # and a folder that brings this file along does not demand it
+    # a folder that carries this file loads without SciPy
     assert "scipy" not in get_imports(Path(spar_hf.model.refine.__file__))
 
 
@@ -161,7 +161,7 @@ def test_finer_grids_are_bounded_whatever_the_vocabulary():
 
 @pytest.fixture
 def outputs(two_towers):
-    """What the model makes of an image and three texts, and the first arguments of `refined_logits`."""
+    """Logits of an image and three texts, and the first arguments of `refined_logits`."""
     pixels = torch.randn(1, 3, 50, 70, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         made = two_towers(pixels, text_embeds=torch.randn(3, 32, generator=torch.Generator().manual_seed(1)))

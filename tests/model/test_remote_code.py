@@ -1,4 +1,4 @@
-"""Saved folders load with `trust_remote_code=True` where the library is not installed, and ask no trust where it is."""
+"""Saved folders load without the library with `trust_remote_code=True`, and with the library without asking for trust."""
 
 import ast
 import json
@@ -74,7 +74,7 @@ def write_folders(folder: Path) -> None:
 
 
 def write_folders_of_version_0_1(folder: Path) -> None:
-    """The same as version 0.1 wrote them: its code and its JSON files are kept, weights and tokenizer are the same today."""
+    """Folders with the code and JSON files that version 0.1 wrote; weights and tokenizer have not changed since."""
     write_folders(folder)
     with zipfile.ZipFile(Path(__file__).parent / "assets" / "folders_0_1.zip") as files:
         for name in ("both", "vision"):
@@ -124,7 +124,7 @@ def test_folders_load_without_the_library_and_give_the_same(folder, tmp_path):
 
 
 def closure(modules: set[str]) -> set[str]:
-    """Modules of `spar_hf/model/` and all they import of it, read from their syntax trees."""
+    """The modules and all modules of `spar_hf/model/` that they import, from their syntax trees."""
     found: set[str] = set()
     while modules - found:
         name = (modules - found).pop()

@@ -1,4 +1,4 @@
-"""Decisions per pixel against the plain formula that holds every probability at once."""
+"""Decisions per pixel against a plain formula that computes all probabilities at once."""
 
 import pytest
 import torch
@@ -122,7 +122,7 @@ def test_rows_of_logits_on_request_give_the_same_and_never_more_than_fit(working
 
 
 def test_no_tile_is_larger_than_the_working_bytes():
-    """Twenty thousand names on a wide image: not even one row of it would fit."""
+    """With twenty thousand names, one row of a wide image exceeds the bound."""
     logits = torch.randn(20_000, 2, 3, generator=torch.Generator().manual_seed(4))
     geometry = (16, (32, 48), (8, 700), torch.device("cpu"), 4 * 2**20)
     covered = torch.zeros(8, 700)
@@ -155,7 +155,7 @@ def test_probabilities_too_large_for_memory_are_refused_before_any_work():
         class_probabilities(torch.zeros(1000, 2, 2), torch.arange(1000), 16, (32, 32), (2048, 2048))
 
 
-def test_background_rules_on_a_image_of_many_strips_equal_the_rules_on_the_whole():
+def test_background_rules_on_an_image_of_many_strips_equal_the_rules_on_the_whole():
     generator = torch.Generator().manual_seed(6)
     labels = torch.randint(0, 5, (2100, 1030), generator=generator, dtype=torch.int32)
     labels[labels == 1] = torch.where(torch.rand(int((labels == 1).sum()), generator=generator) < 0.02, 1, 0).int()

@@ -1,4 +1,4 @@
-"""The cache of text embeddings: what runs through the text tower again, what is forgotten, what a file belongs to."""
+"""The cache of text embeddings: reuse, invalidation, and files that belong to a text tower."""
 
 import copy
 import json
@@ -21,7 +21,7 @@ def cache(two_towers, tokenizer):
 
 @pytest.fixture
 def prompts_run(two_towers):
-    """How many prompts each forward of the text tower had."""
+    """Records the number of prompts in each forward pass of the text tower."""
     rows: list[int] = []
     two_towers.text_model.register_forward_pre_hook(
         lambda module, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
