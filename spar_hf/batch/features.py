@@ -15,6 +15,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from spar_hf.model.fingerprints import vision_fingerprint
 from spar_hf.model.image_processing_spar import SparImageProcessorPil
 from spar_hf.model.modeling_spar import SparVisionModel
 from spar_hf.model.pipeline import check_device
@@ -22,7 +23,6 @@ from spar_hf.registration import SPAR_TINY
 from spar_hf.teacher import SlidingWindowTeacher
 from spar_hf.utils.atomic import write_atomically, write_json
 from spar_hf.utils.errors import UsageError
-from spar_hf.utils.fingerprint import fingerprint
 from spar_hf.utils.image_files import InputImage
 
 KEY = "feature_map"  # name of the tensor in the file of one image
@@ -94,7 +94,7 @@ class FeatureExtractor:
         `fingerprint` identifies the weights and the image processing, since folders may have the same name.
         """
         model = self.encoder if self.stride is None else self.encoder.model
-        parts = fingerprint(model) + self.image_processor.to_json_string()
+        parts = vision_fingerprint(model) + self.image_processor.to_json_string()
         return {
             "model": self.name,
             "fingerprint": hashlib.sha256(parts.encode()).hexdigest()[:20],

@@ -35,11 +35,11 @@ from spar_hf.distillation.teacher_cache import (
     read_manifest,
     sha256,
 )
+from spar_hf.model.fingerprints import vision_fingerprint
 from spar_hf.model.image_input import read_image, to_rgb
 from spar_hf.utils.atomic import write_atomically, write_json
 from spar_hf.utils.devices import clock
 from spar_hf.utils.errors import UsageError, as_usage_errors
-from spar_hf.utils.fingerprint import fingerprint
 from spar_hf.utils.options import ComposedOptions, parse_dataclasses, require_one_of, require_positive
 from spar_hf.utils.runs import end_run, start_accelerator
 
@@ -156,7 +156,7 @@ def make_setting(
     """What the manifest states: first what distillation compares, then what the views follow from."""
     output = Path(options.storage.output).resolve()
     return {
-        "model": fingerprint(teacher.model),
+        "model": vision_fingerprint(teacher.model),
         "window_size": teacher.window_size,
         "stride": teacher.stride,
         "mixed_precision": mixed_precision,

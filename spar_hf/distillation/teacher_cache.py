@@ -11,9 +11,9 @@ from safetensors import safe_open
 
 from spar_hf import SparImageProcessorPil, SparVisionModel
 from spar_hf.data.augmentation import Crop
+from spar_hf.model.fingerprints import vision_fingerprint
 from spar_hf.model.image_input import read_image, to_rgb
 from spar_hf.utils.errors import MissingFiles, UsageError
-from spar_hf.utils.fingerprint import fingerprint
 
 MANIFEST = "manifest.json"
 COMMAND = "training/cache_teacher.py"
@@ -67,7 +67,7 @@ class TeacherCache:
         """
         folder = Path(folder)
         manifest = read_manifest(folder)
-        asked = {"model": fingerprint(model), "window_size": window_size, "stride": stride}
+        asked = {"model": vision_fingerprint(model), "window_size": window_size, "stride": stride}
         check_setting(folder, manifest["setting"], {name: value for name, value in asked.items() if value is not None})
         if not manifest["complete"]:
             raise UsageError(

@@ -14,10 +14,10 @@ from tqdm.auto import tqdm
 
 from spar_hf import SlidingWindowTeacher, SparImageProcessorPil, SparVisionModel
 from spar_hf.data.segmentation_sets import SegmentationSet
+from spar_hf.model.fingerprints import vision_fingerprint
 from spar_hf.utils.atomic import write_atomically
 from spar_hf.utils.devices import clock
 from spar_hf.utils.errors import UsageError, as_usage_errors
-from spar_hf.utils.fingerprint import fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +106,7 @@ class FrozenFeatures:
 
     def fingerprint(self, inference: str) -> str:
         """A name for all that features depend on except the image."""
-        parts = [fingerprint(self.model), inference, self.image_processor.to_json_string()]
+        parts = [vision_fingerprint(self.model), inference, self.image_processor.to_json_string()]
         parts.append(self.accelerator.mixed_precision)
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:20]
 

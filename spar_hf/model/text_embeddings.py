@@ -1,6 +1,5 @@
 """Cache of text embeddings per name and templates, emptied when the text tower changes; can be saved and loaded."""
 
-import hashlib
 import json
 import os
 from collections import OrderedDict
@@ -11,6 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from .fingerprints import text_fingerprint
 from .prompts import embed_names, resolve_templates
 
 MAX_NAMES = 50_000  # over all templates: 150 MB of 768-dimensional embeddings
@@ -34,19 +34,6 @@ def quick_fingerprint(module: torch.nn.Module) -> tuple:
         (tensor.data_ptr(), None if tensor.is_inference() else tensor._version, total)
         for tensor, total in zip(tensors, sums, strict=True)
     )
-
-
-def full_fingerprint(model, tokenizer) -> str:
-    """SHA-256 of the text tower's weights and dtypes and of the tokenizer; it ties a file of embeddings to its model."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.text_model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    words = tokenizer.get_vocab() if backend is None else json.loads(backend.to_str())
-    words = {key: value for key, value in words.items() if key not in ("padding", "truncation")}  # set by each call
-    digest.update(json.dumps(words, sort_keys=True).encode())
-    return digest.hexdigest()
 
 
 class TextEmbeddingCache:
@@ -119,7 +106,7 @@ class TextEmbeddingCache:
             "format": FORMAT,
             "names": json.dumps(names),
             "templates": json.dumps(prompts),
-            "fingerprint": full_fingerprint(self.model, self.tokenizer),
+            "fingerprint": text_fingerprint(self.model, self.tokenizer),
         }
         target = Path(path)
         temporary = target.with_name(f".{target.name}.partial")
@@ -147,7 +134,7 @@ class TextEmbeddingCache:
                 f"{str(path)!r} is not a safetensors file, or damaged: {error}. Write it again."
             ) from error
         names, prompts = json.loads(metadata["names"]), tuple(json.loads(metadata["templates"]))
-        if metadata["fingerprint"] != full_fingerprint(self.model, self.tokenizer):
+        if metadata["fingerprint"] != text_fingerprint(self.model, self.tokenizer):
             raise ValueError(
                 f"{str(path)!r} was made with another text tower, dtype or tokenizer, so its embeddings do not fit this "
                 "model. Write it again with `save_text_embeddings` of this model."

@@ -19,7 +19,7 @@ from spar_hf.data.order import Sample
 from spar_hf.data.training_images import TrainingImages
 from spar_hf.distillation.cache_teacher import CacheOptions, main, make_cache
 from spar_hf.distillation.teacher_cache import TeacherCache
-from spar_hf.utils.fingerprint import fingerprint
+from spar_hf.model.fingerprints import vision_fingerprint
 
 SCRIPT = Path(__file__).parents[2] / "training" / "cache_teacher.py"
 
@@ -128,16 +128,16 @@ def test_another_setting_is_refused(options, base, pictures):
     assert len(TeacherCache.open(options.storage.output, model=model, window_size=64, stride=32)) == 6
     with pytest.raises(ValueError, match="seed is 0 there and 1 here"):
         make_cache(changed(options, seed=1))
-    same = fingerprint(model)
+    same = vision_fingerprint(model)
     model.config.backbone_config.num_attention_heads *= 2  # leaves no trace in the weights
-    assert fingerprint(model) != same
+    assert vision_fingerprint(model) != same
     model.config.backbone_config.num_attention_heads //= 2
     model.config.position_extent = 128
-    assert fingerprint(model) != same
+    assert vision_fingerprint(model) != same
     model.config.position_extent = None
     with torch.no_grad():
         next(model.parameters()).view(-1)[0] += 1e-3
-    assert fingerprint(model) != same
+    assert vision_fingerprint(model) != same
     with pytest.raises(ValueError, match="made with another setting: model"):
         TeacherCache.open(options.storage.output, model=model)
 
@@ -146,7 +146,7 @@ def test_fingerprint__is_the_same_however_a_model_was_loaded(base, tmp_path):
     model = cache_model(base)
     model.save_pretrained(tmp_path / "copy")
     copies = [SparVisionModel.from_pretrained(tmp_path / "copy"), SparVisionModel.from_backbone(str(base))]
-    assert {fingerprint(copy) for copy in copies} == {fingerprint(model)}
+    assert {vision_fingerprint(copy) for copy in copies} == {vision_fingerprint(model)}
 
 
 def test_a_changed_image_is_refused_and_an_unreadable_one_skipped(options, base, pictures, caplog):
