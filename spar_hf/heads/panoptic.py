@@ -313,12 +313,12 @@ def load_image_processor(model: str, shortest_edge: int, stuff: list[int]) -> Sp
     """Mean and standard deviation of the model's own image processor, at the size of this training."""
     with as_usage_errors():
         source = SparImageProcessorPil.from_backbone(model)
-    return SparUniversalImageProcessorPil(
-        image_mean=source.image_mean,
-        image_std=source.image_std,
-        size={"shortest_edge": shortest_edge},
-        label_ids_to_fuse=stuff,
-    )
+    settings: dict[str, Any] = {
+        "image_mean": source.image_mean,
+        "image_std": source.image_std,
+        "label_ids_to_fuse": stuff,
+    }
+    return SparUniversalImageProcessorPil(size={"shortest_edge": shortest_edge}, **settings)
 
 
 def build_model(options: PanopticModel, classes: tuple[str, ...]) -> SparForUniversalSegmentation:

@@ -1,5 +1,7 @@
 """The segments of a class mask, and images with their segments as a panoptic head is trained on them."""
 
+from typing import Any
+
 import numpy as np
 from PIL import ImageOps
 from scipy import ndimage
@@ -114,7 +116,8 @@ class PanopticImages(Dataset):
         seed: int,
     ):
         self.data, self.things, self.min_area, self.most = data, things, min_area, most
-        self.image_processor, self.views, self.seed = image_processor, views, seed
+        self.image_processor: Any = image_processor  # its keywords are unknown to the types of transformers
+        self.views, self.seed = views, seed
         self.order = ShuffledStream(len(data), f"order-{seed}")
 
     def __getitem__(self, index: int) -> dict:

@@ -1,1 +1,1 @@
-"""Atomic files, checkpoints of runs, fingerprints and errors that every other room uses."""
+"""Atomic files, options, checkpoints of runs, time and memory, and errors: what every other room uses."""
