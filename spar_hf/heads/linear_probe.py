@@ -96,7 +96,8 @@ def probe(options: ProbeOptions) -> dict[str, Any] | None:
             for checkpoint in list_checkpoints(output):  # a probe is short and often repeated in its folder
                 discard(checkpoint)
             show(report, Console(markup=False, highlight=False))
-    end_run(accelerator, *prepared)
+    del prepared
+    end_run(accelerator)
     return report
 
 

@@ -138,7 +138,8 @@ class PanopticTrainer:
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             write_json(self.output / "curve.json", progress.curve)
-        end_run(accelerator, self.wrapped, self.optimizer, self.schedule)
+        del self.wrapped, self.optimizer, self.schedule
+        end_run(accelerator)
         return None if stopped else self.output / "model"
 
     def _begin(self) -> Progress:

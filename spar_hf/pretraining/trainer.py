@@ -77,7 +77,8 @@ def train(options: PretrainingOptions) -> Path | None:
     if finished and accelerator.is_main_process:
         save_model(model, tokenizer, output / "model")
     accelerator.wait_for_everyone()
-    end_run(accelerator, *prepared)
+    del prepared
+    end_run(accelerator)
     return output / "model" if finished else None
 
 

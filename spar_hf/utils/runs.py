@@ -126,11 +126,11 @@ class Checkpointing:
         self.stop.restore()
 
 
-def end_run(accelerator: Accelerator, *prepared: Any) -> None:
+def end_run(accelerator: Accelerator) -> None:
     """
-    Release what `accelerator.prepare` returned, then end trackers and process group, in this order: DDP's reducer, were it
-    the last to hold the process group, would wait for gloo's thread with the interpreter's lock held, and that thread waits
+    End trackers and process group. Delete every reference to what `accelerator.prepare` returned first. If DDP's reducer is
+    the last to hold the process group, it waits for gloo's thread with the interpreter's lock held, and that thread waits
     for the lock.
     """
-    accelerator.free_memory(*prepared)
+    accelerator.free_memory()
     accelerator.end_training()
