@@ -210,7 +210,7 @@ def test_a_vision_only_folder_and_a_missing_folder_are_reported(images, tmp_path
     vision_model.save_pretrained(tmp_path / "vision")
     options = [images / "street.png", "--labels", LABELS, "--output", tmp_path / "o.png", "--model"]
     assert "has no text tower" in run(*options, tmp_path / "vision", status=2)
-    for model, message in (("nowhere", "is no folder here"), ("vision/config.json", "is a file. Name the folder of")):
+    for model, message in (("nowhere", "is neither a local folder"), ("vision/config.json", "is a file")):
         text = run(*options, tmp_path / model, status=1)
         assert f"{tmp_path / model} {message}" in text and text.count("\n") == 1
 
