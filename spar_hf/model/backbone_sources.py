@@ -103,3 +103,44 @@ def read_backbone(
     for scalar in weights.keys() & {"logit_scale", "logit_bias"}:
         weights[scalar] = weights[scalar].reshape(1)  # CLIP's is a scalar
     return config, weights, source.dtype
+
+
+def check_finite(model: torch.nn.Module, name: str) -> None:
+    """
+    Read every weight once and look for NaN and infinity, which give class 0 everywhere instead of an error.
+
+    Weights on the meta device have no values yet and are skipped, as are quantised ones.
+
+    Args:
+        model: with its weights loaded.
+        name: where they come from, for the message.
+
+    Raises:
+        ValueError: a weight is not finite; the message names up to eight of them.
+
+    Example:
+
+    ```python
+    >>> layer = torch.nn.Linear(2, 2)
+    >>> _ = layer.bias.data.fill_(float("nan"))
+    >>> check_finite(layer, "layer.pt")
+    Traceback (most recent call last):
+    ValueError: layer.pt: 1 of 2 weights hold NaN or infinity: bias. A training diverged, ...
+    ```"""
+    weights = model.state_dict()
+    spoiled = [
+        key
+        for key, tensor in weights.items()
+        if tensor.is_floating_point() and tensor.element_size() > 1 and not tensor.is_meta and not is_finite(tensor)
+    ]
+    if spoiled:
+        shown = ", ".join(spoiled[:8]) + (f" and {len(spoiled) - 8} more" if len(spoiled) > 8 else "")
+        raise ValueError(
+            f"{name}: {len(spoiled)} of {len(weights)} weights hold NaN or infinity: {shown}. A training diverged, or the "
+            "file is damaged: use an earlier or another copy."
+        )
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether no element is NaN or infinite."""
+    return bool(tensor.isfinite().all())

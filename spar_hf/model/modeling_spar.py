@@ -22,7 +22,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .backbone_sources import load_source_config, read_backbone
+from .backbone_sources import check_finite, load_source_config, read_backbone
 from .configuration_spar import SparConfig
 from .readouts import READOUTS
 
@@ -177,6 +177,7 @@ class SparPreTrainedModel(PreTrainedModel):
 
         Raises:
             RuntimeError: weights are missing or have another shape.
+            ValueError: weights hold NaN or infinity.
         """
         loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         model, loading_info = loaded
@@ -187,6 +188,7 @@ class SparPreTrainedModel(PreTrainedModel):
                 f"{model.name_or_path or 'The checkpoint'} lacks {len(missing)} weights of {cls.__name__}: "
                 f"{shown}. The files are incomplete or config.json describes another model: copy the folder again."
             )
+        check_finite(model, model.name_or_path or "The checkpoint")
         return (model, loading_info) if output_loading_info else model
 
     @classmethod
@@ -204,7 +206,7 @@ class SparPreTrainedModel(PreTrainedModel):
 
         Raises:
             ValueError: an unsupported model type, such as that of a trained head; a backbone without text tower for a
-                two-tower class; `spar_config` for a SPAR folder.
+                two-tower class; `spar_config` for a SPAR folder; weights that hold NaN or infinity.
             OSError: neither a local folder nor a model on the hub.
             RuntimeError: the folder lacks weights.
 
@@ -241,6 +243,7 @@ class SparPreTrainedModel(PreTrainedModel):
         missing = [name for name in missing if name != "logit_bias"]
         if missing or unexpected:
             raise RuntimeError(f"The weights do not fit the model: missing {missing}, unexpected {unexpected}.")
+        check_finite(model, model.name_or_path)
         return model.eval()
 
 

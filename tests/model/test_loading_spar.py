@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import os
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from transformers import (
     AutoModel,
     AutoModelForSemanticSegmentation,
     SiglipTextModel,
+    SiglipVisionConfig,
     SiglipVisionModel,
     pipeline,
 )
@@ -309,3 +311,34 @@ def test_fresh_process_loads_the_same_models_and_says_nothing(two_towers, tmp_pa
         "typer",
     }
     assert heavy.isdisjoint(results["imported"])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("tower", ["vision_model", "text_model"])
+def test_weights_that_are_not_finite_are_refused_by_name(two_towers, tmp_path, tower, value):
+    two_towers.save_pretrained(tmp_path)
+    spoiled = next(
+        name for name in two_towers.state_dict() if name.startswith(tower) and name.endswith("q_proj.weight")
+    )
+
+    def spoil(weights):
+        weights[spoiled].view(-1)[-1] = value
+
+    edit_weights(tmp_path, spoil)
+    with pytest.raises(ValueError, match=re.escape(spoiled)):
+        SparForOpenVocabSegmentation.from_pretrained(tmp_path)
+    if tower == "vision_model":
+        with pytest.raises(ValueError, match="1 of"):
+            AutoModel.from_pretrained(tmp_path)
+    else:  # this tower is not loaded
+        AutoModel.from_pretrained(tmp_path)
+
+
+def test_a_backbone_of_transformers_with_nan_is_refused(tmp_path):
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    backbone = SiglipVisionModel(SiglipVisionConfig(**sizes, image_size=32, patch_size=16))
+    name = next(name for name in backbone.state_dict() if name.endswith("patch_embedding.bias"))
+    backbone.state_dict()[name][3] = float("nan")
+    backbone.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"patch_embedding\.bias"):
+        SparVisionModel.from_backbone(str(tmp_path))
