@@ -108,7 +108,9 @@ def test_streams_resume_to_the_last_bit(base_folder, image_folder, tmp_path):
     assert curve(tmp_path / "half") == curve(tmp_path / "whole") and len(curve(tmp_path / "half")) == 8
     weights, resumed = (AutoModel.from_pretrained(folder).state_dict() for folder in (whole, half))
     assert all(torch.equal(resumed[name], weight) for name, weight in weights.items())
-    assert len((tmp_path / "half" / "skipped.jsonl").read_text().splitlines()) == 1
+    # the order of the stream, and so how often the damaged row came up, is that of the installed version of `datasets`
+    skipped = [(tmp_path / run / "skipped.jsonl").read_text() for run in ("whole", "half")]
+    assert skipped[0] == skipped[1] and len(skipped[0].splitlines()) >= 1
 
 
 def test_a_run_is_not_mixed_with_another(base_folder, image_folder, tmp_path):
