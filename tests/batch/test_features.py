@@ -135,6 +135,7 @@ def test_features_of_other_weights_in_the_same_folder_are_not_mixed(model, image
     assert "fingerprint" in run(*options, status=2)
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_images(model, images, tmp_path):
     pytest.importorskip("accelerate", reason="several processes need accelerate (extra train)")
     output = tmp_path / "out"

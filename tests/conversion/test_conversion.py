@@ -385,6 +385,7 @@ def test_force_deletes_no_other_folder(tmp_path):
     assert (tmp_path / "precious" / "thesis.txt").read_text() == "years of work"
 
 
+@pytest.mark.slow
 def test_a_folder_written_by_the_console_script_loads_without_the_library(tmp_path):
     """The folder of `spar-hf convert` in a process where the package cannot be imported."""
     state, _, _ = make_siglip2(tmp_path / "base")

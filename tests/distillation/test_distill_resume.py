@@ -53,6 +53,7 @@ def kill_in_the_middle_of_writing(run, output, first):
     raise AssertionError("the run was over before it could be killed: " + run.communicate()[1][-2000:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_run_killed_while_writing_resumes_to_the_last_bit(launcher, whole, tmp_path, processes):
     output, config = tmp_path / "killed", "multi_gpu.yaml" if processes == 2 else None
@@ -82,12 +83,14 @@ def assert_same_weights(found, expected, base):
             assert (weight - start[name]).abs().max() > 1e-3 or "head.probe" in name
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_with_the_doubled_batch(whole, base_folder):
     assert_same_weights(whole[2], whole[1], base_folder)
     one, two = curve(whole[1].parent), curve(whole[2].parent)
     assert [loss for _, loss in two] == pytest.approx([loss for _, loss in one], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_processes_agree_after_a_prior_was_fitted(launcher, tmp_path):
     options = (*SETTING, "--steps", 2, "--local_start", 0.5, "--position_extent", 128, "--fit_prior", 2)
     one = distil(*launcher.data, tmp_path / "1", *options, *accumulate(1))
@@ -110,6 +113,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
+@pytest.mark.slow
 def test_a_sharded_student_is_the_same_and_a_plain_folder(launcher, whole, base_folder, tmp_path):
     (tmp_path / "shard_on_cpu.py").write_text(SHARD_ON_CPU)
     script = (tmp_path / "shard_on_cpu.py", TRAINING / "distill.py")

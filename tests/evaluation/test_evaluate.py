@@ -442,6 +442,7 @@ def test_results_block_of_a_model_card(dataset, checkpoint, tmp_path):
     assert (tmp_path / "cards" / "student.md").is_file()
 
 
+@pytest.mark.slow
 def test_two_processes_count_the_same_pixels(dataset, checkpoint, tmp_path):
     arguments = ["--dataset", str(dataset), "--model", str(checkpoint("base")), "--runs", "base:single"]
     arguments += ["base:sliding:24", "--shortest_edge", "90", "--no_warmup"]

@@ -115,6 +115,7 @@ def test_features_are_made_once_and_give_the_same_probe_as_made_anew(backbone, d
     assert other["features_made"] == 8 and len(list((tmp_path / "cache").iterdir())) == 2
 
 
+@pytest.mark.slow
 def test_launched_in_two_processes_on_a_sliding_window_of_a_spar_folder(vision_model, dataset, tmp_path):
     vision_model.save_pretrained(tmp_path / "spar")
     SparImageProcessorPil().save_pretrained(tmp_path / "spar")

@@ -5,12 +5,14 @@ import random
 import shutil
 import signal
 import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from launching import ENVIRONMENT, TRAINING, TWO_PROCESSES
+from launching import ENVIRONMENT, TRAINING, TWO_PROCESSES, signal_all
 from PIL import Image
 from safetensors.torch import load_file
 from tiny_models import randomise, tiny_config
@@ -186,6 +188,7 @@ def test_images__the_same_whatever_the_workers_and_the_start(data, tmp_path):
             assert torch.equal(item["pixel_values"], expected["pixel_values"])
 
 
+@pytest.mark.slow
 def test_script__launched_in_two_processes(base, data, tmp_path):
     (tmp_path / "classes.json").write_text('{"person": ["person"], "outside": ["sky", "grass"]}')
     options = {"steps": 40, "train_backbone": "2", "holdout_every": 2, "learning_rate": 4e-3, "threshold": 0.1}
@@ -226,6 +229,7 @@ def as_version_0_1_stored_it(file):
     file.write_text(json.dumps(state))
 
 
+@pytest.mark.slow
 def test_training__learns_the_images_and_resumes_to_the_last_bit(base, data, tmp_path):
     # two images learned by heart, backbone frozen
     settings = {"steps": 120, "learning_rate": 4e-3, "holdout_every": 0, "limit": 2, "save_steps": 60, "log_steps": 10}
@@ -281,6 +285,21 @@ def test_training__sigterm_stops_after_the_step(base, data, tmp_path, monkeypatc
     resumed = main(arguments(base, data, tmp_path / "run", **settings, resume=True))
     weights = [load_file(folder / "model.safetensors") for folder in (whole, resumed)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_training__sigterm_to_all_processes_leaves_a_checkpoint(base, data, tmp_path):
+    """As schedulers send it: to the workers that decode images, too."""
+    options = arguments(base, data, tmp_path / "run", steps=100_000, holdout_every=0, workers=1, log_steps=1)
+    run = subprocess.Popen(
+        [sys.executable, str(TRAINING / "panoptic.py"), *options], env=ENVIRONMENT, stderr=subprocess.PIPE
+    )
+    log = tmp_path / "run" / "log.jsonl"
+    while run.poll() is None and not (log.is_file() and log.stat().st_size):
+        time.sleep(0.2)
+    signal_all(run, signal.SIGTERM)
+    _, said = run.communicate()
+    assert run.returncode == 0, said[-3000:]
+    assert len(list((tmp_path / "run").glob("checkpoint-*"))) == 1
 
 
 def test_options__names_of_version_0_1():

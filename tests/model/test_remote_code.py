@@ -115,6 +115,7 @@ def run(folder, mode: str, environment_folder) -> dict[str, torch.Tensor]:
     return load_file(folder / f"{mode}.safetensors")
 
 
+@pytest.mark.slow
 def test_folders_load_without_the_library_and_give_the_same(folder, tmp_path):
     hidden, installed = run(folder, "hidden", tmp_path), run(folder, "installed", tmp_path)
     assert set(hidden) == {"vision", "again", "tower", "logits", "pixels", "map", "probabilities", "encoded"}

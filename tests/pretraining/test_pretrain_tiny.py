@@ -100,6 +100,7 @@ def test_a_set_whose_pixels_are_all_ignored_adds_nothing(world):
     assert all(t.isfinite().all() for t in SparForOpenVocabSegmentation.from_pretrained(folder).state_dict().values())
 
 
+@pytest.mark.slow
 def test_learns_words_and_resumes(world):
     common = {
         "workers": 0,
