@@ -10,7 +10,7 @@ from spar_hf.evaluation.protocols import Protocol
 from spar_hf.evaluation.runs import Run
 from spar_hf.model.modeling_spar import SparForOpenVocabSegmentation
 from spar_hf.model.processing_spar import SparProcessor
-from spar_hf.model.prompts import Vocabulary, embed_names
+from spar_hf.model.prompts import Vocabulary, distinct_names, embed_names
 from spar_hf.teacher import SlidingWindowTeacher
 from spar_hf.utils.errors import UsageError, as_usage_errors
 
@@ -126,6 +126,8 @@ def load_candidates(
             )
         with as_usage_errors():
             prompts = first_given(templates, settings.templates)
+            # refuses classes of the same tokens; all names stay, since the published protocol counts each
+            distinct_names(tokenizer, vocabulary, first_given(prompts, candidate.model.config.templates))
             embeds = embed_names(candidate.model, tokenizer, vocabulary.all_names, prompts)
             for run in runs:
                 if run.model == name and run.stride is not None:

@@ -4,6 +4,7 @@ import hashlib
 import json
 from typing import Any
 
+import numpy as np
 import torch
 
 # parts of a configuration that say how a model was loaded or saved; the weights tell their own dtype
@@ -51,3 +52,62 @@ def text_fingerprint(model, tokenizer) -> str:
     words = {key: value for key, value in words.items() if key not in ("padding", "truncation")}  # set by each call
     digest.update(json.dumps(words, sort_keys=True).encode())
     return digest.hexdigest()
+
+
+def quick_fingerprint(module: torch.nn.Module) -> tuple:
+    """
+    Values that change with the weights, computed in a millisecond: address, version and a sampled sum of every tensor.
+
+    The version counts in-place changes that PyTorch tracks, the address shows replaced tensors, and the sampled sum shows
+    most changes that neither does: fused optimisers, `weight.data += delta`. [`checksum`] sees all.
+    """
+    tensors = _present_weights(module)
+    if not tensors:
+        return ()
+    samples = [tensor.flatten()[:: max(1, tensor.numel() // 16)].float().sum() for tensor in tensors]
+    sums = torch.stack([sample.to(samples[0].device) for sample in samples]).tolist()
+    return tuple(
+        (tensor.data_ptr(), None if tensor.is_inference() else tensor._version, repr(total))  # NaN equals itself
+        for tensor, total in zip(tensors, sums, strict=True)
+    )
+
+
+def checksum(module: torch.nn.Module) -> int:
+    """
+    A number that changes when any element of the weights does: the bits of every row are summed as integers, and the sums
+    weighted by odd numbers that depend on their position. It reads all weights once, at the speed of the memory: about 0.1 s
+    per GB on a CPU, a millisecond on a GPU.
+    """
+    total = 0
+    remote = []  # sums of weights on an accelerator, fetched together
+    for tensor in _present_weights(module):
+        rows = tensor.contiguous().view(-1, tensor.shape[-1]) if tensor.ndim else tensor.view(1, 1)
+        bits = rows.view(torch.uint8)
+        bits = bits.view(torch.int64) if bits.shape[1] % 8 == 0 else bits
+        if bits.device.type == "cpu":  # NumPy sums integers faster than torch
+            sums = np.add.reduce(bits.numpy(), axis=1, dtype=np.int64)
+            total = (total * 1_000_003 + int(np.dot(sums, np.arange(1, 2 * len(sums), 2)))) % 2**64
+        else:
+            sums = bits.sum(1, dtype=torch.int64)
+            remote.append((sums * torch.arange(1, 2 * len(sums), 2, device=sums.device)).sum())
+    for part in torch.stack([part.to(remote[0].device) for part in remote]).tolist() if remote else []:
+        total = (total * 1_000_003 + part) % 2**64
+    return total
+
+
+def tokenizer_state(tokenizer) -> str:
+    """
+    What may be changed in a tokenizer, as text: its normaliser and the like, special tokens, and the size of its vocabulary.
+    The vocabulary itself is left out: reading it takes half a second.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    parts = [len(tokenizer), tokenizer.special_tokens_map, getattr(tokenizer, "padding_side", None)]
+    for name in ("normalizer", "pre_tokenizer", "post_processor"):
+        part = getattr(backend, name, None)
+        parts.append(None if part is None else part.__getstate__())
+    return repr(parts)
+
+
+def _present_weights(module: torch.nn.Module) -> list[torch.Tensor]:
+    """The weights that are in memory: accelerate leaves offloaded ones on the meta device."""
+    return [weight.detach() for weight in module.parameters() if weight.device.type != "meta" and weight.numel()]

@@ -11,7 +11,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_spar_semantic import SparSemanticConfig
 from .modeling_spar import SparPreTrainedModel, SparVisionModel
-from .prompts import CandidateLabels, Vocabulary, embed_names
+from .prompts import CandidateLabels, Vocabulary, distinct_names, embed_names
 from .segmentation import WORKING_BYTES, bilinear_cells, patch_coordinates
 
 # `pipeline("image-segmentation")` looks up here which models it supports, and logs others as errors
@@ -284,6 +284,7 @@ def bake_vocabulary(
             "`SparForOpenVocabSegmentation.from_pretrained`."
         )
     vocabulary = Vocabulary.parse(candidate_labels)
+    vocabulary = distinct_names(tokenizer, vocabulary, model.config.templates if templates is None else templates)
     embeds = embed_names(model, tokenizer, vocabulary.all_names, templates)
     return SparForSemanticSegmentation.from_weights(
         model.vision_model,

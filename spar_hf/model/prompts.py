@@ -4,13 +4,17 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers.utils import logging
 
 from .vocabularies import STUFF_WORDS, VOCABULARIES, vocabulary_lines
 
+logger = logging.get_logger(__name__)
+
 PROGRESS_FROM = 1000  # names from which embedding takes long enough for a progress bar
+BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")  # of tokenizers that write unknown characters as bytes
 
 # The 80 prompts that CLIP (Radford et al., 2021) uses for ImageNet; SPAR averages over them.
 IMAGENET80 = (
@@ -285,6 +289,100 @@ def resolve_templates(templates: str | Sequence[str]) -> tuple[str, ...]:
     return templates
 
 
+def distinct_names(
+    tokenizer, vocabulary: Vocabulary, templates: str | Sequence[str], gives_way: str | None = None
+) -> Vocabulary:
+    """
+    The vocabulary without names that the tokenizer cannot tell from another name of their class.
+
+    Many tokenizers drop case, punctuation and invisible characters. Names with equal tokens have equal embeddings, so that
+    one of two classes would get all pixels.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): that of the checkpoint.
+        vocabulary ([`Vocabulary`]): classes and their names.
+        templates (`str` or `Sequence[str]`): prompt templates. Names differ if their tokens differ in any of them.
+        gives_way (`str`, *optional*): label of a class, the background, that loses names which another class has too.
+
+    Raises:
+        ValueError: two classes have names of the same tokens, or a name has no token.
+
+    Example:
+
+    ```python
+    >>> from transformers import AutoTokenizer
+    >>> from spar_hf import SPAR_TINY
+
+    >>> vocabulary = Vocabulary.parse(["road, Road!", "sky"])
+    >>> distinct_names(AutoTokenizer.from_pretrained(SPAR_TINY), vocabulary, "short").names
+    (('road',), ('sky',))
+    ```"""
+    tokens = _name_tokens(tokenizer, vocabulary.all_names, resolve_templates(templates))
+    kept: dict[str, list[str]] = {label: [] for label in vocabulary.labels}
+    owners: dict[Any, tuple[str, str]] = {}  # tokens -> label and name
+    clashes = []
+    # the class that gives way comes last, so that the names of all others are known
+    for label, names in sorted(zip(vocabulary.labels, vocabulary.names, strict=True), key=lambda c: c[0] == gives_way):
+        for name in names:
+            owner, twin = owners.setdefault(tokens[name], (label, name))
+            if twin == name:
+                kept[label].append(name)
+            elif label not in (owner, gives_way):
+                clashes.append(f"{twin!r} of class {owner!r} and {name!r} of class {label!r}")
+    if clashes:
+        more = f", and {len(clashes) - 5} more" if len(clashes) > 5 else ""
+        raise ValueError(
+            f"These names have the same tokens, so the model cannot tell them apart: {'; '.join(clashes[:5])}{more}. "
+            "Write them with other words (numbers or a word for a sign), or make them names of one class."
+        )
+    if gives_way is not None and not kept.get(gives_way, True):
+        raise ValueError(
+            f"The class {gives_way!r} has no word of its own: all have the tokens of other classes' names."
+        )
+    return Vocabulary(vocabulary.labels, tuple(tuple(kept[label]) for label in vocabulary.labels))
+
+
+def _name_tokens(tokenizer, names: Sequence[str], templates: Sequence[str]) -> dict[str, Any]:
+    """
+    A key for every name, equal for names whose prompts have equal tokens. Raises `ValueError` for names without a token.
+    """
+    words = list(dict.fromkeys(["", *names]))
+
+    def tokens(template: str, some: Sequence[str]) -> list[tuple[int, ...]]:
+        return [tuple(ids) for ids in tokenizer([template.replace("{}", name) for name in some])["input_ids"]]
+
+    # names that differ in one template need no look at the others, of which there may be 80
+    keys: dict[str, Any] = dict(zip(words, tokens(templates[0], words), strict=True))
+    count = Counter(keys.values())
+    alike = [name for name in words if count[keys[name]] > 1]
+    for template in templates[1:] if alike else ():
+        for name, ids in zip(alike, tokens(template, alike), strict=True):
+            keys[name] = hash((keys[name], ids))
+    empty = [name for name in names if name and keys[name] == keys[""]]
+    if empty:
+        raise ValueError(
+            f"The tokenizer has no token for {', '.join(map(repr, empty[:5]))}: the model cannot read it. Write it in words."
+        )
+    return keys
+
+
+def unknown_names(tokenizer, names: Sequence[str]) -> list[str]:
+    """
+    The names that consist of unknown characters only, which the tokenizer writes as unknown or byte tokens. Text towers
+    rarely understand them.
+    """
+    encoded = tokenizer(list(names), add_special_tokens=False)["input_ids"] if names else []
+    unknown: dict[int, bool] = {}
+    for token in {token for ids in encoded for token in ids}:
+        text = str(tokenizer.convert_ids_to_tokens(token))
+        decoded = tokenizer.decode([token])  # a byte of a longer character decodes to U+FFFD, a bare space to nothing
+        unknown[token] = token == tokenizer.unk_token_id or bool(BYTE_TOKEN.fullmatch(text)) or "\ufffd" in decoded
+        blank = not decoded.strip() and token not in tokenizer.all_special_ids
+        if blank:
+            unknown[token] = True
+    return [name for name, ids in zip(names, encoded, strict=True) if ids and all(unknown[token] for token in ids)]
+
+
 @torch.no_grad()
 def embed_names(
     model, tokenizer, names: Sequence[str], templates: str | Sequence[str] | None = None, batch_size: int = 256
@@ -305,9 +403,15 @@ def embed_names(
         `(names, dim)`, of unit length, float32.
 
     Raises:
-        ValueError: a prompt is longer than the text tower's context, or the templates are malformed.
+        ValueError: a prompt is longer than the text tower's context, a name has no token, or the templates are malformed.
     """
     prompts_of = resolve_templates(model.config.templates if templates is None else templates)
+    _name_tokens(tokenizer, names, prompts_of)
+    if unknown := unknown_names(tokenizer, names):
+        logger.warning_once(
+            f"The tokenizer knows none of the characters of {', '.join(map(repr, unknown[:5]))}"
+            f"{f' and {len(unknown) - 5} more' if len(unknown) > 5 else ''}. Results for such names are seldom right."
+        )
     encoded = []
     for start in range(0, len(names), 256):  # in chunks: the tokenizer returns large lists of Python integers
         # all templates of the first name, then of the second, …

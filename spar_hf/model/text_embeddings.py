@@ -2,45 +2,29 @@
 
 import json
 import os
+import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from .fingerprints import text_fingerprint
-from .prompts import embed_names, resolve_templates
+from .fingerprints import checksum, quick_fingerprint, text_fingerprint, tokenizer_state
+from .prompts import Vocabulary, distinct_names, embed_names, resolve_templates
 
 MAX_NAMES = 50_000  # over all templates: 150 MB of 768-dimensional embeddings
+MAX_VOCABULARIES = 32  # of which the names are known to differ
 FORMAT = "spar text embeddings, 1"
-
-
-def quick_fingerprint(module: torch.nn.Module) -> tuple:
-    """
-    Values that change with the weights, computed in milliseconds: address, version and a sampled sum of every tensor.
-
-    The version counts in-place changes that PyTorch tracks, the address shows replaced tensors, and the sampled sum shows
-    changes that neither does: fused optimisers, `weight.data += delta`.
-    """
-    # accelerate leaves offloaded weights on the meta device
-    tensors = [parameter.detach() for parameter in module.parameters() if parameter.device.type != "meta"]
-    if not tensors:
-        return ()
-    samples = [tensor.flatten()[:: max(1, tensor.numel() // 16)].float().sum() for tensor in tensors]
-    sums = torch.stack([sample.to(samples[0].device) for sample in samples]).tolist()
-    return tuple(
-        (tensor.data_ptr(), None if tensor.is_inference() else tensor._version, total)
-        for tensor, total in zip(tensors, sums, strict=True)
-    )
 
 
 class TextEmbeddingCache:
     """
-    Embeddings of names: each name is embedded once per set of templates, as long as the text tower does not change.
+    Embeddings of names: each name is embedded once per set of templates, as long as text tower and tokenizer stay the same.
 
-    Vocabularies share their names. Beyond `max_names`, the least recently used names are dropped.
+    Vocabularies share their names. Beyond `max_names`, the least recently used names are dropped. Threads may share it.
 
     Args:
         model ([`SparForOpenVocabSegmentation`]): its text tower embeds the names.
@@ -66,24 +50,59 @@ class TextEmbeddingCache:
     def __init__(self, model, tokenizer, max_names: int = MAX_NAMES):
         self.model, self.tokenizer, self.max_names = model, tokenizer, max_names
         self._rows: OrderedDict[tuple[tuple[str, ...], str], torch.Tensor] = OrderedDict()
-        self._fingerprint: tuple | None = None
+        self._distinct: OrderedDict[tuple, Vocabulary] = OrderedDict()
+        # what the rows were computed with; the objects are kept, so that no other one gets their address
+        self._made_with: tuple | None = None
+        self._checksum: int | None = None
+        self._lock = threading.RLock()
 
-    def get(self, names: Sequence[str], templates: str | Sequence[str] | None = None) -> torch.Tensor:
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_lock"}  # worker processes get a copy
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._lock = threading.RLock()
+
+    def get(
+        self, names: Sequence[str], templates: str | Sequence[str] | None = None, check_weights: bool = True
+    ) -> torch.Tensor:
         """
         Embeddings `(names, dim)`, float32 of unit length, on the model's device. Only names not cached yet are embedded.
+
+        Args:
+            names: words to embed.
+            templates: defaults to the checkpoint's.
+            check_weights: whether to read all weights of the text tower to see whether they changed. Without, changes that
+                PyTorch does not track (`weight.data[3] = …`) may be overlooked.
 
         Raises:
             ValueError: as [`embed_names`].
         """
-        prompts = self._prompts(templates)
-        self._forget_if_changed()
-        missing = [name for name in dict.fromkeys(names) if (prompts, name) not in self._rows]
-        new = embed_names(self.model, self.tokenizer, missing, prompts) if missing else None
-        # collected here first: a vocabulary may have more names than the cache holds
-        rows = {} if new is None else {name: row.clone() for name, row in zip(missing, new, strict=True)}
-        rows = {name: rows[name] if name in rows else self._rows[prompts, name] for name in names}
-        self._keep(prompts, rows)
-        return torch.stack([rows[name] for name in names]).to(self.model.device)
+        with self._lock:
+            prompts = self._prompts(templates)
+            self._forget_if_changed(check_weights)
+            missing = [name for name in dict.fromkeys(names) if (prompts, name) not in self._rows]
+            new = embed_names(self.model, self.tokenizer, missing, prompts) if missing else None
+            # collected here first: a vocabulary may have more names than the cache holds
+            rows = {} if new is None else {name: row.clone() for name, row in zip(missing, new, strict=True)}
+            rows = {name: rows[name] if name in rows else self._rows[prompts, name] for name in names}
+            self._keep(prompts, rows)
+            return torch.stack([rows[name] for name in names]).to(self.model.device)
+
+    def distinct(
+        self, vocabulary: Vocabulary, templates: str | Sequence[str] | None = None, gives_way: str | None = None
+    ) -> Vocabulary:
+        """As [`distinct_names`] with the tokenizer of this cache; remembers the last 32 vocabularies."""
+        with self._lock:
+            prompts = self._prompts(templates)
+            self._forget_if_changed(check_weights=False)
+            key = (vocabulary, prompts, gives_way)
+            if key not in self._distinct:
+                self._distinct[key] = distinct_names(self.tokenizer, vocabulary, prompts, gives_way)
+            self._distinct.move_to_end(key)
+            while len(self._distinct) > MAX_VOCABULARIES:
+                self._distinct.popitem(last=False)
+            return self._distinct[key]
 
     def save(
         self, path: str | os.PathLike, names: Sequence[str] | None = None, templates: str | Sequence[str] | None = None
@@ -96,8 +115,9 @@ class TextEmbeddingCache:
             ValueError: no names given and none cached for these templates.
         """
         prompts = self._prompts(templates)
-        self._forget_if_changed()
-        names = list(dict.fromkeys(names or [name for kept, name in self._rows if kept == prompts]))
+        with self._lock:
+            self._forget_if_changed()
+            names = list(dict.fromkeys(names or [name for kept, name in self._rows if kept == prompts]))
         if not names:
             raise ValueError(
                 "Nothing has been embedded with these templates yet. Segment an image first, or name the classes to embed."
@@ -109,9 +129,15 @@ class TextEmbeddingCache:
             "fingerprint": text_fingerprint(self.model, self.tokenizer),
         }
         target = Path(path)
-        temporary = target.with_name(f".{target.name}.partial")
-        save_file({"text_embeds": self.get(names, prompts).cpu().contiguous()}, temporary, metadata=metadata)
-        temporary.replace(target)
+        # short, since file systems limit the length of names
+        temporary = target.with_name(f".{os.getpid()}-{threading.get_ident()}.partial")
+        try:
+            save_file({"text_embeds": self.get(names, prompts).cpu().contiguous()}, temporary, metadata=metadata)
+            temporary.replace(target)
+        except SafetensorError as error:  # a full disk, for example, which safetensors does not report as an OSError
+            raise OSError(f"Cannot write {str(path)!r}: {error}") from error
+        finally:
+            temporary.unlink(missing_ok=True)
 
     def load(self, path: str | os.PathLike) -> int:
         """
@@ -141,9 +167,10 @@ class TextEmbeddingCache:
             )
         if embeds.shape != (len(names), self.model.config.projection_dim):
             raise ValueError(f"{str(path)!r} holds embeddings of shape {tuple(embeds.shape)} for {len(names)} names.")
-        self._forget_if_changed()
         rows = embeds.to(self.model.device)
-        self._keep(prompts, {name: row.clone() for name, row in zip(names, rows, strict=True)})
+        with self._lock:
+            self._forget_if_changed()
+            self._keep(prompts, {name: row.clone() for name, row in zip(names, rows, strict=True)})
         return len(names)
 
     def _prompts(self, templates: str | Sequence[str] | None) -> tuple[str, ...]:
@@ -156,8 +183,15 @@ class TextEmbeddingCache:
         while len(self._rows) > self.max_names:
             self._rows.popitem(last=False)
 
-    def _forget_if_changed(self) -> None:
-        fingerprint = quick_fingerprint(self.model.text_model)
-        if fingerprint != self._fingerprint:
+    def _forget_if_changed(self, check_weights: bool = True) -> None:
+        text_model = self.model.text_model
+        made_with = (self.tokenizer, tokenizer_state(self.tokenizer), text_model, quick_fingerprint(text_model))
+        if made_with != self._made_with:
             self._rows.clear()
-            self._fingerprint = fingerprint
+            self._distinct.clear()
+            self._made_with, self._checksum = made_with, None
+        if check_weights:
+            total = checksum(text_model)
+            if total != self._checksum and self._checksum is not None:
+                self._rows.clear()
+            self._checksum = total

@@ -2,10 +2,21 @@
 
 import pytest
 import torch
+from PIL import Image
+from tokenizers import Regex, normalizers
+from transformers import AutoTokenizer, pipeline
 from transformers.utils import logging
 
+from spar_hf import SPAR_TINY, SparForOpenVocabSegmentation, bake_vocabulary
 from spar_hf.model import prompts
-from spar_hf.model.prompts import TEMPLATES, Vocabulary, embed_names, resolve_templates
+from spar_hf.model.prompts import (
+    TEMPLATES,
+    Vocabulary,
+    distinct_names,
+    embed_names,
+    resolve_templates,
+    unknown_names,
+)
 from spar_hf.model.vocabularies import VOCABULARIES
 
 
@@ -145,3 +156,78 @@ def test_built_in_vocabularies_have_the_sets_numbers_of_classes():
     spar = Vocabulary.parse("voc21-spar")
     assert spar.names[spar.labels.index("television monitor")][1] == "tv monitor"
     assert "pottedplant" in spar.labels and len(spar.names[0]) == 26  # the background is a list of stuff
+
+
+TWINS = [("C++", "C#"), ("road", "Road!"), ("left lane (1)", "left lane [1]"), ("road", "road\u200b"), ("A/B", "a b")]
+
+
+@pytest.fixture(scope="module")
+def spar_tiny():
+    return SparForOpenVocabSegmentation.from_pretrained(SPAR_TINY), AutoTokenizer.from_pretrained(SPAR_TINY)
+
+
+@pytest.mark.parametrize("templates", [*TEMPLATES, ["the {} there", "{}"]])
+@pytest.mark.parametrize("names", TWINS)
+def test_classes_of_equal_tokens_are_refused_and_synonyms_dropped(spar_tiny, names, templates):
+    _, tokenizer = spar_tiny
+    first, second = names
+    with pytest.raises(ValueError, match="tokens") as refusal:
+        distinct_names(tokenizer, Vocabulary.parse([[first], ["sky", second]]), templates)
+    assert repr(first) in str(refusal.value) and repr(second) in str(refusal.value)
+    merged = distinct_names(tokenizer, Vocabulary.parse([["sky"], [first, second, "tree"]]), templates)
+    assert merged.labels == ("sky", first) and merged.names == (("sky",), (first, "tree"))
+
+
+@pytest.mark.parametrize("templates", [*TEMPLATES])
+@pytest.mark.parametrize("name", ["🐶", "?", "\u200b", "…"])
+def test_names_without_a_token_are_refused(spar_tiny, name, templates):
+    model, tokenizer = spar_tiny
+    with pytest.raises(ValueError, match="no token"):
+        distinct_names(tokenizer, Vocabulary.parse(["sky", name]), templates)
+    with pytest.raises(ValueError, match="no token"):
+        embed_names(model, tokenizer, [name], templates)
+
+
+def test_background_words_give_way_to_classes_of_equal_tokens(spar_tiny):
+    _, tokenizer = spar_tiny
+    vocabulary = Vocabulary.parse(["wall!", "dog"]).with_background(["WALL?", "sky"])
+    assert distinct_names(tokenizer, vocabulary, "plain", "background").names == (("wall!",), ("dog",), ("sky",))
+    with pytest.raises(ValueError, match="background"):
+        distinct_names(tokenizer, Vocabulary.parse(["wall!"]).with_background(["WALL?"]), "plain", "background")
+
+
+def test_names_differ_if_one_template_tells_them_apart(tokenizer):
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace(Regex(r"!$"), "")  # only at the end of a prompt
+    vocabulary = Vocabulary.parse([["road"], ["road!"]])
+    assert distinct_names(tokenizer, vocabulary, ["the {}", "{} street"]) == vocabulary
+    with pytest.raises(ValueError, match="tokens"):
+        distinct_names(tokenizer, vocabulary, ["the {}", "a {}"])
+
+
+def test_names_of_unknown_tokens_only_are_noted_once(two_towers, tokenizer, spar_tiny, caplog):
+    logging.warning_once.cache_clear()
+    assert unknown_names(tokenizer, ["road", "qwe", "qwe road", "qwe asd"]) == ["qwe", "qwe asd"]
+    assert unknown_names(spar_tiny[1], ["road", "道路", "道路 road", "Straße"]) == ["道路"]
+    for _ in range(2):
+        embed_names(two_towers, tokenizer, ["road", "qwe"], "plain")
+    (note,) = [record.getMessage() for record in caplog.records]
+    assert "'qwe'" in note
+
+
+@pytest.mark.parametrize("name", VOCABULARIES)
+def test_built_in_vocabularies_are_distinct_for_the_tokenizer(spar_tiny, name):
+    vocabulary = Vocabulary.parse(name)
+    for templates in ("plain", "short"):
+        assert distinct_names(spar_tiny[1], vocabulary, templates) == vocabulary
+
+
+def test_pipeline_and_bake_refuse_classes_of_equal_tokens(spar_tiny):
+    pipe = pipeline("open-vocab-segmentation")
+    image = Image.new("RGB", (32, 32))
+    for labels in (["C++", "C#"], ["🐶", "road"]):
+        with pytest.raises(ValueError, match="token"):
+            pipe(image, candidate_labels=labels)
+        with pytest.raises(ValueError, match="token"):
+            bake_vocabulary(*spar_tiny, labels)
+    both = pipe(image, candidate_labels=["road, Road!", "sky"], templates="plain", output="logits")
+    assert both["names"] == ["road", "sky"]

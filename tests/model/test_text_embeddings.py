@@ -2,14 +2,23 @@
 
 import copy
 import json
+import pickle
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tiny_models import randomise, tiny_config
+from tokenizers import normalizers
+from transformers import pipeline
 
 from spar_hf import SparForOpenVocabSegmentation
+from spar_hf.model.fingerprints import checksum
 from spar_hf.model.prompts import embed_names
 from spar_hf.model.text_embeddings import TextEmbeddingCache
 
@@ -124,3 +133,94 @@ def test_load__what_does_not_belong_is_refused(cache, two_towers, tokenizer, tmp
         cache.load(path)
     with pytest.raises(FileNotFoundError, match="does not exist"):
         cache.load(tmp_path / "none.safetensors")
+
+
+def test_every_row_of_every_weight_counts(cache, two_towers, tokenizer):
+    for weight in two_towers.text_model.parameters():
+        for change in (lambda w: w.view(-1)[-1:].mul_(1 + 2**-20).add_(1e-30), lambda w: w.flip(0)):
+            before = checksum(two_towers.text_model)
+            kept = weight.data.clone()
+            changed = change(weight.data)
+            if changed.shape == kept.shape and not torch.equal(changed, kept):
+                weight.data.copy_(changed)
+            if not torch.equal(weight.data, kept):
+                assert checksum(two_towers.text_model) != before
+            weight.data.copy_(kept)
+            assert checksum(two_towers.text_model) == before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_one_row_of_a_weight_is_enough(two_towers, tokenizer, dtype):
+    two_towers.to(dtype)
+    cache = TextEmbeddingCache(two_towers, tokenizer)
+    before = cache.get(["road"], "plain")
+    table = two_towers.text_model.get_input_embeddings().weight
+    token = tokenizer("road")["input_ids"][0]
+    table.data[token] *= -1.5
+    after = cache.get(["road"], "plain")
+    assert torch.equal(after, embed_names(two_towers, tokenizer, ["road"], "plain"))
+    assert not torch.allclose(after, before)
+
+
+@pytest.mark.parametrize("change", ["another", "normaliser", "token"])
+def test_embeddings_are_forgotten_when_the_tokenizer_changes(two_towers, tokenizer, change):
+    cache = TextEmbeddingCache(two_towers, tokenizer)
+    before = cache.get(["road"], "plain")
+    if change == "another":
+        cache.tokenizer = copy.deepcopy(tokenizer)
+        tokenizer = cache.tokenizer
+    if change == "token":
+        tokenizer.add_tokens(["roa"])
+    else:
+        tokenizer.backend_tokenizer.normalizer = normalizers.Replace("road", "sky")
+    after = cache.get(["road"], "plain")
+    assert torch.equal(after, embed_names(two_towers, tokenizer, ["road"], "plain"))
+    assert not torch.allclose(after, before)
+
+
+def test_threads_share_a_full_cache(two_towers, tokenizer):
+    cache = TextEmbeddingCache(two_towers, tokenizer, max_names=2)
+    words = ["road", "sky", "tree", "dog", "cat", "grass"]
+    expected = dict(zip(words, embed_names(two_towers, tokenizer, words, "plain"), strict=True))
+
+    def look_up(number):
+        names = [words[number % 6], words[(number + 1) % 6], words[(number * 5 + 2) % 6]]
+        got = cache.get(names, "plain")
+        return all(torch.allclose(row, expected[name], atol=1e-6) for name, row in zip(names, got, strict=True))
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(look_up, range(100)))
+
+
+def test_a_copy_in_another_process_has_a_lock_of_its_own(cache):
+    cache.get(["road"], "plain")
+    again = pickle.loads(pickle.dumps(cache))
+    assert torch.equal(again.get(["road"], "plain"), cache.get(["road"], "plain"))
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_a_generator_with_a_worker_works_with_every_start_method(method):
+    code = f"""
+import multiprocessing, spar_hf
+from PIL import Image
+from transformers import pipeline
+if __name__ == "__main__":
+    multiprocessing.set_start_method({method!r})
+    segment = pipeline("open-vocab-segmentation")
+    images = (Image.new("RGB", (32, 32 + i)) for i in range(3))
+    options = dict(candidate_labels=["road", "sky"], templates="plain", output="map", num_workers=1)
+    print([result["map"].shape for result in segment(images, **options)])
+"""
+    process = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+    assert process.stdout.strip() == "[(32, 32), (33, 32), (34, 32)]", process.stderr
+
+
+def test_pipeline_forgets_the_words_of_another_tokenizer():
+    segment = pipeline("open-vocab-segmentation")
+    options = {"candidate_labels": ["road", "sky"], "templates": "plain", "output": "logits"}
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8))
+    before = segment(image, **options)["logits"]
+    segment.tokenizer = copy.deepcopy(segment.tokenizer)
+    swap = normalizers.Sequence([normalizers.Replace("road", "x"), normalizers.Replace("sky", "road")])
+    segment.tokenizer.backend_tokenizer.normalizer = normalizers.Sequence([swap, normalizers.Replace("x", "sky")])
+    np.testing.assert_allclose(segment(image, **options)["logits"], before[::-1], atol=1e-5)
