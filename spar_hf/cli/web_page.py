@@ -1,9 +1,15 @@
 """The web page of `spar-hf app`: drop an image, type words and see masks, of one pass and of the sliding window."""
 
+import atexit
 import html
 import os
+import re
+import shutil
+import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +20,18 @@ from spar_hf.cli.labels import parse_labels
 from spar_hf.cli.overlays import overlay, palette
 from spar_hf.cli.pipelines import load_pipeline, segment_timed, sliding_window_model
 from spar_hf.model.image_input import read_image, to_rgb
+from spar_hf.model.prompts import Vocabulary, unknown_names
+from spar_hf.utils.errors import UsageError
 
 DISPLAY_EDGE = 1280  # longer side in pixels of the pictures on the page; masks are computed at the size of the image
-MAX_UPLOAD = "200mb"
+# limits on what one visitor can ask of the computer that serves the page
+MAX_UPLOAD = 64 * 2**20  # bytes of a file
+MAX_PIXELS = 50_000_000  # of an image
+MAX_LETTERS = 20_000  # in the field of words
+MAX_NAMES = 1000  # in a vocabulary
+MAX_SECONDS = 300  # for a sliding window
+MAX_WAITING = 16  # requests in the queue
+NOT_UPLOADED = "The image must be uploaded on this page. Drop one on the left, or click there to choose a file."
 WORDS = "sky; building; tree, vegetation; road, pavement; person; car"
 STYLE = """
 .spar-legend { width: 100%; border: 0 !important; border-collapse: collapse; font-variant-numeric: tabular-nums; }
@@ -43,11 +58,87 @@ def import_gradio():
         ImportError: Gradio is not installed.
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "0"  # read at import only
+    os.environ["GRADIO_TEMP_DIR"] = str(upload_folder())
     try:
         import gradio
     except ImportError as error:
         raise ImportError("The page needs Gradio: pip install 'spar-hf[app]'.") from error
     return gradio
+
+
+@cache
+def upload_folder() -> Path:
+    """
+    A folder for uploads and pictures of the pages of this process, removed when it ends. Gradio's own is shared with all
+    other pages on this computer.
+    """
+    folder = tempfile.mkdtemp(prefix="spar-hf-app-", dir=os.environ.get("GRADIO_TEMP_DIR") or None)
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder).resolve()
+
+
+def read_upload(path: str | None) -> Image.Image:
+    """
+    Read an uploaded image as upright RGB. The path comes from the browser, or from anyone who imitates one: URLs and files
+    outside the folder of uploads are refused, all with the same words, so that nobody learns which files exist.
+
+    Raises:
+        ValueError: no upload, a file of too many bytes or pixels, or no image.
+    """
+    if not path:
+        raise UsageError("There is no image yet. Drop one on the left, or click there to choose a file.")
+    try:
+        file = Path(path).resolve()
+        inside = file.is_relative_to(upload_folder()) and file.is_file()
+    except (OSError, ValueError, RuntimeError):  # a null byte, a loop of links, a name that is too long
+        inside = False
+    if not inside:
+        raise UsageError(NOT_UPLOADED)
+    if file.stat().st_size > MAX_UPLOAD:
+        raise UsageError(f"The file is larger than {MAX_UPLOAD >> 20} MB. Reduce the image and upload it again.")
+    too_many = f"The image has more than {MAX_PIXELS // 1_000_000} million pixels. Reduce it and upload it again."
+    try:
+        with Image.open(file) as opened:
+            pixels = opened.width * opened.height
+    except Image.DecompressionBombError:
+        raise UsageError(too_many) from None
+    except Exception:  # `read_image` says what is wrong
+        pixels = 0
+    if pixels > MAX_PIXELS:
+        raise UsageError(too_many)
+    return to_rgb(read_image(str(file)))  # an absolute path, which is never taken for a URL
+
+
+def read_words(words: str) -> Vocabulary:
+    """
+    Parse the field of words.
+
+    Raises:
+        ValueError: as [`parse_labels`], or too many words.
+    """
+    if len(words or "") > MAX_LETTERS:
+        raise UsageError(f"The words have more than {MAX_LETTERS:,} letters. Name fewer classes.")
+    vocabulary = parse_labels(words)
+    if len(vocabulary.all_names) > MAX_NAMES:
+        raise UsageError(f"There are more than {MAX_NAMES:,} names. Name fewer classes.")
+    return vocabulary
+
+
+def without_folder(text: str) -> str:
+    """A message without the folder of the uploads on this computer."""
+    return re.sub(re.escape(str(upload_folder())) + r"[/\\]*([0-9a-f]{32,}[/\\]+)?", "", text)
+
+
+def alert(error: Exception) -> str:
+    """An error as HTML."""
+    return f'<p class="spar-error" role="alert">{html.escape(without_folder(str(error)))}</p>'
+
+
+def unknown_note(tokenizer: Any, vocabulary: Vocabulary) -> str:
+    """A note in HTML about names whose characters the tokenizer does not know, if any."""
+    unknown = unknown_names(tokenizer, vocabulary.all_names)
+    text = f"The model does not know the characters of {', '.join(unknown[:5])}, so the masks may be wrong."
+    return f'<p class="spar-note">{html.escape(text)}</p>' if unknown else ""
 
 
 def legend(results: Sequence[tuple[str, dict[str, Any]]]) -> str:
@@ -140,7 +231,7 @@ class Segmenters:
 
         Args:
             stride: in pixels.
-            progress: called with the number of windows done and the number of all.
+            progress: called with the number of windows done and the number of all; an error that it raises ends the work.
         """
         if self.window is None:
             self.window = load_pipeline(self.window_model, self.device, stride=stride)
@@ -180,16 +271,37 @@ def build_page(model: str | None = None, base: str | None = None, device: str | 
             with gr.Column(scale=2, min_width=480):
                 results = add_results(gr)
         connect(gr, segmenters, controls, results)
+    # every request waits in the queue: without `api_open=False`, requests of scripts would run beside it
+    page.queue(max_size=MAX_WAITING, default_concurrency_limit=1, api_open=False)
     return page
+
+
+def default_edge(one_pass) -> int:
+    """Shorter side of the checkpoint's working size in pixels."""
+    return (one_pass.image_processor.size or {}).get("shortest_edge") or 672
+
+
+def largest_edge(one_pass) -> int:
+    """Largest shorter side of the working size that the page offers, in pixels."""
+    return max(1024, default_edge(one_pass))
 
 
 def add_controls(gr, one_pass, stride: int) -> Controls:
     """Add image, words and settings to the page, with the checkpoint's values."""
-    edge = (one_pass.image_processor.size or {}).get("shortest_edge") or 672
+    edge = default_edge(one_pass)
     window = one_pass.model.config.image_size
     image = gr.Image(type="filepath", sources=["upload", "clipboard"], label="Image", height=280)
-    # the path only: Gradio would open the file before the handler can report a damaged one
+    # the path only: Gradio would open the file before the handler can check it
     image.preprocess = lambda upload: None if upload is None else upload.path
+    move_to_cache = image.async_move_resource_to_block_cache
+
+    async def refuse_urls(source: str | Path | None) -> str | None:
+        """Gradio downloads a URL that a request names instead of an upload."""
+        if source is not None and not Path(source).is_absolute():
+            raise gr.Error(NOT_UPLOADED)
+        return await move_to_cache(source)
+
+    image.async_move_resource_to_block_cache = refuse_urls
     threshold_info = "Pixels whose highest probability is below it become background."
     return Controls(
         image=image,
@@ -200,7 +312,7 @@ def add_controls(gr, one_pass, stride: int) -> Controls:
             info="“;” between classes, “,” between names of one class; or ade20k, voc21, …",
         ),
         shortest_edge=gr.Slider(
-            64, max(1024, edge), edge, step=16, label="Working resolution", info="Shorter side in pixels."
+            64, largest_edge(one_pass), edge, step=16, label="Working resolution", info="Shorter side in pixels."
         ),
         threshold=gr.Slider(0, 1, 0, step=0.01, label="Background threshold", info=threshold_info),
         compare=gr.Checkbox(False, label="Compare with the sliding window (slow)"),
@@ -255,17 +367,17 @@ def segmentation_handler(gr, segmenters: Segmenters, results: Results) -> Callab
         progress=gr.Progress(),  # noqa: B008 - Gradio recognises it by its default
     ) -> Iterator[dict[Any, Any]]:
         try:
-            vocabulary = parse_labels(words)
-            if path is None:
-                raise ValueError("There is no image yet. Drop one on the left, or click there to choose a file.")
-            image = to_rgb(read_image(path))
-            options = {"size": {"shortest_edge": int(shortest_edge)}, "threshold": float(threshold)}
+            vocabulary = read_words(words)
+            image = read_upload(path)
+            edge = min(int(shortest_edge), largest_edge(segmenters.one_pass))
+            options = {"size": {"shortest_edge": edge}, "threshold": float(threshold)}
             progress(0, desc="one pass")
             first = segment_timed(segmenters.one_pass, image, vocabulary, **options)
+            note = unknown_note(segmenters.one_pass.tokenizer, vocabulary)
             shown: dict[Any, Any] = {
                 results.one_pass_picture: picture(image, first),
                 results.one_pass_time: time_line(first),
-                results.message: gr.HTML(visible=False),
+                results.message: gr.HTML(note, visible=bool(note)),
                 results.table: legend([("one pass", first)]),
                 results.window_column: gr.Column(visible=bool(compare)),
                 results.window_picture: None,
@@ -274,15 +386,11 @@ def segmentation_handler(gr, segmenters: Segmenters, results: Results) -> Callab
             yield shown
             if not compare:
                 return
-            window = segmenters.sliding_window(
-                int(stride), lambda done, total: progress((done, total), desc="sliding window", unit="windows")
-            )
+            window = segmenters.sliding_window(max(1, int(stride)), limited(progress))
             second = segment_timed(window, image, vocabulary, **options)
         except (ValueError, OSError, RuntimeError) as error:
-            # shown in the page, since Gradio's own errors cover the results; without the path of the upload on this computer
-            text = str(error).replace(path, Path(path).name) if path else str(error)
-            alert = f'<p class="spar-error" role="alert">{html.escape(text)}</p>'
-            yield {results.message: gr.HTML(alert, visible=True)}
+            # shown in the page, since Gradio's own errors cover the results
+            yield {results.message: gr.HTML(alert(error), visible=True)}
             return
         yield {
             results.window_picture: picture(image, second),
@@ -291,6 +399,21 @@ def segmentation_handler(gr, segmenters: Segmenters, results: Results) -> Callab
         }
 
     return run
+
+
+def limited(progress: Callable[..., Any]) -> Callable[[int, int], None]:
+    """Reports the windows done, and raises `TimeoutError` when they take too long."""
+    end = time.monotonic() + MAX_SECONDS
+
+    def report(done: int, total: int) -> None:
+        if time.monotonic() > end:
+            raise TimeoutError(
+                f"The sliding window was stopped after {MAX_SECONDS} s, {done} of {total} windows. Take a larger stride or "
+                "a lower working resolution."
+            )
+        progress((done, total), desc="sliding window", unit="windows")
+
+    return report
 
 
 def launch_page(

@@ -1,12 +1,18 @@
 """The web page over HTTP and in a real browser: masks and a legend from an image and words, and no other computer asked."""
 
+import http.server
+import random
 import re
 import shutil
+import threading
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
+from PIL import Image
 
+from spar_hf.cli import web_page
 from spar_hf.cli.web_page import legend, picture
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of pandas, in Gradio's queue
@@ -31,8 +37,6 @@ def test_the_legend_lists_share_and_probability_of_every_class_and_escapes_words
 
 
 def test_large_pictures_are_reduced_together_with_their_masks():
-    from PIL import Image
-
     label_map = np.zeros((2000, 3000), np.int32)
     label_map[:, 1500:] = 1
     shown = picture(Image.new("RGB", (3000, 2000)), result_of(label_map, ["left", "right"], [1, 1]))
@@ -64,7 +68,6 @@ def address():
 
 def test_the_page_over_http_answers_twice_and_reports_errors_as_text(address, tmp_path):
     from gradio_client import Client, handle_file
-    from PIL import Image
 
     image, broken = tmp_path / "street.png", tmp_path / "broken.png"
     Image.new("RGB", (64, 48), "green").save(image)
@@ -84,6 +87,154 @@ def test_the_page_over_http_answers_twice_and_reports_errors_as_text(address, tm
         ((message, *_),) = run(*arguments)
         assert 'role="alert"' in message["value"] and word in message["value"]
         assert "gradio" not in message["value"]  # the folder of the uploads
+
+
+class Attacker:
+    """Posts to the queue what no browser would, and reads the answers."""
+
+    def __init__(self, address):
+        self.root = address.rstrip("/") + "/gradio_api"
+        config = httpx.get(address.rstrip("/") + "/config").json()
+        self.function = next(entry["id"] for entry in config["dependencies"] if entry["api_name"] == "run")
+
+    def upload(self, path, name=None):
+        with open(path, "rb") as file:
+            return httpx.post(self.root + "/upload", files={"files": (name or path.name, file)}, timeout=60)
+
+    def join(self, image, words="road; sky", edge=64, session="attacker"):
+        body = {
+            "data": [image, words, edge, 0, False, 96],
+            "fn_index": self.function,
+            "session_hash": session,
+            "trigger_id": None,
+        }
+        return httpx.post(self.root + "/queue/join", json=body)
+
+    def post(self, image, words="road; sky", edge=64):
+        """All that the server answers to a request, as text."""
+        session = f"attacker{random.random()}"
+        joined = self.join(image, words, edge, session)
+        if joined.status_code != 200:
+            return joined.text
+        lines = []
+        with httpx.stream("GET", self.root + "/queue/data", params={"session_hash": session}, timeout=60) as answer:
+            for line in answer.iter_lines():
+                lines.append(line)
+                if "process_completed" in line or "close_stream" in line:
+                    break
+        return "\n".join(lines)
+
+
+class Listener(http.server.BaseHTTPRequestHandler):
+    """A service of the private network that notes who asks it."""
+
+    asked: list[str] = []
+
+    def do_GET(self):
+        self.asked.append(self.path)
+        self.send_error(404)
+
+    do_HEAD = do_GET
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def private_service():
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Listener)
+    Listener.asked.clear()
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}/secret.png"
+    server.shutdown()
+
+
+def message(text):
+    """The answer without ids, times and the like."""
+    return re.findall(r'"(?:value|error|title)": ?(?:"(?:[^"\\\\]|\\\\.)*"|null)', text)
+
+
+def test_an_attacker_reads_no_file_and_reaches_no_service(address, tmp_path, private_service):
+    attacker = Attacker(address)
+    secret, outside = tmp_path / "secret.png", Path.home() / f".spar-hf-test-{random.random()}.png"
+    Image.new("RGB", (64, 48), "red").save(secret)
+    shutil.copy(secret, outside)
+    uploaded = attacker.upload(secret, "mine.png").json()[0]
+    link = Path(uploaded).with_name("link.png")
+    link.symlink_to(secret)
+    climbing = str(Path(uploaded).parent / ".." / ".." / ".." / Path(*secret.parts[1:]))
+    climbing_far = str(Path(uploaded).parent) + "/.." * 12 + str(secret)
+    sources = [str(secret), str(outside), str(link), climbing, climbing_far, f"file://{secret}", private_service]
+    sources += [private_service.replace("http", "HTTP"), " " + private_service, "data:image/png;base64,iVBORw0KGgo="]
+    sources += ["a\0b", "x" * 5000, "/proc/self/environ", "/dev/zero", str(Path(uploaded).parent), "."]
+    missing = "/nonexistent/secret.png"
+    try:
+        for meta in ({}, {"meta": {"_type": "gradio.FileData"}}):
+            forms = [{"path": source} for source in sources]
+            forms += [{"path": source, "url": source} for source in (str(secret), private_service)]
+            forms += [
+                {"url": source} for source in (str(secret), private_service, "data:image/png;base64,iVBORw0KGgo=")
+            ]
+            for form in forms:
+                text = attacker.post({**form, **meta, "is_stream": False})
+                assert ".webp" not in text and "vision forward" not in text, (form, text[:2000])
+                assert "No such file" not in text and "is a folder" not in text
+            # whether a file exists is not told
+            answers = [message(attacker.post({"path": path, **meta})) for path in (missing, str(outside))]
+            assert answers[0] and answers[0] == answers[1]
+        assert Listener.asked == []
+        assert "vision forward" in attacker.post({"path": uploaded, "meta": {"_type": "gradio.FileData"}})
+        for path in (secret, outside, Path("/etc/passwd")):
+            assert httpx.get(f"{attacker.root}/file={path}").status_code in (403, 404)
+        direct = httpx.post(f"{attacker.root}/run/run", json={"data": [None, "road", 64, 0, False, 96]})
+        assert direct.status_code != 200  # nothing runs beside the queue
+    finally:
+        outside.unlink()
+
+
+def test_uploads_words_and_the_queue_are_limited(address, tmp_path, monkeypatch):
+    attacker = Attacker(address)
+    small, bomb, large = tmp_path / "small.png", tmp_path / "bomb.png", tmp_path / "large.png"
+    Image.new("RGB", (64, 48)).save(small)
+    Image.new("1", (13_000, 13_000)).save(bomb)
+    Image.new("1", (8000, 8000)).save(large)
+    meta = {"meta": {"_type": "gradio.FileData"}}
+    for path in (bomb, large):
+        assert "million pixels" in attacker.post({"path": attacker.upload(path).json()[0], **meta})
+    mine = {"path": attacker.upload(small).json()[0], **meta}
+    assert "fewer classes" in attacker.post(mine, "; ".join(f"n{i}" for i in range(1001)))
+    assert "fewer classes" in attacker.post(mine, "x" * 20_001)
+    assert "token" in attacker.post(mine, "C++; C#")
+    assert ".webp" not in attacker.post(mine, edge=10**7)
+    assert "does not know" in attacker.post(mine, "道路; sky")
+    heavy = tmp_path / "heavy.png"
+    with heavy.open("wb") as file:
+        file.truncate(web_page.MAX_UPLOAD + 1000)
+    assert attacker.upload(heavy).status_code == 413
+    started, go_on = threading.Event(), threading.Event()
+
+    def slow(path):
+        started.set()
+        go_on.wait(30)
+        raise ValueError("slow")
+
+    monkeypatch.setattr(web_page, "read_upload", slow)
+    try:
+        attacker.join(mine)
+        assert started.wait(20)
+        codes = [attacker.join(mine).status_code for _ in range(web_page.MAX_WAITING + 4)]
+        assert codes.count(200) <= web_page.MAX_WAITING and codes[-1] == 503
+    finally:
+        go_on.set()
+
+
+def test_a_sliding_window_that_takes_too_long_is_stopped(monkeypatch):
+    report = web_page.limited(lambda *args, **kwargs: None)
+    report(1, 100)
+    monkeypatch.setattr(web_page.time, "monotonic", lambda: float("inf"))
+    with pytest.raises(TimeoutError, match="1 of 100 windows"):
+        report(1, 100)
 
 
 @pytest.fixture
