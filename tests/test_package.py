@@ -84,6 +84,7 @@ print(json.dumps(failed))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")
 @pytest.mark.parametrize("order", IMPORTS)
 def test_auto_classes_and_pipelines_know_the_models_in_any_order_of_imports(order, tmp_path):

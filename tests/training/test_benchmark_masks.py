@@ -11,6 +11,7 @@ SIZES = ["--decision", "60", "512", "512", "--large_decision", "7", "320", "192"
 SIZES += ["--height", "64", "--width", "96", "--images", "2", "--repeats", "2", "--device", "cpu"]
 
 
+@pytest.mark.slow
 def test_labels_memory_and_times_of_small_sizes(tmp_path):
     script, output = TRAINING / "studies" / "benchmark_masks.py", tmp_path / "masks.json"
     command = [sys.executable, str(script), *SIZES, "--output", str(output)]

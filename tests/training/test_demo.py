@@ -53,6 +53,7 @@ def test_page_shows_every_image_three_ways_and_says_what_failed(folder, tmp_path
         assert abs(sum(map(int, re.findall(r"(\d+) %", caption))) - 100) <= 1
 
 
+@pytest.mark.slow
 def test_images_are_taken_evenly_from_all_arguments(folder, tmp_path):
     page, _ = demo(tmp_path / "two", folder, folder / "image3.png", most=3)
     assert titles(page) == ["image0", "image3"]  # one of the folder, and the other argument's, which has no more

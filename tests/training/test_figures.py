@@ -187,6 +187,7 @@ def test_generalisation_table(street, models, tmp_path, launch, refuse):
     assert "is not a recipe" in refuse("generalisation", *command)
 
 
+@pytest.mark.slow
 def test_generalisation_in_two_processes(street, models, tmp_path, launch):
     """Both processes measure all parts, one after the other, and one of them writes and prints."""
     recipe = write_recipe(tmp_path, held_out=["tree"], sets=[{"path": "street", "holdout_every": 2}])
