@@ -15,6 +15,7 @@ from spar_hf.model.modeling_spar import SparForOpenVocabSegmentation, SparVision
 from spar_hf.model.processing_spar import SparProcessor, published_tokenizer
 from spar_hf.utils.atomic import writing_folder
 from spar_hf.utils.errors import UsageError
+from spar_hf.utils.locks import locked
 
 from . import dinov3txt, openclip, siglip2
 from .checkpoint_tensors import CheckpointTensors, read_tensors
@@ -90,16 +91,43 @@ def convert(
     Raises:
         FileExistsError: `output` exists and `force` is not given, or it is not a SPAR folder.
         FileNotFoundError: no such checkpoint.
-        UsageError: an unknown family, a base of another family, a file that contains code, or tensors that do not fit.
+        UsageError: an unknown family, a base of another family, a file that contains code, tensors that do not fit or hold
+            NaN; another process converts to the same folder.
         RuntimeError: the written folder differs from the reference implementation by more than 1e-4.
     """
     output = Path(output)
     check_output(output, force)
+    with locked(output.with_name(f".{output.name}.lock"), str(output)):
+        check_output(output, force)  # another process may have written it since
+        return convert_locked(
+            Path(checkpoint), family, base, output, tokenizer, text_heads, vision_act, image_mean, image_std
+        )
+
+
+def convert_locked(
+    checkpoint: Path,
+    family: str,
+    base: str,
+    output: Path,
+    tokenizer: str | None,
+    text_heads: int | None,
+    vision_act: str | None,
+    image_mean: list[float] | None,
+    image_std: list[float] | None,
+) -> ConversionReport:
+    """What [`convert`] does while the output is locked."""
     if family not in FAMILIES:
         raise UsageError(f"Family {family!r} is unknown; use one of {', '.join(FAMILIES)}.")
     layout, tensors = FAMILIES[family], read_tensors(checkpoint)
     source, notes = CheckpointTensors(tensors), []
     layout.rename(source)
+    if spoiled := [
+        name for name, tensor in tensors.items() if name not in source.skipped and not tensor.isfinite().all()
+    ]:
+        raise UsageError(
+            f"{checkpoint}: {len(spoiled)} of {len(tensors)} tensors hold NaN or infinity: {', '.join(spoiled[:8])}. Use an "
+            "earlier checkpoint of that training, or copy the file again."
+        )
     backbone_from_base = family == "dinov3txt" and not any(name.startswith(DINOV3_BACKBONE) for name in tensors)
     if backbone_from_base:
         add_backbone(source, base)
@@ -122,11 +150,11 @@ def convert(
         model.save_pretrained(temporary)
         processor.save_pretrained(temporary)
         report.differences = compare(temporary, layout, tensors, base if backbone_from_base else None)
-        worst = max(report.differences.values())
-        if not worst < TOLERANCE:
+        wrong = {name: value for name, value in report.differences.items() if not value < TOLERANCE}  # NaN is wrong too
+        if wrong:
             raise RuntimeError(
-                f"The converted model differs from the reference implementation by {worst:.1e} (allowed: {TOLERANCE:.0e}): "
-                f"{report.differences}. Check that {base} is the base of this checkpoint; nothing was written."
+                f"The converted model differs from the reference implementation by more than {TOLERANCE:.0e}: {wrong}. "
+                f"Check that {base} is the base of this checkpoint; nothing was written."
             )
     return report
 

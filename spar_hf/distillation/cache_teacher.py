@@ -12,6 +12,7 @@ import datetime
 import json
 import logging
 import os
+import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,10 +39,11 @@ from spar_hf.distillation.teacher_cache import (
 from spar_hf.model.fingerprints import vision_fingerprint
 from spar_hf.model.image_input import read_image, to_rgb
 from spar_hf.utils.atomic import write_atomically, write_json
+from spar_hf.utils.checkpoints import StopAtStep
 from spar_hf.utils.devices import clock
-from spar_hf.utils.errors import UsageError, as_usage_errors
+from spar_hf.utils.errors import NotFinite, UsageError, as_usage_errors
 from spar_hf.utils.options import ComposedOptions, parse_dataclasses, require_one_of, require_positive
-from spar_hf.utils.runs import end_run, start_accelerator
+from spar_hf.utils.runs import RunFolder, end_run, start_accelerator
 
 logger = logging.getLogger(__name__)
 
@@ -120,6 +122,16 @@ def make_cache(options: CacheOptions) -> TeacherCache:
     storage, output = options.storage, Path(options.storage.output)
     patient = InitProcessGroupKwargs(timeout=datetime.timedelta(days=7))  # processes wait for the slowest at the end
     accelerator = start_accelerator(storage.mixed_precision, kwargs_handlers=[patient])
+    folder = RunFolder(accelerator, output)
+    try:
+        return compute_shards(options, accelerator)
+    finally:
+        folder.close()
+
+
+def compute_shards(options: CacheOptions, accelerator: Accelerator) -> TeacherCache:
+    """What [`make_cache`] does while the folder is locked."""
+    output = Path(options.storage.output)
     paths = choose_images(options.images)
     with as_usage_errors():
         model = SparVisionModel.from_backbone(options.teacher.model)
@@ -131,9 +143,14 @@ def make_cache(options: CacheOptions) -> TeacherCache:
     teacher.to(accelerator.device)
     maker = ShardMaker(teacher, image_processor, paths, options, accelerator)
     own = range(accelerator.process_index, maker.count, accelerator.num_processes)
+    stop = StopAtStep(accelerator)
     for number in tqdm(own, desc="shards", disable=not accelerator.is_main_process):
         if finished_shard(output, number) is None:
             maker.make(number)
+        if stop.first is not None:  # the other processes have other shards: they are not waited for
+            logger.info("Stopped after a shard. Go on with the same command.")
+            sys.exit(128 + stop.number)
+    stop.restore()
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         records = [json.loads(record_path(output, n).read_text(encoding="utf-8")) for n in range(maker.count)]
@@ -274,6 +291,7 @@ class ShardMaker:
 
         Raises:
             UnreadableImage: the file cannot be read.
+            NotFinite: the features are no numbers.
         """
         try:
             image, size, digest = to_rgb(read_image(path)), path.stat().st_size, sha256(path)
@@ -284,6 +302,8 @@ class ShardMaker:
         pixels = self.image_processor(crop.apply(image), do_resize=False, return_tensors="pt")["pixel_values"]
         with self.accelerator.autocast():
             features = teacher(pixels.to(self.accelerator.device)).feature_map
+        if not features.isfinite().all():
+            raise NotFinite(f"The teacher's features of {path} are not finite. Use another --mixed_precision.")
         relative = os.path.relpath(path.resolve(), self.output.resolve())
         entry = {"image": relative, "bytes": size, "sha256": digest, "crop": asdict(crop)}
         return entry, features[0].to("cpu", torch.bfloat16).contiguous()

@@ -15,6 +15,7 @@ from spar_hf.data.augmentation import Views, draw_crop
 from spar_hf.data.order import Sample
 from spar_hf.data.training_images import Skipped, SkippedList, TrainingImages
 from spar_hf.distillation.pictures import compare_features
+from spar_hf.utils.errors import NotFinite
 
 PICTURED = 3  # images in a picture of feature maps
 
@@ -56,6 +57,9 @@ def teach(
         skipped: list of unreadable images.
         generator: sample -> random numbers of its view.
         progress: whether to show a progress bar.
+
+    Raises:
+        NotFinite: the teacher's features are no numbers.
     """
     pairs, device = [], next(teacher.parameters()).device
     for sample in tqdm(samples, "full teacher", disable=not progress):
@@ -67,7 +71,10 @@ def teach(
         crop = draw_crop(image.size, images.window, images.patch_size, views, generator(sample))
         view = crop.apply(image)
         pixel_values = images.pixels(view).to(device)
-        pairs.append(TeacherPair(view, pixel_values, teacher(pixel_values).feature_map))
+        target = teacher(pixel_values).feature_map
+        if not target.isfinite().all():
+            raise NotFinite(f"The teacher's features of {sample.name} are not finite. Use another --mixed_precision.")
+        pairs.append(TeacherPair(view, pixel_values, target))
     return pairs
 
 

@@ -1,6 +1,7 @@
 """The optimiser step of a student, on any number of devices."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -66,13 +67,24 @@ class Optimisation:
         """Of the next step."""
         return self.schedule.get_last_lr()[0]
 
-    def step(self, loss: torch.Tensor) -> bool:
-        """Back-propagate a loss; whether that completed an optimizer step. Call it within `accelerator.accumulate`."""
+    def step(self, loss: torch.Tensor, is_bad: Callable[[Any], bool] = lambda norm: False) -> bool:
+        """
+        Back-propagate a loss. Call it within `accelerator.accumulate`.
+
+        Args:
+            loss: of one image.
+            is_bad: norm of the gradients -> whether the step must be skipped; called when a step is complete.
+
+        Returns:
+            Whether that completed an optimizer step, done or skipped.
+        """
         self.accelerator.backward(loss)
         if self.accelerator.sync_gradients:
-            self.accelerator.clip_grad_norm_(self.parameters, 1.0)
-        self.optimizer.step()
-        self.student.restore_positions()
+            norm = self.accelerator.clip_grad_norm_(self.parameters, 1.0)
+            # the scaler of float16 must be asked in any case, and skips such steps by itself
+            if not is_bad(norm) or self.accelerator.scaler is not None:
+                self.optimizer.step()
+                self.student.restore_positions()
         self.schedule.step()
         self.optimizer.zero_grad()
         return self.accelerator.sync_gradients

@@ -19,7 +19,15 @@ from spar_hf.model.vocabularies import VOCABULARIES
 from spar_hf.teacher import VARIANTS
 from spar_hf.utils.checkpoints import settings_of
 from spar_hf.utils.errors import UsageError
-from spar_hf.utils.options import ComposedOptions, require_not_negative, require_one_of, require_positive, require_share
+from spar_hf.utils.options import (
+    RUN_FREE,
+    ComposedOptions,
+    SafetyOptions,
+    require_not_negative,
+    require_one_of,
+    require_positive,
+    require_share,
+)
 
 # SPAR, section 4: images fit 4 × 2 windows times U(0.5, 1). The third recipe's go up to 2560 px, 5 of its windows of 512 px.
 RECIPE: dict[str, Any] = {
@@ -41,7 +49,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 DEFAULT_STEPS = 1000
 PRECISIONS = ("no", "fp16", "bf16")
 # A resumed run may change these: they do not change what is learned.
-FREE = {"output", "resume", "workers", "save_steps", "eval_steps", "picture_steps", "report_to", "preset"}
+FREE = {"output", "resume", "workers", "save_steps", "eval_steps", "picture_steps", "report_to", "preset", *RUN_FREE}
 
 
 @dataclass(kw_only=True)
@@ -256,7 +264,7 @@ class OptimisationOptions:
 
 
 @dataclass(kw_only=True)
-class RunOptions:
+class RunOptions(SafetyOptions):
     """Where a run writes, how often it measures and saves, and whether it resumes."""
 
     output: str = field(metadata={"help": "Folder of the run; the student is written to OUTPUT/model."})
@@ -289,6 +297,7 @@ class RunOptions:
     )
 
     def __post_init__(self):
+        super().__post_init__()
         require_positive(self, "log_steps", "save_steps", "eval_steps")
         require_not_negative(self, "holdout_images", "picture_steps")
         require_one_of(self, "report_to", ["auto", "none", *map(str, LOGGER_TYPE_TO_CLASS)])

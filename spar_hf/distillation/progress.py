@@ -43,7 +43,7 @@ class Progress:
                 return
             yield item
 
-    def row(self, step: int, loss: float, learning_rate: float, skipped: int) -> dict[str, Any]:
+    def row(self, step: int, loss: float | None, learning_rate: float, skipped: int) -> dict[str, Any]:
         """A row of the log. Times and memory are those of this process since its start."""
         seconds = clock(self.device) - self.start
         row = {
@@ -56,8 +56,9 @@ class Progress:
             "memory_gib": round(peak_bytes(self.device) / 2**30, 2),
             "skipped": skipped,
         }
+        shown = "none" if loss is None else f"{loss:.4f}"
         self.bar.set_postfix_str(
-            f"loss {loss:.4f}, {row['images_per_second']:.2f} images/s, teacher {row['teacher_share']:.0%}, "
+            f"loss {shown}, {row['images_per_second']:.2f} images/s, teacher {row['teacher_share']:.0%}, "
             f"waiting {row['wait_share']:.0%}"
         )
         return row

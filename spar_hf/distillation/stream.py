@@ -5,19 +5,22 @@ import logging
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
 from spar_hf.data.augmentation import Views
-from spar_hf.data.order import Listing, MapOrder, Sample, SampleList, StreamOrder, split_images
+from spar_hf.data.order import Listing, MapOrder, Sample, SampleList, StreamOrder, is_excluded, split_images
 from spar_hf.data.sources import ImageOptions
 from spar_hf.data.training_images import LoadedSample, Skipped, SkippedList, TrainingImages, only_item
 from spar_hf.distillation.models import Models
 from spar_hf.distillation.targets import CachedImages
-from spar_hf.distillation.teacher_cache import TeacherCache
+from spar_hf.distillation.teacher_cache import TeacherCache, read_manifest
 from spar_hf.utils.errors import UsageError
+from spar_hf.utils.launching import outlive_signals
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +40,7 @@ class ImageStream:
         held_out: samples that the error is measured on.
         train: the training images; `None` for a stream.
         views: how views are drawn: what the record of the student says.
+        names: of the images, by what they are for: what the run keeps as their record; `None` for a stream.
     """
 
     order: MapOrder | StreamOrder
@@ -46,6 +50,7 @@ class ImageStream:
     held_out: list[Sample]
     train: Listing | None
     views: Views
+    names: dict[str, list[str]] | None = None
 
     def choose(self, count: int, seed: int) -> list[Sample]:
         """
@@ -66,6 +71,7 @@ class ImageStream:
             sampler=self.order,
             num_workers=workers,
             collate_fn=only_item,
+            worker_init_fn=outlive_signals,
             generator=torch.Generator().manual_seed(seed),  # without it, the run's own random numbers would be used
         )
 
@@ -82,6 +88,7 @@ def open_stream(
     process: int = 0,
     processes: int = 1,
     start: list[int] | None = None,
+    earlier: dict[str, list[str]] | None = None,
 ) -> ImageStream:
     """
     Open the images of a run.
@@ -96,6 +103,7 @@ def open_stream(
         teacher_cache: folder of a cache, whose images and targets are trained on instead.
         process, processes: each process takes every n-th image.
         start: where a resumed run goes on, see [`Sample`].
+        earlier: names of its images, see [`ImageStream`]: what was held out stays held out.
 
     Raises:
         UsageError: no image is left to train on, or a cache does not fit.
@@ -115,18 +123,66 @@ def open_stream(
         stream = order = StreamOrder(sources[0], options, seed, process, processes, start)
         held_out = list(itertools.islice(stream.held_out(), holdout_images))
         return ImageStream(order, images, images, None, held_out, None, views)
-    train, rest = split_images(sources, options.exclude, options.holdout_every)
-    held_out = draw_samples(rest, holdout_images, seed)
+    if earlier is None:
+        train, rest = split_images(sources, options.exclude, options.holdout_every)
+        held_out = draw_samples(rest, holdout_images, seed)
+    else:
+        train, rest = split_as_before(sources, options.exclude, earlier)
+        measured = set(earlier["measured"])
+        held_out = [rest.sample(i, i, []) for i in range(len(rest)) if rest.name(i) in measured]
+        held_out.sort(key=lambda sample: earlier["measured"].index(sample.name))
+    names = {
+        part: [listing.name(i) for i in range(len(listing))] for part, listing in (("train", train), ("held_out", rest))
+    }
+    names |= {"cached": cached_names(teacher_cache), "measured": [sample.name for sample in held_out]}
     if teacher_cache is None:
         order = MapOrder(train, seed, process, processes, start)
-        return ImageStream(order, images, images, len(train), held_out, train, views)
+        return ImageStream(order, images, images, len(train), held_out, train, views, names)
     cache = TeacherCache.open(
         teacher_cache, model=teacher.model, window_size=teacher.window_size, stride=teacher.stride
     )
     cached = CachedImages(cache, held_out)
     stored = Views(**{name: cache.setting[name] for name in asdict(views)})
     order = MapOrder(cached, seed, process, processes, start)
-    return ImageStream(order, cached, images, len(cached), held_out, train, stored)
+    return ImageStream(order, cached, images, len(cached), held_out, train, stored, names)
+
+
+def split_as_before(sources: list[Any], exclude: list[str], earlier: dict[str, list[str]]) -> tuple[Listing, Listing]:
+    """
+    Split images into those to train on and those that an earlier run held out; new ones are trained on.
+
+    Raises:
+        UsageError: no image is left to train on.
+    """
+    known = set(earlier["held_out"])
+    train, held_out = [], []
+    for source in sources:
+        kept = [i for i in range(len(source)) if not is_excluded(source.key(i), exclude)]
+        train.append(np.array([i for i in kept if source.name(i) not in known], int))
+        held_out.append(np.array([i for i in kept if source.name(i) in known], int))
+    if not sum(map(len, train)):
+        raise UsageError("No image is left to train on: all that are there were held out before.")
+    return Listing(sources, train), Listing(sources, held_out)
+
+
+def all_names(sources: list[Any], exclude: list[str], teacher_cache: str | None = None) -> list[str]:
+    """Names of the images of all sources, and of those of a teacher cache."""
+    names = [
+        source.name(i)
+        for source in sources
+        for i in range(len(source))
+        if not exclude or not is_excluded(source.key(i), exclude)
+    ]
+    return names + cached_names(teacher_cache)
+
+
+def cached_names(teacher_cache: str | None) -> list[str]:
+    """Names of the images in a teacher cache, once for each of their views."""
+    if teacher_cache is None:
+        return []
+    return [
+        f"cached {entry['image']}" for shard in read_manifest(Path(teacher_cache))["shards"] for entry in shard["maps"]
+    ]
 
 
 def draw_samples(listing: SampleList, count: int, seed: int) -> list[Sample]:

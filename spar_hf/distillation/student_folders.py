@@ -166,5 +166,5 @@ def shareable(recipe: Mapping[str, Any]) -> dict[str, Any]:
     return {
         name: shorten(value) if name in PATHS else value
         for name, value in recipe.items()
-        if value not in (None, []) and name != "resume"
+        if value not in (None, []) and name not in ("resume", "overwrite", "allow_changed_data")
     }

@@ -9,9 +9,11 @@ teacher's features with the mean squared error, without labels (SPAR, arXiv 2604
 """
 
 import logging
+import math
 import random
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,15 +37,16 @@ from spar_hf.distillation.pictures import draw_curve
 from spar_hf.distillation.progress import Progress
 from spar_hf.distillation.recipes import parse_options
 from spar_hf.distillation.records import held_out_record, make_record
-from spar_hf.distillation.stream import open_stream, readable_samples
+from spar_hf.distillation.stream import all_names, open_stream, readable_samples
 from spar_hf.distillation.student import Student, prepare_positions
 from spar_hf.distillation.student_folders import finish_folder, merge_adapters, save_adapter, save_student
 from spar_hf.distillation.targets import make_target
 from spar_hf.distillation.trainable import count_parameters, share_frozen
 from spar_hf.utils.atomic import write_atomically, write_text
-from spar_hf.utils.checkpoints import earlier_state, is_finished, load_checkpoint
-from spar_hf.utils.errors import UsageError
-from spar_hf.utils.runs import Checkpointing, RunLog, end_run, start_accelerator
+from spar_hf.utils.checkpoints import discard_earlier, earlier_state, is_finished, load_checkpoint
+from spar_hf.utils.errors import NotFinite, UsageError
+from spar_hf.utils.runs import BadSteps, Checkpointing, RunFolder, RunLog, end_run, start_accelerator
+from spar_hf.utils.sample_record import earlier_samples, write_samples
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +62,8 @@ class Distillation:
         options ([`DistillationOptions`]): what to distil, on which images, and how.
 
     Raises:
-        UsageError: a model, images, a cache or a checkpoint that does not fit the options.
+        UsageError: a model, images, a cache or a checkpoint that does not fit the options; another run in its folder.
+        NotFinite: the student's held-out error is no number before training.
     """
 
     def __init__(self, options: DistillationOptions):
@@ -74,7 +78,24 @@ class Distillation:
         )
         self.is_main, self.device = self.accelerator.is_main_process, self.accelerator.device
         self.settings = options.settings | {"mixed_precision": self.accelerator.mixed_precision}
-        self.state = earlier_state(self.output, options.run.resume, self.settings, self.accelerator.num_processes)
+        self.folder = RunFolder(self.accelerator, self.output)
+        try:
+            self._prepare()
+        except BaseException:
+            self.folder.close()
+            raise
+
+    def _prepare(self) -> None:
+        """Load and check everything."""
+        options, optimisation = self.options, self.options.optimisation
+        self.state = earlier_state(
+            self.output,
+            options.run.resume,
+            self.settings,
+            self.accelerator.num_processes,
+            results=options.folders,
+            overwrite=options.run.overwrite,
+        )
 
         sources = open_sources(options.images)  # before the models, which take long to load
         self.models = Models.load(options.teacher, self.device)
@@ -82,6 +103,10 @@ class Distillation:
         if options.student.student:
             self.models.start_from(options.student.student)
         start = None if self.state is None else self.state["after"][self.accelerator.process_index]
+        earlier = None
+        if self.state is not None and not options.images.streaming:  # a stream holds out by content, not by position
+            found = all_names(sources, options.images.exclude, options.teacher.teacher_cache)
+            earlier = earlier_samples(self.output, found, options.run.allow_changed_data)
         self.stream = open_stream(
             sources,
             options.images,
@@ -93,6 +118,7 @@ class Distillation:
             process=self.accelerator.process_index,
             processes=self.accelerator.num_processes,
             start=start,
+            earlier=earlier,
         )
         self.student = self._make_student()
         self.target = make_target(self.models.teacher, options.teacher, optimisation.seed)
@@ -100,6 +126,7 @@ class Distillation:
         self.steps = count_steps(optimisation, self.stream.count, self.images_per_step)
         self.optimisation = Optimisation(self.accelerator, self.student, optimisation, self.steps)
         self.skipped = self._start_skipped_list()
+        self.bad_steps = BadSteps(self.accelerator, options.run.max_bad_steps, *(self.state or {}).get("bad_steps", ()))
         self.held_out = self._teach_held_out()
         whitening = self._measure_whitening() if optimisation.whiten else None
         scale = self.models.student.config.dense_logit_scale
@@ -108,20 +135,27 @@ class Distillation:
             self._fit_prior()
         self.curve = self._start_curve()
 
-    def run(self) -> Path:
-        """Train, and return the folder that was written. Ctrl-C or SIGTERM ends the run after a checkpoint."""
-        log = self._start()
-        run = self.options.run
-        checkpoints = Checkpointing(self.accelerator, self.output, self.settings, run.save_steps, self.steps)
-        finished = self._train(log, checkpoints)
-        checkpoints.close()
-        self.accelerator.wait_for_everyone()
-        log.close()
-        if self.is_main and finished:
-            self._finish()
-        self.optimisation.release()
+    def run(self) -> Path | None:
+        """
+        Train, and return the folder that was written; `None` where Ctrl-C or SIGTERM ended the run after a checkpoint.
+
+        Raises:
+            NotFinite: the training diverged. The last good student is kept.
+        """
+        try:
+            log = self._start()
+            every = self.options.run.save_steps
+            with Checkpointing(self.accelerator, self.output, self.settings, every, self.steps) as checkpoints:
+                finished = self._train(log, checkpoints)
+            self.accelerator.wait_for_everyone()
+            log.close()
+            if self.is_main and finished:
+                self._finish()
+        finally:
+            self.optimisation.release()
+            self.folder.close()
         end_run(self.accelerator)
-        return self.options.folders[-1]
+        return self.options.folders[-1] if finished else None
 
     # The steps of the constructor
 
@@ -220,8 +254,11 @@ class Distillation:
             self.accelerator.init_trackers("spar-distillation", config=plain)
         if self.state is not None:
             load_checkpoint(self.accelerator, self.output)
+        discard_earlier(self.accelerator, self.output, self.options.run.resume)
         if self.is_main:
-            recipe = self.options.flat | {"resume": False}
+            if (names := self.stream.names) is not None:
+                write_samples(self.output, names)
+            recipe = self.options.flat | {"resume": False, "overwrite": False, "allow_changed_data": False}
             write_text(self.output / "recipe.yaml", yaml.safe_dump(recipe, sort_keys=False))
         resume_step = None if self.state is None else self.state["step"]
         return RunLog(self.output / "log.jsonl", self.accelerator, resume_step)
@@ -236,19 +273,21 @@ class Distillation:
             return True
         progress = Progress(step, self.steps, self.images_per_step, self.device, show=self.is_main)
         loader = self.stream.loader(self.options.images.workers, self.options.optimisation.seed)
-        stopped = False
+        stopped, before = False, running
         for sample in progress.waiting(readable_samples(loader, self.skipped)):
             with accelerator.accumulate(self.optimisation.wrapped):
                 loss = self._loss(sample, progress)
-                is_step = self.optimisation.step(loss)
-            running += float(loss.detach()) / self.options.optimisation.gradient_accumulation_steps
+                running += float(loss.detach()) / self.options.optimisation.gradient_accumulation_steps
+                is_bad = partial(self.bad_steps.is_bad, step + 1, running - before)
+                is_step = self.optimisation.step(loss, is_bad)
             if not is_step:
                 continue
             step += 1
+            running = before = before if self.bad_steps.last_bad else running
             progress.bar.update()
             if step % run.log_steps == 0:
                 self._log(log, progress, step, running)
-                running = 0.0
+                running = before = 0.0
             pictured = bool(run.picture_steps) and step % run.picture_steps == 0
             if step % run.eval_steps == 0 or step == self.steps or pictured:
                 self._evaluate(step, pictured)
@@ -258,6 +297,7 @@ class Distillation:
                 after=lambda own=sample.after: gather_object([own]),
                 curve=self.curve.points,
                 before=self.curve.before,
+                bad_steps=self.bad_steps.state,
             )
             if stopped or step == self.steps:
                 break
@@ -279,12 +319,19 @@ class Distillation:
     def _log(self, log: RunLog, progress: Progress, step: int, running: float) -> None:
         """A row of the log: the mean loss since the last row over all processes, and the speed."""
         losses = gather_object([running])
+        loss = self.bad_steps.mean(sum(losses) / len(losses), self.options.run.log_steps)
         if self.is_main:
-            loss = sum(losses) / len(losses) / self.options.run.log_steps
-            log.write(progress.row(step, loss, self.optimisation.learning_rate, self.skipped.count()))
+            row = progress.row(step, loss, self.optimisation.learning_rate, self.skipped.count())
+            log.write(row | ({"bad_steps": self.bad_steps.count} if self.bad_steps.count else {}))
 
     def _held_out_error(self, keep_maps: int = 0) -> dict[str, float] | None:
-        return self.held_out.error(self.optimisation.features, keep_maps, self.loss.decision)
+        error = self.held_out.error(self.optimisation.features, keep_maps, self.loss.decision)
+        if error is not None and not all(map(math.isfinite, error.values())):
+            raise NotFinite(
+                f"The held-out error is {error}: the student's features are no numbers any more. Lower --learning_rate, or "
+                "use another --mixed_precision. The last good student is kept."
+            )
+        return error
 
     def _evaluate(self, step: int, pictured: bool) -> None:
         """Measure the held-out error, draw it if asked for, and write the student if it is the best so far."""
@@ -330,6 +377,10 @@ class Distillation:
         state = self.accelerator.get_state_dict(self.optimisation.wrapped)
         if not self.is_main:
             return
+        if spoiled := [name for name, tensor in state.items() if not tensor.isfinite().all()]:
+            raise NotFinite(
+                f"{len(spoiled)} weights of the student are not finite, {spoiled[0]} among them: not written."
+            )
         options, record, recipe = self.options.student, self._record(), self.options.flat
         base = (options.student or [self.options.teacher.model])[0]
         if options.lora_rank is not None:
@@ -351,9 +402,10 @@ class Distillation:
         logger.info("%d images could not be read (skipped.jsonl).", self.skipped.count())
 
 
-def main(args: list[str] | None = None) -> Path:
+def main(args: list[str] | None = None) -> Path | None:
     """
-    Distil as a command line says, by default that of this process; return the folder that was written.
+    Distil as a command line says, by default that of this process; return the folder that was written, `None` where a signal
+    ended the run.
 
     Raises:
         UsageError: invalid options, models, images or checkpoints.
@@ -363,6 +415,7 @@ def main(args: list[str] | None = None) -> Path:
     if options.run.resume and is_finished(Path(options.run.output), written, options.settings):
         logger.info("The run is complete, nothing is left to do: %s", written)
         return written
-    Distillation(options).run()
-    logger.info("written: %s", written)
-    return written
+    folder = Distillation(options).run()
+    if folder is not None:
+        logger.info("written: %s", folder)
+    return folder

@@ -6,12 +6,13 @@ import torch
 from accelerate import Accelerator
 from transformers import get_scheduler
 
+from spar_hf.data.segmentation_sets import SegmentationSet
 from spar_hf.utils.errors import UsageError
-from spar_hf.utils.options import require_one_of, require_positive
+from spar_hf.utils.options import SafetyOptions, require_one_of, require_positive
 
 
 @dataclass(kw_only=True)
-class RunOptions:
+class RunOptions(SafetyOptions):
     """Where and how a training runs."""
 
     output: str = field(metadata={"help": "Folder of the run: checkpoints, results, and the trained model in `model`."})
@@ -25,8 +26,15 @@ class RunOptions:
     )
 
     def __post_init__(self):
+        super().__post_init__()
         require_positive(self, "save_steps")
         require_one_of(self, "mixed_precision", ("no", "fp16", "bf16"))
+
+
+def file_names(data: SegmentationSet) -> list[str]:
+    """Names of the images of a set, for the record of a run; numbers where they are no files."""
+    files = (data.file(number) for number in range(len(data)))
+    return [str(number) if isinstance(file, bytes) else str(file) for number, file in enumerate(files)]
 
 
 def make_schedule(

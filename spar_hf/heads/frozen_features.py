@@ -17,7 +17,7 @@ from spar_hf.data.segmentation_sets import SegmentationSet
 from spar_hf.model.fingerprints import vision_fingerprint
 from spar_hf.utils.atomic import write_atomically
 from spar_hf.utils.devices import clock
-from spar_hf.utils.errors import UsageError, as_usage_errors
+from spar_hf.utils.errors import NotFinite, UsageError, as_usage_errors
 
 logger = logging.getLogger(__name__)
 
@@ -148,6 +148,10 @@ class FrozenFeatures:
         pixel_values = inputs["pixel_values"].to(self.accelerator.device)
         with self.accelerator.autocast():
             features = self.encoder(pixel_values).feature_map[0]
+        if not features.isfinite().all():
+            raise NotFinite(
+                f"Features of image {number} of {data.title} are not finite. Use another --mixed_precision."
+            )
         # in the precision of the disk, so that a probe is the same with and without a cache
         features = features.bfloat16().cpu().contiguous()
         self.made, self.seconds = self.made + 1, self.seconds + clock(self.accelerator.device) - start

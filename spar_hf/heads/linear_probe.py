@@ -28,15 +28,23 @@ from spar_hf import SparForSemanticSegmentation
 from spar_hf.data.order import ShuffledStream
 from spar_hf.data.segmentation_sets import SegmentationSet, labelled_images, open_folder
 from spar_hf.evaluation.iou import area_scores, count_pixels
-from spar_hf.heads.common import make_schedule
+from spar_hf.heads.common import file_names, make_schedule
 from spar_hf.heads.frozen_features import FrozenFeatures
 from spar_hf.heads.linear_head import LinearHeads, batch_loss, draw_pixels
 from spar_hf.heads.linear_probe_options import FREE, ProbeData, ProbeOptions, ProbeTraining, upgrade
 from spar_hf.heads.linear_probe_report import make_report, show, write_results
 from spar_hf.model.segmentation import decide
-from spar_hf.utils.checkpoints import discard, earlier_state, list_checkpoints, load_checkpoint, settings_of
-from spar_hf.utils.errors import UsageError
-from spar_hf.utils.runs import Checkpointing, end_run, start_accelerator
+from spar_hf.utils.checkpoints import (
+    discard,
+    discard_earlier,
+    earlier_state,
+    list_checkpoints,
+    load_checkpoint,
+    settings_of,
+)
+from spar_hf.utils.errors import NotFinite, UsageError
+from spar_hf.utils.runs import Checkpointing, RunFolder, end_run, start_accelerator
+from spar_hf.utils.sample_record import earlier_samples, write_samples
 
 logger = logging.getLogger(__name__)
 
@@ -55,12 +63,33 @@ def probe(options: ProbeOptions) -> dict[str, Any] | None:
 
     Raises:
         UsageError: options, images, masks or an earlier run in the output folder do not fit.
+        NotFinite: all heads diverged.
     """
-    accelerator = start_accelerator(options.run.mixed_precision, options.run.seed)
+    run, output = options.run, Path(options.run.output)
+    accelerator = start_accelerator(run.mixed_precision, run.seed, images=options.training.batch_size)
+    folder = RunFolder(accelerator, output)
+    try:
+        return probe_locked(options, accelerator)
+    finally:
+        folder.close()
+
+
+def probe_locked(options: ProbeOptions, accelerator: Accelerator) -> dict[str, Any] | None:
+    """What [`probe`] does while the folder of the run is locked."""
     output = Path(options.run.output)
     settings = settings_of(options, FREE) | {"mixed_precision": accelerator.mixed_precision}
-    state = earlier_state(output, options.run.resume, settings, accelerator.num_processes, upgrade)
+    state = earlier_state(
+        output,
+        options.run.resume,
+        settings,
+        accelerator.num_processes,
+        upgrade,
+        results=[output / "results.json", output / "model"],
+        overwrite=options.run.overwrite,
+    )
     train, test = open_datasets(options.data)
+    if state is not None:
+        train, test = compare_images(train, test, output, options.run.allow_changed_data)
     features = FrozenFeatures(
         options.features.model,
         accelerator,
@@ -79,15 +108,22 @@ def probe(options: ProbeOptions) -> dict[str, Any] | None:
     prepared = accelerator.prepare(heads, optimizer, schedule)
     if state is not None:
         load_checkpoint(accelerator, output)
-    checkpoints = Checkpointing(accelerator, output, settings, options.run.save_steps, options.training.steps)
+    discard_earlier(accelerator, output, options.run.resume)
+    if accelerator.is_main_process:
+        write_samples(output, {"train": file_names(train), "test": file_names(test)})
     step = 0 if state is None else state["step"]
-    finished = train_heads(prepared, features, train, options, checkpoints, step)
-    checkpoints.close()
+    bad = [0] * len(heads.linear) if state is None else state.get("bad_steps", [0] * len(heads.linear))
+    with Checkpointing(accelerator, output, settings, options.run.save_steps, options.training.steps) as checkpoints:
+        finished = train_heads(prepared, features, train, options, checkpoints, step, bad)
     report = None
     if finished:
         # the norm's statistics differ between the processes after the last step: all measure those that are written
         weight, bias = (broadcast(tensor.float()) for tensor in heads.without_norm())
         scores = measure_heads(weight, bias, features, test)
+        for rate, skipped, score in zip(options.training.learning_rates, bad, scores, strict=True):
+            if skipped > options.run.max_bad_steps:
+                logger.warning("The head of learning rate %g diverged and does not count.", rate)
+                score["mean_iou"] = None
         report = make_report(options, features, scores, len(train), len(test))
         if accelerator.is_main_process:
             best = report["heads"].index(report["best"])
@@ -125,6 +161,25 @@ def open_datasets(options: ProbeData) -> tuple[SegmentationSet, SegmentationSet]
     return train, test
 
 
+def compare_images(
+    train: SegmentationSet, test: SegmentationSet, output: Path, allow_changes: bool
+) -> tuple[SegmentationSet, SegmentationSet]:
+    """
+    The images of a resumed run: those that were tested on before are not trained on.
+
+    Raises:
+        UsageError: images were added or removed, and `allow_changes` is not given.
+    """
+    earlier = earlier_samples(output, [*file_names(train), *file_names(test)], allow_changes)
+    if earlier is None:
+        return train, test
+    tested = set(earlier["test"])
+    return (
+        train.select([number for number, name in enumerate(file_names(train)) if name not in tested]),
+        test.select([number for number, name in enumerate(file_names(test)) if name in tested]),
+    )
+
+
 def make_optimizer(heads: LinearHeads, options: ProbeTraining, accelerator: Accelerator) -> tuple[Any, Any]:
     """AdamW with a learning rate for each head, and their cosine schedule."""
     layers = zip(heads.linear, options.learning_rates, strict=True)
@@ -140,6 +195,7 @@ def train_heads(
     options: ProbeOptions,
     checkpoints: Checkpointing,
     start: int,
+    bad: list[int],
 ) -> bool:
     """
     Train the heads from step `start` on.
@@ -151,9 +207,13 @@ def train_heads(
         options: of the probe.
         checkpoints: written on the way.
         start: steps done before.
+        bad: steps that each head skipped because its loss or gradient was not finite; counted on.
 
     Returns:
         Whether all steps were done; `False` where the run was stopped.
+
+    Raises:
+        NotFinite: all heads diverged.
     """
     heads, optimizer, schedule = prepared
     accelerator, training = features.accelerator, options.training
@@ -176,14 +236,40 @@ def train_heads(
             batch.append(draw_pixels(image, mask, training.pixels, [options.run.seed, index], accelerator.device))
         losses = batch_loss(heads, batch, features.model.config.patch_size)
         accelerator.backward(losses.sum())  # each head has its own loss: the gradients do not mix
-        optimizer.step()
+        if skip_diverged(accelerator.unwrap_model(heads), bad):
+            optimizer.step()
+        if min(bad) > options.run.max_bad_steps:
+            raise NotFinite(
+                f"All heads diverged: gradients were not finite in more than {options.run.max_bad_steps} steps "
+                "(--max_bad_steps). Lower --learning_rates. What was written before is kept."
+            )
         schedule.step()
         optimizer.zero_grad()
         if step % 20 == 0:
             bar.set_postfix(loss=f"{losses.min().item():.3f}")
-        if checkpoints.after_step(step + 1):
+        if checkpoints.after_step(step + 1, bad_steps=bad):
             return False
     return True
+
+
+def skip_diverged(heads: LinearHeads, bad: list[int]) -> bool:
+    """
+    Drop the gradients of heads whose gradients are not finite, so that the optimizer leaves them alone, and count that.
+    After DDP's mean they are the same in all processes.
+
+    Returns:
+        Whether a head is left.
+    """
+    left = False
+    for number, layer in enumerate(heads.linear):
+        parameters = list(layer.parameters())
+        if all(bool(p.grad.isfinite().all()) for p in parameters if p.grad is not None):
+            left = True
+            continue
+        bad[number] += 1
+        for parameter in parameters:
+            parameter.grad = None
+    return left
 
 
 def measure_heads(

@@ -6,10 +6,10 @@ from typing import Any
 from spar_hf.heads.common import RunOptions
 from spar_hf.heads.frozen_features import parse_inference
 from spar_hf.utils.errors import UsageError
-from spar_hf.utils.options import ComposedOptions, require_not_negative, require_positive, require_share
+from spar_hf.utils.options import RUN_FREE, ComposedOptions, require_not_negative, require_positive, require_share
 
 # options that a resumed run may change: none of them changes what is learned
-FREE = {"output", "resume", "save_steps", "cache", "window_batch_size"}
+FREE = {"output", "resume", "save_steps", "cache", "window_batch_size", *RUN_FREE}
 
 
 @dataclass(kw_only=True)

@@ -39,7 +39,7 @@ def make_report(
         "seed": options.run.seed,
         "features_made": int(made),
         "seconds_per_image": round(seconds / made, 4) if made else None,
-        "best": max(heads, key=lambda head: head["mean_iou"]),
+        "best": max(heads, key=lambda head: -1.0 if head["mean_iou"] is None else head["mean_iou"]),
         "heads": heads,
     }
 
@@ -101,8 +101,7 @@ def show(report: dict[str, Any], console: Console) -> None:
     for heading in ("learning rate", "mIoU %", "pixel acc. %"):
         table.add_column(heading, justify="right")
     for head in report["heads"]:
+        shown = "diverged" if head["mean_iou"] is None else f"{100 * head['mean_iou']:.2f}"
         mark = " *" if head is report["best"] else ""
-        table.add_row(
-            f"{head['learning_rate']:g}", f"{100 * head['mean_iou']:.2f}{mark}", f"{100 * head['overall_accuracy']:.2f}"
-        )
+        table.add_row(f"{head['learning_rate']:g}", shown + mark, f"{100 * head['overall_accuracy']:.2f}")
     console.print(table)

@@ -25,16 +25,18 @@ from spar_hf import SparForUniversalSegmentation, SparImageProcessorPil, SparUni
 from spar_hf.data.order import split_held_out
 from spar_hf.data.segmentation_sets import SegmentationSet, check_readable, open_folder
 from spar_hf.distillation.trainable import choose_parameters, count_parameters
-from spar_hf.heads.common import make_schedule
+from spar_hf.heads.common import file_names, make_schedule
 from spar_hf.heads.panoptic_options import FREE, PanopticData, PanopticModel, PanopticOptions, upgrade
 from spar_hf.heads.panoptic_quality import measure_quality
 from spar_hf.heads.segments import PanopticImages, first_item, has_segment, thing_classes
 from spar_hf.utils.atomic import write_json, write_text, writing_folder
-from spar_hf.utils.checkpoints import earlier_state, load_checkpoint, settings_of
+from spar_hf.utils.checkpoints import discard_earlier, earlier_state, load_checkpoint, settings_of
 from spar_hf.utils.devices import clock
 from spar_hf.utils.errors import UsageError, as_usage_errors
+from spar_hf.utils.launching import outlive_signals
 from spar_hf.utils.model_cards import model_card, rows, short_name
-from spar_hf.utils.runs import Checkpointing, RunLog, end_run, start_accelerator
+from spar_hf.utils.runs import BadSteps, Checkpointing, RunFolder, RunLog, end_run, start_accelerator
+from spar_hf.utils.sample_record import earlier_samples, write_samples
 
 logger = logging.getLogger(__name__)
 
@@ -57,12 +59,19 @@ class Progress:
     Attributes:
         step: optimizer steps done.
         running: sum of the losses since the last line of the log.
+        before: the same at the end of the last step.
         curve: the measurements so far.
     """
 
     step: int = 0
     running: float = 0.0
+    before: float = 0.0
     curve: list[dict[str, Any]] = field(default_factory=list)
+
+    def end_step(self, skipped: bool) -> None:
+        """Count a step; the loss of one that was skipped does not count."""
+        self.step += 1
+        self.running = self.before = self.before if skipped else self.running
 
 
 class PanopticTrainer:
@@ -78,8 +87,30 @@ class PanopticTrainer:
         self.options, self.output = options, Path(options.run.output)
         self.accelerator = accelerator = start_panoptic_accelerator(options)
         self.settings = settings_of(options, FREE) | {"mixed_precision": accelerator.mixed_precision}
-        self.state = earlier_state(self.output, options.run.resume, self.settings, accelerator.num_processes, upgrade)
-        self.train_data, self.measured, self.things = open_data(options.data, accelerator)
+        self.folder = RunFolder(accelerator, self.output)
+        try:
+            self._prepare()
+        except BaseException:
+            self.folder.close()
+            raise
+
+    def _prepare(self) -> None:
+        """Load and check everything."""
+        options, accelerator = self.options, self.accelerator
+        self.state = earlier_state(
+            self.output,
+            options.run.resume,
+            self.settings,
+            accelerator.num_processes,
+            upgrade,
+            results=[self.output / "model"],
+            overwrite=options.run.overwrite,
+        )
+        allow = options.run.allow_changed_data
+        self.train_data, self.measured, self.things = open_data(
+            options.data, accelerator, None if self.state is None else self.output, allow
+        )
+        self.bad_steps = BadSteps(accelerator, options.run.max_bad_steps, *(self.state or {}).get("bad_steps", ()))
         stuff = sorted(set(range(len(self.train_data.labels))) - self.things)
         self.image_processor = load_image_processor(options.model.model, options.views.shortest_edge, stuff)
         self.model = build_model(options.model, self.train_data.labels).to(accelerator.device)
@@ -104,9 +135,21 @@ class PanopticTrainer:
         )
 
     def run(self) -> Path | None:
-        """Train; returns the folder of the best model, or `None` where Ctrl-C or SIGTERM stopped the run."""
+        """
+        Train; returns the folder of the best model, or `None` where Ctrl-C or SIGTERM stopped the run.
+
+        Raises:
+            NotFinite: the training diverged. The best model so far is kept.
+        """
+        try:
+            return self._run()
+        finally:
+            self.folder.close()
+
+    def _run(self) -> Path | None:
+        """What [`PanopticTrainer.run`] does while the folder is locked."""
         options, accelerator = self.options, self.accelerator
-        progress = self._begin()
+        self.progress = progress = self._begin()
         log = RunLog(
             self.output / "log.jsonl", accelerator, resume_step=progress.step if self.state is not None else None
         )
@@ -115,21 +158,24 @@ class PanopticTrainer:
         bar = tqdm(initial=first_step, total=steps, disable=not accelerator.is_main_process, mininterval=5)
         checkpoints = Checkpointing(accelerator, self.output, self.settings, options.run.save_steps, steps)
         start, stopped = clock(accelerator.device), False
+        progress.before = progress.running
         for number, inputs in enumerate(loader, start=first_step * accumulated):
-            progress.running += self._train_on(inputs, number) / accumulated
+            self._train_on(inputs, number)
             if not accelerator.sync_gradients:
                 continue
-            progress.step += 1
+            progress.end_step(self.bad_steps.last_bad)
             bar.update()
             if progress.step % options.run.log_steps == 0:
                 seconds = clock(accelerator.device) - start
                 speed = (progress.step - first_step) * self.images_per_step / seconds
                 self._log(log, progress, speed)
                 bar.set_postfix(loss=f"{progress.running / options.run.log_steps:.3f}")
-                progress.running = 0.0
+                progress.running = progress.before = 0.0
             if progress.step % options.run.eval_steps == 0 or progress.step == steps:
                 self._measure(progress)
-            stopped = checkpoints.after_step(progress.step, running=progress.running, curve=progress.curve)
+            stopped = checkpoints.after_step(
+                progress.step, running=progress.running, curve=progress.curve, bad_steps=self.bad_steps.state
+            )
             if stopped:
                 break
         checkpoints.close()
@@ -148,6 +194,10 @@ class PanopticTrainer:
             plain = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in self.record().items()}
             self.accelerator.init_trackers("spar-panoptic", config=plain)
         self.output.mkdir(parents=True, exist_ok=True)
+        discard_earlier(self.accelerator, self.output, self.options.run.resume)
+        if self.accelerator.is_main_process:
+            held_out = file_names(self.measured) if self.options.data.holdout_every else []
+            write_samples(self.output, {"train": file_names(self.train_data), "held_out": held_out})
         if self.state is not None:
             load_checkpoint(self.accelerator, self.output)
             return Progress(self.state["step"], self.state["running"], self.state["curve"])
@@ -176,12 +226,19 @@ class PanopticTrainer:
         )
         numbers = range(step * self.images_per_step, options.training.steps * self.images_per_step)
         return self.accelerator.prepare(
-            DataLoader(images, 1, sampler=numbers, collate_fn=first_item, num_workers=options.run.workers)
+            DataLoader(
+                images,
+                1,
+                sampler=numbers,
+                collate_fn=first_item,
+                num_workers=options.run.workers,
+                worker_init_fn=outlive_signals,
+            )
         )
 
-    def _train_on(self, inputs: dict[str, Any], number: int) -> float:
-        """Forward and backward pass of the `number`-th image of this process; returns the loss."""
-        accelerator = self.accelerator
+    def _train_on(self, inputs: dict[str, Any], number: int) -> None:
+        """Forward and backward pass of the `number`-th image of this process; its loss is added to the progress."""
+        accelerator, progress = self.accelerator, self.progress
         self.wrapped.train()
         self.model.vision_model.eval()  # DINOv3 jitters its positions in training mode
         self.model.feature_norm.eval()  # single images have no statistics worth following: it was calibrated before
@@ -191,20 +248,22 @@ class PanopticTrainer:
         with accelerator.accumulate(self.wrapped):
             with accelerator.autocast():
                 loss = self.wrapped(**inputs).loss
+            progress.running += float(loss.detach()) / self.options.training.gradient_accumulation_steps
             accelerator.backward(loss)
             if accelerator.sync_gradients:
-                accelerator.clip_grad_norm_(self.parameters, 1.0)
-            self.optimizer.step()
+                norm = accelerator.clip_grad_norm_(self.parameters, 1.0)
+                bad = self.bad_steps.is_bad(progress.step + 1, progress.running - progress.before, norm)
+                if not bad or accelerator.scaler is not None:
+                    self.optimizer.step()
             self.schedule.step()
             self.optimizer.zero_grad()
-        return float(loss.detach())
 
     def _log(self, log: RunLog, progress: Progress, images_per_second: float) -> None:
         """A line of the log: the mean loss since the last one, and the speed."""
         log.write(
             {
                 "step": progress.step,
-                "loss": progress.running / self.options.run.log_steps,
+                "loss": self.bad_steps.mean(progress.running, self.options.run.log_steps),
                 "learning_rate": self.schedule.get_last_lr()[0],
                 "images_per_second": round(images_per_second, 3),
             }
@@ -272,9 +331,17 @@ def start_panoptic_accelerator(options: PanopticOptions) -> Accelerator:
     )
 
 
-def open_data(options: PanopticData, accelerator: Accelerator) -> tuple[SegmentationSet, SegmentationSet, set[int]]:
+def open_data(
+    options: PanopticData, accelerator: Accelerator, resumed: Path | None = None, allow_changes: bool = False
+) -> tuple[SegmentationSet, SegmentationSet, set[int]]:
     """
     Images to train on, images to measure on, and the numbers of the countable classes; all files are read once.
+
+    Args:
+        options: which images.
+        accelerator: its processes share the reading.
+        resumed: folder of a run that is resumed: what it held out stays held out.
+        allow_changes: whether images may have been added or removed since.
 
     Raises:
         UsageError: images or masks do not fit, or none of them has a segment.
@@ -282,6 +349,13 @@ def open_data(options: PanopticData, accelerator: Accelerator) -> tuple[Segmenta
     folder = open_folder(options.dataset, options.classes).filter(options.include, options.exclude)
     things = thing_classes(options.things, folder.labels)
     train, measured = split_data(folder, options)
+    names = [*file_names(train), *(file_names(measured) if options.holdout_every else [])]
+    earlier = None if resumed is None else earlier_samples(resumed, names, allow_changes)
+    if earlier is not None and options.holdout_every:
+        held_out = set(earlier["held_out"])
+        kept = [number for number, name in enumerate(file_names(folder)) if name in held_out]
+        train = folder.select([n for n in range(len(folder)) if n not in set(kept)][: options.limit])
+        measured = folder.select(kept)
     check_readable(train, accelerator)
     if options.holdout_every:
         check_readable(measured, accelerator)

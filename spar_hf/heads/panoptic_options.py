@@ -5,10 +5,10 @@ from typing import Any
 
 from spar_hf.heads.common import RunOptions
 from spar_hf.utils.errors import UsageError
-from spar_hf.utils.options import ComposedOptions, require_positive, require_share
+from spar_hf.utils.options import RUN_FREE, ComposedOptions, require_positive, require_share
 
 # options that a resumed run may change: none of them changes what is learned
-FREE = {"output", "resume", "workers", "save_steps", "report_to"}
+FREE = {"output", "resume", "workers", "save_steps", "report_to", *RUN_FREE}
 
 
 @dataclass(kw_only=True)

@@ -4,10 +4,17 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from spar_hf.utils.errors import UsageError
-from spar_hf.utils.options import ComposedOptions, require_not_negative, require_one_of, require_positive
+from spar_hf.utils.options import (
+    RUN_FREE,
+    ComposedOptions,
+    SafetyOptions,
+    require_not_negative,
+    require_one_of,
+    require_positive,
+)
 
 # options that a resumed run may change: where it is written, and the length of its schedule
-FREE = {"output", "resume", "workers", "save_steps", "steps"}
+FREE = {"output", "resume", "workers", "save_steps", "steps", *RUN_FREE}
 RECIPE = Path(__file__).with_name("spar_tiny_data.yaml")
 
 
@@ -76,7 +83,7 @@ class TrainingOptions:
 
 
 @dataclass(kw_only=True)
-class RunOptions:
+class RunOptions(SafetyOptions):
     """Where and how the training runs."""
 
     output: str = field(metadata={"help": "Folder to write: checkpoints, log and the finished model."})
@@ -91,6 +98,7 @@ class RunOptions:
     )
 
     def __post_init__(self):
+        super().__post_init__()
         require_positive(self, "save_steps")
         require_not_negative(self, "workers")
         require_one_of(self, "mixed_precision", ("no", "bf16", "fp16"))

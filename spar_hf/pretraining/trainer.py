@@ -27,9 +27,10 @@ from spar_hf.pretraining.losses import step_loss
 from spar_hf.pretraining.model import Towers, load_model, new_model
 from spar_hf.pretraining.options import FREE, PretrainingOptions, TrainingOptions
 from spar_hf.utils.atomic import writing_folder
-from spar_hf.utils.checkpoints import earlier_state, load_checkpoint, settings_of
+from spar_hf.utils.checkpoints import discard_earlier, earlier_state, load_checkpoint, settings_of
 from spar_hf.utils.devices import clock
-from spar_hf.utils.runs import Checkpointing, RunLog, end_run, start_accelerator
+from spar_hf.utils.launching import outlive_signals
+from spar_hf.utils.runs import BadSteps, Checkpointing, RunFolder, RunLog, end_run, start_accelerator
 
 logger = logging.getLogger(__name__)
 
@@ -51,12 +52,31 @@ def train(options: PretrainingOptions) -> Path | None:
 
     Raises:
         UsageError: options, images, masks or an earlier run in the output folder do not fit.
+        NotFinite: the training diverged.
     """
-    accelerator = start_accelerator(options.run.mixed_precision, options.run.seed)
+    run, output = options.run, Path(options.run.output)
+    accelerator = start_accelerator(run.mixed_precision, run.seed, images=options.training.batch_size)
+    folder = RunFolder(accelerator, output)
+    try:
+        return train_locked(options, accelerator)
+    finally:
+        folder.close()
+
+
+def train_locked(options: PretrainingOptions, accelerator: Accelerator) -> Path | None:
+    """What [`train`] does while the folder of the run is locked."""
     torch.set_flush_denormal(True)  # weights of rare tokens that are almost zero make CPUs several times slower
     output, resume = Path(options.run.output), options.run.resume
     settings = comparable(settings_of(options, FREE) | {"mixed_precision": accelerator.mixed_precision})
-    earlier_state(output, resume, settings, accelerator.num_processes, upgrade=comparable)
+    state = earlier_state(
+        output,
+        resume,
+        settings,
+        accelerator.num_processes,
+        upgrade=comparable,
+        results=[output / "model"],
+        overwrite=options.run.overwrite,
+    )
     recipe = yaml.safe_load(Path(options.recipe.recipe).read_text(encoding="utf-8"))
     sets = load_sets(Path(options.recipe.data), recipe)
     if options.training.start is None:
@@ -71,9 +91,12 @@ def train(options: PretrainingOptions) -> Path | None:
     accelerator.register_for_checkpointing(schedule)
     output.mkdir(parents=True, exist_ok=True)
     step = load_checkpoint(accelerator, output)["step"] if resume else 0
-    checkpoints = Checkpointing(accelerator, output, settings, options.run.save_steps, options.training.steps)
-    finished = train_towers((*prepared, schedule), tokenizer, sets, options, accelerator, checkpoints, step)
-    checkpoints.close()
+    discard_earlier(accelerator, output, resume)
+    bad_steps = BadSteps(accelerator, options.run.max_bad_steps, *(state or {}).get("bad_steps", ()))
+    with Checkpointing(accelerator, output, settings, options.run.save_steps, options.training.steps) as checkpoints:
+        finished = train_towers(
+            (*prepared, schedule), tokenizer, sets, options, accelerator, checkpoints, bad_steps, step
+        )
     if finished and accelerator.is_main_process:
         save_model(model, tokenizer, output / "model")
     accelerator.wait_for_everyone()
@@ -105,6 +128,7 @@ def train_towers(
     options: PretrainingOptions,
     accelerator: Accelerator,
     checkpoints: Checkpointing,
+    bad_steps: BadSteps,
     first: int,
 ) -> bool:
     """
@@ -117,6 +141,7 @@ def train_towers(
         options: of the pre-training.
         accelerator: of the run.
         checkpoints: written on the way.
+        bad_steps: counts the steps that are skipped.
         first: steps done before.
 
     Returns:
@@ -127,7 +152,13 @@ def train_towers(
     trained = [p for p in towers.parameters() if p.requires_grad]
     window = accelerator.unwrap_model(towers).model.config.image_size
     batches = CropBatches(sets, training.batch_size, window, training.steps, seed)
-    loader = DataLoader(batches, batch_size=None, sampler=range(first, training.steps), num_workers=options.run.workers)
+    loader = DataLoader(
+        batches,
+        batch_size=None,
+        sampler=range(first, training.steps),
+        num_workers=options.run.workers,
+        worker_init_fn=outlive_signals,
+    )
     # a line of the log carries the number of the step that it describes, counted from 0
     log = RunLog(Path(options.run.output) / "log.jsonl", accelerator, first - 1 if options.run.resume else None)
     bar = tqdm(loader, initial=first, total=training.steps, disable=not accelerator.is_main_process, mininterval=5)
@@ -138,15 +169,16 @@ def train_towers(
         with accelerator.autocast():
             loss, parts = step_loss(towers, tokenizer, sets, groups, training, rng, accelerator.device)
         accelerator.backward(loss)
-        accelerator.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
+        norm = accelerator.clip_grad_norm_(trained, 1.0)
+        if not bad_steps.is_bad(step + 1, float(loss.detach()), norm) or accelerator.scaler is not None:
+            optimizer.step()
         schedule.step()
         optimizer.zero_grad()
         if step % 20 == 0:
             row = {"step": step, "loss": float(loss.detach()), **{name: float(part) for name, part in parts.items()}}
             log.write({**row, "seconds": round(clock(accelerator.device) - start, 1)})
             bar.set_postfix(loss=f"{row['loss']:.3f}")
-        if stopped := checkpoints.after_step(step + 1):
+        if stopped := checkpoints.after_step(step + 1, bad_steps=bad_steps.state):
             break
     log.close()
     return not stopped

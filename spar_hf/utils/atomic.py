@@ -1,22 +1,34 @@
 """Files and folders that are written completely or not at all."""
 
 import contextlib
+import errno
+import glob
+import itertools
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from spar_hf.utils.locks import locked
+
+numbers = itertools.count()  # of temporary names in this process
+
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """
-    Write under a temporary name and rename, so that an interrupted run leaves no half-written file.
+    Write under a temporary name and rename, so that an interrupted run leaves no half-written file. Its mode follows the
+    umask, also where `write` made it readable by its owner only, as safetensors does.
 
     Args:
         path: the file; its folder is created.
         write: writes to the path it is given, which has the same suffix.
+
+    Raises:
+        OSError: the file cannot be written; also where safetensors or torch report that by errors of their own.
 
     Example:
 
@@ -26,10 +38,11 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     'done'
     ```"""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # the process id keeps two processes that write the same file from removing each other's temporary file
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial{path.suffix}")
+    temporary = temporary_name(path)
     try:
-        write(temporary)
+        with as_disk_errors(path):
+            write(temporary)
+        follow_umask(temporary)
         temporary.replace(path)
     except BaseException:
         with contextlib.suppress(OSError):
@@ -37,14 +50,73 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         raise
 
 
+def temporary_name(path: Path) -> Path:
+    """
+    A name beside `path` that no other process and no other call uses. It is no longer than file systems allow, however long
+    the name of the file is.
+    """
+    suffix = path.suffix if len(path.suffix.encode()) <= 16 else ""
+    start = os.fsencode(path.name)[:100].decode("utf-8", "ignore")
+    return path.with_name(f".{start}.{os.getpid()}-{next(numbers)}.partial{suffix}")
+
+
+@contextlib.contextmanager
+def as_disk_errors(path: Path) -> Iterator[None]:
+    """
+    Report that a file cannot be written as `OSError`, whose number says why; safetensors and torch raise others.
+
+    Example:
+
+    ```python
+    >>> with as_disk_errors(Path("model.safetensors")):
+    ...     raise RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")
+    Traceback (most recent call last):
+    OSError: [Errno 28] No space left on device: 'model.safetensors'
+    ```"""
+    try:
+        yield
+    except Exception as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if type(error).__name__ == "SafetensorError" and number:
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+        # torch does not say why its writer failed; a full disk is what happens
+        if isinstance(error, RuntimeError) and "PytorchStreamWriter failed" in str(error):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+        raise
+
+
+def follow_umask(path: Path) -> None:
+    """Give a file, or a folder and all in it, the modes that new files have: safetensors writes for the owner only."""
+    mask = current_umask()
+    for part in [path, *(path.rglob("*") if path.is_dir() else ())]:
+        with contextlib.suppress(OSError):
+            mode = part.stat().st_mode & 0o777
+            wanted = mode | ((0o777 if part.is_dir() else 0o666) & ~mask)
+            if wanted != mode:
+                part.chmod(wanted)
+
+
+def current_umask() -> int:
+    """The umask of this process. Linux tells it without changing it, which would affect other threads."""
+    with contextlib.suppress(OSError, StopIteration), open("/proc/self/status", encoding="utf-8") as status:
+        return int(next(line for line in status if line.startswith("Umask:")).split()[1], 8)
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
+
+
 @contextlib.contextmanager
 def writing_folder(folder: Path) -> Iterator[Path]:
     """
-    Write a folder completely or not at all.
+    Write a folder completely or not at all. It is locked while the block runs.
 
     Yields a path beside the folder that does not exist yet. When the block ends, that path is renamed to `folder` and
     replaces an older one. After an error the older folder is kept and the new one removed. A process that is killed between
     the two renames leaves the older folder as `.NAME.old`; the next call restores it first.
+
+    Raises:
+        Locked: another process writes the folder.
+        OSError: the disk is full.
 
     Example:
 
@@ -55,8 +127,18 @@ def writing_folder(folder: Path) -> Iterator[Path]:
     >>> [path.name for path in Path("model").iterdir()]
     ['README.md']
     ```"""
-    temporary, old = (folder.with_name(f".{folder.name}.{state}") for state in ("partial", "old"))
-    shutil.rmtree(temporary, ignore_errors=True)  # left by a killed process
+    folder = Path(os.path.abspath(folder))
+    with locked(folder.with_name(f".{folder.name}.lock"), str(folder)):
+        for left in folder.parent.glob(f".{glob.escape(folder.name)}*.partial"):  # by killed processes
+            if re.fullmatch(r"(\.\d+-\d+)?\.partial", left.name[len(folder.name) + 1 :]):
+                shutil.rmtree(left, ignore_errors=True)
+        temporary = folder.with_name(f".{folder.name}.{os.getpid()}-{next(numbers)}.partial")
+        old = folder.with_name(f".{folder.name}.old")
+        yield from replacing(folder, temporary, old)
+
+
+def replacing(folder: Path, temporary: Path, old: Path) -> Iterator[Path]:
+    """The steps of [`writing_folder`] under its lock."""
 
     def restore() -> None:
         if old.exists() and not folder.exists():
@@ -64,7 +146,9 @@ def writing_folder(folder: Path) -> Iterator[Path]:
 
     restore()
     try:
-        yield temporary
+        with as_disk_errors(folder):
+            yield temporary
+        follow_umask(temporary)
         if folder.exists():
             shutil.rmtree(old, ignore_errors=True)
             folder.rename(old)
@@ -91,12 +175,21 @@ def write_json(path: Path, value: Any) -> None:
     >>> json.loads(Path("scores.json").read_text())
     {'miou': 0.41, 'loss': None}
     ```"""
+    write_text(path, json.dumps(finite_json(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
-    def finite(entry: Any) -> Any:
-        if isinstance(entry, dict):
-            return {key: finite(part) for key, part in entry.items()}
-        if isinstance(entry, (list, tuple)):
-            return [finite(part) for part in entry]
-        return None if isinstance(entry, float) and not math.isfinite(entry) else entry
 
-    write_text(path, json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+def finite_json(value: Any) -> Any:
+    """
+    A value for JSON with null for NaN and infinity, also inside lists and mappings.
+
+    Example:
+
+    ```python
+    >>> finite_json({"loss": float("inf"), "curve": [1.0, float("nan")]})
+    {'loss': None, 'curve': [1.0, None]}
+    ```"""
+    if isinstance(value, dict):
+        return {key: finite_json(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite_json(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -4,7 +4,7 @@ import json
 import shutil
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,8 @@ from typing import Any
 import yaml
 from accelerate import Accelerator
 
-from spar_hf.utils.atomic import write_text
-from spar_hf.utils.errors import MissingFiles, UsageError
+from spar_hf.utils.atomic import as_disk_errors, follow_umask, write_text
+from spar_hf.utils.errors import MissingFiles, StopSignal, UsageError
 
 
 def save_checkpoint(accelerator: Accelerator, output: Path, step: int, keep: int = 2, **state: Any) -> Path:
@@ -26,11 +26,13 @@ def save_checkpoint(accelerator: Accelerator, output: Path, step: int, keep: int
         for left in output.glob(".checkpoint-*.partial"):  # by runs that were killed
             shutil.rmtree(left)
     accelerator.wait_for_everyone()
-    accelerator.save_state(str(temporary))
+    with as_disk_errors(target):
+        accelerator.save_state(str(temporary))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         state = {"step": step, "processes": accelerator.num_processes, **state}
         (temporary / "state.json").write_text(json.dumps(state))
+        follow_umask(temporary)
         if target.exists():
             discard(target)
         temporary.rename(target)
@@ -92,6 +94,8 @@ def earlier_state(
     settings: dict[str, Any],
     processes: int,
     upgrade: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+    results: Sequence[Path] = (),
+    overwrite: bool = False,
 ) -> dict[str, Any] | None:
     """
     The `state` of the last complete checkpoint of a resumed run; `None` for a new run.
@@ -102,18 +106,30 @@ def earlier_state(
         settings: its options, see [`settings_of`].
         processes: how many take part.
         upgrade: gives the options of a run of an earlier version the names and values of today.
+        results: what a run writes in the end, which a new run would replace.
+        overwrite: whether a new run may replace an earlier one. Its checkpoints are removed once all options are checked,
+            see [`discard_earlier`]; its results stay until the first new ones are written.
 
     Raises:
         MissingFiles: there is no checkpoint to resume from.
-        UsageError: a new run would mix its checkpoints with another's, or a resumed one would compute something else: its
-            `settings` or number of processes differ.
+        UsageError: a new run would mix its checkpoints with another's or replace its results, or a resumed one would compute
+            something else: its `settings` or number of processes differ.
     """
     if not resume:
+        if overwrite:
+            return None
         if list_checkpoints(output):
             raise UsageError(
-                f"{output} holds checkpoints of an earlier run. Go on with --resume, or write to another folder."
+                f"{output} holds checkpoints of an earlier run. Go on with --resume, replace it with --overwrite, or write "
+                "to another folder."
+            )
+        if found := [path for path in results if path.exists()]:
+            raise UsageError(
+                f"{found[0]} is the result of an earlier run. Replace it with --overwrite, or write to another folder."
             )
         return None
+    if overwrite:
+        raise UsageError("--resume goes on with a run and --overwrite replaces it. Leave one out.")
     state = read_state(output)
     if "settings" not in state or "processes" not in state:
         raise UsageError(f"The checkpoints in {output} are of an earlier version, which did not say how it ran.")
@@ -126,6 +142,14 @@ def earlier_state(
             "Launch as many as before."
         )
     return state
+
+
+def discard_earlier(accelerator: Accelerator, output: Path, resume: bool) -> None:
+    """Remove the checkpoints of a run that `--overwrite` replaces. All processes must call it."""
+    if accelerator.is_main_process and not resume:
+        for checkpoint in list_checkpoints(output):
+            discard(checkpoint)
+    accelerator.wait_for_everyone()
 
 
 def differences(then: dict[str, Any], now: dict[str, Any]) -> str:
@@ -195,6 +219,7 @@ class StopAtStep:
     def __init__(self, accelerator: Accelerator):
         self.accelerator = accelerator
         self.first: float | None = None
+        self.number: int = signal.SIGTERM  # where another process was asked
         self.before = {number: signal.signal(number, self.ask) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def ask(self, number, frame):
@@ -202,13 +227,17 @@ class StopAtStep:
             self.restore()
             signal.raise_signal(number)
             return
-        self.first = self.first or time.monotonic()
+        if self.first is None:
+            self.first, self.number = time.monotonic(), number
 
     def asked(self) -> bool:
         """Whether any process was asked to stop; all must call it, and all get the same answer."""
         if self.first is not None:
             self.accelerator.set_trigger()
-        return self.accelerator.check_trigger()
+        if not self.accelerator.check_trigger():
+            return False
+        StopSignal.number = self.number
+        return True
 
     def restore(self):
         for number, handler in self.before.items():

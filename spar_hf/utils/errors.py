@@ -1,12 +1,15 @@
 """Errors that a user can mend: reported in one line, without a traceback."""
 
 import contextlib
+import errno
 import logging
 import sys
 from collections.abc import Callable, Iterator
 
 # what the operating system says of a file or folder that the user named; other OSErrors keep their traceback
 PATH_ERRORS = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
+
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # nowhere to write to
 
 
 class UsageError(ValueError):
@@ -26,6 +29,22 @@ class UsageError(ValueError):
 
 class MissingFiles(UsageError, FileNotFoundError):
     """A folder or file that the user named, or a part of what it should hold, is not there."""
+
+
+class NotFinite(RuntimeError):
+    """
+    NaN or infinity where a number is needed: a training diverged, or half precision overflowed. What was written before
+    stays. A command reports it in one line and exits with status 1.
+    """
+
+
+class StopSignal:
+    """
+    The signal that ended a run of this process early, its checkpoint written; `None` if none did. A command exits with the
+    status of that signal: 143 for SIGTERM, 130 for Ctrl-C.
+    """
+
+    number: int | None = None
 
 
 @contextlib.contextmanager
@@ -53,12 +72,27 @@ def as_usage_errors() -> Iterator[None]:
 def run_command(main: Callable[[], object]) -> None:
     """
     Run the `main` of a command: set up its log, and report a [`UsageError`] or a missing file in one line on stderr with
-    exit status 2, as argparse does. Everything else is a bug and is raised.
+    exit status 2, as argparse does. A full disk and a training that diverged exit with status 1, a run that a signal
+    stopped with that of the signal. Everything else is a bug and is raised.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("accelerate").setLevel(logging.WARNING)  # it writes five lines for every checkpoint
+    StopSignal.number = None
     try:
         main()
+        if StopSignal.number is not None:
+            sys.exit(128 + StopSignal.number)
     except (UsageError, *PATH_ERRORS) as error:
-        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
-        sys.exit(2)
+        exit_with(2, str(error))
+    except NotFinite as error:
+        exit_with(1, str(error))
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        exit_with(1, f"{error}. What was complete before is kept; make room and run the command again.")
+
+
+def exit_with(status: int, message: str) -> None:
+    """End the program with a line on stderr."""
+    sys.stderr.write(f"error: {' '.join(message.split())}\n")
+    sys.exit(status)

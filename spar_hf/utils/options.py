@@ -1,7 +1,7 @@
 """Options that are composed of dataclasses, and the checks that every command makes; errors name the option as typed."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import MISSING, asdict, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any
 
 from spar_hf.utils.errors import UsageError
@@ -105,6 +105,35 @@ def require_one_of(options: Any, name: str, known: Iterable[str]) -> None:
     value, known = getattr(options, name), list(known)
     if value is not None and value not in known:
         raise UsageError(f"--{name} {value}: use one of {', '.join(known)}.")
+
+
+# what of these a resumed run may have otherwise
+RUN_FREE = ("overwrite", "allow_changed_data", "max_bad_steps")
+
+
+@dataclass(kw_only=True)
+class SafetyOptions:
+    """What a training run must be told before it replaces something, and when it gives up."""
+
+    overwrite: bool = field(
+        default=False, metadata={"help": "Replace an earlier run in --output, its checkpoints and its results."}
+    )
+    allow_changed_data: bool = field(
+        default=False,
+        metadata={
+            "help": "With --resume: go on although images were added or removed since. Those held out stay held out."
+        },
+    )
+    max_bad_steps: int = field(
+        default=5,
+        metadata={
+            "help": "Steps of the run whose loss or gradient may be NaN or infinite: they are skipped and counted; with one "
+            "more the run ends."
+        },
+    )
+
+    def __post_init__(self):
+        require_not_negative(self, "max_bad_steps")
 
 
 class ComposedOptions:

@@ -1,16 +1,22 @@
 """What every training run has in common: its accelerator, its log, and the way it ends."""
 
+import contextlib
 import json
 import logging
+import math
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import broadcast_object_list, set_seed
 
+from spar_hf.utils.atomic import finite_json
 from spar_hf.utils.checkpoints import StopAtStep, cut_log, save_checkpoint
-from spar_hf.utils.errors import UsageError
+from spar_hf.utils.errors import NotFinite, UsageError
+from spar_hf.utils.launching import check_processes
+from spar_hf.utils.locks import Locked, locked
 
 logger = logging.getLogger(__name__)
 
@@ -20,6 +26,7 @@ def start_accelerator(
     seed: int | None = None,
     report_to: str | None = None,
     output: str | Path | None = None,
+    images: int | None = None,
     **kwargs: Any,
 ) -> Accelerator:
     """
@@ -30,10 +37,12 @@ def start_accelerator(
         seed: of Python, NumPy and torch.
         report_to: tracker of accelerate by name; `auto` is TensorBoard where it is installed; `None` or `none` is none.
         output: folder of the run, where trackers write.
+        images: per process and step, by default `gradient_accumulation_steps`; is logged with the number of processes.
         kwargs: passed on to `Accelerator`.
 
     Raises:
-        UsageError: float16 on a CPU, where accelerate would run in float32 and report float16.
+        UsageError: float16 on a CPU, where accelerate would run in float32 and report float16; fewer processes work together
+            than were launched.
     """
     if report_to == "auto":
         report_to = "tensorboard" if find_spec("tensorboard") else None
@@ -44,12 +53,104 @@ def start_accelerator(
         project_dir=None if tracker is None or output is None else str(output),
         **kwargs,
     )
+    check_processes(accelerator.num_processes)
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise UsageError("--mixed_precision fp16 needs an accelerator; on a CPU use bf16 or no.")
     logging.getLogger("spar_hf").setLevel(logging.INFO if accelerator.is_main_process else logging.WARNING)
+    images = kwargs.get("gradient_accumulation_steps") if images is None else images
+    work = "" if images is None else f" × {images} images per step"
+    logger.info("%d processes on %s%s.", accelerator.num_processes, accelerator.device.type, work)
     if seed is not None:
         set_seed(seed)
     return accelerator
+
+
+class RunFolder:
+    """
+    The folder of a run, locked for as long as the run lasts: a second one there is refused at its start.
+
+    Args:
+        accelerator: of the run; its main process holds the lock.
+        output: the folder.
+
+    Raises:
+        Locked: another run writes there; raised by all processes.
+    """
+
+    def __init__(self, accelerator: Accelerator, output: Path):
+        self.lock = contextlib.ExitStack()
+        problem: list[Any] = [None]
+        if accelerator.is_main_process:
+            try:
+                self.lock.enter_context(locked(output / ".lock", str(output)))
+            except Locked as error:
+                problem = [str(error)]
+        if accelerator.num_processes > 1:
+            broadcast_object_list(problem)
+        if problem[0] is not None:
+            raise Locked(problem[0])
+
+    def close(self) -> None:
+        """Release it."""
+        self.lock.close()
+
+
+class BadSteps:
+    """
+    Counts the steps whose loss or gradient is not finite. They must be skipped, which keeps the weights as they are.
+
+    Args:
+        accelerator: of the run.
+        most: how many the run may have.
+        count: those that a resumed run had before.
+
+    Attributes:
+        count: in the whole run.
+        recent: since the last row of the log.
+    """
+
+    def __init__(self, accelerator: Accelerator, most: int, count: int = 0, recent: int = 0):
+        self.accelerator, self.most, self.count, self.recent = accelerator, most, count, recent
+        self.last_bad = False
+
+    def is_bad(self, step: int, loss: float, norm: Any = None) -> bool:
+        """
+        Whether a step must be skipped. All processes must call it once per optimizer step, and get the same answer.
+
+        Args:
+            step: number of the step, for messages.
+            loss: of this process.
+            norm: of the gradients, the same in all processes. In float16 it is left out: there accelerate's scaler skips
+                steps while it looks for its scale.
+
+        Raises:
+            NotFinite: there were more than `most`.
+        """
+        finite = math.isfinite(loss)
+        if norm is not None and self.accelerator.scaler is None:
+            norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of weights that FSDP shards
+            finite = finite and bool(torch.as_tensor(norm).isfinite())
+        bad = torch.tensor(0.0 if finite else 1.0, device=self.accelerator.device)
+        self.last_bad = bool(self.accelerator.reduce(bad, "sum") > 0)
+        if self.last_bad:
+            self.count, self.recent = self.count + 1, self.recent + 1
+            logger.warning("Step %d is skipped: its loss or gradient is not finite (%d so far).", step, self.count)
+            if self.count > self.most:
+                raise NotFinite(
+                    f"The training diverged: loss or gradient was not finite in {self.count} steps, the last of them step "
+                    f"{step} (--max_bad_steps {self.most}). Lower --learning_rate, or use --mixed_precision bf16 instead of "
+                    "fp16. What was written before is kept."
+                )
+        return self.last_bad
+
+    def state(self) -> list[int]:
+        """What a checkpoint keeps: count and recent."""
+        return [self.count, self.recent]
+
+    def mean(self, total: float, steps: int) -> float | None:
+        """The mean loss of the good ones of the last `steps` steps, whose sum is `total`; starts counting anew."""
+        good, self.recent = steps - self.recent, 0
+        return total / good if good > 0 else None
 
 
 class RunLog:
@@ -72,9 +173,9 @@ class RunLog:
     def write(self, row: dict[str, Any]) -> None:
         """Append a row and hand it to the trackers."""
         if self.file is not None:
-            self.file.write(json.dumps(row) + "\n")
+            self.file.write(json.dumps(finite_json(row), allow_nan=False) + "\n")
             self.file.flush()
-        self.accelerator.log(row, step=row["step"])
+        self.accelerator.log({name: value for name, value in row.items() if value is not None}, step=row["step"])
 
     def close(self) -> None:
         """Close the file."""
@@ -124,6 +225,12 @@ class Checkpointing:
     def close(self) -> None:
         """Give the signals back."""
         self.stop.restore()
+
+    def __enter__(self) -> "Checkpointing":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
 
 def end_run(accelerator: Accelerator) -> None:

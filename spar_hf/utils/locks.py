@@ -1,0 +1,141 @@
+"""One writer at a time: a lock file says which process writes a folder, and the operating system drops a dead one's lock."""
+
+import contextlib
+import datetime
+import json
+import os
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+from spar_hf.utils.errors import UsageError
+
+# lock file -> thread that holds it in this process, and how often: record locks do not keep a process from itself
+held: dict[Path, tuple[int, int]] = {}
+guard = threading.Lock()
+
+
+class Locked(UsageError):
+    """Another process writes there."""
+
+
+@contextlib.contextmanager
+def locked(path: Path, what: str) -> Iterator[None]:
+    """
+    Hold a lock for the length of a `with` block. The lock of a process that died is taken over. The same thread may take a
+    lock twice.
+
+    Args:
+        path: the lock file; its folder is created. It is removed at the end.
+        what: what is written, for the message.
+
+    Raises:
+        Locked: another process, or another thread of this one, holds it.
+
+    Example:
+
+    ```python
+    >>> with locked(Path("run/.lock"), "run"):
+    ...     json.loads(Path("run/.lock").read_text())["pid"] == os.getpid()
+    True
+    >>> Path("run/.lock").exists()
+    False
+    ```"""
+    path = Path(os.path.abspath(path))
+    is_new = not path.parent.exists()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    thread = threading.get_ident()
+    with guard:
+        owner, count = held.get(path, (thread, 0))
+        if owner != thread:
+            raise Locked(f"{what} is being written by another thread of this process. Write to another folder.")
+        file = acquire(path, what) if count == 0 else None
+        held[path] = (thread, count + 1)
+    try:
+        yield
+    finally:
+        with guard:
+            held[path] = (thread, count)
+            if file is not None:
+                del held[path]
+                with contextlib.suppress(OSError):
+                    path.unlink()
+                os.close(file)
+                if is_new:
+                    with contextlib.suppress(OSError):  # something was written
+                        path.parent.rmdir()
+
+
+def acquire(path: Path, what: str) -> int:
+    """
+    Open and lock the file, and write into it who holds it.
+
+    Raises:
+        Locked: another process holds it.
+    """
+    while True:
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        found = read_owner(file)
+        if not lock(file, found):
+            os.close(file)
+            raise Locked(
+                f"{what} is being written by process {found.get('pid', '?')} on {found.get('host', 'another machine')} "
+                f"since {found.get('start', '?')}. Wait for it, stop it, or write to another folder. If that process is "
+                f"gone, delete {path}."
+            )
+        with contextlib.suppress(FileNotFoundError):
+            if os.stat(path).st_ino == os.fstat(file).st_ino:
+                break
+        os.close(file)  # its holder removed it in between
+    start = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    record = {"pid": os.getpid(), "host": socket.gethostname(), "start": start}
+    os.ftruncate(file, 0)
+    os.pwrite(file, json.dumps(record).encode(), 0) if hasattr(os, "pwrite") else os.write(
+        file, json.dumps(record).encode()
+    )
+    return file
+
+
+def read_owner(file: int) -> dict[str, Any]:
+    """Who holds a lock file; empty if it does not say."""
+    try:
+        owner = json.loads(os.read(file, 4096))
+    except (OSError, ValueError):
+        return {}
+    return owner if isinstance(owner, dict) else {}
+
+
+def lock(file: int, owner: dict[str, Any]) -> bool:
+    """
+    Whether the file could be locked. Record locks hold across machines where the file system has them, and workers that are
+    forked from the owner do not keep them alive. Without them, the owner's process id decides.
+    """
+    if fcntl is not None:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except (BlockingIOError, PermissionError):
+            return False
+        except OSError:  # the file system has no locks
+            pass
+    return not owner or (owner.get("host") == socket.gethostname() and not is_alive(owner.get("pid")))
+
+
+def is_alive(pid: Any) -> bool:
+    """Whether a process of this machine is there; `True` where that cannot be told."""
+    if not isinstance(pid, int) or os.name != "posix":
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True

@@ -1,0 +1,201 @@
+"""What a distillation refuses or survives: losses that are no numbers, changed images, a second run in its folder."""
+
+import json
+import math
+import shutil
+import signal
+import threading
+
+import pytest
+import torch
+from distilling import distil, log_of
+from transformers import AutoModel
+
+from spar_hf.distillation import trainer
+from spar_hf.distillation.held_out import HeldOut
+from spar_hf.distillation.recipes import parse_options
+from spar_hf.distillation.trainer import Distillation
+from spar_hf.utils.errors import NotFinite, UsageError, run_command
+from spar_hf.utils.locks import Locked, locked
+from spar_hf.utils.sample_record import read_samples
+
+SHORT = ("--steps", 6, "--teacher_windows", 2, "--log_steps", 1, "--picture_steps", 0, "--report_to", "none")
+SHORT += ("--learning_rate", 1e-3, "--train_layers", "all")
+
+
+def spoil(monkeypatch, steps, value=math.nan):
+    """Make the loss of some steps, counted from 1, `value`; gradients included."""
+    loss_of, calls = Distillation._loss, []
+
+    def spoiled(run, sample, progress):
+        calls.append(sample)
+        loss = loss_of(run, sample, progress)
+        return loss * value if len(calls) in steps else loss
+
+    monkeypatch.setattr(Distillation, "_loss", spoiled)
+
+
+def finite_json(path):
+    return json.loads(path.read_text(), parse_constant=pytest.fail)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_few_bad_steps_are_skipped_and_counted(base_folder, image_folder, tmp_path, monkeypatch, value):
+    spoil(monkeypatch, {2, 5}, value)
+    found = distil(base_folder, image_folder, tmp_path / "run", *SHORT)
+    rows = [json.loads(line, parse_constant=pytest.fail) for line in (tmp_path / "run" / "log.jsonl").open()]
+    assert [row["loss"] is None for row in rows] == [False, True, False, False, True, False]
+    assert [row.get("bad_steps", 0) for row in rows] == [0, 1, 1, 1, 2, 2]
+    assert all(tensor.isfinite().all() for tensor in AutoModel.from_pretrained(found).state_dict().values())
+    finite_json(found / "config.json")
+
+
+def test_a_skipped_step_leaves_the_weights_as_they_were(base_folder, image_folder, tmp_path, monkeypatch):
+    options = (*SHORT, "--steps", 1, "--holdout_images", 0)
+    spoil(monkeypatch, {1})
+    found = AutoModel.from_pretrained(distil(base_folder, image_folder, tmp_path / "run", *options)).state_dict()
+    base = AutoModel.from_pretrained(base_folder).state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in base.items())
+
+
+def test_too_many_end_the_run_and_keep_the_last_good_student(base_folder, image_folder, tmp_path, monkeypatch):
+    spoil(monkeypatch, {3, 4, 5, 6})
+    options = ("--eval_steps", 1, "--max_bad_steps", 2, "--save_steps", 2)
+    with pytest.raises(NotFinite, match=r"in 3 steps.*step 5 .*--learning_rate"):
+        distil(base_folder, image_folder, tmp_path / "run", *SHORT, *options)
+    kept = tmp_path / "run" / "model"
+    after = finite_json(kept / "config.json")["distillation"]["held_out"]["after"]
+    assert after["step"] <= 4 and math.isfinite(after["mse"])
+    AutoModel.from_pretrained(kept)
+    assert not (tmp_path / "run" / ".lock").exists()
+    assert finite_json(tmp_path / "run" / "checkpoint-4" / "state.json")["bad_steps"] == [2, 0]
+
+
+@pytest.mark.parametrize("held_out", [0, 2])
+def test_a_learning_rate_that_is_far_too_high_is_no_success(base_folder, image_folder, tmp_path, capsys, held_out):
+    options = (*SHORT, "--steps", 12, "--learning_rate", 1e30, "--holdout_images", held_out)
+    with pytest.raises(SystemExit) as end:
+        run_command(lambda: distil(base_folder, image_folder, tmp_path / "run", *options))
+    assert end.value.code == 1 and "--learning_rate" in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "run" / "model").exists()
+
+
+def test_a_held_out_error_that_is_no_number_is_never_the_least(base_folder, image_folder, tmp_path, monkeypatch):
+    error, calls = HeldOut.error, []
+
+    def spoiled(*args):
+        calls.append(args)
+        found = error(*args)
+        return found | {"mse": math.nan} if len(calls) == 3 else found  # before training, step 2, step 4
+
+    monkeypatch.setattr(HeldOut, "error", spoiled)
+    with pytest.raises(NotFinite, match="held-out"):
+        distil(base_folder, image_folder, tmp_path / "run", *SHORT, "--eval_steps", 2)
+    after = finite_json(tmp_path / "run" / "model" / "config.json")["distillation"]["held_out"]["after"]
+    assert after["step"] == 2
+
+
+@pytest.fixture
+def own_images(image_folder, tmp_path):
+    return shutil.copytree(image_folder, tmp_path / "images")
+
+
+def stopped_run(base_folder, images, output, monkeypatch, *options):
+    """A run that SIGTERM stops after its third step."""
+    loss_of, calls = Distillation._loss, []
+
+    def stopping(run, sample, progress):
+        calls.append(sample)
+        if len(calls) == 3:
+            signal.raise_signal(signal.SIGTERM)
+        return loss_of(run, sample, progress)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Distillation, "_loss", stopping)
+        assert distil(base_folder, images, output, *SHORT, *options) is None
+    assert (output / "checkpoint-3").is_dir()
+
+
+def test_changed_images_are_refused_and_held_out_ones_stay_so(base_folder, own_images, tmp_path, monkeypatch, caplog):
+    output = tmp_path / "run"
+    stopped_run(base_folder, own_images, output, monkeypatch)
+    before = read_samples(output)
+    assert [name[-5:] for name in before["held_out"]] == ["2.jpg", "5.jpg"]  # every third
+    shutil.copy(own_images / "0.jpg", own_images / "00.jpg")  # moves all positions behind it
+    shutil.copy(own_images / "0.jpg", own_images / "9.jpg")
+    (own_images / "5.jpg").unlink()
+    with pytest.raises(
+        UsageError, match=r"2 added \(.*00\.jpg, .*9\.jpg\), 1 removed \(.*5\.jpg\).*allow_changed_data"
+    ):
+        distil(base_folder, own_images, output, *SHORT, "--resume")
+    seen, read = [], trainer.readable_samples
+
+    def watching(loader, skipped):
+        seen.append(loader.sampler.images)
+        return read(loader, skipped)
+
+    monkeypatch.setattr(trainer, "readable_samples", watching)
+    assert distil(base_folder, own_images, output, *SHORT, "--resume", "--allow_changed_data")
+    (trained,) = seen
+    assert sorted(trained.name(i)[-6:].strip("/s") for i in range(len(trained))) == [
+        "0.jpg", "00.jpg", "1.jpg", "3.jpg", "4.jpg", "9.jpg",
+    ]  # fmt: skip
+    after = read_samples(output)
+    assert [name[-5:] for name in after["held_out"]] == ["2.jpg"] and set(after["measured"]) <= set(before["measured"])
+    assert after["train"] == [trained.name(i) for i in range(len(trained))]
+
+
+def test_the_same_images_resume_and_a_run_without_a_record_says_so(
+    base_folder, own_images, tmp_path, monkeypatch, caplog
+):
+    stopped_run(base_folder, own_images, tmp_path / "run", monkeypatch)
+    (tmp_path / "run" / "images.json.gz").unlink()  # as an earlier version left it
+    with caplog.at_level("INFO"):
+        assert distil(base_folder, own_images, tmp_path / "run", *SHORT, "--resume")
+    assert "no list of its images" in caplog.text and read_samples(tmp_path / "run") is not None
+    whole = distil(base_folder, own_images, tmp_path / "whole", *SHORT)
+    rows = [[(row["step"], row["loss"]) for row in log_of(tmp_path / name)] for name in ("run", "whole")]
+    assert rows[0] == rows[1] and len(rows[0]) == 6
+    weights = [AutoModel.from_pretrained(folder).state_dict() for folder in (tmp_path / "run" / "model", whole)]
+    assert all(torch.equal(weights[0][name], tensor) for name, tensor in weights[1].items())
+
+
+def test_a_finished_run_is_replaced_only_when_asked(base_folder, image_folder, tmp_path):
+    first = distil(base_folder, image_folder, tmp_path / "run", *SHORT, "--steps", 1)
+    stamp = (first / "model.safetensors").stat().st_mtime_ns
+    with pytest.raises(UsageError, match="--overwrite"):
+        distil(base_folder, image_folder, tmp_path / "run", *SHORT, "--steps", 1)
+    assert (first / "model.safetensors").stat().st_mtime_ns == stamp
+    with pytest.raises(UsageError, match="Leave one out"):
+        distil(base_folder, image_folder, tmp_path / "run", *SHORT, "--steps", 1, "--overwrite", "--resume")
+    distil(base_folder, image_folder, tmp_path / "run", *SHORT, "--steps", 2, "--save_steps", 1, "--overwrite")
+    assert (first / "model.safetensors").stat().st_mtime_ns > stamp
+    distil(base_folder, image_folder, tmp_path / "run", *SHORT, "--steps", 4, "--save_steps", 3, "--overwrite")
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-3"]  # none of the old ones
+
+
+@pytest.mark.parametrize("options", [(), ("--resume",), ("--overwrite",)])
+def test_a_second_run_beside_a_living_one_is_refused(base_folder, image_folder, tmp_path, options):
+    ready, done = threading.Event(), threading.Event()
+
+    def hold():
+        with locked(tmp_path / "run" / ".lock", "run"):
+            ready.set()
+            done.wait()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    ready.wait()
+    try:
+        with pytest.raises(Locked, match="being written"):
+            distil(base_folder, image_folder, tmp_path / "run", *SHORT, *options)
+    finally:
+        done.set()
+        thread.join()
+
+
+def test_a_failed_start_leaves_no_lock(base_folder, tmp_path):
+    arguments = ["--model", str(base_folder), "--images", str(tmp_path / "none"), "--output", str(tmp_path / "run")]
+    with pytest.raises(UsageError):
+        Distillation(parse_options(arguments))
+    assert not (tmp_path / "run").exists()
