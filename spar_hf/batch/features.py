@@ -15,15 +15,16 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from spar_hf.model.devices import check_device
 from spar_hf.model.fingerprints import vision_fingerprint
 from spar_hf.model.image_processing_spar import SparImageProcessorPil
 from spar_hf.model.modeling_spar import SparVisionModel
-from spar_hf.model.pipeline import check_device
 from spar_hf.registration import SPAR_TINY
 from spar_hf.teacher import SlidingWindowTeacher
 from spar_hf.utils.atomic import write_atomically, write_json
 from spar_hf.utils.errors import UsageError
-from spar_hf.utils.image_files import InputImage
+from spar_hf.utils.image_files import InputImage, result_path
+from spar_hf.utils.texts import storable
 
 KEY = "feature_map"  # name of the tensor in the file of one image
 INDEX = "features.safetensors.index.json"
@@ -138,8 +139,8 @@ class FeatureExtractor:
 
 
 def as_metadata(values: dict[str, Any]) -> dict[str, str]:
-    """Metadata of safetensors, which are strings: strings unchanged, other values as JSON."""
-    return {key: value if isinstance(value, str) else json.dumps(value) for key, value in values.items()}
+    """Metadata of safetensors, which are strings: strings as they are (names that are no UTF-8 escaped), others as JSON."""
+    return {key: storable(value) if isinstance(value, str) else json.dumps(value) for key, value in values.items()}
 
 
 def check_settings(file: Path, settings: dict[str, Any]) -> list[str]:
@@ -177,7 +178,7 @@ class FileWriter:
 
     def target(self, image: InputImage) -> Path:
         """File of an image."""
-        return self.output / f"{image.name}.safetensors"
+        return result_path(self.output, image.name, ".safetensors")
 
     def is_done(self, image: InputImage) -> bool:
         """Whether the file of the image exists. Raises `UsageError` if it was written with other settings."""
@@ -220,11 +221,12 @@ class ShardWriter:
 
     def is_done(self, image: InputImage) -> bool:
         """Whether a shard of an earlier run contains the image."""
-        return image.name in self.written
+        return storable(image.name) in self.written
 
     def add(self, image: InputImage, features: torch.Tensor, record: dict[str, Any]) -> None:
         """Keep the features of an image, and write a shard if they are large enough together."""
-        self.tensors[image.name], self.records[image.name] = features, record
+        name = storable(image.name)
+        self.tensors[name], self.records[name] = features, record
         if sum(tensor.nbytes for tensor in self.tensors.values()) >= self.shard_bytes:
             self.close()
 

@@ -1,106 +1,285 @@
 """Reads images from files, URLs, bytes and arrays and converts them to upright RGB. All reading goes through here."""
 
+import importlib
+import importlib.util
 import os
-import urllib.parse
-import urllib.request
-from http.client import HTTPException
+import stat
+from collections.abc import Sequence
 from io import BytesIO
-from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps
 from transformers.image_utils import ChannelDimension
 
+from .downloads import download
+
 URL_PREFIXES = ("http://", "https://", "data:image/")
-DOWNLOAD_TIMEOUT = 30  # seconds without an answer
+# the formats that are opened, whatever a file is called; EPS is not one of them: Pillow hands it to Ghostscript
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "PPM", "TGA", "JPEG2000", "AVIF", "HEIF")
+HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")
+MAX_BYTES = 2**31  # of a file
 CHANNEL_COUNTS = (1, 3, 4)  # grey, RGB, RGBA
 FLOAT_TOLERANCE = 1e-3  # how far rounding may carry float pixels beyond 0 and 1
+AMBIGUOUS_LEVELS = 2**14  # 16-bit pixels that are all lower may be 8, 10, 12 or 14 bits, or reflectances up to 10,000
+
+ImageRange = Sequence[float]
 
 
-def read_image(source: str | os.PathLike | bytes) -> Image.Image:
+def is_file_object(source: Any) -> bool:
+    """Whether a source is an open file, also one in memory or in an archive."""
+    return callable(getattr(source, "read", None)) and not isinstance(source, (str, bytes, os.PathLike, Image.Image))
+
+
+def is_encoded(source: Any) -> bool:
+    """Whether a source is an image that [`read_image`] opens: a path, a URL, the bytes of a file or an open file."""
+    return isinstance(source, (str, os.PathLike, bytes, bytearray, memoryview)) or is_file_object(source)
+
+
+def check_container(inputs: Any) -> None:
     """
-    Open a file, an `http(s)` URL, a `data:image/` URL or the bytes of a file. The image keeps its mode; its EXIF
-    orientation is applied.
+    Refuse containers that have no order or no clear column of images, by name.
+
+    Raises:
+        ValueError: a data frame, a table or a set; the message names the fix.
+    """
+    kind = type(inputs).__name__
+    if kind in ("DataFrame", "LazyFrame", "Table", "RecordBatch"):
+        raise ValueError(f'A {kind} has several columns. Pass the one of images or paths, such as `table["path"]`.')
+    if isinstance(inputs, (set, frozenset)):
+        raise ValueError(f"A {kind} has no order, so results would have none. Pass a list: `sorted(paths)`.")
+
+
+def as_list(inputs: Any) -> list | None:
+    """
+    The images of a list, tuple, array with four axes, array of paths or objects, or pandas Series, in their order,
+    whatever its labels are; `None` if `inputs` is something else.
+
+    Example:
+
+    ```python
+    >>> as_list(("a.png", "b.png")), as_list("a.png")
+    (['a.png', 'b.png'], None)
+    ```"""
+    check_container(inputs)
+    if isinstance(inputs, np.ndarray) and (inputs.dtype.kind in "OUS" or inputs.ndim == 4):
+        return list(inputs) if inputs.ndim else None
+    if isinstance(inputs, torch.Tensor):
+        return list(inputs) if inputs.ndim == 4 else None
+    root = type(inputs).__module__.partition(".")[0]
+    if isinstance(inputs, (list, tuple)) or (root in ("pandas", "polars") and hasattr(inputs, "__iter__")):
+        return list(inputs)  # iterated: `series[i]` is the row with the label i
+    if root == "pyarrow" and hasattr(inputs, "to_pylist"):
+        return inputs.to_pylist()
+    return None
+
+
+def read_image(source: Any, urls: bool | str = True) -> Image.Image:
+    """
+    Open a file, an `http(s)` URL, a `data:image/` URL, the bytes of a file or an open binary file. The image keeps its mode;
+    its EXIF orientation is applied.
 
     Unlike `load_image` of transformers it does not convert to RGB, which would drop transparency and clip 16-bit images.
+    Limits: `FORMATS`; regular files of at most 2 GiB; downloads of at most 256 MiB, see [`download`]; and
+    `PIL.Image.MAX_IMAGE_PIXELS` (89 million pixels, about 0.3 GB in RGB; set it higher for larger images). Images are always
+    decoded at full size, since the reduced decoding of JPEG gives other pixels than resizing does.
+
+    Args:
+        source: path, URL, `bytes`, `bytearray`, `memoryview` or open binary file.
+        urls: whether strings may be URLs: `True`, `False`, or `"public"` for URLs outside private networks only. A server
+            that reads what its clients name must not pass `True`.
 
     Raises:
         FileNotFoundError: `source` is neither a file nor a URL.
-        ConnectionError: the URL does not answer.
-        ValueError: the image is empty, truncated, of an unknown format, or has more pixels than Pillow allows.
+        ConnectionError: the URL does not answer, or is refused.
+        ValueError: the image is empty, truncated, of an unknown format or too large, or the file is no regular one.
+        TypeError: a text file.
     """
-    name: str | bytes
-    if isinstance(source, bytes):
-        name, data = "the given bytes", source
-    elif isinstance(name := os.fspath(source), str) and name.startswith(URL_PREFIXES):
-        data = download(name)
-    elif os.path.isfile(name):
-        data = Path(os.fsdecode(name)).read_bytes()
-    elif os.path.isdir(name):
-        raise ValueError(f"{name!r} is a folder. Pass its images: `sorted(Path({name!r}).glob('*.jpg'))`.")
-    else:
-        raise FileNotFoundError(
-            f"{name[:200]!r} is neither a file nor a URL (http://, https:// or data:image/). Check the spelling "
-            "and, for a relative path, the working directory."
-        )
+    return turn_upright(*open_image(source, urls))
+
+
+def read_rgb(source: Any, image_range: ImageRange | None = None, urls: bool | str = True) -> Image.Image:
+    """[`read_image`] and [`to_rgb`]: what every caller that needs an 8-bit RGB image uses."""
+    return to_rgb(read_image(source, urls), image_range)
+
+
+def open_image(source: Any, urls: bool | str = True) -> tuple[Image.Image, str]:
+    """Open an image without decoding it, as [`read_image`] does. Returns it with its name for messages."""
+    name, data = read_bytes(source, urls)
     if not data:
-        raise ValueError(f"{name[:200]!r} is empty (0 bytes). Copy or download it again.")
+        raise ValueError(f"{name} is empty (0 bytes). Copy or download it again.")
+    heif = data[4:8] == b"ftyp" and data[8:12] in HEIF_BRANDS
+    if heif and importlib.util.find_spec("pillow_heif"):  # optional, so it is no import of this file
+        importlib.import_module("pillow_heif").register_heif_opener()
+    Image.init()
     try:
-        image = Image.open(BytesIO(data))
+        image = Image.open(BytesIO(data), formats=[kind for kind in FORMATS if kind in Image.OPEN])
     except Image.DecompressionBombError as error:
-        raise ValueError(
-            f"{name[:200]!r} is refused: {error} If you trust the file, raise `PIL.Image.MAX_IMAGE_PIXELS`."
-        ) from error
+        raise too_many_pixels(name, str(error)) from error
     except OSError as error:
+        if heif and "HEIF" not in Image.OPEN:
+            raise ValueError(f"{name} is a HEIC image. Install its decoder: `pip install spar-hf[heif]`.") from error
         raise ValueError(
-            f"{name[:200]!r} is no image that Pillow can read. Copy or download it again if it is damaged, "
+            f"{name} is no image that Pillow can read ({', '.join(FORMATS)}). Copy or download it again if it is damaged, "
             "else convert it to PNG or JPEG."
         ) from error
-    return turn_upright(image, repr(name[:200]))
+    if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
+        raise too_many_pixels(name, f"{image.width} × {image.height} pixels exceed {Image.MAX_IMAGE_PIXELS}.")
+    return image, name
 
 
-def download(url: str) -> bytes:
-    """The content of a URL. Raises `ConnectionError` without an answer."""
-    quoted = urllib.parse.quote(url, safe="%/:=&?~#+!$,;'@()*[]")
-    request = urllib.request.Request(quoted, headers={"User-Agent": "spar-hf"})
+def too_many_pixels(name: str, reason: str) -> ValueError:
+    """The error for an image above the limit."""
+    return ValueError(
+        f"{name} is refused: {reason} Make it smaller or cut it into tiles; if you trust it and have the memory, raise "
+        "`PIL.Image.MAX_IMAGE_PIXELS` (`--max-pixels` of `spar-hf segment` and `features`)."
+    )
+
+
+def read_bytes(source: Any, urls: bool | str = True) -> tuple[str, bytes]:
+    """The name of a source in messages, and its bytes. Raises as [`read_image`]."""
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return "The given image", bytes(source)
+    if is_file_object(source):
+        data = source.read()
+        if not isinstance(data, bytes):
+            raise TypeError('An image file must be opened in binary mode: `open(path, "rb")`.')
+        return f"The open file {getattr(source, 'name', '')!r}", data
+    path = os.fspath(source)
+    name = repr(path[:200])
+    if isinstance(path, str) and path.startswith(URL_PREFIXES):
+        if not urls:
+            raise ValueError(f"{name} is a URL, and only files are read here. Download it first.")
+        return name, download(path, private=urls != "public")
+    if os.path.isdir(path):
+        raise ValueError(f"{name} is a folder. Pass its images: `sorted(Path({name}).glob('*.jpg'))`.")
     try:
-        with urllib.request.urlopen(request, timeout=DOWNLOAD_TIMEOUT) as response:
-            return response.read()
-    except (OSError, HTTPException, ValueError) as error:
-        raise ConnectionError(f"Cannot download {url[:200]!r}: {error}. Check the address and the network.") from error
+        status = os.stat(path)
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"{name} is neither a file nor a URL (http://, https:// or data:image/). Check the spelling and, for a "
+            "relative path, the working directory."
+        ) from error
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError(
+            f"{name} is no regular file but a pipe, device or socket. Read it yourself and pass its bytes."
+        )
+    if status.st_size > MAX_BYTES:
+        raise ValueError(f"{name} has {status.st_size} bytes, more than {MAX_BYTES}. Cut it into tiles.")
+    with open(path, "rb") as file:
+        return name, file.read(MAX_BYTES + 1)
 
 
 def turn_upright(image: Image.Image, name: str | None = None) -> Image.Image:
-    """Decode an image of the file `name` and apply its EXIF orientation. The returned copy has no orientation any more."""
+    """
+    Decode an image of the file `name` and apply its EXIF orientation. The returned copy has no orientation any more.
+
+    Raises:
+        ValueError: it cannot be decoded, or has 16 bits per channel of which only the upper 8 can be read, and these may be
+            empty because the values have fewer bits.
+    """
+    sixteen_bits = not image.mode.startswith("I") and any(";16" in str(tile[3]) for tile in getattr(image, "tile", ()))
     try:
-        return ImageOps.exif_transpose(image)
+        upright = ImageOps.exif_transpose(image)
     except Exception as error:  # Pillow's decoders raise various types
         if name is None:
             raise ValueError(f"Cannot decode the image: {error}. Its file is damaged or has been closed.") from error
         raise ValueError(f"Cannot decode {name}: {error}. Copy or download it again: the file is damaged.") from error
+    if sixteen_bits:
+        colours = upright.convert("RGB") if upright.mode in ("RGBA", "RGB") else upright.getchannel(0)
+        extrema: Any = colours.getextrema()
+        highest = max(high for _, high in extrema) if isinstance(extrema[0], tuple) else extrema[1]
+        if highest < AMBIGUOUS_LEVELS // 256:
+            raise ValueError(
+                f"{name or 'The image'} has 16 bits per channel, but all its values are below {AMBIGUOUS_LEVELS}: they may "
+                "be 8, 10, 12 or 14 bits, and Pillow reads only the upper 8 of 16. Read it with another library and pass a "
+                "uint16 array with `image_range=(LOW, HIGH)`, or save it with 8 bits."
+            )
+    return upright
+
+
+def check_range(image_range: Any) -> tuple[float, float] | None:
+    """
+    The pixel values that mean black and white, as two numbers.
+
+    Raises:
+        ValueError: anything else.
+
+    Example:
+
+    ```python
+    >>> check_range([0, 4095])
+    (0.0, 4095.0)
+    ```"""
+    if image_range is None:
+        return None
+    try:
+        low, high = map(float, image_range)
+    except (TypeError, ValueError):
+        low = high = float("nan")
+    if not (np.isfinite([low, high]).all() and low < high):
+        raise ValueError(f"`image_range` is {image_range!r}; it must be two numbers LOW < HIGH, such as (0, 4095).")
+    return low, high
+
+
+def scale_range(values: np.ndarray, image_range: tuple[float, float]) -> np.ndarray:
+    """
+    Scale pixel values to 0–1 as a stated range says; values outside it become 0 or 1.
+
+    Raises:
+        ValueError: NaN or infinite values, or most pixels are outside the range, which is then a wrong one.
+    """
+    check_finite_pixels(values)
+    low, high = image_range
+    if ((values < low) | (values > high)).mean() > 0.5:
+        raise ValueError(
+            f"Most pixels lie outside `image_range` ({low:g} to {high:g}): they reach from {values.min():.4g} to "
+            f"{values.max():.4g}. State the range of the data."
+        )
+    return ((values.astype(np.float64) - low) / (high - low)).clip(0, 1).astype(np.float32)
+
+
+def check_finite_pixels(values: np.ndarray) -> None:
+    """Raises ValueError if a pixel is NaN or infinite."""
+    if np.issubdtype(values.dtype, np.floating) and not np.isfinite(values).all():
+        raise ValueError("The image has NaN or infinite pixels. Replace them first, e.g. with `numpy.nan_to_num`.")
 
 
 def to_eight_bits(values: np.ndarray) -> np.ndarray:
-    """Map 16-bit levels to the nearest 8-bit levels: 65535 -> 255."""
+    """
+    Map 16-bit levels to the nearest 8-bit levels: 65535 -> 255.
+
+    Raises:
+        ValueError: the values are not 16-bit levels, or all below 16384 (but not all 0), so that they may have fewer bits.
+    """
+    low, high = int(values.min(initial=0)), int(values.max(initial=0))
+    if low < 0 or high > 65535 or 0 < high < AMBIGUOUS_LEVELS:
+        raise ValueError(
+            f"Pixels of more than 8 bits are read as 16-bit levels (0 to 65535), but these reach from {low} to {high}: "
+            f"values that are all below {AMBIGUOUS_LEVELS} may be 8, 10, 12 or 14 bits. State their range: "
+            "`image_range=(LOW, HIGH)`, `--image-range LOW HIGH` on the command line, for example 0 65535 for a dark image "
+            "of 16 bits and 0 4095 for 12 bits; or pass a uint8 or uint16 array that uses its whole range."
+        )
     return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image, image_range: ImageRange | None = None) -> Image.Image:
     """
-    Convert any Pillow mode except `"F"` to 8-bit RGB. Transparent pixels are blended with white, 16-bit levels scaled.
+    Convert any Pillow mode to 8-bit RGB. Transparent pixels are blended with white.
+
+    Pixels of 16 bits (`"I;16"`, `"I"`) are 0–65535 and floats (`"F"`) 0–1, each rounded to the nearest of 256 levels, unless
+    `image_range` states the values of black and white. Images of 8 bits have one range only; `image_range` does not apply.
 
     Raises:
-        ValueError: 32-bit integers outside the 16-bit levels, or a mode that Pillow cannot convert.
+        ValueError: values that cannot be scaled without guessing (see [`to_eight_bits`] and [`float_to_rgb`]), or a mode
+            that Pillow cannot convert.
     """
     mode = image.mode
-    if mode.startswith("I"):
-        values = np.asarray(image)
-        if mode == "I" and (values.min() < 0 or values.max() > 65535 or 0 < values.max() < 256):
-            raise ValueError(
-                "An image of mode 'I' (32-bit integers) is read as 16-bit levels (0 to 65535), but its values "
-                f"lie in {values.min()} to {values.max()}. Scale them and pass a uint8 or uint16 array."
-            )
-        image = Image.fromarray(to_eight_bits(values))
+    if mode.startswith("I") and check_range(image_range) is None:
+        return Image.fromarray(to_eight_bits(np.asarray(image))).convert("RGB")
+    if mode == "F" or mode.startswith("I"):
+        return Image.fromarray((array_to_rgb(np.asarray(image)[:, :, None], image_range) * 255 + 0.5).astype(np.uint8))
     try:
         if image.has_transparency_data:
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
@@ -152,13 +331,13 @@ def float_to_rgb(pixels: np.ndarray) -> np.ndarray:
     Raises:
         ValueError: NaN or infinite values, or values outside 0 to 1.
     """
-    if not np.isfinite(pixels).all():
-        raise ValueError("The image has NaN or infinite pixels. Replace them first, e.g. with `numpy.nan_to_num`.")
+    check_finite_pixels(pixels)
     low, high = float(pixels.min()), float(pixels.max())
     if low < -FLOAT_TOLERANCE or high > 1 + FLOAT_TOLERANCE:
         raise ValueError(
             f"Float pixels must lie in 0 to 1, got {low:.4g} to {high:.4g}. Divide levels of 0–255 by 255 or convert "
-            "them to uint8; do not normalise images beforehand; clip values that a resampling filter overshot."
+            "them to uint8; do not normalise images beforehand; clip values that a resampling filter overshot. Or state the "
+            "range: `image_range=(LOW, HIGH)`, `--image-range LOW HIGH` on the command line."
         )
     pixels = pixels.astype(np.float32).clip(0, 1)
     if pixels.shape[2] == 4:
@@ -167,18 +346,30 @@ def float_to_rgb(pixels: np.ndarray) -> np.ndarray:
     return np.repeat(pixels, 3, axis=2) if pixels.shape[2] == 1 else pixels
 
 
-def array_to_rgb(pixels: np.ndarray) -> np.ndarray:
-    """Array of any supported dtype, `(height, width, 1 or 3 or 4)` -> `(height, width, 3)`, uint8 or float32."""
+def array_to_rgb(pixels: np.ndarray, image_range: ImageRange | None = None) -> np.ndarray:
+    """
+    Array of any supported dtype, `(height, width, 1 or 3 or 4)` -> `(height, width, 3)`, uint8 or float32.
+
+    With `image_range`, arrays of any number type but uint8 and bool are scaled by it; the alpha channel of floats is 0–1 and
+    that of integers has the range too.
+    """
+    numbers = np.issubdtype(pixels.dtype, np.integer) or np.issubdtype(pixels.dtype, np.floating)
+    if (known := check_range(image_range)) is not None and numbers and pixels.dtype != np.uint8:
+        alpha = np.issubdtype(pixels.dtype, np.floating) and pixels.shape[2] == 4
+        colours = scale_range(pixels[:, :, :3] if alpha else pixels, known)
+        return float_to_rgb(np.concatenate([colours, pixels[:, :, 3:]], axis=2) if alpha else colours)
     if np.issubdtype(pixels.dtype, np.floating):
         return float_to_rgb(pixels)
     if pixels.dtype == bool:
         pixels = pixels.astype(np.uint8) * 255
     elif pixels.dtype == np.uint16:
+        if pixels.shape[2] == 4:  # the alpha channel has 16 bits too; what is opaque says nothing about the colours
+            to_eight_bits(pixels[:, :, :3])
         pixels = to_eight_bits(pixels)
     elif pixels.dtype != np.uint8:
         raise ValueError(
             f"Image arrays must be uint8 (0–255), uint16 (0–65535), bool or float (0–1); this one is {pixels.dtype}. "
-            "Convert it, e.g. with `array.astype('uint8')`."
+            "Convert it, e.g. with `array.astype('uint8')`, or state its range: `image_range=(LOW, HIGH)`."
         )
     pixels = pixels[:, :, 0] if pixels.shape[2] == 1 else pixels
     return np.asarray(to_rgb(Image.fromarray(np.ascontiguousarray(pixels))))

@@ -4,7 +4,6 @@
 # mypy: disable-error-code="override"
 
 import math
-import os
 from fractions import Fraction
 from typing import Any
 
@@ -17,7 +16,16 @@ from transformers.image_utils import ChannelDimension, PILImageResampling, SizeD
 from transformers.processing_utils import ImagesKwargs
 from transformers.utils import TensorType, logging
 
-from .image_input import array_to_rgb, float_to_rgb, read_image, to_channels_last, to_rgb, turn_upright
+from .image_input import (
+    array_to_rgb,
+    as_list,
+    check_range,
+    is_encoded,
+    read_image,
+    to_channels_last,
+    to_rgb,
+    turn_upright,
+)
 from .segmentation import decide
 
 logger = logging.get_logger(__name__)
@@ -62,6 +70,7 @@ class SparImageKwargs(ImagesKwargs, total=False):
 
     max_tokens: int | None
     patch_size: int | None
+    image_range: Any  # two numbers or None; checked by `check_range`
 
 
 class SparImageProcessorPil(PilBackend):
@@ -72,13 +81,16 @@ class SparImageProcessorPil(PilBackend):
     image pixel. Images of unequal size are not padded to a common size either: group them by size.
 
     Inputs:
-        - A path (`str` or `os.PathLike`), an `http(s)` or `data:image/` URL, a PIL image, a NumPy array or torch
-          tensor `(height, width)`, `(height, width, channels)` or `(channels, height, width)` with 1, 3 or 4
-          channels. A list of these, or an array or tensor with four axes, is a batch.
+        - A path (`str` or `os.PathLike`), an `http(s)` or `data:image/` URL, the bytes of an image file or an open
+          binary file, a PIL image, a NumPy array or torch tensor `(height, width)`, `(height, width, channels)` or
+          `(channels, height, width)` with 1, 3 or 4 channels. A list, tuple, pandas Series or array of these, or an
+          array or tensor with four axes, is a batch.
         - Any Pillow mode. EXIF orientation is applied, transparent pixels are blended with white, 16-bit levels are
           scaled (not clipped) to 8 bit, and the current frame of an animation is used.
         - The dtype of an array decides its range: uint8 is 0–255, uint16 is 0–65535, bool is black and white, float
-          is 0–1 and is not rescaled again. Float pixels keep their precision. Other dtypes are refused.
+          is 0–1 and is not rescaled again. Float pixels keep their precision. Other dtypes are refused, and so are
+          16-bit pixels that are all below 16384 (but not all 0): they may have 8, 10, 12 or 14 bits. `image_range`
+          states what is meant.
 
     Args:
         size (`dict[str, int]`, `int` or `(int, int)`, *optional*):
@@ -91,6 +103,9 @@ class SparImageProcessorPil(PilBackend):
             [`limited_size`], with one warning. `None` sets no limit.
         patch_size (`int`, *optional*):
             Side of a patch in pixels; required with `max_tokens`.
+        image_range (`(float, float)`, *optional*):
+            Values of black and white of images that have floats or more than 8 bits: `(0, 4095)` for 12 bits. Values
+            outside are clipped; a range that most pixels lie outside of is refused. It does not apply to 8-bit images.
         do_resize (`bool`, *optional*, defaults to `True`):
             Whether to resize to `size`, if it is set.
         resample (`PIL.Image.Resampling`, *optional*, defaults to `BICUBIC`):
@@ -144,6 +159,7 @@ class SparImageProcessorPil(PilBackend):
     size = None
     max_tokens = None
     patch_size = None
+    image_range = None
     resample = PILImageResampling.BICUBIC
     image_mean = [0.5, 0.5, 0.5]
     image_std = [0.5, 0.5, 0.5]
@@ -182,7 +198,9 @@ class SparImageProcessorPil(PilBackend):
             kwargs["size"] = None
         return super().preprocess(images, *args, **kwargs)
 
-    def _standardize_kwargs(self, size=None, max_tokens=None, patch_size=None, **kwargs) -> dict[str, Any]:
+    def _standardize_kwargs(
+        self, size=None, max_tokens=None, patch_size=None, image_range=None, **kwargs
+    ) -> dict[str, Any]:
         for name, number in (("max_tokens", max_tokens), ("patch_size", patch_size)):
             if number is not None and (not isinstance(number, int) or number < 1):
                 raise ValueError(f"`{name}` is {number!r}; it must be an integer of at least 1, or None.")
@@ -201,6 +219,7 @@ class SparImageProcessorPil(PilBackend):
                 )
         kwargs = super()._standardize_kwargs(size=size, **kwargs)
         kwargs["max_tokens"], kwargs["patch_size"] = max_tokens, patch_size
+        kwargs["image_range"] = check_range(image_range)
         if kwargs.get("do_pad") or kwargs.get("do_center_crop"):
             raise ValueError(
                 "SPAR's image processor neither pads nor crops: the model pads to its patch. Leave `do_pad` and "
@@ -214,17 +233,15 @@ class SparImageProcessorPil(PilBackend):
         super()._validate_preprocess_kwargs(do_resize=bool(do_resize and size is not None), size=size, **kwargs)
 
     def fetch_images(self, image_url_or_urls):
-        """Replace paths and URLs, in a list or alone, by PIL images in their own mode."""
-        if isinstance(image_url_or_urls, (list, tuple)):
-            return [self.fetch_images(image) for image in image_url_or_urls]
-        if isinstance(image_url_or_urls, (str, os.PathLike)):
-            return read_image(image_url_or_urls)
-        return image_url_or_urls
+        """Replace paths, URLs, bytes and open files, in a list or alone, by PIL images in their own mode."""
+        images = image_url_or_urls
+        if isinstance(images, (list, tuple)):
+            return [self.fetch_images(image) for image in images]
+        return read_image(images) if is_encoded(images) else images
 
     def _prepare_image_like_inputs(self, images, expected_ndims: int = 3, **kwargs) -> list[np.ndarray]:
-        images = self.fetch_images(images)
-        if not isinstance(images, list):
-            images = list(images) if getattr(images, "ndim", None) == expected_ndims + 1 else [images]
+        several = as_list(images)
+        images = self.fetch_images([images] if several is None else several)
         if not images:
             raise ValueError("There is no image. Pass at least one.")
         return [self.process_image(image, **kwargs) for image in images]
@@ -234,6 +251,7 @@ class SparImageProcessorPil(PilBackend):
         image: Image.Image | np.ndarray | torch.Tensor,
         do_convert_rgb: bool | None = None,
         input_data_format: str | ChannelDimension | None = None,
+        image_range: tuple[float, float] | None = None,
         **kwargs,
     ) -> np.ndarray:
         """
@@ -255,7 +273,7 @@ class SparImageProcessorPil(PilBackend):
             is_rgb = channels == 3
         else:
             raise TypeError(
-                "An image is a path, a URL, a PIL image, a NumPy array or a torch tensor, not "
+                "An image is a path, a URL, bytes or an open binary file, a PIL image, a NumPy array or a torch tensor, not "
                 f"{type(image).__name__}. A batch is a flat list of them."
             )
         if min(height, width) < MIN_SIDE:
@@ -266,9 +284,9 @@ class SparImageProcessorPil(PilBackend):
         if do_convert_rgb is False and not is_rgb:
             raise ValueError("The image is not RGB and `do_convert_rgb` is False. Set it to True or convert the image.")
         if isinstance(image, np.ndarray):
-            pixels = array_to_rgb(image)
-        elif image.mode == "F":
-            pixels = float_to_rgb(np.asarray(image)[:, :, None])
+            pixels = array_to_rgb(image, image_range)
+        elif image.mode == "F" or (image.mode.startswith("I") and image_range is not None):
+            pixels = array_to_rgb(np.asarray(image)[:, :, None], image_range)  # floats keep their precision
         else:
             pixels = np.asarray(to_rgb(image))
         return np.ascontiguousarray(np.moveaxis(pixels, -1, 0))  # (height, width, 3) -> (3, height, width)

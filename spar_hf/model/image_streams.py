@@ -1,8 +1,7 @@
 """Inputs of the pipeline: one image, or many from a list, a dataset or a stream, read when needed."""
 
 import copy
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from .image_input import read_image
+from .image_input import as_list, check_container, is_encoded, read_image
 
 
 @dataclass(repr=False)
@@ -74,10 +73,56 @@ def image_of_row(row: Mapping) -> Any:
         image = read_image(image["bytes"]) if image.get("bytes") else image.get("path")
     if image is None:
         raise ValueError(
-            f"A row with the columns {list(row)} has no `image`. Select the column with `KeyDataset(dataset, 'image')` of "
-            "transformers.pipelines.pt_utils, or rename it."
+            f"A row with the columns {list(row)} has no `image`. Pass the column: `dataset[NAME]`, or `KeyDataset(dataset, "
+            "NAME)` of transformers.pipelines.pt_utils; or rename it."
         )
     return image
+
+
+def image_of_item(item: Any) -> Any:
+    """
+    The image of an item of a list, dataset or stream.
+
+    Raises:
+        ValueError: the item is a tuple, as of datasets of torch, in which any part may be the image.
+    """
+    if isinstance(item, Mapping):
+        return image_of_row(item)
+    if isinstance(item, (list, tuple)):
+        raise ValueError(
+            f"An item is a {type(item).__name__} of {len(item)} parts ({', '.join(type(part).__name__ for part in item)}), "
+            "not an image. Pass the images alone: `(item[0] for item in dataset)`; a list of lists must be flat."
+        )
+    return item
+
+
+class ColumnOfImages(Dataset):
+    """
+    A column of a table of `datasets`, read row by row and not decoded: each item is a row `{"image": …}`.
+
+    Args:
+        table: the table, with the column alone.
+        name: of the column.
+    """
+
+    def __init__(self, table: Any, name: str):
+        self.table, self.name = table, name
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"image": self.table[index][self.name]}
+
+
+class StreamedColumn:
+    """[`ColumnOfImages`] of a streamed table."""
+
+    def __init__(self, table: Any, name: str):
+        self.table, self.name = table, name
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return ({"image": row[self.name]} for row in self.table)
 
 
 class ImageSequence(Dataset):
@@ -107,6 +152,13 @@ class ImageStream(IterableDataset):
             yield self.prepare(partial(next, iter([image]))) if self.prepare else image
 
 
+class SizedStream(ImageStream):
+    """A stream of known length."""
+
+    def __len__(self) -> int:
+        return len(self.source)  # type: ignore[arg-type]
+
+
 class Results:
     """Results in the order of the images, computed during iteration. Has a length if the number of images is known."""
 
@@ -121,18 +173,49 @@ class Results:
             yield from self.run(items)
 
 
+def undecoded(table: Any, name: str) -> Any:
+    """
+    A table of `datasets` whose column of images gives bytes or paths: we decode image by image, so that a damaged file does
+    not end the iteration.
+    """
+    column: Any = (getattr(table, "features", None) or {}).get(name)
+    if not getattr(column, "decode", None) or not hasattr(table, "cast_column"):
+        return table
+    column = copy.copy(column)
+    column.decode = False
+    return table.cast_column(name, column)
+
+
 def as_images(inputs: Any) -> ImageSequence | ImageStream | None:
-    """Many images as a dataset; `None` for a single image."""
-    if isinstance(inputs, (np.ndarray, torch.Tensor)):
-        return ImageSequence(inputs) if inputs.ndim == 4 else None
-    if isinstance(inputs, (str, bytes, os.PathLike, Mapping, Image.Image, EncodedImage)):
+    """
+    Many images as a dataset; `None` for a single image.
+
+    Items are taken by position where that is what `[i]` means (lists, datasets), and iterated otherwise.
+
+    Raises:
+        ValueError: a container without order or with several columns, see [`check_container`].
+    """
+    if isinstance(inputs, (Mapping, Image.Image, EncodedImage)) or is_encoded(inputs):
         return None
-    column: Any = (getattr(inputs, "features", None) or {}).get("image")
-    if getattr(column, "decode", None) and hasattr(inputs, "cast_column"):
-        # a dataset of `datasets`: we decode image by image, so that a damaged file does not end the iteration
-        column = copy.copy(column)
-        column.decode = False
-        inputs = inputs.cast_column("image", column)
-    if isinstance(inputs, Sized) and hasattr(inputs, "__getitem__"):
+    if (images := as_list(inputs)) is not None:
+        return ImageSequence(images)
+    if isinstance(inputs, (np.ndarray, torch.Tensor)):
+        return None
+    check_container(inputs)
+    name: Any = getattr(inputs, "column_name", None)
+    table: Any = getattr(inputs, "source", None)
+    if isinstance(name, str) and hasattr(table, "select_columns"):  # `dataset["photo"]` of datasets 4 and later
+        table = undecoded(table.select_columns([name]), name)
+        return (
+            ImageSequence(ColumnOfImages(table, name))
+            if isinstance(table, Sized)
+            else ImageStream(StreamedColumn(table, name))
+        )
+    is_table = hasattr(inputs, "cast_column")
+    inputs = undecoded(inputs, "image") if is_table else inputs
+    by_position = isinstance(inputs, (Sequence, Dataset)) or is_table or not isinstance(inputs, Iterable)
+    if isinstance(inputs, Sized) and hasattr(inputs, "__getitem__") and by_position:
         return ImageSequence(inputs)
-    return ImageStream(inputs) if isinstance(inputs, Iterable) else None
+    if not isinstance(inputs, Iterable):
+        return None
+    return SizedStream(inputs) if isinstance(inputs, Sized) else ImageStream(inputs)

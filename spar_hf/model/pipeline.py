@@ -2,8 +2,9 @@
 # transformers declares the hooks of Pipeline without their keywords
 """`pipeline("open-vocab-segmentation")`: from images and class names to one mask per class."""
 
+import multiprocessing
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,13 +14,24 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from transformers import Pipeline
 
-from .image_streams import EncodedImage, ImageSequence, ImageStream, Results, as_images, guarded, image_of_row, is_error
+from .devices import check_device
+from .image_input import as_list
+from .image_streams import (
+    EncodedImage,
+    ImageSequence,
+    ImageStream,
+    Results,
+    as_images,
+    guarded,
+    image_of_item,
+    is_error,
+)
 from .processing_spar import SparProcessor
 from .prompts import CandidateLabels, Vocabulary, normalise_name
 from .refine import Refinement, Upsampler, refined_logits
 from .segmentation import (
-    OUTPUT_BYTES,
     DenseLogits,
+    check_output_size,
     check_shares,
     class_probabilities,
     decide,
@@ -86,9 +98,10 @@ class OpenVocabSegmentationPipeline(Pipeline):
     def __call__(self, inputs: Any, candidate_labels: CandidateLabels | Vocabulary | None = None, **kwargs) -> Any:
         """
         Args:
-            inputs (`str`, `PIL.Image.Image`, array, tensor, [`EncodedImage`], a list of them, a generator or dataset):
-                Paths, URLs or images; see [`SparImageProcessorPil`] for the accepted arrays. For rows (dicts) of `datasets`,
-                the column `image` is used.
+            inputs (`str`, `bytes`, file, `PIL.Image.Image`, array, tensor, [`EncodedImage`], or several):
+                Paths, URLs, image files or images; see [`SparImageProcessorPil`] for the accepted arrays. Several are a
+                list, pandas Series, column `dataset["image"]`, dataset or generator. For rows (dicts) of `datasets`, the
+                column `image` is used; items that are tuples are refused.
             candidate_labels (`list[str]`, `list[list[str]]`, `dict[str, list[str]]` or [`Vocabulary`]):
                 The classes. In a list of strings, commas separate names of one class: `"car, automobile"`. A string is the
                 name of a built-in vocabulary: `"ade20k"`, `"voc21"`, `"cityscapes"`, … (`spar_hf.model.vocabularies`).
@@ -101,6 +114,9 @@ class OpenVocabSegmentationPipeline(Pipeline):
             max_tokens (`int`, *optional*):
                 Limit on the patches per image. Default: the image processor's, else 16,384 (2048×2048 pixels at a patch of
                 16). A larger working image is made smaller by [`limited_size`], with one warning.
+            image_range (`(float, float)`, *optional*):
+                Black and white of images of floats or more than 8 bits: `(0, 4095)` for 12 bits. Without it, what cannot be
+                scaled without guessing is refused, see [`SparImageProcessorPil`].
             background (`str` or `list[str]`, *optional*):
                 Class, or words, treated as background. A string is the label of the class that gets unsure pixels and tiny
                 classes: a class of the vocabulary or a new one without words. A list of words, which may be labels, makes
@@ -183,7 +199,7 @@ class OpenVocabSegmentationPipeline(Pipeline):
             return super().__call__(inputs, **kwargs)
         results = super().__call__(images, **kwargs)
         # as in every pipeline of transformers: a list for a list, an iterator for a dataset or a generator
-        return list(results) if isinstance(inputs, (list, tuple, np.ndarray, torch.Tensor)) else results
+        return list(results) if as_list(inputs) is not None else results
 
     def _sanitize_parameters(
         self,
@@ -191,6 +207,7 @@ class OpenVocabSegmentationPipeline(Pipeline):
         templates=None,
         size=None,
         max_tokens=None,
+        image_range=None,
         output=None,
         top_k=None,
         background=None,
@@ -209,36 +226,42 @@ class OpenVocabSegmentationPipeline(Pipeline):
         shares = {"threshold": threshold, "min_area": min_area}
         check_shares(**{name: value for name, value in shares.items() if value is not None})
         vocabulary = None if candidate_labels is None else Vocabulary.parse(candidate_labels)
-        preprocess = {"size": size, "max_tokens": max_tokens, "on_error": on_error}
+        preprocess = {"size": size, "max_tokens": max_tokens, "image_range": image_range, "on_error": on_error}
         postprocess = {"output": output, "top_k": top_k}
         forward = {"vocabulary": vocabulary, "templates": templates, "background": background, **shares, **postprocess}
         forward |= {"refine": refine, "upsampler": upsampler}
         given = ({k: v for k, v in options.items() if v is not None} for options in (preprocess, forward, postprocess))
         return tuple(given)
 
-    def encode(self, images: Any, size: Any = None, max_tokens: int | None = None) -> Any:
+    def encode(
+        self,
+        images: Any,
+        size: Any = None,
+        max_tokens: int | None = None,
+        image_range: Sequence[float] | None = None,
+    ) -> Any:
         """
         Run the vision tower once, for any number of vocabularies.
 
         Args:
             images: one image or several, as in the call.
-            size, max_tokens: as in the call.
+            size, max_tokens, image_range: as in the call.
 
         Returns:
             An [`EncodedImage`] or a list of them, on the model's device. The pipeline takes them in place of images.
         """
         many = as_images(images)
-        given = {name: value for name, value in (("size", size), ("max_tokens", max_tokens)) if value is not None}
-        options = {**self._preprocess_params, **given}
+        given = {"size": size, "max_tokens": max_tokens, "image_range": image_range}
+        options = {**self._preprocess_params, **{name: value for name, value in given.items() if value is not None}}
         options.pop("on_error", None)
         encoded = [
             self._encode([self.preprocess(image, **options)])[0] for image in ([images] if many is None else many)
         ]
         return encoded[0] if many is None else encoded
 
-    def text_embeds(self, vocabulary: Vocabulary, templates=None) -> torch.Tensor:
-        """Embeddings of a vocabulary `(names, dim)`; only names not cached yet run through the text tower."""
-        return self._cache().get(vocabulary.all_names, self._templates(templates))
+    def text_embeds(self, vocabulary: Vocabulary, templates=None, check_weights: bool = True) -> torch.Tensor:
+        """Embeddings of a vocabulary `(names, dim)`; only new names are embedded. See [`TextEmbeddingCache.get`]."""
+        return self._cache().get(vocabulary.all_names, self._templates(templates), check_weights)
 
     def save_text_embeddings(
         self,
@@ -277,14 +300,15 @@ class OpenVocabSegmentationPipeline(Pipeline):
         hub = {name: kwargs[name] for name in ("push_to_hub", "repo_id", "token", "commit_message") if name in kwargs}
         SparProcessor(self.image_processor, self.tokenizer).save_pretrained(str(save_directory), **hub)
 
-    def preprocess(self, image, size=None, max_tokens=None):
+    def preprocess(self, image, size=None, max_tokens=None, image_range=None):
         if isinstance(image, EncodedImage):
             return image
-        if isinstance(image, Mapping):
-            image = image_of_row(image)
+        image = image_of_item(image)
         limit = next(n for n in (max_tokens, self.image_processor.max_tokens, MAX_TOKENS) if n is not None)
         options = {"max_tokens": limit, "patch_size": self.model.config.patch_size}
-        inputs = self.image_processor(image, return_tensors="pt", **options, **({} if size is None else {"size": size}))
+        options |= {} if size is None else {"size": size}
+        options |= {} if image_range is None else {"image_range": image_range}
+        inputs = self.image_processor(image, return_tensors="pt", **options)
         if len(inputs["original_sizes"]) != 1:
             raise ValueError("An item of the list is a batch of images. Pass a flat list of images.")
         return {"pixel_values": inputs["pixel_values"], "original_size": tuple(inputs["original_sizes"][0])}
@@ -306,13 +330,17 @@ class OpenVocabSegmentationPipeline(Pipeline):
         output, decided = forward_params.get("output"), ("threshold", "min_area", "top_k")
         if output in ("probabilities", "logits") and any(forward_params.get(name) for name in decided):
             raise ValueError(f"output={output!r} is computed before a decision: leave out {', '.join(decided)}.")
-        vocabulary, _, _ = self.classes(forward_params.get("vocabulary"), forward_params.get("background"))
-        self.text_embeds(vocabulary, forward_params.get("templates"))
+        templates = forward_params.get("templates")
+        words = (forward_params.get("vocabulary"), forward_params.get("background"))
+        vocabulary, _, _ = self.classes(*words, templates=templates)
+        self.text_embeds(vocabulary, templates)
         skip = preprocess_params.get("on_error") == "skip"
         options = {name: value for name, value in preprocess_params.items() if name != "on_error"}
         prepare = partial(guarded, skip, self._read, options)
         if isinstance(inputs, ImageStream):
             num_workers = min(num_workers, 1)  # every further worker would read the whole stream again
+            if num_workers and isinstance(inputs.source, Iterator) and multiprocessing.get_start_method() != "fork":
+                num_workers = 0  # a generator cannot be sent to a worker that is a new process
         images = type(inputs)(inputs.source, prepare)
         loader: DataLoader = DataLoader(images, batch_size=batch_size, num_workers=num_workers, collate_fn=list)
         return Results(loader, lambda items: self._results(items, skip, forward_params, postprocess_params))
@@ -365,9 +393,10 @@ class OpenVocabSegmentationPipeline(Pipeline):
         upsampler: Upsampler | None = None,
     ):
         rules = bool(threshold or min_area)
-        vocabulary, labels, background_class = self.classes(vocabulary, background, rules)
+        vocabulary, labels, background_class = self.classes(vocabulary, background, rules, templates)
         encoded = encoded.to(self.model.device)
-        text_embeds = self.text_embeds(vocabulary, templates)
+        # the weights were checked at the start of the call, which reads them all
+        text_embeds = self.text_embeds(vocabulary, templates, check_weights=False)
         name_to_class = vocabulary.name_to_class.to(text_embeds.device)
         logits, cell = self._logits(encoded, text_embeds, refine, upsampler)
         geometry = (cell, encoded.working_size, encoded.original_size)
@@ -427,21 +456,23 @@ class OpenVocabSegmentationPipeline(Pipeline):
         ]
 
     def classes(
-        self, vocabulary: Vocabulary | None, background: str | Sequence[str] | None, rules: bool = False
+        self, vocabulary: Vocabulary | None, background: str | Sequence[str] | None, rules: bool = False, templates=None
     ) -> tuple[Vocabulary, list[str], int]:
         """
         The vocabulary with its background, the labels of the result, and the index of the background among them (-1: none).
 
         Raises:
-            ValueError: no vocabulary, or a background that leaves no class.
+            ValueError: no vocabulary, a background that leaves no class, or names that the tokenizer cannot tell apart.
         """
         if vocabulary is None:
             raise ValueError('`candidate_labels` is missing. Name the classes to look for: ["road", "sky"].')
-        label = "background"
+        label, gives_way = "background", None
         if isinstance(background, str) and (background != "auto" or "auto" in vocabulary.labels):
             label = background
         elif background is not None:
             vocabulary = vocabulary.with_background(background)
+            gives_way = next(given for given in vocabulary.labels if normalise_name(given) == label)
+        vocabulary = self._cache().distinct(vocabulary, self._templates(templates), gives_way)
         labels = list(vocabulary.labels)
         if background is None and not rules:
             return vocabulary, labels, -1
@@ -454,39 +485,6 @@ class OpenVocabSegmentationPipeline(Pipeline):
     def _cache(self) -> TextEmbeddingCache:
         self._texts.model, self._texts.tokenizer = self.model, self.tokenizer  # the user may have replaced them
         return self._texts
-
-
-def check_output_size(size: int, output: str) -> None:
-    """
-    Raises:
-        ValueError: `size`, in bytes, is too large for one result.
-    """
-    if size > OUTPUT_BYTES:
-        raise ValueError(
-            f"output={output!r} of this image takes {size / 2**30:.1f} GiB, more than {OUTPUT_BYTES / 2**30:.0f} GiB. Take "
-            'output="map" (8 bytes per pixel), fewer classes, or a smaller image.'
-        )
-
-
-def check_device(device: Any) -> None:
-    """
-    Raises:
-        ValueError: an unknown or missing device; the message names those available.
-    """
-    if not isinstance(device, (str, torch.device)):
-        return
-    try:
-        if torch.empty(0, device=device).is_meta:
-            raise RuntimeError("a device without memory")
-    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:  # differs between back ends
-        available = ["cpu"]
-        if torch.accelerator.is_available():
-            kind = torch.accelerator.current_accelerator()
-            available += [f"{kind}:{i}" for i in range(torch.accelerator.device_count())]
-        raise ValueError(
-            f"Device {str(device)!r} is not available; there is {', '.join(available)}. Use one of these, or leave it out "
-            "for the first accelerator."
-        ) from error
 
 
 __all__ = ["EncodedImage", "OpenVocabSegmentationPipeline"]

@@ -81,6 +81,18 @@ def _give(labels: torch.Tensor, probabilities: torch.Tensor, given: torch.Tensor
     probabilities[given] = 1 - probabilities[given]
 
 
+def check_output_size(size: int, output: str) -> None:
+    """
+    Raises:
+        ValueError: `size`, in bytes, is too large for one result.
+    """
+    if size > OUTPUT_BYTES:
+        raise ValueError(
+            f"output={output!r} of this image takes {size / 2**30:.1f} GiB, more than {OUTPUT_BYTES / 2**30:.0f} GiB. Take "
+            'output="map" (8 bytes per pixel), fewer classes, or a smaller image.'
+        )
+
+
 def check_shares(**shares: float) -> None:
     """
     Raises:

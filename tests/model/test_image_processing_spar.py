@@ -289,9 +289,9 @@ def test_bad_pixels(image, message):
         values(image)
 
 
-@pytest.mark.parametrize("image", [None, b"bytes", 3, [[Image.new("RGB", (8, 8))]], {"path": "a.jpg"}])
+@pytest.mark.parametrize("image", [None, 3, [[Image.new("RGB", (8, 8))]], {"path": "a.jpg"}])
 def test_no_image_at_all(image):
-    with pytest.raises(TypeError, match="a path, a URL, a PIL image, a NumPy array or a torch tensor"):
+    with pytest.raises(TypeError, match=r"a path, a URL.* a PIL image, a NumPy array or a torch tensor"):
         values(image)
 
 

@@ -331,7 +331,6 @@ def test_top_k_segments_are_those_of_highest_score(segment, picture):
 
 
 def test_outputs_too_large_for_memory_name_the_map(segment, picture, monkeypatch):
-    monkeypatch.setattr("spar_hf.model.pipeline.OUTPUT_BYTES", 1000)
     monkeypatch.setattr("spar_hf.model.segmentation.OUTPUT_BYTES", 1000)
     for output in ("segments", "probabilities"):
         with pytest.raises(ValueError, match='Take output="map"'):
