@@ -2,6 +2,7 @@
 
 import math
 import random
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ class CropSet:
         names: words of each class, or of each tagged image; empty for classes that no word may stand for.
         spec: the set's entry in the recipe: `weight`, `crop` (smallest and largest side in pixels), `even_classes`.
         unnamed: class of the pixels that belong to none of the other classes.
+        files: names of the images, and
+        held_out: of those of the same folder that are held out; for the record of a run.
     """
 
     def __init__(
@@ -41,7 +44,10 @@ class CropSet:
         names: list[list[str]],
         spec: dict[str, Any],
         unnamed: int | None = None,
+        files: Sequence[str] = (),
+        held_out: Sequence[str] = (),
     ):
+        self.files, self.held_out = files, held_out
         self.images, self.masks, self.names, self.unnamed = images, masks, names, unnamed
         self.weight, self.crop = spec["weight"], spec["crop"]
         self.images_of: dict[int, list[int]] = {}  # class -> numbers of the images that hold it
@@ -153,21 +159,32 @@ def paste_box(pixels: torch.Tensor, labels: torch.Tensor, rng: random.Random) ->
     return pixels, labels
 
 
-def load_sets(root: Path, recipe: dict[str, Any]) -> list[CropSet]:
+def load_sets(root: Path, recipe: dict[str, Any], held_out: Collection[str] | None = None) -> list[CropSet]:
     """
     Read every set of a recipe into memory. Held-out words are removed from every label, held-out images from every set.
+
+    Args:
+        root: folder that the paths of the recipe are relative to.
+        recipe: sets and words.
+        held_out: names of the images that an earlier run held out, in place of the rule of the recipe.
 
     Raises:
         UsageError: images or masks do not fit, or the recipe names a class that a set does not have.
     """
-    sets = [load_masked_set(root, spec, recipe) for spec in recipe["sets"]]
+    sets = [load_masked_set(root, spec, recipe, held_out) for spec in recipe["sets"]]
     return sets + [load_tagged_set(root, spec, recipe) for spec in recipe.get("tagged", [])]
 
 
-def load_masked_set(root: Path, spec: dict[str, Any], recipe: dict[str, Any]) -> CropSet:
+def load_masked_set(
+    root: Path, spec: dict[str, Any], recipe: dict[str, Any], earlier: Collection[str] | None = None
+) -> CropSet:
     """Images with masks; pixels of held-out classes are ignored."""
     data = open_folder(root / spec["path"]).filter(exclude=spec.get("exclude"))
-    data = data.select(split_held_out(len(data), spec.get("holdout_every", 0))[0])
+    files = [str(data.file(number)) for number in range(len(data))]
+    train, rest = split_held_out(len(data), spec.get("holdout_every", 0))
+    if earlier is not None:
+        train, rest = ([n for n, file in enumerate(files) if (file in earlier) == held] for held in (False, True))
+    data = data.select(train)
     words, unnamed = [readable_name(name) for name in data.labels], spec.get("unnamed")
     if unnamed is not None and unnamed not in words:
         raise UsageError(f"{root / spec['path']}: unnamed: {unnamed!r} is no class. Use one of: {', '.join(words)}.")
@@ -184,13 +201,14 @@ def load_masked_set(root: Path, spec: dict[str, Any], recipe: dict[str, Any]) ->
         image, mask = data.read(number)
         images.append(np.asarray(image))
         masks.append(labels[mask])
-    return CropSet(images, masks, names, spec, None if unnamed is None else words.index(unnamed))
+    number_unnamed = None if unnamed is None else words.index(unnamed)
+    return CropSet(images, masks, names, spec, number_unnamed, [files[n] for n in train], [files[n] for n in rest])
 
 
 def load_tagged_set(root: Path, spec: dict[str, Any], recipe: dict[str, Any]) -> CropSet:
     """Images without masks that are named in their file names, `PREFIX_NAME.jpg`; those of held-out names are left out."""
     held_out = {word.lower() for word in recipe["held_out_tags"]}
-    images, names = [], []
+    images, names, files = [], [], []
     for path in tqdm(list_images(root / spec["path"]), desc=spec["path"]):
         prefix, _, name = path.stem.partition("_")
         if readable_name(name) in held_out:
@@ -199,4 +217,5 @@ def load_tagged_set(root: Path, spec: dict[str, Any], recipe: dict[str, Any]) ->
         with as_usage_errors():
             images.append(np.asarray(to_rgb(read_image(path))))
         names.append([readable_name(name), *groups])
-    return CropSet(images, None, names, spec)
+        files.append(str(path))
+    return CropSet(images, None, names, spec, files=files)

@@ -9,6 +9,7 @@ does with any ViT pre-trained at one resolution.
     accelerate launch training/pretrain_tiny.py --data DATA --output DIR --text_teacher all-MiniLM-L6-v2
 """
 
+import itertools
 import logging
 import random
 from pathlib import Path
@@ -31,8 +32,11 @@ from spar_hf.utils.checkpoints import discard_earlier, earlier_state, load_check
 from spar_hf.utils.devices import clock
 from spar_hf.utils.launching import outlive_signals
 from spar_hf.utils.runs import BadSteps, Checkpointing, RunFolder, RunLog, end_run, start_accelerator
+from spar_hf.utils.sample_record import earlier_samples, read_samples, write_samples
 
 logger = logging.getLogger(__name__)
+
+PARTS = {"train": "files", "held_out": "held_out"}  # part of a run's record: attribute of its sets
 
 
 def main(args: list[str] | None = None) -> Path | None:
@@ -78,7 +82,11 @@ def train_locked(options: PretrainingOptions, accelerator: Accelerator) -> Path 
         overwrite=options.run.overwrite,
     )
     recipe = yaml.safe_load(Path(options.recipe.recipe).read_text(encoding="utf-8"))
-    sets = load_sets(Path(options.recipe.data), recipe)
+    earlier = read_samples(output) if resume else None
+    sets = load_sets(Path(options.recipe.data), recipe, None if earlier is None else earlier["held_out"])
+    samples = {part: [name for crops in sets for name in getattr(crops, source)] for part, source in PARTS.items()}
+    if resume:
+        earlier_samples(output, itertools.chain(*samples.values()), options.run.allow_changed_data)
     if options.training.start is None:
         model, tokenizer = new_model(options.new_model, sets, recipe.get("words", []), options.run.seed, not resume)
     else:
@@ -92,6 +100,8 @@ def train_locked(options: PretrainingOptions, accelerator: Accelerator) -> Path 
     output.mkdir(parents=True, exist_ok=True)
     step = load_checkpoint(accelerator, output)["step"] if resume else 0
     discard_earlier(accelerator, output, resume)
+    if accelerator.is_main_process:
+        write_samples(output, samples)
     bad_steps = BadSteps(accelerator, options.run.max_bad_steps, *(state or {}).get("bad_steps", ()))
     with Checkpointing(accelerator, output, settings, options.run.save_steps, options.training.steps) as checkpoints:
         finished = train_towers(

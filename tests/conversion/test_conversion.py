@@ -5,8 +5,10 @@ import json
 import math
 import os
 import pickle
+import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -41,7 +43,9 @@ from spar_hf import SlidingWindowTeacher, SparForOpenVocabSegmentation, SparProc
 from spar_hf.cli.main import app
 from spar_hf.conversion import convert
 from spar_hf.conversion.checkpoint_tensors import read_tensors
+from spar_hf.utils.errors import UsageError
 
+converter = sys.modules["spar_hf.conversion.convert"]  # the package has a function of that name
 VOCAB, LENGTH = 40, 12
 SIZES = [(32, 32), (48, 24), (24, 64), (64, 48), (16, 64)]  # native, others, and as many patches in another shape
 
@@ -402,3 +406,48 @@ def test_a_folder_written_by_the_console_script_loads_without_the_library(tmp_pa
     arguments = [sys.executable, "-c", code, str(tmp_path / "out")]
     said = subprocess.run(arguments, check=True, env=environment, cwd=tmp_path, capture_output=True, text=True).stdout
     assert said.split() == ["SparProcessor", "SparVisionModel"]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_tensors_that_are_not_finite_are_refused_by_name(tmp_path, value):
+    state, _, options = make_siglip2(tmp_path / "base")
+    name = next(name for name in state if name.endswith("attn.qkv.weight"))
+    state[name].view(-1)[7] = value
+    torch.save(state, tmp_path / "x.pt")
+    with pytest.raises(ValueError, match=re.escape(name)):
+        convert(tmp_path / "x.pt", "siglip2", str(tmp_path / "base"), tmp_path / "out", **options)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "x.pt"]
+
+
+def test_a_difference_that_is_no_number_is_no_agreement(tmp_path, monkeypatch):
+    state, _, options = make_siglip2(tmp_path / "base")
+    torch.save(state, tmp_path / "x.pt")
+    monkeypatch.setattr(converter, "compare", lambda *args: {"features": 1e-9, "texts": math.nan})
+    with pytest.raises(RuntimeError, match="texts"):
+        convert(tmp_path / "x.pt", "siglip2", str(tmp_path / "base"), tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_of_two_conversions_to_one_folder_the_second_is_refused(tmp_path, monkeypatch):
+    state, _, options = make_siglip2(tmp_path / "base")
+    torch.save(state, tmp_path / "x.pt")
+    compare, refused = converter.compare, []
+
+    def second(*args):
+        def run():
+            try:
+                convert(tmp_path / "x.pt", "siglip2", str(tmp_path / "base"), tmp_path / "out", force=True, **options)
+            except UsageError as error:
+                refused.append(str(error))
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join()
+        return compare(*args)
+
+    monkeypatch.setattr(converter, "compare", second)
+    convert(tmp_path / "x.pt", "siglip2", str(tmp_path / "base"), tmp_path / "out", **options)
+    assert len(refused) == 1 and "being written" in refused[0]
+    AutoModel.from_pretrained(tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "out", "x.pt"]
+    assert (tmp_path / "out" / "model.safetensors").stat().st_mode == (tmp_path / "x.pt").stat().st_mode

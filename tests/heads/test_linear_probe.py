@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 import signal
 import subprocess
 from pathlib import Path
@@ -26,7 +27,7 @@ from spar_hf.heads.frozen_features import FrozenFeatures, parse_inference
 from spar_hf.heads.linear_head import LinearHeads, batch_loss, logits_at_pixels
 from spar_hf.heads.linear_probe import main
 from spar_hf.model.segmentation import decide
-from spar_hf.utils.errors import UsageError
+from spar_hf.utils.errors import NotFinite, UsageError
 
 SCRIPT = TRAINING / "linear_probe.py"
 COLOURS = np.array([[200, 40, 40], [40, 200, 40], [40, 40, 220]], np.uint8)
@@ -105,7 +106,9 @@ def test_features_are_made_once_and_give_the_same_probe_as_made_anew(backbone, d
 
     files[0].write_bytes(files[0].read_bytes()[:50])  # a file that a full disk cut off
     assert (
-        main(arguments(backbone, dataset, tmp_path / "again", *short, "--cache", tmp_path / "cache"))["heads"]
+        main(arguments(backbone, dataset, tmp_path / "again", *short, "--cache", tmp_path / "cache", "--overwrite"))[
+            "heads"
+        ]
         == (first["heads"])
     )
     # another size is another folder of features
@@ -276,3 +279,43 @@ def test_sigterm_stops_after_the_step_and_the_run_resumes(backbone, dataset, tmp
     monkeypatch.undo()
     assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-7"]
     assert main(arguments(backbone, dataset, tmp_path / "run", "--resume"))["heads"] == whole["heads"]
+
+
+def test_a_head_that_diverges_is_never_the_best(backbone, dataset, tmp_path, monkeypatch):
+    """The gradients of the heads do not mix: the others learn what they would without it."""
+    alone = main(arguments(backbone, dataset, tmp_path / "alone", "--steps", "9"))
+    without_spoiling = batch_loss
+
+    def spoiled(*args):
+        losses = without_spoiling(*args)
+        return torch.stack([losses[0], losses[1] * float("nan")])
+
+    monkeypatch.setattr(linear_probe, "batch_loss", spoiled)
+    report = main(arguments(backbone, dataset, tmp_path / "one", "--steps", "9"))
+    assert report["heads"][1]["mean_iou"] is None and report["best"] == report["heads"][0] == alone["heads"][0]
+    json.loads((tmp_path / "one" / "results.json").read_text(), parse_constant=pytest.fail)
+
+    monkeypatch.setattr(linear_probe, "batch_loss", lambda *args: without_spoiling(*args) * float("inf"))
+    with pytest.raises(NotFinite, match="All heads"):
+        main(arguments(backbone, dataset, tmp_path / "all", "--steps", "9", "--max_bad_steps", "2"))
+    assert not (tmp_path / "all" / "model").exists()
+
+
+def test_images_that_changed_and_finished_runs_are_refused(backbone, dataset, tmp_path, monkeypatch):
+    own = shutil.copytree(dataset, tmp_path / "own")
+
+    def interrupted(*args):
+        signal.raise_signal(signal.SIGTERM)
+        return batch_loss(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(linear_probe, "batch_loss", interrupted)
+        assert main(arguments(backbone, own, tmp_path / "run", "--steps", "4")) is None
+    for part in ("images", "masks"):
+        shutil.copy(own / part / "p1.png", own / part / "p9.png")
+    with pytest.raises(UsageError, match=r"1 added \(.*p9\.png\)"):
+        main(arguments(backbone, own, tmp_path / "run", "--steps", "4", "--resume"))
+    report = main(arguments(backbone, own, tmp_path / "run", "--steps", "4", "--resume", "--allow_changed_data"))
+    assert (report["train_images"], report["test_images"]) == (7, 2)
+    with pytest.raises(UsageError, match="--overwrite"):
+        main(arguments(backbone, own, tmp_path / "run", "--steps", "4"))

@@ -3,7 +3,9 @@
 import json
 import math
 import random
+import shutil
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,7 +25,8 @@ from spar_hf.pretraining.model import build_model
 from spar_hf.pretraining.options import NewModelOptions, TrainingOptions
 from spar_hf.pretraining.trainer import main
 from spar_hf.pretraining.words import build_tokenizer, common_words, teach_words, word_targets
-from spar_hf.utils.errors import UsageError
+from spar_hf.utils.errors import NotFinite, UsageError
+from spar_hf.utils.sample_record import read_samples
 
 COLOURS = {"sky": (90, 150, 240), "road": (90, 90, 90), "grass": (60, 170, 50), "bus": (220, 40, 40)}
 
@@ -204,10 +207,60 @@ def test_sigterm_stops_after_the_step(world, monkeypatch):
     monkeypatch.setattr(trainer, "step_loss", interrupted)
     assert main(arguments(world, world / "run", **small)) is None
     monkeypatch.undo()
-    assert sorted(path.name for path in (world / "run").iterdir()) == ["checkpoint-3", "log.jsonl"]
+    assert sorted(path.name for path in (world / "run").iterdir()) == ["checkpoint-3", "images.json.gz", "log.jsonl"]
     resumed = main(arguments(world, world / "run", **small, resume=True))
     weights = [load_file(folder / "model.safetensors") for folder in (whole, resumed)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_a_training_that_diverges_and_a_finished_one_are_no_success(world, monkeypatch):
+    small = {"window": 32, "hidden_size": 64, "layers": 1, "vocab_size": 400, "batch_size": 4, "text_steps": 5}
+    small |= {"steps": 9, "warmup_steps": 1, "workers": 0, "foreign_names": 2, "save_steps": 1}
+    step_loss, calls = trainer.step_loss, []
+
+    def diverging(*args):
+        calls.append(args)
+        loss, parts = step_loss(*args)
+        return (loss * math.nan if len(calls) > 2 else loss), parts
+
+    monkeypatch.setattr(trainer, "step_loss", diverging)
+    with pytest.raises(NotFinite, match=r"in 4 steps.*--max_bad_steps 3"):
+        main(arguments(world, world / "diverged", **small, max_bad_steps=3))
+    assert not (world / "diverged" / "model").exists() and not (world / "diverged" / ".lock").exists()
+    assert all(
+        tensor.isfinite().all()
+        for tensor in load_file(sorted((world / "diverged").glob("checkpoint-*"))[-1] / "model.safetensors").values()
+    )
+    monkeypatch.undo()
+    main(arguments(world, world / "done", **small | {"steps": 1}))
+    with pytest.raises(UsageError, match="--overwrite"):
+        main(arguments(world, world / "done", **small | {"steps": 1}))
+    main(arguments(world, world / "done", **small | {"steps": 2}, overwrite=True))
+
+
+def test_images_that_changed_are_refused(world, tmp_path, monkeypatch):
+    copy = shutil.copytree(world, tmp_path / "world", ignore=shutil.ignore_patterns("run", "whole", "done", "diverged"))
+    small = {"window": 32, "hidden_size": 64, "layers": 1, "vocab_size": 400, "batch_size": 4, "text_steps": 5}
+    small |= {"steps": 4, "warmup_steps": 1, "workers": 0, "foreign_names": 2}
+    step_loss = trainer.step_loss
+
+    def interrupted(*args):
+        signal.raise_signal(signal.SIGTERM)
+        return step_loss(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "step_loss", interrupted)
+        assert main(arguments(copy, copy / "run", **small)) is None
+    record = read_samples(copy / "run")
+    first = Path(record["train"][0])
+    shutil.copy(first, first.with_name(f"000{first.suffix}"))
+    mask = next((first.parents[1] / "masks").glob(f"{first.stem}.*"))
+    shutil.copy(mask, mask.with_name(f"000{mask.suffix}"))
+    with pytest.raises(UsageError, match=r"1 added \(.*000"):
+        main(arguments(copy, copy / "run", **small, resume=True))
+    assert main(arguments(copy, copy / "run", **small, resume=True, allow_changed_data=True))
+    after = read_samples(copy / "run")
+    assert after["held_out"] == record["held_out"] and len(after["train"]) == len(record["train"]) + 1
 
 
 class TestUnnamedClass:
