@@ -4,23 +4,27 @@ The images that a command reads, the names of their results, and a loop in which
 Imports no torch, so that a command reports wrong arguments at once.
 """
 
+import contextlib
 import errno
 import glob
 import os
 import re
+import signal
 import sys
+import threading
 import time
 import urllib.parse
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from tqdm.auto import tqdm
 
 from spar_hf.utils.errors import UsageError
+from spar_hf.utils.image_listing import describe, files_matching, report_passed_over, scan_folder
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
+MAX_URL_NAME = 100  # characters of a file name for a URL, which may be as long as servers like
 URL_PREFIXES = ("http://", "https://", "data:image/")  # as in `read_image`, whose module imports torch
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # disk full or read-only: every further image would fail too
 
@@ -48,7 +52,7 @@ class RunSummary:
         done: number of images processed.
         skipped: number of images that had their results already.
         failed: source and message of every image that failed.
-        interrupted: whether the run was stopped with Ctrl-C.
+        signal: number of the signal that stopped the run, 0 for none.
         seconds: duration of the run.
 
     Example:
@@ -61,13 +65,18 @@ class RunSummary:
     done: int = 0
     skipped: int = 0
     failed: list[tuple[str, str]] = field(default_factory=list)
-    interrupted: bool = False
+    signal: int = 0
     seconds: float = 0.0
 
     @property
+    def interrupted(self) -> bool:
+        """Whether a signal stopped the run."""
+        return self.signal != 0
+
+    @property
     def exit_status(self) -> int:
-        """0 if every image succeeded, 1 if one failed, 130 after Ctrl-C (the convention of shells)."""
-        return 130 if self.interrupted else int(bool(self.failed))
+        """0 if every image succeeded, 1 if one failed, 130 after Ctrl-C and 143 after SIGTERM (the convention of shells)."""
+        return 128 + self.signal if self.interrupted else int(bool(self.failed))
 
     def __str__(self) -> str:
         parts = [f"{self.done} done"]
@@ -88,21 +97,76 @@ def url_to_file_name(url: str) -> str:
     'street_view.jpg'
     ```"""
     last = "" if url.startswith("data:") else urllib.parse.unquote(urllib.parse.urlsplit(url).path).rpartition("/")[2]
-    return re.sub(r"[^\w.-]+", "_", last).strip("._") or "image"
+    return re.sub(r"[^\w.-]+", "_", last)[-MAX_URL_NAME:].strip("._") or "image"
 
 
-def images_under(folder: Path, exclude: Path | None = None) -> list[Path]:
-    """Image files in a folder and its sub-folders, sorted. Hidden ones and the folder `exclude` are skipped."""
-    found = []
-    for parent, folders, files in os.walk(folder):
-        here = Path(parent)
-        folders[:] = [
-            name
-            for name in folders
-            if not name.startswith(".") and (exclude is None or (here / name).resolve() != exclude)
-        ]
-        found += [here / n for n in files if not n.startswith(".") and Path(n).suffix.lower() in IMAGE_SUFFIXES]
-    return sorted(found)
+def inside_folder(relative: PurePosixPath) -> PurePosixPath:
+    """
+    A relative path without `..`, so that a result named by it stays in the output folder.
+
+    Example:
+
+    ```python
+    >>> str(inside_folder(PurePosixPath("b/../../other/street.png")))
+    'other/street.png'
+    ```"""
+    parts: list[str] = []
+    for part in relative.parts:
+        if part == "..":
+            parts = parts[:-1]
+        elif part != relative.anchor:
+            parts.append(part)
+    return PurePosixPath(*parts)
+
+
+def result_path(folder: Path, name: str, suffix: str) -> Path:
+    """
+    The file of a result in an output folder.
+
+    Raises:
+        UsageError: the name leads out of the folder.
+    """
+    path = folder / f"{name}{suffix}"
+    if ".." in PurePosixPath(name).parts or not path.is_relative_to(folder):
+        raise UsageError(f"The result {name!r} would lie outside {folder}. Name the images without '..'.")
+    return path
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM, with the number of the signal."""
+
+    def __init__(self, number: int):
+        super().__init__()
+        self.number = number
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """
+    Raise the first Ctrl-C or SIGTERM as [`Interrupted`] inside the block, so that what is held in memory can be written.
+    Further signals are ignored for five seconds, since launchers hand on signals that their processes got already; later
+    ones stop the process.
+    """
+    if threading.current_thread() is not threading.main_thread():  # only the main thread handles signals
+        yield
+        return
+    first: list[float] = []
+
+    def interrupt(number: int, frame: object) -> None:
+        if not first:
+            first.append(time.monotonic())
+            raise Interrupted(number)
+        if time.monotonic() - first[0] > 5:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+
+    numbers = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, interrupt) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def expand_argument(argument: str, exclude: Path | None = None) -> list[tuple[str, PurePosixPath]]:
@@ -123,33 +187,25 @@ def expand_argument(argument: str, exclude: Path | None = None) -> list[tuple[st
     if argument.startswith(URL_PREFIXES):
         return [(argument, PurePosixPath(url_to_file_name(argument)))]
     path = Path(argument)
-    if path.is_file():
-        return [(argument, PurePosixPath(path.name))]
-    suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
     if path.is_dir():
         check_output_differs(path, exclude)
-        images = images_under(path, exclude)
-        if not images:
-            raise FileNotFoundError(f"{argument} contains no image ({suffixes}).")
-        return [(str(image), PurePosixPath(image.relative_to(path).as_posix())) for image in images]
-    if not glob.has_magic(argument):
+        root = path
+        images, others = scan_folder(path, exclude)
+    elif path.exists() or path.is_symlink():
+        return [(argument, PurePosixPath(path.name))]
+    elif glob.has_magic(argument):
+        root, images, others = files_matching(argument)
+        check_output_differs(root, exclude)
+        images = [image for image in images if exclude is None or exclude not in image.resolve().parents]
+    else:
         raise FileNotFoundError(
             f"{argument[:200]!r} is neither a file, a folder nor a URL (http://, https:// or data:image/). Check the "
             "spelling and, for a relative path, the working directory."
         )
-    root = path
-    while glob.has_magic(str(root)):
-        root = root.parent
-    check_output_differs(root, exclude)
-    images = [
-        image
-        for image in map(Path, sorted(glob.glob(argument, recursive=True)))
-        if image.is_file()
-        and image.suffix.lower() in IMAGE_SUFFIXES
-        and (exclude is None or exclude not in image.resolve().parents)
-    ]
     if not images:
-        raise FileNotFoundError(f"No image ({suffixes}) matches {argument!r}.")
+        where = f"{argument} contains no image" if path.is_dir() else f"No image matches {argument!r}"
+        raise FileNotFoundError(f"{where}" + (f", but {describe(others)}." if others else "."))
+    report_passed_over(argument, others)
     return [(str(image), PurePosixPath(image.relative_to(root).as_posix())) for image in images]
 
 
@@ -178,12 +234,20 @@ def find_images(
     """
     exclude = None if exclude is None else exclude.resolve()
     found: dict[str, tuple[str, PurePosixPath]] = {}
+    seen: set[str] = set()
     problems = []
     for argument in arguments:
         try:
             for source, relative in expand_argument(argument, exclude):
-                key = source if source.startswith(URL_PREFIXES) else str(Path(source).resolve())
-                found.setdefault(key, (source, relative))
+                relative = inside_folder(relative)
+                if source.startswith(URL_PREFIXES):
+                    found.setdefault(source, (source, relative))
+                    continue
+                # links to one file are several images, but a file that two arguments name is one
+                named, real = os.path.abspath(source), f"{Path(source).resolve()} as {relative}"
+                if named not in seen and real not in seen:
+                    found[named] = (source, relative)
+                seen |= {named, real}
         except OSError as error:
             problems.append((argument, str(error)))
     # compared without case: on many file systems Street.png and street.png are the same file
@@ -250,7 +314,7 @@ def process_images(
         progress_bar: whether to show progress.
 
     Returns:
-        [`RunSummary`]. Ctrl-C ends the run early.
+        [`RunSummary`]. Ctrl-C ends the run early, inside [`interruptible`] SIGTERM too.
 
     Raises:
         OSError: the disk is full or read-only.
@@ -290,7 +354,7 @@ def process_images(
                     fail(image.source, str(error) or type(error).__name__)
                 else:
                     summary.done += 1
-        except KeyboardInterrupt:
-            summary.interrupted = True
+        except KeyboardInterrupt as stop:
+            summary.signal = getattr(stop, "number", signal.SIGINT)
     summary.seconds = time.perf_counter() - start
     return summary
