@@ -5,21 +5,25 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from launching import signal_all
+from launching import reset_accelerate, signal_all
 from PIL import Image
 
 from spar_hf import SlidingWindowTeacher, SparImageProcessorPil, SparVisionModel
 from spar_hf.data.order import Sample
 from spar_hf.data.training_images import TrainingImages
-from spar_hf.distillation.cache_teacher import CacheOptions, main, make_cache
+from spar_hf.distillation.cache_teacher import CacheOptions, ShardMaker, main, make_cache
 from spar_hf.distillation.teacher_cache import TeacherCache
 from spar_hf.model.fingerprints import vision_fingerprint
+from spar_hf.utils.errors import NotFinite, UsageError
+from spar_hf.utils.locks import locked
 
 SCRIPT = Path(__file__).parents[2] / "training" / "cache_teacher.py"
 
@@ -215,3 +219,52 @@ def test_help_is_shown(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["--help"])
     assert stop.value.code == 0 and "--crop_probability" in capsys.readouterr().out
+
+
+def test_a_signal_ends_the_work_after_a_shard_and_the_same_command_goes_on(options, monkeypatch):
+    make, calls = ShardMaker.make, []
+
+    def interrupted(maker, number):
+        calls.append(number)
+        if len(calls) == 1:
+            signal.raise_signal(signal.SIGTERM)
+        return make(maker, number)
+
+    options.storage.shard_maps = 1
+    monkeypatch.setattr(ShardMaker, "make", interrupted)
+    with pytest.raises(SystemExit) as end:
+        make_cache(options)
+    assert end.value.code == 128 + signal.SIGTERM and calls == [0]
+    reset_accelerate()
+    cache = make_cache(options)
+    assert calls == list(range(len(cache)))  # the first shard was kept
+
+
+def test_maps_that_are_not_finite_are_not_stored(options, monkeypatch):
+    monkeypatch.setattr(
+        SlidingWindowTeacher,
+        "forward",
+        lambda teacher, pixels: SimpleNamespace(feature_map=torch.full((1, 4, 2, 2), float("nan"))),
+    )
+    with pytest.raises(NotFinite, match="--mixed_precision"):
+        make_cache(options)
+    assert not list(Path(options.storage.output).glob("maps*"))
+
+
+def test_a_second_maker_beside_a_living_one_is_refused(options):
+    ready, done = threading.Event(), threading.Event()
+
+    def hold():
+        with locked(Path(options.storage.output) / ".lock", "cache"):
+            ready.set()
+            done.wait()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    ready.wait()
+    try:
+        with pytest.raises(UsageError, match="being written"):
+            make_cache(options)
+    finally:
+        done.set()
+        thread.join()

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoImageProcessor, AutoModelForUniversalSegmentation, pipeline
 
 from spar_hf import (
+    SparForUniversalSegmentation,
     SparImageProcessorPil,
     SparUniversalImageProcessorPil,
     SparUniversalSegmentationOutput,
@@ -30,7 +31,8 @@ from spar_hf.heads.panoptic import PanopticTrainer, main, split_data
 from spar_hf.heads.panoptic_options import PanopticOptions, PanopticViews
 from spar_hf.heads.panoptic_quality import measure_quality
 from spar_hf.heads.segments import PanopticImages, find_segments, first_item, thing_classes
-from spar_hf.utils.errors import MissingFiles, UsageError
+from spar_hf.utils.errors import MissingFiles, NotFinite, UsageError
+from spar_hf.utils.sample_record import read_samples
 
 CLASSES = ("person", "sky", "grass")
 
@@ -329,3 +331,54 @@ def test_options__bad_ones_are_refused(base, data, tmp_path):
         with pytest.raises(UsageError, match=message):
             main(arguments(base, data, tmp_path, **wrong))
     assert not list(tmp_path.iterdir())
+
+
+def test_training__a_few_bad_steps_are_skipped_and_more_end_it(base, data, tmp_path, monkeypatch):
+    settings = {"steps": 4, "holdout_every": 0, "eval_steps": 1, "log_steps": 1}
+    forward, calls = SparForUniversalSegmentation.forward, []
+
+    def spoiled(model, *args, **kwargs):
+        outputs = forward(model, *args, **kwargs)
+        if outputs.loss is not None:
+            calls.append(args)
+            if len(calls) in bad:
+                outputs.loss = outputs.loss * float("nan")
+        return outputs
+
+    monkeypatch.setattr(SparForUniversalSegmentation, "forward", spoiled)
+    bad = {3}  # the first of two images of the second step
+    folder = main(arguments(base, data, tmp_path / "run", **settings))
+    rows = [json.loads(row, parse_constant=pytest.fail) for row in (tmp_path / "run" / "log.jsonl").open()]
+    assert [row["loss"] is None for row in rows] == [False, True, False, False]
+    assert all(tensor.isfinite().all() for tensor in load_file(folder / "model.safetensors").values())
+
+    bad, calls = set(range(3, 9)), []
+    with pytest.raises(NotFinite, match="in 2 steps"):
+        main(arguments(base, data, tmp_path / "all", **settings, max_bad_steps=1))
+    assert all(tensor.isfinite().all() for tensor in load_file(tmp_path / "all/model/model.safetensors").values())
+    with pytest.raises(UsageError, match="--overwrite"):
+        main(arguments(base, data, tmp_path / "all", **settings))
+
+
+def test_training__held_out_images_stay_so_when_images_are_added(base, data, tmp_path, monkeypatch):
+    own = shutil.copytree(data, tmp_path / "own")
+    settings = {"steps": 2, "holdout_every": 3, "eval_steps": 2, "log_steps": 1}
+    train_on = PanopticTrainer._train_on
+
+    def interrupted(trainer, inputs, number):
+        signal.raise_signal(signal.SIGTERM)
+        return train_on(trainer, inputs, number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PanopticTrainer, "_train_on", interrupted)
+        assert main(arguments(base, own, tmp_path / "run", **settings)) is None
+    before = read_samples(tmp_path / "run")
+    for part in ("images", "masks"):
+        first = sorted((own / part).iterdir())[0]
+        shutil.copy(first, first.with_name(f"000{first.suffix}"))
+    with pytest.raises(UsageError, match=r"1 added \(.*000"):
+        main(arguments(base, own, tmp_path / "run", **settings, resume=True))
+    command = [*arguments(base, own, tmp_path / "run", **settings, resume=True), "--allow_changed_data", "true"]
+    assert main(command)
+    after = read_samples(tmp_path / "run")
+    assert after["held_out"] == before["held_out"] and len(after["train"]) == len(before["train"]) + 1
