@@ -8,7 +8,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 
 from spar_hf.data.sources import list_images
-from spar_hf.model.image_input import read_image, to_rgb
+from spar_hf.model.image_input import open_image, read_rgb
 from spar_hf.model.image_processing_spar import MIN_SIDE
 from spar_hf.utils.errors import MissingFiles, UsageError
 
@@ -124,7 +123,7 @@ class SegmentationSet:
             UsageError: it cannot be read.
         """
         try:
-            return to_rgb(read_image(self.file(number)))
+            return read_rgb(self.file(number), urls=False)
         except UsageError:
             raise
         except (ValueError, OSError) as error:
@@ -144,8 +143,8 @@ class SegmentationSet:
         """
         name, source = self.names[number], self.file(number, "mask")
         try:
-            with Image.open(BytesIO(source) if isinstance(source, bytes) else source) as mask:
-                mode, values = mask.mode, np.array(ImageOps.exif_transpose(mask))
+            mask, _ = open_image(source, urls=False)
+            mode, values = mask.mode, np.array(ImageOps.exif_transpose(mask))
         except Exception as error:  # Pillow raises many kinds of errors for damaged files, and its own for huge ones
             raise self._unreadable(number, error) from error
         if mode not in MASK_MODES:

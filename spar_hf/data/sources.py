@@ -4,8 +4,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from spar_hf.data.shards import ShardImages, wanted_columns
 from spar_hf.utils.errors import MissingFiles, UsageError
-from spar_hf.utils.image_files import IMAGE_SUFFIXES, images_under
+from spar_hf.utils.image_listing import IMAGE_SUFFIXES, describe, images_under, scan_folder
 from spar_hf.utils.model_cards import short_name
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp")
@@ -45,7 +46,11 @@ class ImageOptions(ImageSelection):
 
     split: str = field(default="train", metadata={"help": "Split to read of data sets in --images."})
     image_column: str | None = field(
-        default=None, metadata={"help": "Column of images in data sets. Default: found by its type."}
+        default=None,
+        metadata={
+            "help": "Column of images in data sets, in shards the ending (rgb.jpg, or jpg;png). Default: found by its type; "
+            "of several the first that is not named depth, mask, … (a note says which)."
+        },
     )
     streaming: bool = field(
         default=False, metadata={"help": "Read data sets and shards as a stream, without an index or a copy on disk."}
@@ -85,7 +90,9 @@ def list_images(folder: str | Path) -> list[Path]:
         raise MissingFiles(f"{folder} is no folder. Name a folder of images.")
     images = images_under(folder)
     if not images:
-        raise MissingFiles(f"{folder} holds no image. Supported are {', '.join(sorted(IMAGE_SUFFIXES))}.")
+        _, others = scan_folder(folder)
+        found = f" but {describe(others)}" if others else ""
+        raise MissingFiles(f"{folder} holds no image{found}. Supported are {', '.join(sorted(IMAGE_SUFFIXES))}.")
     return images
 
 
@@ -149,11 +156,14 @@ def undecoded(table, label: str, options: ImageOptions) -> tuple[Any, list[str],
     features = table.features
     if features is None:
         raise UsageError(f"The columns of {label} are unknown while streaming; read it without --streaming.")
-    if options.image_column is not None:
-        columns = [options.image_column] if options.image_column in features else []
+    images = [name for name, kind in features.items() if isinstance(kind, ImageColumn)]
+    images = images or [name for name in IMAGE_COLUMNS if name in features]
+    if options.streaming and "__key__" in features and images == ["image"]:
+        columns = images  # shards, whose column was chosen when they were opened
+    elif options.image_column in features:
+        columns = [options.image_column]  # also one of bytes
     else:
-        columns = [name for name, kind in features.items() if isinstance(kind, ImageColumn)]
-        columns = columns or [name for name in IMAGE_COLUMNS if name in features]
+        columns = wanted_columns(images, options.image_column, label)
     if not columns:
         raise UsageError(
             f"{label} has no images among its columns {', '.join(features)}; name one with --image_column."
@@ -255,7 +265,7 @@ def open_sources(options: ImageOptions) -> list[Any]:
     Open the sources that `--images` names, in its order. All shards of one kind become one table, in the place of the first.
 
     Returns:
-        [`Files`] and [`Rows`], or one iterable table if streaming.
+        [`Files`], [`Rows`] and [`ShardImages`], or one iterable table if streaming.
 
     Raises:
         UsageError: a folder has no images, `datasets` cannot read a source, or several sources are streamed.
@@ -288,10 +298,14 @@ def open_sources(options: ImageOptions) -> list[Any]:
         )
     sources: list[Any] = []
     for label, source in opened:
-        if isinstance(source, str):
+        if source == "webdataset":
+            images = ShardImages(shards[source], label, options.image_column)
+            source = images.stream() if options.streaming else images
+        elif isinstance(source, str):
             import datasets  # as above
 
             files = shards[source]
             source = datasets.load_dataset(source, data_files=files, split="train", streaming=options.streaming)
-        sources.append(source if options.streaming or isinstance(source, Files) else Rows(source, label, options))
+        ready = options.streaming or isinstance(source, (Files, ShardImages))
+        sources.append(source if ready else Rows(source, label, options))
     return sources

@@ -4,7 +4,6 @@ import json
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch.utils.data import Dataset
 
 from spar_hf.data.augmentation import Views, draw_crop, view_generator
 from spar_hf.data.order import Sample
-from spar_hf.model.image_input import to_rgb, turn_upright
+from spar_hf.model.image_input import ImageRange, open_image, to_rgb, turn_upright
 from spar_hf.utils.checkpoints import cut_log
 
 logger = logging.getLogger(__name__)
@@ -104,6 +103,7 @@ class TrainingImages(Dataset):
         views: distribution of the views.
         seed: of the views.
         min_side: images with a side below this many pixels are skipped.
+        image_range: values of black and white of images of floats or more than 8 bits, see `to_rgb`.
     """
 
     def __init__(
@@ -115,9 +115,10 @@ class TrainingImages(Dataset):
         views: Views,
         seed: int = 0,
         min_side: int = 32,
+        image_range: ImageRange | None = None,
     ):
         self.sources, self.image_processor, self.window, self.patch_size = sources, image_processor, window, patch_size
-        self.views, self.seed, self.min_side = views, seed, min_side
+        self.views, self.seed, self.min_side, self.image_range = views, seed, min_side, image_range
 
     def read(self, sample: Sample) -> Image.Image:
         """The upright RGB image of a sample. Raises whatever its decoder raises if it cannot be read."""
@@ -126,11 +127,10 @@ class TrainingImages(Dataset):
             source = self.sources[source[0]].source(source[1])
         if source is None:
             raise ValueError("the row holds no image")
-        data = source if isinstance(source, bytes) else Path(source).read_bytes()
-        image = Image.open(BytesIO(data))
+        image, name = open_image(source if isinstance(source, bytes) else Path(source), urls=False)
         if min(image.size) < self.min_side:
             raise ValueError(f"{image.width}×{image.height} px; --min_side is {self.min_side}")
-        return to_rgb(turn_upright(image, "the file"))
+        return to_rgb(turn_upright(image, name), self.image_range)
 
     def __getitem__(self, sample: Sample) -> LoadedSample | Skipped:
         try:

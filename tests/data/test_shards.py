@@ -1,0 +1,126 @@
+"""Images in WebDataset shards: keys with dots, several columns, broken sidecars, map-style and streamed."""
+
+import io
+import itertools
+import logging
+import tarfile
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+
+from spar_hf.data.order import StreamOrder
+from spar_hf.data.sources import ImageOptions, open_sources
+from spar_hf.utils.errors import UsageError
+
+
+def png(value):
+    file = io.BytesIO()
+    Image.new("L", (40, 40), value).save(file, "PNG")
+    return file.getvalue()
+
+
+def value_of(source):
+    return int(np.asarray(Image.open(io.BytesIO(source)))[0, 0])
+
+
+def write(path, contents):
+    """A shard of (name, bytes) or (name, grey value)."""
+    with tarfile.open(path, "w") as tar:
+        for name, content in contents:
+            data = png(content) if isinstance(content, int) else content
+            entry = tarfile.TarInfo(name)
+            entry.size = len(data)
+            tar.addfile(entry, io.BytesIO(data))
+    return str(path)
+
+
+def read(*shards, **options):
+    """Key -> grey value of the images of shards; both ways of reading must agree."""
+    (source,) = open_sources(ImageOptions(images=list(shards), **options))
+    found = {source.key(i): value_of(source.source(i)) for i in range(len(source))}
+    (table,) = open_sources(ImageOptions(images=list(shards), streaming=True, **options))
+    assert {row["__key__"]: value_of(row["image"]["bytes"]) for row in table} == found
+    return found
+
+
+def test_keys_with_dots_are_images_of_their_own(tmp_path):
+    shard = write(tmp_path / "a.tar", [(f"v/frame.{i:04}.png", i) for i in range(12)])
+    assert read(shard) == {f"v/frame.{i:04}": i for i in range(12)}
+    shard = write(tmp_path / "b.tar", [(f"IMG.2024.05.{i:02}.jpg", i) for i in range(5)])
+    assert list(read(shard).values()) == list(range(5))
+    shard = write(tmp_path / "c.tar", [(f"clip.f{i}.rgb.png", i) for i in range(3)])
+    assert read(shard) == {f"clip.f{i}": i for i in range(3)}
+
+
+SEVERAL = [(f"{x}.{kind}.jpg", 10 * i + j) for i, x in enumerate("xyz") for j, kind in enumerate(("depth", "rgb"))]
+
+
+def test_photographs_come_before_depth_and_a_note_says_so(tmp_path, caplog):
+    shard = write(tmp_path / "a.tar", SEVERAL)
+    with caplog.at_level(logging.WARNING):
+        assert read(shard) == {"x": 1, "y": 11, "z": 21}
+    assert "rgb.jpg is read, before depth.jpg" in caplog.text and "--image_column" in caplog.text
+
+
+@pytest.mark.parametrize("column", ["depth.jpg", ".depth.jpg", "png;depth.jpg"])
+def test_a_column_is_chosen_as_people_write_it(tmp_path, column):
+    shard = write(tmp_path / "a.tar", SEVERAL)
+    assert read(shard, image_column=column) == {"x": 0, "y": 10, "z": 20}
+
+
+def test_an_unknown_column_is_refused_with_those_there_are(tmp_path):
+    shard = write(tmp_path / "a.tar", SEVERAL)
+    with pytest.raises(UsageError, match=r"depth\.jpg, rgb\.jpg.*--image_column"):
+        read(shard, image_column="left.jpg")
+    with pytest.raises(UsageError, match=r"no images"):
+        read(write(tmp_path / "b.tar", [("a.json", b"{}")]))
+
+
+def test_formats_are_mixed_without_a_note(tmp_path, caplog):
+    shards = [write(tmp_path / "a.tar", [("a.jpg", 1), ("b.png", 2)]), write(tmp_path / "b.tar", [("c.webp", 3)])]
+    with caplog.at_level(logging.WARNING):
+        assert read(*shards) == {"a": 1, "b": 2, "c": 3}
+    assert "column" not in caplog.text
+
+
+def test_broken_sidecars_stop_nothing(tmp_path):
+    contents = [
+        ("a.jpg", 1),
+        ("a.json", b"{broken"),
+        ("b.jpg", 2),
+        ("b.json", b"\xff\xfe"),
+        ("c.jpg", 3),
+        ("c.npy", b"no"),
+    ]
+    assert read(write(tmp_path / "a.tar", contents)) == {"a": 1, "b": 2, "c": 3}
+
+
+def test_no_tar_is_refused(tmp_path):
+    (tmp_path / "a.tar").write_bytes(b"no tar" * 200)
+    with pytest.raises(UsageError, match=r"a\.tar is no uncompressed tar"):
+        read(str(tmp_path / "a.tar"))
+
+
+def test_streams_are_split_among_processes_and_leave_held_out_images(tmp_path):
+    shards = [write(tmp_path / f"{s}.tar", [(f"{s}-{i}.jpg", 20 * s + i) for i in range(10)]) for s in range(2)]
+    options = ImageOptions(images=shards, streaming=True, holdout_every=3, shuffle_buffer=3)
+    (table,) = open_sources(options)
+    orders = [StreamOrder(table, options, 0, process, 2) for process in range(2)]
+    held_out = {sample.name for sample in orders[0].held_out()}
+    epoch = [itertools.takewhile(lambda sample: sample.after[0] == 0, order) for order in orders]
+    first = [{sample.name for sample in samples} for samples in epoch]
+    assert not first[0] & first[1] and not held_out & (first[0] | first[1])
+    assert len(held_out | first[0] | first[1]) == 20
+
+
+def test_several_columns_of_a_table(tmp_path, caplog):
+    kinds = datasets.Features({"depth": datasets.Image(), "photo": datasets.Image(), "thumbnail": datasets.Image()})
+    row = {name: [{"bytes": png(i), "path": None}] for i, name in enumerate(kinds)}
+    datasets.Dataset.from_dict(row, features=kinds).save_to_disk(tmp_path / "saved")
+    with caplog.at_level(logging.WARNING):
+        (source,) = open_sources(ImageOptions(images=[str(tmp_path / "saved")]))
+    assert value_of(source.source(0)) == 1 and "photo is read, before depth, thumbnail" in caplog.text
+    (source,) = open_sources(ImageOptions(images=[str(tmp_path / "saved")], image_column="depth"))
+    assert value_of(source.source(0)) == 0
