@@ -19,6 +19,7 @@ from spar_hf.model.devices import check_device
 from spar_hf.model.fingerprints import vision_fingerprint
 from spar_hf.model.image_processing_spar import SparImageProcessorPil
 from spar_hf.model.modeling_spar import SparVisionModel
+from spar_hf.model.pipeline import MAX_TOKENS
 from spar_hf.registration import SPAR_TINY
 from spar_hf.teacher import SlidingWindowTeacher
 from spar_hf.utils.atomic import write_atomically, write_json
@@ -45,6 +46,9 @@ class FeatureExtractor:
         stride: stride of the sliding window in pixels; one pass by default.
         window_size: side of the window in pixels; the model's by default.
         device: of the model; CUDA by default if available, else the CPU.
+        max_tokens: limit on the patches of an image; larger working images are made smaller. By default the image
+            processor's, else 16,384 (2048×2048 pixels at a patch of 16), as in the pipeline.
+        image_range: values of black and white of images of floats or more than 8 bits, see [`SparImageProcessorPil`].
 
     Raises:
         ValueError: an unknown dtype or device, a window without stride, or a stride larger than the window.
@@ -67,6 +71,8 @@ class FeatureExtractor:
     stride: int | None = None
     window_size: int | None = None
     device: str | None = None
+    max_tokens: int | None = None
+    image_range: tuple[float, float] | None = None
     name: str = field(init=False, repr=False)
     encoder: Any = field(init=False, repr=False)
     image_processor: Any = field(init=False, repr=False)
@@ -96,6 +102,8 @@ class FeatureExtractor:
         """
         model = self.encoder if self.stride is None else self.encoder.model
         parts = vision_fingerprint(model) + self.image_processor.to_json_string()
+        # only if they are set, so that folders of earlier versions can be continued
+        given = {"max_tokens": self.max_tokens, "image_range": self.image_range and list(self.image_range)}
         return {
             "model": self.name,
             "fingerprint": hashlib.sha256(parts.encode()).hexdigest()[:20],
@@ -105,13 +113,14 @@ class FeatureExtractor:
             "shortest_edge": self.shortest_edge,
             "stride": self.stride,
             "window_size": self.window_size,
+            **{name: value for name, value in given.items() if value is not None},
         }
 
     @torch.no_grad()
-    def __call__(self, source: str) -> tuple[torch.Tensor, dict[str, Any]]:
+    def __call__(self, source: Any) -> tuple[torch.Tensor, dict[str, Any]]:
         """
         Args:
-            source: file or URL.
+            source: file or URL, the bytes of an image file, an open one, or an image or array.
 
         Returns:
             The feature map `(dim, ceil(height / patch), ceil(width / patch))` on the CPU, where height and width are those
@@ -121,7 +130,10 @@ class FeatureExtractor:
         Raises:
             ValueError: an image that cannot be read, or features beyond the range of float16.
         """
-        options = {} if self.shortest_edge is None else {"size": {"shortest_edge": self.shortest_edge}}
+        limit = next(n for n in (self.max_tokens, self.image_processor.max_tokens, MAX_TOKENS) if n is not None)
+        options: dict[str, Any] = {"max_tokens": limit, "patch_size": self.encoder.config.patch_size}
+        options |= {} if self.shortest_edge is None else {"size": {"shortest_edge": self.shortest_edge}}
+        options |= {} if self.image_range is None else {"image_range": self.image_range}
         inputs = self.image_processor(source, return_tensors="pt", **options)
         weight = next(self.encoder.parameters())
         pixel_values = inputs["pixel_values"].to(weight.device, weight.dtype)
@@ -130,8 +142,9 @@ class FeatureExtractor:
             features = torch.nn.functional.normalize(features, dim=0)
         if self.dtype == "float16" and features.abs().max() > torch.finfo(torch.float16).max:
             raise ValueError(f"The features of {source} exceed float16. Use bfloat16 or float32, or normalise them.")
+        name = str(source) if isinstance(source, (str, os.PathLike)) else getattr(source, "name", None) or "image"
         record = {
-            "image": source if len(source) < 1000 else f"{source[:80]}…",  # a data: URL is as long as its image
+            "image": name if len(name) < 1000 else f"{name[:80]}…",  # a data: URL is as long as its image
             "original_size": list(inputs["original_sizes"][0]),
             "working_size": list(pixel_values.shape[-2:]),
         }
@@ -178,7 +191,7 @@ class FileWriter:
 
     def target(self, image: InputImage) -> Path:
         """File of an image."""
-        return result_path(self.output, image.name, ".safetensors")
+        return result_path(self.output, storable(image.name), ".safetensors")  # safetensors opens UTF-8 names only
 
     def is_done(self, image: InputImage) -> bool:
         """Whether the file of the image exists. Raises `UsageError` if it was written with other settings."""

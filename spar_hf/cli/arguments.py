@@ -29,3 +29,19 @@ SkipExisting = Annotated[
 Device = Annotated[
     str | None, typer.Option(help="cpu, cuda, cuda:1 or mps. Default: a GPU if there is one, else the CPU.")
 ]
+ImageRange = Annotated[
+    tuple[float, float] | None,
+    typer.Option(
+        metavar="LOW HIGH",
+        help="Pixel values of black and white of images of floats or more than 8 bits: 0 4095 for 12 bits. Without it such "
+        "images are refused if they cannot be scaled without guessing.",
+    ),
+]
+MaxPixels = Annotated[
+    int | None,
+    typer.Option(help="Refuse larger images, in pixels. Default: 89 million, about 0.3 GB in memory.", min=1),
+]
+MaxTokens = Annotated[
+    int | None,
+    typer.Option(help="Limit on the patches of an image; larger ones are made smaller. Default: 16384.", min=1),
+]

@@ -129,6 +129,12 @@ def open_image(source: Any, urls: bool | str = True) -> tuple[Image.Image, str]:
     return image, name
 
 
+def set_pixel_limit(max_pixels: int | None) -> None:
+    """Set Pillow's limit on the pixels of an image, unless `max_pixels` is `None`."""
+    if max_pixels is not None:
+        Image.MAX_IMAGE_PIXELS = max_pixels
+
+
 def too_many_pixels(name: str, reason: str) -> ValueError:
     """The error for an image above the limit."""
     return ValueError(

@@ -16,6 +16,7 @@ from transformers import AutoImageProcessor, AutoModel
 from typer.testing import CliRunner
 
 from spar_hf import SlidingWindowTeacher, SparImageProcessorPil
+from spar_hf.batch.features import FeatureExtractor
 from spar_hf.cli.main import app
 
 
@@ -168,3 +169,20 @@ def test_wrong_options_name_the_fix_and_have_status_2(images, tmp_path, options,
         pytest.skip("this machine has eight graphics cards")
     assert message in run(images / "a.png", "--output", tmp_path / "out", *options, status=2)
     assert not (tmp_path / "out").exists()
+
+
+def test_working_size_is_limited_as_in_the_pipeline(tmp_path):
+    Image.new("RGB", (4000, 100)).save(tmp_path / "long.png")
+    features, record = FeatureExtractor(shortest_edge=100, max_tokens=64)(str(tmp_path / "long.png"))
+    assert features.shape[1] * features.shape[2] <= 64 and record["original_size"] == [100, 4000]
+    assert FeatureExtractor(shortest_edge=100, max_tokens=64).settings["max_tokens"] == 64
+    assert "max_tokens" not in FeatureExtractor().settings  # folders of earlier versions are continued
+
+
+def test_images_of_more_than_8_bits_need_their_range(tmp_path):
+    levels = np.linspace(0, 4095, 64 * 64).reshape(64, 64).astype(np.uint16)
+    with pytest.raises(ValueError, match="--image-range"):
+        FeatureExtractor(shortest_edge=64)(levels)
+    features, _ = FeatureExtractor(shortest_edge=64, image_range=(0, 4095))(levels)
+    expected, _ = FeatureExtractor(shortest_edge=64)((levels / 4095).astype(np.float32))
+    torch.testing.assert_close(features, expected)
