@@ -252,6 +252,15 @@ def bake_vocabulary(
     Make a vision-only model from a two-tower model and a vocabulary. It gives the masks of the pipeline
     `open-vocab-segmentation` for these names, without text tower and tokenizer.
 
+    In `pipeline("image-segmentation")`, transformers opens and converts images before our image processor sees them. The
+    masks are the same but for these images, for which call the image processor and the model yourself:
+        - transparent ones (modes RGBA, RGBa, LA, PA, and P with an alpha per colour): transparency is dropped instead of
+          blended with white;
+        - 16-bit ones (modes I;16, I;16B, I): values above 255 become white instead of being scaled;
+        - floats (mode F): values are taken for 0–255 instead of 0–1, so that most images are black;
+        - files that are refused here (16 bits that may be fewer, more pixels than the limit, rare formats) are read;
+          arrays, bytes and open files are refused there.
+
     Args:
         model ([`SparForOpenVocabSegmentation`]): the two-tower model.
         tokenizer (`PreTrainedTokenizerBase`): that of the checkpoint.
