@@ -6,6 +6,7 @@ import json
 import os
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ except ImportError:  # Windows
 
 from spar_hf.utils.errors import UsageError
 
+PATIENCE = 3.0  # seconds until a second writer is refused: a process that was killed needs a moment to be gone
 # lock file -> thread that holds it in this process, and how often: record locks do not keep a process from itself
 held: dict[Path, tuple[int, int]] = {}
 guard = threading.Lock()
@@ -80,11 +82,15 @@ def acquire(path: Path, what: str) -> int:
     Raises:
         Locked: another process holds it.
     """
+    end = time.monotonic() + PATIENCE
     while True:
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         found = read_owner(file)
         if not lock(file, found):
             os.close(file)
+            if time.monotonic() < end:
+                time.sleep(0.05)
+                continue
             raise Locked(
                 f"{what} is being written by process {found.get('pid', '?')} on {found.get('host', 'another machine')} "
                 f"since {found.get('start', '?')}. Wait for it, stop it, or write to another folder. If that process is "

@@ -72,17 +72,19 @@ class RunFolder:
     Args:
         accelerator: of the run; its main process holds the lock.
         output: the folder.
+        file: whether `output` is a file instead, whose lock lies beside it.
 
     Raises:
         Locked: another run writes there; raised by all processes.
     """
 
-    def __init__(self, accelerator: Accelerator, output: Path):
+    def __init__(self, accelerator: Accelerator, output: Path, file: bool = False):
         self.lock = contextlib.ExitStack()
         problem: list[Any] = [None]
         if accelerator.is_main_process:
             try:
-                self.lock.enter_context(locked(output / ".lock", str(output)))
+                lock = output.with_name(f".{output.name}.lock") if file else output / ".lock"
+                self.lock.enter_context(locked(lock, str(output)))
             except Locked as error:
                 problem = [str(error)]
         if accelerator.num_processes > 1:

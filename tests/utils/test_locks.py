@@ -33,6 +33,11 @@ def start(tmp_path, body):
     )
 
 
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch):
+    monkeypatch.setattr("spar_hf.utils.locks.PATIENCE", 0.2)
+
+
 @pytest.fixture
 def holder(tmp_path):
     body = "with locked(Path('run/.lock'), 'run'):\n    print('held', flush=True)\n    sys.stdin.read()"
@@ -100,7 +105,7 @@ def test_of_many_processes_exactly_one_writes_and_the_others_say_so(tmp_path):
 try:
     sys.stdin.readline()
     with locked(Path('run/.lock'), 'run'):
-        print('wrote', flush=True); time.sleep(1)
+        print('wrote', flush=True); time.sleep(8)
 except Exception as error:
     print(type(error).__name__, flush=True)
 """
