@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from spar_hf.cli.arguments import Labels, Model, Templates
-from spar_hf.cli.reporting import exit_on_error, fail
+from spar_hf.cli.reporting import exit_on_error, fail, say
 from spar_hf.utils.atomic import writing_folder
 
 
@@ -16,21 +16,29 @@ def bake(
     model: Model = None,
     templates: Templates = None,
 ) -> None:
-    """Combine a vision tower and a fixed vocabulary in a folder for pipeline("image-segmentation")."""
+    """
+    Combine a vision tower and a fixed vocabulary in a folder for pipeline("image-segmentation").
+
+    That pipeline gives the masks of `segment` except for transparent, 16-bit and float images: transformers drops
+    transparency, clips 16 bits to 255 and takes floats for 0–255. Convert such images to 8-bit RGB first.
+    """
     if output.exists():
         fail(f"{output} exists. Name another folder.", 2)
-    from spar_hf.cli.labels import read_labels
+    from spar_hf.cli.labels import read_labels, unknown_hint
 
     with exit_on_error(failure=()):
         vocabulary = read_labels(labels)
 
     from spar_hf.cli.pipelines import load_pipeline
     from spar_hf.model.modeling_spar_semantic import bake_vocabulary
+    from spar_hf.model.prompts import unknown_names
 
     with exit_on_error(usage=(), failure=(ValueError, OSError, RuntimeError)):
         pipe = load_pipeline(model)
+        if unknown := unknown_names(pipe.tokenizer, vocabulary.all_names):
+            say(f"note: {unknown_hint(unknown)}", err=True)
         baked = bake_vocabulary(pipe.model, pipe.tokenizer, vocabulary, templates)
         with writing_folder(output) as temporary:
             baked.save_pretrained(temporary)
             pipe.image_processor.save_pretrained(temporary)
-    typer.echo(f"written: {output}, {baked.config.num_labels} classes with {len(baked.config.name_to_class)} names")
+    say(f"written: {output}, {baked.config.num_labels} classes with {len(baked.config.name_to_class)} names")

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from spar_hf.cli.reporting import exit_on_error, quiet_transformers
+from spar_hf.cli.reporting import exit_on_error, quiet_transformers, say
 
 Checkpoint = Annotated[Path, typer.Argument(help="Official checkpoint: .ckpt, .pt, .pth or .safetensors.")]
 Family = Annotated[str, typer.Option(help="siglip2, openclip or dinov3txt.")]
@@ -58,4 +58,4 @@ def convert(
             vision_act=vision_act,
             force=force,
         )
-    typer.echo(report)
+    say(report)

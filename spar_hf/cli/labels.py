@@ -1,11 +1,12 @@
 """Classes as people type them: `"road; car, automobile; sky"`, the name of a vocabulary, or `@FILE`."""
 
+from collections.abc import Sequence
 from difflib import get_close_matches
-from pathlib import Path
 
 from spar_hf.model.prompts import Vocabulary
 from spar_hf.model.vocabularies import VOCABULARIES
 from spar_hf.utils.errors import UsageError
+from spar_hf.utils.texts import read_text, storable
 
 
 def parse_labels(text: str | None) -> Vocabulary:
@@ -24,6 +25,8 @@ def parse_labels(text: str | None) -> Vocabulary:
     >>> len(parse_labels("ade20k").labels)
     150
     ```"""
+    if text and storable(text) != text:
+        raise UsageError(f"The words {storable(text)!r} are no UTF-8. Write them in a UTF-8 file and name it as @FILE.")
     classes = [part.strip() for part in (text or "").replace("\n", ";").split(";") if part.strip()]
     built_in = len(classes) == 1 and classes[0].lower() in VOCABULARIES
     return Vocabulary.parse(classes[0] if built_in else classes)
@@ -39,8 +42,8 @@ def read_labels(labels: str) -> Vocabulary:
     """
     if labels.startswith("@"):
         try:
-            lines = Path(labels[1:]).read_text(encoding="utf-8-sig").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
+            lines = read_text(labels[1:]).splitlines()
+        except (OSError, UsageError) as error:
             raise UsageError(
                 f"Cannot read the labels in {labels[1:]!r}: {error}. It must be a UTF-8 text file with a class per line."
             ) from error
@@ -54,3 +57,9 @@ def single_class_hint(labels: str) -> str:
     if near := get_close_matches(labels.strip().lower(), VOCABULARIES, 1):
         return f"{text} Did you mean the built-in {near[0]}?"
     return f'{text} Separate classes by ";" ("road; sky"; commas separate names of one class), or name a --background.'
+
+
+def unknown_hint(names: Sequence[str]) -> str:
+    """Say that the tokenizer knows no character of some names."""
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return f"the model does not know the characters of {', '.join(names[:5])}{more}, so their masks may be wrong."

@@ -9,13 +9,23 @@ import typer
 from tqdm.auto import tqdm
 
 from spar_hf.utils.image_files import RunSummary
+from spar_hf.utils.texts import printable
 
 Errors = type[Exception] | tuple[type[Exception], ...]
 
 
+def say(text: object, err: bool = False, colour: str | None = None) -> None:
+    """
+    Print text on stdout or stderr. Labels and file names in it reach the terminal without control characters, and none of
+    their letters is too much for its encoding. A reader that has gone, such as `head`, is no error.
+    """
+    with contextlib.suppress(BrokenPipeError):
+        typer.secho(printable(str(text), sys.stderr if err else sys.stdout), fg=colour, err=err)
+
+
 def fail(message: object, status: int = 1) -> NoReturn:
     """Print one line on stderr and exit: status 1 if something failed, 2 for wrong usage."""
-    typer.secho(f"error: {message}", fg="red", err=True)
+    say(f"error: {' '.join(str(message).split())}", err=True, colour="red")
     raise typer.Exit(status)
 
 
@@ -41,13 +51,13 @@ def exit_on_error(usage: Errors = ValueError, failure: Errors = (OSError, Runtim
 def report_failure(message: str) -> None:
     """Print a line about an image that failed above the progress bar."""
     with tqdm.external_write_mode(file=sys.stderr):
-        typer.secho(f"error: {message}", fg="red", err=True)
+        say(f"error: {' '.join(message.split())}", err=True, colour="red")
 
 
 def finish(summary: RunSummary, line: str | None = None) -> NoReturn:
     """Print the line, if any, and exit with the status of the run."""
     if line is not None:
-        typer.echo(line)
+        say(line)
     raise typer.Exit(summary.exit_status)
 
 

@@ -12,6 +12,7 @@ from PIL import Image
 from spar_hf.cli.overlays import overlay
 from spar_hf.utils.atomic import write_atomically, write_text
 from spar_hf.utils.errors import UsageError
+from spar_hf.utils.texts import json_text, read_text
 
 MAX_CLASSES = 2**16  # of a 16-bit label map
 
@@ -155,7 +156,7 @@ def merge_coco(files: Iterable[Path]) -> dict[str, Any]:
     """Merge the data sets of single images into one, with consecutive ids."""
     merged: dict[str, Any] = {"images": [], "categories": [], "annotations": []}
     for file in files:
-        part = json.loads(file.read_text(encoding="utf-8"))
+        part = json.loads(read_text(file))
         merged["categories"] = part["categories"]
         image_id = len(merged["images"]) + 1
         merged["images"].append({**part["images"][0], "id": image_id})
@@ -186,4 +187,4 @@ def write_results(image: Image.Image, result: Mapping[str, Any], targets: Mappin
             write_image(label_image(result["map"], len(result["labels"])), path)
         else:
             content, indent = (coco_dataset, None) if format_name == "coco" else (segment_list, 1)
-            write_text(path, json.dumps(content(result, source), ensure_ascii=False, indent=indent) + "\n")
+            write_text(path, json_text(content(result, source), indent))

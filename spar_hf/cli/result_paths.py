@@ -5,7 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from spar_hf.utils.errors import UsageError
-from spar_hf.utils.image_files import InputImage, check_distinct_targets, check_inputs_kept, find_images
+from spar_hf.utils.image_files import (
+    InputImage,
+    check_distinct_targets,
+    check_inputs_kept,
+    find_images,
+    result_path,
+)
 
 FORMATS = {"overlay": ".png", "map": ".map.png", "coco": ".coco.json", "json": ".json"}  # suffixes in a folder
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")  # of overlays
@@ -109,7 +115,7 @@ def single_file_paths(output: Path, formats: list[str]) -> dict[str, Path]:
 
 def folder_paths(image: InputImage, folder: Path, formats: list[str]) -> dict[str, Path]:
     """Files of an image by format in an output folder."""
-    return {name: folder / f"{image.name}{FORMATS[name]}" for name in formats}
+    return {name: result_path(folder, image.name, FORMATS[name]) for name in formats}
 
 
 def check_map_output(map_output: Path, several: bool) -> None:

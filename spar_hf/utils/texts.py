@@ -1,0 +1,82 @@
+"""Text files as people write them, and text that any console and any file can hold."""
+
+import codecs
+import json
+import os
+import sys
+import unicodedata
+from pathlib import Path
+from typing import Any, TextIO
+
+from spar_hf.utils.errors import UsageError
+
+# marks that change the direction of the text after them, and so hide what it says
+DIRECTIONS = set("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+
+
+def read_text(path: str | os.PathLike) -> str:
+    """
+    Read a text file in UTF-8, or in UTF-16 with a byte order mark, as some editors and consoles of Windows write it. The
+    mark is dropped.
+
+    Raises:
+        UsageError: another encoding.
+        OSError: the file cannot be read.
+
+    Example:
+
+    ```python
+    >>> _ = Path("classes.txt").write_text("road", encoding="utf-8-sig")
+    >>> read_text("classes.txt")
+    'road'
+    ```"""
+    data = Path(path).read_bytes()
+    utf_16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
+        return data.decode("utf-16" if utf_16 else "utf-8-sig").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{os.fspath(path)!r} is no UTF-8 text ({error}). Save it as UTF-8.") from error
+
+
+def printable(text: str, stream: TextIO | None = None) -> str:
+    r"""
+    Text that does nothing to a terminal and that its encoding can show: control characters, marks that turn the direction
+    of writing, and characters that the stream lacks are written as escapes. Line breaks and tabs stay.
+
+    Example:
+
+    ```python
+    >>> print(printable("red \x1b[31m road"))
+    red \x1b[31m road
+    ```"""
+
+    def escaped(letter: str) -> str:
+        harmful = unicodedata.category(letter) in ("Cc", "Cs") and letter not in "\n\t"
+        return letter.encode("unicode_escape").decode() if harmful or letter in DIRECTIONS else letter
+
+    encoding = getattr(stream or sys.stdout, "encoding", None) or "utf-8"
+    return "".join(map(escaped, text)).encode(encoding, "backslashreplace").decode(encoding)
+
+
+def storable(text: str) -> str:
+    """Text without the bytes of file names that are no UTF-8, which Python keeps as lone surrogates: they become escapes."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def json_text(value: Any, indent: int | None = None) -> str:
+    """
+    JSON with a line break at its end. Letters stay readable, except where a file name is no UTF-8: then all others are
+    escaped too, and Python reads the same name back.
+
+    Example:
+
+    ```python
+    >>> json_text({"image": "Straße.png"}), json_text({"image": "caf\\udce9.png"})
+    ('{"image": "Straße.png"}\\n', '{"image": "caf\\\\udce9.png"}\\n')
+    ```"""
+    text = json.dumps(value, ensure_ascii=False, indent=indent)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        text = json.dumps(value, indent=indent)
+    return text + "\n"
