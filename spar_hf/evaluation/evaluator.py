@@ -33,7 +33,7 @@ from spar_hf.model.backbone_sources import load_source_config
 from spar_hf.model.prompts import Vocabulary
 from spar_hf.utils.devices import PeakMemory
 from spar_hf.utils.errors import as_usage_errors
-from spar_hf.utils.runs import start_accelerator
+from spar_hf.utils.runs import RunFolder, start_accelerator
 
 
 def evaluate_runs(options: EvaluationOptions, console: Console | None = None, reuse: bool = False) -> dict[str, Any]:
@@ -50,10 +50,23 @@ def evaluate_runs(options: EvaluationOptions, console: Console | None = None, re
 
     Raises:
         UsageError: options, files and models do not fit, or a report or partial counts have other settings. Everything is
-            checked before the first image is measured.
+            checked before the first image is measured. Another process writes the same report.
         MissingFiles: a folder or file is missing.
     """
     accelerator = start_accelerator(options.run.mixed_precision)
+    output = options.output.output
+    lock = None if output is None else RunFolder(accelerator, Path(output), file=True)
+    try:
+        return measure_all(options, console, reuse, accelerator)
+    finally:
+        if lock is not None:
+            lock.close()
+
+
+def measure_all(
+    options: EvaluationOptions, console: Console | None, reuse: bool, accelerator: Accelerator
+) -> dict[str, Any]:
+    """What [`evaluate_runs`] does while its report is locked."""
     folders = parse_models(options.run.model)
     runs = parse_runs(options.run.runs, folders)
     protocol = partial(find_protocol, options.rules.protocol, options.data.benchmark)
