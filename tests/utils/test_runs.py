@@ -1,0 +1,51 @@
+"""What every training run has in common: the lock of its folder, its log, the steps it skips."""
+
+import json
+import math
+import threading
+
+import pytest
+from accelerate import Accelerator
+
+from spar_hf.utils.errors import NotFinite
+from spar_hf.utils.locks import Locked
+from spar_hf.utils.runs import BadSteps, RunFolder, RunLog
+
+
+@pytest.mark.parametrize(("file", "lock"), [(False, "out/.lock"), (True, ".out.lock")])
+def test_a_folder_or_report_has_one_writer(tmp_path, file, lock):
+    accelerator = Accelerator(cpu=True)
+    folder = RunFolder(accelerator, tmp_path / "out", file=file)
+    assert (tmp_path / lock).is_file()
+    refused = []
+
+    def second():
+        try:
+            RunFolder(accelerator, tmp_path / "out", file=file)
+        except Locked as error:
+            refused.append(str(error))
+
+    thread = threading.Thread(target=second)
+    thread.start()
+    thread.join()
+    assert len(refused) == 1 and "out" in refused[0]
+    folder.close()
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_log_holds_no_bare_nan(tmp_path):
+    log = RunLog(tmp_path / "log.jsonl", Accelerator(cpu=True))
+    log.write({"step": 1, "loss": math.nan, "parts": [math.inf, 2.0]})
+    log.close()
+    row = json.loads((tmp_path / "log.jsonl").read_text(), parse_constant=pytest.fail)
+    assert row == {"step": 1, "loss": None, "parts": [None, 2.0]}
+
+
+def test_bad_steps_are_counted_over_the_whole_run():
+    accelerator = Accelerator(cpu=True)
+    steps = BadSteps(accelerator, most=2)
+    assert [steps.is_bad(1, 0.5), steps.is_bad(2, math.nan), steps.is_bad(3, 0.5, norm=math.inf)] == [False, True, True]
+    assert steps.mean(0.5, 3) == 0.5 and steps.mean(1.0, 2) == 0.5  # of one good step of three, then of two
+    resumed = BadSteps(accelerator, 2, *steps.state())
+    with pytest.raises(NotFinite, match=r"in 3 steps.*step 4"):
+        resumed.is_bad(4, -math.inf)
