@@ -102,7 +102,7 @@ class Benchmark:
         """Names of the images from the listing, or of those that the pattern finds."""
         if self.listing is not None:
             listing = base / self.listing
-            return listing.read_text(encoding="utf-8").split() if listing.is_file() else []
+            return listing.read_text(encoding="utf-8-sig").split() if listing.is_file() else []
         before, after = images.split("{}")
         paths = sorted(base.glob(images.format("/".join(["*"] * (self.depth + 1)))))
         return [path.relative_to(base).as_posix()[len(before) : -len(after)] for path in paths]

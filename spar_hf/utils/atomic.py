@@ -4,7 +4,6 @@ import contextlib
 import errno
 import glob
 import itertools
-import json
 import math
 import os
 import re
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from spar_hf.utils.locks import locked
+from spar_hf.utils.texts import json_text
 
 numbers = itertools.count()  # of temporary names in this process
 
@@ -171,11 +171,12 @@ def write_json(path: Path, value: Any) -> None:
     Example:
 
     ```python
+    >>> import json
     >>> write_json(Path("scores.json"), {"miou": 0.41, "loss": float("nan")})
     >>> json.loads(Path("scores.json").read_text())
     {'miou': 0.41, 'loss': None}
     ```"""
-    write_text(path, json.dumps(finite_json(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(path, json_text(finite_json(value), indent=2))
 
 
 def finite_json(value: Any) -> Any:

@@ -94,5 +94,7 @@ def run_command(main: Callable[[], object]) -> None:
 
 def exit_with(status: int, message: str) -> None:
     """End the program with a line on stderr."""
-    sys.stderr.write(f"error: {' '.join(message.split())}\n")
+    from spar_hf.utils.texts import printable  # which imports this module
+
+    sys.stderr.write(printable(f"error: {' '.join(message.split())}\n", sys.stderr))
     sys.exit(status)

@@ -5,7 +5,8 @@ import json
 
 import pytest
 
-from spar_hf.utils.errors import UsageError
+from spar_hf.utils.atomic import write_json
+from spar_hf.utils.errors import UsageError, run_command
 from spar_hf.utils.texts import json_text, printable, read_text, storable
 
 
@@ -33,6 +34,20 @@ def test_letters_that_a_console_lacks_are_escaped():
     console = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
     assert printable("Straße 640×480 道", console) == "Straße 640×480 \\u9053"
     assert printable("a\n\tb", console) == "a\n\tb"
+
+
+def test_reports_hold_file_names_that_are_no_utf_8(tmp_path):
+    write_json(tmp_path / "report.json", {"image": "caf\udce9.png", "loss": float("nan")})
+    assert json.loads((tmp_path / "report.json").read_text()) == {"image": "caf\udce9.png", "loss": None}
+
+
+def test_errors_of_training_commands_do_nothing_to_the_terminal(capsys):
+    def main():
+        raise UsageError("no class \x1b[41mroad")
+
+    with pytest.raises(SystemExit) as stop:
+        run_command(main)
+    assert stop.value.code == 2 and capsys.readouterr().err == "error: no class \\x1b[41mroad\n"
 
 
 def test_json_holds_every_file_name_and_gives_it_back():
