@@ -145,7 +145,7 @@ class ShardImages:
         self.label, self.shards = label, list(shards)
         members = [member for shard in shards for member in list_members(shard)]
         split = split_names([member.key for member in members])
-        members = [m._replace(key=key, column=column) for m, (key, column) in zip(members, split, strict=True)]
+        members = [Member(*m[:3], *names) for m, names in zip(members, split, strict=True)]
         counts = Counter(member.column for member in members)
         wanted = wanted_columns(list(counts), image_column, label)
         if not wanted:
