@@ -49,13 +49,17 @@ def tiny_config(**kwargs) -> SparConfig:
     return SparConfig(**{"backbone_config": vision, "text_config": text, **kwargs})
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One id per word of the short templates and of some classes, padded to the tiny text tower's 16 tokens."""
+def make_tokenizer(letters: bool = False) -> PreTrainedTokenizerFast:
+    """
+    One id per word of the short templates and of some classes, padded to the tiny text tower's 16 tokens; with `letters` one
+    id per letter, so that any names of up to 15 letters differ.
+    """
     words = "a photo of the bright dark black and white hard to see road street car automobile sky tree dog cat grass"
-    ids = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", *words.split()])}
+    tokens = list("abcdefghijklmnopqrstuvwxyz ") if letters else words.split()
+    ids = {token: i for i, token in enumerate(["<pad>", "</s>", "<unk>", *tokens])}
     backend = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
     backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), normalizers.Replace(".", " ")])
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated") if letters else pre_tokenizers.Whitespace()
     backend.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,

@@ -12,7 +12,7 @@ import torch
 from huggingface_hub import ModelCard
 from launching import ENVIRONMENT, TRAINING, TWO_PROCESSES
 from PIL import Image
-from tiny_models import randomise, tiny_config
+from tiny_models import make_tokenizer, randomise, tiny_config
 from torch.nn import functional as F
 
 from spar_hf import SlidingWindowTeacher, SparForOpenVocabSegmentation, SparImageProcessorPil, teacher
@@ -256,7 +256,9 @@ def make_context(root):
 def test_protocol__benchmark_and_overrides(tmp_path, checkpoint):
     make_context(tmp_path / "VOC2010")
     command = ["--dataset", str(tmp_path), "--benchmark", "context60", "--protocol", "spar", "--no_warmup"]
-    command += ["--model", f"base={checkpoint('base')}", "--templates", "short"]
+    base = checkpoint("base")
+    make_tokenizer(letters=True).save_pretrained(base)  # tells all 60 classes apart
+    command += ["--model", f"base={base}", "--templates", "plain"]
     report = script.main([*command, "--shortest_edge", "48"])
     assert (report["title"], report["dataset"], report["split"]) == ("PASCAL Context", "context60", "val")
     assert report["vocabulary"]["potted plant"] == ("pottedplant",)
