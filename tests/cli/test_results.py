@@ -247,6 +247,7 @@ def test_features_held_for_a_shard_are_written_when_a_signal_stops_the_run(tmp_p
         picture.save(folder / f"{i:02}.png")
     code = f"""
 import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell start with Ctrl-C ignored
 from spar_hf.batch.features import FeatureExtractor
 compute = FeatureExtractor.__call__
 def counted(self, source):

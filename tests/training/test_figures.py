@@ -112,13 +112,13 @@ def test_reports_of_other_words_are_refused(street, models, tmp_path):
     options = EvaluationOptions.parse([*command, str(tmp_path / "report.json")])
     lines = ["road", "wall-merged", "wall-other", "sky", "dog"]
     (street / "classes.txt").write_text("\n".join(lines))
-    words.write_text('{"dog": "puppy"}')
-    assert evaluate_runs(options)["vocabulary"]["dog"] == ("puppy",)
-    assert evaluate_runs(options, reuse=True)["vocabulary"]["dog"] == ["puppy"]
-    words.write_text('{"dog": "wolf"}')
+    words.write_text('{"dog": "cat"}')
+    assert evaluate_runs(options)["vocabulary"]["dog"] == ("cat",)
+    assert evaluate_runs(options, reuse=True)["vocabulary"]["dog"] == ["cat"]
+    words.write_text('{"dog": "grass"}')
     with pytest.raises(UsageError, match="measured with other settings: words was"):
         evaluate_runs(options, reuse=True)
-    words.write_text('{"dog": "puppy"}')
+    words.write_text('{"dog": "cat"}')
     lines[2:4] = lines[3:1:-1]  # the same words for other mask values
     (street / "classes.txt").write_text("\n".join(lines))
     with pytest.raises(UsageError, match="other settings: classes of mask values was"):
