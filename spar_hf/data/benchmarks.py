@@ -25,6 +25,7 @@ import numpy as np
 from spar_hf.data.segmentation_sets import IGNORE_INDEX, SegmentationSet, from_files, make_table
 from spar_hf.model.prompts import Vocabulary
 from spar_hf.utils.errors import MissingFiles, UsageError
+from spar_hf.utils.texts import read_text
 
 
 def without_zero(classes: int) -> np.ndarray:
@@ -102,7 +103,7 @@ class Benchmark:
         """Names of the images from the listing, or of those that the pattern finds."""
         if self.listing is not None:
             listing = base / self.listing
-            return listing.read_text(encoding="utf-8-sig").split() if listing.is_file() else []
+            return read_text(listing).split() if listing.is_file() else []
         before, after = images.split("{}")
         paths = sorted(base.glob(images.format("/".join(["*"] * (self.depth + 1)))))
         return [path.relative_to(base).as_posix()[len(before) : -len(after)] for path in paths]

@@ -22,6 +22,7 @@ from spar_hf.data.sources import list_images
 from spar_hf.model.image_input import open_image, read_rgb
 from spar_hf.model.image_processing_spar import MIN_SIDE
 from spar_hf.utils.errors import MissingFiles, UsageError
+from spar_hf.utils.texts import read_text
 
 IGNORE_INDEX = 255  # label of ignored pixels, which no score counts
 INVALID = -1  # entry of a table for mask values that must not occur
@@ -233,7 +234,7 @@ def read_classes(file: Path) -> list[str]:
     >>> read_classes(Path("classes.txt"))
     ['road', 'sky']
     ```"""
-    lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").rstrip().splitlines()]
+    lines = [line.strip() for line in read_text(file).rstrip().splitlines()]
     if not all(lines):
         raise UsageError(
             f"Line {lines.index('') + 1} of {file} is empty. The number of a line, counted from 0, is the mask value of its "
@@ -250,7 +251,7 @@ def read_merged_classes(lines: Sequence[str], file: str | Path) -> dict[str, lis
         UsageError: the file has another form, or a name is not one of `lines` or is given twice.
     """
     try:
-        merged = json.loads(Path(file).read_text(encoding="utf-8-sig"))
+        merged = json.loads(read_text(file))
     except json.JSONDecodeError as error:
         raise UsageError(f"{file} is not JSON ({error}).") from error
     if not isinstance(merged, dict) or not merged or not all(isinstance(names, list) for names in merged.values()):

@@ -43,7 +43,7 @@ def is_auxiliary(column: str) -> bool:
     return any(re.fullmatch(AUXILIARY, word) for word in re.split(r"[\W_\d]+", column.lower()))
 
 
-def wanted_columns(columns: Sequence[str], chosen: str | None, label: str) -> list[str]:
+def choose_columns(columns: Sequence[str], chosen: str | None, label: str) -> list[str]:
     """
     The columns of images that are read, in the order of preference. Several are named in the log.
 
@@ -58,9 +58,9 @@ def wanted_columns(columns: Sequence[str], chosen: str | None, label: str) -> li
     Example:
 
     ```python
-    >>> wanted_columns(["depth.jpg", "rgb.jpg"], None, "shards")
+    >>> choose_columns(["depth.jpg", "rgb.jpg"], None, "shards")
     ['rgb.jpg']
-    >>> wanted_columns(["depth.jpg", "rgb.jpg"], ".depth.jpg", "shards")
+    >>> choose_columns(["depth.jpg", "rgb.jpg"], ".depth.jpg", "shards")
     ['depth.jpg']
     ```"""
     if chosen is not None:
@@ -68,18 +68,18 @@ def wanted_columns(columns: Sequence[str], chosen: str | None, label: str) -> li
             return [chosen]
         names = [name.strip().lstrip(".") for name in chosen.split(";")]
         return [name for name in names if name in columns]
-    wanted = [column for column in columns if not is_auxiliary(column)] or list(columns)
+    chosen_columns = [column for column in columns if not is_auxiliary(column)] or list(columns)
     # one image stands in several columns only if the columns differ in more than the format
     kinds = {column.rpartition(".")[0] if "." in column else "" for column in columns if is_image_name(f"x.{column}")}
     if len(columns) > 1 and (len(kinds) > 1 or not all(is_image_name(f"x.{column}") for column in columns)):
-        others = [column for column in columns if column != wanted[0]]
+        others = [column for column in columns if column != chosen_columns[0]]
         logger.warning(
             "%s has several columns of images: %s is read, before %s. Choose another with --image_column.",
             label,
-            wanted[0],
+            chosen_columns[0],
             ", ".join(others),
         )
-    return wanted
+    return chosen_columns
 
 
 def split_names(names: Sequence[str]) -> list[tuple[str, str]]:
@@ -135,7 +135,7 @@ class ShardImages:
     Args:
         shards: paths of `.tar` files.
         label: of the source, in messages and names.
-        image_column: see [`wanted_columns`].
+        image_column: see [`choose_columns`].
 
     Raises:
         UsageError: a shard cannot be read, or there is no image or no such column.
@@ -147,16 +147,16 @@ class ShardImages:
         split = split_names([member.key for member in members])
         members = [Member(*m[:3], *names) for m, names in zip(members, split, strict=True)]
         counts = Counter(member.column for member in members)
-        wanted = wanted_columns(list(counts), image_column, label)
-        if not wanted:
+        chosen_columns = choose_columns(list(counts), image_column, label)
+        if not chosen_columns:
             raise UsageError(
                 f"{label} has no images among its columns {', '.join(counts) or '(none)'}; name one with --image_column."
             )
         best: dict[tuple[str, str], Member] = {}  # one image per key, in the order of the shards
         for member in members:
-            if member.column in wanted:
+            if member.column in chosen_columns:
                 place = (member.shard, member.key)
-                if place not in best or wanted.index(member.column) < wanted.index(best[place].column):
+                if place not in best or chosen_columns.index(member.column) < chosen_columns.index(best[place].column):
                     best[place] = member
         self.members = list(best.values())
 

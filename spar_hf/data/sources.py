@@ -4,10 +4,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from spar_hf.data.shards import ShardImages, wanted_columns
+from spar_hf.data.shards import ShardImages, choose_columns
 from spar_hf.utils.errors import MissingFiles, UsageError
 from spar_hf.utils.image_listing import IMAGE_SUFFIXES, describe, images_under, scan_folder
 from spar_hf.utils.model_cards import short_name
+from spar_hf.utils.texts import read_text
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp")
 NAME_COLUMNS = ("__key__", "file_name")
@@ -163,7 +164,7 @@ def undecoded(table, label: str, options: ImageOptions) -> tuple[Any, list[str],
     elif options.image_column in features:
         columns = [options.image_column]  # also one of bytes
     else:
-        columns = wanted_columns(images, options.image_column, label)
+        columns = choose_columns(images, options.image_column, label)
     if not columns:
         raise UsageError(
             f"{label} has no images among its columns {', '.join(features)}; name one with --image_column."
@@ -195,7 +196,7 @@ def list_files(entry: str) -> list[str] | None:
     if path.suffix == ".txt":
         if not path.is_file():
             raise MissingFiles(f"There is no list {entry}.")
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+        lines = [line.strip() for line in read_text(path).splitlines()]
         paths = [str(path.parent / line) for line in lines if line and not line.startswith("#")]
         if not paths:
             raise MissingFiles(f"{entry} names no image. Write one path per line.")

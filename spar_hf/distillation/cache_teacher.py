@@ -119,14 +119,11 @@ def make_cache(options: CacheOptions) -> TeacherCache:
     Raises:
         UsageError: options or files that do not fit, or a cache of another setting in the folder.
     """
-    storage, output = options.storage, Path(options.storage.output)
+    storage = options.storage
     patient = InitProcessGroupKwargs(timeout=datetime.timedelta(days=7))  # processes wait for the slowest at the end
     accelerator = start_accelerator(storage.mixed_precision, kwargs_handlers=[patient])
-    folder = RunFolder(accelerator, output)
-    try:
+    with RunFolder(accelerator, Path(storage.output)):
         return compute_shards(options, accelerator)
-    finally:
-        folder.close()
 
 
 def compute_shards(options: CacheOptions, accelerator: Accelerator) -> TeacherCache:

@@ -9,6 +9,7 @@ import yaml
 from spar_hf.distillation.options import DistillationOptions, with_preset
 from spar_hf.utils.errors import MissingFiles, UsageError
 from spar_hf.utils.options import parse_dataclasses
+from spar_hf.utils.texts import read_text
 
 DESCRIPTION = """
 Distil the sliding-window teacher of a backbone into a student that needs one pass. Options may also stand in a YAML file,
@@ -48,7 +49,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise MissingFiles(f"{path}: there is no such recipe.")
-    recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    recipe = yaml.safe_load(read_text(path))
     if not isinstance(recipe, dict):
         raise UsageError(f"{path} contains no options. Write them as `name: value`, one per line.")
     known = {name for part in DistillationOptions.parts().values() for name in part.__dataclass_fields__}

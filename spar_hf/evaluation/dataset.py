@@ -22,6 +22,7 @@ from spar_hf.data.segmentation_sets import (
 from spar_hf.evaluation.options import DataOptions, WordOptions
 from spar_hf.model.prompts import Vocabulary, resolve_templates
 from spar_hf.utils.errors import MissingFiles, UsageError, as_usage_errors
+from spar_hf.utils.texts import read_text
 
 LABELS_FORM = '{"car": ["car", "automobile"], "sky": ["sky"]}'  # of a --labels file
 HUGGING_FACE = ("split", "subset", "image_column", "mask_column", "ignore_index", "reduce_zero_label")
@@ -117,7 +118,7 @@ def read_words(path: str) -> dict[str, Any]:
         UsageError: the file is not JSON, or not of the form `{class: [name, …]}`.
     """
     try:
-        words = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        words = json.loads(read_text(path))
     except ValueError as error:  # of JSON and of UTF-8
         raise UsageError(f"--labels {path} is not JSON: {error}. Write {LABELS_FORM}.") from error
     if not isinstance(words, dict) or not all(isinstance(own, (str, list)) for own in words.values()):

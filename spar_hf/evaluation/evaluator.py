@@ -8,6 +8,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -55,12 +56,8 @@ def evaluate_runs(options: EvaluationOptions, console: Console | None = None, re
     """
     accelerator = start_accelerator(options.run.mixed_precision)
     output = options.output.output
-    lock = None if output is None else RunFolder(accelerator, Path(output), file=True)
-    try:
+    with nullcontext() if output is None else RunFolder(accelerator, Path(output), file=True):
         return measure_all(options, console, reuse, accelerator)
-    finally:
-        if lock is not None:
-            lock.close()
 
 
 def measure_all(

@@ -65,13 +65,10 @@ def probe(options: ProbeOptions) -> dict[str, Any] | None:
         UsageError: options, images, masks or an earlier run in the output folder do not fit.
         NotFinite: all heads diverged.
     """
-    run, output = options.run, Path(options.run.output)
+    run = options.run
     accelerator = start_accelerator(run.mixed_precision, run.seed, images=options.training.batch_size)
-    folder = RunFolder(accelerator, output)
-    try:
+    with RunFolder(accelerator, Path(run.output)):
         return probe_locked(options, accelerator)
-    finally:
-        folder.close()
 
 
 def probe_locked(options: ProbeOptions, accelerator: Accelerator) -> dict[str, Any] | None:

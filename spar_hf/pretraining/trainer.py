@@ -33,6 +33,7 @@ from spar_hf.utils.devices import clock
 from spar_hf.utils.launching import outlive_signals
 from spar_hf.utils.runs import BadSteps, Checkpointing, RunFolder, RunLog, end_run, start_accelerator
 from spar_hf.utils.sample_record import earlier_samples, read_samples, write_samples
+from spar_hf.utils.texts import read_text
 
 logger = logging.getLogger(__name__)
 
@@ -58,13 +59,10 @@ def train(options: PretrainingOptions) -> Path | None:
         UsageError: options, images, masks or an earlier run in the output folder do not fit.
         NotFinite: the training diverged.
     """
-    run, output = options.run, Path(options.run.output)
+    run = options.run
     accelerator = start_accelerator(run.mixed_precision, run.seed, images=options.training.batch_size)
-    folder = RunFolder(accelerator, output)
-    try:
+    with RunFolder(accelerator, Path(run.output)):
         return train_locked(options, accelerator)
-    finally:
-        folder.close()
 
 
 def train_locked(options: PretrainingOptions, accelerator: Accelerator) -> Path | None:
@@ -81,7 +79,7 @@ def train_locked(options: PretrainingOptions, accelerator: Accelerator) -> Path 
         results=[output / "model"],
         overwrite=options.run.overwrite,
     )
-    recipe = yaml.safe_load(Path(options.recipe.recipe).read_text(encoding="utf-8"))
+    recipe = yaml.safe_load(read_text(options.recipe.recipe))
     earlier = read_samples(output) if resume else None
     sets = load_sets(Path(options.recipe.data), recipe, None if earlier is None else earlier["held_out"])
     samples = {part: [name for crops in sets for name in getattr(crops, source)] for part, source in PARTS.items()}

@@ -91,9 +91,9 @@ def follow_umask(path: Path) -> None:
     for part in [path, *(path.rglob("*") if path.is_dir() else ())]:
         with contextlib.suppress(OSError):
             mode = part.stat().st_mode & 0o777
-            wanted = mode | ((0o777 if part.is_dir() else 0o666) & ~mask)
-            if wanted != mode:
-                part.chmod(wanted)
+            expected = mode | ((0o777 if part.is_dir() else 0o666) & ~mask)
+            if expected != mode:
+                part.chmod(expected)
 
 
 def current_umask() -> int:

@@ -103,9 +103,8 @@ def acquire(path: Path, what: str) -> int:
     start = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     record = {"pid": os.getpid(), "host": socket.gethostname(), "start": start}
     os.ftruncate(file, 0)
-    os.pwrite(file, json.dumps(record).encode(), 0) if hasattr(os, "pwrite") else os.write(
-        file, json.dumps(record).encode()
-    )
+    os.lseek(file, 0, os.SEEK_SET)
+    os.write(file, json.dumps(record).encode())
     return file
 
 

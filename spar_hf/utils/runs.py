@@ -96,6 +96,12 @@ class RunFolder:
         """Release it."""
         self.lock.close()
 
+    def __enter__(self) -> "RunFolder":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
 
 class BadSteps:
     """
