@@ -1,6 +1,7 @@
 """The distillation script as processes: killed, on two of them, sharded over them. They are slow to start, so few."""
 
 import signal
+import time
 
 import pytest
 import torch
@@ -35,33 +36,47 @@ def whole(launcher, tmp_path_factory):
     }
 
 
-def kill_in_the_middle_of_writing(run, output, first):
-    """
-    Kill -9 all processes of a run while a checkpoint from step `first` on is being written: they are held still first, so
-    that what was caught half written stays so.
-    """
-    while run.poll() is None:
-        if not [p for p in output.glob(".checkpoint-*.partial") if int(p.name.split("-")[1].split(".")[0]) >= first]:
-            continue
-        signal_all(run, signal.SIGSTOP)
-        half = [path for path in output.glob(".checkpoint-*.partial") if not (path / "state.json").exists()]
-        if half and any(half[0].iterdir()):
-            signal_all(run, signal.SIGKILL)
-            run.communicate()
-            return half[0]
-        signal_all(run, signal.SIGCONT)
-    raise AssertionError("the run was over before it could be killed: " + run.communicate()[1][-2000:])
+# the checkpoint of step 4 stays half written: its weights are missing, and the run waits to be killed
+STOP_WHILE_WRITING = """
+import runpy, sys, time
+from pathlib import Path
+from accelerate import Accelerator
+save_state = Accelerator.save_state
+def save_half(self, folder, *args, **kwargs):
+    save_state(self, folder, *args, **kwargs)
+    if "checkpoint-4" in folder:
+        if self.is_main_process:
+            (Path(folder) / "model.safetensors").unlink()
+            (Path(folder) / "half").touch()
+        time.sleep(600)
+Accelerator.save_state = save_half
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def kill_in_the_middle_of_writing(run, half):
+    """Kill -9 all processes of a run once the checkpoint `half` is half written."""
+    while run.poll() is None and not (half / "half").exists():
+        time.sleep(0.02)
+    assert run.poll() is None, run.communicate()[1][-2000:]
+    signal_all(run, signal.SIGKILL)
+    run.communicate()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_run_killed_while_writing_resumes_to_the_last_bit(launcher, whole, tmp_path, processes):
     output, config = tmp_path / "killed", "multi_gpu.yaml" if processes == 2 else None
-    run = launcher.start(output, *SETTING, *accumulate(processes), config=config)
-    half = kill_in_the_middle_of_writing(run, output, first=3)
-    assert half.is_dir() and not (output / "checkpoint-8").exists()
-    complete = sorted(path.name for path in output.glob("checkpoint-*"))
-    assert len(complete) >= 2 and half.name.strip(".").removesuffix(".partial") not in complete
+    (tmp_path / "stop.py").write_text(STOP_WHILE_WRITING)
+    script = (tmp_path / "stop.py", TRAINING / "distill.py")
+    run = launcher.start(output, *SETTING, *accumulate(processes), config=config, script=script)
+    half = output / ".checkpoint-4.partial"
+    kill_in_the_middle_of_writing(run, half)
+    assert half.is_dir() and sorted(path.name for path in output.glob("checkpoint-*")) == [
+        "checkpoint-2",
+        "checkpoint-3",
+    ]
     with (output / "log.jsonl").open("a") as log:  # what else a kill can leave behind
         log.write('{"step": 8, "lo')
     options = (*SETTING, *accumulate(processes), "--resume")
