@@ -1,72 +1,27 @@
 """The command `evaluate` against a slow computation of its own, and the effect of its options."""
 
 import json
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from evaluating import CLASSES, LABELS, SIZES
 from huggingface_hub import ModelCard
 from launching import ENVIRONMENT, TRAINING, TWO_PROCESSES
 from PIL import Image
 from tiny_models import make_tokenizer, randomise, tiny_config
 from torch.nn import functional as F
 
-from spar_hf import SlidingWindowTeacher, SparForOpenVocabSegmentation, SparImageProcessorPil, teacher
-from spar_hf.data.segmentation_sets import IGNORE_INDEX, SegmentationSet
-from spar_hf.evaluation import EvaluationOptions, evaluate_runs
+from spar_hf import SlidingWindowTeacher, SparForOpenVocabSegmentation, teacher
+from spar_hf.data.segmentation_sets import IGNORE_INDEX
 from spar_hf.evaluation import command as script
 from spar_hf.evaluation.candidates import Candidate
 from spar_hf.evaluation.inference import average_logits
 from spar_hf.model.prompts import TEMPLATES
 from spar_hf.model.refine import REFINEMENTS
 from spar_hf.utils.errors import UsageError
-
-CLASSES = ["road", "sky-other-merged", "null", "tree-merged", "car", "dog"]  # no mask holds the last one
-LABELS = ["road", "sky", "background", "tree", "car", "dog"]
-SIZES = [(70, 101), (64, 64), (47, 90), (131, 66), (80, 83)]  # height, width
-
-
-@pytest.fixture
-def dataset(tmp_path):
-    """Five images of odd sizes: coarse coloured noise, labels in blocks, some of them ignored."""
-    folder = tmp_path / "set"
-    (folder / "images").mkdir(parents=True)
-    (folder / "masks").mkdir()
-    (folder / "classes.txt").write_text("\n".join(CLASSES) + "\n")
-    rng = np.random.default_rng(0)
-    for i, (height, width) in enumerate(SIZES):
-        coarse = Image.fromarray(rng.integers(0, 256, (5, 6, 3), dtype=np.uint8))
-        coarse.resize((width, height), Image.Resampling.BICUBIC).save(folder / "images" / f"image{i}.png")
-        blocks = rng.choice(np.array([0, 1, 2, 3, 4, IGNORE_INDEX], np.uint8), (4, 3))
-        mask = Image.fromarray(blocks).resize((width, height), Image.Resampling.NEAREST)
-        mask.save(folder / "masks" / f"image{i}.png")
-    return folder
-
-
-@pytest.fixture
-def checkpoint(tmp_path, two_towers, tokenizer):
-    """Makes folders of tiny models; random features differ little from patch to patch until their offset is gone."""
-
-    def make(name, shift=0.0, image_processor=True):
-        folder = tmp_path / name
-        with torch.no_grad():
-            for parameter in two_towers.vision_model.backbone.encoder.parameters():
-                parameter.mul_(1 + shift)
-            noise = torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-            head = two_towers.vision_model.backbone.head
-            head.mlp.fc2.bias -= two_towers.vision_model(noise).feature_map.mean((0, 2, 3))
-        two_towers.config.templates = "short"
-        two_towers.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        if image_processor:
-            SparImageProcessorPil(size={"shortest_edge": 96}).save_pretrained(folder)
-        return folder
-
-    return make
 
 
 @torch.no_grad()
@@ -367,58 +322,6 @@ def test_mask_must_fit_its_image(dataset, checkpoint):
         script.main(command)
 
 
-def test_cut_off_measurement_goes_on_where_it_stopped(dataset, checkpoint, tmp_path, monkeypatch):
-    output = tmp_path / "report.json"
-    command = ["--dataset", str(dataset), "--model", f"base={checkpoint('base')}", "--native", "--output", str(output)]
-    command += ["--runs", "base:single", "base:sliding:32", "--save_seconds", "0"]
-    whole = script.main(command)
-    output.unlink()
-
-    image = dataset / "images" / "image3.png"
-    content, times = image.read_bytes(), (image.stat().st_atime_ns, image.stat().st_mtime_ns)
-    image.write_bytes(b"damaged")
-    with pytest.raises(UsageError, match="Cannot read image3"):
-        script.main(command)
-    assert not list(tmp_path.glob("report.json*"))  # before any work, so that the command may leave it out
-    image.write_bytes(content)
-    os.utime(image, ns=times)
-
-    seen, read = [], SegmentationSet.read
-
-    def read_until_it_is_stopped(data, number):
-        seen.append(number)
-        if seen.count(3) == 2:  # it was checked before
-            raise KeyboardInterrupt
-        return read(data, number)
-
-    monkeypatch.setattr(SegmentationSet, "read", read_until_it_is_stopped)
-    with pytest.raises(KeyboardInterrupt):
-        script.main(command)
-    assert not output.exists()
-    with pytest.raises(UsageError, match=r"--native was true, is false.*--shortest_edge was null, is 64.*--output"):
-        script.main([*[part for part in command if part != "--native"], "--shortest_edge", "64"])
-    os.utime(image)
-    with pytest.raises(UsageError, match="files of images was"):
-        script.main(command)
-    os.utime(image, ns=times)
-    seen.clear()
-    resumed = script.main(command)
-    assert seen == [3, 4]
-    for mine, expected in zip(resumed["runs"], whole["runs"], strict=True):
-        np.testing.assert_equal(mine["classes"], expected["classes"])
-        assert mine["mean_boundary_iou"] == expected["mean_boundary_iou"]
-    assert resumed["images"] == 5
-    assert not (tmp_path / "report.json.parts").exists()
-    # finished: nothing is read, unless something else is asked for
-    stored = evaluate_runs(EvaluationOptions.parse(command), reuse=True)
-    assert stored["runs"][0]["mean_iou"] == whole["runs"][0]["mean_iou"]
-    with pytest.raises(UsageError, match=r"--limit was null, is 2"):
-        evaluate_runs(EvaluationOptions.parse([*command, "--limit", "2"]), reuse=True)
-    Image.new("L", (90, 70)).save(dataset / "masks" / "image1.png")
-    with pytest.raises(UsageError, match="files of images was"):
-        evaluate_runs(EvaluationOptions.parse(command), reuse=True)
-
-
 def test_stride_above_the_window_is_refused_before_any_image(dataset, checkpoint, tmp_path):
     (dataset / "images" / "image0.png").write_bytes(b"damaged")
     command = ["--dataset", str(dataset), "--model", f"base={checkpoint('base')}", "--output", str(tmp_path / "r.json")]
@@ -490,44 +393,3 @@ assert "evaluate" not in sys.modules and "spar_hf.evaluation.metrics" not in sys
     process = subprocess.run(command, env=ENVIRONMENT, cwd=tmp_path, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
     assert "--shortest_edge" in process.stdout
-
-
-def test_stored_results_of_version_0_1_are_read(dataset, checkpoint, tmp_path, monkeypatch):
-    """It called images photos, in settings and reports, and stored the precision as it was given."""
-    output = tmp_path / "report.json"
-    command = ["--dataset", str(dataset), "--model", f"base={checkpoint('base')}", "--native", "--output", str(output)]
-    command += ["--no_warmup", "--save_seconds", "0"]
-    script.main([*command, "--limit", "2"])
-    two = json.loads(output.read_text())
-    output.unlink()
-
-    def as_before(settings):
-        old = {"images": "photos", "files of images": "files of photos"}
-        return {old.get(name, name): value for name, value in settings.items()} | {"--mixed_precision": "no"}
-
-    settings, report = as_before(two["settings"]), two | {"photos": two["images"]}
-    del report["images"]
-    output.write_text(json.dumps(report | {"settings": settings}))
-    stored = evaluate_runs(EvaluationOptions.parse([*command, "--limit", "2"]), reuse=True)
-    assert stored["images"] == 2 and stored["runs"] == two["runs"]
-    with pytest.raises(UsageError, match=r"--limit was 2, is null.*; images was"):
-        evaluate_runs(EvaluationOptions.parse(command), reuse=True)
-    output.unlink()
-
-    seen, read = [], SegmentationSet.read
-
-    def read_until_it_is_stopped(data, number):
-        seen.append(number)
-        if seen.count(1) == 2:  # it was checked before
-            raise KeyboardInterrupt
-        return read(data, number)
-
-    monkeypatch.setattr(SegmentationSet, "read", read_until_it_is_stopped)
-    with pytest.raises(KeyboardInterrupt):
-        script.main([*command, "--limit", "2"])
-    file = Path(f"{output}.parts") / "settings.json"
-    file.write_text(json.dumps(as_before(json.loads(file.read_text()))))
-    seen.clear()
-    resumed = script.main([*command, "--limit", "2"])
-    assert seen == [1]
-    assert [row["mean_iou"] for row in resumed["runs"]] == [row["mean_iou"] for row in two["runs"]]
