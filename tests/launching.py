@@ -1,7 +1,9 @@
 """Processes that tests start, and the state of accelerate that they leave in this one."""
 
+import contextlib
 import os
 import sys
+import threading
 from pathlib import Path
 
 import psutil
@@ -37,3 +39,25 @@ def signal_all(run, number) -> None:
     launched = psutil.Process(run.pid)
     for process in [launched, *launched.children(recursive=True)]:
         process.send_signal(number)
+
+
+@contextlib.contextmanager
+def locked_elsewhere(folder):
+    """Another thread writes the folder of a run while the block runs."""
+    from spar_hf.utils.locks import locked
+
+    ready, done = threading.Event(), threading.Event()
+
+    def hold():
+        with locked(Path(folder) / ".lock", str(folder)):
+            ready.set()
+            done.wait()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    ready.wait()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()

@@ -4,11 +4,11 @@ import json
 import math
 import shutil
 import signal
-import threading
 
 import pytest
 import torch
 from distilling import distil, log_of
+from launching import locked_elsewhere
 from transformers import AutoModel
 
 from spar_hf.distillation import trainer
@@ -16,7 +16,7 @@ from spar_hf.distillation.held_out import HeldOut
 from spar_hf.distillation.recipes import parse_options
 from spar_hf.distillation.trainer import Distillation
 from spar_hf.utils.errors import NotFinite, UsageError, run_command
-from spar_hf.utils.locks import Locked, locked
+from spar_hf.utils.locks import Locked
 from spar_hf.utils.sample_record import read_samples
 
 SHORT = ("--steps", 6, "--teacher_windows", 2, "--log_steps", 1, "--picture_steps", 0, "--report_to", "none")
@@ -176,22 +176,8 @@ def test_a_finished_run_is_replaced_only_when_asked(base_folder, image_folder, t
 
 @pytest.mark.parametrize("options", [(), ("--resume",), ("--overwrite",)])
 def test_a_second_run_beside_a_living_one_is_refused(base_folder, image_folder, tmp_path, options):
-    ready, done = threading.Event(), threading.Event()
-
-    def hold():
-        with locked(tmp_path / "run" / ".lock", "run"):
-            ready.set()
-            done.wait()
-
-    thread = threading.Thread(target=hold)
-    thread.start()
-    ready.wait()
-    try:
-        with pytest.raises(Locked, match="being written"):
-            distil(base_folder, image_folder, tmp_path / "run", *SHORT, *options)
-    finally:
-        done.set()
-        thread.join()
+    with locked_elsewhere(tmp_path / "run"), pytest.raises(Locked, match="being written"):
+        distil(base_folder, image_folder, tmp_path / "run", *SHORT, *options)
 
 
 def test_a_failed_start_leaves_no_lock(base_folder, tmp_path):

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from launching import reset_accelerate, signal_all
+from launching import locked_elsewhere, reset_accelerate, signal_all
 from PIL import Image
 
 from spar_hf import SlidingWindowTeacher, SparImageProcessorPil, SparVisionModel
@@ -23,7 +22,6 @@ from spar_hf.distillation.cache_teacher import CacheOptions, ShardMaker, main, m
 from spar_hf.distillation.teacher_cache import TeacherCache
 from spar_hf.model.fingerprints import vision_fingerprint
 from spar_hf.utils.errors import NotFinite, UsageError
-from spar_hf.utils.locks import locked
 
 SCRIPT = Path(__file__).parents[2] / "training" / "cache_teacher.py"
 
@@ -252,19 +250,5 @@ def test_maps_that_are_not_finite_are_not_stored(options, monkeypatch):
 
 
 def test_a_second_maker_beside_a_living_one_is_refused(options):
-    ready, done = threading.Event(), threading.Event()
-
-    def hold():
-        with locked(Path(options.storage.output) / ".lock", "cache"):
-            ready.set()
-            done.wait()
-
-    thread = threading.Thread(target=hold)
-    thread.start()
-    ready.wait()
-    try:
-        with pytest.raises(UsageError, match="being written"):
-            make_cache(options)
-    finally:
-        done.set()
-        thread.join()
+    with locked_elsewhere(options.storage.output), pytest.raises(UsageError, match="being written"):
+        make_cache(options)
