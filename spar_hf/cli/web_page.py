@@ -19,7 +19,7 @@ from PIL import Image
 from spar_hf.cli.labels import parse_labels
 from spar_hf.cli.overlays import overlay, palette
 from spar_hf.cli.pipelines import load_pipeline, segment_timed, sliding_window_model
-from spar_hf.model.image_input import read_image, to_rgb
+from spar_hf.model.image_input import read_rgb
 from spar_hf.model.prompts import Vocabulary, unknown_names
 from spar_hf.utils.errors import UsageError
 
@@ -102,11 +102,11 @@ def read_upload(path: str | None) -> Image.Image:
             pixels = opened.width * opened.height
     except Image.DecompressionBombError:
         raise UsageError(too_many) from None
-    except Exception:  # `read_image` says what is wrong
+    except Exception:  # `read_rgb` says what is wrong
         pixels = 0
     if pixels > MAX_PIXELS:
         raise UsageError(too_many)
-    return to_rgb(read_image(str(file)))  # an absolute path, which is never taken for a URL
+    return read_rgb(file, urls=False)
 
 
 def read_words(words: str) -> Vocabulary:

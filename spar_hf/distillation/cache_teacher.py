@@ -37,7 +37,7 @@ from spar_hf.distillation.teacher_cache import (
     sha256,
 )
 from spar_hf.model.fingerprints import vision_fingerprint
-from spar_hf.model.image_input import read_image, to_rgb
+from spar_hf.model.image_input import read_rgb
 from spar_hf.utils.atomic import write_atomically, write_json
 from spar_hf.utils.checkpoints import StopAtStep
 from spar_hf.utils.devices import clock
@@ -291,7 +291,7 @@ class ShardMaker:
             NotFinite: the features are no numbers.
         """
         try:
-            image, size, digest = to_rgb(read_image(path)), path.stat().st_size, sha256(path)
+            image, size, digest = read_rgb(path, urls=False), path.stat().st_size, sha256(path)
         except Exception as error:  # each decoder raises its own kind, and no file may end the work of hours
             raise UnreadableImage(str(error)) from error
         teacher, generator = self.teacher, view_generator(self.options.storage.seed, index)

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from spar_hf import SparImageProcessorPil, SparVisionModel
 from spar_hf.data.augmentation import Crop
 from spar_hf.model.fingerprints import vision_fingerprint
-from spar_hf.model.image_input import read_image, to_rgb
+from spar_hf.model.image_input import read_rgb
 from spar_hf.utils.errors import MissingFiles, UsageError
 
 MANIFEST = "manifest.json"
@@ -96,7 +96,7 @@ class TeacherCache:
             raise MissingFiles(f"The teacher cache {self.folder} needs {path}, which is gone. {mend}")
         if path.stat().st_size != entry["bytes"] or sha256(path) != entry["sha256"]:
             raise UsageError(f"{path} is not the image that {self.folder} was made from. {mend}")
-        view = Crop(**entry["crop"]).apply(to_rgb(read_image(path)))
+        view = Crop(**entry["crop"]).apply(read_rgb(path, urls=False))
         return self.image_processor(view, do_resize=False, return_tensors="pt")["pixel_values"]
 
     def target(self, index: int) -> torch.Tensor:

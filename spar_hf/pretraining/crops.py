@@ -16,7 +16,7 @@ from spar_hf.data.augmentation import jitter
 from spar_hf.data.order import split_held_out
 from spar_hf.data.segmentation_sets import IGNORE_INDEX, open_folder, readable_name
 from spar_hf.data.sources import list_images
-from spar_hf.model.image_input import read_image, to_rgb
+from spar_hf.model.image_input import read_rgb
 from spar_hf.utils.errors import UsageError, as_usage_errors
 
 LABEL_GRID = 4  # pixels of a crop per label, along each side
@@ -215,7 +215,7 @@ def load_tagged_set(root: Path, spec: dict[str, Any], recipe: dict[str, Any]) ->
             continue
         groups = [word for first, last, word in recipe["groups"] if first <= prefix <= last]
         with as_usage_errors():
-            images.append(np.asarray(to_rgb(read_image(path))))
+            images.append(np.asarray(read_rgb(path, urls=False)))
         names.append([readable_name(name), *groups])
         files.append(str(path))
     return CropSet(images, None, names, spec, files=files)

@@ -22,7 +22,7 @@ from spar_hf import SPAR_TINY, SPAR_TINY_BASE
 from spar_hf.cli.labels import parse_labels
 from spar_hf.cli.overlays import overlay, palette
 from spar_hf.cli.pipelines import load_pipeline, segment_timed
-from spar_hf.model.image_input import read_image, to_rgb
+from spar_hf.model.image_input import read_rgb
 from spar_hf.utils.atomic import write_text
 from spar_hf.utils.errors import MissingFiles, UsageError, as_usage_errors, run_command
 from spar_hf.utils.image_files import InputImage, find_images, process_images
@@ -228,7 +228,7 @@ def run(options: Options) -> Path:
     images: list[dict[str, Any]] = []
 
     def segment(item: InputImage) -> None:
-        image, text = to_rgb(read_image(item.source)), found[item]
+        image, text = read_rgb(item.source), found[item]
         results = segment_all_ways(ways, image, vocabularies[text], options.shortest_edge)
         facts = {"name": item.name, "width": image.width, "height": image.height, "words": text}
         images.append({**facts, "image": data_url(image), "results": results})

@@ -25,7 +25,6 @@ matplotlib.use("Agg")
 
 from matplotlib import pyplot as plt
 from matplotlib.ticker import NullFormatter
-from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
@@ -33,6 +32,7 @@ from spar_hf import SparVisionModel
 from spar_hf.data.augmentation import draw_crop, view_generator
 from spar_hf.data.sources import list_images
 from spar_hf.distillation.recipes import parse_options
+from spar_hf.model.image_input import open_image
 from spar_hf.teacher import VARIANTS, WindowPlan
 from spar_hf.utils.atomic import write_atomically, write_json
 from spar_hf.utils.checkpoints import list_checkpoints
@@ -189,9 +189,8 @@ def windows_per_image(options: Options, most: int = 500) -> list[int]:
     paths = [path for folder in options.images for path in list_images(folder)]
     rng, counts = random.Random(0), []
     for index in range(most):
-        with Image.open(rng.choice(paths)) as image:
-            size = image.size
-        crop = draw_crop(size, window, config.patch_size, recipe.views, view_generator(options.seeds[0], index))
+        image, _ = open_image(rng.choice(paths), urls=False)
+        crop = draw_crop(image.size, window, config.patch_size, recipe.views, view_generator(options.seeds[0], index))
         counts.append(len(WindowPlan.make(*crop.size[::-1], window, options.stride, config.patch_size)))
     return counts
 
