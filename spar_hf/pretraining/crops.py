@@ -32,7 +32,8 @@ class CropSet:
         masks: classes `(height, width)` uint8 each, 255 ignored; `None` for tagged images, which have a name and no mask.
         names: words of each class, or of each tagged image; empty for classes that no word may stand for.
         spec: the set's entry in the recipe: `weight`, `crop` (smallest and largest side in pixels), `even_classes`.
-        unnamed: class of the pixels that belong to none of the other classes.
+        unnamed: class of the pixels that belong to none of the other classes, and
+        unnamed_word: the set's word for it, such as "background".
         files: names of the images, and
         held_out: of those of the same folder that are held out; for the record of a run.
     """
@@ -44,11 +45,13 @@ class CropSet:
         names: list[list[str]],
         spec: dict[str, Any],
         unnamed: int | None = None,
+        unnamed_word: str | None = None,
         files: Sequence[str] = (),
         held_out: Sequence[str] = (),
     ):
         self.files, self.held_out = files, held_out
-        self.images, self.masks, self.names, self.unnamed = images, masks, names, unnamed
+        self.images, self.masks, self.names = images, masks, names
+        self.unnamed, self.unnamed_word = unnamed, unnamed_word
         self.weight, self.crop = spec["weight"], spec["crop"]
         self.images_of: dict[int, list[int]] = {}  # class -> numbers of the images that hold it
         if masks is not None:
@@ -201,8 +204,8 @@ def load_masked_set(
         image, mask = data.read(number)
         images.append(np.asarray(image))
         masks.append(labels[mask])
-    number_unnamed = None if unnamed is None else words.index(unnamed)
-    return CropSet(images, masks, names, spec, number_unnamed, [files[n] for n in train], [files[n] for n in rest])
+    number = None if unnamed is None else words.index(unnamed)
+    return CropSet(images, masks, names, spec, number, unnamed, [files[n] for n in train], [files[n] for n in rest])
 
 
 def load_tagged_set(root: Path, spec: dict[str, Any], recipe: dict[str, Any]) -> CropSet:

@@ -60,17 +60,24 @@ def _words_of_images(
 def _words_of_classes(
     crop_set: CropSet, sets: list[CropSet], label: torch.Tensor, options: TrainingOptions, rng: random.Random
 ) -> tuple[list[str], list[int]]:
-    """A word of each class in the crops, of other classes of the set, and of other sets; and the class of each word."""
+    """
+    A word of each class in the crops, of other classes of the set, and of other sets; and the class of each word.
+
+    Every second time the word of the unnamed class is among those of other sets, so that its pixels learn it too, and stay
+    apart from the named classes without it.
+    """
     present = [int(c) for c in label.unique() if c not in (IGNORE_INDEX, crop_set.unnamed)]
     rest = [c for c, names in enumerate(crop_set.names) if names and c not in present]
     rng.shuffle(rest)
     classes = present + rest[: max(0, options.names_per_set - len(present))]
     words = [rng.choice(crop_set.names[c]) for c in classes]
-    own = {word for names in crop_set.names for word in names}
+    own, word_of_rest = {word for names in crop_set.names for word in names}, crop_set.unnamed_word
     foreign = {rng.choice(names) for s in sets if s is not crop_set for names in s.names if names}
     # "traffic light" could be right where the set calls something "light"
-    apart = [w for w in sorted(foreign - own) if not any(part in own for part in w.split())]
+    apart = [w for w in sorted(foreign - own - {word_of_rest}) if not any(part in own for part in w.split())]
     apart = rng.sample(apart, min(options.foreign_names, len(apart)))
+    if word_of_rest is not None and rng.random() < 0.5:
+        apart.append(word_of_rest)
     return words + apart, classes + [FOREIGN] * len(apart)
 
 
