@@ -9,7 +9,7 @@ import typer
 from tqdm.auto import tqdm
 
 from spar_hf.utils.image_files import RunSummary
-from spar_hf.utils.texts import printable
+from spar_hf.utils.terminal import printable
 
 Errors = type[Exception] | tuple[type[Exception], ...]
 

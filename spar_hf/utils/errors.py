@@ -6,6 +6,8 @@ import logging
 import sys
 from collections.abc import Callable, Iterator
 
+from spar_hf.utils.terminal import printable
+
 # what the operating system says of a file or folder that the user named; other OSErrors keep their traceback
 PATH_ERRORS = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
 
@@ -94,7 +96,5 @@ def run_command(main: Callable[[], object]) -> None:
 
 def exit_with(status: int, message: str) -> None:
     """End the program with a line on stderr."""
-    from spar_hf.utils.texts import printable  # which imports this module
-
     sys.stderr.write(printable(f"error: {' '.join(message.split())}\n", sys.stderr))
     sys.exit(status)

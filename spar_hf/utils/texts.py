@@ -1,17 +1,12 @@
-"""Text files as people write them, and text that any console and any file can hold."""
+"""Text files as people write them, and text that any file can hold."""
 
 import codecs
 import json
 import os
-import sys
-import unicodedata
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from spar_hf.utils.errors import UsageError
-
-# marks that change the direction of the text after them, and so hide what it says
-DIRECTIONS = set("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
 
 def read_text(path: str | os.PathLike) -> str:
@@ -36,26 +31,6 @@ def read_text(path: str | os.PathLike) -> str:
         return data.decode("utf-16" if utf_16 else "utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         raise UsageError(f"{os.fspath(path)!r} is no UTF-8 text ({error}). Save it as UTF-8.") from error
-
-
-def printable(text: str, stream: TextIO | None = None) -> str:
-    r"""
-    Text that does nothing to a terminal and that its encoding can show: control characters, marks that turn the direction
-    of writing, and characters that the stream lacks are written as escapes. Line breaks and tabs stay.
-
-    Example:
-
-    ```python
-    >>> print(printable("red \x1b[31m road"))
-    red \x1b[31m road
-    ```"""
-
-    def escaped(letter: str) -> str:
-        harmful = unicodedata.category(letter) in ("Cc", "Cs") and letter not in "\n\t"
-        return letter.encode("unicode_escape").decode() if harmful or letter in DIRECTIONS else letter
-
-    encoding = getattr(stream or sys.stdout, "encoding", None) or "utf-8"
-    return "".join(map(escaped, text)).encode(encoding, "backslashreplace").decode(encoding)
 
 
 def storable(text: str) -> str:

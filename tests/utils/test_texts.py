@@ -7,7 +7,8 @@ import pytest
 
 from spar_hf.utils.atomic import write_json
 from spar_hf.utils.errors import UsageError, run_command
-from spar_hf.utils.texts import json_text, printable, read_text, storable
+from spar_hf.utils.terminal import printable
+from spar_hf.utils.texts import json_text, read_text, storable
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])

@@ -1,0 +1,28 @@
+"""Text that any terminal can show."""
+
+import sys
+import unicodedata
+from typing import TextIO
+
+# marks that change the direction of the text after them, and so hide what it says
+DIRECTIONS = set("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+
+
+def printable(text: str, stream: TextIO | None = None) -> str:
+    r"""
+    Text that does nothing to a terminal and that its encoding can show: control characters, marks that turn the direction
+    of writing, and characters that the stream lacks are written as escapes. Line breaks and tabs stay.
+
+    Example:
+
+    ```python
+    >>> print(printable("red \x1b[31m road"))
+    red \x1b[31m road
+    ```"""
+
+    def escaped(letter: str) -> str:
+        harmful = unicodedata.category(letter) in ("Cc", "Cs") and letter not in "\n\t"
+        return letter.encode("unicode_escape").decode() if harmful or letter in DIRECTIONS else letter
+
+    encoding = getattr(stream or sys.stdout, "encoding", None) or "utf-8"
+    return "".join(map(escaped, text)).encode(encoding, "backslashreplace").decode(encoding)
