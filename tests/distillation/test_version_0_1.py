@@ -61,6 +61,21 @@ def test_a_cache_is_trained_on(folder):
     assert_same_numbers(folder / "cached", EXPECTED["cached-run"])
 
 
+@pytest.mark.parametrize("value", ["eager", "fused"])
+def test_a_cache_is_recognised_by_a_later_transformers(folder, monkeypatch, value):
+    """A setting that a later version adds to a backbone counts only where it is not the default."""
+    model = AutoModel.from_pretrained("base")
+    kind, own = type(model.config.backbone_config), model.config.backbone_config
+    to_dict = kind.to_dict
+    added = {True: value, False: "eager"}
+    monkeypatch.setattr(kind, "to_dict", lambda config: to_dict(config) | {"added": added[config is own]})
+    if value == "eager":
+        assert len(TeacherCache.open("cache", model=model)) == 8
+    else:
+        with pytest.raises(ValueError, match="another setting: model"):
+            TeacherCache.open("cache", model=model)
+
+
 def test_a_cache_goes_on(folder, monkeypatch):
     """A shard that is missing is made again by the same command, as it was; the others are kept."""
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
