@@ -22,7 +22,6 @@ BACKBONE_KEYS = {
     "pos_embed_shift", "proj_bias", "projection_dim", "query_bias", "reshape_hidden_states", "rope_theta",
     "stage_names", "use_gated_mlp", "value_bias", "vision_use_head",
 }  # fmt: skip
-)
 
 
 def weights_hash(module: torch.nn.Module, prefix: str = "") -> Any:
