@@ -259,7 +259,17 @@ def to_eight_bits(values: np.ndarray) -> np.ndarray:
     Raises:
         ValueError: the values are not 16-bit levels, or all below 16384 (but not all 0), so that they may have fewer bits.
     """
-    low, high = int(values.min(initial=0)), int(values.max(initial=0))
+    check_sixteen_bits(int(values.min(initial=0)), int(values.max(initial=0)))
+    return round_to_eight_bits(values)
+
+
+def round_to_eight_bits(values: np.ndarray) -> np.ndarray:
+    """[`to_eight_bits`] of values that were checked."""
+    return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
+
+
+def check_sixteen_bits(low: int, high: int) -> None:
+    """Raises ValueError if values from `low` to `high` are no levels of 16 bits, or may have fewer bits."""
     if low < 0 or high > 65535 or 0 < high < AMBIGUOUS_LEVELS:
         raise ValueError(
             f"Pixels of more than 8 bits are read as 16-bit levels (0 to 65535), but these reach from {low} to {high}: "
@@ -267,7 +277,6 @@ def to_eight_bits(values: np.ndarray) -> np.ndarray:
             "`image_range=(LOW, HIGH)`, `--image-range LOW HIGH` on the command line, for example 0 65535 for a dark image "
             "of 16 bits and 0 4095 for 12 bits; or pass a uint8 or uint16 array that uses its whole range."
         )
-    return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
 
 
 def to_rgb(image: Image.Image, image_range: ImageRange | None = None) -> Image.Image:
