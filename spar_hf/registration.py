@@ -5,6 +5,7 @@ Registration of SPAR's classes with the Auto classes and the pipelines of transf
 hold the registries. Once one is imported, its registries get dictionaries that register our classes when first read.
 """
 
+import logging
 import sys
 from collections.abc import Callable
 from importlib import import_module
@@ -105,6 +106,8 @@ def register_pipelines() -> None:
             default={"model": (SPAR_TINY, None)},
             type="multimodal",
         )
+        # transformers warns that a default model may change; this one is a folder of the library
+        logging.getLogger("transformers.pipelines").addFilter(lambda record: SPAR_TINY not in record.getMessage())
 
 
 # module of transformers -> (its registries, their dictionary of what is registered, what registers ours)
