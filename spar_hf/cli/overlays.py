@@ -1,30 +1,46 @@
-"""Label maps drawn over their images, with a legend."""
+"""Label maps drawn over their images with a legend, and heat maps of one class."""
 
 import colorsys
 from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
+
+from spar_hf.cli.fonts import font_for
+
+GREY = (140, 140, 140)  # of the background in legends and label maps
+SMALLEST_SHARE = 0.005  # of a class in a legend; less would be written as 0 %
+# black, violet, red, orange, pale yellow: brightness grows evenly, so that the picture is also right in grey
+HEAT = np.array([(0, 0, 4), (81, 18, 124), (183, 55, 121), (252, 137, 97), (252, 253, 191)])
 
 
-def palette(classes: int) -> np.ndarray:
+def palette(classes: int, background: int = -1) -> np.ndarray:
     """
-    Distinct RGB colours for classes: `(classes, 3)` uint8. Hues are spaced by the golden ratio, brightness alternates.
+    Distinct RGB colours for classes: `(classes, 3)` uint8. Hues are spaced by the golden ratio, brightness alternates; the
+    class `background` is grey.
 
     Example:
 
     ```python
-    >>> palette(2).tolist()
-    [[255, 38, 38], [82, 117, 204]]
+    >>> palette(3, background=2).tolist()
+    [[255, 38, 38], [82, 117, 204], [140, 140, 140]]
     ```"""
     colours = [
         colorsys.hsv_to_rgb(i * 0.618034 % 1, (0.85, 0.6)[i % 2], (1.0, 0.8, 0.95)[i % 3]) for i in range(classes)
     ]
-    return (np.array(colours).reshape(-1, 3) * 255).round().astype(np.uint8)
+    table = (np.array(colours).reshape(-1, 3) * 255).round().astype(np.uint8)
+    if background >= 0:
+        table[background] = GREY
+    return table
 
 
 def overlay(
-    image: Image.Image, label_map: np.ndarray, labels: Sequence[str], opacity: float = 0.55, legend: bool = True
+    image: Image.Image,
+    label_map: np.ndarray,
+    labels: Sequence[str],
+    opacity: float = 0.55,
+    legend: bool = True,
+    background: int = -1,
 ) -> Image.Image:
     """
     Draw a label map over its image, with thin white borders between classes and a legend below.
@@ -32,9 +48,10 @@ def overlay(
     Args:
         image: of any mode.
         label_map: class numbers `(height, width)`, in the size of the image.
-        labels: name of every class; the legend lists those that have pixels, largest first.
+        labels: name of every class; the legend lists those with at least 0.5 % of the pixels, largest first.
         opacity: of the colours, 0 to 1.
         legend: whether to add the legend.
+        background: number of a class that is not painted, and stands last in the legend; -1 for none.
 
     Raises:
         ValueError: label map and image differ in size.
@@ -49,9 +66,12 @@ def overlay(
         raise ValueError(
             f"The label map is {label_map.shape[1]}×{label_map.shape[0]} but the image {image.width}×{image.height}."
         )
-    colours = palette(len(labels))
+    colours = palette(len(labels), background)
+    rgb = image.convert("RGB")
     # blended by Pillow in 8 bits: in floats an image of 50 megapixels takes gigabytes
-    mixed = np.array(Image.blend(image.convert("RGB"), Image.fromarray(colours[label_map]), opacity))
+    mixed = np.array(Image.blend(rgb, Image.fromarray(colours[label_map]), opacity))
+    if background >= 0:
+        np.copyto(mixed, np.asarray(rgb), where=(label_map == background)[:, :, None])
     border = np.zeros(label_map.shape, bool)
     border[:, 1:] |= label_map[:, 1:] != label_map[:, :-1]
     border[1:] |= label_map[1:] != label_map[:-1]
@@ -60,28 +80,50 @@ def overlay(
     if not legend:
         return picture
     areas = np.bincount(label_map.ravel(), minlength=len(labels)) / label_map.size
-    entries = [(labels[i], colours[i], areas[i]) for i in np.argsort(-areas, kind="stable") if areas[i] > 0]
+    order = sorted(np.flatnonzero(areas >= SMALLEST_SHARE).tolist(), key=lambda i: (i == background, -areas[i]))
+    return _with_legend(picture, [(f"{labels[i]} {areas[i]:.0%}", colours[i]) for i in order])
+
+
+def heat_picture(image: Image.Image, heat: np.ndarray, title: str) -> Image.Image:
+    """
+    Draw the probability of a class over its image, with a scale below.
+
+    Args:
+        image: of any mode; shown in grey.
+        heat: probability `(height, width)` as levels from 0 to 255, in the size of the image.
+        title: of the scale.
+    """
+    steps = np.linspace(0, 255, len(HEAT))
+    table = np.stack([np.interp(np.arange(256), steps, HEAT[:, channel]) for channel in range(3)], axis=1).astype(
+        np.uint8
+    )
+    picture = Image.blend(image.convert("L").convert("RGB"), Image.fromarray(table[heat]), 0.7)
+    entries = [(title, None)] + [(f"{share:.0%}", table[round(share * 255)]) for share in (0, 0.25, 0.5, 0.75, 1)]
     return _with_legend(picture, entries)
 
 
-def _with_legend(picture: Image.Image, entries: Sequence[tuple[str, np.ndarray, float]]) -> Image.Image:
-    """Add a legend below the picture: colour, name and share of the image, in as many rows as needed."""
+def _with_legend(picture: Image.Image, entries: Sequence[tuple[str, np.ndarray | None]]) -> Image.Image:
+    """Add a legend below the picture: a colour, if any, and a text for each entry, in as many rows as needed."""
+    if not entries:
+        return picture
     size = max(11, picture.width // 45)
-    font = ImageFont.load_default(size)
     pad = size // 2
     boxes, x, y = [], pad, pad
-    for name, colour, area in entries:
-        text = f"{name} {area:.0%}"
-        width = int(font.getlength(text)) + 2 * size + pad
+    for text, colour in entries:
+        font = font_for(text, size)
+        indent = 0 if colour is None else size + pad // 2
+        width = int(font.getlength(text)) + indent + size + pad // 2
         if x > pad and x + width > picture.width:
             x, y = pad, y + size + pad
-        boxes.append((x, y, text, tuple(int(c) for c in colour)))
+        boxes.append((x, y, indent, text, font, colour))
         x += width
     sheet = Image.new("RGB", (picture.width, picture.height + y + size + 2 * pad), "white")
     sheet.paste(picture)
     draw = ImageDraw.Draw(sheet)
-    for x, y, text, fill in boxes:
+    for x, y, indent, text, font, colour in boxes:
         top = picture.height + y
-        draw.rectangle((x, top, x + size, top + size), fill=fill)
-        draw.text((x + size + pad // 2, top - size // 8), text, fill="black", font=font)
+        if colour is not None:
+            draw.rectangle((x, top, x + size, top + size), fill=tuple(int(c) for c in colour))
+        # letters of all fonts stand in the middle of the row
+        draw.text((x + indent, top + size // 2), text, fill="black", font=font, anchor="lm")
     return sheet

@@ -1,8 +1,11 @@
+"""Overlays, legends with their fonts, and heat maps."""
+
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFont
 
-from spar_hf.cli.overlays import overlay, palette
+from spar_hf.cli import fonts
+from spar_hf.cli.overlays import GREY, heat_picture, overlay, palette
 
 
 def test_overlay_mixes_colours_and_draws_a_border_and_legend():
@@ -18,6 +21,50 @@ def test_overlay_mixes_colours_and_draws_a_border_and_legend():
     legend = np.asarray(picture)[60:].reshape(-1, 3)
     present = [bool((legend == colour).all(1).any()) for colour in palette(3)]
     assert present == [True, True, False]
+
+
+def test_the_background_is_not_painted_and_stands_last_in_the_legend():
+    image = Image.new("RGB", (200, 60), (100, 110, 120))
+    label_map = np.zeros((60, 200), int)
+    label_map[:, 150:] = 1
+    picture = overlay(image, label_map, ["rest", "road"], background=0)
+    assert picture.getpixel((10, 10)) == (100, 110, 120) != picture.getpixel((190, 10))
+    legend = np.asarray(picture)[60:]
+    grey, road = ((legend == colour).all(2).any(0).argmax() for colour in (GREY, palette(2)[1]))
+    assert 0 < road < grey
+
+
+def test_a_legend_has_no_class_of_0_percent():
+    label_map = np.zeros((100, 100), int)
+    label_map[0, :40] = 1
+    picture = overlay(Image.new("RGB", (100, 100)), label_map, ["sky", "bird"])
+    legend = np.asarray(picture)[100:].reshape(-1, 3)
+    assert [bool((legend == colour).all(1).any()) for colour in palette(2)] == [True, False]
+
+
+def test_a_heat_map_is_dark_where_a_class_is_unlikely():
+    heat = np.zeros((60, 200), np.uint8)
+    heat[:, 100:] = 255
+    picture = heat_picture(Image.new("RGB", (200, 60), "gray"), heat, "sky")
+    assert sum(picture.getpixel((10, 10))) < 200 < 500 < sum(picture.getpixel((190, 10))) and picture.height > 60
+
+
+def test_letters_that_no_font_has_are_named_once(monkeypatch, caplog):
+    monkeypatch.setattr(fonts, "font_files", lambda: [])
+    for cached in (fonts.font_for, fonts.warn_of):
+        cached.cache_clear()
+    assert fonts.font_for("road", 12).getlength("road") > 0 and not caplog.records
+    fonts.font_for("道路", 12), fonts.font_for("道路 road", 13)
+    assert len(caplog.records) == 1 and "Install Noto Sans CJK" in caplog.text
+    fonts.font_for.cache_clear()
+
+
+def test_a_label_gets_a_font_that_has_its_letters():
+    pytest.importorskip("matplotlib", reason="its fonts are used (extra train)")
+    fonts.font_for.cache_clear()
+    for text in ("улица", "Straße", "طريق"):
+        assert fonts.missing_letters(ImageFont.load_default(12), text)
+        assert not fonts.missing_letters(fonts.font_for(text, 12), text)
 
 
 def test_colours_differ():
