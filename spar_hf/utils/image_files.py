@@ -7,6 +7,7 @@ Imports no torch, so that a command reports wrong arguments at once.
 import contextlib
 import errno
 import glob
+import hashlib
 import os
 import re
 import signal
@@ -37,10 +38,12 @@ class InputImage:
     Attributes:
         source: file or URL.
         name: path of its results below the output folder, without suffix: `"sub/street"`.
+        frame: number of the frame or page, from 0; `None` for the image that a file shows first.
     """
 
     source: str
     name: str
+    frame: int | None = field(default=None, repr=False)
 
 
 @dataclass
@@ -219,7 +222,8 @@ def find_images(
     arguments: Iterable[str], exclude: Path | None = None
 ) -> tuple[list[InputImage], list[tuple[str, str]]]:
     """
-    The images of all arguments, each once, with distinct names.
+    The images of all arguments, each once, with distinct names: URLs that end in the same file name get eight digits of
+    their hash, and files that differ in their suffix only keep it.
 
     Args:
         arguments: files, folders, patterns and URLs.
@@ -251,6 +255,11 @@ def find_images(
         except OSError as error:
             problems.append((argument, str(error)))
     # compared without case: on many file systems Street.png and street.png are the same file
+    twice = Counter(str(relative).casefold() for _, relative in found.values())
+    for key, (source, relative) in found.items():
+        if source.startswith(URL_PREFIXES) and twice[str(relative).casefold()] > 1:  # a.com/x.jpg and b.com/x.jpg
+            digest = hashlib.sha256(source.encode("utf-8", "surrogateescape")).hexdigest()[:8]
+            found[key] = source, relative.with_stem(f"{relative.stem}-{digest}")
     stems = Counter(str(relative.with_suffix("")).casefold() for _, relative in found.values())
     images = []
     for source, relative in found.values():

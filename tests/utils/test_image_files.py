@@ -57,6 +57,14 @@ def test_find_images__images_of_the_same_stem_keep_their_suffixes(folder):
     assert names("in") == {"in/B.png": "B.png", "in/a.JPG": "a", "in/b.jpg": "b.jpg", "in/sub/a.png": "sub/a"}
 
 
+def test_find_images__urls_that_end_in_the_same_name_get_names_of_their_own(folder):
+    urls = ["http://a.com/x.jpg", "http://b.com/X.jpg", "http://b.com/X.jpg?size=2", "http://b.com/y.png"]
+    found = names("in/b.jpg", *urls)
+    assert len({name.casefold() for name in found.values()}) == 5
+    assert found[urls[0]].startswith("x-") and found["http://b.com/y.png"] == "y"
+    assert names(*urls[:2])[urls[0]] == found[urls[0]]  # whatever else the run reads
+
+
 def test_find_images__equal_paths_in_two_folders_are_refused(folder):
     Path("in/a.JPG").rename("in/a.jpg")
     with pytest.raises(ValueError, match=r"in/a.jpg and x/a.jpg would both be written as a"):
