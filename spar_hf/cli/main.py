@@ -5,6 +5,7 @@ Modules of the commands import torch and transformers inside their functions, so
 """
 
 import sys
+from typing import Annotated
 
 import typer
 
@@ -18,8 +19,20 @@ from spar_hf.cli.training import add_training_commands
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
 
+def print_version(wanted: bool) -> None:
+    """Print the version and exit if the option is given."""
+    if wanted:
+        from spar_hf import __version__
+
+        typer.echo(f"spar-hf {__version__}")
+        raise typer.Exit
+
+
+Version = Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=print_version)]
+
+
 @app.callback()
-def root() -> None:
+def root(version: Version = False) -> None:
     """Dense, open-vocabulary vision features in one pass at any resolution."""
 
 
