@@ -236,6 +236,11 @@ def test_registration_is_quiet_and_can_be_repeated(two_towers, transformers_log,
     assert [str(w.message) for w in recwarn] == []
 
 
+def test_the_default_model_is_loaded_quietly(transformers_log):
+    assert pipeline("open-vocab-segmentation").model.config.model_type == "spar"
+    assert transformers_log == []
+
+
 def test_every_public_name_exists():
     for name in spar_hf.__all__:
         assert getattr(spar_hf, name) is not None
