@@ -10,6 +10,7 @@ from PIL import Image
 from torch import nn
 
 from spar_hf.utils.errors import UsageError
+from spar_hf.utils.options import formerly, require_positive, require_share
 
 
 @dataclass(kw_only=True)
@@ -21,10 +22,17 @@ class Views:
         UsageError: an option is out of range.
     """
 
-    long_side: float = field(
-        default=4.0, metadata={"help": "Images fit this many teacher windows along their longer side ..."}
+    long_side_windows: float = field(
+        default=4.0,
+        metadata={
+            "aliases": formerly("long_side"),
+            "help": "Images fit this many teacher windows along their longer side ...",
+        },
     )
-    short_side: float = field(default=2.0, metadata={"help": "... and this many along their shorter side,"})
+    short_side_windows: float = field(
+        default=2.0,
+        metadata={"aliases": formerly("short_side"), "help": "... and this many along their shorter side,"},
+    )
     min_scale: float = field(default=0.5, metadata={"help": "times a factor drawn between this and 1."})
     crop_probability: float = field(
         default=0.5, metadata={"help": "Chance of a random crop that keeps at least 0.4 of each side."}
@@ -41,12 +49,8 @@ class Views:
     def __post_init__(self):
         if not 0 < self.min_scale <= 1:
             raise UsageError(f"--min_scale {self.min_scale} must lie above 0 and at most at 1.")
-        for name in ("long_side", "short_side"):
-            if not getattr(self, name) > 0:
-                raise UsageError(f"--{name} {getattr(self, name)} must be above 0.")
-        for name in ("crop_probability", "flip_probability", "jitter_probability"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UsageError(f"--{name} {getattr(self, name)} must lie in 0 to 1.")
+        require_positive(self, "long_side_windows", "short_side_windows")
+        require_share(self, "crop_probability", "flip_probability", "jitter_probability")
 
 
 @dataclass
@@ -105,13 +109,14 @@ def draw_crop(image_size: tuple[int, int], window: int, patch_size: int, views: 
     ((464, 352), False)
     ```"""
     scale = rng.uniform(views.min_scale, 1.0)
-    factor = scale * min(views.long_side * window / max(image_size), views.short_side * window / min(image_size))
-    sides = [side * factor for side in image_size]
-    cropped = sides
+    sides = (views.long_side_windows * window, views.short_side_windows * window)
+    factor = scale * min(sides[0] / max(image_size), sides[1] / min(image_size))
+    resized = [side * factor for side in image_size]
+    cropped = resized
     if rng.random() < views.crop_probability:
-        cropped = [min(side, max(side * rng.uniform(0.4, 1.0), window)) for side in sides]
+        cropped = [min(side, max(side * rng.uniform(0.4, 1.0), window)) for side in resized]
     width, height = (max(patch_size, math.floor(side / patch_size + 1e-6) * patch_size) for side in cropped)
-    left, top = (rng.uniform(0, max(0.0, side - kept)) for side, kept in zip(sides, (width, height), strict=True))
+    left, top = (rng.uniform(0, max(0.0, side - kept)) for side, kept in zip(resized, (width, height), strict=True))
     box = [value / factor for value in (left, top, left + width, top + height)]
     right, bottom = min(box[2], image_size[0]), min(box[3], image_size[1])
     flip = rng.random() < views.flip_probability

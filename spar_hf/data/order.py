@@ -223,17 +223,18 @@ class StreamOrder(Sampler):
         self.table = split_dataset_by_node(shuffled, process, processes)
         self.process, self.processes, self.start = process, processes, start or [0, 0]
 
-    def read(self, row: dict[str, Any], number: int) -> tuple[Any, str, bool]:
+    def read(self, row: dict[str, Any]) -> tuple[Any, str, bool]:
         """A row's image, its name, and whether it is held out: by its checksum, because a stream has no fixed positions."""
         source = image_entry(row, self.columns)
-        name = str(row[self.names]) if self.names else f"image {number} of the stream"
-        content = source if isinstance(source, bytes) else str(source).encode()
-        return source, name, zlib.crc32(content) % self.options.holdout_every == 0
+        checksum = zlib.crc32(source if isinstance(source, bytes) else str(source).encode())
+        # the position of an image differs from epoch to epoch, its checksum does not
+        name = str(row[self.names]) if self.names else f"image with checksum {checksum:08x}"
+        return source, name, checksum % self.options.holdout_every == 0
 
     def held_out(self) -> Iterator[Sample]:
         """The held-out images in the order of the table."""
         for number, row in enumerate(self.plain):
-            source, name, held_out = self.read(row, number)
+            source, name, held_out = self.read(row)
             if held_out and not is_excluded(name, self.options.exclude):
                 yield Sample(number, name, source, [])
 
@@ -243,7 +244,7 @@ class StreamOrder(Sampler):
             self.table.set_epoch(epoch)
             found = False
             for number, row in enumerate(self.table):
-                source, name, held_out = self.read(row, number)
+                source, name, held_out = self.read(row)
                 if held_out or is_excluded(name, self.options.exclude):
                     continue
                 found = True

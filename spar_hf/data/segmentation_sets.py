@@ -6,7 +6,7 @@ import json
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,9 @@ from accelerate.utils import gather_object
 from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 
+from spar_hf.data.reading import ReadingOptions
 from spar_hf.data.sources import list_images
-from spar_hf.model.image_input import open_image, read_rgb
+from spar_hf.model.image_input import open_image, read_rgb, set_pixel_limit
 from spar_hf.model.image_processing_spar import MIN_SIDE
 from spar_hf.utils.errors import MissingFiles, UsageError
 from spar_hf.utils.texts import read_text
@@ -44,6 +45,7 @@ class SegmentationSet:
         source: name of the benchmark, id on the Hugging Face hub, or name of the folder.
         split: split that the images belong to, if known.
         subset: configuration of a Hugging Face data set, if one was chosen.
+        reading: how image files are read.
 
     Example:
 
@@ -65,6 +67,7 @@ class SegmentationSet:
     source: str
     split: str | None = None
     subset: str | None = None
+    reading: ReadingOptions = field(default_factory=ReadingOptions)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -72,6 +75,11 @@ class SegmentationSet:
     def select(self, numbers: Sequence[int]) -> "SegmentationSet":
         """The images with these numbers, in this order."""
         return replace(self, rows=self.rows.select(numbers), names=tuple(self.names[i] for i in numbers))
+
+    def read_as(self, options: ReadingOptions) -> "SegmentationSet":
+        """The same images, read as the options of a command say."""
+        reading = ReadingOptions(image_range=options.image_range, max_pixels=options.max_pixels)
+        return replace(self, reading=reading)
 
     def filter(self, include: Sequence[str] = ("*",), exclude: Sequence[str] | None = None) -> "SegmentationSet":
         """
@@ -123,8 +131,9 @@ class SegmentationSet:
         Raises:
             UsageError: it cannot be read.
         """
+        set_pixel_limit(self.reading.max_pixels)
         try:
-            return read_rgb(self.file(number), urls=False)
+            return read_rgb(self.file(number), self.reading.image_range, urls=False)
         except UsageError:
             raise
         except (ValueError, OSError) as error:
@@ -143,6 +152,7 @@ class SegmentationSet:
                 value that is no class.
         """
         name, source = self.names[number], self.file(number, "mask")
+        set_pixel_limit(self.reading.max_pixels)
         try:
             mask, _ = open_image(source, urls=False)
             mode, values = mask.mode, np.array(ImageOps.exif_transpose(mask))

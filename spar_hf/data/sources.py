@@ -1,13 +1,16 @@
 """Sources of training images: folders, lists of files, Hugging Face data sets and WebDataset shards."""
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from spar_hf.data.reading import ReadingOptions
 from spar_hf.data.shards import ShardImages, choose_columns
 from spar_hf.utils.errors import MissingFiles, UsageError
 from spar_hf.utils.image_listing import IMAGE_SUFFIXES, describe, images_under, scan_folder
 from spar_hf.utils.model_cards import short_name
+from spar_hf.utils.options import HELP, require_not_negative, require_positive
 from spar_hf.utils.texts import read_text
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp")
@@ -16,7 +19,7 @@ SHARDS = {".tar": "webdataset", ".parquet": "parquet", ".arrow": "arrow"}
 
 
 @dataclass(kw_only=True)
-class ImageSelection:
+class ImageSelection(ReadingOptions):
     """Choice of the images that are read, and of those held out."""
 
     images: list[str] = field(
@@ -25,9 +28,7 @@ class ImageSelection:
             "save_to_disk, .arrow and .parquet files, hub ids), WebDataset shards (.tar). A source named twice counts twice."
         }
     )
-    exclude: list[str] = field(
-        default_factory=list, metadata={"help": "Shell patterns of file stems that are never read."}
-    )
+    exclude: list[str] = field(default_factory=list, metadata={"help": HELP["exclude"]})
     holdout_every: int = field(
         default=20,
         metadata={
@@ -37,6 +38,7 @@ class ImageSelection:
     )
 
     def __post_init__(self):
+        super().__post_init__()
         if self.holdout_every < 2:
             raise UsageError(f"--holdout_every {self.holdout_every} must be at least 2.")
 
@@ -62,14 +64,12 @@ class ImageOptions(ImageSelection):
     min_side: int = field(
         default=32, metadata={"help": "Images with a side below this many pixels are skipped and listed."}
     )
-    workers: int = field(default=1, metadata={"help": "Number of processes that decode images."})
+    workers: int = field(default=1, metadata={"help": HELP["workers"]})
 
     def __post_init__(self):
         super().__post_init__()
-        if self.shuffle_buffer < 1:
-            raise UsageError(f"--shuffle_buffer {self.shuffle_buffer} must be above 0.")
-        if self.workers < 0:
-            raise UsageError(f"--workers {self.workers} must be 0 or above.")
+        require_positive(self, "shuffle_buffer")
+        require_not_negative(self, "workers")
 
 
 def list_images(folder: str | Path) -> list[Path]:
@@ -121,14 +121,12 @@ class Rows:
     Images in a map-style data set of `datasets`. It gives bytes or paths, so that every image is decoded by the same code.
 
     Raises:
-        UsageError: the table has no column of images, or no names for `--exclude`.
+        UsageError: see [`undecoded`].
     """
 
     def __init__(self, table, label: str, options: ImageOptions):
         self.table, self.columns, self.names = undecoded(table, label, options)
         self.label = label
-        if options.exclude and self.names is None:
-            raise UsageError(f"--exclude needs names, but {label} has no column {' or '.join(NAME_COLUMNS)}.")
         # a table of its own, so that listing the names reads no images
         self.keys = None if self.names is None else self.table[self.names]
 
@@ -150,7 +148,7 @@ def undecoded(table, label: str, options: ImageOptions) -> tuple[Any, list[str],
     A table that gives images as bytes or paths, the columns of images, and the column of names.
 
     Raises:
-        UsageError: no column of images is found.
+        UsageError: no column of images is found, or none of names for `--exclude`.
     """
     from datasets import Image as ImageColumn
 
@@ -170,6 +168,8 @@ def undecoded(table, label: str, options: ImageOptions) -> tuple[Any, list[str],
             f"{label} has no images among its columns {', '.join(features)}; name one with --image_column."
         )
     names = next((name for name in NAME_COLUMNS if name in features), None)
+    if options.exclude and names is None:
+        raise UsageError(f"--exclude needs names, but {label} has no column {' or '.join(NAME_COLUMNS)}.")
     table = table.select_columns([*columns, *([names] if names else [])])
     for column in columns:
         table = table.cast_column(column, ImageColumn(decode=False))
@@ -259,6 +259,35 @@ def open_table(entry: str, options: ImageOptions) -> Any:
             f"--images {entry} is neither a folder of images, a list (.txt), a shard ({', '.join(SHARDS)}) nor a data set "
             f"that can be loaded ({type(error).__name__}: {error})."
         ) from error
+
+
+def stream_contents(options: ImageOptions) -> list[str]:
+    """
+    What a stream consists of, as far as that is known without reading it: shards and other files with their sizes, the
+    fingerprint of a saved table, or the files of a commit on the hub.
+
+    Example:
+
+    ```python
+    >>> size = Path("a.tar").write_bytes(b"images")
+    >>> stream_contents(ImageOptions(images=["a.tar"], streaming=True))
+    ['a.tar (6 bytes)']
+    ```"""
+    contents = []
+    for entry in options.images:
+        if is_saved_table(Path(entry)):
+            found = (Path(entry, part, "state.json") for part in ("", options.split))
+            state = next(path for path in found if path.is_file())
+            contents.append(f"{entry} with fingerprint {json.loads(state.read_text(encoding='utf-8'))['_fingerprint']}")
+            continue
+        files = list_shards(entry)
+        if not files:
+            import datasets  # as above
+
+            parts = datasets.load_dataset_builder(entry).config.data_files or {}
+            files = [str(file) for part in parts.values() for file in part]
+        contents += [f"{file} ({Path(file).stat().st_size} bytes)" if Path(file).is_file() else file for file in files]
+    return contents
 
 
 def open_sources(options: ImageOptions) -> list[Any]:

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from spar_hf.data.augmentation import Views, draw_crop, view_generator
 from spar_hf.data.order import Sample
-from spar_hf.model.image_input import ImageRange, open_image, to_rgb, turn_upright
+from spar_hf.model.image_input import ImageRange, open_image, set_pixel_limit, to_rgb, turn_upright
 from spar_hf.utils.checkpoints import cut_log
 
 logger = logging.getLogger(__name__)
@@ -104,6 +104,7 @@ class TrainingImages(Dataset):
         seed: of the views.
         min_side: images with a side below this many pixels are skipped.
         image_range: values of black and white of images of floats or more than 8 bits, see `to_rgb`.
+        max_pixels: larger images are skipped; by default Pillow's limit.
     """
 
     def __init__(
@@ -116,9 +117,11 @@ class TrainingImages(Dataset):
         seed: int = 0,
         min_side: int = 32,
         image_range: ImageRange | None = None,
+        max_pixels: int | None = None,
     ):
         self.sources, self.image_processor, self.window, self.patch_size = sources, image_processor, window, patch_size
-        self.views, self.seed, self.min_side, self.image_range = views, seed, min_side, image_range
+        self.views, self.seed, self.min_side = views, seed, min_side
+        self.image_range, self.max_pixels = image_range, max_pixels
 
     def read(self, sample: Sample) -> Image.Image:
         """The upright RGB image of a sample. Raises whatever its decoder raises if it cannot be read."""
@@ -127,6 +130,7 @@ class TrainingImages(Dataset):
             source = self.sources[source[0]].source(source[1])
         if source is None:
             raise ValueError("the row holds no image")
+        set_pixel_limit(self.max_pixels)  # here, since workers may be processes that inherit nothing
         image, name = open_image(source if isinstance(source, bytes) else Path(source), urls=False)
         if min(image.size) < self.min_side:
             raise ValueError(f"{image.width}×{image.height} px; --min_side is {self.min_side}")

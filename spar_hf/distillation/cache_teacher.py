@@ -27,7 +27,7 @@ from spar_hf.data.augmentation import Views, draw_crop, view_generator
 from spar_hf.data.order import split_images
 from spar_hf.data.sources import Files, ImageSelection, list_files
 from spar_hf.distillation.models import make_teacher
-from spar_hf.distillation.options import PRECISIONS, WindowOptions
+from spar_hf.distillation.options import WindowOptions
 from spar_hf.distillation.teacher_cache import (
     MANIFEST,
     TeacherCache,
@@ -37,12 +37,19 @@ from spar_hf.distillation.teacher_cache import (
     sha256,
 )
 from spar_hf.model.fingerprints import vision_fingerprint
-from spar_hf.model.image_input import read_rgb
+from spar_hf.model.image_input import read_rgb, set_pixel_limit
 from spar_hf.utils.atomic import write_atomically, write_json
 from spar_hf.utils.checkpoints import StopAtStep
 from spar_hf.utils.devices import clock
 from spar_hf.utils.errors import NotFinite, UsageError, as_usage_errors
-from spar_hf.utils.options import ComposedOptions, parse_dataclasses, require_one_of, require_positive
+from spar_hf.utils.options import (
+    HELP,
+    PRECISIONS,
+    ComposedOptions,
+    parse_dataclasses,
+    require_one_of,
+    require_positive,
+)
 from spar_hf.utils.runs import RunFolder, end_run, start_accelerator
 
 logger = logging.getLogger(__name__)
@@ -57,10 +64,7 @@ class StorageOptions:
     shard_maps: int = field(
         default=16, metadata={"help": "Maps per shard: at most these are computed again after a kill."}
     )
-    mixed_precision: str | None = field(
-        default=None,
-        metadata={"help": "no, fp16 or bf16 for the teacher's passes; by default what `accelerate launch` was told."},
-    )
+    mixed_precision: str | None = field(default=None, metadata={"help": HELP["mixed_precision"]})
     seed: int = field(
         default=0, metadata={"help": "Seed of the views: that of the distillation, to see what it would."}
     )
@@ -130,6 +134,7 @@ def compute_shards(options: CacheOptions, accelerator: Accelerator) -> TeacherCa
     """What [`make_cache`] does while the folder is locked."""
     output = Path(options.storage.output)
     paths = choose_images(options.images)
+    set_pixel_limit(options.images.max_pixels)
     with as_usage_errors():
         model = SparVisionModel.from_backbone(options.teacher.model)
         image_processor = SparImageProcessorPil.from_backbone(options.teacher.model)
@@ -180,6 +185,8 @@ def make_setting(
         "views": options.storage.views,
         **asdict(options.views),
         "seed": options.storage.seed,
+        "image_range": options.images.image_range,
+        "max_pixels": options.images.max_pixels,
         "shard_maps": options.storage.shard_maps,
     }
 
@@ -291,7 +298,8 @@ class ShardMaker:
             NotFinite: the features are no numbers.
         """
         try:
-            image, size, digest = read_rgb(path, urls=False), path.stat().st_size, sha256(path)
+            image = read_rgb(path, self.options.images.image_range, urls=False)
+            size, digest = path.stat().st_size, sha256(path)
         except Exception as error:  # each decoder raises its own kind, and no file may end the work of hours
             raise UnreadableImage(str(error)) from error
         teacher, generator = self.teacher, view_generator(self.options.storage.seed, index)
@@ -351,6 +359,5 @@ def main(args: list[str] | None = None) -> TeacherCache:
     Raises:
         UsageError: invalid options, models or images.
     """
-    parts = CacheOptions.parts()
-    found = parse_dataclasses(parts.values(), args, __doc__, allow_abbrev=False)
-    return make_cache(CacheOptions(**dict(zip(parts, found, strict=True))))
+    parts = parse_dataclasses(CacheOptions.parts().values(), args, __doc__, allow_abbrev=False)
+    return make_cache(CacheOptions.from_parts(parts))

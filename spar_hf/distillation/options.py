@@ -20,6 +20,8 @@ from spar_hf.teacher import VARIANTS
 from spar_hf.utils.checkpoints import settings_of
 from spar_hf.utils.errors import UsageError
 from spar_hf.utils.options import (
+    HELP,
+    PRECISIONS,
     RUN_FREE,
     ComposedOptions,
     SafetyOptions,
@@ -35,8 +37,8 @@ RECIPE: dict[str, Any] = {
     "learning_rate": 2e-5,
     "weight_decay": 1e-4,
     "stride": 24,
-    "long_side": 4.0,
-    "short_side": 2.0,
+    "long_side_windows": 4.0,
+    "short_side_windows": 2.0,
     "min_scale": 0.5,
     "crop_probability": 0.5,
     "flip_probability": 0.5,
@@ -44,10 +46,9 @@ RECIPE: dict[str, Any] = {
 PRESETS: dict[str, dict[str, Any]] = {
     "spar": RECIPE | {"train_layers": "2"},
     "spar-all": RECIPE | {"train_layers": "all"},
-    "spar-all-hires": RECIPE | {"train_layers": "all", "long_side": 5.0, "short_side": 2.5},
+    "spar-all-hires": RECIPE | {"train_layers": "all", "long_side_windows": 5.0, "short_side_windows": 2.5},
 }
 DEFAULT_STEPS = 1000
-PRECISIONS = ("no", "fp16", "bf16")
 # A resumed run may change these: they do not change what is learned.
 FREE = {"output", "resume", "workers", "save_steps", "eval_steps", "picture_steps", "report_to", "preset", *RUN_FREE}
 
@@ -65,7 +66,7 @@ class WindowOptions:
     window_size: int | None = field(
         default=None, metadata={"help": "Side of the teacher's windows in pixels; the model's image_size by default."}
     )
-    window_batch_size: int = field(default=16, metadata={"help": "Windows per forward pass of the teacher."})
+    window_batch_size: int = field(default=16, metadata={"help": HELP["window_batch_size"]})
 
     def __post_init__(self):
         require_positive(self, "stride", "window_size", "window_batch_size")
@@ -220,9 +221,9 @@ class OptimisationOptions:
     )
     epochs: float | None = field(default=None, metadata={"help": "How often every image is seen, instead of --steps."})
     learning_rate: float = field(default=2e-5, metadata={"help": "Peak learning rate."})
-    weight_decay: float = field(default=1e-4, metadata={"help": "Weight decay of AdamW."})
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Name of a Transformers schedule."})
-    warmup_ratio: float = field(default=0.05, metadata={"help": "Share of the steps with rising learning rate."})
+    weight_decay: float = field(default=1e-4, metadata={"help": HELP["weight_decay"]})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": HELP["lr_scheduler_type"]})
+    warmup_ratio: float = field(default=0.05, metadata={"help": HELP["warmup_ratio"]})
     gradient_accumulation_steps: int = field(default=1, metadata={"help": "Images per process and optimizer step."})
     whiten: float = field(
         default=0.0,
@@ -241,9 +242,7 @@ class OptimisationOptions:
     words_weight: float = field(
         default=5.0, metadata={"help": "Weight of the --words term beside the mean squared error."}
     )
-    mixed_precision: str | None = field(
-        default=None, metadata={"help": "no, fp16 or bf16; by default what `accelerate launch` was told."}
-    )
+    mixed_precision: str | None = field(default=None, metadata={"help": HELP["mixed_precision"]})
     seed: int = field(default=0, metadata={"help": "Seed of the order of images, of their views and of drawn windows."})
 
     def __post_init__(self):
@@ -276,8 +275,8 @@ class RunOptions(SafetyOptions):
         },
     )
     holdout_images: int = field(default=8, metadata={"help": "Held-out images that the error is measured on."})
-    log_steps: int = field(default=20, metadata={"help": "Steps between rows of the log."})
-    save_steps: int = field(default=500, metadata={"help": "Steps between checkpoints; the last two are kept."})
+    log_steps: int = field(default=20, metadata={"help": HELP["log_steps"]})
+    save_steps: int = field(default=500, metadata={"help": HELP["save_steps"]})
     eval_steps: int = field(
         default=500,
         metadata={"help": "Steps between held-out errors; the student with the smallest is kept in OUTPUT/model."},
@@ -286,9 +285,7 @@ class RunOptions(SafetyOptions):
         default=500,
         metadata={"help": "Steps between held-out errors with pictures of the feature maps; 0 draws none."},
     )
-    resume: bool = field(
-        default=False, metadata={"help": "Go on from the last checkpoint in --output, as if never stopped."}
-    )
+    resume: bool = field(default=False, metadata={"help": HELP["resume"]})
     report_to: str = field(
         default="auto",
         metadata={
@@ -358,7 +355,7 @@ class DistillationOptions(ComposedOptions):
         Raises:
             UsageError: an unknown, missing or invalid option.
         """
-        return super().from_flat(**with_preset(values))
+        return super().from_flat(**with_preset(cls.with_current_names(values)))
 
     @property
     def flat(self) -> dict[str, Any]:

@@ -35,13 +35,14 @@ def parse_options(arguments: list[str]) -> DistillationOptions:
             recipe.pop(other, None)
     filled = with_preset(recipe | {name: value for name, value in given.items() if name in ("preset", "steps")})
     parts = DistillationOptions.parts()
-    found = parse_dataclasses(parts.values(), to_arguments(filled) + arguments, DESCRIPTION, allow_abbrev=False)
-    return DistillationOptions(**dict(zip(parts, found, strict=True)))
+    return DistillationOptions.from_parts(
+        parse_dataclasses(parts.values(), to_arguments(filled) + arguments, DESCRIPTION, allow_abbrev=False)
+    )
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
     """
-    The options in a YAML file, named as in `--help` without the dashes.
+    The options in a YAML file, named as in `--help` without the dashes, also under earlier names.
 
     Raises:
         UsageError: an unknown option, or a file that is no mapping.
@@ -52,6 +53,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
     recipe = yaml.safe_load(read_text(path))
     if not isinstance(recipe, dict):
         raise UsageError(f"{path} contains no options. Write them as `name: value`, one per line.")
+    recipe = DistillationOptions.with_current_names(recipe)
     known = {name for part in DistillationOptions.parts().values() for name in part.__dataclass_fields__}
     if unknown := sorted(set(recipe) - known):
         raise UsageError(f"{path} names unknown options: {', '.join(unknown)}. `--help` lists them.")

@@ -58,7 +58,7 @@ def make_record(
         "teacher_windows": options.teacher.teacher_windows or "all",
         "images": [short_name(entry) for entry in options.images.images],
         "num_images": images or "streamed",
-        "view_size": [views.long_side, views.short_side, views.min_scale],
+        "view_size": [views.long_side_windows, views.short_side_windows, views.min_scale],
         "steps": steps,
         "images_per_step": images_per_step,
         "mixed_precision": mixed_precision,

@@ -14,13 +14,14 @@ from torch.utils.data import DataLoader
 
 from spar_hf.data.augmentation import Views
 from spar_hf.data.order import Listing, MapOrder, Sample, SampleList, StreamOrder, is_excluded, split_images
-from spar_hf.data.sources import ImageOptions
+from spar_hf.data.sources import ImageOptions, stream_contents
 from spar_hf.data.training_images import LoadedSample, Skipped, SkippedList, TrainingImages, only_item
 from spar_hf.distillation.models import Models
 from spar_hf.distillation.targets import CachedImages
-from spar_hf.distillation.teacher_cache import TeacherCache, read_manifest
+from spar_hf.distillation.teacher_cache import TeacherCache, check_setting, read_manifest
 from spar_hf.utils.errors import UsageError
 from spar_hf.utils.launching import outlive_signals
+from spar_hf.utils.sample_record import earlier_samples
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ class ImageStream:
         held_out: samples that the error is measured on.
         train: the training images; `None` for a stream.
         views: how views are drawn: what the record of the student says.
-        names: of the images, by what they are for: what the run keeps as their record; `None` for a stream.
+        names: of the images, by what they are for, or of what a stream consists of: the record that the run keeps.
     """
 
     order: MapOrder | StreamOrder
@@ -50,7 +51,7 @@ class ImageStream:
     held_out: list[Sample]
     train: Listing | None
     views: Views
-    names: dict[str, list[str]] | None = None
+    names: dict[str, list[str]]
 
     def choose(self, count: int, seed: int) -> list[Sample]:
         """
@@ -103,7 +104,7 @@ def open_stream(
         teacher_cache: folder of a cache, whose images and targets are trained on instead.
         process, processes: each process takes every n-th image.
         start: where a resumed run goes on, see [`Sample`].
-        earlier: names of its images, see [`ImageStream`]: what was held out stays held out.
+        earlier: its record, see [`ImageStream`]: what was held out stays held out.
 
     Raises:
         UsageError: no image is left to train on, or a cache does not fit.
@@ -117,12 +118,15 @@ def open_stream(
         views,
         seed,
         options.min_side,
+        options.image_range,
+        options.max_pixels,
     )
     order: StreamOrder | MapOrder
     if options.streaming:
         stream = order = StreamOrder(sources[0], options, seed, process, processes, start)
         held_out = list(itertools.islice(stream.held_out(), holdout_images))
-        return ImageStream(order, images, images, None, held_out, None, views)
+        names = {"stream": stream_contents(options)}
+        return ImageStream(order, images, images, None, held_out, None, views, names)
     if earlier is None:
         train, rest = split_images(sources, options.exclude, options.holdout_every)
         held_out = draw_samples(rest, holdout_images, seed)
@@ -141,6 +145,7 @@ def open_stream(
     cache = TeacherCache.open(
         teacher_cache, model=teacher.model, window_size=teacher.window_size, stride=teacher.stride
     )
+    check_setting(Path(teacher_cache), cache.setting, {"image_range": options.image_range})
     cached = CachedImages(cache, held_out)
     stored = Views(**{name: cache.setting[name] for name in asdict(views)})
     order = MapOrder(cached, seed, process, processes, start)
@@ -165,15 +170,24 @@ def split_as_before(sources: list[Any], exclude: list[str], earlier: dict[str, l
     return Listing(sources, train), Listing(sources, held_out)
 
 
-def all_names(sources: list[Any], exclude: list[str], teacher_cache: str | None = None) -> list[str]:
-    """Names of the images of all sources, and of those of a teacher cache."""
+def earlier_images(
+    output: Path, sources: list[Any], options: ImageOptions, teacher_cache: str | None, allow_changes: bool
+) -> dict[str, list[str]] | None:
+    """
+    The record of a run that is resumed, compared with the images that are there now, see [`earlier_samples`].
+
+    Raises:
+        UsageError: images were added or removed, and `allow_changes` is not given.
+    """
+    if options.streaming:
+        return earlier_samples(output, stream_contents(options), allow_changes)
     names = [
         source.name(i)
         for source in sources
         for i in range(len(source))
-        if not exclude or not is_excluded(source.key(i), exclude)
+        if not options.exclude or not is_excluded(source.key(i), options.exclude)
     ]
-    return names + cached_names(teacher_cache)
+    return earlier_samples(output, names + cached_names(teacher_cache), allow_changes)
 
 
 def cached_names(teacher_cache: str | None) -> list[str]:

@@ -10,10 +10,11 @@ import torch
 from safetensors import safe_open
 
 from spar_hf import SparImageProcessorPil, SparVisionModel
-from spar_hf.data.augmentation import Crop
+from spar_hf.data.augmentation import Crop, Views
 from spar_hf.model.fingerprints import vision_fingerprint
-from spar_hf.model.image_input import read_rgb
+from spar_hf.model.image_input import read_rgb, set_pixel_limit
 from spar_hf.utils.errors import MissingFiles, UsageError
+from spar_hf.utils.options import with_current_names
 
 MANIFEST = "manifest.json"
 COMMAND = "training/cache_teacher.py"
@@ -96,7 +97,8 @@ class TeacherCache:
             raise MissingFiles(f"The teacher cache {self.folder} needs {path}, which is gone. {mend}")
         if path.stat().st_size != entry["bytes"] or sha256(path) != entry["sha256"]:
             raise UsageError(f"{path} is not the image that {self.folder} was made from. {mend}")
-        view = Crop(**entry["crop"]).apply(read_rgb(path, urls=False))
+        set_pixel_limit(self.setting.get("max_pixels"))
+        view = Crop(**entry["crop"]).apply(read_rgb(path, self.setting.get("image_range"), urls=False))
         return self.image_processor(view, do_resize=False, return_tensors="pt")["pixel_values"]
 
     def target(self, index: int) -> torch.Tensor:
@@ -112,7 +114,7 @@ class TeacherCache:
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """
-    The manifest of a cache, finished or not.
+    The manifest of a cache, finished or not; its setting under the names of today.
 
     Raises:
         MissingFiles: there is none.
@@ -120,7 +122,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     if not path.is_file():
         raise MissingFiles(f"{folder} holds no {MANIFEST}. Make a cache with {COMMAND} --output {folder}.")
-    return json.loads(path.read_text(encoding="utf-8"))
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    return manifest | {"setting": with_current_names(manifest["setting"], [Views])}
 
 
 def check_setting(folder: Path, found: dict[str, Any], asked: dict[str, Any]) -> None:

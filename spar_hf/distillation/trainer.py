@@ -37,7 +37,7 @@ from spar_hf.distillation.pictures import draw_curve
 from spar_hf.distillation.progress import Progress
 from spar_hf.distillation.recipes import parse_options
 from spar_hf.distillation.records import held_out_record, make_record
-from spar_hf.distillation.stream import all_names, open_stream, readable_samples
+from spar_hf.distillation.stream import earlier_images, open_stream, readable_samples
 from spar_hf.distillation.student import Student, prepare_positions
 from spar_hf.distillation.student_folders import finish_folder, merge_adapters, save_adapter, save_student
 from spar_hf.distillation.targets import make_target
@@ -46,7 +46,7 @@ from spar_hf.utils.atomic import write_atomically, write_text
 from spar_hf.utils.checkpoints import discard_earlier, earlier_state, is_finished, load_checkpoint
 from spar_hf.utils.errors import NotFinite, UsageError
 from spar_hf.utils.runs import BadSteps, Checkpointing, RunFolder, RunLog, end_run, start_accelerator
-from spar_hf.utils.sample_record import earlier_samples, write_samples
+from spar_hf.utils.sample_record import write_samples
 
 logger = logging.getLogger(__name__)
 
@@ -93,6 +93,7 @@ class Distillation:
             options.run.resume,
             self.settings,
             self.accelerator.num_processes,
+            options.with_current_names,
             results=options.folders,
             overwrite=options.run.overwrite,
         )
@@ -104,9 +105,9 @@ class Distillation:
             self.models.start_from(options.student.student)
         start = None if self.state is None else self.state["after"][self.accelerator.process_index]
         earlier = None
-        if self.state is not None and not options.images.streaming:  # a stream holds out by content, not by position
-            found = all_names(sources, options.images.exclude, options.teacher.teacher_cache)
-            earlier = earlier_samples(self.output, found, options.run.allow_changed_data)
+        if self.state is not None:
+            teacher_cache, allow = options.teacher.teacher_cache, options.run.allow_changed_data
+            earlier = earlier_images(self.output, sources, options.images, teacher_cache, allow)
         self.stream = open_stream(
             sources,
             options.images,
@@ -256,8 +257,7 @@ class Distillation:
             load_checkpoint(self.accelerator, self.output)
         discard_earlier(self.accelerator, self.output, self.options.run.resume)
         if self.is_main:
-            if (names := self.stream.names) is not None:
-                write_samples(self.output, names)
+            write_samples(self.output, self.stream.names)
             recipe = self.options.flat | {"resume": False, "overwrite": False, "allow_changed_data": False}
             write_text(self.output / "recipe.yaml", yaml.safe_dump(recipe, sort_keys=False))
         resume_step = None if self.state is None else self.state["step"]
@@ -412,7 +412,9 @@ def main(args: list[str] | None = None) -> Path | None:
     """
     options = parse_options(sys.argv[1:] if args is None else args)
     written = options.folders[-1]
-    if options.run.resume and is_finished(Path(options.run.output), written, options.settings):
+    if options.run.resume and is_finished(
+        Path(options.run.output), written, options.settings, options.with_current_names
+    ):
         logger.info("The run is complete, nothing is left to do: %s", written)
         return written
     folder = Distillation(options).run()

@@ -163,10 +163,12 @@ def differences(then: dict[str, Any], now: dict[str, Any]) -> str:
     return ", ".join(f"--{name} (was {then.get(name)!r}, is {now[name]!r})" for name in changed)
 
 
-def is_finished(output: Path, written: Path, settings: dict[str, Any]) -> bool:
+def is_finished(
+    output: Path, written: Path, settings: dict[str, Any], upgrade: Callable[[dict[str, Any]], dict[str, Any]]
+) -> bool:
     """
     Whether the last run in `output` is complete and had these settings: a run writes `recipe.yaml` when it starts, and at
-    its end `curve.png` and then the card of the folder `written`.
+    its end `curve.png` and then the card of the folder `written`. `upgrade` is that of [`earlier_state`].
 
     Raises:
         UsageError: it is complete, had other settings, and left no checkpoint.
@@ -175,7 +177,7 @@ def is_finished(output: Path, written: Path, settings: dict[str, Any]) -> bool:
     times = [mark.stat().st_mtime_ns for mark in marks if mark.is_file()]
     if len(times) < len(marks) or times != sorted(times):
         return False
-    then = yaml.safe_load(marks[0].read_text(encoding="utf-8"))
+    then = upgrade(yaml.safe_load(marks[0].read_text(encoding="utf-8")))
     changed = differences(then, settings)
     if changed and not list_checkpoints(output):
         raise UsageError(

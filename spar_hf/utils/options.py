@@ -1,6 +1,6 @@
 """Options that are composed of dataclasses, and the checks that every command makes; errors name the option as typed."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any
 
@@ -46,6 +46,75 @@ def parse_dataclasses(
     if unknown:
         raise UsageError(f"{' '.join(unknown)}: no such option; --help lists them.")
     return found
+
+
+PRECISIONS = ("no", "fp16", "bf16")
+# help texts of options that several commands have: one name has one meaning
+HELP = {
+    "image_range": "Pixel values of black and white of images of floats or more than 8 bits: 0 4095 for 12 bits. Without it "
+    "such images are refused if they cannot be scaled without guessing.",
+    "max_pixels": "Refuse larger images, in pixels. Default: 89 million, about 0.3 GB in memory.",
+    "templates": "Prompt templates: imagenet80, short or plain. Default: those of the checkpoint.",
+    "mixed_precision": "no, fp16 or bf16. Default: what `accelerate launch` was told.",
+    "window_batch_size": "Windows per forward pass of a sliding window.",
+    "include": "Only images whose file stem matches one of these shell patterns.",
+    "exclude": "No images whose file stem matches one of these shell patterns.",
+    "save_steps": "Steps between checkpoints; the last two are kept.",
+    "log_steps": "Steps between rows of the log.",
+    "resume": "Go on from the last checkpoint in --output, as if never stopped.",
+    "workers": "Processes that decode images; 0 uses the main process.",
+    "weight_decay": "Weight decay of AdamW.",
+    "warmup_ratio": "Share of the steps with rising learning rate.",
+    "lr_scheduler_type": "Name of a Transformers schedule.",
+    "threshold": "Pixels whose highest probability is below it become background.",
+}
+
+
+def formerly(*names: str) -> list[str]:
+    """
+    Earlier names of an option, for `aliases` in the metadata of its field. What was stored under them is read, see
+    [`with_current_names`].
+
+    Example:
+
+    ```python
+    >>> formerly("long_side")
+    ['--long_side', '--long-side']
+    ```"""
+    return list(dict.fromkeys(form for name in names for form in (f"--{name}", f"--{name.replace('_', '-')}")))
+
+
+def earlier_names(kinds: Iterable[Any]) -> dict[str, str]:
+    """Earlier names of the options of dataclasses, each with the name of today."""
+    return {
+        alias.lstrip("-").replace("-", "_"): option.name
+        for kind in kinds
+        for option in fields(kind)
+        for alias in option.metadata.get("aliases", ())
+    }
+
+
+def with_current_names(values: Mapping[str, Any], kinds: Iterable[Any]) -> dict[str, Any]:
+    """
+    Options of an earlier version under the names of today; what is no option of the dataclasses stays as it is.
+
+    Raises:
+        UsageError: an option is there under both names.
+
+    Example:
+
+    ```python
+    >>> from dataclasses import dataclass
+    >>> @dataclass
+    ... class Run:
+    ...     num_steps: int = field(default=10, metadata={"aliases": formerly("steps")})
+    >>> with_current_names({"steps": 3, "seed": 0}, [Run])
+    {'num_steps': 3, 'seed': 0}
+    ```"""
+    current = earlier_names(kinds)
+    if twice := [name for name in values if current.get(name) in values]:
+        raise UsageError(f"{twice[0]} is the earlier name of {current[twice[0]]}. Give one of them.")
+    return {current.get(name, name): value for name, value in values.items()}
 
 
 def require_positive(options: Any, *names: str) -> None:
@@ -175,7 +244,17 @@ class ComposedOptions:
         Raises:
             UsageError: an unknown or invalid option.
         """
-        return cls(**dict(zip(cls.parts(), parse_dataclasses(cls.parts().values(), args, description), strict=True)))
+        return cls.from_parts(parse_dataclasses(cls.parts().values(), args, description))
+
+    @classmethod
+    def from_parts(cls, parts: Iterable[Any]) -> Any:
+        """Options from an object of each class of [`ComposedOptions.parts`], in that order."""
+        return cls(**dict(zip(cls.parts(), parts, strict=True)))
+
+    @classmethod
+    def with_current_names(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Options of an earlier version under the names of today, see [`with_current_names`]."""
+        return with_current_names(values, cls.parts().values())
 
     @classmethod
     def from_flat(cls, **values: Any) -> Any:
@@ -185,6 +264,7 @@ class ComposedOptions:
         Raises:
             UsageError: an unknown, missing or invalid option.
         """
+        values = cls.with_current_names(values)
         names = {name: {option.name for option in fields(part)} for name, part in cls.parts().items()}
         if unknown := sorted(set(values).difference(*names.values())):
             raise UsageError(f"There is no option {', '.join(unknown)}; `--help` of the command lists them.")

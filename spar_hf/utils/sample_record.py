@@ -1,4 +1,7 @@
-"""The images of a run by name, so that a resumed run notices that they changed: another list is split in another way."""
+"""
+The images of a run by name, and of a stream its files, so that a resumed run notices that they changed: another list is
+split in another way.
+"""
 
 import gzip
 import json
@@ -51,8 +54,8 @@ def earlier_samples(output: Path, found: Iterable[str], allow_changes: bool) -> 
     changes = describe_changes([name for part, names in then.items() if part != "measured" for name in names], found)
     if changes and not allow_changes:
         raise UsageError(
-            f"The images of the run in {output} changed: {changes}. Going on would train on images that were held out. Put "
-            "them back, or go on with --allow_changed_data, which keeps the images held out before."
+            f"The images of the run in {output} changed: {changes}. Other images would be trained on and held out. Put them "
+            "back, or go on with --allow_changed_data, which keeps the images held out before."
         )
     if changes:
         logger.warning("The images of the run changed: %s. Those held out before stay held out.", changes)

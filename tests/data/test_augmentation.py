@@ -22,7 +22,7 @@ def augment(image, window, patch_size, views, rng):
     """`augment` of version 0.1, which drew random numbers while it changed the image, as it stood there."""
     scale = rng.uniform(views.min_scale, 1.0)
     long_side, short_side = max(image.size), min(image.size)
-    factor = scale * min(views.long_side * window / long_side, views.short_side * window / short_side)
+    factor = scale * min(views.long_side_windows * window / long_side, views.short_side_windows * window / short_side)
     sides = [side * factor for side in image.size]
     if rng.random() < views.crop_probability:
         cropped = [min(side, max(side * rng.uniform(0.4, 1.0), window)) for side in sides]
@@ -41,7 +41,9 @@ def augment(image, window, patch_size, views, rng):
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("views", [Views(), Views(jitter_probability=0.5, min_scale=0.3, long_side=3, short_side=1)])
+@pytest.mark.parametrize(
+    "views", [Views(), Views(jitter_probability=0.5, min_scale=0.3, long_side_windows=3, short_side_windows=1)]
+)
 def test_view_is_that_of_the_function_that_it_replaces(size, views):
     image, kinds = image_of(size), set()
     for index in range(12):
@@ -74,7 +76,7 @@ def test_jitter__same_seed_same_light():
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"min_scale": 0}, {"min_scale": 1.5}, {"long_side": 0}, {"short_side": -1}, {"crop_probability": 1.1},
+    [{"min_scale": 0}, {"min_scale": 1.5}, {"long_side_windows": 0}, {"short_side_windows": -1}, {"crop_probability": 1.1},
      {"flip_probability": -0.1}, {"jitter_probability": float("nan")}],
 )  # fmt: skip
 def test_views_out_of_range_are_refused(wrong):

@@ -1,7 +1,9 @@
 """Training images from any source: the views of the recipe, the order, what is held out, and what cannot be read."""
 
 import io
+import shutil
 import tarfile
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from random import Random
@@ -15,8 +17,9 @@ from torch.utils.data import DataLoader
 from spar_hf import SparImageProcessorPil
 from spar_hf.data.augmentation import Views, draw_crop
 from spar_hf.data.order import MapOrder, StreamOrder, split_images
-from spar_hf.data.sources import ImageOptions, open_sources
+from spar_hf.data.sources import ImageOptions, open_sources, stream_contents
 from spar_hf.data.training_images import Skipped, TrainingImages, only_item
+from spar_hf.utils.errors import UsageError
 
 
 def view(image, window, patch_size, views, seed):
@@ -46,7 +49,9 @@ def test_augmentation_crops_the_right_place():
     """An image whose red channel is its column and green its row: values tell where a crop was taken."""
     rows, columns = np.mgrid[0:192, 0:256]
     image = Image.fromarray(np.stack([columns, rows, columns * 0], -1).astype(np.uint8))
-    no_flip = Views(long_side=4 / 3, short_side=1.0, min_scale=1.0, flip_probability=0.0, crop_probability=1.0)
+    no_flip = Views(
+        long_side_windows=4 / 3, short_side_windows=1.0, min_scale=1.0, flip_probability=0.0, crop_probability=1.0
+    )
     for seed in range(10):
         crop = np.asarray(view(image, 96, 16, no_flip, seed)).astype(int)
         step = np.diff(crop[crop.shape[0] // 2, :, 0])
@@ -116,6 +121,28 @@ def test_unreadable_sources_are_named(tmp_path, sources):
         open_sources(ImageOptions(images=[str(sources / "list.txt")], streaming=True))
     with pytest.raises(ValueError, match="no images among its columns picture, n"):
         open_sources(ImageOptions(images=[str(sources / "saved")], image_column="image"))
+
+
+def test_streams__what_they_consist_of_is_recorded(sources, tmp_path):
+    """Shards, the split of a saved table, and the files behind a name that `load_dataset` takes."""
+    nested = tmp_path / "set" / "data"
+    nested.mkdir(parents=True)
+    shutil.copy(sources / "table.parquet", nested / "train-0.parquet")
+    for images, name in ((sources / "shards", ".tar"), (sources / "saved", "fingerprint"), (nested.parent, ".parquet")):
+        kept = ImageOptions(images=[str(images)], streaming=True)
+        found = stream_contents(kept)
+        assert found and all(name in part for part in found) and found == stream_contents(kept)
+    (nested / "train-0.parquet").write_bytes((sources / "table.parquet").read_bytes() + b" ")
+    assert stream_contents(kept) != found
+
+
+def test_streams__images_without_a_name_have_one_and_are_not_excluded(sources):
+    table = open_sources(ImageOptions(images=[str(sources / "saved")], streaming=True))[0].select_columns("picture")
+    kept = ImageOptions(images=["saved"], streaming=True, holdout_every=3, shuffle_buffer=3)
+    names = [sample.name for sample in islice(StreamOrder(table, kept, 0, 0, 1), 24)]
+    assert len(set(names)) == len(set(names[:4])) < 6
+    with pytest.raises(UsageError, match="--exclude needs names"):
+        StreamOrder(table, replace(kept, exclude=["a"]), 0, 0, 1)
 
 
 @pytest.mark.parametrize("name", ["saved", "shards"])

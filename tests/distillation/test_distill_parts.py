@@ -11,10 +11,10 @@ from torch.nn import functional as F
 
 from spar_hf import SlidingWindowTeacher, SparConfig, SparVisionModel
 from spar_hf.distillation.losses import decision_loss, distillation_loss, error_weights
-from spar_hf.distillation.options import PRESETS, DistillationOptions
+from spar_hf.distillation.options import PRESETS, DistillationOptions, TeacherOptions
 from spar_hf.distillation.pictures import feature_colours
 from spar_hf.distillation.recipes import parse_options
-from spar_hf.distillation.targets import FullTarget, SampledTarget
+from spar_hf.distillation.targets import Target
 from spar_hf.distillation.trainable import BLOCK_PARTS, OTHER_PARTS, choose_parameters, share_frozen
 from spar_hf.utils.errors import UsageError
 
@@ -115,6 +115,21 @@ def test_help_names_every_option(capsys):
     assert all(f"--{name}" in shown for name in options().flat)
 
 
+def test_earlier_names_give_the_same_options(tmp_path):
+    now = options(images=["a"], long_side_windows=3.5, preset="spar")
+    given = ["--model", "m", "--images", "a", "--output", "o", "--preset", "spar"]
+    assert options(images=["a"], long_side=3.5, preset="spar") == now
+    for name in ("--long_side", "--long-side", "--long_side_windows", "--long-side-windows"):
+        assert parse_options([*given, name, "3.5"]) == now
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("model: m\nimages: [a]\noutput: o\npreset: spar\nlong_side: 3.5\n")
+    assert parse_options([str(recipe)]) == now
+    assert parse_options([str(recipe), "--long_side_windows", "2"]).views.long_side_windows == 2
+    recipe.write_text(f"{recipe.read_text()}long_side_windows: 2\n")
+    with pytest.raises(UsageError, match="long_side is the earlier name of long_side_windows"):
+        parse_options([str(recipe)])
+
+
 def test_recipes__preset_then_yaml_then_command_line(tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
@@ -122,10 +137,11 @@ def test_recipes__preset_then_yaml_then_command_line(tmp_path):
     )
     read = parse_options([str(recipe)])
     assert (read.images.images, read.student.train_layers, read.teacher.stride) == (["a", "b"], "all", 32)
-    assert (read.views.long_side, read.teacher.mode) == (4.0, "sampled")
+    assert (read.views.long_side_windows, read.teacher.mode) == (4.0, "sampled")
     assert (read.optimisation.epochs, read.optimisation.max_steps, read.optimisation.learning_rate) == (10, None, 2e-5)
     over = parse_options([str(recipe), "--preset", "spar-all-hires", "--steps", "7", "--images", "c", "--stride=16"])
-    assert (over.images.images, over.teacher.stride, over.views.long_side, over.views.short_side) == (["c"], 16, 5, 2.5)
+    assert (over.images.images, over.teacher.stride) == (["c"], 16)
+    assert (over.views.long_side_windows, over.views.short_side_windows) == (5, 2.5)
     assert (over.optimisation.steps, over.optimisation.epochs) == (7, None)  # the command line takes precedence
     over = parse_options([str(recipe), "--epochs", "3"])
     assert (over.optimisation.steps, over.optimisation.epochs, over.run.preset) == (None, 3, "spar-all")
@@ -229,9 +245,10 @@ def test_frozen_weights_are_held_once_and_keep_nothing_for_the_gradient(vision_m
 def test_targets__full_and_sampled(vision_model):
     teacher = SlidingWindowTeacher(vision_model, stride=32)
     pixels = torch.randn(1, 3, 96, 128)
-    target, weight = FullTarget(teacher)(pixels, 0)
+    target, weight = Target(teacher, TeacherOptions(model="m"), 0)(pixels, 0)
     assert weight is None and torch.equal(target, teacher(pixels).feature_map)
-    first, second, *others = (SampledTarget(teacher, 2, seed=0)(pixels, index) for index in (5, 5, *range(6, 12)))
+    sampled = TeacherOptions(model="m", teacher_windows=2)
+    first, second, *others = (Target(teacher, sampled, 0)(pixels, index) for index in (5, 5, *range(6, 12)))
     assert torch.equal(first[0], second[0]) and not all(torch.equal(first[1], other[1]) for other in others)
     generator = torch.Generator().manual_seed(Random("windows-0-0-5").getrandbits(62))
     assert torch.equal(first[0], teacher.sample(pixels, 2, generator)[0])
