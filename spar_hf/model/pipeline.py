@@ -8,9 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from torch.utils.data import DataLoader
 from transformers import Pipeline
 
@@ -26,18 +24,13 @@ from .image_streams import (
     image_of_item,
     is_error,
 )
+from .presence import class_presence, resolve_classes, store_embeddings
 from .processing_spar import SparProcessor
-from .prompts import CandidateLabels, Vocabulary, normalise_name
+from .prompts import CandidateLabels, Vocabulary
 from .refine import Refinement, Upsampler, refined_logits
-from .segmentation import (
-    DenseLogits,
-    check_output_size,
-    check_shares,
-    class_probabilities,
-    decide,
-    give_to_background,
-)
-from .text_embeddings import TextEmbeddingCache
+from .results import as_segments, map_result
+from .segmentation import DenseLogits, check_output_size, check_shares, class_probabilities
+from .text_embeddings import STORED_EMBEDDINGS, TextEmbeddingCache, stored_embeddings
 
 MAX_TOKENS = 16_384  # 2048 × 2048 pixels at a patch of 16
 OUTPUTS = ("segments", "map", "probabilities", "logits")
@@ -47,8 +40,8 @@ class OpenVocabSegmentationPipeline(Pipeline):
     """
     Open-vocabulary segmentation with a two-tower SPAR checkpoint.
 
-    Every pixel gets the class with the most probable name (softmax over all names, then the maximum over the names of a
-    class; SPAR, section 3). Each name is embedded once, until the text tower's weights change.
+    Every pixel gets the class with the name of largest logit (SPAR, section 3). Each name is embedded once, until the text
+    tower's weights change; embeddings stored beside the checkpoint (`save_pretrained`) are used.
 
     Beside features and results, a decision needs a few buffers of at most 64 MiB and 8 bytes per pixel of the image,
     for any number of classes: 0.25 GiB for 150 classes at 1024×2048, 0.37 GiB for 1,000 at 2048×2048 (on a CPU). To
@@ -62,8 +55,12 @@ class OpenVocabSegmentationPipeline(Pipeline):
     >>> import spar_hf
 
     >>> segment = pipeline("open-vocab-segmentation")
-    >>> image = Image.new("RGB", (330, 200))
-    >>> segments = segment(image, candidate_labels=["road", "car, automobile", "sky"])
+    >>> image = Image.new("RGB", (330, 200), "skyblue")
+    >>> words = ["road", "car, automobile", "sky"]
+    >>> found = segment(image, candidate_labels=words, background="auto", output="map")
+    >>> found["labels"], found["background"]
+    (['road', 'car', 'sky', 'background'], 3)
+    >>> segments = segment(image, candidate_labels=words)  # without a background every pixel gets one of the classes
     >>> sorted(segments[0])
     ['label', 'mask', 'score']
     >>> encoded = segment.encode(image)  # the vision tower runs once, for any number of vocabularies
@@ -93,7 +90,7 @@ class OpenVocabSegmentationPipeline(Pipeline):
                 f"open-vocab-segmentation needs the tokenizer of {self.model.name_or_path or 'the model'}, which could not "
                 "be loaded. Pass `tokenizer`; `AutoTokenizer.from_pretrained` shows the reason."
             )
-        self._texts = TextEmbeddingCache(self.model, self.tokenizer)
+        self._texts = TextEmbeddingCache(self.model, self.tokenizer, stored=stored_embeddings(self.model))
 
     def __call__(self, inputs: Any, candidate_labels: CandidateLabels | Vocabulary | None = None, **kwargs) -> Any:
         """
@@ -118,30 +115,39 @@ class OpenVocabSegmentationPipeline(Pipeline):
                 Black and white of images of floats or more than 8 bits: `(0, 4095)` for 12 bits. Without it, what cannot be
                 scaled without guessing is refused, see [`SparImageProcessorPil`].
             background (`str` or `list[str]`, *optional*):
-                Class, or words, treated as background. A string is the label of the class that gets unsure pixels and tiny
-                classes: a class of the vocabulary or a new one without words. A list of words, which may be labels, makes
-                the class `"background"`, whose words compete for every pixel. `"auto"` does so with the 26 stuff words of
-                the published VOC21 evaluation, except those that are names of a class.
+                What surrounds the classes. `None`: nothing, every pixel gets one of the classes. `"auto"`: the class
+                `"background"` of 26 common stuff words, which compete for every pixel, less those that mean the same as a
+                name of a class (`same_meaning` in `presence.py`); if none is left, as `None`. A list of words, which may
+                be labels, makes that class of these words. Any other string is the label of the class that gets unsure
+                pixels and tiny classes: a class of the vocabulary or a new one without words.
             threshold (`float`, *optional*, defaults to 0):
                 Pixels whose best probability is lower become background.
             min_area (`float`, *optional*, defaults to 0):
                 Classes that cover less than this share of the pixels outside the background become background.
+            presence (`bool`, *optional*, defaults to `False`):
+                Add to every class how likely the image shows it at all, from 0 to 1. It is comparable between lists of
+                words, see `docs/masks.md` for what it is not.
+            min_presence (`float`, *optional*):
+                Drop classes whose presence is below it, as if they had not been listed: their pixels go to the next best of
+                the others, the background's words among them. If every class is dropped, all pixels are background.
             refine (`str` or `Callable`, *optional*): `"lposs"`, `"lposs+"` or `"pamr"` for sharper masks, see `refine.py`.
             upsampler (`Callable`, *optional*): a learned upsampler `(image, features) -> features`, see `refine.py`.
             output (`str`, *optional*, defaults to `"segments"`):
                 - `"segments"`: a list of `{"label", "score", "mask"}` per class that has pixels, in the order of
-                  the classes; `mask` is a `PIL.Image` of mode `L`, 0 or 255, in the size of the image.
-                - `"map"`: a dict with `map`, an int32 array `(height, width)` of class numbers, `labels`, and `scores` per
-                  class (0 where it has no pixels).
+                  the classes; `mask` is a `PIL.Image` of mode `L`, 0 or 255, in the size of the image. The background is
+                  not among them, unless it is one of `candidate_labels`.
+                - `"map"`: a dict with `map`, an int32 array `(height, width)` of class numbers, `labels`, `scores` per
+                  class (0 where it has no pixels), and `background`, the number of that class (-1: there is none).
                 - `"probabilities"`: a dict with `probabilities`, a float32 array `(classes, height, width)`, and `labels`.
                 - `"logits"`: a dict with `logits`, a float32 array `(names, h, w)` on the patch grid (cosine times
                   `dense_logit_scale`), `names`, `labels`, and `name_to_class`, `patch_size`, `working_size`,
                   `original_size`, the further arguments of [`decide`].
 
-                The probability of a class at a pixel is that of its most probable name in the softmax over all names. A
-                `score` is the mean probability of the class over its pixels (for pixels moved to the background: one
-                minus the probability of their former class). It measures how clearly the class won among these words,
-                not the chance that the mask is right.
+                The probability of a class at a pixel is the softmax over classes, each with the largest logit of its names,
+                so that further names of a class lower no probability. A `score` is the mean probability of the class over
+                its pixels (for pixels moved to the background: one minus the probability of their former class). It
+                measures how clearly the class won among these words, not the chance that the mask is right. With
+                `presence`, segments have it too, and dicts a list with one number per class.
             top_k (`int`, *optional*):
                 With `"segments"`: only the `top_k` segments of highest score, best first. With `"map"`: also `top_map`
                 (int32) and `top_probabilities` (float32), both `(top_k, height, width)`: the best classes of every
@@ -159,38 +165,7 @@ class OpenVocabSegmentationPipeline(Pipeline):
             ValueError: no or malformed labels, a text that is too long for the text tower, an image that cannot be read,
                 an unknown or contradictory option, an output above 1 GiB.
 
-        ### Effect of `threshold`, `min_area` and `background`
-
-        Measured with `spar-tiny` on images outside its training: ten frames spread over CamVid's `val` (11 classes) and
-        the 20 held-out COCO images (133 classes), shorter side 384 px. *Kept*: labelled pixels outside the background.
-        *Right*: those of them with the right class. *Found*: classes of an image that keep any pixel.
-
-        | rule            | CamVid: kept, right, mIoU, found | COCO: kept, right, mIoU, found |
-        |-----------------|----------------------------------|--------------------------------|
-        | none            | 100 %, 86 %, 49.7, 86 %          | 100 %, 31 %, 4.5, 57 %         |
-        | `threshold` 0.1 | 100 %, 86 %, 49.7, 86 %          | 97 %, 32 %, 4.6, 55 %          |
-        | `threshold` 0.2 | 100 %, 86 %, 49.7, 86 %          | 73 %, 39 %, 5.0, 48 %          |
-        | `threshold` 0.3 | 99 %, 87 %, 49.9, 85 %           | 49 %, 49 %, 5.0, 41 %          |
-        | `threshold` 0.5 | 88 %, 92 %, 48.2, 78 %           | 24 %, 63 %, 3.9, 24 %          |
-        | `threshold` 0.7 | 70 %, 97 %, 40.7, 62 %           | 11 %, 72 %, 2.3, 17 %          |
-        | `threshold` 0.9 | 43 %, 100 %, 24.1, 48 %          | 4 %, 99 %, 1.1, 5 %            |
-        | `min_area` 0.01 | 99 %, 86 %, 49.0, 72 %           | 97 %, 32 %, 5.1, 40 %          |
-        | `min_area` 0.05 | 93 %, 89 %, 43.9, 51 %           | 82 %, 36 %, 5.9, 24 %          |
-        | `min_area` 0.1  | 79 %, 91 %, 30.3, 35 %           | 69 %, 42 %, 6.7, 19 %          |
-
-        The best threshold depends on the number of words: with more words, probabilities are lower. The same COCO images
-        with words for things only, everything else being background (mean IoU of the things in an image / IoU of all
-        things together / IoU of the background):
-
-        | rule                        | words: the image's things | words: COCO's 80 things |
-        |-----------------------------|---------------------------|-------------------------|
-        | none                        | 19.1 / 37.8 / 0           | 10.7 / 37.8 / 0         |
-        | `threshold` 0.3             | 19.1 / 37.8 / 0           | 9.0 / 28.4 / 36.5       |
-        | `threshold` 0.7             | 20.3 / 38.0 / 21.4        | 3.5 / 5.1 / 61.0        |
-        | `background="auto"`         | 15.8 / 33.4 / 66.9        | 10.5 / 50.1 / 60.6      |
-        | the same, `threshold` 0.1   | 15.8 / 33.4 / 66.9        | 10.5 / 49.7 / 60.9      |
-
-        `"auto"` finds the background best; with few words it also takes some pixels of things.
+        `docs/masks.md` has measurements of `background`, `threshold`, `min_area` and `presence`.
         """
         if candidate_labels is not None:
             kwargs["candidate_labels"] = candidate_labels
@@ -213,6 +188,8 @@ class OpenVocabSegmentationPipeline(Pipeline):
         background=None,
         threshold=None,
         min_area=None,
+        presence=None,
+        min_presence=None,
         on_error=None,
         refine=None,
         upsampler=None,
@@ -223,13 +200,13 @@ class OpenVocabSegmentationPipeline(Pipeline):
             raise ValueError(f"Unknown on_error {on_error!r}; use 'raise' or 'skip'.")
         if top_k is not None and (not isinstance(top_k, int) or top_k < 1):
             raise ValueError(f"`top_k` must be a number of classes, at least 1, got {top_k!r}.")
-        shares = {"threshold": threshold, "min_area": min_area}
+        shares = {"threshold": threshold, "min_area": min_area, "min_presence": min_presence}
         check_shares(**{name: value for name, value in shares.items() if value is not None})
         vocabulary = None if candidate_labels is None else Vocabulary.parse(candidate_labels)
         preprocess = {"size": size, "max_tokens": max_tokens, "image_range": image_range, "on_error": on_error}
         postprocess = {"output": output, "top_k": top_k}
         forward = {"vocabulary": vocabulary, "templates": templates, "background": background, **shares, **postprocess}
-        forward |= {"refine": refine, "upsampler": upsampler}
+        forward |= {"presence": presence, "refine": refine, "upsampler": upsampler}
         given = ({k: v for k, v in options.items() if v is not None} for options in (preprocess, forward, postprocess))
         return tuple(given)
 
@@ -261,7 +238,7 @@ class OpenVocabSegmentationPipeline(Pipeline):
 
     def text_embeds(self, vocabulary: Vocabulary, templates=None, check_weights: bool = True) -> torch.Tensor:
         """Embeddings of a vocabulary `(names, dim)`; only new names are embedded. See [`TextEmbeddingCache.get`]."""
-        return self._cache().get(vocabulary.all_names, self._templates(templates), check_weights)
+        return self.texts.get(vocabulary.all_names, self._templates(templates), check_weights)
 
     def save_text_embeddings(
         self,
@@ -278,7 +255,7 @@ class OpenVocabSegmentationPipeline(Pipeline):
             ValueError: nothing to save, malformed labels, or a text longer than the context.
         """
         names = None if candidate_labels is None else Vocabulary.parse(candidate_labels).all_names
-        self._cache().save(path, names, self._templates(templates))
+        self.texts.save(path, names, self._templates(templates))
 
     def load_text_embeddings(self, path: str | os.PathLike) -> int:
         """
@@ -288,17 +265,32 @@ class OpenVocabSegmentationPipeline(Pipeline):
             FileNotFoundError: there is no such file.
             ValueError: another kind of file, or one of another text tower, dtype or tokenizer.
         """
-        return self._cache().load(path)
+        return self.texts.load(path)
 
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        text_embeddings: Sequence[CandidateLabels | Vocabulary] | None = None,
+        **kwargs: Any,
+    ) -> None:
         """
         Write the model with its code, the image processor and the tokenizer to a folder that `pipeline` loads, with
         `trust_remote_code=True` where the library is not installed. Options are those of the model's `save_pretrained`;
-        `push_to_hub=True` uploads all of it.
+        `push_to_hub=True` uploads all but text embeddings.
+
+        Args:
+            save_directory: folder to write.
+            text_embeddings (*optional*):
+                Vocabularies, as `candidate_labels` each: `["ade20k", ["road", "sky"]]`. Their embeddings, and those that
+                `background="auto"` and `presence` need, are stored as `text_embeddings.safetensors`. A pipeline of the
+                folder reads them at its first call, as long as text tower and tokenizer are the same.
         """
         self.model.save_pretrained(save_directory, **kwargs)
         hub = {name: kwargs[name] for name in ("push_to_hub", "repo_id", "token", "commit_message") if name in kwargs}
         SparProcessor(self.image_processor, self.tokenizer).save_pretrained(str(save_directory), **hub)
+        if text_embeddings is not None:
+            names = [name for labels in text_embeddings for name in Vocabulary.parse(labels).all_names]
+            store_embeddings(self.texts, os.path.join(save_directory, STORED_EMBEDDINGS), names, self._templates(None))
 
     def preprocess(self, image, size=None, max_tokens=None, image_range=None):
         if isinstance(image, EncodedImage):
@@ -327,13 +319,14 @@ class OpenVocabSegmentationPipeline(Pipeline):
         postprocess_params: dict,
     ) -> Results:
         # errors in words or options concern every image, so they are raised here, whatever `on_error` is
-        output, decided = forward_params.get("output"), ("threshold", "min_area", "top_k")
+        output, decided = forward_params.get("output"), ("threshold", "min_area", "min_presence", "top_k")
         if output in ("probabilities", "logits") and any(forward_params.get(name) for name in decided):
             raise ValueError(f"output={output!r} is computed before a decision: leave out {', '.join(decided)}.")
         templates = forward_params.get("templates")
         words = (forward_params.get("vocabulary"), forward_params.get("background"))
+        self.texts.refresh()  # reads all weights of the text tower, once for all images
         vocabulary, _, _ = self.classes(*words, templates=templates)
-        self.text_embeds(vocabulary, templates)
+        self.text_embeds(vocabulary, templates, check_weights=False)
         skip = preprocess_params.get("on_error") == "skip"
         options = {name: value for name, value in preprocess_params.items() if name != "on_error"}
         prepare = partial(guarded, skip, self._read, options)
@@ -387,44 +380,52 @@ class OpenVocabSegmentationPipeline(Pipeline):
         background: str | Sequence[str] | None = None,
         threshold: float = 0.0,
         min_area: float = 0.0,
+        presence: bool = False,
+        min_presence: float | None = None,
         output: str = "segments",
         top_k: int | None = None,
         refine: str | Refinement | None = None,
         upsampler: Upsampler | None = None,
     ):
-        rules = bool(threshold or min_area)
+        asked, rules = vocabulary.labels if vocabulary else (), bool(threshold or min_area or min_presence)
         vocabulary, labels, background_class = self.classes(vocabulary, background, rules, templates)
         encoded = encoded.to(self.model.device)
         # the weights were checked at the start of the call, which reads them all
         text_embeds = self.text_embeds(vocabulary, templates, check_weights=False)
         name_to_class = vocabulary.name_to_class.to(text_embeds.device)
+        outputs: dict[str, Any] = {"labels": labels}
+        if presence or min_presence is not None:
+            found = class_presence(self.texts, encoded.feature_map, vocabulary)
+            # a background without words is nothing that could be there
+            outputs["presence"] = found + [0.0] * (len(labels) - len(found))
+            kept = [i == background_class or value >= (min_presence or 0) for i, value in enumerate(found)]
+            names = torch.tensor(kept, device=text_embeds.device)[name_to_class]
+            text_embeds, name_to_class = text_embeds[names], name_to_class[names]
         logits, cell = self._logits(encoded, text_embeds, refine, upsampler)
         geometry = (cell, encoded.working_size, encoded.original_size)
         if output == "logits":
             grid_h, grid_w = encoded.feature_map.shape[-2:]
             check_output_size(len(name_to_class) * grid_h * grid_w * 4, output)
             return {
-                "logits": logits if isinstance(logits, torch.Tensor) else logits(0, grid_h),
+                "logits": logits(0, grid_h) if callable(logits) else logits,
                 "names": vocabulary.all_names,
-                "labels": labels,
                 "name_to_class": name_to_class,
                 **dict(zip(("patch_size", "working_size", "original_size"), geometry, strict=True)),
+                **outputs,
             }
         if output == "probabilities":
-            return {"probabilities": class_probabilities(logits, name_to_class, *geometry)[1], "labels": labels}
-        decision = decide(logits, name_to_class, *geometry)
-        outputs: dict[str, Any] = {"labels": labels}
-        if top_k and output == "map":
-            top = class_probabilities(logits, name_to_class, *geometry, top_k=top_k)
-            outputs["top_map"], outputs["top_probabilities"] = top
-        if rules:
-            decision = give_to_background(decision, background_class, threshold, min_area)
-        pixels, scores = decision.class_scores(len(labels))
-        return {"map": decision.labels, "pixels": pixels, "scores": scores, **outputs}
+            return {"probabilities": class_probabilities(logits, name_to_class, *geometry)[1], **outputs}
+        outputs["background"] = background_class
+        outputs["hidden"] = background_class >= 0 and labels[background_class] not in asked
+        top_k = top_k if output == "map" else None
+        rule = (background_class, threshold, min_area, top_k)
+        return {**map_result(logits, name_to_class, geometry, len(labels), *rule), **outputs}
 
     def _logits(self, encoded: EncodedImage, text_embeds: torch.Tensor, refine, upsampler) -> tuple[DenseLogits, int]:
         """Logits of an image and the side of their cells in pixels; unrefined, as a function that gives rows of patches."""
-        if refine is not None or upsampler is not None:
+        if len(text_embeds) and (
+            refine is not None or upsampler is not None
+        ):  # without names there is nothing to refine
             parts = (encoded.feature_map, text_embeds, encoded.pixel_values)
             return refined_logits(self.model, *parts, refine, upsampler)
 
@@ -438,22 +439,9 @@ class OpenVocabSegmentationPipeline(Pipeline):
         outputs = {name: value.numpy() if isinstance(value, torch.Tensor) else value for name, value in outputs.items()}
         if output in ("probabilities", "logits"):
             return outputs
-        labels, label_map = outputs["labels"], outputs["map"]
-        pixels, scores = outputs.pop("pixels"), outputs["scores"].tolist()
-        if output == "map":
-            return {**outputs, "scores": scores}
-        found = pixels.nonzero()[0].tolist()
-        if top_k is not None:
-            found = sorted(found, key=lambda label: -scores[label])[:top_k]
-        check_output_size(len(found) * label_map.size, output)
-        return [
-            {
-                "label": labels[label],
-                "score": scores[label],
-                "mask": Image.fromarray((label_map == label).astype(np.uint8) * 255),
-            }
-            for label in found
-        ]
+        pixels, hidden = outputs.pop("pixels"), outputs.pop("hidden")
+        outputs["scores"] = outputs["scores"].tolist()
+        return outputs if output == "map" else as_segments(outputs, pixels, hidden, top_k)
 
     def classes(
         self, vocabulary: Vocabulary | None, background: str | Sequence[str] | None, rules: bool = False, templates=None
@@ -466,23 +454,14 @@ class OpenVocabSegmentationPipeline(Pipeline):
         """
         if vocabulary is None:
             raise ValueError('`candidate_labels` is missing. Name the classes to look for: ["road", "sky"].')
-        label, gives_way = "background", None
-        if isinstance(background, str) and (background != "auto" or "auto" in vocabulary.labels):
-            label = background
-        elif background is not None:
-            vocabulary = vocabulary.with_background(background)
-            gives_way = next(given for given in vocabulary.labels if normalise_name(given) == label)
-        vocabulary = self._cache().distinct(vocabulary, self._templates(templates), gives_way)
-        labels = list(vocabulary.labels)
-        if background is None and not rules:
-            return vocabulary, labels, -1
-        found = [i for i, given in enumerate(labels) if normalise_name(given) == normalise_name(label)]
-        return (vocabulary, labels, found[0]) if found else (vocabulary, [*labels, label], len(labels))
+        return resolve_classes(self.texts, vocabulary, background, rules, self._templates(templates))
 
     def _templates(self, templates: str | Sequence[str] | None) -> str | Sequence[str] | None:
         return self._forward_params.get("templates") if templates is None else templates
 
-    def _cache(self) -> TextEmbeddingCache:
+    @property
+    def texts(self) -> TextEmbeddingCache:
+        """The embeddings of names that have been used."""
         self._texts.model, self._texts.tokenizer = self.model, self.tokenizer  # the user may have replaced them
         return self._texts
 

@@ -191,6 +191,11 @@ class Vocabulary:
         )
         return cls(tuple(labels), tuple(unique))
 
+    def other_stuff(self) -> list[str]:
+        """The stuff words of the background in the published VOC21 evaluation, except those that are names of a class."""
+        taken = {normalise_name(name) for name in self.all_names}
+        return [word for word in STUFF_WORDS if normalise_name(word) not in taken]
+
     def with_background(self, background: str | Sequence[str], label: str = "background") -> "Vocabulary":
         """
         Add a background class of words that compete for every pixel.
@@ -198,8 +203,8 @@ class Vocabulary:
         Args:
             background (`str` or `Sequence[str]`):
                 Words. A word that is a label moves that class with all its names into the background; one that is another
-                name of a class is left out. `"auto"`: the 26 stuff words of the background in the published VOC21
-                evaluation, except those that are names of a class.
+                name of a class is left out. `"auto"`: those of `other_stuff`. (The pipeline also leaves out synonyms of
+                classes, which only a model can tell.)
             label (`str`, *optional*, defaults to `"background"`):
                 Label of the background class. If the vocabulary has it, the words are added to its names.
 
@@ -218,11 +223,7 @@ class Vocabulary:
         own = next((given for given in classes if normalise_name(given) == normalise_name(label)), label)
         taken = {normalise_name(name) for name in self.all_names}
         if isinstance(background, str):
-            background = (
-                [word for word in STUFF_WORDS if normalise_name(word) not in taken]
-                if background == "auto"
-                else [background]
-            )
+            background = self.other_stuff() if background == "auto" else [background]
         words = [str(word).strip() for word in background]
         if not words or not all(words):
             raise ValueError(

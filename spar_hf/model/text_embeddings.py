@@ -1,23 +1,44 @@
 """Cache of text embeddings per name and templates, emptied when the text tower changes; can be saved and loaded."""
 
+import hashlib
 import json
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from transformers.utils import cached_file, logging
 
+from .file_modes import follow_umask
 from .fingerprints import checksum, quick_fingerprint, text_fingerprint, tokenizer_state
 from .prompts import Vocabulary, distinct_names, embed_names, resolve_templates
 
 MAX_NAMES = 50_000  # over all templates: 150 MB of 768-dimensional embeddings
-MAX_VOCABULARIES = 32  # of which the names are known to differ
+MAX_REMEMBERED = 32  # results of `remember`
 FORMAT = "spar text embeddings, 1"
+STORED_EMBEDDINGS = "text_embeddings.safetensors"  # beside a checkpoint
+MEANING_TEMPLATES = ("{}",)  # of words that are compared with each other: the bare word, at one prompt each
+
+logger = logging.get_logger(__name__)
+Result = TypeVar("Result")
+Block = tuple[list[str], tuple[str, ...]]  # names and the templates they are embedded with
+
+
+def stored_embeddings(model) -> Path | None:
+    """The file of text embeddings beside the checkpoint that a model was loaded from, in a folder or on the hub."""
+    name = str(model.name_or_path or "")
+    try:
+        found = (
+            cached_file(name, STORED_EMBEDDINGS, revision=getattr(model.config, "_commit_hash", None)) if name else None
+        )
+    except (OSError, ValueError):  # there is none, no network, or no checkpoint of that name
+        return None
+    return None if found is None else Path(found)
 
 
 class TextEmbeddingCache:
@@ -30,6 +51,7 @@ class TextEmbeddingCache:
         model ([`SparForOpenVocabSegmentation`]): its text tower embeds the names.
         tokenizer (`PreTrainedTokenizerBase`): that of the checkpoint.
         max_names (`int`, *optional*, defaults to 50,000): limit on the cached names, counted once per set of templates.
+        stored (`Path`, *optional*): a file that `save` wrote, used from the first call on if it fits model and tokenizer.
 
     Example:
 
@@ -47,10 +69,10 @@ class TextEmbeddingCache:
     2
     ```"""
 
-    def __init__(self, model, tokenizer, max_names: int = MAX_NAMES):
-        self.model, self.tokenizer, self.max_names = model, tokenizer, max_names
+    def __init__(self, model, tokenizer, max_names: int = MAX_NAMES, stored: Path | None = None):
+        self.model, self.tokenizer, self.max_names, self._stored = model, tokenizer, max_names, stored
         self._rows: OrderedDict[tuple[tuple[str, ...], str], torch.Tensor] = OrderedDict()
-        self._distinct: OrderedDict[tuple, Vocabulary] = OrderedDict()
+        self._remembered: OrderedDict[Hashable, Any] = OrderedDict()
         # what the rows were computed with; the objects are kept, so that no other one gets their address
         self._made_with: tuple | None = None
         self._checksum: int | None = None
@@ -92,24 +114,36 @@ class TextEmbeddingCache:
     def distinct(
         self, vocabulary: Vocabulary, templates: str | Sequence[str] | None = None, gives_way: str | None = None
     ) -> Vocabulary:
-        """As [`distinct_names`] with the tokenizer of this cache; remembers the last 32 vocabularies."""
+        """As [`distinct_names`] with the tokenizer of this cache; remembers the last vocabularies."""
+        prompts = self._prompts(templates)
+        return self.remember(
+            ("distinct", vocabulary, prompts, gives_way),
+            lambda: distinct_names(self.tokenizer, vocabulary, prompts, gives_way),
+        )
+
+    def remember(self, key: Hashable, make: Callable[[], Result]) -> Result:
+        """The result of `make`, kept under `key` until the text tower or the tokenizer changes; of the last 32 keys."""
         with self._lock:
-            prompts = self._prompts(templates)
             self._forget_if_changed(check_weights=False)
-            key = (vocabulary, prompts, gives_way)
-            if key not in self._distinct:
-                self._distinct[key] = distinct_names(self.tokenizer, vocabulary, prompts, gives_way)
-            self._distinct.move_to_end(key)
-            while len(self._distinct) > MAX_VOCABULARIES:
-                self._distinct.popitem(last=False)
-            return self._distinct[key]
+            if key not in self._remembered:
+                self._remembered[key] = make()
+            self._remembered.move_to_end(key)
+            while len(self._remembered) > MAX_REMEMBERED:
+                self._remembered.popitem(last=False)
+            return self._remembered[key]
+
+    def refresh(self) -> None:
+        """Forget everything if any weight of the text tower, or the tokenizer, has changed."""
+        with self._lock:
+            self._forget_if_changed()
 
     def save(
         self, path: str | os.PathLike, names: Sequence[str] | None = None, templates: str | Sequence[str] | None = None
     ) -> None:
         """
         Write embeddings to a safetensors file: the tensor `text_embeds` `(names, dim)`, and names, templates and the
-        fingerprint of the text tower as metadata. `names` not cached yet are embedded; default: all cached names.
+        fingerprint of the text tower as metadata. `names` not cached yet are embedded; default: all cached names. Cached
+        embeddings of bare words, which `background="auto"` and `presence` use, are added as `text_embeds_1`.
 
         Raises:
             ValueError: no names given and none cached for these templates.
@@ -117,22 +151,30 @@ class TextEmbeddingCache:
         prompts = self._prompts(templates)
         with self._lock:
             self._forget_if_changed()
-            names = list(dict.fromkeys(names or [name for kept, name in self._rows if kept == prompts]))
-        if not names:
-            raise ValueError(
-                "Nothing has been embedded with these templates yet. Segment an image first, or name the classes to embed."
-            )
+            names = list(dict.fromkeys(names or self._cached(prompts)))
+            if not names:
+                raise ValueError(
+                    "Nothing has been embedded with these templates yet. Segment an image first, or name the classes to "
+                    "embed."
+                )
+            blocks = [(names, prompts)]
+            if prompts != MEANING_TEMPLATES and (words := self._cached(MEANING_TEMPLATES)):
+                blocks.append((words, MEANING_TEMPLATES))
+            tensors = {_tensor_name(i): self.get(*block).cpu().contiguous() for i, block in enumerate(blocks)}
         metadata = {
             "format": FORMAT,
             "names": json.dumps(names),
             "templates": json.dumps(prompts),
+            "more": json.dumps(blocks[1:]),
             "fingerprint": text_fingerprint(self.model, self.tokenizer),
+            "quick_fingerprint": self._quick_fingerprint(blocks),
         }
         target = Path(path)
         # short, since file systems limit the length of names
         temporary = target.with_name(f".{os.getpid()}-{threading.get_ident()}.partial")
         try:
-            save_file({"text_embeds": self.get(names, prompts).cpu().contiguous()}, temporary, metadata=metadata)
+            save_file(tensors, temporary, metadata=metadata)
+            follow_umask(temporary)
             temporary.replace(target)
         except SafetensorError as error:  # a full disk, for example, which safetensors does not report as an OSError
             raise OSError(f"Cannot write {str(path)!r}: {error}") from error
@@ -149,29 +191,78 @@ class TextEmbeddingCache:
         """
         if not Path(path).is_file():
             raise FileNotFoundError(f"{str(path)!r} does not exist. Write it with `save_text_embeddings`.")
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != FORMAT:
-                    raise ValueError(f"{str(path)!r} holds no text embeddings that `save_text_embeddings` wrote.")
-                embeds = file.get_tensor("text_embeds").float()
-        except SafetensorError as error:
-            raise ValueError(
-                f"{str(path)!r} is not a safetensors file, or damaged: {error}. Write it again."
-            ) from error
-        names, prompts = json.loads(metadata["names"]), tuple(json.loads(metadata["templates"]))
+        metadata, blocks, tensors = self._read(path)
         if metadata["fingerprint"] != text_fingerprint(self.model, self.tokenizer):
             raise ValueError(
                 f"{str(path)!r} was made with another text tower, dtype or tokenizer, so its embeddings do not fit this "
                 "model. Write it again with `save_text_embeddings` of this model."
             )
-        if embeds.shape != (len(names), self.model.config.projection_dim):
-            raise ValueError(f"{str(path)!r} holds embeddings of shape {tuple(embeds.shape)} for {len(names)} names.")
-        rows = embeds.to(self.model.device)
         with self._lock:
             self._forget_if_changed()
+            self._keep_blocks(blocks, tensors)
+        return len({name for names, _ in blocks for name in names})
+
+    def _read(self, path: str | os.PathLike) -> tuple[dict[str, str], list[Block], list[torch.Tensor]]:
+        """
+        Metadata, blocks of names and their embeddings in a file.
+
+        Raises:
+            ValueError: another kind of file, a damaged one, or one whose tensors do not fit its names.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != FORMAT:
+                    raise ValueError(f"{str(path)!r} holds no text embeddings that `save_text_embeddings` wrote.")
+                listed = [[json.loads(metadata["names"]), json.loads(metadata["templates"])]]
+                listed += json.loads(metadata.get("more", "[]"))
+                tensors = [file.get_tensor(_tensor_name(i)).float() for i in range(len(listed))]
+        except SafetensorError as error:
+            raise ValueError(
+                f"{str(path)!r} is not a safetensors file, or damaged: {error}. Write it again."
+            ) from error
+        blocks = [(names, tuple(templates)) for names, templates in listed]
+        for (names, _), embeds in zip(blocks, tensors, strict=True):
+            if embeds.shape != (len(names), self.model.config.projection_dim):
+                raise ValueError(
+                    f"{str(path)!r} holds embeddings of shape {tuple(embeds.shape)} for {len(names)} names."
+                )
+        return metadata, blocks, tensors
+
+    def _read_stored(self) -> None:
+        """Take the embeddings of the file beside the checkpoint, if they were made with these weights and this tokenizer."""
+        path, self._stored = self._stored, None
+        if path is None:
+            return
+        try:
+            metadata, blocks, tensors = self._read(path)
+        except (OSError, ValueError, KeyError) as error:  # results need no file, so a damaged one stops nothing
+            logger.warning(f"Text embeddings beside the checkpoint are not used: {error}")
+            return
+        if metadata.get("quick_fingerprint") == self._quick_fingerprint(blocks):
+            self._keep_blocks(blocks, tensors)
+        else:
+            logger.info(f"{path} was made with other weights, another dtype or another tokenizer, and is not used.")
+
+    def _quick_fingerprint(self, blocks: Sequence[Block]) -> str:
+        """
+        SHA-256 of a sum of all weights of the text tower, the settings of the tokenizer and its tokens of the names: what
+        their embeddings depend on. It takes milliseconds where [`text_fingerprint`] takes up to a second.
+        """
+        digest = hashlib.sha256(f"{checksum(self.model.text_model)} {tokenizer_state(self.tokenizer)}".encode())
+        for names, templates in blocks:
+            texts = [templates[0].replace("{}", name) for name in names]
+            digest.update(json.dumps(self.tokenizer(texts)["input_ids"]).encode())
+        return digest.hexdigest()
+
+    def _cached(self, prompts: tuple[str, ...]) -> list[str]:
+        """The names that are cached for these templates."""
+        return [name for kept, name in self._rows if kept == prompts]
+
+    def _keep_blocks(self, blocks: Sequence[Block], tensors: Sequence[torch.Tensor]) -> None:
+        for (names, prompts), embeds in zip(blocks, tensors, strict=True):
+            rows = embeds.to(self.model.device)
             self._keep(prompts, {name: row.clone() for name, row in zip(names, rows, strict=True)})
-        return len(names)
 
     def _prompts(self, templates: str | Sequence[str] | None) -> tuple[str, ...]:
         return resolve_templates(self.model.config.templates if templates is None else templates)
@@ -188,10 +279,16 @@ class TextEmbeddingCache:
         made_with = (self.tokenizer, tokenizer_state(self.tokenizer), text_model, quick_fingerprint(text_model))
         if made_with != self._made_with:
             self._rows.clear()
-            self._distinct.clear()
+            self._remembered.clear()
             self._made_with, self._checksum = made_with, None
         if check_weights:
             total = checksum(text_model)
             if total != self._checksum and self._checksum is not None:
                 self._rows.clear()
+                self._remembered.clear()
             self._checksum = total
+        self._read_stored()
+
+
+def _tensor_name(block: int) -> str:
+    return f"text_embeds_{block}" if block else "text_embeds"

@@ -38,6 +38,39 @@ wardrobe, ceiling, shelf, curtain, stair, floor, hill, rail, fence"""
 # what surrounds things in most images: the background of the published VOC21 evaluation
 STUFF_WORDS = tuple(word.strip() for word in VOC_BACKGROUND_SPAR.split(","))
 
+# Everyday nouns that `class_presence` compares a class with: things and stuff of all kinds, and no general terms ("animal"),
+# which would compete with what they contain. A change moves every presence, so it needs a new calibration.
+EVERYDAY_NOUNS = """
+man, woman, child, baby, crowd, soldier, police officer, doctor, dancer, athlete, face, hand, hair, eye, leg, foot,
+dog, cat, horse, cow, sheep, pig, goat, donkey, camel, elephant, giraffe, zebra, lion, tiger, bear, wolf, fox, deer,
+rabbit, squirrel, mouse, monkey, kangaroo, whale, dolphin, seal, bird, eagle, owl, parrot, duck, swan, chicken,
+penguin, fish, shark, turtle, frog, snake, lizard, crocodile, butterfly, bee, spider, beetle, crab, snail, octopus,
+coral, car, truck, bus, van, train, tram, bicycle, motorcycle, scooter, tractor, ambulance, airplane, helicopter,
+rocket, balloon, boat, sailboat, ship, canoe, wheel, engine, traffic light, traffic sign, street lamp, pole,
+billboard, bench, fountain, statue, house, skyscraper, church, castle, temple, factory, barn, bridge, tower,
+lighthouse, windmill, tent, roof, wall, brick, column, arch, door, gate, window, balcony, staircase, chimney, fence,
+railing, road, sidewalk, railroad track, parking lot, tunnel, pier, runway, swimming pool, playground, stadium, stage,
+floor, ceiling, carpet, tile, curtain, lamp, chandelier, candle, mirror, picture frame, painting, poster, clock,
+table, desk, chair, armchair, sofa, stool, bed, pillow, blanket, mattress, cabinet, drawer, shelf, bookcase, wardrobe,
+fireplace, bathtub, shower, toilet, sink, faucet, towel, soap, toothbrush, refrigerator, oven, stove, microwave,
+toaster, kettle, washing machine, vacuum cleaner, fan, radiator, plate, bowl, cup, glass, bottle, jar, can, box,
+basket, bucket, bag, backpack, suitcase, handbag, wallet, umbrella, fork, knife, spoon, pot, pan, bread, cheese, egg,
+meat, sausage, pizza, sandwich, hamburger, soup, salad, rice, pasta, cake, cookie, chocolate, ice cream, coffee, wine,
+milk, apple, banana, orange, lemon, grapes, strawberry, pineapple, watermelon, tomato, potato, carrot, onion, cabbage,
+pepper, mushroom, corn, pumpkin, nut, shirt, t-shirt, sweater, jacket, coat, suit, dress, skirt, trousers, shorts,
+sock, shoe, boot, sandal, hat, cap, helmet, glove, scarf, tie, belt, glasses, ring, necklace, watch, mask, computer,
+laptop, keyboard, screen, telephone, television, radio, camera, printer, loudspeaker, headphones, remote control,
+cable, battery, book, newspaper, magazine, map, letter, pen, pencil, scissors, tape, key, lock, coin, flag, toy, doll,
+teddy bear, ball, bat, racket, kite, skateboard, surfboard, skis, swing, dice, chess board, guitar, piano, violin,
+drum, trumpet, hammer, screwdriver, saw, drill, ladder, rope, chain, nail, pipe, wire, shovel, broom, gun, sword, sky,
+cloud, sun, moon, star, rainbow, lightning, fog, smoke, fire, rain, snow, ice, water, sea, wave, river, lake,
+waterfall, pond, beach, sand, mud, soil, gravel, rock, stone, cliff, mountain, hill, valley, volcano, desert, island,
+cave, glacier, forest, tree, palm tree, bush, hedge, leaf, branch, trunk, root, grass, moss, flower, rose, sunflower,
+cactus, hay, field, garden, vineyard, wood, metal, plastic, paper, cardboard, leather, fabric, feather, bone,
+wheelchair, stroller, trash can, mailbox, cage, nest, web"""
+
+ANCHOR_WORDS = tuple(" ".join(word.split()) for word in EVERYDAY_NOUNS.split(","))
+
 CONTEXT59 = """
 aeroplane; bag; bed; bedclothes; bench; bicycle; bird; boat; book; bottle; building; bus; cabinet; car; cat; ceiling;
 chair; cloth; computer; cow; cup; curtain; dog; door; fence; floor; flower; food; grass; ground; horse; keyboard;

@@ -1,0 +1,200 @@
+"""
+Which words mean the same to a model, and how likely an image shows a class at all. Both compare with a fixed set of everyday
+nouns, the anchor words, so that results do not depend on which other classes are listed.
+"""
+
+import os
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from .prompts import Vocabulary, normalise_name
+from .text_embeddings import MEANING_TEMPLATES, TextEmbeddingCache
+from .vocabularies import ANCHOR_WORDS, STUFF_WORDS
+
+# Cosine of two text embeddings, less the mean of all anchors', from which two words are taken to mean the same. The mean is
+# subtracted because all texts of CLIP and SigLIP lie near each other. With spar-tiny: sky and cloud 0.57, tree and
+# vegetation 1.00, lamp and pole 0.71, but building and wall 0.41, grass and tree 0.33. Of 0.35, 0.5, 0.65 and 0.9, presence
+# ranks best with 0.5.
+SAME_MEANING = 0.5
+BEST_PATCHES = 0.02  # share of an image's patches that a class is judged by; 0.01 to 0.1 rank alike
+# presence = sigmoid(CALIBRATION[0] * odds + CALIBRATION[1]), fitted with spar-tiny by `training/studies/presence.py`. A
+# model may have its own, `config.presence_calibration`.
+CALIBRATION = (0.39, 1.62)
+BACKGROUND = "background"  # label of the class of background words
+WORKING_BYTES = 64 * 2**20  # bound on the largest buffer, unless there are so many patches that one class takes more
+
+
+def same_meaning(cache: TextEmbeddingCache, words: Sequence[str], others: Sequence[str]) -> torch.Tensor:
+    """
+    Which of `words` mean the same as which of `others`: `(words, others)` bool.
+
+    Embeddings are those of the bare words, whatever the templates of the masks.
+
+    Example:
+
+    ```python
+    >>> from transformers import pipeline
+    >>> import spar_hf
+
+    >>> segment = pipeline("open-vocab-segmentation")
+    >>> same_meaning(segment.texts, ["cloud", "river"], ["sky", "street"]).tolist()
+    [[True, False], [False, False]]
+    ```"""
+    centre = _bare(cache, ANCHOR_WORDS).mean(0)
+    one, other = (nn.functional.normalize(_bare(cache, some) - centre, dim=-1) for some in (words, others))
+    return one @ other.T >= SAME_MEANING
+
+
+def stuff_beside(cache: TextEmbeddingCache, vocabulary: Vocabulary) -> list[str]:
+    """
+    Common stuff words that mean nothing that a class of the vocabulary means, for `background="auto"`. A class called
+    background is no obstacle, since the words are added to it.
+    """
+
+    def find() -> list[str]:
+        words = vocabulary.other_stuff()
+        classes = zip(vocabulary.labels, vocabulary.names, strict=True)
+        names = [name for label, some in classes if normalise_name(label) != BACKGROUND for name in some]
+        if not words or not names:
+            return words
+        taken = same_meaning(cache, words, names).any(1).tolist()
+        return [word for word, is_taken in zip(words, taken, strict=True) if not is_taken]
+
+    return cache.remember(("stuff", vocabulary), find)
+
+
+def resolve_classes(
+    cache: TextEmbeddingCache,
+    vocabulary: Vocabulary,
+    background: str | Sequence[str] | None,
+    rules: bool = False,
+    templates: str | Sequence[str] | None = None,
+) -> tuple[Vocabulary, list[str], int]:
+    """
+    Add the background to a vocabulary.
+
+    Args:
+        cache: text embeddings of the model.
+        vocabulary: the classes asked for.
+        background: as in the call of the pipeline.
+        rules: whether pixels may be moved to the background, which then has a label if not words.
+        templates: of the masks.
+
+    Returns:
+        The vocabulary with its background, the labels of the result, and the index of the background among them (-1: none).
+
+    Raises:
+        ValueError: a background that leaves no class, or names that the tokenizer cannot tell apart.
+    """
+    label, gives_way = BACKGROUND, None
+    if background == "auto" and "auto" not in vocabulary.labels:
+        background = stuff_beside(cache, vocabulary) or None
+    if isinstance(background, str):
+        label = background
+    elif background is not None:
+        vocabulary = vocabulary.with_background(background)
+        gives_way = next(given for given in vocabulary.labels if normalise_name(given) == label)
+    vocabulary = cache.distinct(vocabulary, templates, gives_way)
+    labels = list(vocabulary.labels)
+    if background is None and not rules:
+        return vocabulary, labels, -1
+    found = [i for i, given in enumerate(labels) if normalise_name(given) == normalise_name(label)]
+    return (vocabulary, labels, found[0]) if found else (vocabulary, [*labels, label], len(labels))
+
+
+def store_embeddings(
+    cache: TextEmbeddingCache,
+    path: str | os.PathLike,
+    names: Sequence[str],
+    templates: str | Sequence[str] | None = None,
+) -> None:
+    """Write the embeddings of names to a file, with those that `background="auto"` and `presence` need for them."""
+    words = list(dict.fromkeys([*STUFF_WORDS, *names]))
+    cache.refresh()
+    _bare(cache, [*ANCHOR_WORDS, *words])
+    cache.save(path, words, templates)
+
+
+@torch.no_grad()
+def presence_odds(
+    cache: TextEmbeddingCache, feature_map: torch.Tensor, vocabulary: Vocabulary, working_bytes: int = WORKING_BYTES
+) -> torch.Tensor:
+    """
+    How much better than the anchor words a class matches the patches of an image that it matches best.
+
+    At every patch: the logit of a name less the logarithm of the summed exponentials of all anchors' logits, which is the
+    log-odds of the name in a softmax over itself and the anchors. Anchors that mean the same as a name of the class take no
+    part. The value of a name is the mean over its best patches (`BEST_PATCHES`), that of a class the largest of its names.
+
+    Args:
+        cache: text embeddings of the model.
+        feature_map (`torch.Tensor` of shape `(dim, h, w)`): dense features of one image.
+        vocabulary: classes and their names.
+        working_bytes (`int`, *optional*, defaults to 64 MiB): bound on the largest buffer, of which four exist at once.
+
+    Returns:
+        `(classes,)` float32.
+    """
+    model = cache.model
+    anchors = model.dense_logits(feature_map[None], _bare(cache, ANCHOR_WORDS))[0].flatten(1)  # (anchors, patches)
+    highest = anchors.amax(0)
+    weights = (anchors - highest).exp_()
+    patches = weights.shape[1]
+    best = max(1, round(BEST_PATCHES * patches))
+    odds = []
+    for names in _groups(vocabulary.names, max(1, working_bytes // (4 * patches))):
+        flat = [name for some in names for name in some]
+        owner = torch.tensor([i for i, some in enumerate(names) for _ in some], device=weights.device)
+        same = same_meaning(cache, flat, ANCHOR_WORDS).float()
+        rivals = same.new_zeros(len(names), len(ANCHOR_WORDS)).index_add_(0, owner, same) == 0
+        sums = rivals.float() @ weights  # (classes, patches)
+        sums = sums.clamp_(min=torch.finfo(torch.float32).tiny).log_().add_(highest)
+        logits = model.dense_logits(feature_map[None], _bare(cache, flat))[0].flatten(1)
+        found = (logits - sums[owner]).topk(best, -1).values.mean(-1)  # (names,)
+        odds.append(found.new_full((len(names),), -torch.inf).scatter_reduce_(0, owner, found, "amax"))
+    return torch.cat(odds)
+
+
+def class_presence(cache: TextEmbeddingCache, feature_map: torch.Tensor, vocabulary: Vocabulary) -> list[float]:
+    """
+    How likely an image shows each class of a vocabulary, from 0 to 1: calibrated [`presence_odds`].
+
+    It depends on the image and the names of the class, not on other classes of the list. It is calibrated for lists of which
+    half of the classes are there: 0.5 is where "there" and "not there" are equally likely then. It says nothing about how
+    good the mask is.
+
+    Example:
+
+    ```python
+    >>> from PIL import Image
+    >>> from transformers import pipeline
+    >>> import spar_hf
+
+    >>> segment = pipeline("open-vocab-segmentation")
+    >>> image = segment.encode(Image.new("RGB", (330, 200)))
+    >>> one = class_presence(segment.texts, image.feature_map, Vocabulary.parse(["road"]))
+    >>> two = class_presence(segment.texts, image.feature_map, Vocabulary.parse(["road", "pizza"]))
+    >>> abs(one[0] - two[0]) < 1e-6
+    True
+    ```"""
+    slope, offset = getattr(cache.model.config, "presence_calibration", None) or CALIBRATION
+    return (slope * presence_odds(cache, feature_map, vocabulary) + offset).sigmoid().tolist()
+
+
+def _bare(cache: TextEmbeddingCache, words: Sequence[str]) -> torch.Tensor:
+    return cache.get(words, MEANING_TEMPLATES, check_weights=False)
+
+
+def _groups(classes: tuple[tuple[str, ...], ...], names: int) -> list[list[tuple[str, ...]]]:
+    """Split classes into groups of about `names` names, at least a class each."""
+    groups: list[list[tuple[str, ...]]] = [[]]
+    count = 0
+    for some in classes:
+        if groups[-1] and count + len(some) > names:
+            groups.append([])
+            count = 0
+        groups[-1].append(some)
+        count += len(some)
+    return groups
