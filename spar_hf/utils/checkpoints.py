@@ -4,7 +4,7 @@ import json
 import shutil
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -36,8 +36,7 @@ def save_checkpoint(accelerator: Accelerator, output: Path, step: int, keep: int
         if target.exists():
             discard(target)
         temporary.rename(target)
-        for old in list_checkpoints(output)[:-keep]:
-            discard(old)
+        discard_checkpoints(output, keep)
     accelerator.wait_for_everyone()
     return target
 
@@ -48,6 +47,13 @@ def discard(checkpoint: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
     checkpoint.rename(doomed)
     shutil.rmtree(doomed)
+
+
+def discard_checkpoints(output: Path, keep: int = 0) -> None:
+    """Remove all complete checkpoints of a run but the last `keep`."""
+    found = list_checkpoints(output)
+    for checkpoint in found[: max(0, len(found) - keep)]:
+        discard(checkpoint)
 
 
 def list_checkpoints(output: Path) -> list[Path]:
@@ -123,10 +129,7 @@ def earlier_state(
                 f"{output} holds checkpoints of an earlier run. Go on with --resume, replace it with --overwrite, or write "
                 "to another folder."
             )
-        if found := [path for path in results if path.exists()]:
-            raise UsageError(
-                f"{found[0]} is the result of an earlier run. Replace it with --overwrite, or write to another folder."
-            )
+        check_replaceable(results)
         return None
     if overwrite:
         raise UsageError("--resume goes on with a run and --overwrite replaces it. Leave one out.")
@@ -144,11 +147,21 @@ def earlier_state(
     return state
 
 
+def check_replaceable(results: Iterable[Path], overwrite: bool = False) -> None:
+    """
+    Raises:
+        UsageError: one of the finished results is there already, and nobody asked to replace it.
+    """
+    if found := [path for path in results if path.exists() and not overwrite]:
+        raise UsageError(
+            f"{found[0]} is the result of an earlier run. Replace it with --overwrite, or name another --output."
+        )
+
+
 def discard_earlier(accelerator: Accelerator, output: Path, resume: bool) -> None:
     """Remove the checkpoints of a run that `--overwrite` replaces. All processes must call it."""
     if accelerator.is_main_process and not resume:
-        for checkpoint in list_checkpoints(output):
-            discard(checkpoint)
+        discard_checkpoints(output)
     accelerator.wait_for_everyone()
 
 

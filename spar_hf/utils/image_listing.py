@@ -50,11 +50,9 @@ def scan_folder(folder: Path, exclude: Path | None = None) -> tuple[list[Path], 
             folders[:] = sorted(name for name in folders if not name.startswith("."))
             waiting += [os.path.join(parent, name) for name in folders if os.path.islink(os.path.join(parent, name))]
             for name in files:
-                if name.startswith("."):
-                    continue
-                if is_image_name(name):
+                if is_image_name(name) and not name.startswith("."):
                     found.append(Path(parent) / name)
-                else:
+                elif not name.startswith("."):
                     others[Path(name).suffix.lower() or "no ending"] += 1
     return sorted(found), others
 
@@ -83,9 +81,8 @@ def describe(others: Counter[str]) -> str:
     >>> describe(Counter({".txt": 1, ".raw": 3}))
     '3 .raw, 1 .txt'
     ```"""
-    return ", ".join(
-        f"{count} {ending}" for ending, count in sorted(others.items(), key=lambda item: (-item[1], item[0]))
-    )
+    ordered = sorted(others.items(), key=lambda item: (-item[1], item[0]))
+    return ", ".join(f"{count} {ending}" for ending, count in ordered)
 
 
 def split_pattern(pattern: str) -> tuple[Path, str]:
@@ -101,11 +98,7 @@ def split_pattern(pattern: str) -> tuple[Path, str]:
     (PosixPath('photos [2024]'), 'photos [[]2024]/*.jpg')
     ```"""
     parts = Path(pattern).parts
-    known = 0
-    for number in range(len(parts), 0, -1):
-        if Path(*parts[:number]).is_dir():
-            known = number
-            break
+    known = next((number for number in range(len(parts), 0, -1) if Path(*parts[:number]).is_dir()), 0)
     rest = parts[known:]
     while rest and not glob.has_magic(rest[0]):
         known, rest = known + 1, rest[1:]
@@ -120,12 +113,10 @@ def files_matching(pattern: str) -> tuple[Path, list[Path], Counter[str]]:
     A folder that `**` reaches by several links is read once, by its shortest path.
     """
     root, escaped = split_pattern(pattern)
-    paths = [Path(path) for path in sorted(glob.glob(escaped, recursive=True))]
-    if not paths and "[" in pattern:  # brackets of a folder behind a wildcard
-        paths = [
-            Path(path) for path in sorted(glob.glob(escaped.replace("[[]", "[").replace("[", "[[]"), recursive=True))
-        ]
-    paths = [path for path in paths if not path.is_dir()]
+    found = glob.glob(escaped, recursive=True)
+    if not found and "[" in pattern:  # brackets of a folder behind a wildcard
+        found = glob.glob(escaped.replace("[[]", "[").replace("[", "[[]"), recursive=True)
+    paths = [path for path in map(Path, sorted(found)) if not path.is_dir()]
     if "**" in pattern:
         paths = each_folder_once(paths)
     others = Counter(path.suffix.lower() or "no ending" for path in paths if not is_image_name(path))
