@@ -11,7 +11,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from spar_hf import SlidingWindowTeacher
-from spar_hf.data.augmentation import Views, draw_crop
+from spar_hf.data.augmentation import Views, draw_crop, view_generator
 from spar_hf.data.order import Sample
 from spar_hf.data.training_images import Skipped, SkippedList, TrainingImages
 from spar_hf.distillation.pictures import compare_features
@@ -43,19 +43,17 @@ def teach(
     views: Views,
     teacher: SlidingWindowTeacher,
     skipped: SkippedList,
-    generator: Callable[[Sample], random.Random],
+    seed: int | None = None,
     progress: bool = True,
 ) -> list[TeacherPair]:
     """
     Run the full teacher on a view of each image. Images that cannot be read are listed in `skipped`.
 
     Args:
-        samples: the images.
-        images: reads them.
-        views: how views are drawn.
+        samples, images: the images, and what reads them.
+        views: how views are drawn: as in training with this `seed`, or by the same numbers for all images.
         teacher: all its windows are run.
         skipped: list of unreadable images.
-        generator: sample -> random numbers of its view.
         progress: whether to show a progress bar.
 
     Raises:
@@ -68,7 +66,8 @@ def teach(
         except Exception as error:  # each of Pillow's decoders raises its own kind, and no file may end a training
             skipped.add(Skipped(sample.name, str(error) or type(error).__name__))
             continue
-        crop = draw_crop(image.size, images.window, images.patch_size, views, generator(sample))
+        rng = random.Random(0) if seed is None else view_generator(seed, sample.index)
+        crop = draw_crop(image.size, images.window, images.patch_size, views, rng)
         view = crop.apply(image)
         pixel_values = images.pixels(view).to(device)
         target = teacher(pixel_values).feature_map

@@ -40,6 +40,7 @@ FREQUENCY = 0.8
 # In windows. Opposite ends of a table that spans this many are three quarters of a period apart, where the prior is as weak
 # as at two windows. A whole period (7.9) would make opposite ends look near.
 LARGEST_EXTENT = 5.8
+PRIOR_STEP = 1.4  # factor between two exponents that `fit_prior` tries
 
 
 @torch.no_grad()
@@ -302,10 +303,7 @@ def scale_prior(model: SparVisionModel, directions: torch.Tensor, block: int, fa
 
 @torch.no_grad()
 def fit_prior(
-    model: SparVisionModel,
-    directions: torch.Tensor,
-    pairs: Sequence[tuple[torch.Tensor, torch.Tensor]],
-    step: float = 1.4,
+    model: SparVisionModel, directions: torch.Tensor, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]
 ) -> list[float]:
     """
     Widen or narrow the prior of each block as long as the mean squared error to the teacher falls, in place.
@@ -317,7 +315,6 @@ def fit_prior(
         model ([`SparVisionModel`]): after [`initialise_locality`], trained or not.
         directions (`torch.FloatTensor` of shape `(hidden_size, 5)`): position subspace.
         pairs (`Sequence[tuple[torch.FloatTensor, torch.FloatTensor]]`): images and the full teacher's maps of them.
-        step (`float`, *optional*, defaults to 1.4): factor between two exponents that are tried.
 
     Returns:
         the factor of each block's exponent, 1 where it stayed.
@@ -335,7 +332,7 @@ def fit_prior(
     if not pairs or not math.isfinite(least):
         raise UsageError(f"--fit_prior: the error on {len(pairs)} images is {least}. Give other images.")
     for block in tqdm(range(len(factors)), desc="priors of the blocks"):
-        for change in (step, 1 / step):
+        for change in (PRIOR_STEP, 1 / PRIOR_STEP):
             while True:
                 scale_prior(model, directions, block, change)
                 found = error()

@@ -6,13 +6,12 @@ from torch import nn
 
 class DistillationLoss:
     """
-    The loss of one image.
+    The loss of one image: [`distillation_loss`], and [`decision_loss`] if there are texts.
 
     Args:
         whitening (`torch.FloatTensor` of shape `(dim, dim)`, *optional*): applied to all features before the mean squared
             error, see [`error_weights`].
-        texts (`torch.FloatTensor` of shape `(names, dim)`, *optional*): adds [`decision_loss`] over these names.
-        scale (`float`, *optional*, defaults to 1.0): multiplies their cosines.
+        texts, scale: of [`decision_loss`].
         words_weight (`float`, *optional*, defaults to 0.0): weight of that term.
     """
 

@@ -119,12 +119,8 @@ def mean_of_students(names: list[str], like: SparVisionModel) -> tuple[dict[str,
     The mean of the vision towers' weights, and their common `position_extent`. Students with a common start lie in one basin
     of the loss, where the mean is nearer to the teacher than the students are on average (model soups, arXiv 2203.05482).
 
-    Args:
-        names: hub ids or folders.
-        like: a vision tower whose shapes they must have.
-
     Raises:
-        UsageError: other shapes, or position tables of different extents.
+        UsageError: other shapes than `like`, or position tables of different extents.
     """
     with as_usage_errors():
         students = [load_model(name)[1] for name in names]

@@ -11,6 +11,7 @@ from transformers import get_scheduler
 
 from spar_hf.distillation.options import OptimisationOptions
 from spar_hf.distillation.student import Student
+from spar_hf.utils.errors import as_usage_errors
 
 
 def is_sharded(accelerator: Accelerator) -> bool:
@@ -26,15 +27,24 @@ def count_steps(options: OptimisationOptions, images: int | None, images_per_ste
     return max(1, math.ceil(options.epochs * images / images_per_step))
 
 
+def make_schedule(
+    name: str, optimizer: torch.optim.Optimizer, warmup_ratio: float, steps: int, accelerator: Accelerator
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """
+    A learning-rate schedule of transformers by name, such as `cosine`, to be passed to `accelerator.prepare`. Learning rates
+    rise for a share `warmup_ratio` of the optimizer `steps`.
+
+    Raises:
+        UsageError: transformers has no schedule of this name.
+    """
+    processes = accelerator.num_processes  # accelerate steps the schedule once per process and optimizer step
+    with as_usage_errors():
+        return get_scheduler(name, optimizer, int(warmup_ratio * steps) * processes, steps * processes)
+
+
 class Optimisation:
     """
-    Optimiser and schedule of a student, as accelerate prepares them.
-
-    Args:
-        accelerator: of the run.
-        student: on its device.
-        options: learning rate, schedule, weight decay.
-        steps: optimizer steps of the run.
+    Optimiser and schedule of a student on its device, as accelerate prepares them.
 
     Attributes:
         wrapped: the student for training; its forward runs in the precision of the run.
@@ -48,13 +58,7 @@ class Optimisation:
             accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = list(names)
         parameters = [parameter for parameter in student.trained.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=options.learning_rate, weight_decay=options.weight_decay)
-        # accelerate steps the schedule once per process and optimizer step
-        schedule = get_scheduler(
-            options.lr_scheduler_type,
-            optimizer,
-            num_warmup_steps=int(options.warmup_ratio * steps) * accelerator.num_processes,
-            num_training_steps=steps * accelerator.num_processes,
-        )
+        schedule = make_schedule(options.lr_scheduler_type, optimizer, options.warmup_ratio, steps, accelerator)
         self.wrapped: Any
         self.wrapped, self.optimizer, self.schedule = accelerator.prepare(student.trained, optimizer, schedule)
         # between forward and backward FSDP exposes other tensors, so parameters are collected here

@@ -64,13 +64,8 @@ def compare_features(
 
 def draw_curve(log: Path, held_out: list[dict[str, Any]], kept: dict[str, Any] | None, path: Path) -> None:
     """
-    Draw the training loss of a `log.jsonl` and the held-out errors over the steps.
-
-    Args:
-        log: rows with `step` and `loss`.
-        held_out: points with `step` and `mse`.
-        kept: the point of the student that is kept; marked.
-        path: picture to write.
+    Draw the training loss of a `log.jsonl` and the held-out errors over the steps, as the picture `path`. Points have a
+    `step` and an `mse`; that of the student that is kept is marked.
     """
     from matplotlib.figure import Figure  # a second of import, once at the end; a figure by itself needs no display
 

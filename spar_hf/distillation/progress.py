@@ -11,14 +11,7 @@ from spar_hf.utils.devices import clock, peak_bytes
 
 
 class Progress:
-    """
-    Args:
-        first: steps done before, by an earlier part of the run.
-        steps: of the whole run.
-        images_per_step: of all processes.
-        device: whose work is timed.
-        show: whether to show a bar.
-    """
+    """Times the work of a device in a run of `steps` steps, of which `first` are done, with images of all processes."""
 
     def __init__(self, first: int, steps: int, images_per_step: int, device: torch.device, show: bool = True):
         self.first, self.images_per_step, self.device = first, images_per_step, device

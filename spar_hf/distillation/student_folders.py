@@ -33,10 +33,8 @@ def save_student(
     Write a folder for `from_pretrained`.
 
     Args:
-        model: the model; its text tower, if there is one, is written as it is.
-        processor: is written with it.
+        model: its text tower, if there is one, is written as it is.
         state: weights of the vision tower.
-        folder: is replaced as a whole.
         record: how the student was made; `distillation` in the configuration.
         recipe: options of the run by name, for the card.
         dtype: precision of the stored weights. The configuration says float32 in any case: half precision is for the disk.
@@ -70,12 +68,8 @@ def save_adapter(
 
 def merge_adapters(state: dict[str, torch.Tensor], wrapped: Any, base: str) -> dict[str, torch.Tensor]:
     """
-    The plain weights of a student with adapters.
-
-    Args:
-        state: weights of `wrapped`.
-        wrapped: the `PeftModel`; stays as it is.
-        base: the model that the student started as.
+    The plain weights of a student with adapters: of the `PeftModel` `wrapped` with weights `state`, which stays as it is.
+    `base` is the model that the student started as.
     """
     from peft import get_peft_model
 
@@ -105,13 +99,8 @@ def has_text_tower(folder: Path) -> bool:
 
 def student_card(folder: Path, record: dict[str, Any], recipe: Mapping[str, Any], pictures: Sequence[str] = ()) -> str:
     """
-    The model card of a student: what it learned from, how far it is from its teacher, and the options to repeat it.
-
-    Args:
-        folder: where everything else is written already.
-        record: how the student was made.
-        recipe: options of the run by name.
-        pictures: files beside the card.
+    The model card of a student: what it learned from, how far it is from its teacher, and the options to repeat it. In the
+    folder everything else is written already; `pictures` are files beside the card.
     """
     adapter, text = (folder / "adapter_config.json").is_file(), has_text_tower(folder)
     data = ModelCardData(

@@ -2,7 +2,6 @@
 
 import random
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch.utils.data import Dataset
@@ -15,49 +14,27 @@ from spar_hf.distillation.teacher_cache import TeacherCache
 from spar_hf.utils.errors import UsageError
 
 
-class Target(Protocol):
+class Target:
     """
-    Makes the target of an image.
-
-    Returns:
-        the full map `(1, dim, h, w)` and `None`, or cells and their weights as [`SlidingWindowTeacher.sample`] returns them.
-    """
-
-    def __call__(self, pixel_values: torch.Tensor, index: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """`index` is the image's number in the stream."""
-        ...
-
-
-class FullTarget:
-    """The mean over all windows of the teacher."""
-
-    def __init__(self, teacher: SlidingWindowTeacher):
-        self.teacher = teacher
-
-    def __call__(self, pixel_values: torch.Tensor, index: int) -> tuple[torch.Tensor, None]:
-        return self.teacher(pixel_values).feature_map, None
-
-
-class SampledTarget:
-    """
-    An unbiased estimate from about `windows` windows. The draw depends on the seed and the image's number in the stream:
-    it is the same after a resume and on any number of processes.
+    The target of an image: the mean over all windows of the teacher, or with `--teacher_windows` an unbiased estimate from
+    about so many. The draw depends on the seed and the image's number in the stream: it is the same after a resume and on
+    any number of processes. Cached maps come with their images instead, see [`CachedImages`].
     """
 
-    def __init__(self, teacher: SlidingWindowTeacher, windows: int, seed: int, variant: str = "spread"):
-        self.teacher, self.windows, self.seed, self.variant = teacher, windows, seed, variant
+    def __init__(self, teacher: SlidingWindowTeacher, options: TeacherOptions, seed: int):
+        self.teacher, self.seed = teacher, seed
+        self.windows, self.variant = options.teacher_windows, options.teacher_variant
         self.generator = torch.Generator()
 
-    def __call__(self, pixel_values: torch.Tensor, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def __call__(self, pixel_values: torch.Tensor, index: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        The full map `(1, dim, h, w)` and `None`, or cells and their weights as [`SlidingWindowTeacher.sample`] returns them;
+        `index` is the image's number in the stream.
+        """
+        if self.windows is None:
+            return self.teacher(pixel_values).feature_map, None
         draw = random.Random(f"windows-{self.seed}-0-{index}").getrandbits(62)
-        return self.teacher.sample(pixel_values, self.windows, self.generator.manual_seed(draw), variant=self.variant)
-
-
-def make_target(teacher: SlidingWindowTeacher, options: TeacherOptions, seed: int) -> Target:
-    """The target that `--teacher_mode` asks for. Cached maps come with their images instead, see [`CachedImages`]."""
-    if options.teacher_windows is None:
-        return FullTarget(teacher)
-    return SampledTarget(teacher, options.teacher_windows, seed, options.teacher_variant)
+        return self.teacher.sample(pixel_values, self.windows, self.generator.manual_seed(draw), self.variant)
 
 
 class CachedImages(Dataset):

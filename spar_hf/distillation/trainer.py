@@ -10,7 +10,6 @@ teacher's features with the mean squared error, without labels (SPAR, arXiv 2604
 
 import logging
 import math
-import random
 import sys
 from dataclasses import replace
 from functools import partial
@@ -23,8 +22,6 @@ import yaml
 from accelerate.utils import broadcast, broadcast_object_list, gather_object
 from PIL import Image
 
-from spar_hf.data.augmentation import view_generator
-from spar_hf.data.order import Sample
 from spar_hf.data.sources import open_sources
 from spar_hf.data.training_images import LoadedSample, SkippedList
 from spar_hf.distillation.held_out import PICTURED, ErrorCurve, HeldOut, largest_views, teach
@@ -40,7 +37,7 @@ from spar_hf.distillation.records import held_out_record, make_record
 from spar_hf.distillation.stream import earlier_images, open_stream, readable_samples
 from spar_hf.distillation.student import Student, prepare_positions
 from spar_hf.distillation.student_folders import finish_folder, merge_adapters, save_adapter, save_student
-from spar_hf.distillation.targets import make_target
+from spar_hf.distillation.targets import Target
 from spar_hf.distillation.trainable import count_parameters, share_frozen
 from spar_hf.utils.atomic import write_atomically, write_text
 from spar_hf.utils.checkpoints import discard_earlier, earlier_state, is_finished, load_checkpoint
@@ -122,11 +119,15 @@ class Distillation:
             earlier=earlier,
         )
         self.student = self._make_student()
-        self.target = make_target(self.models.teacher, options.teacher, optimisation.seed)
+        self.target = Target(self.models.teacher, options.teacher, optimisation.seed)
         self.images_per_step = self.accelerator.num_processes * optimisation.gradient_accumulation_steps
         self.steps = count_steps(optimisation, self.stream.count, self.images_per_step)
         self.optimisation = Optimisation(self.accelerator, self.student, optimisation, self.steps)
-        self.skipped = self._start_skipped_list()
+        self.output.mkdir(parents=True, exist_ok=True)
+        self.skipped = SkippedList(self.output / "skipped.jsonl")
+        if self.is_main:
+            self.skipped.start(options.run.resume)
+        self.accelerator.wait_for_everyone()
         self.bad_steps = BadSteps(self.accelerator, options.run.max_bad_steps, *(self.state or {}).get("bad_steps", ()))
         self.held_out = self._teach_held_out()
         whitening = self._measure_whitening() if optimisation.whiten else None
@@ -177,22 +178,9 @@ class Distillation:
         separate = is_sharded(self.accelerator) or options.fit_prior
         shared = 0 if separate else share_frozen(student.trained, models.teacher.model)
         trained, total = count_parameters(student.trained)
-        logger.info(
-            "%.2f M of %.2f M parameters are trained; teacher and student share %.2f M frozen ones.",
-            trained / 1e6,
-            total / 1e6,
-            shared / 1e6,
-        )
+        text = "%.2f M of %.2f M parameters are trained; teacher and student share %.2f M frozen ones."
+        logger.info(text, trained / 1e6, total / 1e6, shared / 1e6)
         return student
-
-    def _start_skipped_list(self) -> SkippedList:
-        """The list of unreadable images, in a folder that exists from here on."""
-        self.output.mkdir(parents=True, exist_ok=True)
-        skipped = SkippedList(self.output / "skipped.jsonl")
-        if self.is_main:
-            skipped.start(self.options.run.resume)
-        self.accelerator.wait_for_everyone()
-        return skipped
 
     def _teach_held_out(self) -> HeldOut:
         """Held-out images under the full teacher. Only the main process measures, unless all must take part."""
@@ -201,11 +189,7 @@ class Distillation:
         here = self.is_main or is_sharded(self.accelerator) or self.options.optimisation.whiten
         samples = stream.held_out if here else []
         teacher = self.models.teacher
-
-        def generator(sample: Sample) -> random.Random:
-            return random.Random(0)  # draws only where the view lies within less than a patch
-
-        return HeldOut(teach(samples, stream.images, views, teacher, self.skipped, generator, progress=self.is_main))
+        return HeldOut(teach(samples, stream.images, views, teacher, self.skipped, progress=self.is_main))
 
     def _measure_whitening(self) -> torch.Tensor:
         """The matrix that `whiten` applies to the features, from the held-out maps."""
@@ -221,11 +205,7 @@ class Distillation:
             stream, seed = self.stream, self.options.optimisation.seed
             samples = stream.choose(self.options.student.fit_prior, seed)
             views = replace(self.options.views, crop_probability=0.0)
-
-            def generator(sample: Sample) -> random.Random:
-                return view_generator(seed, sample.index)  # as in training
-
-            pairs = teach(samples, stream.images, views, self.models.teacher, self.skipped, generator)
+            pairs = teach(samples, stream.images, views, self.models.teacher, self.skipped, seed)
             factors = fit_prior(
                 self.student.model, self.student.directions, [(pair.pixel_values, pair.target) for pair in pairs]
             )
@@ -238,12 +218,8 @@ class Distillation:
         """The held-out errors so far: of the student before training, and those of a run that is resumed."""
         before = self._held_out_error() if self.state is None else self.state["before"]
         points = [] if self.state is None else self.state["curve"]
-        logger.info(
-            "%s training images, %d held out; held-out error before training: %s",
-            self.stream.count or "Streamed",
-            len(self.held_out),
-            before,
-        )
+        text = "%s training images, %d held out; held-out error before training: %s"
+        logger.info(text, self.stream.count or "Streamed", len(self.held_out), before)
         return ErrorCurve(before, points, self.options.optimisation.words_weight)
 
     # The steps of a run
