@@ -127,9 +127,8 @@ class ImageWindows:
         if self.pixels.dtype not in (np.uint8, bool):
             height, width = self.size
             rows = np.linspace(0, height - 1, min(SAMPLES, height)).astype(int).tolist()
-            scale_range(
-                np.concatenate([self._array(row, 0, row + 1, width)[:, :, :3] for row in rows]), self.image_range
-            )
+            sample = np.concatenate([self._array(row, 0, row + 1, width)[:, :, :3] for row in rows])
+            scale_range(sample, image_range)
 
 
 __all__ = ["ImageWindows"]

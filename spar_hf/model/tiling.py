@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 from .image_windows import ImageWindows
-from .segmentation import LabelMap, decide
+from .prompts import Vocabulary
+from .segmentation import LabelMap, decide, give_to_background
 
 Block = tuple[slice, slice, torch.Tensor]
 Encode = Callable[[int, int, int, int], torch.Tensor]
@@ -100,8 +101,8 @@ class TilePlan:
 
     ```python
     >>> plan = TilePlan.make((1000, 2000), patch_size=16, tile=768, overlap=128)
-    >>> len(plan), plan.window(1, 3)
-    (8, (240, 1232, 1000, 2000))
+    >>> len(plan), plan.window(1, 2)
+    (6, (240, 1232, 1000, 2000))
     ```"""
 
     size: tuple[int, int]
@@ -297,4 +298,82 @@ def tile_sides(tile: Any, patch_size: int, max_tokens: int) -> tuple[int, int]:
     return side, overlap
 
 
-__all__ = ["TiledImage", "TilePlan"]
+def check_tiled(options: Mapping[str, Any]) -> None:
+    """
+    Refuse what a decision tile by tile cannot do.
+
+    Raises:
+        ValueError: `tile` with a working size, a result larger than a label map, a refinement or presence.
+    """
+    if options.get("size") not in (None, "native"):
+        raise ValueError("Tiles are read at the size of the image: leave out `size`, or resize the image and `tile`.")
+    if options.get("output") in ("probabilities", "logits"):
+        raise ValueError(f"`tile` and output={options['output']!r} exclude each other: take 'map' or 'segments'.")
+    others = ("top_k", "refine", "upsampler", "presence", "min_presence")
+    if given := [name for name in others if options.get(name) and (name != "top_k" or options.get("output") == "map")]:
+        raise ValueError(f"These need all of the image at once, so leave them out with `tile`: {', '.join(given)}.")
+
+
+def tiled_blocks(
+    pipeline: Any,
+    image: TiledImage,
+    vocabulary: Vocabulary,
+    templates: Any = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Iterator[tuple[slice, slice, LabelMap]]:
+    """
+    Segment an image block by block.
+
+    Args:
+        pipeline ([`OpenVocabSegmentationPipeline`]): its model, image processor and text embeddings.
+        image: image and tiles.
+        vocabulary, templates: the classes, with their background.
+        progress: called after each tile with the number of tiles done and of all.
+
+    Yields:
+        As [`decided_blocks`].
+    """
+    text_embeds = pipeline.text_embeds(vocabulary, templates, check_weights=False)
+    name_to_class = vocabulary.name_to_class.to(text_embeds.device)
+    done = 0
+
+    def encode(top: int, left: int, bottom: int, right: int) -> torch.Tensor:
+        nonlocal done
+        window = image.windows.read(top, left, bottom, right)
+        # the window is RGB already, and no larger than a tile
+        options = {"size": "native", "max_tokens": None, "image_range": None, "input_data_format": "channels_last"}
+        inputs = pipeline.image_processor(window, return_tensors="pt", **options)
+        encoded = pipeline._encode([{"pixel_values": inputs["pixel_values"], "original_size": window.shape[:2]}])[0]
+        done += 1
+        if progress is not None:
+            progress(done, len(image.plan))
+        return encoded.feature_map
+
+    def logits(features: torch.Tensor) -> torch.Tensor:
+        return pipeline.model.dense_logits(features[None], text_embeds)[0]
+
+    return decided_blocks(image.plan, encode, logits, name_to_class)
+
+
+def tiled_map(
+    pipeline: Any,
+    image: TiledImage,
+    vocabulary: Vocabulary,
+    classes: int,
+    background: int,
+    threshold: float = 0.0,
+    min_area: float = 0.0,
+    templates: Any = None,
+) -> dict[str, torch.Tensor]:
+    """The decision for an image in memory, as [`map_result`] returns it: `map`, and per class `pixels` and `scores`."""
+    decision = LabelMap(torch.empty(image.plan.size, dtype=torch.int32), torch.empty(image.plan.size))
+    for rows, columns, block in tiled_blocks(pipeline, image, vocabulary, templates):
+        decision.labels[rows, columns] = block.labels.cpu()
+        decision.probabilities[rows, columns] = block.probabilities.cpu()
+    if threshold or min_area:
+        decision = give_to_background(decision, background, threshold, min_area)
+    pixels, scores = decision.class_scores(classes)
+    return {"map": decision.labels, "pixels": pixels, "scores": scores}
+
+
+__all__ = ["TiledImage", "TilePlan", "tiled_blocks"]
