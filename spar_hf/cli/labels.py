@@ -51,12 +51,33 @@ def read_labels(labels: str) -> Vocabulary:
     return parse_labels(labels)
 
 
-def single_class_hint(labels: str) -> str:
-    """Explain why one class alone says nothing, and suggest what was probably meant."""
-    text = "a single class covers the whole image."
-    if near := get_close_matches(labels.strip().lower(), VOCABULARIES, 1):
-        return f"{text} Did you mean the built-in {near[0]}?"
-    return f'{text} Separate classes by ";" ("road; sky"; commas separate names of one class), or name a --background.'
+def parse_background(text: str, vocabulary: Vocabulary) -> str | None:
+    """The pipeline's `background` from the option: `none` is `None`, unless a class is called so."""
+    return None if text == "none" and text not in vocabulary.labels else text
+
+
+def single_class_hint(labels: str, vocabulary: Vocabulary, background: str | None) -> str:
+    """
+    What was probably meant by one class alone; empty if nothing speaks against it.
+
+    Example:
+
+    ```python
+    >>> single_class_hint("car", parse_labels("car"), "auto")
+    ''
+    >>> single_class_hint("road, sky", parse_labels("road, sky"), "auto")
+    'road, sky are names of one class. Separate classes by ";": "road; sky".'
+    ```"""
+    near = get_close_matches(labels.strip().lower(), VOCABULARIES, 1)
+    if len(vocabulary.labels) > 1 or not (near or background is None or len(vocabulary.all_names) > 1):
+        return ""
+    text = f"{', '.join(vocabulary.all_names[:5])} are names of one class."
+    if background is None:
+        text = "a single class covers the whole image. Leave out --background none, or add classes."
+    elif near:
+        text = f"{vocabulary.labels[0]} is taken for a word."
+    end = f"Did you mean the built-in {near[0]}?" if near else 'Separate classes by ";": "road; sky".'
+    return f"{text} {end}"
 
 
 def unknown_hint(names: Sequence[str]) -> str:

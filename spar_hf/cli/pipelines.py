@@ -1,5 +1,6 @@
 """Pipelines of one pass and of the sliding window, and their run times, for the commands, the web page and the demo."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,9 +11,12 @@ from transformers import pipeline
 from spar_hf.cli.reporting import quiet_transformers
 from spar_hf.model.modeling_spar import SparForOpenVocabSegmentation
 from spar_hf.model.processing_spar import SparProcessor
+from spar_hf.model.segmentation import class_probabilities
 from spar_hf.registration import SPAR_TINY, SPAR_TINY_BASE
 from spar_hf.teacher import SlidingWindowTeacher
 from spar_hf.utils.devices import clock
+
+HEAT_BYTES = 64 * 2**20  # of the heat maps of all classes of an image, while they are computed
 
 
 class SlidingWindowVision(SlidingWindowTeacher):
@@ -100,3 +104,43 @@ def segment_timed(pipe, image: Image.Image, candidate_labels, **options) -> dict
         for hook in hooks:
             hook.remove()
     return {**result, "forward_seconds": times[-1] - times[0], "seconds": clock(pipe.device) - start}
+
+
+def segment_with_heat(pipe, image: Image.Image, candidate_labels, heat: bool = False, **options) -> dict[str, Any]:
+    """
+    Segment an image and compute heat maps of all classes, in one run of the vision tower.
+
+    Args:
+        pipe ([`OpenVocabSegmentationPipeline`]): from [`load_pipeline`].
+        image: in RGB, of any size.
+        candidate_labels: classes, as for the pipeline.
+        heat: whether to compute heat maps.
+        options: further options of the pipeline.
+
+    Returns:
+        The pipeline's `output="map"`; with `heat` also `heat`, the probability of every class as levels from 0 to 255,
+        uint8 `(classes, h, w)`: of every pixel, or of fewer points where all would take more than 64 MiB, but never fewer
+        than patches.
+
+    Example:
+
+    ```python
+    >>> result = segment_with_heat(load_pipeline(), Image.new("RGB", (64, 48)), ["road", "sky"], heat=True)
+    >>> result["heat"].shape, int(result["heat"].sum(0).min()) >= 254
+    ((2, 48, 64), True)
+    ```"""
+    seen = {name: options.pop(name) for name in ("size", "max_tokens") if name in options}
+    encoded = pipe.encode(image, **seen)
+    result = pipe(encoded, candidate_labels=candidate_labels, output="map", **options)
+    if not heat:
+        return result
+    words = {name: value for name, value in options.items() if name in ("templates", "background", "refine")}
+    grid = pipe(encoded, candidate_labels=candidate_labels, output="logits", **words)
+    logits = torch.from_numpy(grid["logits"])
+    height, width = grid["original_size"]
+    scale = min(1, math.sqrt(HEAT_BYTES / (4 * len(grid["labels"]) * height * width)))
+    sides = zip((height, width), logits.shape[1:], strict=True)
+    size = tuple(min(side, max(math.ceil(side * scale), patches)) for side, patches in sides)
+    where = (grid["patch_size"], grid["working_size"], size)
+    _, probabilities = class_probabilities(logits, torch.from_numpy(grid["name_to_class"]), *where)
+    return {**result, "heat": (probabilities * 255).round_().to(torch.uint8).numpy()}

@@ -1,7 +1,8 @@
-"""Files that `spar-hf segment` writes: overlay, label map, COCO run-length masks, list of segments."""
+"""Files that `spar-hf segment` writes: overlay, label map, COCO run-length masks, list of segments, heat maps."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from spar_hf.cli.overlays import overlay
+from spar_hf.cli.overlays import heat_picture, overlay, palette
 from spar_hf.utils.atomic import write_atomically, write_text
 from spar_hf.utils.errors import UsageError
+from spar_hf.utils.image_files import InputImage
 from spar_hf.utils.texts import json_text, read_text
 
 MAX_CLASSES = 2**16  # of a 16-bit label map
@@ -37,21 +39,20 @@ class Segment:
     bbox: tuple[int, int, int, int]
 
 
-def segments(result: Mapping[str, Any]) -> Iterator[Segment]:
+def segments(result: Mapping[str, Any], keep_background: bool = False) -> Iterator[Segment]:
     """
     Iterate over the classes that have pixels in a pipeline's `output="map"`, so that one mask is in memory at a time.
 
     Example:
 
     ```python
-    >>> label_map = np.array([[0, 2], [0, 2], [0, 0]])
-    >>> found = segments({"map": label_map, "labels": ["sky", "car", "road"], "scores": [0.9, 0, 0.8]})
-    >>> [(segment.label, segment.bbox) for segment in found]
-    [('sky', (0, 0, 2, 3)), ('road', (1, 0, 1, 2))]
+    >>> label_map = np.array([[0, 2], [0, 2], [1, 1]])
+    >>> result = {"map": label_map, "labels": ["sky", "rest", "road"], "scores": [0.9, 0.7, 0.8], "background": 1}
+    >>> [(segment.label, segment.bbox) for segment in segments(result)]
+    [('sky', (0, 0, 1, 2)), ('road', (1, 0, 1, 2))]
     ```"""
     label_map = result["map"]
-    pixels = np.bincount(label_map.ravel(), minlength=len(result["labels"]))
-    for index in pixels.nonzero()[0].tolist():
+    for index in found_classes(result, keep_background):
         mask = label_map == index
         rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
         top, left = int(rows[0]), int(columns[0])
@@ -59,9 +60,18 @@ def segments(result: Mapping[str, Any]) -> Iterator[Segment]:
         yield Segment(index, result["labels"][index], float(result["scores"][index]), mask, bbox)
 
 
-def label_image(label_map: np.ndarray, classes: int) -> Image.Image:
+def found_classes(result: Mapping[str, Any], keep_background: bool = False) -> list[int]:
+    """Numbers of the classes that have pixels; the background only on request, and then last."""
+    pixels = np.bincount(result["map"].ravel(), minlength=len(result["labels"]))
+    found, background = pixels.nonzero()[0].tolist(), result["background"]
+    others = [index for index in found if index != background]
+    return [*others, background] if keep_background and background in found else others
+
+
+def label_image(label_map: np.ndarray, classes: int, background: int = -1) -> Image.Image:
     """
-    Class numbers as a grey image: 8 bits for up to 256 classes, else 16 bits, the same for all images of a vocabulary.
+    Class numbers as an image: up to 256 classes as indices of 8 bits into a palette of the legend's colours, more as grey
+    levels of 16 bits; the same for all images of a vocabulary. `np.array(image)` are the class numbers.
 
     Raises:
         UsageError: more classes than 16 bits can number.
@@ -69,31 +79,43 @@ def label_image(label_map: np.ndarray, classes: int) -> Image.Image:
     Example:
 
     ```python
-    >>> label_image(np.zeros((40, 60), int), 257).mode
-    'I;16'
+    >>> [label_image(np.zeros((40, 60), int), classes).mode for classes in (256, 257)]
+    ['P', 'I;16']
     ```"""
     if classes > MAX_CLASSES:
         raise UsageError(f"A label map is limited to {MAX_CLASSES} classes, not {classes}. Omit --format map.")
-    return Image.fromarray(label_map.astype(np.uint8 if classes <= 256 else np.uint16))
+    if classes > 256:
+        return Image.fromarray(label_map.astype(np.uint16))
+    image = Image.fromarray(label_map.astype(np.uint8))
+    image.putpalette(palette(classes, background).tobytes())
+    return image
 
 
 def write_image(image: Image.Image, path: Path) -> None:
     """Write a picture atomically, in the format of its suffix."""
-    write_atomically(path, image.save)
+    bits: dict[str, Any] = {"bits": 8} if image.mode == "P" else {}  # Pillow packs small palettes into fewer
+    write_atomically(path, lambda temporary: image.save(temporary, **bits))
 
 
-def segment_list(result: Mapping[str, Any], source: str) -> dict[str, Any]:
+def frame_entry(image: InputImage) -> dict[str, int]:
+    """The entry `frame` of a chosen frame's results."""
+    return {} if image.frame is None else {"frame": image.frame}
+
+
+def segment_list(result: Mapping[str, Any], image: InputImage, keep_background: bool = False) -> dict[str, Any]:
     """
-    Content of the `json` format: the size of the image in pixels, all labels in order, and for each class with pixels its
-    label, score (mean probability over the mask), share of the image (0 to 1) and bounding box (x, y, width, height in
-    pixels).
+    Content of the `json` format: the size of the image in pixels, all labels in order, the presence of each if asked for,
+    and for each class with pixels its label, score (mean probability over the mask), share of the image (0 to 1) and
+    bounding box (x, y, width, height in pixels).
     """
     height, width = result["map"].shape
     return {
-        "image": source,
+        "image": image.source,
+        **frame_entry(image),
         "width": width,
         "height": height,
         "labels": list(result["labels"]),
+        **({"presence": presence_by_label(result)} if "presence" in result else {}),
         "segments": [
             {
                 "label": segment.label,
@@ -101,12 +123,18 @@ def segment_list(result: Mapping[str, Any], source: str) -> dict[str, Any]:
                 "share": float(segment.mask.mean()),
                 "bbox": list(segment.bbox),
             }
-            for segment in segments(result)
+            for segment in segments(result, keep_background)
         ],
     }
 
 
-def coco_dataset(result: Mapping[str, Any], source: str) -> dict[str, Any]:
+def presence_by_label(result: Mapping[str, Any]) -> dict[str, float]:
+    """Presence of every class but the background, for people and JSON: `{label: 0 to 1}`."""
+    pairs = enumerate(zip(result["labels"], result["presence"], strict=True))
+    return {label: round(float(value), 6) for i, (label, value) in pairs if i != result["background"]}
+
+
+def coco_dataset(result: Mapping[str, Any], image: InputImage, keep_background: bool = False) -> dict[str, Any]:
     """
     One image as a COCO data set that `pycocotools.coco.COCO` reads: `images`, `categories` (ids are class numbers + 1) and
     `annotations`, with a run-length mask and a `score` for each class that has pixels.
@@ -117,7 +145,7 @@ def coco_dataset(result: Mapping[str, Any], source: str) -> dict[str, Any]:
     encode = coco_encoder()
     height, width = result["map"].shape
     annotations: list[dict[str, Any]] = []
-    for segment in segments(result):
+    for segment in segments(result, keep_background):
         runs = encode(np.asfortranarray(segment.mask, dtype=np.uint8))
         annotations.append(
             {
@@ -132,7 +160,7 @@ def coco_dataset(result: Mapping[str, Any], source: str) -> dict[str, Any]:
             }
         )
     return {
-        "images": [{"id": 1, "file_name": source, "height": height, "width": width}],
+        "images": [{"id": 1, "file_name": image.source, **frame_entry(image), "height": height, "width": width}],
         "categories": [{"id": i + 1, "name": label} for i, label in enumerate(result["labels"])],
         "annotations": annotations,
     }
@@ -166,25 +194,52 @@ def merge_coco(files: Iterable[Path]) -> dict[str, Any]:
     return merged
 
 
-def write_results(image: Image.Image, result: Mapping[str, Any], targets: Mapping[str, Path], source: str) -> None:
+def write_results(
+    image: Image.Image,
+    result: Mapping[str, Any],
+    targets: Mapping[str, Path],
+    item: InputImage,
+    keep_background: bool = False,
+    heat_classes: Sequence[int] | None = None,
+) -> None:
     """
     Write the results of an image, each file atomically.
 
     Args:
         image: in RGB, upright.
-        result: the pipeline's `output="map"`: `map`, `labels` and `scores`.
-        targets: path by format: `overlay`, `map`, `coco` or `json`.
-        source: file or URL of the image, which COCO and JSON files record.
+        result: the pipeline's `output="map"`: `map`, `labels`, `scores` and `background`; for heat maps also `heat`.
+        targets: path by format: `overlay`, `map`, `coco`, `json` or `heatmap`.
+        item: the image's file or URL, which COCO and JSON files record.
+        keep_background: whether COCO and JSON files list the background.
+        heat_classes: classes to draw heat maps of; those with pixels by default.
 
     Raises:
         ImportError: `coco` without pycocotools.
         OSError: a file cannot be written.
     """
+    labels, background = result["labels"], result["background"]
     for format_name, path in targets.items():
         if format_name == "overlay":
-            write_image(overlay(image, result["map"], result["labels"]), path)
+            write_image(overlay(image, result["map"], labels, background=background), path)
         elif format_name == "map":
-            write_image(label_image(result["map"], len(result["labels"])), path)
+            write_image(label_image(result["map"], len(labels), background), path)
+        elif format_name == "heatmap":
+            write_heat_maps(image, result, found_classes(result) if heat_classes is None else heat_classes, path)
         else:
             content, indent = (coco_dataset, None) if format_name == "coco" else (segment_list, 1)
-            write_text(path, json_text(content(result, source), indent))
+            write_text(path, json_text(content(result, item, keep_background), indent))
+
+
+def write_heat_maps(image: Image.Image, result: Mapping[str, Any], classes: Sequence[int], folder: Path) -> None:
+    """Write a picture per class, `000_road.png`, to a folder, and remove those of an earlier run."""
+    written = set()
+    for index in classes:
+        label = result["labels"][index]
+        heat = Image.fromarray(result["heat"][index]).resize(image.size, Image.Resampling.BILINEAR)
+        name = re.sub(r"[^\w.-]+", "_", label)[:60]
+        path = folder / f"{index:03}_{name}.png"
+        write_image(heat_picture(image, np.asarray(heat), label), path)
+        written.add(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in set(folder.glob("[0-9][0-9][0-9]*_*.png")) - written:
+        old.unlink()

@@ -13,7 +13,8 @@ from spar_hf.utils.image_files import (
     result_path,
 )
 
-FORMATS = {"overlay": ".png", "map": ".map.png", "coco": ".coco.json", "json": ".json"}  # suffixes in a folder
+# suffixes in a folder; heat maps are several pictures, in a folder of their own
+FORMATS = {"overlay": ".png", "map": ".map.png", "coco": ".coco.json", "json": ".json", "heatmap": ".heatmaps"}
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")  # of overlays
 # an --output with such a suffix is a file and not a folder; it may then be refused for its format
 FILE_SUFFIXES = (*PICTURE_SUFFIXES, ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".json")
@@ -60,7 +61,13 @@ def parse_formats(text: str) -> list[str]:
     return formats
 
 
-def plan_results(arguments: Sequence[str], output: Path, formats: list[str], map_output: Path | None) -> ResultPlan:
+def plan_results(
+    arguments: Sequence[str],
+    output: Path,
+    formats: list[str],
+    map_output: Path | None,
+    frames: str | None = None,
+) -> ResultPlan:
     """
     Find the images and name the files of their results, before any model is loaded.
 
@@ -69,12 +76,18 @@ def plan_results(arguments: Sequence[str], output: Path, formats: list[str], map
         output: file for one image, or folder.
         formats: of the results.
         map_output: file for the label map of a single image, as an addition.
+        frames: the option `--frames`; by default the first frame of every file, which is not opened here.
 
     Raises:
         UsageError: `output` or `map_output` does not fit the formats or the number of images, two results would have the
             same path, or one would overwrite an input image.
     """
     images, problems = find_images(arguments, exclude=output)
+    if frames is not None:
+        from spar_hf.cli.frames import choose_frames, parse_frames  # imports torch
+
+        images, unread = choose_frames(images, parse_frames(frames))
+        problems = [*problems, *unread]
     several = len(images) + len(problems) > 1
     single_file = not several and not output.is_dir() and output.suffix.lower() in FILE_SUFFIXES
     names_file = output.is_file() or (several and output.suffix.lower() in PICTURE_SUFFIXES and not output.is_dir())
@@ -106,6 +119,8 @@ def single_file_paths(output: Path, formats: list[str]) -> dict[str, Path]:
     >>> {name: str(path) for name, path in paths.items()}
     {'overlay': 'street.jpg', 'json': 'street.json'}
     ```"""
+    if formats == ["heatmap"]:
+        raise UsageError(f"--output {output} must be a folder: heat maps are a picture per class.")
     single_format = formats[0] if len(formats) == 1 else "overlay"
     suffixes = {"overlay": PICTURE_SUFFIXES, "map": (".png",)}.get(single_format, (".json",))
     if output.suffix.lower() not in suffixes:

@@ -61,7 +61,7 @@ class ResultRecord:
         Raises:
             UsageError: they were computed with other settings.
         """
-        if not all(path.is_file() for path in paths):
+        if not all(path.exists() for path in paths):
             return False
         entries = [self.files.get(self._name(path)) for path in paths]
         for path, entry in zip(paths, entries, strict=True):
@@ -108,12 +108,17 @@ class ResultRecord:
         return "; ".join(f"{name} {old[:80]}, now {new[:80]}" for name, (old, new) in values.items()) or "unknown ones"
 
 
-def stamp(image: InputImage) -> list[int] | None:
-    """Size in bytes and time of the last change of an image's file; `None` for a URL."""
+def stamp(image: InputImage) -> list[int] | str | None:
+    """
+    Size in bytes and time of the last change of an image's file, and the number of a chosen frame; hash of a URL; `None` for
+    a file that is gone.
+    """
     if image.source.startswith(URL_PREFIXES):
-        return None
+        return hashlib.sha256(image.source.encode("utf-8", "surrogateescape")).hexdigest()[:16] + (
+            "" if image.frame is None else f" {image.frame}"
+        )
     try:
         found = Path(image.source).stat()
     except OSError:
         return None
-    return [found.st_size, found.st_mtime_ns]
+    return [found.st_size, found.st_mtime_ns, *([] if image.frame is None else [image.frame])]

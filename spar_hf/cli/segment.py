@@ -1,10 +1,10 @@
 """`spar-hf segment`: masks from words."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -28,6 +28,9 @@ from spar_hf.utils.errors import UsageError
 from spar_hf.utils.image_files import InputImage, RunSummary, interruptible, process_images
 from spar_hf.utils.texts import json_text, read_text
 
+if TYPE_CHECKING:
+    from spar_hf.cli.frames import ImageReader
+
 SegmentImage = Callable[..., dict[str, Any]]  # image -> the pipeline's `output="map"`
 
 Output = Annotated[
@@ -37,15 +40,20 @@ Formats = Annotated[
     str,
     typer.Option(
         "--format",
-        help="overlay (masks over the image), map (class numbers as 8- or 16-bit PNG), coco (run-length masks, needs the "
-        "extra coco), json (label, score, share and box per class); several separated by commas.",
+        help="overlay (masks over the image), map (class numbers as PNG: 8-bit palette indices, 16 bits above 256 classes; "
+        "read it with Pillow), coco (run-length masks, needs the extra coco), json (label, score, share and box per class), "
+        "heatmap (probability, a picture per class found); several separated by commas.",
     ),
 ]
 Background = Annotated[
-    str | None,
+    str,
     typer.Option(
-        help="Class for unsure pixels and tiny classes: one of the labels or a new one, or auto: common stuff words."
+        help="What surrounds the classes, not painted: auto (common stuff words), none (every pixel gets a class), or one "
+        "of the labels or a new one for unsure pixels and tiny classes."
     ),
+]
+KeepBackground = Annotated[
+    bool, typer.Option("--keep-background", help="List the background in COCO and JSON files like a class.")
 ]
 Threshold = Annotated[
     float | None,
@@ -54,6 +62,22 @@ Threshold = Annotated[
 MinArea = Annotated[
     float | None,
     typer.Option(help="Classes below this share of the foreground become background.", min=0, max=1),
+]
+Presence = Annotated[
+    bool, typer.Option("--presence", help="Also report for each class how likely the image shows it at all.")
+]
+MinPresence = Annotated[
+    float | None, typer.Option(help="Leave out classes whose presence is lower: of what is not there.", min=0, max=1)
+]
+HeatMap = Annotated[
+    list[str] | None, typer.Option("--heatmap", help="Draw the probability of this class; may be repeated.")
+]
+Frames = Annotated[
+    str | None,
+    typer.Option(
+        help="Frames of GIF, APNG and WebP, pages of TIFF: 3, 0:10:2 (as in Python) or all. Default: the first one of each "
+        "file."
+    ),
 ]
 Refine = Annotated[str | None, typer.Option(help="Sharper masks: lposs, lposs+ or pamr (see spar_hf/model/refine.py).")]
 MapOutput = Annotated[
@@ -69,11 +93,16 @@ def segment(
     model: Model = None,
     templates: Templates = None,
     shortest_edge: ShortestEdge = None,
-    background: Background = None,
+    background: Background = "auto",
+    keep_background: KeepBackground = False,
     threshold: Threshold = None,
     min_area: MinArea = None,
+    presence: Presence = False,
+    min_presence: MinPresence = None,
     refine: Refine = None,
+    heatmap: HeatMap = None,
     map_output: MapOutput = None,
+    frames: Frames = None,
     skip_existing: SkipExisting = False,
     device: Device = None,
     max_tokens: MaxTokens = None,
@@ -83,62 +112,96 @@ def segment(
     """Segment images by words. Exit status: 0 success, 1 something failed, 2 wrong usage."""
     from PIL import Image
 
-    from spar_hf.cli.labels import read_labels, single_class_hint, unknown_hint
-    from spar_hf.cli.result_files import coco_encoder
+    from spar_hf.cli.frames import ImageReader
+    from spar_hf.cli.labels import parse_background, read_labels
+    from spar_hf.cli.result_files import coco_encoder, write_results
 
+    if max_pixels is not None:
+        Image.MAX_IMAGE_PIXELS = max_pixels
     with exit_on_error(usage=(ValueError, ImportError, OSError)):
-        plan = plan_results(images, output, parse_formats(formats), map_output)
+        asked = parse_formats(formats + (",heatmap" if heatmap else ""))
+        plan = plan_results(images, output, asked, map_output, frames)
         vocabulary = read_labels(labels)
         if "coco" in plan.formats:
             coco_encoder()
     if not plan.images:  # nothing to load a model for
         finish(process_images((), lambda image: None, report=report_failure, problems=plan.problems))
 
-    given = {
+    given: dict[str, Any] = {
         "size": None if shortest_edge is None else {"shortest_edge": shortest_edge},
         "templates": templates,
-        "background": background,
+        "background": parse_background(background, vocabulary),
         "threshold": threshold,
         "min_area": min_area,
         "refine": refine,
         "max_tokens": max_tokens,
-        "image_range": image_range,
     }
-    options = {name: value for name, value in given.items() if value is not None}
-    if max_pixels is not None:
-        Image.MAX_IMAGE_PIXELS = max_pixels
+    shown = {"presence": presence or bool(min_presence), "min_presence": min_presence}
+    options = {**given, **shown, "heat": "heatmap" in plan.formats}
     segment_image, pipe = load_segmenter(model, device, vocabulary, options)
     with exit_on_error(failure=()):  # wrong words or options are reported once, not for every image
-        class_names = segment_image(Image.new("RGB", (32, 32)))["labels"]
-    if len(vocabulary.labels) == 1 and background is None:
-        say(f"note: {single_class_hint(labels)}", err=True)
+        probe = segment_image(Image.new("RGB", (32, 32)))
+        heat_classes = class_numbers(heatmap, probe) if heatmap else None
+    note_odd_words(labels, vocabulary, given["background"], pipe.tokenizer)
+    reader = ImageReader(image_range)
+    write = partial(write_results, keep_background=keep_background, heat_classes=heat_classes)
+    new = {**shown, "keep_background": keep_background, "heatmap": heatmap}
+    with exit_on_error(failure=OSError), interruptible():
+        record = open_record(plan, pipe, vocabulary, {**given, "image_range": image_range}, new, skip_existing)
+        summary = segment_all(plan, segment_image, probe["labels"], skip_existing, record, reader, write)
+    if reader.only_first:
+        say(f"note: {reader.only_first} has several frames or pages; the first was taken (see --frames).", err=True)
+    finish(summary, str(summary) if plan.several or summary.skipped else None)
+
+
+def class_numbers(labels: Sequence[str], result: dict[str, Any]) -> list[int]:
+    """
+    Numbers of the classes that `--heatmap` names.
+
+    Raises:
+        UsageError: one is no class, or a background without words.
+    """
+    known = result["labels"][: len(result["heat"])]
+    if unknown := [label for label in labels if label not in known]:
+        raise UsageError(f"--heatmap {unknown[0]!r} is none of the classes with words: {', '.join(known[:10])}.")
+    return [known.index(label) for label in labels]
+
+
+def note_odd_words(labels: str, vocabulary: Any, background: str | None, tokenizer: Any) -> None:
+    """Print notes about a single class and about words that the model does not know."""
+    from spar_hf.cli.labels import single_class_hint, unknown_hint
     from spar_hf.model.prompts import unknown_names
 
-    if unknown := unknown_names(pipe.tokenizer, vocabulary.all_names):
+    if hint := single_class_hint(labels, vocabulary, background):
+        say(f"note: {hint}", err=True)
+    if unknown := unknown_names(tokenizer, vocabulary.all_names):
         say(f"note: {unknown_hint(unknown)}", err=True)
-    with exit_on_error(failure=OSError), interruptible():
-        record = open_record(plan, pipe, vocabulary, given, skip_existing)
-        summary = segment_all(plan, segment_image, class_names, skip_existing, record, image_range)
-    finish(summary, str(summary) if plan.several or summary.skipped else None)
 
 
 def load_segmenter(
     model: str | None, device: str | None, vocabulary: Any, options: dict[str, Any]
 ) -> tuple[SegmentImage, Any]:
     """Load the pipeline: as a function of an image, and itself."""
-    from spar_hf.cli.pipelines import load_pipeline, segment_timed
+    from spar_hf.cli.pipelines import load_pipeline, segment_with_heat
 
     with exit_on_error():
         pipe = load_pipeline(model, device)
-    return partial(segment_timed, pipe, candidate_labels=vocabulary, **options), pipe
+    given = {name: value for name, value in options.items() if value is not None}
+    return partial(segment_with_heat, pipe, candidate_labels=vocabulary, **given), pipe
 
 
 def open_record(
-    plan: ResultPlan, pipe: Any, vocabulary: Any, options: dict[str, Any], skip_existing: bool
+    plan: ResultPlan,
+    pipe: Any,
+    vocabulary: Any,
+    options: dict[str, Any],
+    new_options: dict[str, Any],
+    skip_existing: bool,
 ) -> ResultRecord | None:
     """
     The record of settings in the output folder. A single file gets one beside it only with `--skip-existing`, which could
-    not tell otherwise how the file was made.
+    not tell otherwise how the file was made. New options have an entry only if they are used, so that records of earlier
+    versions stay valid.
     """
     if plan.folder is None and not skip_existing:
         return None
@@ -146,8 +209,11 @@ def open_record(
     settings = {
         "labels": dict(zip(vocabulary.labels, vocabulary.names, strict=True)),
         **{name: value or None for name, value in options.items()},
+        **{name: value for name, value in new_options.items() if value},
         "model": pipeline_fingerprint(pipe),
     }
+    if len(vocabulary.all_names) > len(vocabulary.labels) or options["background"] == "auto":
+        settings["scores"] = "softmax over classes"  # earlier versions took it over all names
     return ResultRecord(folder, settings, trust_unknown=plan.folder is not None)
 
 
@@ -171,23 +237,23 @@ def segment_all(
     segment_image: SegmentImage,
     class_names: list[str],
     skip_existing: bool,
-    record: ResultRecord | None = None,
-    image_range: tuple[float, float] | None = None,
+    record: ResultRecord | None,
+    reader: "ImageReader",
+    write: Callable[..., None],
 ) -> RunSummary:
     """
-    Segment all images and write their results; a folder also gets `classes.txt` and, for COCO, `annotations.json`.
+    Segment all images and `write` their results; a folder also gets `classes.txt` and, for COCO, `annotations.json`.
 
     Raises:
         UsageError: a continued run finds results for other classes, of other settings or another model.
         OSError: the disk is full or read-only.
     """
-    from spar_hf.cli.result_files import merge_coco, write_results
-    from spar_hf.model.image_input import read_rgb
+    from spar_hf.cli.result_files import merge_coco
 
     def process(item: InputImage) -> None:
-        image = read_rgb(item.source, image_range)
+        image = reader.read(item)
         result = segment_image(image)
-        write_results(image, result, plan.paths[item], item.source)
+        write(image, result, plan.paths[item], item)
         if record is not None:
             record.add(item, list(plan.paths[item].values()))
         if not plan.several:
@@ -229,13 +295,24 @@ def check_class_list(path: Path, names: list[str]) -> None:
 
 
 def show_classes(result: dict[str, Any]) -> None:
-    """Print each class that has pixels with its share of the image and its score, and count the classes without pixels."""
+    """
+    Print each class that has pixels with its share of the image, score and presence (if asked for), the background last,
+    and count the classes without pixels.
+    """
     import numpy as np
 
-    pixels = np.bincount(result["map"].ravel(), minlength=len(result["labels"]))
-    for i in pixels.nonzero()[0].tolist():
+    from spar_hf.cli.result_files import found_classes, presence_by_label
+
+    labels, presence = result["labels"], presence_by_label(result) if "presence" in result else {}
+    pixels = np.bincount(result["map"].ravel(), minlength=len(labels))
+    found = found_classes(result, keep_background=True)
+    for i in found:
         share = pixels[i] / result["map"].size
         shown = f"{share:.1%}" if share >= 0.0005 else "<0.1%"
-        say(f"{result['labels'][i]:24} {shown:>7} of the image, score {result['scores'][i]:.2f}")
-    if absent := int((pixels == 0).sum()):
-        say(f"{absent} of {len(pixels)} classes not found")
+        seen = f", presence {presence[labels[i]]:.2f}" if labels[i] in presence else ""
+        say(f"{labels[i]:24} {shown:>7} of the image, score {result['scores'][i]:.2f}{seen}")
+    absent = [label for i, label in enumerate(labels) if i not in found and i != result["background"]]
+    if absent:
+        listed = [f"{label} (presence {presence[label]:.2f})" for label in absent[:10] if label in presence]
+        count = len(labels) - (result["background"] >= 0)
+        say(f"{len(absent)} of {count} classes not found" + (f": {', '.join(listed)}" if listed else ""))

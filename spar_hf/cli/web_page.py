@@ -1,37 +1,27 @@
 """The web page of `spar-hf app`: drop an image, type words and see masks, of one pass and of the sliding window."""
 
-import atexit
 import html
 import os
-import re
-import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from spar_hf.cli.labels import parse_labels
 from spar_hf.cli.overlays import overlay, palette
 from spar_hf.cli.pipelines import load_pipeline, segment_timed, sliding_window_model
-from spar_hf.model.image_input import read_rgb
+from spar_hf.cli.result_files import presence_by_label
+from spar_hf.cli.web_inputs import MAX_UPLOAD, NOT_UPLOADED, alert, read_upload, read_words, upload_folder
 from spar_hf.model.prompts import Vocabulary, unknown_names
-from spar_hf.utils.errors import UsageError
 
 DISPLAY_EDGE = 1280  # longer side in pixels of the pictures on the page; masks are computed at the size of the image
-# limits on what one visitor can ask of the computer that serves the page
-MAX_UPLOAD = 64 * 2**20  # bytes of a file
-MAX_PIXELS = 50_000_000  # of an image
-MAX_LETTERS = 20_000  # in the field of words
-MAX_NAMES = 1000  # in a vocabulary
+# limits on what one visitor can ask of the computer that serves the page, beside those of `web_inputs`
 MAX_SECONDS = 300  # for a sliding window
 MAX_WAITING = 16  # requests in the queue
-NOT_UPLOADED = "The image must be uploaded on this page. Drop one on the left, or click there to choose a file."
+NAMES_AT_ONCE = 16  # embedded between two reports of progress
 WORDS = "sky; building; tree, vegetation; road, pavement; person; car"
 STYLE = """
 .spar-legend { width: 100%; border: 0 !important; border-collapse: collapse; font-variant-numeric: tabular-nums; }
@@ -41,7 +31,6 @@ STYLE = """
 .spar-legend td:first-child, .spar-legend th:first-child { text-align: left; }
 .spar-legend .swatch {
   display: inline-block; width: .9em; height: .9em; margin-right: .5em; border-radius: 3px; vertical-align: -.08em; }
-.spar-legend .absent { opacity: .5; }
 .spar-legend .bar { display: inline-block; width: 5em; height: .5em; margin-left: .5em; border-radius: 3px;
   overflow: hidden; background: var(--border-color-primary); text-align: left; }
 .spar-legend .bar span { display: block; height: 100%; background: var(--color-accent); }
@@ -66,74 +55,6 @@ def import_gradio():
     return gradio
 
 
-@cache
-def upload_folder() -> Path:
-    """
-    A folder for uploads and pictures of the pages of this process, removed when it ends. Gradio's own is shared with all
-    other pages on this computer.
-    """
-    folder = tempfile.mkdtemp(prefix="spar-hf-app-", dir=os.environ.get("GRADIO_TEMP_DIR") or None)
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return Path(folder).resolve()
-
-
-def read_upload(path: str | None) -> Image.Image:
-    """
-    Read an uploaded image as upright RGB. The path comes from the browser, or from anyone who imitates one: URLs and files
-    outside the folder of uploads are refused, all with the same words, so that nobody learns which files exist.
-
-    Raises:
-        ValueError: no upload, a file of too many bytes or pixels, or no image.
-    """
-    if not path:
-        raise UsageError("There is no image yet. Drop one on the left, or click there to choose a file.")
-    try:
-        file = Path(path).resolve()
-        inside = file.is_relative_to(upload_folder()) and file.is_file()
-    except (OSError, ValueError, RuntimeError):  # a null byte, a loop of links, a name that is too long
-        inside = False
-    if not inside:
-        raise UsageError(NOT_UPLOADED)
-    if file.stat().st_size > MAX_UPLOAD:
-        raise UsageError(f"The file is larger than {MAX_UPLOAD >> 20} MB. Reduce the image and upload it again.")
-    too_many = f"The image has more than {MAX_PIXELS // 1_000_000} million pixels. Reduce it and upload it again."
-    try:
-        with Image.open(file) as opened:
-            pixels = opened.width * opened.height
-    except Image.DecompressionBombError:
-        raise UsageError(too_many) from None
-    except Exception:  # `read_rgb` says what is wrong
-        pixels = 0
-    if pixels > MAX_PIXELS:
-        raise UsageError(too_many)
-    return read_rgb(file, urls=False)
-
-
-def read_words(words: str) -> Vocabulary:
-    """
-    Parse the field of words.
-
-    Raises:
-        ValueError: as [`parse_labels`], or too many words.
-    """
-    if len(words or "") > MAX_LETTERS:
-        raise UsageError(f"The words have more than {MAX_LETTERS:,} letters. Name fewer classes.")
-    vocabulary = parse_labels(words)
-    if len(vocabulary.all_names) > MAX_NAMES:
-        raise UsageError(f"There are more than {MAX_NAMES:,} names. Name fewer classes.")
-    return vocabulary
-
-
-def without_folder(text: str) -> str:
-    """A message without the folder of the uploads on this computer."""
-    return re.sub(re.escape(str(upload_folder())) + r"[/\\]*([0-9a-f]{32,}[/\\]+)?", "", text)
-
-
-def alert(error: Exception) -> str:
-    """An error as HTML."""
-    return f'<p class="spar-error" role="alert">{html.escape(without_folder(str(error)))}</p>'
-
-
 def unknown_note(tokenizer: Any, vocabulary: Vocabulary) -> str:
     """A note in HTML about names whose characters the tokenizer does not know, if any."""
     unknown = unknown_names(tokenizer, vocabulary.all_names)
@@ -143,28 +64,40 @@ def unknown_note(tokenizer: Any, vocabulary: Vocabulary) -> str:
 
 def legend(results: Sequence[tuple[str, dict[str, Any]]]) -> str:
     """
-    An HTML table with a row per class: colour and, for every method, share of the image and mean probability.
+    An HTML table with a row per class that was found, the background last: colour and, for every method, share of the image,
+    mean probability and presence, if computed. Classes that no method found follow in one line.
 
     Args:
         results: name of each method and its result from [`segment_timed`].
     """
-    labels = max((result["labels"] for _, result in results), key=len)
-    colours = palette(len(labels))
-    head = "".join(f"<th>{html.escape(method)}: share</th><th>probability</th>" for method, _ in results)
+    first = max((result for _, result in results), key=lambda result: len(result["labels"]))
+    labels, background = first["labels"], first["background"]
+    colours = palette(len(labels), background)
+    presences = [presence_by_label(result) if "presence" in result else None for _, result in results]
+    head = "".join(
+        f"<th>{html.escape(method)}: share</th><th>probability</th>" + ("" if presence is None else "<th>presence</th>")
+        for (method, _), presence in zip(results, presences, strict=True)
+    )
     shares = [np.bincount(result["map"].ravel(), minlength=len(labels)) / result["map"].size for _, result in results]
-    rows = []
-    for i in sorted(range(len(labels)), key=lambda i: -shares[0][i]):
+    rows, absent = [], []
+    for i in sorted(range(len(labels)), key=lambda i: (i == background, -shares[0][i])):
+        if not any(share[i] for share in shares):
+            seen = "" if not presences[0] else f" (presence {presences[0].get(labels[i], 0):.2f})"
+            absent += [] if i == background else [html.escape(labels[i]) + seen]
+            continue
         cells = ""
-        for (_, result), share in zip(results, shares, strict=True):
+        for (_, result), share, presence in zip(results, shares, presences, strict=True):
             score = result["scores"][i] if share[i] else 0
             bar = f'<span class="bar"><span style="width: {score:.0%}"></span></span>'
             cells += f"<td>{share[i]:.1%}</td><td>{score:.2f}{bar}</td>" if share[i] else "<td>–</td><td>–</td>"
-        kind = "" if any(share[i] for share in shares) else ' class="absent"'
+            if presence is not None:
+                cells += f"<td>{presence[labels[i]]:.2f}</td>" if labels[i] in presence else "<td>–</td>"
         swatch = f'<span class="swatch" style="background: rgb{tuple(int(c) for c in colours[i])}"></span>'
-        rows.append(f"<tr{kind}><td>{swatch}{html.escape(labels[i])}</td>{cells}</tr>")
+        rows.append(f"<tr><td>{swatch}{html.escape(labels[i])}</td>{cells}</tr>")
+    missing = f'<p class="spar-note">Not found: {", ".join(absent)}.</p>' if absent else ""
     return (
         f'<table class="spar-legend"><thead><tr><th>class</th>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
-        '<p class="spar-note">Share of the image’s pixels; probability averaged over the pixels of the class.</p>'
+        f'{missing}<p class="spar-note">Share of the image’s pixels; probability averaged over the pixels of the class.</p>'
     )
 
 
@@ -176,7 +109,7 @@ def picture(image: Image.Image, result: dict[str, Any]) -> Image.Image:
         size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
         image = image.resize(size, Image.Resampling.LANCZOS)
         label_map = np.asarray(Image.fromarray(label_map.astype(np.int32)).resize(size, Image.Resampling.NEAREST))
-    return overlay(image, label_map, result["labels"], legend=False)
+    return overlay(image, label_map, result["labels"], legend=False, background=result["background"])
 
 
 def time_line(result: dict[str, Any], first: dict[str, Any] | None = None) -> str:
@@ -195,6 +128,8 @@ class Controls:
     threshold: Any
     compare: Any
     stride: Any
+    surround: Any
+    min_presence: Any
     button: Any
 
 
@@ -222,7 +157,7 @@ class Segmenters:
     def __init__(self, model: str | None, base: str | None, device: str | None):
         self.window_model, self.device = base or sliding_window_model(model), device
         self.one_pass = load_pipeline(model, device)
-        segment_timed(self.one_pass, Image.new("RGB", (64, 64)), ["image"])
+        segment_timed(self.one_pass, Image.new("RGB", (64, 64)), ["image"], background="auto")
         self.window: Any = None
 
     def sliding_window(self, stride: int, progress: Callable[[int, int], None]):
@@ -303,6 +238,7 @@ def add_controls(gr, one_pass, stride: int) -> Controls:
 
     image.async_move_resource_to_block_cache = refuse_urls
     threshold_info = "Pixels whose highest probability is below it become background."
+    presence_info = "Leaves out classes that are less likely to be in the image at all. 0: not computed."
     return Controls(
         image=image,
         words=gr.Textbox(
@@ -317,6 +253,10 @@ def add_controls(gr, one_pass, stride: int) -> Controls:
         threshold=gr.Slider(0, 1, 0, step=0.01, label="Background threshold", info=threshold_info),
         compare=gr.Checkbox(False, label="Compare with the sliding window (slow)"),
         stride=gr.Slider(8, window, stride, step=8, label="Stride of the window", info="In pixels.", visible=False),
+        surround=gr.Checkbox(
+            True, label="Among common stuff", info="Pixels nearer to stuff such as wall or grass stay unpainted."
+        ),
+        min_presence=gr.Slider(0, 1, 0, step=0.01, label="Minimum presence", info=presence_info),
         button=gr.Button("Segment", variant="primary"),
     )
 
@@ -342,14 +282,7 @@ def connect(gr, segmenters: Segmenters, controls: Controls, results: Results) ->
     gr.on(
         [controls.button.click, controls.words.submit],
         segmentation_handler(gr, segmenters, results),
-        [
-            controls.image,
-            controls.words,
-            controls.shortest_edge,
-            controls.threshold,
-            controls.compare,
-            controls.stride,
-        ],
+        [component for name, component in vars(controls).items() if name != "button"],
         list(vars(results).values()),
     )
 
@@ -364,13 +297,19 @@ def segmentation_handler(gr, segmenters: Segmenters, results: Results) -> Callab
         threshold: float,
         compare: bool,
         stride: int,
+        surround: bool,
+        min_presence: float,
         progress=gr.Progress(),  # noqa: B008 - Gradio recognises it by its default
     ) -> Iterator[dict[Any, Any]]:
         try:
             vocabulary = read_words(words)
             image = read_upload(path)
             edge = min(int(shortest_edge), largest_edge(segmenters.one_pass))
-            options = {"size": {"shortest_edge": edge}, "threshold": float(threshold)}
+            background = "auto" if surround else None
+            options = {"size": {"shortest_edge": edge}, "threshold": float(threshold), "background": background}
+            if min_presence:
+                options |= {"presence": True, "min_presence": float(min_presence)}
+            embed_words(segmenters.one_pass, vocabulary, background, progress)
             progress(0, desc="one pass")
             first = segment_timed(segmenters.one_pass, image, vocabulary, **options)
             note = unknown_note(segmenters.one_pass.tokenizer, vocabulary)
@@ -387,6 +326,7 @@ def segmentation_handler(gr, segmenters: Segmenters, results: Results) -> Callab
             if not compare:
                 return
             window = segmenters.sliding_window(max(1, int(stride)), limited(progress))
+            embed_words(window, vocabulary, background, progress)
             second = segment_timed(window, image, vocabulary, **options)
         except (ValueError, OSError, RuntimeError) as error:
             # shown in the page, since Gradio's own errors cover the results
@@ -399,6 +339,15 @@ def segmentation_handler(gr, segmenters: Segmenters, results: Results) -> Callab
         }
 
     return run
+
+
+def embed_words(pipe: Any, vocabulary: Vocabulary, background: str | None, progress: Callable[..., Any]) -> None:
+    """Embed the words that a pipeline has not embedded yet, and report how many are done: a thousand take a minute."""
+    words = pipe.classes(vocabulary, background)[0].all_names
+    for start in range(0, len(words), NAMES_AT_ONCE):
+        progress((start, len(words)), desc="embedding words", unit="words")
+        some = tuple(words[start : start + NAMES_AT_ONCE])
+        pipe.text_embeds(Vocabulary(some[:1], (some,)), check_weights=start == 0)
 
 
 def limited(progress: Callable[..., Any]) -> Callable[[int, int], None]:

@@ -11,14 +11,18 @@ from PIL import Image
 from transformers import pipeline
 from typer.testing import CliRunner
 
+import spar_hf
 from spar_hf.cli.main import app
+from spar_hf.cli.segment import show_classes
+from spar_hf.utils.image_files import InputImage
 
 runner = CliRunner()
 LABELS = "road; car, automobile; sky"
 
 
 def run(*arguments, status=0):
-    result = runner.invoke(app, ["segment", *map(str, arguments)])
+    few_prompts = [] if "--templates" in arguments else ["--templates", "plain"]
+    result = runner.invoke(app, ["segment", *map(str, arguments), *few_prompts])
     assert result.exit_code == status, result.output
     assert "Traceback" not in result.output
     return result.output
@@ -60,6 +64,7 @@ def test_the_installed_command_segments(tmp_path):
     image, output = tmp_path / "street.png", tmp_path / "out.png"
     Image.new("RGB", (90, 70), "gray").save(image)
     command = [Path(sys.executable).parent / "spar-hf", "segment", image, "--labels", "road; sky", "--output", output]
+    command += ["--templates", "plain"]
     process = subprocess.run(command, capture_output=True, text=True)
     assert process.returncode == 0 and process.stderr == "", process.stderr
     assert output.is_file()
@@ -71,7 +76,7 @@ def test_segment_writes_overlay_and_map(images, tmp_path):
     assert "written" in text and "car" in text
     assert Image.open(output).width == 90
     label_map = np.asarray(Image.open(map_output))
-    assert label_map.shape == (70, 90) and label_map.max() <= 2
+    assert label_map.shape == (70, 90) and label_map.max() <= 3
     assert not list(tmp_path.rglob("*.partial*"))
 
 
@@ -79,30 +84,49 @@ def test_segment_lists_the_classes_that_have_pixels_and_counts_the_others(images
     labels = "; ".join(f"thing {i}" for i in range(40))
     map_output = tmp_path / "map.png"
     options = ["--labels", labels, "--templates", "plain", "--output", tmp_path / "o.png", "--map", map_output]
-    text = run(images / "street.png", *options)
+    text = run(images / "street.png", *options, "--background", "none")
     found = {f"thing {i}" for i in np.unique(np.asarray(Image.open(map_output))).tolist()}
     assert 0 < len(found) < 40
     assert {line.split("  ")[0] for line in text.splitlines() if "of the image" in line} == found
     assert f"{40 - len(found)} of 40 classes not found" in text
+    text = run(images / "street.png", *options)  # noise looks like sand
+    assert "background" in text and np.asarray(Image.open(map_output)).max() == 40
+
+
+def test_the_background_is_listed_last(capsys):
+    show_classes({"map": np.array([[1, 0, 2]]), "labels": ["a", "rest", "b"], "scores": [0.5] * 3, "background": 1})
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["a", "b", "rest"]
 
 
 def test_a_folder_gives_every_format_and_bad_files_stop_no_other(images, tmp_path):
     coco = pytest.importorskip("pycocotools.coco", reason="COCO's masks need pycocotools (extra coco)")
     output = tmp_path / "out"
-    text = run(images, "--labels", LABELS, "--output", output, "--format", "overlay,map,coco,json", status=1)
+    text = run(
+        images,
+        "--labels",
+        "sand; flower, blossom; sky",
+        "--output",
+        output,
+        "--format",
+        "overlay,map,coco,json",
+        status=1,
+    )
     assert "3 done, 3 failed" in text
     for message in ("empty (0 bytes)", "Cannot decode", "no image that Pillow can read"):
         assert message in text
     assert "the file is damaged" in text and "closed" not in text
-    assert (output / "classes.txt").read_text() == "road\ncar\nsky\n"
+    assert (output / "classes.txt").read_text() == "sand\nflower\nsky\nbackground\n"
     merged = coco.COCO(output / "annotations.json")
-    assert [c["name"] for c in merged.loadCats(merged.getCatIds())] == ["road", "car", "sky"]
+    assert [c["name"] for c in merged.loadCats(merged.getCatIds())] == ["sand", "flower", "sky", "background"]
     by_file = {image["file_name"]: image["id"] for image in merged.loadImgs(merged.getImgIds())}
     assert len(by_file) == 3
 
     segment = pipeline("open-vocab-segmentation")
+    words = {"candidate_labels": ["sand", "flower, blossom", "sky"], "templates": "plain", "background": "auto"}
     for source, name in (("street.png", "street.png"), ("street.jpg", "street.jpg"), ("sub/street.png", "sub/street")):
-        plain = segment(str(images / source), candidate_labels=["road", "car, automobile", "sky"])
+        everything = segment(str(images / source), **words)
+        plain = [found for found in everything if found["label"] != "background"]
+        assert 0 < len(plain) < len(everything)  # the background is in the map only
         label_map = np.asarray(Image.open(output / f"{name}.map.png"))
         listed = json.loads((output / f"{name}.json").read_text())
         overlay = Image.open(output / f"{name}.png")
@@ -111,7 +135,7 @@ def test_a_folder_gives_every_format_and_bad_files_stop_no_other(images, tmp_pat
         annotations = merged.loadAnns(merged.getAnnIds(by_file[str(images / source)]))
         for entry, expected, annotation in zip(listed["segments"], plain, annotations, strict=True):
             mask = np.asarray(expected["mask"]) == 255
-            index = ["road", "car", "sky"].index(entry["label"])
+            index = ["sand", "flower", "sky"].index(entry["label"])
             assert (mask == (label_map == index)).all() and (merged.annToMask(annotation) == mask).all()
             assert entry["score"] == pytest.approx(expected["score"], abs=1e-5)
             assert entry["share"] == pytest.approx(mask.mean())
@@ -138,24 +162,95 @@ def test_labels_from_a_file_and_a_background_for_unsure_pixels(images, tmp_path)
     labels, output = tmp_path / "classes.txt", tmp_path / "street.json"
     labels.write_text("# streets\nroad\ncar, automobile\n\nsky\n", encoding="utf-8")
     options = ["--labels", f"@{labels}", "--output", output, "--format", "json"]
-    run(images / "street.png", *options)
+    run(images / "street.png", *options, "--background", "none")
     assert json.loads(output.read_text())["labels"] == ["road", "car", "sky"]
     run(images / "street.png", *options, "--threshold", 1, "--background", "other")
     listed = json.loads(output.read_text())
-    assert listed["labels"] == ["road", "car", "sky", "other"]
+    assert listed["labels"] == ["road", "car", "sky", "other"] and listed["segments"] == []
+    run(images / "street.png", *options, "--threshold", 1, "--background", "other", "--keep-background")
+    listed = json.loads(output.read_text())
     assert [(s["label"], s["share"], s["bbox"]) for s in listed["segments"]] == [("other", 1.0, [0, 0, 90, 70])]
 
 
-@pytest.mark.parametrize(("classes", "mode"), [(2, "L"), (257, "I;16")])
-def test_label_maps_have_as_many_bits_as_the_classes_need(classes, mode, tmp_path):
-    from spar_hf.cli.result_files import write_results
+def test_presence_is_reported_when_asked_for(images, tmp_path):
+    output = tmp_path / "street.json"
+    options = ["--labels", "road; sky", "--output", output, "--format", "json"]
+    text = run(images / "street.png", *options)
+    assert ", presence" not in text and "presence" not in json.loads(output.read_text())
+    text = run(images / "street.png", *options, "--presence")
+    presence = json.loads(output.read_text())["presence"]
+    assert set(presence) == {"road", "sky"} and all(0 <= value <= 1 for value in presence.values())
+    assert all(f"presence {value:.2f}" in text for value in presence.values())
+    text = run(images / "street.png", *options, "--min-presence", 1)
+    assert "2 of 2 classes not found: road (presence" in text and json.loads(output.read_text())["segments"] == []
 
+
+def test_frames_are_segmented_one_by_one(tmp_path):
+    folder, output = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    frames = [
+        Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)).resize((48, 32), Image.Resampling.NEAREST)
+        for _ in range(3)
+    ]
+    for suffix in ("gif", "png", "tif"):
+        frames[0].save(folder / f"clip.{suffix}", save_all=True, append_images=frames[1:])
+    frames[2].save(tmp_path / "last.png")
+    options = ["--labels", "road; sky", "--format", "map,json", "--shortest-edge", 32, "--background", "none"]
+    text = run(folder, *options, "--output", output)
+    assert "3 done" in text and "has several frames or pages; the first was taken" in text
+    assert (output / "clip.gif.json").is_file()
+    text = run(folder / "clip.png", *options, "--output", output, "--frames", "::2")
+    assert "2 done" in text and "several frames" not in text
+    assert json.loads((output / "clip-0002.json").read_text())["frame"] == 2
+    run(tmp_path / "last.png", *options, "--output", output, "--frames", "all")  # a single frame keeps its name
+    maps = [np.asarray(Image.open(output / f"{name}.map.png")) for name in ("clip-0000", "clip-0002", "last")]
+    assert np.array_equal(maps[1], maps[2]) and not np.array_equal(maps[0], maps[1])
+    one = ["--labels", "road; sky", "--format", "json", "--output", tmp_path / "one.json", "--frames"]
+    run(folder / "clip.tif", *one, -1)
+    assert json.loads((tmp_path / "one.json").read_text())["frame"] == 2
+    assert "has 3 frames" in run(folder / "clip.tif", *one, 3, status=1)
+    assert "FIRST:END" in run(folder / "clip.tif", *one, "1-2", status=2)
+
+
+def test_heat_maps_of_the_classes_found_and_of_those_named(images, tmp_path):
+    output = tmp_path / "out"
+    options = ["--labels", "road; car; dog/cat", "--output", output]
+    run(images / "street.png", *options, "--format", "map,heatmap", "--background", "none")
+    label_map = np.asarray(Image.open(output / "street.map.png"))
+    pictures = sorted(path.name for path in (output / "street.heatmaps").iterdir())
+    names = ["000_road.png", "001_car.png", "002_dog_cat.png"]
+    assert pictures == [names[i] for i in np.unique(label_map)]
+    run(images / "street.png", *options, "--heatmap", "dog/cat", "--heatmap", "background")
+    pictures = sorted((output / "street.heatmaps").iterdir())
+    assert [path.name for path in pictures] == ["002_dog_cat.png", "003_background.png"]
+    assert Image.open(pictures[0]).width == 90
+    assert "'cow'" in run(images / "street.png", *options, "--heatmap", "cow", status=2)
+    alone = ["--labels", LABELS, "--output", tmp_path / "o.png", "--format", "heatmap"]
+    assert "must be a folder" in run(images / "street.png", *alone, status=2)
+
+
+@pytest.mark.parametrize(("classes", "mode"), [(2, "P"), (256, "P"), (257, "I;16")])
+def test_label_maps_are_class_numbers_with_the_colours_of_the_legend(classes, mode, tmp_path):
+    from spar_hf.cli.overlays import palette
+    from spar_hf.cli.result_files import write_results
+    from spar_hf.data.segmentation_sets import SegmentationSet, from_files, make_table
+
+    path = tmp_path / "map.png"
     label_map = np.zeros((6, 5), np.int32)
     label_map[2:] = classes - 1
-    result = {"map": label_map, "labels": [str(i) for i in range(classes)], "scores": [0.5] * classes}
-    write_results(Image.new("RGB", (5, 6)), result, {"map": tmp_path / "map.png"}, "image")
-    written = Image.open(tmp_path / "map.png")
-    assert written.mode == mode and (np.asarray(written) == label_map).all()
+    result = {"map": label_map, "labels": [str(i) for i in range(classes)], "scores": [0.5] * classes, "background": 0}
+    write_results(Image.new("RGB", (5, 6)), result, {"map": path}, InputImage("image", "image"))
+    written = Image.open(path)
+    assert written.mode == mode and (np.array(written) == label_map).all()
+    if mode == "P":
+        colours = np.array(written.convert("RGB"))
+        assert (colours == palette(classes, background=0)[label_map]).all() and len(set(colours[0, 0])) == 1
+        assert path.read_bytes()[24:26] == bytes([8, 3])  # 8 bits, palette
+        ignored = () if classes == 256 else (255,)
+        table = make_table(range(classes), ignored)
+        data = SegmentationSet("maps", from_files([path], [path]), ("map",), tuple(result["labels"]), table, "maps")
+        assert (data.read_mask(0) == label_map).all()
 
 
 def test_without_pycocotools_the_error_names_the_extra_before_any_work(images, tmp_path, monkeypatch):
@@ -216,9 +311,32 @@ def test_a_vision_only_folder_and_a_missing_folder_are_reported(images, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("labels", "message"),
-    [("road, sky, tree", '"road; sky"'), ("ade20", "Did you mean the built-in ade20k?"), ("sky; tree", None)],
+    ("labels", "options", "message"),
+    [
+        ("road, sky, tree", [], '"road; sky"'),
+        ("ade20", [], "Did you mean the built-in ade20k?"),
+        ("car", ["--background", "none"], "covers the whole image"),
+        ("car", [], None),  # looked for among stuff words
+        ("sky; tree", [], None),
+    ],
 )
-def test_a_hint_for_a_single_class(images, tmp_path, labels, message):
-    text = run(images / "street.png", "--labels", labels, "--templates", "plain", "--output", tmp_path / "o.png")
+def test_a_hint_for_a_single_class(images, tmp_path, labels, options, message):
+    text = run(images / "street.png", "--labels", labels, "--output", tmp_path / "o.png", *options)
     assert message in text if message else "note:" not in text
+
+
+def test_version():
+    result = runner.invoke(app, ["--version"])
+    assert (result.exit_code, result.output) == (0, f"spar-hf {spar_hf.__version__}\n")
+
+
+def test_bake_prints_the_line_that_loads_its_folder(tmp_path):
+    result = runner.invoke(
+        app, ["bake", "--labels", "road; sky", "--output", str(tmp_path / "b"), "--templates", "plain"]
+    )
+    line = next(line for line in result.output.splitlines() if line.startswith("load it: "))
+    scope = {}
+    exec(line.removeprefix("load it: "), scope)
+    found = scope["segment"](Image.new("RGB", (64, 48)))
+    assert {part["label"] for part in found} <= {"road", "sky"}
+    assert "trust_remote_code=True" in result.output

@@ -14,7 +14,7 @@ def pixel_limit(monkeypatch):
 
 
 def segment(folder, output, *options):
-    words = ["--labels", "road; sky; tree", "--format", "map", "--shortest-edge", "48"]
+    words = ["--labels", "road; sky; tree", "--format", "map", "--shortest-edge", "48", "--templates", "plain"]
     return CliRunner().invoke(app, ["segment", str(folder), *words, "--output", str(output), *options])
 
 

@@ -15,8 +15,8 @@ from safetensors import safe_open
 from typer.testing import CliRunner
 
 from spar_hf.cli.main import app
-from spar_hf.cli.result_record import RECORD
-from spar_hf.utils.image_files import find_images
+from spar_hf.cli.result_record import RECORD, ResultRecord
+from spar_hf.utils.image_files import InputImage, find_images
 
 runner = CliRunner()
 
@@ -60,6 +60,8 @@ WORDS = ["--labels", "road; sky", "--templates", "plain", *SMALL]
         (["--labels", "road, street; sky", "--templates", "plain", *SMALL], "labels"),
         ([*WORDS, "--min-area", 0.2], "min_area"),
         ([*WORDS, "--refine", "pamr"], "refine"),
+        ([*WORDS, "--background", "none"], "background"),
+        ([*WORDS, "--keep-background", "--min-presence", 0.2], "keep_background"),
     ],
 )
 def test_skip_existing_refuses_results_of_other_settings(images, tmp_path, options, word):
@@ -125,6 +127,23 @@ def test_a_single_file_is_skipped_only_when_its_settings_are_known(images, tmp_p
     run("segment", images / "a.png", *options, "--skip-existing", "--threshold", 0.5, status=2)
 
 
+def test_results_of_another_url_are_not_kept(tmp_path):
+    (tmp_path / "x.json").touch()
+    ResultRecord(tmp_path, {}).add(InputImage("http://a.com/x.jpg", "x"), [tmp_path / "x.json"])
+    again = ResultRecord(tmp_path, {})
+    assert again.is_done(InputImage("http://a.com/x.jpg", "x"), [tmp_path / "x.json"])
+    assert not again.is_done(InputImage("http://b.com/x.jpg", "x"), [tmp_path / "x.json"])
+    assert not again.is_done(InputImage("http://a.com/x.jpg", "x", frame=3), [tmp_path / "x.json"])
+
+
+def test_files_that_differ_in_their_suffix_have_results_of_their_own(tmp_path, picture):
+    picture.save(tmp_path / "a.jpg")
+    picture.save(tmp_path / "a.bmp")
+    output = tmp_path / "out"
+    run("segment", tmp_path / "a.*", "--output", output, "--format", "overlay,map,json", *WORDS)
+    assert len(list(output.glob("a.*"))) == 6
+
+
 @pytest.mark.parametrize("name", ["n" * 235, "街" * 78])
 @pytest.mark.parametrize("command", ["segment", "features"])
 def test_long_names(tmp_path, picture, name, command):
@@ -188,8 +207,8 @@ def test_a_byte_order_mark_is_no_part_of_a_word(images, tmp_path, encoding):
     words.write_text("road\nsky\n", encoding=encoding)
     options = ["--labels", f"@{words}", "--output", output, "--format", "json", "--templates", "plain", *SMALL]
     run("segment", images, *options)
-    assert json.loads((output / "a.json").read_text())["labels"] == ["road", "sky"]
-    (output / "classes.txt").write_text("road\nsky\n", encoding=encoding)
+    assert json.loads((output / "a.json").read_text())["labels"] == ["road", "sky", "background"]
+    (output / "classes.txt").write_text("road\nsky\nbackground\n", encoding=encoding)
     assert "3 skipped" in run("segment", images, *options, "--skip-existing")
 
 

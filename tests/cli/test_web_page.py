@@ -13,17 +13,19 @@ import pytest
 from PIL import Image
 
 from spar_hf.cli import web_page
+from spar_hf.cli.pipelines import load_pipeline
 from spar_hf.cli.web_page import legend, picture
+from spar_hf.model.prompts import Vocabulary
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of pandas, in Gradio's queue
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
 def result_of(label_map, labels, scores):
-    return {"map": np.array(label_map), "labels": labels, "scores": scores}
+    return {"map": np.array(label_map), "labels": labels, "scores": scores, "background": -1}
 
 
-def test_the_legend_lists_share_and_probability_of_every_class_and_escapes_words():
+def test_the_legend_lists_share_and_probability_of_every_class_found_and_escapes_words():
     first = result_of([[0, 0], [0, 1]], ["sky", "<b>car</b>", "dog"], [0.5, 0.75, 0.0])
     other = result_of([[0, 0], [2, 2]], ["sky", "<b>car</b>", "dog"], [0.6, 0.0, 0.25])
     rows = re.findall(r"<tr.*?</tr>", legend([("one pass", first), ("window", other)]))
@@ -34,6 +36,29 @@ def test_the_legend_lists_share_and_probability_of_every_class_and_escapes_words
         ["&lt;b&gt;car&lt;/b&gt;", "25.0%", "0.75", "–", "–"],
         ["dog", "–", "–", "50.0%", "0.25"],
     ]
+
+
+def test_the_legend_shows_the_background_in_grey_and_last_and_presence_if_computed():
+    labels = ["sky", "background", "<i>dog</i>"]
+    result = result_of([[1, 1], [1, 0]], labels, [0.5, 0.6, 0.0])
+    result |= {"background": 1, "presence": [0.9, None, 0.03]}
+    text = legend([("one pass", result)])
+    rows = [re.sub("<[^>]*>", " ", row).split() for row in re.findall(r"<tr.*?</tr>", text)]
+    assert [row[0] for row in rows] == ["class", "sky", "background"]
+    assert rows[1][-1] == "0.90" and rows[2][-1] == "–" and "rgb(140, 140, 140)" in text
+    assert "Not found: &lt;i&gt;dog&lt;/i&gt; (presence 0.03)" in text
+
+
+def test_the_page_reports_how_many_words_are_embedded(monkeypatch):
+    pipe, said = load_pipeline(), []
+    monkeypatch.setattr(web_page, "NAMES_AT_ONCE", 20)
+    vocabulary = Vocabulary.parse(["car", "dog"])
+    web_page.embed_words(pipe, vocabulary, "auto", lambda done, desc, unit: said.append((done, desc)))
+    steps = [done for done, _ in said]
+    assert steps[0][0] == 0 and len(steps) > 1 and {desc for _, desc in said} == {"embedding words"}
+    monkeypatch.setattr(type(pipe.model), "get_text_features", None)  # everything is embedded
+    result = pipe(Image.new("RGB", (48, 48)), candidate_labels=vocabulary, background="auto", output="map")
+    assert result["labels"] == ["car", "dog", "background"]
 
 
 def test_large_pictures_are_reduced_together_with_their_masks():
@@ -75,7 +100,7 @@ def test_the_page_over_http_answers_twice_and_reports_errors_as_text(address, tm
     client = Client(address, verbose=False)
 
     def run(source, words="road; <b>sky</b>"):
-        job = client.submit(source and handle_file(source), words, 64, 0, True, 96, api_name="/run")
+        job = client.submit(source and handle_file(source), words, 64, 0, True, 96, True, 0, api_name="/run")
         job.result()
         return job.outputs()
 
@@ -103,7 +128,7 @@ class Attacker:
 
     def join(self, image, words="road; sky", edge=64, session="attacker"):
         body = {
-            "data": [image, words, edge, 0, False, 96],
+            "data": [image, words, edge, 0, False, 96, True, 0],
             "fn_index": self.function,
             "session_hash": session,
             "trigger_id": None,
@@ -187,7 +212,7 @@ def test_an_attacker_reads_no_file_and_reaches_no_service(address, tmp_path, pri
         assert "vision forward" in attacker.post({"path": uploaded, "meta": {"_type": "gradio.FileData"}})
         for path in (secret, outside, Path("/etc/passwd")):
             assert httpx.get(f"{attacker.root}/file={path}").status_code in (403, 404)
-        direct = httpx.post(f"{attacker.root}/run/run", json={"data": [None, "road", 64, 0, False, 96]})
+        direct = httpx.post(f"{attacker.root}/run/run", json={"data": [None, "road", 64, 0, False, 96, True, 0]})
         assert direct.status_code != 200  # nothing runs beside the queue
     finally:
         outside.unlink()
@@ -284,8 +309,8 @@ def test_words_and_a_real_image_give_masks_and_legend(tab, address, tmp_path):
     tab.get_by_role("button", name="Segment").click()
     tab.locator(".spar-legend").wait_for()
     assert tab.get_by_role("alert").count() == 0
-    rows = tab.locator(".spar-legend tbody tr td:first-child").all_inner_texts()
-    assert sorted(row.strip() for row in rows) == ["airplane", "flower", "grass"]
+    rows = [row.strip() for row in tab.locator(".spar-legend tbody tr td:first-child").all_inner_texts()]
+    assert "flower" in rows and set(rows) <= {"airplane", "flower", "grass", "background"}
     assert re.search(r"\d\.\d\d s vision forward", tab.locator("body").inner_text())
     one_pass = tab.locator(".image-frame img").last
     assert one_pass.evaluate("image => [image.naturalWidth, image.naturalHeight]") == [640, 427]
