@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from .prompts import Vocabulary, normalise_name
+from .prompts import Vocabulary, normalise_name, resolve_templates
 from .text_embeddings import MEANING_TEMPLATES, TextEmbeddingCache
 from .vocabularies import ANCHOR_WORDS, STUFF_WORDS
 
@@ -112,9 +112,11 @@ def store_embeddings(
 ) -> None:
     """Write the embeddings of names to a file, with those that `background="auto"` and `presence` need for them."""
     words = list(dict.fromkeys([*STUFF_WORDS, *names]))
+    bare = list(dict.fromkeys([*ANCHOR_WORDS, *words]))
+    prompts = resolve_templates(cache.model.config.templates if templates is None else templates)
     cache.refresh()
-    _bare(cache, [*ANCHOR_WORDS, *words])
-    cache.save(path, words, templates)
+    _bare(cache, bare)
+    cache.save(path, bare if prompts == MEANING_TEMPLATES else words, prompts)
 
 
 @torch.no_grad()
