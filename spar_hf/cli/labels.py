@@ -56,28 +56,25 @@ def parse_background(text: str, vocabulary: Vocabulary) -> str | None:
     return None if text == "none" and text not in vocabulary.labels else text
 
 
-def single_class_hint(labels: str, vocabulary: Vocabulary, background: str | None) -> str:
+def single_class_hint(labels: str, vocabulary: Vocabulary) -> str:
     """
     What was probably meant by one class alone; empty if nothing speaks against it.
 
     Example:
 
     ```python
-    >>> single_class_hint("car", parse_labels("car"), "auto")
-    ''
-    >>> single_class_hint("road, sky", parse_labels("road, sky"), "auto")
+    >>> single_class_hint("ade20", parse_labels("ade20"))
+    'ade20 is taken for a word. Did you mean the built-in ade20k?'
+    >>> single_class_hint("road, sky", parse_labels("road, sky"))
     'road, sky are names of one class. Separate classes by ";": "road; sky".'
     ```"""
-    near = get_close_matches(labels.strip().lower(), VOCABULARIES, 1)
-    if len(vocabulary.labels) > 1 or not (near or background is None or len(vocabulary.all_names) > 1):
+    if len(vocabulary.labels) > 1:
         return ""
-    text = f"{', '.join(vocabulary.all_names[:5])} are names of one class."
-    if background is None:
-        text = "a single class covers the whole image. Leave out --background none, or add classes."
-    elif near:
-        text = f"{vocabulary.labels[0]} is taken for a word."
-    end = f"Did you mean the built-in {near[0]}?" if near else 'Separate classes by ";": "road; sky".'
-    return f"{text} {end}"
+    if near := get_close_matches(labels.strip().lower(), VOCABULARIES, 1):
+        return f"{vocabulary.labels[0]} is taken for a word. Did you mean the built-in {near[0]}?"
+    if len(vocabulary.all_names) == 1:
+        return ""
+    return f'{", ".join(vocabulary.all_names[:5])} are names of one class. Separate classes by ";": "road; sky".'
 
 
 def unknown_hint(names: Sequence[str]) -> str:

@@ -142,7 +142,7 @@ def segment(
     with exit_on_error(failure=()):  # wrong words or options are reported once, not for every image
         probe = segment_image(Image.new("RGB", (32, 32)))
         heat_classes = class_numbers(heatmap, probe) if heatmap else None
-    note_odd_words(labels, vocabulary, given["background"], pipe.tokenizer)
+    note_odd_words(labels, vocabulary, pipe.tokenizer)
     reader = ImageReader(image_range)
     write = partial(write_results, keep_background=keep_background, heat_classes=heat_classes)
     new = {**shown, "keep_background": keep_background, "heatmap": heatmap}
@@ -167,12 +167,12 @@ def class_numbers(labels: Sequence[str], result: dict[str, Any]) -> list[int]:
     return [known.index(label) for label in labels]
 
 
-def note_odd_words(labels: str, vocabulary: Any, background: str | None, tokenizer: Any) -> None:
+def note_odd_words(labels: str, vocabulary: Any, tokenizer: Any) -> None:
     """Print notes about a single class and about words that the model does not know."""
     from spar_hf.cli.labels import single_class_hint, unknown_hint
     from spar_hf.model.prompts import unknown_names
 
-    if hint := single_class_hint(labels, vocabulary, background):
+    if hint := single_class_hint(labels, vocabulary):
         say(f"note: {hint}", err=True)
     if unknown := unknown_names(tokenizer, vocabulary.all_names):
         say(f"note: {unknown_hint(unknown)}", err=True)

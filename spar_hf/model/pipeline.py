@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 from transformers import Pipeline
+from transformers.utils import logging
 
 from .devices import check_device
 from .image_input import as_list
@@ -31,6 +32,8 @@ from .refine import Refinement, Upsampler, refined_logits
 from .results import as_segments, map_result
 from .segmentation import DenseLogits, check_output_size, check_shares, class_probabilities
 from .text_embeddings import STORED_EMBEDDINGS, TextEmbeddingCache, stored_embeddings
+
+logger = logging.get_logger(__name__)
 
 MAX_TOKENS = 16_384  # 2048 × 2048 pixels at a patch of 16
 OUTPUTS = ("segments", "map", "probabilities", "logits")
@@ -325,7 +328,9 @@ class OpenVocabSegmentationPipeline(Pipeline):
         templates = forward_params.get("templates")
         words = (forward_params.get("vocabulary"), forward_params.get("background"))
         self.texts.refresh()  # reads all weights of the text tower, once for all images
-        vocabulary, _, _ = self.classes(*words, templates=templates)
+        vocabulary, labels, _ = self.classes(*words, templates=templates)
+        if len(labels) == 1 and output != "logits" and not any(forward_params.get(name) for name in decided):
+            logger.warning_once("A single class gets every pixel. Name other classes too, or a background.")
         self.text_embeds(vocabulary, templates, check_weights=False)
         skip = preprocess_params.get("on_error") == "skip"
         options = {name: value for name, value in preprocess_params.items() if name != "on_error"}

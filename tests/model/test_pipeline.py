@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.nn import functional as F
 from transformers import AutoTokenizer, pipeline
+from transformers.utils.logging import warning_once
 
 import spar_hf
 from spar_hf import SPAR_TINY, SparForOpenVocabSegmentation, SparImageProcessorPil
@@ -347,6 +348,15 @@ def test_background_of_words_takes_its_pixels_from_all_classes(segment, picture)
     assert stuff["labels"] == ["dog", "cat", "background"]
     of_auto = segment(picture, candidate_labels=["auto", "cat"], output="map", background="auto", threshold=1.0)
     assert of_auto["labels"] == ["auto", "cat"] and (of_auto["map"] == 0).all()
+
+
+def test_a_single_class_is_noted(segment, picture, caplog):
+    warning_once.cache_clear()  # said once per process
+    segment(picture, candidate_labels=["road"], templates="plain", output="logits")
+    segment(picture, candidate_labels=["road"], templates="plain", background=["sky"])
+    assert caplog.messages == []
+    segment(picture, candidate_labels=["road"], templates="plain")
+    assert len(caplog.messages) == 1 and "single class" in caplog.text
 
 
 def test_defaults_of_the_pipeline_hold_until_a_call_says_otherwise(two_towers, tokenizer, picture, tmp_path):
