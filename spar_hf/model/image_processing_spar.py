@@ -4,6 +4,7 @@
 # mypy: disable-error-code="override"
 
 import math
+from collections.abc import Iterator
 from fractions import Fraction
 from typing import Any
 
@@ -63,6 +64,24 @@ def limited_size(height: int, width: int, patch_size: int, max_tokens: int) -> t
     scale = math.sqrt(max_tokens / (height * width))  # in patches per pixel
     rows, columns = (min(max(1, math.floor(side * scale)), max_tokens) for side in (height, width))
     return rows * patch_size, columns * patch_size
+
+
+def grids(outputs: Any, target_sizes: list[tuple[int, int]] | None) -> Iterator[tuple]:
+    """
+    The arguments of [`decide`] for every image of [`SparSemanticSegmenterOutput`].
+
+    Raises:
+        ValueError: another number of sizes than of images.
+    """
+    logits = outputs["logits"] if outputs.get("name_logits") is None else outputs["name_logits"]
+    geometry = outputs["geometry"].tolist()
+    sizes = [(height, width) for height, width, _ in geometry] if target_sizes is None else target_sizes
+    if len(sizes) != len(logits):
+        raise ValueError(f"There are {len(logits)} images but {len(sizes)} `target_sizes`; give one for each.")
+    classes = outputs.get("name_to_class")
+    for i, (height, width, patch) in enumerate(geometry):
+        name_to_class = torch.arange(logits.shape[1]) if classes is None else classes[i]
+        yield logits[i], name_to_class, patch, (height, width), (int(sizes[i][0]), int(sizes[i][1]))
 
 
 class SparImageKwargs(ImagesKwargs, total=False):
@@ -379,22 +398,30 @@ class SparImageProcessorPil(PilBackend):
         Raises:
             ValueError: another number of sizes than of images.
         """
-        logits = outputs["logits"] if outputs.get("name_logits") is None else outputs["name_logits"]
-        geometry = outputs["geometry"].tolist()
-        sizes = [(height, width) for height, width, _ in geometry] if target_sizes is None else target_sizes
-        if len(sizes) != len(logits):
-            raise ValueError(f"There are {len(logits)} images but {len(sizes)} `target_sizes`; give one for each.")
-        classes = outputs.get("name_to_class")
-        return [
-            decide(
-                logits[i],
-                torch.arange(logits.shape[1]) if classes is None else classes[i],
-                patch,
-                working_size=(height, width),
-                output_size=(int(sizes[i][0]), int(sizes[i][1])),
-            ).labels
-            for i, (height, width, patch) in enumerate(geometry)
-        ]
+        return [decide(*image).labels for image in grids(outputs, target_sizes)]
+
+    def post_process_panoptic_segmentation(
+        self, outputs, target_sizes: list[tuple[int, int]] | None = None, **thresholds: Any
+    ) -> list[dict[str, Any]]:
+        """
+        Label maps with a score per class, which `pipeline("image-segmentation")` asks for first.
+
+        Args:
+            outputs, target_sizes: as in `post_process_semantic_segmentation`.
+            thresholds: of that pipeline, for models that predict segments; ignored.
+
+        Returns:
+            Per image the label map `segmentation`, and `segments_info` with `id`, `label_id` (both the class) and `score`
+            (mean probability over its pixels) of every class that has pixels.
+        """
+        results = []
+        for image in grids(outputs, target_sizes):
+            decision = decide(*image)
+            pixels, scores = decision.class_scores(int(image[1].max()) + 1)
+            found = pixels.nonzero()[:, 0].tolist()
+            segments = [{"id": label, "label_id": label, "score": float(scores[label])} for label in found]
+            results.append({"segmentation": decision.labels, "segments_info": segments})
+        return results
 
     def to_dict(self) -> dict[str, Any]:
         # "image_processor_type": the whole name. PilBackend drops its "Pil", and Auto classes then warn of a missing twin.
