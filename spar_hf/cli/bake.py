@@ -1,6 +1,5 @@
 """`spar-hf bake`: a fixed vocabulary inside a vision-only model."""
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -43,6 +42,6 @@ def bake(
             baked.save_pretrained(temporary)
             pipe.image_processor.save_pretrained(temporary)
     say(f"written: {output}, {baked.config.num_labels} classes with {len(baked.config.name_to_class)} names")
-    load = f'pipeline("image-segmentation", model={json.dumps(str(output))}'
+    load = f'pipeline("image-segmentation", model={str(output)!r}'
     say(f"load it: import spar_hf; from transformers import pipeline; segment = {load})")
     say(f"where spar_hf is not installed: {load}, trust_remote_code=True)")

@@ -63,6 +63,10 @@ def test_masks_of_a_baked_folder_are_those_of_the_words(folder, two_towers, toke
     segments = pipeline("image-segmentation", model=str(folder))(picture)
     assert len(segments) > 1
     assert (label_map(segments, expected["labels"]) == expected["map"]).mean() >= 0.9999
+    scores = dict(zip(expected["labels"], expected["scores"], strict=True))
+    assert {part["label"]: part["score"] for part in segments} == pytest.approx(
+        {part["label"]: scores[part["label"]] for part in segments}, abs=1e-3
+    )
 
 
 @torch.no_grad()
