@@ -14,10 +14,11 @@ from tqdm.auto import tqdm
 
 from spar_hf import SlidingWindowTeacher, SparImageProcessorPil, SparVisionModel
 from spar_hf.data.segmentation_sets import SegmentationSet
+from spar_hf.heads.linear_probe_options import FeatureOptions
 from spar_hf.model.fingerprints import vision_fingerprint
 from spar_hf.utils.atomic import write_atomically
 from spar_hf.utils.devices import clock
-from spar_hf.utils.errors import NotFinite, UsageError, as_usage_errors
+from spar_hf.utils.errors import NotFinite, as_usage_errors
 
 logger = logging.getLogger(__name__)
 
@@ -60,54 +61,41 @@ class FrozenFeatures:
     Features of the images of a [`SegmentationSet`], read from the disk where they are there already.
 
     Args:
-        model: hub id or folder of a SPAR model or a backbone of transformers.
+        options: the model, how it reads images, and where features are kept.
         accelerator: its processes share the work of making features.
-        inference: `single` (one pass) or `sliding:STRIDE` (sliding window, stride in pixels).
-        size: of the image processor, in place of the model's own.
-        window_batch_size: windows per forward pass of a sliding window.
-        cache: folder to keep features in; `None` makes them each time.
 
     Attributes:
         made: number of images whose features this process made.
         seconds: time that it took for them.
 
     Raises:
-        UsageError: another form of `inference`, or the model cannot be loaded.
+        UsageError: the model cannot be loaded, or the stride does not fit its window.
     """
 
-    def __init__(
-        self,
-        model: str,
-        accelerator: Accelerator,
-        inference: str = "single",
-        size: dict[str, int] | None = None,
-        window_batch_size: int = 16,
-        cache: str | None = None,
-    ):
-        stride = parse_inference(inference)
+    def __init__(self, options: FeatureOptions, accelerator: Accelerator):
         self.accelerator = accelerator
         self.encoder: Any
         with as_usage_errors():
-            vision_model = SparVisionModel.from_backbone(model)
-        with as_usage_errors():
-            self.image_processor = SparImageProcessorPil.from_backbone(model)
-        if size:
-            self.image_processor = SparImageProcessorPil.from_dict({**self.image_processor.to_dict(), "size": size})
-        self.model = self.encoder = vision_model.eval().requires_grad_(False).to(accelerator.device)
-        if stride is not None:
+            model = SparVisionModel.from_backbone(options.model)
+            self.image_processor = SparImageProcessorPil.from_backbone(options.model)
+        if options.size:
+            settings = self.image_processor.to_dict() | {"size": options.size}
+            self.image_processor = SparImageProcessorPil.from_dict(settings)
+        self.model = self.encoder = model.eval().requires_grad_(False).to(accelerator.device)
+        if options.stride is not None:
             with as_usage_errors():
-                self.encoder = SlidingWindowTeacher(self.model, stride=stride, window_batch_size=window_batch_size)
+                self.encoder = SlidingWindowTeacher(self.model, None, options.stride, options.window_batch_size)
         self.folder: Path | None = None
-        if cache is not None:
-            self.folder = Path(cache) / self.fingerprint(inference)
+        if options.cache is not None:
+            self.folder = Path(options.cache) / self.fingerprint(options.inference)
             self.folder.mkdir(parents=True, exist_ok=True)
         self.hashes: dict[str, str] = {}  # path -> hash of the file
         self.made, self.seconds = 0, 0.0
 
     def fingerprint(self, inference: str) -> str:
         """A name for all that features depend on except the image."""
-        parts = [vision_fingerprint(self.model), inference, self.image_processor.to_json_string()]
-        parts.append(self.accelerator.mixed_precision)
+        processor, precision = self.image_processor.to_json_string(), self.accelerator.mixed_precision
+        parts = (vision_fingerprint(self.model), inference, processor, precision)
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:20]
 
     def fill(self, data: SegmentationSet) -> None:
@@ -157,24 +145,3 @@ class FrozenFeatures:
         self.made, self.seconds = self.made + 1, self.seconds + clock(self.accelerator.device) - start
         height, width = pixel_values.shape[-2:]
         return ImageFeatures(features, (height, width), tuple(inputs["original_sizes"][0]))
-
-
-def parse_inference(text: str) -> int | None:
-    """
-    The stride of `sliding:STRIDE`, and `None` for `single`.
-
-    Raises:
-        UsageError: another form.
-
-    Example:
-
-    ```python
-    >>> parse_inference("sliding:24"), parse_inference("single")
-    (24, None)
-    ```"""
-    kind, _, stride = text.partition(":")
-    if text == "single":
-        return None
-    if kind == "sliding" and stride.isdecimal() and int(stride) > 0:
-        return int(stride)
-    raise UsageError(f"--inference {text}: write single or sliding:STRIDE, e.g. sliding:24.")

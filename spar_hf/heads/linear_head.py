@@ -13,12 +13,8 @@ from spar_hf.model.segmentation import bilinear_cells, patch_coordinates
 
 class LinearHeads(nn.Module):
     """
-    Batch norm and one linear layer per learning rate. The norm, which has no weights of its own, is common to all.
-
-    Args:
-        dim: width of the features.
-        classes: number of classes.
-        heads: number of linear layers.
+    Batch norm over features of width `dim`, and `heads` linear layers, one per learning rate. The norm, which has no weights
+    of its own, is common to all.
     """
 
     def __init__(self, dim: int, classes: int, heads: int):
@@ -89,21 +85,16 @@ def draw_pixels(
     )
 
 
-def logits_at_pixels(
-    logits: torch.Tensor,
-    rows: torch.Tensor,
-    columns: torch.Tensor,
-    patch_size: int,
-    working_size: tuple[int, int],
-    image_size: tuple[int, int],
-) -> torch.Tensor:
+def logits_at_pixels(logits: torch.Tensor, image: DrawnPixels, patch_size: int) -> torch.Tensor:
     """
-    Bilinear logits at pixels of the image, read between patch centres as masks are:
+    Bilinear logits at the drawn pixels of an image, read between patch centres as masks are:
     `(heads, h, w, classes)` -> `(heads, pixels, classes)`.
     """
-    vertical = patch_coordinates(image_size[0], working_size[0], patch_size, logits.shape[1], logits.device)
-    horizontal = patch_coordinates(image_size[1], working_size[1], patch_size, logits.shape[2], logits.device)
-    cells, weights = bilinear_cells(rows, columns, vertical, horizontal, logits.shape[2])
+    vertical, horizontal = (
+        patch_coordinates(image.image_size[axis], image.working_size[axis], patch_size, side, logits.device)
+        for axis, side in enumerate(logits.shape[1:3])
+    )
+    cells, weights = bilinear_cells(image.rows, image.columns, vertical, horizontal, logits.shape[2])
     return (logits.flatten(1, 2)[:, cells] * weights[..., None]).sum(2)
 
 
@@ -116,11 +107,9 @@ def batch_loss(heads: nn.Module, batch: list[DrawnPixels], patch_size: int) -> t
     patches = [image.features[0].numel() for image in batch]
     # the (dim, h, w) of all images -> (patches of all images, dim), so that the norm sees the whole batch
     logits = heads(torch.cat([image.features.flatten(1).T for image in batch]))
-    at_pixels = []
-    for image, part in zip(batch, logits.split(patches, dim=1), strict=True):
-        grid = part.unflatten(1, image.features.shape[1:])
-        at_pixels.append(
-            logits_at_pixels(grid, image.rows, image.columns, patch_size, image.working_size, image.image_size)
-        )
+    at_pixels = [
+        logits_at_pixels(part.unflatten(1, image.features.shape[1:]), image, patch_size)
+        for image, part in zip(batch, logits.split(patches, dim=1), strict=True)
+    ]
     labels = torch.cat([image.labels for image in batch])
     return torch.stack([nn.functional.cross_entropy(of_head, labels) for of_head in torch.cat(at_pixels, dim=1)])

@@ -27,21 +27,15 @@ from tqdm.auto import tqdm
 from spar_hf import SparForSemanticSegmentation
 from spar_hf.data.order import ShuffledStream
 from spar_hf.data.segmentation_sets import SegmentationSet, labelled_images, open_folder
+from spar_hf.distillation.optimisation import make_schedule
 from spar_hf.evaluation.iou import area_scores, count_pixels
-from spar_hf.heads.common import file_names, make_schedule
+from spar_hf.heads.common import file_names
 from spar_hf.heads.frozen_features import FrozenFeatures
 from spar_hf.heads.linear_head import LinearHeads, batch_loss, draw_pixels
 from spar_hf.heads.linear_probe_options import FREE, ProbeData, ProbeOptions, ProbeTraining, upgrade
 from spar_hf.heads.linear_probe_report import make_report, show, write_results
 from spar_hf.model.segmentation import decide
-from spar_hf.utils.checkpoints import (
-    discard,
-    discard_earlier,
-    earlier_state,
-    list_checkpoints,
-    load_checkpoint,
-    settings_of,
-)
+from spar_hf.utils.checkpoints import discard_checkpoints, discard_earlier, earlier_state, load_checkpoint, settings_of
 from spar_hf.utils.errors import NotFinite, UsageError
 from spar_hf.utils.runs import Checkpointing, RunFolder, end_run, start_accelerator
 from spar_hf.utils.sample_record import earlier_samples, write_samples
@@ -87,29 +81,19 @@ def probe_locked(options: ProbeOptions, accelerator: Accelerator) -> dict[str, A
     train, test = open_datasets(options.data)
     if state is not None:
         train, test = compare_images(train, test, output, options.run.allow_changed_data)
-    features = FrozenFeatures(
-        options.features.model,
-        accelerator,
-        inference=options.features.inference,
-        size=options.features.size,
-        window_batch_size=options.features.window_batch_size,
-        cache=options.features.cache,
-    )
+    features = FrozenFeatures(options.features, accelerator)
     train, test = (labelled_images(data, accelerator) for data in (train, test))
     for data in (train, test):
         features.fill(data)
-
-    config = features.model.config
-    heads = LinearHeads(config.projection_dim, len(train.labels), len(options.training.learning_rates))
-    optimizer, schedule = make_optimizer(heads, options.training, accelerator)
-    prepared = accelerator.prepare(heads, optimizer, schedule)
+    heads = LinearHeads(features.model.config.projection_dim, len(train.labels), len(options.training.learning_rates))
+    prepared = accelerator.prepare(heads, *make_optimizer(heads, options.training, accelerator))
+    step, bad = 0, [0] * len(heads.linear)  # bad: steps that each head skipped
     if state is not None:
         load_checkpoint(accelerator, output)
+        step, bad = state["step"], state.get("bad_steps", bad)
     discard_earlier(accelerator, output, options.run.resume)
     if accelerator.is_main_process:
         write_samples(output, {"train": file_names(train), "test": file_names(test)})
-    step = 0 if state is None else state["step"]
-    bad = [0] * len(heads.linear) if state is None else state.get("bad_steps", [0] * len(heads.linear))
     with Checkpointing(accelerator, output, settings, options.run.save_steps, options.training.steps) as checkpoints:
         finished = train_heads(prepared, features, train, options, checkpoints, step, bad)
     report = None
@@ -126,8 +110,7 @@ def probe_locked(options: ProbeOptions, accelerator: Accelerator) -> dict[str, A
             best = report["heads"].index(report["best"])
             model = SparForSemanticSegmentation.from_weights(features.model, train.labels, weight[best], bias[best])
             write_results(model, features.image_processor, report, output)
-            for checkpoint in list_checkpoints(output):  # a probe is short and often repeated in its folder
-                discard(checkpoint)
+            discard_checkpoints(output)  # a probe is short and often repeated in its folder
             show(report, Console(markup=False, highlight=False))
     del prepared
     end_run(accelerator)
@@ -195,19 +178,8 @@ def train_heads(
     bad: list[int],
 ) -> bool:
     """
-    Train the heads from step `start` on.
-
-    Args:
-        prepared: heads, optimizer and schedule as `accelerator.prepare` returned them.
-        features: of the images.
-        train: images and masks.
-        options: of the probe.
-        checkpoints: written on the way.
-        start: steps done before.
-        bad: steps that each head skipped because its loss or gradient was not finite; counted on.
-
-    Returns:
-        Whether all steps were done; `False` where the run was stopped.
+    Train the heads from step `start` on; `False` if a signal stopped the run. `bad` counts the steps that each head skipped
+    because its gradient was not finite.
 
     Raises:
         NotFinite: all heads diverged.
@@ -251,11 +223,8 @@ def train_heads(
 
 def skip_diverged(heads: LinearHeads, bad: list[int]) -> bool:
     """
-    Drop the gradients of heads whose gradients are not finite, so that the optimizer leaves them alone, and count that.
-    After DDP's mean they are the same in all processes.
-
-    Returns:
-        Whether a head is left.
+    Drop gradients that are not finite, so that the optimizer leaves their heads alone, and count that; `False` if no head
+    is left. After DDP's mean gradients are the same in all processes.
     """
     left = False
     for number, layer in enumerate(heads.linear):
@@ -273,13 +242,8 @@ def measure_heads(
     weight: torch.Tensor, bias: torch.Tensor, features: FrozenFeatures, test: SegmentationSet
 ) -> list[dict[str, Any]]:
     """
-    Mean IoU, pixel accuracy and IoU of each class, for each head, over the images of all processes.
-
-    Args:
-        weight: of the heads, `(heads, classes, dim)`.
-        bias: `(heads, classes)`.
-        features: of the images.
-        test: images and masks.
+    Mean IoU, pixel accuracy and IoU of each class for heads of weight `(heads, classes, dim)` and bias `(heads, classes)`,
+    over the images of all processes.
     """
     accelerator, classes = features.accelerator, len(test.labels)
     counts = np.zeros((len(weight), classes, classes), np.int64)

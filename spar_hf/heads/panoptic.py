@@ -24,8 +24,9 @@ from tqdm.auto import tqdm
 from spar_hf import SparForUniversalSegmentation, SparImageProcessorPil, SparUniversalImageProcessorPil
 from spar_hf.data.order import split_held_out
 from spar_hf.data.segmentation_sets import SegmentationSet, check_readable, open_folder
+from spar_hf.distillation.optimisation import make_schedule
 from spar_hf.distillation.trainable import choose_parameters, count_parameters
-from spar_hf.heads.common import file_names, make_schedule
+from spar_hf.heads.common import file_names
 from spar_hf.heads.panoptic_options import FREE, PanopticData, PanopticModel, PanopticOptions, upgrade
 from spar_hf.heads.panoptic_quality import measure_quality
 from spar_hf.heads.segments import PanopticImages, first_item, has_segment, thing_classes
@@ -85,7 +86,17 @@ class PanopticTrainer:
 
     def __init__(self, options: PanopticOptions):
         self.options, self.output = options, Path(options.run.output)
-        self.accelerator = accelerator = start_panoptic_accelerator(options)
+        training = options.training
+        # blocks after the last stage that the head reads get no gradient, for which DDP would wait
+        unused = training.train_backbone != "none" and "features" not in options.model.out_features
+        self.accelerator = accelerator = start_accelerator(
+            options.run.mixed_precision,
+            options.run.seed,
+            report_to=options.run.report_to,
+            output=self.output,
+            gradient_accumulation_steps=training.gradient_accumulation_steps,
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=unused)],
+        )
         self.settings = settings_of(options, FREE) | {"mixed_precision": accelerator.mixed_precision}
         self.folder = RunFolder(accelerator, self.output)
         try:
@@ -106,9 +117,9 @@ class PanopticTrainer:
             results=[self.output / "model"],
             overwrite=options.run.overwrite,
         )
-        allow = options.run.allow_changed_data
+        resumed = None if self.state is None else self.output
         self.train_data, self.measured, self.things = open_data(
-            options.data, accelerator, None if self.state is None else self.output, allow
+            options.data, accelerator, resumed, options.run.allow_changed_data
         )
         self.bad_steps = BadSteps(accelerator, options.run.max_bad_steps, *(self.state or {}).get("bad_steps", ()))
         stuff = sorted(set(range(len(self.train_data.labels))) - self.things)
@@ -150,9 +161,7 @@ class PanopticTrainer:
         """What [`PanopticTrainer.run`] does while the folder is locked."""
         options, accelerator = self.options, self.accelerator
         self.progress = progress = self._begin()
-        log = RunLog(
-            self.output / "log.jsonl", accelerator, resume_step=progress.step if self.state is not None else None
-        )
+        log = RunLog(self.output / "log.jsonl", accelerator, None if self.state is None else progress.step)
         steps, accumulated = options.training.steps, options.training.gradient_accumulation_steps
         loader, first_step = self._loader(progress.step), progress.step
         bar = tqdm(initial=first_step, total=steps, disable=not accelerator.is_main_process, mininterval=5)
@@ -204,12 +213,8 @@ class PanopticTrainer:
         count = min(CALIBRATION_IMAGES, len(self.train_data))
         drawn = random.Random(self.options.run.seed).sample(range(len(self.train_data)), count)
         images = tqdm(drawn, desc="statistics of the features", disable=not self.accelerator.is_main_process)
-        self.model.calibrate(
-            self.image_processor(self.train_data.read_image(i), return_tensors="pt")["pixel_values"].to(
-                self.accelerator.device
-            )
-            for i in images
-        )
+        inputs = (self.image_processor(self.train_data.read_image(i), return_tensors="pt") for i in images)
+        self.model.calibrate(tensors["pixel_values"].to(self.accelerator.device) for tensors in inputs)
         return Progress()
 
     def _loader(self, step: int) -> Any:
@@ -260,14 +265,9 @@ class PanopticTrainer:
 
     def _log(self, log: RunLog, progress: Progress, images_per_second: float) -> None:
         """A line of the log: the mean loss since the last one, and the speed."""
-        log.write(
-            {
-                "step": progress.step,
-                "loss": self.bad_steps.mean(progress.running, self.options.run.log_steps),
-                "learning_rate": self.schedule.get_last_lr()[0],
-                "images_per_second": round(images_per_second, 3),
-            }
-        )
+        loss = self.bad_steps.mean(progress.running, self.options.run.log_steps)
+        row = {"step": progress.step, "loss": loss, "learning_rate": self.schedule.get_last_lr()[0]}
+        log.write({**row, "images_per_second": round(images_per_second, 3)})
 
     def _measure(self, progress: Progress) -> None:
         """Measure the model, and write it if it is the best so far."""
@@ -317,20 +317,6 @@ class PanopticTrainer:
         }
 
 
-def start_panoptic_accelerator(options: PanopticOptions) -> Accelerator:
-    """The accelerator of the run."""
-    # blocks after the last stage that the head reads get no gradient, for which DDP would wait
-    unused = options.training.train_backbone != "none" and "features" not in options.model.out_features
-    return start_accelerator(
-        options.run.mixed_precision,
-        options.run.seed,
-        report_to=options.run.report_to,
-        output=options.run.output,
-        gradient_accumulation_steps=options.training.gradient_accumulation_steps,
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=unused)],
-    )
-
-
 def open_data(
     options: PanopticData, accelerator: Accelerator, resumed: Path | None = None, allow_changes: bool = False
 ) -> tuple[SegmentationSet, SegmentationSet, set[int]]:
@@ -338,8 +324,6 @@ def open_data(
     Images to train on, images to measure on, and the numbers of the countable classes; all files are read once.
 
     Args:
-        options: which images.
-        accelerator: its processes share the reading.
         resumed: folder of a run that is resumed: what it held out stays held out.
         allow_changes: whether images may have been added or removed since.
 
@@ -388,11 +372,8 @@ def load_image_processor(model: str, shortest_edge: int, stuff: list[int]) -> Sp
     """Mean and standard deviation of the model's own image processor, at the size of this training."""
     with as_usage_errors():
         source = SparImageProcessorPil.from_backbone(model)
-    settings: dict[str, Any] = {
-        "image_mean": source.image_mean,
-        "image_std": source.image_std,
-        "label_ids_to_fuse": stuff,
-    }
+    settings: dict[str, Any] = {name: getattr(source, name) for name in ("image_mean", "image_std")}
+    settings["label_ids_to_fuse"] = stuff
     return SparUniversalImageProcessorPil(size={"shortest_edge": shortest_edge}, **settings)
 
 

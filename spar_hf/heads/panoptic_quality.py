@@ -29,13 +29,10 @@ def measure_quality(
     mean over all classes that occur, over things, and over stuff. Images are split over the processes.
 
     Args:
-        model: a panoptic model.
-        image_processor: its image processor.
-        data: images and masks.
-        things: the countable classes.
+        model, image_processor: a panoptic model and its image processor.
+        data, things: images and masks, and their countable classes.
         min_area: see [`find_segments`].
         threshold: class probability from which a predicted segment counts.
-        accelerator: of the run.
     """
     # torchmetrics does not count a missed segment if the prediction there is mostly ignored, but COCO's definition does.
     # So pixels that no predicted segment covers get one more class, whose own quality is left out.

@@ -97,9 +97,7 @@ class PanopticImages(Dataset):
 
     Args:
         data: images and masks, one of them at least with a segment.
-        things: the countable classes.
-        min_area: see [`find_segments`].
-        most: largest number of segments per image.
+        things, min_area, most: see [`find_segments`].
         image_processor: makes tensors of an image and its segments.
         views: how images are resized and flipped.
         seed: of order and views.

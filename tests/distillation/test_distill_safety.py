@@ -3,11 +3,11 @@
 import json
 import math
 import shutil
-import signal
 
 import pytest
 import torch
 from distilling import distil, log_of
+from interrupting import at_call
 from launching import locked_elsewhere
 from transformers import AutoModel
 
@@ -102,16 +102,8 @@ def own_images(image_folder, tmp_path):
 
 def stopped_run(base_folder, images, output, monkeypatch, *options):
     """A run that SIGTERM stops after its third step."""
-    loss_of, calls = Distillation._loss, []
-
-    def stopping(run, sample, progress):
-        calls.append(sample)
-        if len(calls) == 3:
-            signal.raise_signal(signal.SIGTERM)
-        return loss_of(run, sample, progress)
-
     with monkeypatch.context() as patch:
-        patch.setattr(Distillation, "_loss", stopping)
+        patch.setattr(Distillation, "_loss", at_call(3, Distillation._loss))
         assert distil(base_folder, images, output, *SHORT, *options) is None
     assert (output / "checkpoint-3").is_dir()
 

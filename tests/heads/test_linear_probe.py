@@ -3,7 +3,6 @@
 import hashlib
 import json
 import shutil
-import signal
 import subprocess
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from datasets import Dataset
+from interrupting import at_call, crash
 from launching import ENVIRONMENT, TRAINING, TWO_PROCESSES
 from PIL import Image
 from safetensors.torch import load_file
@@ -23,9 +23,10 @@ from spar_hf import SparForSemanticSegmentation, SparImageProcessorPil, SparVisi
 from spar_hf.data.segmentation_sets import make_table, open_folder
 from spar_hf.evaluation.metrics import MeanIoU
 from spar_hf.heads import linear_probe
-from spar_hf.heads.frozen_features import FrozenFeatures, parse_inference
-from spar_hf.heads.linear_head import LinearHeads, batch_loss, logits_at_pixels
+from spar_hf.heads.frozen_features import FrozenFeatures
+from spar_hf.heads.linear_head import DrawnPixels, LinearHeads, batch_loss, logits_at_pixels
 from spar_hf.heads.linear_probe import main
+from spar_hf.heads.linear_probe_options import FeatureOptions
 from spar_hf.model.segmentation import decide
 from spar_hf.utils.errors import NotFinite, UsageError
 
@@ -153,23 +154,10 @@ def test_launched_in_two_processes_on_a_sliding_window_of_a_spar_folder(vision_m
     assert results["per_category_iou"].tolist() == list(report["best"]["classes"].values())
 
 
-def stop_after(calls, function):
-    """The function, which fails after so many calls."""
-    left = [None] * calls
-
-    def stopping(*args):
-        if not left:
-            raise MemoryError
-        left.pop()
-        return function(*args)
-
-    return stopping
-
-
 def test_a_killed_run_resumes_to_the_last_bit(backbone, dataset, tmp_path, monkeypatch):
     whole = main(arguments(backbone, dataset, tmp_path / "whole", "--save_steps", 20))
     assert not list((tmp_path / "whole").glob("checkpoint-*"))
-    monkeypatch.setattr(linear_probe, "batch_loss", stop_after(47, batch_loss))
+    monkeypatch.setattr(linear_probe, "batch_loss", at_call(48, batch_loss, crash))
     with pytest.raises(MemoryError):
         main(arguments(backbone, dataset, tmp_path / "cut", "--save_steps", 20))
     monkeypatch.undo()
@@ -200,7 +188,8 @@ def test_loss_reads_logits_where_masks_do():
     logits = torch.randn(2, 4, 6, 3)
     up = F.interpolate(logits.permute(0, 3, 1, 2), scale_factor=32, mode="bilinear")[:, :, :100, :180]
     rows, columns = torch.randint(0, 100, (50,)), torch.randint(0, 180, (50,))
-    read = logits_at_pixels(logits, rows, columns, 16, (50, 90), (100, 180))
+    image = DrawnPixels(torch.empty(12, 4, 6), rows, columns, torch.zeros(50), (50, 90), (100, 180))
+    read = logits_at_pixels(logits, image, 16)
     torch.testing.assert_close(read, up[:, :, rows, columns].permute(0, 2, 1), atol=1e-5, rtol=0)
 
 
@@ -227,13 +216,9 @@ def test_masks_beyond_the_classes_are_refused(backbone, dataset, tmp_path):
     assert not list((tmp_path / "cache").rglob("*.safetensors"))  # before any work
 
 
-def test_inference_is_read_as_documented():
-    assert (parse_inference("single"), parse_inference("sliding:24")) == (None, 24)
-
-
 def test_a_run_of_version_0_1_resumes(backbone, dataset, tmp_path, monkeypatch):
     """It stored one pattern where there are lists now, and the precision that was the default then."""
-    monkeypatch.setattr(linear_probe, "batch_loss", stop_after(3, batch_loss))
+    monkeypatch.setattr(linear_probe, "batch_loss", at_call(4, batch_loss, crash))
     with pytest.raises(MemoryError):
         main(arguments(backbone, dataset, tmp_path / "run", "--save_steps", 2))
     monkeypatch.undo()
@@ -254,7 +239,8 @@ def test_features_of_images_stored_in_a_data_set_are_those_of_the_files(backbone
     rows = Dataset.from_dict({"image": images, "mask": masks}, features=folder.rows.features)
     stored = type(folder)("stored", rows, folder.names, folder.labels, make_table(range(3)), "stored")
     assert isinstance(stored.file(0), bytes) and isinstance(folder.file(0), str)
-    features = FrozenFeatures(str(backbone), Accelerator(cpu=True), size={"shortest_edge": 64}, cache=str(tmp_path))
+    options = FeatureOptions(model=str(backbone), shortest_edge=64, cache=str(tmp_path))
+    features = FrozenFeatures(options, Accelerator(cpu=True))
     features.fill(folder)
     features.fill(stored)
     assert features.made == 8
@@ -266,15 +252,7 @@ def test_features_of_images_stored_in_a_data_set_are_those_of_the_files(backbone
 
 def test_sigterm_stops_after_the_step_and_the_run_resumes(backbone, dataset, tmp_path, monkeypatch):
     whole = main(arguments(backbone, dataset, tmp_path / "whole"))
-    calls = []
-
-    def interrupted(*args):
-        calls.append(args)
-        if len(calls) == 7:
-            signal.raise_signal(signal.SIGTERM)
-        return batch_loss(*args)
-
-    monkeypatch.setattr(linear_probe, "batch_loss", interrupted)
+    monkeypatch.setattr(linear_probe, "batch_loss", at_call(7, batch_loss))
     assert main(arguments(backbone, dataset, tmp_path / "run")) is None
     monkeypatch.undo()
     assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-7"]
@@ -303,13 +281,8 @@ def test_a_head_that_diverges_is_never_the_best(backbone, dataset, tmp_path, mon
 
 def test_images_that_changed_and_finished_runs_are_refused(backbone, dataset, tmp_path, monkeypatch):
     own = shutil.copytree(dataset, tmp_path / "own")
-
-    def interrupted(*args):
-        signal.raise_signal(signal.SIGTERM)
-        return batch_loss(*args)
-
     with monkeypatch.context() as patch:
-        patch.setattr(linear_probe, "batch_loss", interrupted)
+        patch.setattr(linear_probe, "batch_loss", at_call(1, batch_loss))
         assert main(arguments(backbone, own, tmp_path / "run", "--steps", "4")) is None
     for part in ("images", "masks"):
         shutil.copy(own / part / "p1.png", own / part / "p9.png")

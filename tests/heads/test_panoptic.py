@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from interrupting import at_call
 from launching import ENVIRONMENT, TRAINING, TWO_PROCESSES, signal_all
 from PIL import Image
 from safetensors.torch import load_file
@@ -272,14 +273,8 @@ def test_training__learns_the_images_and_resumes_to_the_last_bit(base, data, tmp
 def test_training__sigterm_stops_after_the_step(base, data, tmp_path, monkeypatch):
     settings = {"steps": 6, "holdout_every": 0, "eval_steps": 6, "log_steps": 1}
     whole = main(arguments(base, data, tmp_path / "whole", **settings))
-    train_on = PanopticTrainer._train_on
-
-    def interrupted(trainer, inputs, number):
-        if number == 4:  # the first of two images of the third step
-            signal.raise_signal(signal.SIGTERM)
-        return train_on(trainer, inputs, number)
-
-    monkeypatch.setattr(PanopticTrainer, "_train_on", interrupted)
+    # at the first of two images of the third step
+    monkeypatch.setattr(PanopticTrainer, "_train_on", at_call(5, PanopticTrainer._train_on))
     assert main(arguments(base, data, tmp_path / "run", **settings)) is None
     monkeypatch.undo()
     assert sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*")) == ["checkpoint-3"]
@@ -363,14 +358,8 @@ def test_training__a_few_bad_steps_are_skipped_and_more_end_it(base, data, tmp_p
 def test_training__held_out_images_stay_so_when_images_are_added(base, data, tmp_path, monkeypatch):
     own = shutil.copytree(data, tmp_path / "own")
     settings = {"steps": 2, "holdout_every": 3, "eval_steps": 2, "log_steps": 1}
-    train_on = PanopticTrainer._train_on
-
-    def interrupted(trainer, inputs, number):
-        signal.raise_signal(signal.SIGTERM)
-        return train_on(trainer, inputs, number)
-
     with monkeypatch.context() as patch:
-        patch.setattr(PanopticTrainer, "_train_on", interrupted)
+        patch.setattr(PanopticTrainer, "_train_on", at_call(1, PanopticTrainer._train_on))
         assert main(arguments(base, own, tmp_path / "run", **settings)) is None
     before = read_samples(tmp_path / "run")
     for part in ("images", "masks"):
