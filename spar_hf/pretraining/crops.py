@@ -121,12 +121,8 @@ class CropBatches(Dataset):
     """
     Item i is batch i: a list with pixels and labels of every set. It depends on the seed and i, whatever the worker.
 
-    Args:
-        sets: the sets, which share the crops of a batch by their weights.
-        batch_size: crops per batch; each set gets at least one.
-        window: side of the crops in pixels.
-        steps: number of batches.
-        seed: of all batches.
+    The sets share the `batch_size` crops of a batch by their weights; each gets at least one. Crops have `window` × `window`
+    pixels.
     """
 
     def __init__(self, sets: list[CropSet], batch_size: int, window: int, steps: int, seed: int):
@@ -204,8 +200,9 @@ def load_masked_set(
         image, mask = data.read(number)
         images.append(np.asarray(image))
         masks.append(labels[mask])
-    number = None if unnamed is None else words.index(unnamed)
-    return CropSet(images, masks, names, spec, number, unnamed, [files[n] for n in train], [files[n] for n in rest])
+    rest_class = None if unnamed is None else words.index(unnamed)
+    own, held = ([files[number] for number in numbers] for numbers in (train, rest))
+    return CropSet(images, masks, names, spec, rest_class, unnamed, own, held)
 
 
 def load_tagged_set(root: Path, spec: dict[str, Any], recipe: dict[str, Any]) -> CropSet:

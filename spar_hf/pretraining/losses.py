@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from spar_hf.data.segmentation_sets import IGNORE_INDEX
-from spar_hf.model.prompts import TEMPLATES
 from spar_hf.pretraining.crops import CropSet
 from spar_hf.pretraining.options import TrainingOptions
+from spar_hf.pretraining.words import PROMPT_TEMPLATES
 
 UNNAMED_WEIGHT = 0.3  # of a pixel of the unnamed class; a pixel of a class of mean frequency has 1
 FOREIGN = -1  # class of a prompt whose word belongs to another set
@@ -35,14 +35,13 @@ def draw_prompts(
     sets: list[CropSet], labels: list[torch.Tensor], options: TrainingOptions, rng: random.Random
 ) -> list[Prompts]:
     """The prompts of one step for each set, given the labels of its crops."""
-    templates = [template for group in TEMPLATES.values() for template in group] + ["{}"] * 20
     drawn = []
     for crop_set, label in zip(sets, labels, strict=True):
         if crop_set.masks is None:
             words, targets = _words_of_images(crop_set, label, options, rng)
         else:
             words, targets = _words_of_classes(crop_set, sets, label, options, rng)
-        drawn.append(Prompts([rng.choice(templates).format(word) for word in words], targets))
+        drawn.append(Prompts([rng.choice(PROMPT_TEMPLATES).format(word) for word in words], targets))
     return drawn
 
 
@@ -130,13 +129,9 @@ def step_loss(
     The loss of one step, and that of each set. Each tower runs once, over all sets together.
 
     Args:
-        towers: [`Towers`], perhaps wrapped by accelerate.
-        tokenizer: of the text tower.
-        sets: of the crops.
+        towers: [`Towers`], perhaps wrapped by accelerate, on `device`; `tokenizer` is that of the text tower.
         groups: pixels and labels of every set, from [`CropBatches`].
-        options: how many names are compared.
-        rng: draws words and templates.
-        device: of the towers.
+        options: how many names are compared; `rng` draws them and their templates.
     """
     labels = [label for _, label in groups]
     prompts = draw_prompts(sets, labels, options, rng)

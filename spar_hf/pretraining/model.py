@@ -59,8 +59,8 @@ def new_model(
         sets: give the words that label pixels and images.
         extra: words that label nothing.
         seed: of the words' directions and their lessons.
-        initialise: whether to initialise the vision tower and teach the text tower its words; a resumed run, whose weights
-            come from a checkpoint, needs neither.
+        initialise: whether to initialise the vision tower and teach the text tower its words; not for a resumed run, whose
+            weights come from a checkpoint.
     """
     if options.text_teacher is not None:
         with as_usage_errors():

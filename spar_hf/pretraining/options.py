@@ -1,53 +1,59 @@
 """Options of the pre-training, checked before any image is read."""
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from spar_hf.utils.errors import UsageError
-from spar_hf.utils.options import (
-    RUN_FREE,
-    ComposedOptions,
-    SafetyOptions,
-    require_not_negative,
-    require_one_of,
-    require_positive,
-)
+from spar_hf.utils.fields import option, required
+from spar_hf.utils.options import RUN_FREE, ComposedOptions, require_not_negative, require_positive
+from spar_hf.utils.run_options import RunOptions
+from spar_hf.utils.texts import read_text
 
 # options that a resumed run may change: where it is written, and the length of its schedule
 FREE = {"output", "resume", "workers", "save_steps", "steps", *RUN_FREE}
 RECIPE = Path(__file__).with_name("spar_tiny_data.yaml")
 
 
+def read_recipe(file: str) -> dict[str, Any]:
+    """
+    The sets of the pre-training, their words, and the held-out words.
+
+    Raises:
+        UsageError: the file is not a recipe.
+    """
+    recipe = yaml.safe_load(read_text(file))
+    if not isinstance(recipe, dict) or not {"sets", "held_out"} <= recipe.keys():
+        raise UsageError(f"{file} is not a recipe of pretrain_tiny.py: it has no `sets` or no `held_out`.")
+    return recipe
+
+
 @dataclass(kw_only=True)
 class RecipeOptions:
     """The training images and their words."""
 
-    data: str = field(metadata={"help": "Folder that the paths of the recipe are relative to."})
-    recipe: str = field(
-        default=str(RECIPE), metadata={"help": "YAML file with the sets, their words, and the held-out words."}
-    )
+    data: str = required("Folder that the paths of the recipe are relative to.")
+    recipe: str = option(str(RECIPE), "YAML file with the sets, their words, and the held-out words.")
 
 
 @dataclass(kw_only=True)
 class NewModelOptions:
     """Sizes and words of a model that starts from scratch; `--start` takes those of another model."""
 
-    window: int = field(default=192, metadata={"help": "Side of the crops in pixels: the model's image_size."})
-    hidden_size: int = field(default=192, metadata={"help": "Width of both towers."})
-    layers: int = field(default=8, metadata={"help": "Blocks of the vision tower."})
-    text_layers: int = field(default=1, metadata={"help": "Blocks of the text tower."})
-    vocab_size: int = field(default=6144, metadata={"help": "Upper bound of the tokenizer's vocabulary."})
-    text_steps: int = field(default=800, metadata={"help": "Steps that first teach the words, without images."})
-    text_teacher: str | None = field(
-        default=None,
-        metadata={
-            "help": "Folder of a sentence encoder (all-MiniLM-L6-v2) that the words are learned from; by default words "
-            "get random directions."
-        },
+    window: int = option(192, "Side of the crops in pixels: the model's image_size.")
+    hidden_size: int = option(192, "Width of both towers.")
+    layers: int = option(8, "Blocks of the vision tower.")
+    text_layers: int = option(1, "Blocks of the text tower.")
+    vocab_size: int = option(6144, "Upper bound of the tokenizer's vocabulary.")
+    text_steps: int = option(800, "Steps that first teach the words, without images.")
+    text_teacher: str | None = option(
+        None,
+        "Folder of a sentence encoder (all-MiniLM-L6-v2) that the words are learned from; by default words "
+        "get random directions.",
     )
-    common_words: int = field(
-        default=3500, metadata={"help": "Number of frequent words of the sentence encoder that are taught as well."}
-    )
+    common_words: int = option(3500, "Number of frequent words of the sentence encoder that are taught as well.")
 
     def __post_init__(self):
         require_positive(self, "window", "hidden_size", "layers", "text_layers", "vocab_size")
@@ -62,20 +68,17 @@ class NewModelOptions:
 class TrainingOptions:
     """How the vision tower is trained."""
 
-    start: str | None = field(
-        default=None,
-        metadata={"help": "Finished model of this command to train further; its sizes and words stay as they are."},
+    start: str | None = option(
+        None, "Finished model of this command to train further; its sizes and words stay as they are."
     )
-    steps: int = field(default=4000, metadata={"help": "Optimizer steps."})
-    batch_size: int = field(default=24, metadata={"help": "Crops per step."})
-    learning_rate: float = field(default=6e-4, metadata={"help": "Peak of the cosine schedule."})
-    weight_decay: float = field(default=0.05, metadata={"help": "AdamW weight decay."})
-    warmup_steps: int = field(default=200, metadata={"help": "Steps of linear warm-up."})
-    names_per_set: int = field(default=28, metadata={"help": "Class names compared per set and step."})
-    foreign_names: int = field(default=8, metadata={"help": "Names of other sets added as wrong answers."})
-    tagged_names: int = field(
-        default=64, metadata={"help": "Number of names that an image with a name but no mask is compared with."}
-    )
+    steps: int = option(4000, "Optimizer steps.")
+    batch_size: int = option(24, "Crops per step.")
+    learning_rate: float = option(6e-4, "Peak of the cosine schedule.")
+    weight_decay: float = option(0.05, "AdamW weight decay.")
+    warmup_steps: int = option(200, "Steps of linear warm-up.")
+    names_per_set: int = option(28, "Class names compared per set and step.")
+    foreign_names: int = option(8, "Names of other sets added as wrong answers.")
+    tagged_names: int = option(64, "Number of names that an image with a name but no mask is compared with.")
 
     def __post_init__(self):
         require_positive(self, "steps", "batch_size", "learning_rate", "names_per_set", "tagged_names")
@@ -83,25 +86,15 @@ class TrainingOptions:
 
 
 @dataclass(kw_only=True)
-class RunOptions(SafetyOptions):
+class PretrainingRun(RunOptions):
     """Where and how the training runs."""
 
-    output: str = field(metadata={"help": "Folder to write: checkpoints, log and the finished model."})
-    mixed_precision: str | None = field(
-        default=None, metadata={"help": "no, bf16 or fp16; by default what `accelerate launch` was told."}
-    )
-    workers: int = field(default=1, metadata={"help": "Processes that cut crops."})
-    seed: int = field(default=0, metadata={"help": "Seed of weights, order and augmentation."})
-    save_steps: int = field(default=500, metadata={"help": "Steps between checkpoints; the last two are kept."})
-    resume: bool = field(
-        default=False, metadata={"help": "Go on from the last checkpoint in --output, as if never stopped."}
-    )
+    save_steps: int = option(500, "Steps between checkpoints; the last two are kept.")
+    workers: int = option(1, "Processes that cut crops.")
 
     def __post_init__(self):
         super().__post_init__()
-        require_positive(self, "save_steps")
         require_not_negative(self, "workers")
-        require_one_of(self, "mixed_precision", ("no", "bf16", "fp16"))
 
 
 @dataclass(kw_only=True)
@@ -116,7 +109,7 @@ class PretrainingOptions(ComposedOptions):
     recipe: RecipeOptions
     new_model: NewModelOptions
     training: TrainingOptions
-    run: RunOptions
+    run: PretrainingRun
 
     def __post_init__(self):
         if self.training.start is not None and (given := self.new_model.changed()):

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -26,14 +25,13 @@ from spar_hf import SparForOpenVocabSegmentation, SparImageProcessorPil, SparPro
 from spar_hf.pretraining.crops import CropBatches, CropSet, load_sets
 from spar_hf.pretraining.losses import step_loss
 from spar_hf.pretraining.model import Towers, load_model, new_model
-from spar_hf.pretraining.options import FREE, PretrainingOptions, TrainingOptions
+from spar_hf.pretraining.options import FREE, PretrainingOptions, TrainingOptions, read_recipe
 from spar_hf.utils.atomic import writing_folder
 from spar_hf.utils.checkpoints import discard_earlier, earlier_state, load_checkpoint, settings_of
 from spar_hf.utils.devices import clock
 from spar_hf.utils.launching import outlive_signals
 from spar_hf.utils.runs import BadSteps, Checkpointing, RunFolder, RunLog, end_run, start_accelerator
 from spar_hf.utils.sample_record import earlier_samples, read_samples, write_samples
-from spar_hf.utils.texts import read_text
 
 logger = logging.getLogger(__name__)
 
@@ -70,16 +68,9 @@ def train_locked(options: PretrainingOptions, accelerator: Accelerator) -> Path 
     torch.set_flush_denormal(True)  # weights of rare tokens that are almost zero make CPUs several times slower
     output, resume = Path(options.run.output), options.run.resume
     settings = comparable(settings_of(options, FREE) | {"mixed_precision": accelerator.mixed_precision})
-    state = earlier_state(
-        output,
-        resume,
-        settings,
-        accelerator.num_processes,
-        upgrade=comparable,
-        results=[output / "model"],
-        overwrite=options.run.overwrite,
-    )
-    recipe = yaml.safe_load(read_text(options.recipe.recipe))
+    result, overwrite = output / "model", options.run.overwrite
+    state = earlier_state(output, resume, settings, accelerator.num_processes, comparable, [result], overwrite)
+    recipe = read_recipe(options.recipe.recipe)
     earlier = read_samples(output) if resume else None
     sets = load_sets(Path(options.recipe.data), recipe, None if earlier is None else earlier["held_out"])
     samples = {part: [name for crops in sets for name in getattr(crops, source)] for part, source in PARTS.items()}
@@ -89,6 +80,7 @@ def train_locked(options: PretrainingOptions, accelerator: Accelerator) -> Path 
         model, tokenizer = new_model(options.new_model, sets, recipe.get("words", []), options.run.seed, not resume)
     else:
         model, tokenizer = load_model(options.training.start)
+    model.vision_model.requires_grad_(True)  # with the probe of the pooling head, for the pooled embedding
     for frozen in (model.text_model, model.logit_scale, model.logit_bias):
         frozen.requires_grad_(False)
     towers = Towers(model)
@@ -102,15 +94,14 @@ def train_locked(options: PretrainingOptions, accelerator: Accelerator) -> Path 
         write_samples(output, samples)
     bad_steps = BadSteps(accelerator, options.run.max_bad_steps, *(state or {}).get("bad_steps", ()))
     with Checkpointing(accelerator, output, settings, options.run.save_steps, options.training.steps) as checkpoints:
-        finished = train_towers(
-            (*prepared, schedule), tokenizer, sets, options, accelerator, checkpoints, bad_steps, step
-        )
+        trained = (*prepared, schedule)
+        finished = train_towers(trained, tokenizer, sets, options, accelerator, checkpoints, bad_steps, step)
     if finished and accelerator.is_main_process:
-        save_model(model, tokenizer, output / "model")
+        save_model(model, tokenizer, result)
     accelerator.wait_for_everyone()
     del prepared
     end_run(accelerator)
-    return output / "model" if finished else None
+    return result if finished else None
 
 
 def comparable(settings: dict[str, Any]) -> dict[str, Any]:
@@ -139,22 +130,7 @@ def train_towers(
     bad_steps: BadSteps,
     first: int,
 ) -> bool:
-    """
-    Train from step `first` on.
-
-    Args:
-        prepared: towers, optimizer and schedule.
-        tokenizer: of the text tower.
-        sets: the images.
-        options: of the pre-training.
-        accelerator: of the run.
-        checkpoints: written on the way.
-        bad_steps: counts the steps that are skipped.
-        first: steps done before.
-
-    Returns:
-        Whether all steps were done; `False` where the run was stopped.
-    """
+    """Train `prepared` (towers, optimizer, schedule) from step `first` on; `False` if a signal stopped the run."""
     towers, optimizer, schedule = prepared
     training, seed = options.training, options.run.seed
     trained = [p for p in towers.parameters() if p.requires_grad]

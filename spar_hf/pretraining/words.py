@@ -10,9 +10,12 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast, get_
 
 from spar_hf.model.prompts import TEMPLATES
 
+PROMPT_TEMPLATES = [template for group in TEMPLATES.values() for template in group] + ["{}"] * 20
+LENGTH = 24  # tokens of a prompt
 
-def build_tokenizer(sets: list, extra: list[str], vocab_size: int, length: int = 24) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer trained on names and templates: lower case, no punctuation, padded right to `length`."""
+
+def build_tokenizer(sets: list, extra: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer trained on names and templates: lower case, no punctuation, padded right to `LENGTH`."""
     tokenizer = Tokenizer(models.BPE(unk_token=None))
     tokenizer.normalizer = normalizers.Sequence(
         [
@@ -40,7 +43,7 @@ def build_tokenizer(sets: list, extra: list[str], vocab_size: int, length: int =
         pad_token="<pad>",
         eos_token="</s>",
         padding_side="right",
-        model_max_length=length,
+        model_max_length=LENGTH,
         model_input_names=["input_ids"],
     )
 
@@ -143,12 +146,11 @@ def teach_words(
     # words that label pixels are drawn most often: they are in the first two groups
     dense = {word for crop_set in sets if crop_set.masks is not None for names in crop_set.names for word in names}
     groups = [sorted(row[word] for word in dense), list(range(labels)), list(range(labels, len(words)))]
-    templates = [t for group in TEMPLATES.values() for t in group] + ["{}"] * 20
     optimizer = torch.optim.AdamW(model.text_model.parameters(), lr=1e-3, betas=(0.9, 0.98))
     schedule = get_cosine_schedule_with_warmup(optimizer, min(30, steps), steps)
     for _ in tqdm(range(steps), desc="teaching words", mininterval=5):
         chosen = [i for group in groups for i in rng.sample(group, min(43, len(group)))]
-        texts = embed_prompts(model, tokenizer, [rng.choice(templates).format(words[i]) for i in chosen])
+        texts = embed_prompts(model, tokenizer, [rng.choice(PROMPT_TEMPLATES).format(words[i]) for i in chosen])
         different = sorted(set(chosen))
         column = torch.tensor([different.index(i) for i in chosen])
         cosines = texts @ targets[different].T  # (prompts, different words)
@@ -161,13 +163,9 @@ def teach_words(
         optimizer.zero_grad()
     model.text_model.requires_grad_(False)
     with torch.no_grad():
-        return {
-            name: round(
-                float((embed_prompts(model, tokenizer, [words[i] for i in part]) * targets[part]).sum(1).mean()), 4
-            )
-            for name, part in zip(("dense", "labels", "others"), groups, strict=True)
-            if part
-        }
+        reached = (embed_prompts(model, tokenizer, words) * targets).sum(1)
+        parts = zip(("dense", "labels", "others"), groups, strict=True)
+        return {name: round(float(reached[part].mean()), 4) for name, part in parts if part}
 
 
 def embed_prompts(model, tokenizer, prompts: list[str]) -> torch.Tensor:

@@ -4,13 +4,13 @@ import json
 import math
 import random
 import shutil
-import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from interrupting import at_call
 from PIL import Image
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -28,6 +28,8 @@ from spar_hf.pretraining.words import build_tokenizer, common_words, teach_words
 from spar_hf.utils.errors import NotFinite, UsageError
 from spar_hf.utils.sample_record import read_samples
 
+SMALL = {"window": 32, "hidden_size": 64, "layers": 1, "vocab_size": 400, "batch_size": 4, "text_steps": 5}
+SMALL |= {"warmup_steps": 1, "workers": 0, "foreign_names": 2}
 COLOURS = {"sky": (90, 150, 240), "road": (90, 90, 90), "grass": (60, 170, 50), "bus": (220, 40, 40)}
 
 
@@ -95,8 +97,7 @@ def test_a_set_whose_pixels_are_all_ignored_adds_nothing(world):
     """Not NaN, which would end in every weight."""
     for mask in (world / "scenes" / "masks").iterdir():
         Image.fromarray(np.full_like(np.array(Image.open(mask)), 255)).save(mask)
-    small = {"window": 32, "hidden_size": 64, "layers": 1, "vocab_size": 400, "batch_size": 4, "text_steps": 5}
-    small |= {"steps": 3, "warmup_steps": 1, "workers": 0, "foreign_names": 2}
+    small = SMALL | {"steps": 3}
     folder = main(arguments(world, world / "run", **small))
     row = json.loads((world / "run" / "log.jsonl").read_text().splitlines()[0])
     assert row["set0"] == 0 and row["set1"] > 0
@@ -105,23 +106,8 @@ def test_a_set_whose_pixels_are_all_ignored_adds_nothing(world):
 
 @pytest.mark.slow
 def test_learns_words_and_resumes(world):
-    common = {
-        "workers": 0,
-        "window": 64,
-        "hidden_size": 64,
-        "layers": 2,
-        "text_layers": 1,
-        "vocab_size": 400,
-        "batch_size": 8,
-    }
-    common |= {
-        "text_steps": 120,
-        "foreign_names": 2,
-        "warmup_steps": 10,
-        "learning_rate": 2e-3,
-        "save_steps": 150,
-        "steps": 220,
-    }
+    common = SMALL | {"window": 64, "layers": 2, "batch_size": 8, "text_steps": 120, "warmup_steps": 10}
+    common |= {"learning_rate": 2e-3, "save_steps": 150, "steps": 220}
     folder = main(arguments(world, world / "run", **common))
     log = [json.loads(line) for line in (world / "run" / "log.jsonl").read_text().splitlines()]
     assert log[-1]["set0"] < 0.5 * log[0]["set0"]
@@ -193,18 +179,9 @@ def test_words_without_labels_lie_near_words_with_some(world):
 
 
 def test_sigterm_stops_after_the_step(world, monkeypatch):
-    small = {"window": 32, "hidden_size": 64, "layers": 1, "vocab_size": 400, "batch_size": 4, "text_steps": 5}
-    small |= {"steps": 6, "warmup_steps": 1, "workers": 0, "foreign_names": 2}
+    small = SMALL | {"steps": 6}
     whole = main(arguments(world, world / "whole", **small))
-    step_loss, calls = trainer.step_loss, []
-
-    def interrupted(*args):
-        calls.append(args)
-        if len(calls) == 3:
-            signal.raise_signal(signal.SIGTERM)
-        return step_loss(*args)
-
-    monkeypatch.setattr(trainer, "step_loss", interrupted)
+    monkeypatch.setattr(trainer, "step_loss", at_call(3, trainer.step_loss))
     assert main(arguments(world, world / "run", **small)) is None
     monkeypatch.undo()
     assert sorted(path.name for path in (world / "run").iterdir()) == ["checkpoint-3", "images.json.gz", "log.jsonl"]
@@ -214,8 +191,7 @@ def test_sigterm_stops_after_the_step(world, monkeypatch):
 
 
 def test_a_training_that_diverges_and_a_finished_one_are_no_success(world, monkeypatch):
-    small = {"window": 32, "hidden_size": 64, "layers": 1, "vocab_size": 400, "batch_size": 4, "text_steps": 5}
-    small |= {"steps": 9, "warmup_steps": 1, "workers": 0, "foreign_names": 2, "save_steps": 1}
+    small = SMALL | {"steps": 9, "save_steps": 1}
     step_loss, calls = trainer.step_loss, []
 
     def diverging(*args):
@@ -240,16 +216,9 @@ def test_a_training_that_diverges_and_a_finished_one_are_no_success(world, monke
 
 def test_images_that_changed_are_refused(world, tmp_path, monkeypatch):
     copy = shutil.copytree(world, tmp_path / "world", ignore=shutil.ignore_patterns("run", "whole", "done", "diverged"))
-    small = {"window": 32, "hidden_size": 64, "layers": 1, "vocab_size": 400, "batch_size": 4, "text_steps": 5}
-    small |= {"steps": 4, "warmup_steps": 1, "workers": 0, "foreign_names": 2}
-    step_loss = trainer.step_loss
-
-    def interrupted(*args):
-        signal.raise_signal(signal.SIGTERM)
-        return step_loss(*args)
-
+    small = SMALL | {"steps": 4}
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "step_loss", interrupted)
+        patch.setattr(trainer, "step_loss", at_call(1, trainer.step_loss))
         assert main(arguments(copy, copy / "run", **small)) is None
     record = read_samples(copy / "run")
     first = Path(record["train"][0])
