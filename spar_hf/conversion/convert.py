@@ -95,68 +95,63 @@ def convert(
             NaN; another process converts to the same folder.
         RuntimeError: the written folder differs from the reference implementation by more than 1e-4.
     """
-    output = Path(output)
+    output, checkpoint = Path(output), Path(checkpoint)
     check_output(output, force)
-    with locked(output.with_name(f".{output.name}.lock"), str(output)):
-        check_output(output, force)  # another process may have written it since
-        return convert_locked(
-            Path(checkpoint), family, base, output, tokenizer, text_heads, vision_act, image_mean, image_std
-        )
-
-
-def convert_locked(
-    checkpoint: Path,
-    family: str,
-    base: str,
-    output: Path,
-    tokenizer: str | None,
-    text_heads: int | None,
-    vision_act: str | None,
-    image_mean: list[float] | None,
-    image_std: list[float] | None,
-) -> ConversionReport:
-    """What [`convert`] does while the output is locked."""
     if family not in FAMILIES:
         raise UsageError(f"Family {family!r} is unknown; use one of {', '.join(FAMILIES)}.")
-    layout, tensors = FAMILIES[family], read_tensors(checkpoint)
-    source, notes = CheckpointTensors(tensors), []
-    layout.rename(source)
-    if spoiled := [
-        name for name, tensor in tensors.items() if name not in source.skipped and not tensor.isfinite().all()
-    ]:
+    with locked(output.with_name(f".{output.name}.lock"), str(output)):
+        check_output(output, force)  # another process may have written it since
+        tensors, source = read_source(checkpoint, family)
+        backbone_from_base = family == "dinov3txt" and not any(name.startswith(DINOV3_BACKBONE) for name in tensors)
+        if backbone_from_base:
+            add_backbone(source, base)
+        config = build_config(family, base, source, tokenizer, text_heads, vision_act)
+        model = SparForOpenVocabSegmentation(config).eval()
+        load_renamed(model, source, checkpoint)
+        processor = build_processor(family, base, tokenizer, config, image_mean, image_std)
+        notes = describe_origin(config, base, tokenizer, backbone_from_base)
+        report = ConversionReport(output, len(tensors) - len(source.skipped), source.skipped, notes)
+        with writing_folder(output) as temporary:
+            model.save_pretrained(temporary)
+            processor.save_pretrained(temporary)
+            report.differences = compare(temporary, family, tensors, base if backbone_from_base else None)
+            wrong = {name: value for name, value in report.differences.items() if not value < TOLERANCE}  # also NaN
+            if wrong:
+                raise RuntimeError(
+                    f"The converted model differs from the reference implementation by more than {TOLERANCE:.0e}: {wrong}. "
+                    f"Check that {base} is the base of this checkpoint; nothing was written."
+                )
+    return report
+
+
+def read_source(checkpoint: Path, family: str) -> tuple[dict[str, torch.Tensor], CheckpointTensors]:
+    """
+    The tensors of a checkpoint by their old names, and renamed.
+
+    Raises:
+        UsageError: the file is no checkpoint, or a tensor that is used holds NaN or infinity.
+    """
+    tensors = read_tensors(checkpoint)
+    source = CheckpointTensors(tensors)
+    FAMILIES[family].rename(source)
+    used = {name: tensor for name, tensor in tensors.items() if name not in source.skipped}
+    if spoiled := [name for name, tensor in used.items() if not tensor.isfinite().all()]:
         raise UsageError(
             f"{checkpoint}: {len(spoiled)} of {len(tensors)} tensors hold NaN or infinity: {', '.join(spoiled[:8])}. Use an "
             "earlier checkpoint of that training, or copy the file again."
         )
-    backbone_from_base = family == "dinov3txt" and not any(name.startswith(DINOV3_BACKBONE) for name in tensors)
-    if backbone_from_base:
-        add_backbone(source, base)
-        notes.append(
-            f"backbone weights from {base}, since the checkpoint contains only the vision head and the text tower"
-        )
-    config = build_config(layout, family, base, source, tokenizer, text_heads, vision_act)
-    vision = config.backbone_config
-    notes.append(
-        f"from {base}: {vision.num_attention_heads} heads, image size {config.image_size}, image statistics"
-        + ("" if tokenizer else ", tokenizer")
-    )
-    notes.append(f"activation of the vision tower: {vision.hidden_act}")
-    model = SparForOpenVocabSegmentation(config).eval()
-    load_renamed(model, source, checkpoint)
+    return tensors, source
 
-    processor = build_processor(family, base, tokenizer, config, image_mean, image_std)
-    report = ConversionReport(output, len(tensors) - len(source.skipped), source.skipped, notes)
-    with writing_folder(output) as temporary:
-        model.save_pretrained(temporary)
-        processor.save_pretrained(temporary)
-        report.differences = compare(temporary, layout, tensors, base if backbone_from_base else None)
-        wrong = {name: value for name, value in report.differences.items() if not value < TOLERANCE}  # NaN is wrong too
-        if wrong:
-            raise RuntimeError(
-                f"The converted model differs from the reference implementation by more than {TOLERANCE:.0e}: {wrong}. "
-                f"Check that {base} is the base of this checkpoint; nothing was written."
-            )
-    return report
+
+def describe_origin(config: SparConfig, base: str, tokenizer: str | None, backbone_from_base: bool) -> list[str]:
+    """What does not come from the checkpoint, for the report."""
+    vision, text = config.backbone_config, "" if tokenizer else ", tokenizer"
+    weights = f"backbone weights from {base}, since the checkpoint contains only the vision head and the text tower"
+    return [
+        *([weights] if backbone_from_base else []),
+        f"from {base}: {vision.num_attention_heads} heads, image size {config.image_size}, image statistics{text}",
+        f"activation of the vision tower: {vision.hidden_act}",
+    ]
 
 
 def check_output(output: Path, force: bool) -> None:
@@ -181,16 +176,10 @@ def is_spar_folder(folder: Path) -> bool:
 
 
 def build_config(
-    layout,
-    family: str,
-    base: str,
-    source: CheckpointTensors,
-    tokenizer: str | None,
-    text_heads: int | None,
-    vision_act: str | None,
+    family: str, base: str, source: CheckpointTensors, tokenizer: str | None, heads: int | None, vision_act: str | None
 ) -> SparConfig:
     """The configuration of the base, with the settings of the family's published code."""
-    base_config = load_source_config(base)
+    layout, base_config = FAMILIES[family], load_source_config(base)
     if base_config.model_type not in layout.MODEL_TYPES:
         raise UsageError(
             f"{base} is a model of type {base_config.model_type!r}, but the base of a {family} checkpoint must be one of "
@@ -198,7 +187,7 @@ def build_config(
         )
     vision = getattr(base_config, "vision_config", base_config).to_dict() | layout.VISION_SETTINGS
     if family == "dinov3txt":
-        if tokenizer is None or text_heads is None:
+        if tokenizer is None or heads is None:
             raise UsageError(
                 "A DINOv3 base has no text tower, and the checkpoint does not tell its tokenizer and number of heads. Pass "
                 "--tokenizer (that of CLIP, e.g. openai/clip-vit-base-patch16) and --text-heads (20 for the published "
@@ -206,7 +195,7 @@ def build_config(
             )
         periods = source.renamed.pop("rope_periods", None)
         vision["rope_periods"] = None if periods is None else periods.flatten().tolist()
-        text = layout.TEXT_SETTINGS | dinov3txt_text_config(source.renamed, tokenizer, text_heads)
+        text = layout.TEXT_SETTINGS | dinov3txt_text_config(source.renamed, tokenizer, heads)
         return SparConfig(backbone_config=vision, text_config=text, readout="dinov3txt", dtype="float32")
     text = base_config.text_config.to_dict() | layout.TEXT_SETTINGS
     if family == "siglip2":
@@ -269,12 +258,7 @@ def load_renamed(model: SparForOpenVocabSegmentation, source: CheckpointTensors,
 
 
 def build_processor(
-    family: str,
-    base: str,
-    tokenizer: str | None,
-    config: SparConfig,
-    image_mean: list[float] | None,
-    image_std: list[float] | None,
+    family: str, base: str, tokenizer: str | None, config: SparConfig, mean: list[float] | None, std: list[float] | None
 ) -> SparProcessor:
     """The processor of the base, with the published text preprocessing and the given image statistics."""
     if family == "dinov3txt":
@@ -282,28 +266,28 @@ def build_processor(
         processor = SparProcessor(SparImageProcessorPil.from_backbone(base), text)
     else:
         processor = SparProcessor.from_backbone(base, tokenizer)
-    if image_mean is not None:
-        processor.image_processor.image_mean = list(image_mean)
-    if image_std is not None:
-        processor.image_processor.image_std = list(image_std)
+    if mean is not None:
+        processor.image_processor.image_mean = list(mean)
+    if std is not None:
+        processor.image_processor.image_std = list(std)
     return processor
 
 
 @torch.no_grad()
-def compare(folder: Path, layout, tensors: dict[str, torch.Tensor], base: str | None) -> dict[str, float]:
+def compare(folder: Path, family: str, tensors: dict[str, torch.Tensor], base: str | None) -> dict[str, float]:
     """
     Compare the folder, loaded again, with the reference implementation on random pixels and token ids.
 
     Args:
         folder: the converted model.
-        layout: module of the family, which has the reference implementation.
+        family: has the reference implementation.
         tensors: of the checkpoint, by their old names.
         base: DINOv3 model if the backbone's weights come from it; transformers' own implementation is the reference then.
 
     Returns:
         Largest absolute difference of feature maps, at the native size and two others, of image and of text embeddings.
     """
-    model = SparForOpenVocabSegmentation.from_pretrained(folder, dtype=torch.float32).eval()
+    layout, model = FAMILIES[family], SparForOpenVocabSegmentation.from_pretrained(folder, dtype=torch.float32).eval()
     config = model.config
     tensors = {name: value.float() for name, value in tensors.items()}
     generator = torch.Generator().manual_seed(0)

@@ -3,10 +3,10 @@
 import math
 
 import torch
-from torch.nn.functional import conv2d, gelu, silu
+from torch.nn.functional import gelu, silu
 
 from .checkpoint_tensors import CheckpointTensors
-from .reference_layers import Tensors, attention, dense, norm, pad_to_multiple
+from .reference_layers import Tensors, attention, dense, mlp, norm, patches
 
 MODEL_TYPES = ("dinov3_vit",)
 VISION_SETTINGS = {
@@ -29,10 +29,8 @@ def rename_block(source: CheckpointTensors, old: str, new: str, gated: bool) -> 
     source.linear(f"{old}norm2", f"{new}norm2")
     source.split(f"{old}attn.qkv.weight", [f"{new}attention.{name}_proj.weight" for name in "qkv"])
     if not gated:
-        bias = source.take(f"{old}attn.qkv.bias")
-        if bias is not None:
-            query, _, value = bias.chunk(3)  # bias_mask is 1, 0, 1: keys have no bias
-            source.renamed[f"{new}attention.q_proj.bias"], source.renamed[f"{new}attention.v_proj.bias"] = query, value
+        source.split(f"{old}attn.qkv.bias", [f"{new}attention.{name}_proj.bias" for name in "qkv"])
+        source.renamed.pop(f"{new}attention.k_proj.bias", None)  # bias_mask is 1, 0, 1: keys have no bias
         source.skip("mask that sets the bias of the keys to zero; the model has none", f"{old}attn.qkv.bias_mask")
     source.linear(f"{old}attn.proj", f"{new}attention.o_proj")
     for i in (1, 2):
@@ -99,9 +97,7 @@ def vision_block(tensors: Tensors, key: str, x: torch.Tensor, heads: int, rotate
 def tokens(tensors: Tensors, pixels: torch.Tensor, config) -> tuple[torch.Tensor, torch.Size]:
     """Tokens of the backbone after its last norm, class and register tokens first, and the size of the patch grid."""
     old, heads = "visual_model.backbone.", config.backbone_config.num_attention_heads
-    weight = tensors[f"{old}patch_embed.proj.weight"]
-    pixels = pad_to_multiple(pixels, weight.shape[-1])
-    x = conv2d(pixels, weight, tensors[f"{old}patch_embed.proj.bias"], stride=weight.shape[-1])
+    x = patches(tensors, f"{old}patch_embed.proj", pixels)
     grid = x.shape[-2:]
     prefix = torch.cat([tensors[f"{old}cls_token"], tensors[f"{old}storage_tokens"]], dim=1)
     x = torch.cat([prefix.expand(len(x), -1, -1), x.flatten(2).transpose(1, 2)], dim=1)
@@ -146,7 +142,7 @@ def text_features(tensors: Tensors, ids: torch.Tensor, config) -> torch.Tensor:
         block = f"{text}blocks.{i}."
         qkv = dense(tensors, f"{block}attention.qkv", norm(tensors, f"{block}attention_norm", x, 1e-5))
         x = x + dense(tensors, f"{block}attention.proj", attention(qkv, heads, causal=True))
-        hidden = gelu(dense(tensors, f"{block}feed_forward.fc1", norm(tensors, f"{block}ffn_norm", x, 1e-5)))
-        x = x + dense(tensors, f"{block}feed_forward.fc2", hidden)
+        keys = (f"{block}ffn_norm", f"{block}feed_forward.fc1", f"{block}feed_forward.fc2")
+        x = mlp(tensors, keys, x, "gelu", 1e-5)
     x = norm(tensors, f"{text}ln_final", x, 1e-5)[torch.arange(len(ids)), ids.argmax(1)]
     return dense(tensors, "text_model.head.linear_projection", x)[:, -config.projection_dim :]

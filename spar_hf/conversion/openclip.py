@@ -3,10 +3,10 @@
 import math
 
 import torch
-from torch.nn.functional import conv2d, interpolate, linear
+from torch.nn.functional import interpolate, linear
 
 from .checkpoint_tensors import CheckpointTensors
-from .reference_layers import ACTIVATIONS, Tensors, dense, norm, open_clip_block, pad_to_multiple
+from .reference_layers import Tensors, dense, mlp, norm, open_clip_block, patches
 
 MODEL_TYPES = ("clip",)
 # the base determines the activation (gelu, or quick_gelu for OpenAI's weights) and the number of heads
@@ -38,8 +38,7 @@ def rename(source: CheckpointTensors) -> None:
 def dense_features(tensors: Tensors, pixels: torch.Tensor, config) -> torch.Tensor:
     """Reference feature map `(batch, dim, height / patch, width / patch)` of MaskCLIP, without the last attention."""
     vision = config.backbone_config
-    weight = tensors["visual.conv1.weight"]
-    x = conv2d(pad_to_multiple(pixels, weight.shape[-1]), weight, stride=weight.shape[-1])
+    x = patches(tensors, "visual.conv1", pixels)
     grid = x.shape[-2:]
     table = tensors["visual.positional_embedding"]
     side = math.isqrt(table.shape[0] - 1)
@@ -58,8 +57,7 @@ def dense_features(tensors: Tensors, pixels: torch.Tensor, config) -> torch.Tens
     value_bias = tensors[f"{last}attn.in_proj_bias"].chunk(3)[2]
     values = linear(norm(tensors, f"{last}ln_1", x, 1e-5), value_weight, value_bias)
     x = x + dense(tensors, f"{last}attn.out_proj", values)
-    hidden = ACTIVATIONS[act](dense(tensors, f"{last}mlp.c_fc", norm(tensors, f"{last}ln_2", x, 1e-5)))
-    x = x + dense(tensors, f"{last}mlp.c_proj", hidden)
+    x = mlp(tensors, (f"{last}ln_2", f"{last}mlp.c_fc", f"{last}mlp.c_proj"), x, act, 1e-5)
     x = norm(tensors, "visual.ln_post", x, 1e-5)[:, 1:] @ tensors["visual.proj"]
     return x.transpose(1, 2).unflatten(2, grid)
 

@@ -4,7 +4,7 @@ against them, so they share no code with the models of the library.
 """
 
 import torch
-from torch.nn.functional import gelu, layer_norm, linear, pad, scaled_dot_product_attention, silu
+from torch.nn.functional import conv2d, gelu, layer_norm, linear, pad, scaled_dot_product_attention, silu
 
 Tensors = dict[str, torch.Tensor]
 
@@ -42,10 +42,18 @@ def open_clip_block(tensors: Tensors, key: str, x: torch.Tensor, heads: int, act
         norm(tensors, f"{key}ln_1", x, eps), tensors[f"{key}attn.in_proj_weight"], tensors[f"{key}attn.in_proj_bias"]
     )
     x = x + dense(tensors, f"{key}attn.out_proj", attention(qkv, heads, causal))
-    hidden = ACTIVATIONS[act](dense(tensors, f"{key}mlp.c_fc", norm(tensors, f"{key}ln_2", x, eps)))
-    return x + dense(tensors, f"{key}mlp.c_proj", hidden)
+    return mlp(tensors, (f"{key}ln_2", f"{key}mlp.c_fc", f"{key}mlp.c_proj"), x, act, eps)
 
 
-def pad_to_multiple(pixels: torch.Tensor, size: int) -> torch.Tensor:
-    """Zeros right and bottom up to a multiple of the patch size."""
-    return pad(pixels, (0, -pixels.shape[3] % size, 0, -pixels.shape[2] % size))
+def patches(tensors: Tensors, key: str, pixels: torch.Tensor) -> torch.Tensor:
+    """Patch embeddings `(batch, dim, rows, columns)` below `key`; the image is padded right and bottom with zeros."""
+    weight = tensors[f"{key}.weight"]
+    size = weight.shape[-1]
+    pixels = pad(pixels, (0, -pixels.shape[3] % size, 0, -pixels.shape[2] % size))
+    return conv2d(pixels, weight, tensors.get(f"{key}.bias"), stride=size)
+
+
+def mlp(tensors: Tensors, keys: tuple[str, str, str], x: torch.Tensor, act: str, eps: float) -> torch.Tensor:
+    """A residual MLP; `keys` are those of its norm and of its two linear layers."""
+    before, first, second = keys
+    return x + dense(tensors, second, ACTIVATIONS[act](dense(tensors, first, norm(tensors, before, x, eps))))

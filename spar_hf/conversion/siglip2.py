@@ -3,10 +3,10 @@
 import math
 
 import torch
-from torch.nn.functional import conv2d, interpolate
+from torch.nn.functional import interpolate
 
 from .checkpoint_tensors import CheckpointTensors
-from .reference_layers import ACTIVATIONS, Tensors, attention, dense, norm, open_clip_block, pad_to_multiple
+from .reference_layers import Tensors, attention, dense, mlp, norm, open_clip_block, patches
 
 MODEL_TYPES = ("siglip",)
 VISION_SETTINGS = {"layer_norm_eps": 1e-6}
@@ -51,10 +51,7 @@ def rename(source: CheckpointTensors) -> None:
 def dense_features(tensors: Tensors, pixels: torch.Tensor, config) -> torch.Tensor:
     """Reference feature map `(batch, dim, height / patch, width / patch)`: the pooling head applied to single patches."""
     trunk, vision = "visual.trunk.", config.backbone_config
-    act = ACTIVATIONS[vision.hidden_act]
-    weight = tensors[f"{trunk}patch_embed.proj.weight"]
-    pixels = pad_to_multiple(pixels, weight.shape[-1])
-    x = conv2d(pixels, weight, tensors[f"{trunk}patch_embed.proj.bias"], stride=weight.shape[-1])
+    x = patches(tensors, f"{trunk}patch_embed.proj", pixels)
     grid = x.shape[-2:]
     table = tensors[f"{trunk}pos_embed"][0]
     side = math.isqrt(table.shape[0])
@@ -64,12 +61,11 @@ def dense_features(tensors: Tensors, pixels: torch.Tensor, config) -> torch.Tens
         block = f"{trunk}blocks.{i}."
         qkv = dense(tensors, f"{block}attn.qkv", norm(tensors, f"{block}norm1", x, 1e-6))
         x = x + dense(tensors, f"{block}attn.proj", attention(qkv, vision.num_attention_heads))
-        hidden = act(dense(tensors, f"{block}mlp.fc1", norm(tensors, f"{block}norm2", x, 1e-6)))
-        x = x + dense(tensors, f"{block}mlp.fc2", hidden)
-    values = dense(tensors, f"{trunk}attn_pool.kv", norm(tensors, f"{trunk}norm", x, 1e-6)).chunk(2, dim=-1)[1]
-    x = dense(tensors, f"{trunk}attn_pool.proj", values)
-    hidden = act(dense(tensors, f"{trunk}attn_pool.mlp.fc1", norm(tensors, f"{trunk}attn_pool.norm", x, 1e-6)))
-    x = x + dense(tensors, f"{trunk}attn_pool.mlp.fc2", hidden)
+        x = mlp(tensors, (f"{block}norm2", f"{block}mlp.fc1", f"{block}mlp.fc2"), x, vision.hidden_act, 1e-6)
+    pool = f"{trunk}attn_pool."
+    values = dense(tensors, f"{pool}kv", norm(tensors, f"{trunk}norm", x, 1e-6)).chunk(2, dim=-1)[1]
+    x = dense(tensors, f"{pool}proj", values)
+    x = mlp(tensors, (f"{pool}norm", f"{pool}mlp.fc1", f"{pool}mlp.fc2"), x, vision.hidden_act, 1e-6)
     return x.transpose(1, 2).unflatten(2, grid)
 
 
