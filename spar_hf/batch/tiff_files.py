@@ -79,7 +79,9 @@ class TiffPixels:
         self.path = path
         try:
             self.page = page = tifffile.TiffFile(path).pages.first
-        except tifffile.TiffFileError as error:
+        except OSError:
+            raise
+        except Exception as error:  # of struct, too
             raise UsageError(f"{path} is a damaged TIFF file: {error}. Copy or download it again.") from error
         bands, self.alpha = self._bands()
         self.shape = (page.imagelength, page.imagewidth, 3 if page.photometric == 3 else bands)

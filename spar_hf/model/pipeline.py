@@ -32,6 +32,7 @@ from .refine import Refinement, Upsampler, refined_logits
 from .results import as_segments, map_result
 from .segmentation import DenseLogits, check_output_size, check_shares, class_probabilities
 from .text_embeddings import STORED_EMBEDDINGS, TextEmbeddingCache, stored_embeddings
+from .tiling import TiledImage, check_tiled, tiled_map
 
 logger = logging.get_logger(__name__)
 
@@ -114,6 +115,11 @@ class OpenVocabSegmentationPipeline(Pipeline):
             max_tokens (`int`, *optional*):
                 Limit on the patches per image. Default: the image processor's, else 16,384 (2048×2048 pixels at a patch of
                 16). A larger working image is made smaller by [`limited_size`], with one warning.
+            tile (`dict[str, int]` or `int`, *optional*):
+                For large images: tiles of `{"size": 1536, "overlap": 256}` pixels are one pass each, at the size of the
+                image, and their features are blended. A number is the size; the overlap is then a sixth of it. Rounded to
+                patches. Of arrays on a disk ([`ImageWindows`]) only tiles are read. For label maps larger than memory see
+                `spar_hf.batch.huge_images`.
             image_range (`(float, float)`, *optional*):
                 Black and white of images of floats or more than 8 bits: `(0, 4095)` for 12 bits. Without it, what cannot be
                 scaled without guessing is refused, see [`SparImageProcessorPil`].
@@ -196,6 +202,7 @@ class OpenVocabSegmentationPipeline(Pipeline):
         on_error=None,
         refine=None,
         upsampler=None,
+        tile=None,
     ):
         if output not in (None, *OUTPUTS):
             raise ValueError(f"Unknown output {output!r}; use {', '.join(map(repr, OUTPUTS[:-1]))} or {OUTPUTS[-1]!r}.")
@@ -207,6 +214,7 @@ class OpenVocabSegmentationPipeline(Pipeline):
         check_shares(**{name: value for name, value in shares.items() if value is not None})
         vocabulary = None if candidate_labels is None else Vocabulary.parse(candidate_labels)
         preprocess = {"size": size, "max_tokens": max_tokens, "image_range": image_range, "on_error": on_error}
+        preprocess |= {"tile": tile}
         postprocess = {"output": output, "top_k": top_k}
         forward = {"vocabulary": vocabulary, "templates": templates, "background": background, **shares, **postprocess}
         forward |= {"presence": presence, "refine": refine, "upsampler": upsampler}
@@ -295,11 +303,15 @@ class OpenVocabSegmentationPipeline(Pipeline):
             names = [name for labels in text_embeddings for name in Vocabulary.parse(labels).all_names]
             store_embeddings(self.texts, os.path.join(save_directory, STORED_EMBEDDINGS), names, self._templates(None))
 
-    def preprocess(self, image, size=None, max_tokens=None, image_range=None):
+    def preprocess(self, image, size=None, max_tokens=None, image_range=None, tile=None):
         if isinstance(image, EncodedImage):
             return image
         image = image_of_item(image)
         limit = next(n for n in (max_tokens, self.image_processor.max_tokens, MAX_TOKENS) if n is not None)
+        if tile is not None:
+            if image_range is None:
+                image_range = self.image_processor.image_range
+            return TiledImage.make(image, tile, self.model.config.patch_size, limit, image_range)
         options = {"max_tokens": limit, "patch_size": self.model.config.patch_size}
         options |= {} if size is None else {"size": size}
         options |= {} if image_range is None else {"image_range": image_range}
@@ -325,6 +337,8 @@ class OpenVocabSegmentationPipeline(Pipeline):
         output, decided = forward_params.get("output"), ("threshold", "min_area", "min_presence", "top_k")
         if output in ("probabilities", "logits") and any(forward_params.get(name) for name in decided):
             raise ValueError(f"output={output!r} is computed before a decision: leave out {', '.join(decided)}.")
+        if preprocess_params.get("tile") is not None:
+            check_tiled({**preprocess_params, **forward_params})
         templates = forward_params.get("templates")
         words = (forward_params.get("vocabulary"), forward_params.get("background"))
         self.texts.refresh()  # reads all weights of the text tower, once for all images
@@ -343,7 +357,7 @@ class OpenVocabSegmentationPipeline(Pipeline):
         loader: DataLoader = DataLoader(images, batch_size=batch_size, num_workers=num_workers, collate_fn=list)
         return Results(loader, lambda items: self._results(items, skip, forward_params, postprocess_params))
 
-    def _read(self, options: dict, get: Callable[[], Any]) -> dict | EncodedImage:
+    def _read(self, options: dict, get: Callable[[], Any]) -> dict | EncodedImage | TiledImage:
         """Read and preprocess one image; a method, so that worker processes can pickle it."""
         return self.preprocess(get(), **options)
 
@@ -362,7 +376,7 @@ class OpenVocabSegmentationPipeline(Pipeline):
         for item in items:
             yield item if is_error(item) else guarded(skip, self._decide, item, forward_params, postprocess_params)
 
-    def _decide(self, encoded: EncodedImage, forward_params: dict, postprocess_params: dict) -> Any:
+    def _decide(self, encoded: EncodedImage | TiledImage, forward_params: dict, postprocess_params: dict) -> Any:
         """The result of one encoded image."""
         return self.postprocess(self.forward(encoded, **forward_params), **postprocess_params)
 
@@ -379,7 +393,7 @@ class OpenVocabSegmentationPipeline(Pipeline):
 
     def _forward(
         self,
-        encoded: EncodedImage,
+        encoded: EncodedImage | TiledImage,
         vocabulary: Vocabulary | None = None,
         templates=None,
         background: str | Sequence[str] | None = None,
@@ -394,6 +408,13 @@ class OpenVocabSegmentationPipeline(Pipeline):
     ):
         asked, rules = vocabulary.labels if vocabulary else (), bool(threshold or min_area or min_presence)
         vocabulary, labels, background_class = self.classes(vocabulary, background, rules, templates)
+        decided = {
+            "background": background_class,
+            "hidden": background_class >= 0 and labels[background_class] not in asked,
+        }
+        if isinstance(encoded, TiledImage):
+            rule = (len(labels), background_class, threshold, min_area, templates)
+            return {**tiled_map(self, encoded, vocabulary, *rule), "labels": labels, **decided}
         encoded = encoded.to(self.model.device)
         # the weights were checked at the start of the call, which reads them all
         text_embeds = self.text_embeds(vocabulary, templates, check_weights=False)
@@ -420,11 +441,9 @@ class OpenVocabSegmentationPipeline(Pipeline):
             }
         if output == "probabilities":
             return {"probabilities": class_probabilities(logits, name_to_class, *geometry)[1], **outputs}
-        outputs["background"] = background_class
-        outputs["hidden"] = background_class >= 0 and labels[background_class] not in asked
         top_k = top_k if output == "map" else None
-        rule = (background_class, threshold, min_area, top_k)
-        return {**map_result(logits, name_to_class, geometry, len(labels), *rule), **outputs}
+        result = map_result(logits, name_to_class, geometry, len(labels), background_class, threshold, min_area, top_k)
+        return {**result, **outputs, **decided}
 
     def _logits(self, encoded: EncodedImage, text_embeds: torch.Tensor, refine, upsampler) -> tuple[DenseLogits, int]:
         """Logits of an image and the side of their cells in pixels; unrefined, as a function that gives rows of patches."""
