@@ -121,7 +121,7 @@ def load_candidates(
         )
         if (candidate.rules.threshold or candidate.rules.min_area) and "background" not in vocabulary.labels:
             raise UsageError(
-                "--threshold and --min_area give pixels to the class background, but there is none among "
+                "--threshold and --exclude_area give pixels to the class background, but there is none among "
                 f"{', '.join(vocabulary.labels)}."
             )
         with as_usage_errors():

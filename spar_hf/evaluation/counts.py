@@ -16,13 +16,16 @@ from accelerate import Accelerator
 from spar_hf.data.segmentation_sets import IGNORE_INDEX
 from spar_hf.evaluation.inference import Prediction
 from spar_hf.evaluation.iou import count_boundaries, count_pixels
+from spar_hf.evaluation.options import PARTS
 from spar_hf.utils.atomic import write_atomically, write_json
 from spar_hf.utils.errors import UsageError
+from spar_hf.utils.options import earlier_names
 
 SUMS = ("confusion", "boundary", "nanoseconds")
 # settings that change neither counts nor times; the mixed precision that was used has an entry of its own
-FREE_SETTINGS = {"--output", "--card_folder", "--save_seconds", "--mixed_precision"}
+FREE_SETTINGS = {"--output", "--card_folder", "--save_seconds", "--overwrite", "--max_pixels", "--mixed_precision"}
 OLD_SETTINGS = {"photos": "images", "files of photos": "files of images"}  # names in version 0.1
+OLD_SETTINGS |= {f"--{old}": f"--{name}" for old, name in earlier_names(PARTS.values()).items()}
 
 
 class Counts:

@@ -24,7 +24,7 @@ from spar_hf.model.prompts import Vocabulary, resolve_templates
 from spar_hf.utils.errors import MissingFiles, UsageError, as_usage_errors
 from spar_hf.utils.texts import read_text
 
-LABELS_FORM = '{"car": ["car", "automobile"], "sky": ["sky"]}'  # of a --labels file
+NAMES_FORM = '{"car": ["car", "automobile"], "sky": ["sky"]}'  # of a --class_names file
 HUGGING_FACE = ("split", "subset", "image_column", "mask_column", "ignore_index", "reduce_zero_label")
 
 
@@ -112,7 +112,7 @@ def class_numbers(names: Sequence[str], labels: Sequence[str], option: str) -> l
 
 def read_words(path: str) -> dict[str, Any]:
     """
-    Read the words of a `--labels` file by class.
+    Read the words of a `--class_names` file by class.
 
     Raises:
         UsageError: the file is not JSON, or not of the form `{class: [name, …]}`.
@@ -120,9 +120,9 @@ def read_words(path: str) -> dict[str, Any]:
     try:
         words = json.loads(read_text(path))
     except ValueError as error:  # of JSON and of UTF-8
-        raise UsageError(f"--labels {path} is not JSON: {error}. Write {LABELS_FORM}.") from error
+        raise UsageError(f"--class_names {path} is not JSON: {error}. Write {NAMES_FORM}.") from error
     if not isinstance(words, dict) or not all(isinstance(own, (str, list)) for own in words.values()):
-        raise UsageError(f"--labels {path} does not hold classes and their names. Write {LABELS_FORM}.")
+        raise UsageError(f"--class_names {path} does not hold classes and their names. Write {NAMES_FORM}.")
     return words
 
 
@@ -146,9 +146,9 @@ def open_with_words(
     if words.templates is not None:
         with as_usage_errors():
             resolve_templates(words.templates)
-    opened = open_dataset(data, words.vocabulary)
+    opened = open_dataset(data, words.vocabulary).read_as(data)
     vocabulary, opened = build_vocabulary(
-        opened, words.vocabulary or protocol_vocabulary, words.labels, words.ignore_classes or ()
+        opened, words.vocabulary or protocol_vocabulary, words.class_names, words.ignore_classes or ()
     )
     only = opened.labels if words.only_classes is None else words.only_classes
     return opened, vocabulary, class_numbers(only, opened.labels, "--only_classes")
@@ -157,7 +157,7 @@ def open_with_words(
 def build_vocabulary(
     data: SegmentationSet,
     vocabulary: str | None = None,
-    labels: str | None = None,
+    class_names: str | None = None,
     ignore_classes: Sequence[str] = (),
 ) -> tuple[Vocabulary, SegmentationSet]:
     """
@@ -166,12 +166,12 @@ def build_vocabulary(
     Args:
         data: the data set.
         vocabulary: built-in vocabulary with words for its classes, in their order.
-        labels: JSON file with words for some classes, which override all others.
+        class_names: JSON file with words for some classes, which override all others.
         ignore_classes: classes whose pixels are ignored and that are not predicted.
 
     Raises:
-        UsageError: an option names an unknown class, a vocabulary has another number of classes, the file `labels` is
-            wrong, or a word stands for two classes.
+        UsageError: an option names an unknown class, a vocabulary has another number of classes, the file `class_names`
+            is wrong, or a word stands for two classes.
     """
     classes = data.labels
     names: dict[str, list[str]] = {label: [label] for label in classes}
@@ -181,11 +181,11 @@ def build_vocabulary(
         if len(built_in.labels) != len(classes):
             raise UsageError(
                 f"Vocabulary {vocabulary!r} has {len(built_in.labels)} classes, but {data.title} has {len(classes)}. Choose "
-                "another --vocabulary, or name single classes with --labels."
+                "another --vocabulary, or name single classes with --class_names."
             )
         names = dict(zip(classes, map(list, built_in.names), strict=True))
-    for name, own in ({} if labels is None else read_words(labels)).items():
-        (number,) = class_numbers([name], classes, f"--labels {labels}")
+    for name, own in ({} if class_names is None else read_words(class_names)).items():
+        (number,) = class_numbers([name], classes, f"--class_names {class_names}")
         names[classes[number]] = [own] if isinstance(own, str) else own
     ignored = set(class_numbers(ignore_classes, classes, "--ignore_classes"))
     kept = tuple(label for number, label in enumerate(classes) if number not in ignored)

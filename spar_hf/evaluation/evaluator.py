@@ -28,10 +28,11 @@ from spar_hf.evaluation.dataset import open_with_words
 from spar_hf.evaluation.inference import Prediction, predict
 from spar_hf.evaluation.options import EvaluationOptions
 from spar_hf.evaluation.protocols import find_protocol
-from spar_hf.evaluation.reports import make_report, read_report, write_report
+from spar_hf.evaluation.reports import card_paths, make_report, read_report, write_report
 from spar_hf.evaluation.runs import Run, parse_models, parse_runs
 from spar_hf.model.backbone_sources import load_source_config
 from spar_hf.model.prompts import Vocabulary
+from spar_hf.utils.checkpoints import check_replaceable
 from spar_hf.utils.devices import PeakMemory
 from spar_hf.utils.errors import as_usage_errors
 from spar_hf.utils.runs import RunFolder, start_accelerator
@@ -50,8 +51,9 @@ def evaluate_runs(options: EvaluationOptions, console: Console | None = None, re
         The report as JSON holds it: data set, classes, a row of scores for each run, settings and versions.
 
     Raises:
-        UsageError: options, files and models do not fit, or a report or partial counts have other settings. Everything is
-            checked before the first image is measured. Another process writes the same report.
+        UsageError: options, files and models do not fit, a report or partial counts have other settings, or a finished
+            report is there and `overwrite` is not given. Everything is checked before the first image is measured. Another
+            process writes the same report.
         MissingFiles: a folder or file is missing.
     """
     accelerator = start_accelerator(options.run.mixed_precision)
@@ -65,12 +67,15 @@ def measure_all(
 ) -> dict[str, Any]:
     """What [`evaluate_runs`] does while its report is locked."""
     folders = parse_models(options.run.model)
+    output = None if options.output.output is None else Path(options.output.output)
+    if not reuse:
+        cards = card_paths(options.output.card_folder, folders).values()
+        check_replaceable([*cards, *([] if output is None else [output])], options.output.overwrite)
     runs = parse_runs(options.run.runs, folders)
     protocol = partial(find_protocol, options.rules.protocol, options.data.benchmark)
     common = protocol(readout="")  # words and boundaries are the same for every read-out
     data, vocabulary, scored = open_with_words(options.data, options.words, common.vocabulary)
-    settings = measurement_settings(options.flat(), data, vocabulary, folders, accelerator)
-    output = None if options.output.output is None else Path(options.output.output)
+    settings = measurement_settings(options.flat, data, vocabulary, folders, accelerator)
     if reuse and output is not None and output.is_file():
         report = read_report(output)
         check_same_settings(report.get("settings", {}), settings, output)
@@ -83,16 +88,16 @@ def measure_all(
         protocol,
         resize=options.resolution.resize,
         templates=options.words.templates,
-        scale=options.rules.scale,
+        scale=options.rules.dense_logit_scale,
         threshold=options.rules.threshold,
-        min_area=options.rules.min_area,
+        min_area=options.rules.exclude_area,
     )
     partial_counts = prepare_counts(data, output, settings, accelerator)
     dilation_ratio = first_given(options.run.dilation_ratio, common.dilation_ratio) if options.run.boundary else None
     predictor = Predictor(runs, candidates, vocabulary, accelerator, options.run.window_batch_size, options.run.warmup)
     counts = count_images(data, predictor, partial_counts, dilation_ratio, options.output.save_seconds)
     report = make_report(data, vocabulary, runs, candidates, counts, scored, options.run.boundary, accelerator)
-    report |= {"options": options.flat(), "settings": settings}
+    report |= {"options": options.flat, "settings": settings}
     if accelerator.is_main_process:
         write_report(report, output, options.output.card_folder, console)
         if partial_counts is not None:

@@ -1,31 +1,30 @@
 """Options of an evaluation: small dataclasses, one for each step, that check themselves when they are made."""
 
 import os
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from spar_hf.data.benchmarks import BENCHMARKS
+from spar_hf.data.reading import ReadingOptions
 from spar_hf.data.segmentation_sets import IGNORE_INDEX
 from spar_hf.utils.errors import UsageError
-from spar_hf.utils.options import parse_dataclasses
-
-
-def check_least(least: float, **values: float | None) -> None:
-    """
-    Raises:
-        UsageError: one of the options is given and below `least`.
-    """
-    for name, value in values.items():
-        if value is not None and value < least:
-            raise UsageError(f"--{name} must be at least {least}, got {value}.")
+from spar_hf.utils.options import (
+    HELP,
+    PRECISIONS,
+    ComposedOptions,
+    formerly,
+    require_not_negative,
+    require_one_of,
+    require_positive,
+    require_share,
+)
 
 
 @dataclass(kw_only=True)
-class DataOptions:
+class DataOptions(ReadingOptions):
     """
-    Choice of the images.
+    Choice of the images, and how they are read.
 
     Raises:
         UsageError: an option is out of range.
@@ -64,11 +63,9 @@ class DataOptions:
     )
     include: list[str] = field(
         default_factory=lambda: ["*"],
-        metadata={"help": "Only images whose file stem matches one of these shell patterns."},
+        metadata={"help": HELP["include"]},
     )
-    exclude: list[str] | None = field(
-        default=None, metadata={"help": "No images whose file stem matches one of these shell patterns."}
-    )
+    exclude: list[str] | None = field(default=None, metadata={"help": HELP["exclude"]})
     holdout_every: int = field(
         default=0,
         metadata={
@@ -82,8 +79,9 @@ class DataOptions:
     limit: int | None = field(default=None, metadata={"help": "At most this many images, from the first one on."})
 
     def __post_init__(self):
-        check_least(0, holdout_every=self.holdout_every)
-        check_least(1, limit=self.limit)
+        super().__post_init__()
+        require_not_negative(self, "holdout_every")
+        require_positive(self, "limit")
         if self.holdout_rest and not self.holdout_every:
             raise UsageError("--holdout_rest needs --holdout_every: 5, for example, for all but every fifth image.")
 
@@ -96,14 +94,14 @@ class WordOptions:
         default=None,
         metadata={"help": "Built-in vocabulary with words for the classes, in the order of the data set's classes."},
     )
-    labels: str | None = field(
+    class_names: str | None = field(
         default=None,
-        metadata={"help": "JSON file {class: [name, …]} with words for some classes; the others keep theirs."},
+        metadata={
+            "aliases": formerly("labels"),
+            "help": "JSON file {class: [name, …]} with words for some classes; the others keep theirs.",
+        },
     )
-    templates: str | None = field(
-        default=None,
-        metadata={"help": "Prompt templates: imagenet80, short or plain. Default: those of the checkpoint."},
-    )
+    templates: str | None = field(default=None, metadata={"help": HELP["templates"]})
     ignore_classes: list[str] | None = field(
         default=None, metadata={"help": "Classes whose pixels are ignored and that are not predicted."}
     )
@@ -139,7 +137,7 @@ class ResolutionOptions:
     )
 
     def __post_init__(self):
-        check_least(1, shortest_edge=self.shortest_edge, longest_edge=self.longest_edge)
+        require_positive(self, "shortest_edge", "longest_edge")
         if self.size is not None and (len(self.size) != 2 or min(self.size) < 1):
             raise UsageError(f"--size takes a height and a width of at least 1, got {self.size}.")
         if self.native + bool(self.size) + bool(self.shortest_edge or self.longest_edge) > 1:
@@ -171,28 +169,27 @@ class RuleOptions:
             "benchmark. An option given here overrides it."
         },
     )
-    scale: float | None = field(
-        default=None, metadata={"help": "Factor of the cosines before the softmax. Default: that of the checkpoint."}
-    )
-    threshold: float | None = field(
-        default=None, metadata={"help": "Pixels whose best probability is below this become background."}
-    )
-    min_area: float | None = field(
+    dense_logit_scale: float | None = field(
         default=None,
         metadata={
+            "aliases": formerly("scale"),
+            "help": "Factor of the cosines before the softmax. Default: that of the checkpoint.",
+        },
+    )
+    threshold: float | None = field(default=None, metadata={"help": HELP["threshold"]})
+    exclude_area: float | None = field(
+        default=None,
+        metadata={
+            "aliases": formerly("min_area"),
             "help": "Before --threshold, exclude classes that win at most this share of the pixels outside the background. "
             "Their pixels go to the best remaining class, as in the published evaluation. (`min_area` of the pipeline gives "
-            "them to the background.)"
+            "them to the background.)",
         },
     )
 
     def __post_init__(self):
-        if self.scale is not None and not self.scale > 0:
-            raise UsageError(f"--scale must be above 0, got {self.scale}: the worst class would win.")
-        for name in ("threshold", "min_area"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value <= 1:
-                raise UsageError(f"--{name} must lie in 0 to 1, got {value}.")
+        require_positive(self, "dense_logit_scale")
+        require_share(self, "threshold", "exclude_area")
 
 
 @dataclass(kw_only=True)
@@ -218,10 +215,8 @@ class RunOptions:
             "may be refined: NAME:single+lposs. Default: every model in a single pass."
         },
     )
-    window_batch_size: int = field(default=16, metadata={"help": "Windows per forward pass of a sliding window."})
-    mixed_precision: str | None = field(
-        default=None, metadata={"help": "no, bf16 or fp16. Default: the setting of `accelerate launch`."}
-    )
+    window_batch_size: int = field(default=16, metadata={"help": HELP["window_batch_size"]})
+    mixed_precision: str | None = field(default=None, metadata={"help": HELP["mixed_precision"]})
     boundary: bool = field(default=True, metadata={"help": "Measure boundary IoU as well."})
     dilation_ratio: float | None = field(
         default=None, metadata={"help": "Width of boundaries as a share of the image diagonal. Default: 0.02."}
@@ -235,11 +230,8 @@ class RunOptions:
     )
 
     def __post_init__(self):
-        check_least(1, window_batch_size=self.window_batch_size)
-        if self.mixed_precision not in (None, "no", "bf16", "fp16"):
-            raise UsageError(f"--mixed_precision is no, bf16 or fp16, got {self.mixed_precision}.")
-        if self.dilation_ratio is not None and not self.dilation_ratio > 0:
-            raise UsageError(f"--dilation_ratio must be above 0, got {self.dilation_ratio}.")
+        require_positive(self, "window_batch_size", "dilation_ratio")
+        require_one_of(self, "mixed_precision", PRECISIONS)
 
 
 @dataclass(kw_only=True)
@@ -262,6 +254,7 @@ class OutputOptions:
         default=None, metadata={"help": "Folder for the results of each model as a model card, NAME.md."}
     )
     save_seconds: float = field(default=30, metadata={"help": "Seconds between two writes of partial counts."})
+    overwrite: bool = field(default=False, metadata={"help": HELP["overwrite"]})
 
     def __post_init__(self):
         if self.output is not None and (Path(self.output).is_dir() or self.output.endswith(("/", os.sep))):
@@ -270,7 +263,7 @@ class OutputOptions:
 
 
 @dataclass(kw_only=True)
-class EvaluationOptions:
+class EvaluationOptions(ComposedOptions):
     """
     Options of an evaluation, one part for each step. The command line has all of them on one level.
 
@@ -293,40 +286,5 @@ class EvaluationOptions:
     rules: RuleOptions = field(default_factory=RuleOptions)
     output: OutputOptions = field(default_factory=OutputOptions)
 
-    @classmethod
-    def from_parts(cls, parts: Sequence[Any]) -> "EvaluationOptions":
-        """Options from one object of each class of `PARTS`, in that order."""
-        return cls(**dict(zip(PARTS, parts, strict=True)))
 
-    @classmethod
-    def from_flat(cls, **values: Any) -> "EvaluationOptions":
-        """
-        Options from values by their command-line names.
-
-        Raises:
-            UsageError: an unknown name, or an option out of range.
-        """
-        names = {part: {entry.name for entry in fields(kind)} for part, kind in PARTS.items()}
-        if unknown := sorted(values.keys() - set().union(*names.values())):
-            raise UsageError(f"There are no options {', '.join(unknown)}.")
-        given = {part: {name: values[name] for name in names[part] & values.keys()} for part in PARTS}
-        return cls(**{part: kind(**given[part]) for part, kind in PARTS.items()})
-
-    @classmethod
-    def parse(cls, args: Sequence[str] | None = None, description: str | None = None) -> "EvaluationOptions":
-        """Options from the command line."""
-        return cls.from_parts(parse_dataclasses(PARTS.values(), args, description))
-
-    def flat(self) -> dict[str, Any]:
-        """All values by their command-line names."""
-        return {name: value for part in asdict(self).values() for name, value in part.items()}
-
-
-PARTS: dict[str, Any] = {
-    "data": DataOptions,
-    "run": RunOptions,
-    "words": WordOptions,
-    "resolution": ResolutionOptions,
-    "rules": RuleOptions,
-    "output": OutputOptions,
-}
+PARTS = EvaluationOptions.parts()

@@ -2,7 +2,7 @@
 
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -22,8 +22,10 @@ from spar_hf.evaluation.counts import Counts
 from spar_hf.evaluation.iou import area_scores, boundary_scores, mean_of_present
 from spar_hf.evaluation.runs import Run
 from spar_hf.model.prompts import Vocabulary
-from spar_hf.utils.atomic import write_json, write_text
+from spar_hf.utils.atomic import finite_json, write_json, write_text
+from spar_hf.utils.checkpoints import check_replaceable
 from spar_hf.utils.model_cards import model_card, rows
+from spar_hf.utils.texts import json_text
 
 SCORES = {"mean_iou": "mIoU", "mean_boundary_iou": "boundary mIoU", "overall_accuracy": "pixel accuracy"}
 
@@ -186,13 +188,30 @@ def read_report(path: Path) -> dict[str, Any]:
     return report
 
 
+def write_table(path: Path, table: dict[str, Any], overwrite: bool) -> None:
+    """
+    Write a table of several measurements, `{"rows": […], …}`. It may add rows to an earlier one.
+
+    Raises:
+        UsageError: the file holds other rows, and `overwrite` is not given.
+    """
+    table = json.loads(json_text(finite_json(table)))
+    earlier = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
+    check_replaceable([path] if any(row not in table["rows"] for row in earlier) else [], overwrite)
+    write_json(path, table)
+
+
+def card_paths(folder: str | None, models: Iterable[str]) -> dict[str, Path]:
+    """The model cards that are written to a folder, by the name of the model; none without a folder."""
+    return {} if folder is None else {model: Path(folder) / f"{model.replace('/', '-')}.md" for model in models}
+
+
 def write_report(report: dict[str, Any], output: Path | None, card_folder: str | None, console: Console | None) -> None:
     """Write the report to the file `output`, model cards to `card_folder`, and the table to the console, unless `None`."""
     if output is not None:
         write_json(output, report)
-    if card_folder is not None:
-        for model in dict.fromkeys(row["model"] for row in report["runs"]):
-            write_text(Path(card_folder) / f"{model.replace('/', '-')}.md", results_card(report, model))
+    for model, path in card_paths(card_folder, dict.fromkeys(row["model"] for row in report["runs"])).items():
+        write_text(path, results_card(report, model))
     if console is not None:
         show(report, console)
 

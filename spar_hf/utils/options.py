@@ -61,6 +61,7 @@ HELP = {
     "exclude": "No images whose file stem matches one of these shell patterns.",
     "save_steps": "Steps between checkpoints; the last two are kept.",
     "log_steps": "Steps between rows of the log.",
+    "overwrite": "Replace the finished results of an earlier run in --output, and its checkpoints.",
     "resume": "Go on from the last checkpoint in --output, as if never stopped.",
     "workers": "Processes that decode images; 0 uses the main process.",
     "weight_decay": "Weight decay of AdamW.",
@@ -184,9 +185,7 @@ RUN_FREE = ("overwrite", "allow_changed_data", "max_bad_steps")
 class SafetyOptions:
     """What a training run must be told before it replaces something, and when it gives up."""
 
-    overwrite: bool = field(
-        default=False, metadata={"help": "Replace an earlier run in --output, its checkpoints and its results."}
-    )
+    overwrite: bool = field(default=False, metadata={"help": HELP["overwrite"]})
     allow_changed_data: bool = field(
         default=False,
         metadata={

@@ -104,7 +104,7 @@ def test_vocabulary(tmp_path):
     classes = ["null", "wall-merged", "Sports_ball", "wall-other", "dog"]
     words = tmp_path / "labels.json"
     words.write_text(json.dumps({"sports ball": ["football", "ball"], "wall-merged": "brick, wall"}))
-    vocabulary, data = build_vocabulary(set_of(classes), labels=str(words), ignore_classes=["Dog"])
+    vocabulary, data = build_vocabulary(set_of(classes), class_names=str(words), ignore_classes=["Dog"])
     # what reads alike is one class, and names of a file are taken as they are
     assert vocabulary.labels == ("background", "wall", "sports ball")
     assert vocabulary.names == (("background",), ("brick, wall",), ("football", "ball"))
@@ -123,11 +123,11 @@ def test_vocabulary__errors(tmp_path):
         ('{"cat": 3}', "does not hold classes"),
     ):
         words.write_text(text)
-        with pytest.raises(UsageError, match=r"--labels .*labels.json " + message + r'.*Write \{"car": \["car"'):
-            build_vocabulary(set_of(["cat", "dog"]), labels=str(words))
+        with pytest.raises(UsageError, match=r"--class_names .*labels.json " + message + r'.*Write \{"car": \["car"'):
+            build_vocabulary(set_of(["cat", "dog"]), class_names=str(words))
     words.write_text(json.dumps({"cat": ["cat", "dog"]}))
     with pytest.raises(UsageError, match=r"two classes or twice: dog\. Merge or rename"):
-        build_vocabulary(set_of(["cat", "dog"]), labels=str(words))
+        build_vocabulary(set_of(["cat", "dog"]), class_names=str(words))
     with pytest.raises(UsageError, match="256 classes"):
         set_of([str(i) for i in range(256)])
 

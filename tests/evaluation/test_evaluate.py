@@ -223,9 +223,9 @@ def test_protocol__benchmark_and_overrides(tmp_path, checkpoint):
     labelled = {label: entry["labelled_pixels"] for label, entry in row["classes"].items() if entry["labelled_pixels"]}
     assert labelled == {"background": 2400, "road": 2400}
     # 60 alike names: no probability reaches a half
-    sure = script.main([*command, "--shortest_edge", "48", "--threshold", "0.5", "--scale", "1"])["runs"][0]
+    sure = script.main([*command, "--shortest_edge", "48", "--threshold", "0.5", "--dense_logit_scale", "1"])["runs"][0]
     assert sure["classes"]["background"]["predicted_pixels"] == 4800
-    published = script.main([*command, "--limit", "1", "--scale", "30"])["runs"][0]
+    published = script.main([*command, "--limit", "1", "--dense_logit_scale", "30"])["runs"][0]
     assert published["resize"] == {"do_resize": True, "size": {"shortest_edge": 672, "longest_edge": 2048}}
     assert published["scale"] == 30
     with pytest.raises(UsageError, match="no protocol 'sparr'; use one of spar"):
@@ -294,6 +294,37 @@ def test_only_classes_restricts_the_means_not_the_answers(dataset, checkpoint):
     assert report["scored_classes"] == ["tree", "background"]
 
 
+def test_floats_and_12_bits_are_read_as_the_same_image_in_8_bits(dataset, checkpoint, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)  # set by --max_pixels
+    command = [
+        "--dataset",
+        str(dataset),
+        "--model",
+        str(checkpoint("base")),
+        "--native",
+        "--no_warmup",
+        "--no_boundary",
+    ]
+    command += ["--limit", "2"]
+    paths = sorted((dataset / "images").iterdir())[:2]
+    levels = [np.asarray(Image.open(path).convert("L")) for path in paths]
+
+    def scores(convert, *options):
+        for path, grey in zip(paths, levels, strict=True):
+            path.unlink(missing_ok=True)
+            Image.fromarray(convert(grey)).save(path.with_suffix(".tif"))
+        return script.main([*command, *options])["runs"][0]["classes"]
+
+    expected = scores(lambda grey: grey)
+    np.testing.assert_equal(scores(lambda grey: (grey / 255).astype(np.float32)), expected)
+    stated = ("--image_range", "0", str(255 * 16))
+    np.testing.assert_equal(scores(lambda grey: grey.astype(np.uint16) * 16, *stated), expected)
+    with pytest.raises(UsageError, match=r"image0.*--image-range"):
+        script.main(command)  # 12 bits, or 16 that are dark
+    with pytest.raises(UsageError, match="pixels exceed 4000"):
+        script.main([*command, *stated, "--max_pixels", "4000"])
+
+
 def test_images_without_labelled_pixels_have_no_score(dataset, checkpoint, tmp_path):
     for path in (dataset / "masks").iterdir():
         Image.fromarray(np.full_like(np.array(Image.open(path)), IGNORE_INDEX)).save(path)
@@ -308,6 +339,12 @@ def test_images_without_labelled_pixels_have_no_score(dataset, checkpoint, tmp_p
         ("iou", "boundary_iou", "accuracy")
     )
     assert "results: []" in (cards / "base.md").read_text()
+    # a finished report is replaced only when asked
+    for outputs in (["--output", str(output)], ["--card_folder", str(cards)]):
+        with pytest.raises(UsageError, match=r"result of an earlier run.*--overwrite"):
+            script.main([*command, *outputs])
+    script.main([*command, "--output", str(output), "--limit", "1", "--overwrite"])
+    assert json.loads(output.read_text())["images"] == 1
 
 
 def test_mask_must_fit_its_image(dataset, checkpoint):

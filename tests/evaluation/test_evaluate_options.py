@@ -1,11 +1,13 @@
 """Options of an evaluation: their parts, their ranges, and the forms of models and runs."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 from tiny_models import tiny_config
 
 from spar_hf.evaluation import EvaluationOptions
+from spar_hf.evaluation.counts import check_same_settings
 from spar_hf.evaluation.evaluator import model_files
 from spar_hf.evaluation.options import PARTS, OutputOptions, ResolutionOptions
 from spar_hf.evaluation.runs import Run, parse_models, parse_runs
@@ -24,9 +26,9 @@ def test_parts_are_flat_on_the_command_line():
     parsed = EvaluationOptions.parse(command)
     assert parsed == options(limit=3, size=[8, 9], warmup=False)
     assert parsed.data.limit == 3 and parsed.resolution.size == [8, 9] and not parsed.run.warmup
-    assert list(parsed.flat()) == names
-    assert EvaluationOptions.from_flat(**parsed.flat()) == parsed
-    with pytest.raises(UsageError, match="no options limits"):
+    assert list(parsed.flat) == names
+    assert EvaluationOptions.from_flat(**parsed.flat) == parsed
+    with pytest.raises(UsageError, match="limits"):
         options(limits=3)
 
 
@@ -77,18 +79,20 @@ def test_models_and_runs(tmp_path):
 
 
 def test_options_out_of_range_are_refused(tmp_path):
-    options(output=str(tmp_path / "new" / "result.json"), limit=1, threshold=1.0, scale=0.5)
+    options(output=str(tmp_path / "new" / "result.json"), limit=1, threshold=1.0, dense_logit_scale=0.5)
     wrong = [
-        ({"limit": -1}, "--limit must be at least 1, got -1"),
-        ({"window_batch_size": 0}, "--window_batch_size must be at least 1, got 0"),
-        ({"shortest_edge": 0}, "--shortest_edge must be at least 1"),
+        ({"limit": -1}, "--limit -1 must be above 0"),
+        ({"window_batch_size": 0}, "--window_batch_size 0 must be above 0"),
+        ({"shortest_edge": 0}, "--shortest_edge 0 must be above 0"),
         ({"size": [64, -64]}, "--size takes a height and a width of at least 1"),
-        ({"holdout_every": -2}, "--holdout_every must be at least 0"),
+        ({"holdout_every": -2}, "--holdout_every -2 must be 0 or above"),
         ({"holdout_rest": True}, "--holdout_rest needs --holdout_every"),
-        ({"scale": -40.0}, "--scale must be above 0, got -40"),
-        ({"threshold": 1.5}, "--threshold must lie in 0 to 1, got 1.5"),
-        ({"min_area": -0.1}, "--min_area"),
-        ({"dilation_ratio": 0.0}, "--dilation_ratio must be above 0"),
+        ({"dense_logit_scale": -40.0}, "--dense_logit_scale -40.0 must be above 0"),
+        ({"threshold": 1.5}, "--threshold 1.5 must lie in 0 to 1"),
+        ({"exclude_area": -0.1}, "--exclude_area"),
+        ({"image_range": [1.0, 0.0]}, "LOW < HIGH"),
+        ({"max_pixels": 0}, "--max_pixels 0 must be above 0"),
+        ({"dilation_ratio": 0.0}, "--dilation_ratio 0.0 must be above 0"),
         ({"mixed_precision": "fp8"}, "--mixed_precision"),
         ({"output": str(tmp_path)}, r"--output .*result\.json"),
         ({"output": str(tmp_path / "new") + "/"}, r"--output .*new/result\.json"),
@@ -97,6 +101,21 @@ def test_options_out_of_range_are_refused(tmp_path):
         with pytest.raises(UsageError, match=message):
             options(**values)
     assert OutputOptions(output=str(tmp_path / "new")).output  # no folder yet
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "value"),
+    [("labels", "class_names", "a.json"), ("scale", "dense_logit_scale", 2.0), ("min_area", "exclude_area", 0.1)],
+)
+def test_earlier_names_give_the_same_options(old, new, value):
+    command = ["--dataset", "set", "--model", "base"]
+    expected = options(**{new: value})
+    assert options(**{old: value}) == EvaluationOptions.parse([*command, f"--{old}", str(value)]) == expected
+    assert EvaluationOptions.parse([*command, f"--{new}", str(value)]) == expected
+    # stored reports and partial counts
+    check_same_settings({f"--{old}": value}, {f"--{new}": value}, Path("report.json"))
+    with pytest.raises(UsageError, match=f"--{new} was"):
+        check_same_settings({f"--{old}": value}, {f"--{new}": None}, Path("report.json"))
 
 
 def test_commit_of_a_model_of_the_hub(tmp_path, monkeypatch):

@@ -108,7 +108,7 @@ def test_figure_of_strides_is_restartable(street, models, tmp_path, launch, refu
 def test_reports_of_other_words_are_refused(street, models, tmp_path):
     """The options name the same files as before, but these hold other words."""
     words = tmp_path / "words.json"
-    command = ["--dataset", str(street), *models, "--limit", "1", "--labels", str(words), "--output"]
+    command = ["--dataset", str(street), *models, "--limit", "1", "--class_names", str(words), "--output"]
     options = EvaluationOptions.parse([*command, str(tmp_path / "report.json")])
     lines = ["road", "wall-merged", "wall-other", "sky", "dog"]
     (street / "classes.txt").write_text("\n".join(lines))
