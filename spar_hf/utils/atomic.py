@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from spar_hf.model.file_modes import follow_umask
 from spar_hf.utils.locks import locked
 from spar_hf.utils.texts import json_text
 
@@ -83,26 +84,6 @@ def as_disk_errors(path: Path) -> Iterator[None]:
         if isinstance(error, RuntimeError) and "PytorchStreamWriter failed" in str(error):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
         raise
-
-
-def follow_umask(path: Path) -> None:
-    """Give a file, or a folder and all in it, the modes that new files have: safetensors writes for the owner only."""
-    mask = current_umask()
-    for part in [path, *(path.rglob("*") if path.is_dir() else ())]:
-        with contextlib.suppress(OSError):
-            mode = part.stat().st_mode & 0o777
-            expected = mode | ((0o777 if part.is_dir() else 0o666) & ~mask)
-            if expected != mode:
-                part.chmod(expected)
-
-
-def current_umask() -> int:
-    """The umask of this process. Linux tells it without changing it, which would affect other threads."""
-    with contextlib.suppress(OSError, StopIteration), open("/proc/self/status", encoding="utf-8") as status:
-        return int(next(line for line in status if line.startswith("Umask:")).split()[1], 8)
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask
 
 
 @contextlib.contextmanager
