@@ -32,6 +32,8 @@ CONFIGURATION = "spar_hf/model/configuration_spar.py"
 IMAGES = "spar_hf/model/image_processing_spar.py"
 PANOPTIC_IMAGES = "spar_hf/model/image_processing_spar_universal.py"
 PROCESSOR = "spar_hf/model/processing_spar.py"
+EXECUTION = "spar_hf/model/execution.py"
+SAVED_CODE = "spar_hf/model/saved_code.py"
 PIPELINE = "spar_hf/model/pipeline.py"
 REGISTRATION = "spar_hf/registration.py"
 
@@ -243,14 +245,26 @@ CONTRACT = [
     Row("_from_config builds a model of a configuration", MODELING, takes(f"{MODEL}._from_config", "config")),
     Row("_init_weights initialises a module", MODELING, takes(f"{MODEL}._init_weights", "module")),
     Row(
-        "_initialize_weights passes custom code by", UNIVERSAL, takes(f"{MODEL}._initialize_weights", "is_custom_code")
+        "is_custom_code decides how models are initialised",
+        MODELING,
+        all_of(
+            mentions(f"{MODEL}.initialize_weights", "self.is_custom_code()"),
+            takes(f"{MODEL}._initialize_weights", "is_custom_code"),
+        ),
     ),
+    Row("is_custom_code of backbones", READOUTS, exists(f"{MODEL}.is_custom_code")),
     Row(
         "initialization: functions that spare loaded weights",
         READOUTS,
-        exists(*(f"transformers.initialization.{name}" for name in ("copy_", "zeros_", "kaiming_uniform_"))),
+        exists("transformers.initialization.copy_"),
     ),
-    Row("initialization.xavier_uniform_", UNIVERSAL, exists("transformers.initialization.xavier_uniform_")),
+    Row("initialization.zeros_", MODELING, exists("transformers.initialization.zeros_")),
+    Row("initialization.trunc_normal_", SEMANTIC, exists("transformers.initialization.trunc_normal_")),
+    Row(
+        "initialization: xavier_uniform_ and kaiming_uniform_",
+        UNIVERSAL,
+        exists(*(f"transformers.initialization.{name}" for name in ("xavier_uniform_", "kaiming_uniform_"))),
+    ),
     Row(
         "_get_files_timestamps tells push_to_hub what was there before",
         MODELING,
@@ -281,10 +295,15 @@ CONTRACT = [
     ),
     Row(
         "get_relative_import_files follows imports",
-        MODELING,
+        SAVED_CODE,
         takes("transformers.dynamic_module_utils.get_relative_import_files", "module_file"),
     ),
     Row("custom_pipelines of config.json", MODELING, mentions("transformers.pipelines", "config.custom_pipelines")),
+    Row(
+        "auto_map is set in processors that are saved",
+        PROCESSOR,
+        mentions("transformers.dynamic_module_utils.custom_object_save", "config.auto_map"),
+    ),
     Row("register_for_auto_class", SEMANTIC, exists(f"{MODEL}.register_for_auto_class")),
     Row(
         "capture_outputs records hidden states and attentions by _can_record_outputs",
@@ -297,6 +316,30 @@ CONTRACT = [
     ),
     Row("merge_with_config_defaults", MODELING, exists("transformers.utils.generic.merge_with_config_defaults")),
     Row("can_return_tuple", MODELING, exists("transformers.utils.can_return_tuple")),
+    Row(
+        "_hf_hook of a module loads its weights: pre_forward and post_forward",
+        EXECUTION,
+        all_of(
+            mentions("accelerate.hooks.add_hook_to_module", "module._hf_hook"),
+            takes("accelerate.hooks.AlignDevicesHook.pre_forward", "module"),
+            takes("accelerate.hooks.AlignDevicesHook.post_forward", "module", "output"),
+        ),
+    ),
+    Row(
+        "_set_gradient_checkpointing gives modules a _gradient_checkpointing_func",
+        UNIVERSAL,
+        all_of(
+            mentions(f"{MODEL}._set_gradient_checkpointing", '"_gradient_checkpointing_func"'),
+            exists(f"{MASK2FORMER}.modeling_mask2former.Mask2FormerMaskedAttentionDecoderLayer"),
+        ),
+    ),
+    Row("_no_split_modules", READOUTS, exists("transformers.CLIPVisionModel._no_split_modules")),
+    Row("accepts_loss_kwargs", MODELING, mentions("transformers.Trainer.__init__", "accepts_loss_kwargs")),
+    Row(
+        "keys_to_ignore_at_inference",
+        CONFIGURATION,
+        mentions("transformers.Trainer.prediction_step", "keys_to_ignore_at_inference"),
+    ),
     Row(
         "GradientCheckpointingLayer",
         MODELING,
@@ -419,6 +462,11 @@ CONTRACT = [
                 "ignore_index",
             ),
         ),
+    ),
+    Row(
+        "SemanticSegmentationPostProcessorOutput",
+        IMAGES,
+        exists("transformers.image_processing_outputs.SemanticSegmentationPostProcessorOutput"),
     ),
     # images and words
     Row("PilBackend._preprocess", IMAGES, takes(f"{PIL}._preprocess", "images", "do_resize", "size", "resample")),

@@ -1,5 +1,6 @@
 """Maps pretrained Transformers backbones to a `SparConfig` and SPAR weight names."""
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -85,11 +86,7 @@ def read_backbone(
         )
     loaded: Any = BACKBONE_SOURCES[source_config.model_type].from_pretrained(name, output_loading_info=True, **kwargs)
     source, info = loaded
-    if info["missing_keys"]:
-        raise RuntimeError(
-            f"{name} lacks {len(info['missing_keys'])} weights of {type(source).__name__}: "
-            f"{', '.join(sorted(info['missing_keys'])[:8])}. The files are incomplete: copy the folder again."
-        )
+    check_complete(info["missing_keys"], name, type(source).__name__)
     if source_config.model_type == "clip":  # both projections have the width of the top-level configuration
         source.config.vision_config.projection_dim = source.config.projection_dim
         source.config.text_config.projection_dim = source.config.projection_dim
@@ -103,6 +100,23 @@ def read_backbone(
     for scalar in weights.keys() & {"logit_scale", "logit_bias"}:
         weights[scalar] = weights[scalar].reshape(1)  # CLIP's is a scalar
     return config, weights, source.dtype
+
+
+def check_complete(missing: Collection[str], name: str, class_name: str) -> None:
+    """
+    Raises:
+        RuntimeError: weights of the class are `missing` in the folder `name`; the message names up to eight of them.
+    """
+    if missing:
+        raise RuntimeError(
+            f"{name} lacks {len(missing)} weights of {class_name}: {first_few(missing)}. The files are incomplete or "
+            "config.json describes another model: copy the folder again."
+        )
+
+
+def first_few(names: Collection[str]) -> str:
+    """Up to eight names in alphabetical order, and how many more there are."""
+    return ", ".join(sorted(names)[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
 def check_finite(model: torch.nn.Module, name: str) -> None:
@@ -134,10 +148,9 @@ def check_finite(model: torch.nn.Module, name: str) -> None:
         if tensor.is_floating_point() and tensor.element_size() > 1 and not tensor.is_meta and not is_finite(tensor)
     ]
     if spoiled:
-        shown = ", ".join(spoiled[:8]) + (f" and {len(spoiled) - 8} more" if len(spoiled) > 8 else "")
         raise ValueError(
-            f"{name}: {len(spoiled)} of {len(weights)} weights hold NaN or infinity: {shown}. A training diverged, or the "
-            "file is damaged: use an earlier or another copy."
+            f"{name}: {len(spoiled)} of {len(weights)} weights hold NaN or infinity: {first_few(spoiled)}. A training "
+            "diverged, or the file is damaged: use an earlier or another copy."
         )
 
 

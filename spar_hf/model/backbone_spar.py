@@ -4,7 +4,8 @@ import torch
 from torch import nn
 from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
 from transformers.modeling_outputs import BackboneOutput
-from transformers.utils import can_return_tuple
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple
 
 from .configuration_spar import SparConfig
 from .modeling_spar import SparVisionModel
@@ -43,7 +44,7 @@ class SparBackbone(BackboneMixin, SparVisionModel):
 
     @can_return_tuple
     @filter_output_hidden_states
-    def forward(self, pixel_values: torch.FloatTensor, **kwargs) -> BackboneOutput:
+    def forward(self, pixel_values: torch.FloatTensor, **kwargs: Unpack[TransformersKwargs]) -> BackboneOutput:
         """
         Args:
             pixel_values (`torch.FloatTensor` of shape `(batch, 3, height, width)`): normalised images, any size.

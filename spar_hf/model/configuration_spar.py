@@ -81,6 +81,9 @@ class SparConfig(BackboneConfigMixin, PreTrainedConfig):
             Prompt templates: the name of a set in `spar_hf.model.prompts.TEMPLATES` or a list of strings with one `{}`.
         distillation (`dict`, *optional*):
             How a student was made: `teacher`, `window_size`, `stride`, data. `None` for an untouched base.
+        output_pooled (`bool`, *optional*, defaults to `False`):
+            Whether models run the pooling head unless told otherwise. `pipeline("image-feature-extraction")` needs it for
+            `pool=True`: `pipeline(..., model_kwargs={"output_pooled": True})`.
         out_features, out_indices (`list[str]`, `list[int]`, *optional*):
             Stages that [`SparBackbone`] returns; `["features"]`, the dense features, by default.
 
@@ -120,6 +123,7 @@ class SparConfig(BackboneConfigMixin, PreTrainedConfig):
     dense_logit_scale: float | int = 40.0
     templates: str | Sequence[str] = "imagenet80"
     distillation: dict[str, Any] | None = None
+    output_pooled: bool = False
     _out_features: list[str] | None = None
     _out_indices: list[int] | None = None
 
@@ -206,6 +210,12 @@ class SparConfig(BackboneConfigMixin, PreTrainedConfig):
         return fields
 
     # properties of the backbone, for all families
+    @property
+    def keys_to_ignore_at_inference(self) -> list[str]:
+        """What `Trainer` neither gives to `compute_metrics` nor holds for the whole evaluation set."""
+        beside_logits = ["text_embeds", "feature_map"] if self.text_config is not None else []
+        return [*beside_logits, "hidden_states", "attentions"]
+
     @property
     def patch_size(self) -> int:
         """Side of a patch in pixels."""

@@ -38,6 +38,15 @@ class SparSemanticConfig(PreTrainedConfig):
     ```"""
 
     model_type = "spar_semantic"
+    # `compute_metrics` of `Trainer` gets the logits alone, and nothing else is held for the whole evaluation set
+    keys_to_ignore_at_inference = [
+        "name_logits",
+        "name_to_class",
+        "geometry",
+        "feature_map",
+        "hidden_states",
+        "attentions",
+    ]
     sub_configs_defaults = {"backbone_config": SubConfigSpec(config_class=SparConfig, model_type="spar")}
 
     backbone_config: Any = None
@@ -69,6 +78,15 @@ class SparSemanticConfig(PreTrainedConfig):
         empty = [label for label, words in enumerate(self.names or ()) if not words]
         if empty:
             raise ValueError(f"`names` of the classes {empty} are empty; give each class at least one name.")
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        """As in transformers; for another number of classes (`id2label`, `num_labels`), `names` are left out."""
+        classes = kwargs.get("id2label") or range(kwargs.get("num_labels") or 0)
+        names = config_dict.get("names")
+        if names is not None and "names" not in kwargs and len(classes) not in (0, len(names)):
+            config_dict = {**config_dict, "names": None}
+        return super().from_dict(config_dict, **kwargs)
 
     @property
     def patch_size(self) -> int:

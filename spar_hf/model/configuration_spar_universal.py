@@ -51,6 +51,7 @@ class SparUniversalConfig(PreTrainedConfig):
     ```"""
 
     model_type = "spar_universal"
+    keys_to_ignore_at_inference = ["hidden_states", "attentions"]  # see `SparConfig`
     sub_configs_defaults = {"backbone_config": SubConfigSpec(config_class=SparConfig, model_type="spar")}
     # names of the same settings in the modules of EoMT
     attribute_map = {"hidden_size": "hidden_dim", "hidden_act": "activation_function"}

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from transformers import BatchFeature
 from transformers.image_processing_backends import PilBackend
+from transformers.image_processing_outputs import SemanticSegmentationPostProcessorOutput
 from transformers.image_utils import ChannelDimension, PILImageResampling, SizeDict
 from transformers.processing_utils import ImagesKwargs
 from transformers.utils import TensorType, logging
@@ -27,7 +28,7 @@ from .image_input import (
     to_rgb,
     turn_upright,
 )
-from .segmentation import decide
+from .segmentation import class_probabilities, decide
 
 logger = logging.get_logger(__name__)
 
@@ -84,7 +85,14 @@ def grids(outputs: Any, target_sizes: list[tuple[int, int]] | None) -> Iterator[
         yield logits[i], name_to_class, patch, (height, width), (int(sizes[i][0]), int(sizes[i][1]))
 
 
-class SparImageKwargs(ImagesKwargs, total=False):
+def with_scores(labels: torch.Tensor, scores: torch.Tensor | None) -> Any:
+    """A result of semantic post-processing: the label map, or with scores transformers' output of both."""
+    if scores is None:
+        return labels
+    return SemanticSegmentationPostProcessorOutput({"segmentation": labels, "segmentation_scores": scores})
+
+
+class SparImageProcessorKwargs(ImagesKwargs, total=False):
     """Options of [`SparImageProcessorPil`] beyond those of every image processor."""
 
     max_tokens: int | None
@@ -174,7 +182,8 @@ class SparImageProcessorPil(PilBackend):
     ```"""
 
     _auto_class = "AutoImageProcessor"  # saved folders name this class and carry its code
-    valid_kwargs: Any = SparImageKwargs
+    valid_kwargs: Any = SparImageProcessorKwargs
+    model_input_names = ["pixel_values", "original_sizes"]
     size = None
     max_tokens = None
     patch_size = None
@@ -379,8 +388,8 @@ class SparImageProcessorPil(PilBackend):
         return output.convert_to_tensors(return_tensors)
 
     def post_process_semantic_segmentation(
-        self, outputs, target_sizes: list[tuple[int, int]] | None = None
-    ) -> list[torch.Tensor]:
+        self, outputs, target_sizes: list[tuple[int, int]] | None = None, return_segmentation_scores: bool = False
+    ) -> list[Any]:
         """
         Label maps from [`SparSemanticSegmenterOutput`]: logits upsampled to the patch size, cropped to the image the model
         saw and resized to the original image, in one step and in bounded memory (see
@@ -391,14 +400,22 @@ class SparImageProcessorPil(PilBackend):
             target_sizes (`list[tuple[int, int]]`, *optional*):
                 `(height, width)` of each image: the image processor's `original_sizes`. Defaults to the size the model
                 saw.
+            return_segmentation_scores (`bool`, *optional*, defaults to `False`):
+                Whether to return the probabilities of all classes too.
 
         Returns:
-            Per image, the class of every pixel: `(height, width)` int32.
+            Per image, the class of every pixel: `(height, width)` int32. With scores, an output with this `segmentation`
+            and `segmentation_scores` `(classes, height, width)` (see
+            [`~spar_hf.model.segmentation.class_probabilities`]).
 
         Raises:
-            ValueError: another number of sizes than of images.
+            ValueError: another number of sizes than of images; scores of more than 1 GiB.
         """
-        return [decide(*image).labels for image in grids(outputs, target_sizes)]
+        results = []
+        for image in grids(outputs, target_sizes):
+            scores = class_probabilities(*image)[1] if return_segmentation_scores else None
+            results.append(with_scores(decide(*image).labels, scores))
+        return results
 
     def post_process_panoptic_segmentation(
         self, outputs, target_sizes: list[tuple[int, int]] | None = None, **thresholds: Any

@@ -17,7 +17,7 @@ from transformers.models.mask2former.image_processing_pil_mask2former import (
 )
 from transformers.processing_utils import ImagesKwargs
 
-from .image_processing_spar import SparImageProcessorPil
+from .image_processing_spar import SparImageProcessorPil, with_scores
 from .segmentation import WORKING_BYTES, upsampled_tiles
 
 
@@ -351,16 +351,19 @@ class SparUniversalImageProcessorPil(SparImageProcessorPil):
         self,
         outputs,
         target_sizes: Sequence[tuple[int, int]] | None = None,
+        return_segmentation_scores: bool = False,
         working_bytes: int = WORKING_BYTES,
-    ) -> list[torch.Tensor]:
+    ) -> list[Any]:
         """
         The class of every pixel: that with the largest sum over queries of class probability times mask probability.
 
         Args:
             outputs, target_sizes, working_bytes: as in `post_process_panoptic_segmentation`.
+            return_segmentation_scores (`bool`, *optional*, defaults to `False`): whether to return the sums too.
 
         Returns:
-            Per image `(height, width)`, int64.
+            Per image `(height, width)`, int64. With scores, an output with this `segmentation` and `segmentation_scores`
+            `(classes, height, width)`.
 
         Raises:
             ValueError: outputs of another model; another number of sizes than of images.
@@ -369,10 +372,14 @@ class SparUniversalImageProcessorPil(SparImageProcessorPil):
         for probabilities, logits, extent, size in self._images(outputs, target_sizes):
             classes = probabilities[:, :-1]
             labels = torch.empty(size, dtype=torch.long, device=logits.device)
+            scores = logits.new_empty(classes.shape[1], *size) if return_segmentation_scores else None
             for place, tile in mask_tiles(logits, extent, size, max(classes.shape), working_bytes):
                 # (queries, classes), (queries, rows, columns) -> (classes, rows, columns)
-                labels[place] = torch.einsum("qc,qrw->crw", classes, tile.sigmoid_()).argmax(0)
-            results.append(labels)
+                sums = torch.einsum("qc,qrw->crw", classes, tile.sigmoid_())
+                labels[place] = sums.argmax(0)
+                if scores is not None:
+                    scores[(slice(None), *place)] = sums
+            results.append(with_scores(labels, scores))
         return results
 
 

@@ -1,30 +1,28 @@
 """SPAR models: dense features in one pass at any resolution, and with a text tower, segmentation by class names."""
 
 import copy
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import (
-    CLIPTextModelWithProjection,
-    Siglip2TextModel,
-    SiglipTextModel,
-)
+from transformers import CLIPTextModelWithProjection, Siglip2TextModel, SiglipTextModel
 from transformers import initialization as init
-from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import PreTrainedModel
-from transformers.utils import ModelOutput, can_return_tuple
+from transformers.processing_utils import Unpack
+from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .backbone_sources import check_finite, load_source_config, read_backbone
+from .backbone_sources import check_complete, check_finite, load_source_config, read_backbone
 from .configuration_spar import SparConfig
+from .execution import full_precision, refuse_labels, with_output_flags
+from .file_modes import follow_umask
 from .readouts import READOUTS
+from .saved_code import copy_code, saved_code
 
 # not AutoModel, which does not know SigLIP's text tower and loads CLIP's without its projection
 TEXT_MODELS: dict[str, Any] = {
@@ -97,17 +95,6 @@ def pad_to_patches(pixel_values: torch.Tensor, patch_size: int) -> torch.Tensor:
     return nn.functional.pad(pixel_values, (0, padded_width - width, 0, padded_height - height))
 
 
-def find_code(reference: str, folders: list[Path]) -> dict[str, Path]:
-    """The module of `"module.Class"` and the siblings it imports, by file name, from the first folder that has them all."""
-    for folder in folders:
-        module = folder / f"{reference.split('.')[0]}.py"
-        try:
-            return {Path(file).name: Path(file) for file in (str(module), *get_relative_import_files(module))}
-        except FileNotFoundError:
-            continue
-    return {}
-
-
 class SparPreTrainedModel(PreTrainedModel):
     """Base class of all SPAR models: configuration class, attention back ends, loading and saving."""
 
@@ -120,6 +107,7 @@ class SparPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+    accepts_loss_kwargs = False  # no loss of ours divides by the steps of gradient accumulation, so `Trainer` has to
     # `auto_map` and `custom_pipelines` of config.json: what `trust_remote_code=True` loads from a saved folder
     _auto_map = {
         "AutoConfig": "configuration_spar.SparConfig",
@@ -128,44 +116,36 @@ class SparPreTrainedModel(PreTrainedModel):
         "AutoImageProcessor": "image_processing_spar.SparImageProcessorPil",
     }
     _custom_pipelines: dict[str, dict[str, Any]] = {}
+    unused_parameters: tuple[str, ...] = ()  # parts of names of parameters that no gradient reaches
 
-    def _saved_code(self) -> tuple[dict[str, str], dict[str, dict[str, Any]], dict[str, Path]]:
-        """
-        `auto_map` and `custom_pipelines` of the folder to be saved, and the code files they need, by name.
-
-        Code loaded from a checkpoint's folder lies in a cache that may not have all of its files, so the folder itself is
-        searched too. Entries whose code is nowhere are left out.
-        """
-        folders = [Path(__file__).parent, *([Path(self.name_or_path)] if self.name_or_path else [])]
-        auto_map: dict[str, str] = {}
-        pipelines: dict[str, dict[str, Any]] = {}
-        files: dict[str, Path] = {}
-        for auto_class, reference in self._auto_map.items():
-            if found := find_code(reference, folders):
-                auto_map[auto_class] = reference
-                files.update(found)
-        for task, pipeline in self._custom_pipelines.items():
-            if found := find_code(pipeline["impl"], folders):
-                pipelines[task] = pipeline
-                files.update(found)
-        return auto_map, pipelines, files
+    def freeze_unused(self) -> None:
+        """Make parameters that no gradient reaches not trainable: DistributedDataParallel would wait for their gradients."""
+        for model in (module for module in self.modules() if isinstance(module, SparPreTrainedModel)):
+            for name, parameter in model.named_parameters():
+                if any(part in name for part in model.unused_parameters):
+                    parameter.requires_grad_(False)
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         """As in transformers, with the code of the model beside the weights, for `trust_remote_code=True`."""
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        self.config.auto_map, self.config.custom_pipelines, files = self._saved_code()
-        for name, path in files.items():
-            if path.resolve() != (folder / name).resolve():
-                shutil.copyfile(path, folder / name)
+        self.config.auto_map, self.config.custom_pipelines, files = saved_code(self)
+        copy_code(files, folder)
         try:
             super().save_pretrained(save_directory, *args, **kwargs)
         finally:
             del self.config.auto_map, self.config.custom_pipelines
+        for path in folder.glob("*.safetensors"):
+            follow_umask(path)
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        # modules without weights of their own, such as an MLP, are not initialised in custom code
+        return False
 
     def _get_files_timestamps(self, working_dir):
         # `push_to_hub` sends what changed after this call. The code was copied before it, so it is left out here.
-        timestamps, code = super()._get_files_timestamps(working_dir), self._saved_code()[2]
+        timestamps, code = super()._get_files_timestamps(working_dir), saved_code(self)[2]
         return {name: time for name, time in timestamps.items() if name not in code}
 
     @classmethod
@@ -181,14 +161,10 @@ class SparPreTrainedModel(PreTrainedModel):
         """
         loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         model, loading_info = loaded
-        missing = sorted(loading_info["missing_keys"])
-        if missing:
-            shown = ", ".join(missing[:8]) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
-            raise RuntimeError(
-                f"{model.name_or_path or 'The checkpoint'} lacks {len(missing)} weights of {cls.__name__}: "
-                f"{shown}. The files are incomplete or config.json describes another model: copy the folder again."
-            )
-        check_finite(model, model.name_or_path or "The checkpoint")
+        name = model.name_or_path or "The checkpoint"
+        check_complete(loading_info["missing_keys"], name, cls.__name__)
+        check_finite(model, name)
+        model.freeze_unused()  # loading makes new parameters
         return (model, loading_info) if output_loading_info else model
 
     @classmethod
@@ -254,6 +230,9 @@ class SparVisionModel(SparPreTrainedModel):
     The image is padded with zeros right and bottom to a multiple of the patch, the position table is resampled to
     the resulting grid, and every patch gets one feature vector in the space of the text embeddings.
 
+    Parameters that dense features do not depend on (`unused_parameters`, such as the probe of the pooling head) are not
+    trainable. With `config.output_pooled`, those of the pooling head are.
+
     Source: SPAR (arXiv 2604.02252), section 3. The backbone is a model of transformers, see `spar_hf.model.readouts`.
 
     Example:
@@ -282,32 +261,42 @@ class SparVisionModel(SparPreTrainedModel):
         super().__init__(config)
         config.check_position_extent()
         self.backbone = READOUTS[config.readout]._from_config(config.backbone_config)
+        names = "unused_with_pooling" if config.output_pooled else "unused_parameters"
+        self.unused_parameters = getattr(self.backbone, names)
         self.post_init()
+        self.freeze_unused()
 
     def get_input_embeddings(self) -> nn.Module:
         return self.backbone.get_input_embeddings()
 
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.backbone.set_input_embeddings(value)
+
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
-    def forward(self, pixel_values: torch.FloatTensor, output_pooled: bool = False, **kwargs) -> SparVisionModelOutput:
+    def forward(
+        self, pixel_values: torch.FloatTensor, output_pooled: bool | None = None, **kwargs: Unpack[TransformersKwargs]
+    ) -> SparVisionModelOutput:
         """
         Args:
             pixel_values (`torch.FloatTensor` of shape `(batch, 3, height, width)`):
                 Normalised images, any height and width.
-            output_pooled (`bool`, *optional*, defaults to `False`):
+            output_pooled (`bool`, *optional*, defaults to `config.output_pooled`):
                 Whether to run the backbone's pooling head as well and return `pooler_output`.
 
         Returns:
             [`SparVisionModelOutput`] with `feature_map` `(batch, dim, ceil(height / patch), ceil(width / patch))`.
 
         Raises:
-            ValueError: `pixel_values` are not a batch of images.
+            ValueError: `pixel_values` are not a batch of images, or labels are given.
         """
         if pixel_values.ndim != 4:
             raise ValueError(
                 f"`pixel_values` must be (batch, channels, height, width), got shape {tuple(pixel_values.shape)}. "
                 "A single image needs a batch axis: `pixel_values[None]`."
             )
+        refuse_labels(self, kwargs)
+        output_pooled = self.config.output_pooled if output_pooled is None else output_pooled
         padded = pad_to_patches(pixel_values.to(self.dtype), self.config.patch_size)
         height, width = (side // self.config.patch_size for side in padded.shape[-2:])
         extent = self.config.position_extent and self.config.position_extent // self.config.patch_size
@@ -352,6 +341,7 @@ class SparForOpenVocabSegmentation(SparPreTrainedModel):
         "AutoModelForSemanticSegmentation": "modeling_spar.SparForOpenVocabSegmentation",
         "AutoProcessor": "processing_spar.SparProcessor",
     }
+    unused_parameters = ("logit_scale", "logit_bias")  # they belong to the image-text loss
     _custom_pipelines = {
         "open-vocab-segmentation": {
             "impl": "pipeline.OpenVocabSegmentationPipeline",
@@ -373,6 +363,7 @@ class SparForOpenVocabSegmentation(SparPreTrainedModel):
         self.logit_scale = nn.Parameter(torch.zeros(1))
         self.logit_bias = nn.Parameter(torch.zeros(1))
         self.post_init()
+        self.freeze_unused()
         # post_init copies the vision tower's list; here an unexpected text weight deserves a warning
         self._keys_to_ignore_on_load_unexpected = set()
 
@@ -385,6 +376,9 @@ class SparForOpenVocabSegmentation(SparPreTrainedModel):
 
     def get_input_embeddings(self) -> nn.Module:
         return self.text_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.text_model.set_input_embeddings(value)
 
     @can_return_tuple
     def get_text_features(
@@ -405,6 +399,7 @@ class SparForOpenVocabSegmentation(SparPreTrainedModel):
         Raises:
             ValueError: prompts that are too long, or for a SigLIP text tower of another length.
         """
+        options = with_output_flags(self.config, kwargs)
         length = self.config.text_config.max_position_embeddings
         if self.config.text_config.model_type == "clip_text_model":
             if input_ids.shape[-1] > length:
@@ -412,7 +407,7 @@ class SparForOpenVocabSegmentation(SparPreTrainedModel):
                     f"The text tower reads prompts of up to {length} tokens, got {input_ids.shape[-1]}. Shorten them, or "
                     f"tokenise with `truncation=True, max_length={length}`."
                 )
-            outputs = self.text_model(input_ids=input_ids, attention_mask=attention_mask, return_dict=True, **kwargs)
+            outputs = self.text_model(input_ids=input_ids, attention_mask=attention_mask, return_dict=True, **options)
             # dino.txt compares the first half of its embedding with the pooled image, the last half with patches
             return BaseModelOutputWithPooling(
                 last_hidden_state=outputs.last_hidden_state,
@@ -425,7 +420,7 @@ class SparForOpenVocabSegmentation(SparPreTrainedModel):
                 f"The text tower reads prompts of exactly {length} tokens (it is pooled at the last), got "
                 f'{input_ids.shape[-1]}. Tokenise with `padding="max_length", max_length={length}`.'
             )
-        return self.text_model(input_ids=input_ids, return_dict=True, **kwargs)
+        return self.text_model(input_ids=input_ids, return_dict=True, **options)
 
     def dense_logits(self, feature_map: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
         """
@@ -440,10 +435,10 @@ class SparForOpenVocabSegmentation(SparPreTrainedModel):
             raise ValueError(f"`text_embeds` must be (names, {dim}), got shape {tuple(text_embeds.shape)}.")
         # always in float32: at many pixels the best names have nearly the same cosine
         text_embeds = nn.functional.normalize(text_embeds.float(), dim=-1)
-        features = nn.functional.normalize(
-            feature_map.float().flatten(2).transpose(1, 2), dim=-1
-        )  # (batch, h * w, dim)
-        cosines = text_embeds @ features.transpose(1, 2)  # (names, dim) @ (batch, dim, h * w) -> (batch, names, h * w)
+        features = feature_map.float().flatten(2).transpose(1, 2)  # (batch, dim, h, w) -> (batch, h * w, dim)
+        features = nn.functional.normalize(features, dim=-1)
+        with full_precision(features.device):  # (names, dim) @ (batch, dim, h * w) -> (batch, names, h * w)
+            cosines = text_embeds.to(features.device) @ features.transpose(1, 2)
         return cosines.unflatten(2, feature_map.shape[2:]) * self.config.dense_logit_scale
 
     @can_return_tuple
@@ -453,7 +448,7 @@ class SparForOpenVocabSegmentation(SparPreTrainedModel):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         text_embeds: torch.FloatTensor | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> SparOpenVocabSegmentationOutput:
         """
         Args:
@@ -471,8 +466,10 @@ class SparForOpenVocabSegmentation(SparPreTrainedModel):
             `(batch, names, ceil(height / patch), ceil(width / patch))`.
 
         Raises:
-            ValueError: neither or both of `input_ids` and `text_embeds` are given, or one has another shape.
+            ValueError: neither or both of `input_ids` and `text_embeds` are given, one has another shape, or labels are
+                given.
         """
+        refuse_labels(self, kwargs)
         if (input_ids is None) == (text_embeds is None):
             raise ValueError(
                 "Give either `input_ids` or `text_embeds`. In a pipeline, use this model with "
@@ -480,7 +477,7 @@ class SparForOpenVocabSegmentation(SparPreTrainedModel):
             )
         if text_embeds is None:
             text_embeds = self.get_text_features(input_ids, attention_mask, return_dict=True).pooler_output
-        vision_outputs = self.vision_model(pixel_values, return_dict=True, **kwargs)
+        vision_outputs = self.vision_model(pixel_values, return_dict=True, **with_output_flags(self.config, kwargs))
         return SparOpenVocabSegmentationOutput(
             logits=self.dense_logits(vision_outputs.feature_map, text_embeds),
             text_embeds=nn.functional.normalize(text_embeds.float(), dim=-1),

@@ -1,15 +1,20 @@
 """Semantic segmentation with a fixed set of classes: a linear classifier on SPAR's dense features."""
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
+from transformers import initialization as init
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES
-from transformers.utils import ModelOutput, can_return_tuple
+from transformers.processing_utils import Unpack
+from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 
 from .configuration_spar_semantic import SparSemanticConfig
+from .execution import as_tensor, full_precision, with_output_flags
 from .modeling_spar import SparPreTrainedModel, SparVisionModel
 from .prompts import CandidateLabels, Vocabulary, distinct_names, embed_names
 from .segmentation import WORKING_BYTES, bilinear_cells, patch_coordinates
@@ -57,7 +62,10 @@ class SparSemanticModel(SparVisionModel):
     config: SparSemanticConfig  # type: ignore[assignment]
 
     def __init__(self, config: SparSemanticConfig):
-        super().__init__(config.backbone_config)
+        backbone_config = copy.copy(config.backbone_config)
+        for name, value in with_output_flags(config, {}).items():
+            setattr(backbone_config, name, value)
+        super().__init__(backbone_config)
 
     @classmethod
     def register_for_auto_class(cls, auto_class="AutoModel"):
@@ -101,15 +109,17 @@ class SparForSemanticSegmentation(SparPreTrainedModel):
     def __init__(self, config: SparSemanticConfig):
         super().__init__(config)
         self.vision_model = SparVisionModel._from_config(config.backbone_config)
-        self.classifier = nn.Linear(config.backbone_config.projection_dim, len(config.name_to_class))
+        width, rows = config.backbone_config.projection_dim, len(config.name_to_class)
+        # float32 in `from_config(dtype=...)` too, which does not read `_keep_in_fp32_modules_strict`
+        self.classifier = nn.Linear(width, rows, dtype=torch.float32)
         self.post_init()
 
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)
         if module is self.classifier:
-            nn.init.trunc_normal_(self.classifier.weight, std=0.02)
-            nn.init.zeros_(self.classifier.bias)
+            init.trunc_normal_(self.classifier.weight, std=0.02)
+            init.zeros_(self.classifier.bias)
 
     @classmethod
     @torch.no_grad()
@@ -167,6 +177,7 @@ class SparForSemanticSegmentation(SparPreTrainedModel):
         Pixels are read in chunks, again in the backward pass, so that no tensor has classes × height × width values.
         """
         patch, (_, h, w, names) = self.config.patch_size, grid.shape
+        ignored = self.config.semantic_loss_ignore_index
         height, width = labels.shape[-2:]
         vertical = patch_coordinates(height, height, patch, h, grid.device)
         horizontal = patch_coordinates(width, width, patch, w, grid.device)
@@ -178,13 +189,24 @@ class SparForSemanticSegmentation(SparPreTrainedModel):
             cells += (image * h * w)[:, None]
             # the weighted sum of four rows of the table in one step
             read = nn.functional.embedding_bag(cells, table, per_sample_weights=weights, mode="sum")  # (pixels, names)
-            return nn.functional.cross_entropy(self.best_of_names(read), labels[image, row, column], reduction="sum")
+            targets = labels[image, row, column].long()
+            # ignored pixels are not in the chunks; by default, this function would ignore -100 too
+            return nn.functional.cross_entropy(self.best_of_names(read), targets, reduction="sum", ignore_index=ignored)
 
-        labelled = (labels != self.config.semantic_loss_ignore_index).nonzero()  # (pixels, 3): image, row, column
+        labels = labels.to(grid.device)
+        labelled = (labels != ignored).nonzero()  # (pixels, 3): image, row, column
         # cells and weights of a pixel take about as much as 64 logits; one empty chunk if nothing is labelled
         chunks = labelled.split(max(1, WORKING_BYTES // (4 * max(names, 64))))
         losses = [checkpoint(loss_of, table, chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
         return torch.stack(losses).sum() / max(1, len(labelled))
+
+    def classify(self, features: torch.Tensor) -> torch.Tensor:
+        """The classifier on features `(…, dim)`, in float32: also under autocast, and after `model.half()`."""
+        half = (torch.float16, torch.bfloat16)
+        weights = {name: p.float() for name, p in self.classifier.named_parameters() if p.dtype in half}
+        with full_precision(features.device):
+            # called as a module: it may be quantised, adapted (LoRA) or offloaded
+            return functional_call(self.classifier, weights, features) if weights else self.classifier(features)
 
     @can_return_tuple
     def forward(
@@ -192,13 +214,13 @@ class SparForSemanticSegmentation(SparPreTrainedModel):
         pixel_values: torch.FloatTensor,
         labels: torch.LongTensor | None = None,
         original_sizes: list[tuple[int, int]] | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> SparSemanticSegmenterOutput:
         """
         Args:
             pixel_values (`torch.FloatTensor` of shape `(batch, 3, height, width)`):
                 Normalised images, any height and width.
-            labels (`torch.LongTensor` of shape `(batch, height, width)`, *optional*):
+            labels (`torch.Tensor` of integers and shape `(batch, height, width)`, *optional*):
                 Class of every pixel for the loss, `config.semantic_loss_ignore_index` for ignored pixels.
             original_sizes (`list[tuple[int, int]]`, *optional*):
                 Ignored; accepted because the image processor returns it beside `pixel_values`.
@@ -207,7 +229,7 @@ class SparForSemanticSegmentation(SparPreTrainedModel):
             [`SparSemanticSegmenterOutput`] with `logits` `(batch, classes, ceil(height / patch), ceil(width / patch))`.
 
         Raises:
-            ValueError: `labels` of another batch or size than `pixel_values`.
+            ValueError: `labels` of another batch or size than `pixel_values`, or that are no integers.
         """
         batch, _, height, width = pixel_values.shape
         if labels is not None and labels.shape != (batch, height, width):
@@ -215,27 +237,27 @@ class SparForSemanticSegmentation(SparPreTrainedModel):
                 f"`labels` are {tuple(labels.shape)}, but `pixel_values` are {(batch, height, width)} (batch, height, "
                 "width). Resize the labels by nearest neighbour."
             )
-        vision_outputs = self.vision_model(pixel_values, return_dict=True, **kwargs)
+        if labels is not None and (labels.is_floating_point() or labels.dtype == torch.bool):
+            raise ValueError(f"`labels` must be integers, the class of every pixel; they are {labels.dtype}.")
+        vision_outputs = self.vision_model(pixel_values, return_dict=True, **with_output_flags(self.config, kwargs))
         features = vision_outputs.feature_map.float().permute(0, 2, 3, 1)  # (batch, dim, h, w) -> (batch, h, w, dim)
         if self.config.normalize_features:
             features = nn.functional.normalize(features, dim=-1)
-        weight, bias = self.classifier.weight.float(), self.classifier.bias.float()
-        # always in float32, see `_keep_in_fp32_modules_strict`
-        grid = nn.functional.linear(features, weight, bias)  # (batch, h, w, names)
+        grid = self.classify(features)  # (batch, h, w, names)
         loss = None if labels is None else self.segmentation_loss(grid, labels)
         logits = grid.permute(0, 3, 1, 2)  # -> (batch, names, h, w)
         name_logits = name_to_class = None
-        if self.config.names is not None and len(weight) != self.config.num_labels:
+        if self.config.names is not None and logits.shape[1] != self.config.num_labels:
             name_logits = logits
             logits = self.best_of_names(grid).permute(0, 3, 1, 2)  # (batch, classes, h, w)
-            name_to_class = torch.tensor(self.config.name_to_class, device=logits.device).expand(len(logits), -1)
+            name_to_class = torch.tensor(self.config.name_to_class, device=logits.device).expand(batch, -1)
         patch = self.config.patch_size
         return SparSemanticSegmenterOutput(
             loss=loss,
             logits=logits,
             name_logits=name_logits,
             name_to_class=name_to_class,
-            geometry=torch.tensor([height, width, patch], device=logits.device).expand(len(logits), -1),
+            geometry=as_tensor([height, width, patch], logits.device).expand(batch, -1),
             feature_map=vision_outputs.feature_map,
             hidden_states=vision_outputs.hidden_states,
             attentions=vision_outputs.attentions,

@@ -1,6 +1,7 @@
 """Panoptic, instance and semantic segmentation: a mask-classification head on SPAR features."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,13 +12,16 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_UNIVERSAL_SEGMENTAT
 from transformers.models.eomt.modeling_eomt import EomtScaleLayer
 from transformers.models.mask2former.modeling_mask2former import (
     Mask2FormerLoss,
+    Mask2FormerMaskedAttentionDecoderLayer,
     Mask2FormerPreTrainedModel,
     Mask2FormerTransformerModule,
 )
-from transformers.utils import ModelOutput, can_return_tuple
+from transformers.processing_utils import Unpack
+from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 
 from .backbone_spar import SparBackbone
 from .configuration_spar_universal import SparUniversalConfig
+from .execution import as_tensor, own_weights, with_output_flags
 from .modeling_spar import SparPreTrainedModel, SparVisionModel, pad_to_patches
 
 # `pipeline("image-segmentation")` looks up here which models it supports, and logs others as errors
@@ -40,12 +44,16 @@ class SparUniversalSegmentationOutput(ModelOutput):
             `w = ceil(width / patch)` patches, with four cells per patch and axis.
         mask_sizes (`torch.FloatTensor` of shape `(batch, 2)`):
             Height and width of the image in mask cells, not always whole numbers. Cells beyond are padding.
+        hidden_states, attentions (`tuple(torch.FloatTensor)`, *optional*):
+            Of the backbone, see [`SparVisionModelOutput`].
     """
 
     loss: torch.Tensor | None = None
     class_queries_logits: torch.Tensor | None = None
     masks_queries_logits: torch.Tensor | None = None
     mask_sizes: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
 
 
 class SparUniversalPreTrainedModel(SparPreTrainedModel, Mask2FormerPreTrainedModel):
@@ -62,10 +70,15 @@ class SparUniversalPreTrainedModel(SparPreTrainedModel, Mask2FormerPreTrainedMod
         "AutoImageProcessor": "image_processing_spar_universal.SparUniversalImageProcessorPil",
     }
 
-    def _initialize_weights(self, module, is_custom_code: bool = False):
-        # With is_custom_code, transformers skips modules without weights of their own, and their layers would be initialised
-        # as any other. Here all initialisation goes through transformers' functions, so it can be treated as its own code.
-        super()._initialize_weights(module)
+    _no_split_modules = ["EomtScaleLayer", "Mask2FormerTransformerModule"]
+
+    def _set_gradient_checkpointing(self, *args, **kwargs) -> None:
+        super()._set_gradient_checkpointing(*args, **kwargs)
+        # Mask2Former hands its layers lists of tensors, which lose their gradients in re-entrant checkpointing
+        for module in self.modules():
+            if isinstance(module, Mask2FormerMaskedAttentionDecoderLayer) and module.gradient_checkpointing:
+                layer: Any = module
+                layer._gradient_checkpointing_func = partial(layer._gradient_checkpointing_func, use_reentrant=False)
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -222,6 +235,7 @@ class SparForUniversalSegmentation(SparUniversalPreTrainedModel):
         mask_labels: list[torch.Tensor] | None = None,
         class_labels: list[torch.Tensor] | None = None,
         original_sizes: list[tuple[int, int]] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> SparUniversalSegmentationOutput:
         """
         Args:
@@ -230,7 +244,7 @@ class SparForUniversalSegmentation(SparUniversalPreTrainedModel):
             mask_labels (`list[torch.Tensor]`, *optional*):
                 Per image the masks of its segments, `(segments, height, width)`, 0 or 1, in the size of `pixel_values`.
             class_labels (`list[torch.LongTensor]`, *optional*):
-                Per image the classes of its segments, `(segments,)`.
+                Per image the classes of its segments, integers `(segments,)`.
             original_sizes (`list[tuple[int, int]]`, *optional*):
                 Ignored; accepted because the image processor returns it beside `pixel_values`.
 
@@ -238,18 +252,21 @@ class SparForUniversalSegmentation(SparUniversalPreTrainedModel):
             [`SparUniversalSegmentationOutput`].
 
         Raises:
-            ValueError: only one of the two labels; labels of another number or size than the images; an image without
-                segments, or with more segments than queries.
+            ValueError: only one of the two labels; labels of another number or size than the images, or of other values;
+                an image without segments, or with more segments than queries; `labels`, for which there is no loss.
         """
         if (mask_labels is None) != (class_labels is None):
             raise ValueError("Give both `mask_labels` and `class_labels`, or neither.")
         if mask_labels is not None and class_labels is not None:
             self.check_labels(pixel_values, mask_labels, class_labels)
-        features = self.projection(self.feature_norm(self.features(pixel_values)))  # (batch, hidden, h, w)
+        vision_outputs = self.vision_model(pixel_values, return_dict=True, **with_output_flags(self.config, kwargs))
+        features = torch.cat(vision_outputs.feature_maps, dim=1)  # (batch, channels, h, w)
+        features = self.projection(self.feature_norm(features))  # -> (batch, hidden, h, w)
         double = self.upscale[0](features)  # -> (batch, hidden, 2h, 2w)
         fourfold = self.upscale[1](double)  # -> (batch, hidden, 4h, 4w)
         half = nn.functional.max_pool2d(features, kernel_size=2, ceil_mode=True)
-        outputs = self.decoder([half, features, double], fourfold)
+        with own_weights(self.decoder):  # transformers' decoder reads embeddings past their `forward`
+            outputs = self.decoder([half, features, double], fourfold)
         # (queries, batch, hidden) -> (batch, queries, classes + 1)
         class_logits = [self.class_predictor(state.transpose(0, 1)) for state in outputs.intermediate_hidden_states]
         loss = None
@@ -261,7 +278,9 @@ class SparForUniversalSegmentation(SparUniversalPreTrainedModel):
             loss=loss,
             class_queries_logits=class_logits[-1],
             masks_queries_logits=outputs.masks_queries_logits[-1],
-            mask_sizes=torch.tensor([[height, width]], device=fourfold.device).repeat(batch, 1) * cells_per_pixel,
+            mask_sizes=as_tensor([height, width], fourfold.device).repeat(batch, 1) * cells_per_pixel,
+            hidden_states=vision_outputs.hidden_states,
+            attentions=vision_outputs.attentions,
         )
 
     def check_labels(self, pixel_values, mask_labels, class_labels) -> None:
@@ -287,6 +306,11 @@ class SparForUniversalSegmentation(SparUniversalPreTrainedModel):
                 raise ValueError(
                     f"`class_labels` lie in {int(classes.min())} to {int(classes.max())}, but the model has "
                     f"{self.config.num_labels} classes, from 0. Leave ignored segments out."
+                )
+            if classes.is_floating_point() or masks.max() > 1:
+                raise ValueError(
+                    f"`class_labels` must be integers and `mask_labels` 0 or 1; they are {classes.dtype} and up to "
+                    f"{float(masks.max()):g}."
                 )
 
 

@@ -110,6 +110,13 @@ class SparProcessor(ProcessorMixin):
                     "(`model_max_length`). Shorten it, or pass `truncation=True` to cut it."
                 )
 
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """As in transformers, which would also leave `auto_map` of the folder in this object."""
+        try:
+            return super().save_pretrained(save_directory, *args, **kwargs)
+        finally:
+            vars(self).pop("auto_map", None)
+
     @classmethod
     def from_backbone(
         cls, pretrained_model_name_or_path: str, tokenizer: str | None = None, **kwargs

@@ -13,7 +13,6 @@ none of its layers. It adds three short methods:
 
 import copy
 import math
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -31,6 +30,8 @@ from transformers import (
 from transformers import initialization as init
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 from transformers.models.dinov3_vit.modeling_dinov3_vit import DINOv3ViTLayer, DINOv3ViTRopePositionEmbedding
+
+from .execution import full_precision, own_weights
 
 CUBIC = -0.75  # the coefficient of torch's (and OpenCV's) bicubic kernel
 
@@ -99,8 +100,7 @@ def resample_positions(
     """
     side, device = math.isqrt(table.shape[0]), table.device
     if method == "bicubic":
-        # sym_max, because an exported graph must not branch on the sizes
-        span = None if extent is None else torch.sym_max(torch.sym_max(height, width), extent)
+        span = None if extent is None else larger(height, width, extent)
         rows, columns = (bicubic_matrix(side, length, device, span=span) for length in (height, width))
     elif method == "bilinear_antialias":
         rows, columns = (bilinear_antialias_matrix(side, length, device) for length in (height, width))
@@ -115,18 +115,26 @@ def resample_positions(
             f"Unknown position_resampling {method!r}; use 'bicubic', 'bilinear_antialias' or 'bicubic_offset'."
         )
     grid = table.float().view(side, side, -1)
-    mixed = torch.is_autocast_enabled(device.type)  # checked first, to keep autocast out of exported graphs
-    with torch.autocast(device.type, enabled=False) if mixed else nullcontext():
+    with full_precision(device):
         grid = torch.tensordot(rows, grid, dims=1)  # (side, side, hidden) -> (height, side, hidden)
         grid = torch.matmul(columns, grid)  # (height, side, hidden) -> (height, width, hidden)
     return grid.flatten(0, 1).to(table.dtype)
 
 
+def larger(height: Any, width: Any, extent: int) -> Any:
+    """The largest of the three, without a branch: sizes are symbols in `torch.export` and tensors in `torch.jit.trace`."""
+    if torch.jit.is_tracing():
+        return torch.maximum(height, width).clamp(min=extent)
+    return torch.sym_max(torch.sym_max(height, width), extent)
+
+
 def pool_each(head: Any, hidden_states: torch.Tensor) -> torch.Tensor:
     """Apply SigLIP's attention-pooling head without its attention to every token: `(batch, tokens, hidden)`, shape kept."""
-    value_weight = head.attention.in_proj_weight.chunk(3)[2]  # rows are query, key, value
-    value_bias = head.attention.in_proj_bias.chunk(3)[2]
-    values = head.attention.out_proj(nn.functional.linear(hidden_states, value_weight, value_bias))
+    with own_weights(head.attention):
+        value_weight = head.attention.in_proj_weight.chunk(3)[2]  # rows are query, key, value
+        value_bias = head.attention.in_proj_bias.chunk(3)[2]
+        values = nn.functional.linear(hidden_states.to(value_weight.device), value_weight, value_bias)
+    values = head.attention.out_proj(values)
     return values + head.mlp(head.layernorm(values))
 
 
@@ -149,12 +157,19 @@ class Readout:
     exportable = True  # strict torch.export with dynamic height and width
     compilable = True  # torch.compile(fullgraph=True, dynamic=True)
     half_precision = True  # float16 and bfloat16 near float32
-    unused_parameters: tuple[str, ...] = ()  # parts of names of parameters that dense features do not depend on
+    # parts of names of parameters that dense features do not depend on, and of those that the pooled embedding does not
+    # depend on either
+    unused_parameters: tuple[str, ...] = ()
+    unused_with_pooling: tuple[str, ...] = ()
 
     @property
     def blocks(self) -> nn.ModuleList:
         """The transformer blocks that dense features go through, first to last."""
         return self.encoder.layers  # type: ignore[attr-defined]
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        return False  # see `SparPreTrainedModel`
 
 
 class PoolingHead(Readout):
@@ -171,7 +186,8 @@ class PoolingHead(Readout):
         return last_hidden_state, pool_each(self.head, last_hidden_state), last_hidden_state
 
     def pool(self, pool_input: torch.Tensor) -> torch.Tensor:
-        return self.head(pool_input)
+        with own_weights(self.head.attention):  # torch's attention reads its output projection past its `forward`
+            return self.head(pool_input)
 
 
 class SiglipReadout(PoolingHead, SiglipVisionModel):
@@ -191,7 +207,9 @@ class SiglipReadout(PoolingHead, SiglipVisionModel):
     def embed(self, pixel_values: torch.Tensor, method: str, extent: int | None = None) -> torch.Tensor:
         patches = self.embeddings.patch_embedding(pixel_values)  # (batch, 3, H, W) -> (batch, hidden, h, w)
         height, width = patches.shape[-2:]
-        positions = resample_positions(self.embeddings.position_embedding.weight, height, width, method, extent)
+        with own_weights(self.embeddings.position_embedding):
+            table = self.embeddings.position_embedding.weight
+            positions = resample_positions(table, height, width, method, extent)
         return patches.flatten(2).transpose(1, 2) + positions  # (batch, h * w, hidden)
 
 
@@ -216,14 +234,17 @@ class NaflexReadout(PoolingHead, Siglip2VisionModel):
         # (batch, 3, h * p, w * p) -> (batch, h * w, p * p * 3), channels last as in NaFlex
         patches = pixel_values.unflatten(3, (grid[1], size)).unflatten(2, (grid[0], size))
         patches = patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
-        positions = resample_positions(self.embeddings.position_embedding.weight, *grid, method)
+        with own_weights(self.embeddings.position_embedding):
+            positions = resample_positions(self.embeddings.position_embedding.weight, *grid, method)
         return self.embeddings.patch_embedding(patches) + positions  # (batch, h * w, hidden)
 
 
 class ValuePathLayer(CLIPEncoderLayer):
     """CLIP's last block where every token attends to itself only, without queries and keys. Weight names are CLIP's."""
 
-    def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs):
+    def forward(self, hidden_states: torch.Tensor, attention_mask: Any = None, attend: bool = False, **kwargs):
+        if attend:  # as in CLIP
+            return super().forward(hidden_states, attention_mask, **kwargs)
         attention = self.self_attn
         hidden_states = hidden_states + attention.out_proj(attention.v_proj(self.layer_norm1(hidden_states)))
         return hidden_states + self.mlp(self.layer_norm2(hidden_states))
@@ -239,6 +260,8 @@ class MaskClipReadout(Readout, CLIPVisionModel):
     Source: MaskCLIP (Zhou et al., 2022), SPAR section 3; `CLIPVisionModelWithProjection` in transformers.
     """
 
+    _no_split_modules = [*CLIPVisionModel._no_split_modules, "ValuePathLayer"]
+
     def __init__(self, config: CLIPVisionConfig):
         super().__init__(config)
         self.encoder.layers[-1] = ValuePathLayer(config)
@@ -249,11 +272,12 @@ class MaskClipReadout(Readout, CLIPVisionModel):
 
     def embed(self, pixel_values: torch.Tensor, method: str, extent: int | None = None) -> torch.Tensor:
         patches = self.embeddings.patch_embedding(pixel_values)  # (batch, 3, H, W) -> (batch, hidden, h, w)
-        table = self.embeddings.position_embedding.weight  # the class token's position comes first
         height, width = patches.shape[-2:]
-        positions = resample_positions(table[1:], height, width, method)
-        patches = patches.flatten(2).transpose(1, 2) + positions  # (batch, h * w, hidden)
-        class_token = (self.embeddings.class_embedding + table[0]).expand(patches.shape[0], 1, -1)
+        with own_weights(self.embeddings):
+            table = self.embeddings.position_embedding.weight  # the class token's position comes first
+            positions = resample_positions(table[1:], height, width, method)
+            patches = patches.flatten(2).transpose(1, 2) + positions  # (batch, h * w, hidden)
+            class_token = (self.embeddings.class_embedding + table[0]).expand(patches.shape[0], 1, -1)
         return self.pre_layrnorm(torch.cat([class_token, patches], dim=1))  # (batch, 1 + h * w, hidden)
 
     def encode(self, hidden_states: torch.Tensor, grid: tuple[int, int], **kwargs):
@@ -263,9 +287,8 @@ class MaskClipReadout(Readout, CLIPVisionModel):
         return last_hidden_state, self.visual_projection(last_hidden_state[:, 1:]), hidden_states
 
     def pool(self, pool_input: torch.Tensor) -> torch.Tensor:
-        # the last block as in CLIP, called through its class so that no hook records it a second time
-        run: Any = CLIPEncoderLayer.forward
-        hidden_states = run(self.encoder.layers[-1], pool_input, None)
+        # not called as a module, so that it is not recorded a second time among the hidden states
+        hidden_states = self.encoder.layers[-1].forward(pool_input, attend=True)
         return self.visual_projection(self.post_layernorm(hidden_states[:, 0]))
 
 
@@ -281,6 +304,7 @@ class Dinov3Readout(Readout, DINOv3ViTModel):
     """
 
     unused_parameters = ("mask_token", "vision_head")
+    unused_with_pooling = ("mask_token",)
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -321,7 +345,8 @@ class Dinov3Readout(Readout, DINOv3ViTModel):
             (torch.arange(length, device=like.device, dtype=torch.float32) + 0.5) / length * 2 - 1 for length in grid
         )
         centres = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), dim=-1).flatten(0, 1)  # (h * w, 2)
-        angles = 2 * math.pi * centres[:, :, None] * self.rope_embeddings.inv_freq.float()  # (h * w, 2, head_dim / 4)
+        frequencies = self.rope_embeddings.inv_freq.to(like.device, torch.float32)
+        angles = 2 * math.pi * centres[:, :, None] * frequencies  # (h * w, 2, head_dim / 4)
         angles = angles.flatten(1).tile(2)
         return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
 
@@ -353,7 +378,7 @@ class Dinov3TxtReadout(Dinov3Readout):
         width = self.config.hidden_size // self.config.num_attention_heads
         no_rope = (pool_input.new_zeros(0, width),) * 2  # the head has no position embedding
         for layer in self.vision_head["layer"]:
-            pool_input = DINOv3ViTLayer.forward(layer, pool_input, position_embeddings=no_rope)
+            pool_input = layer.forward(pool_input, position_embeddings=no_rope)  # not recorded among the hidden states
         tokens = self.vision_head["norm"](pool_input)
         return torch.cat([tokens[:, 0], tokens[:, 1 + self.config.num_register_tokens :].mean(1)], dim=-1)
 
