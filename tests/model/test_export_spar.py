@@ -1,15 +1,16 @@
-"""One graph for any size: torch.compile and torch.export with dynamic height and width."""
+"""One graph for any size: torch.compile, torch.export with dynamic sizes, torch.jit.trace; and dynamic quantisation."""
 
 import os
 import shutil
 
 import pytest
 import torch
+from model_classes import CASES, READOUTS, make_inputs, make_model, semantic_config, spar_config
 from tiny_models import randomise, tiny_config
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.export import Dim
 
-from spar_hf import SparForOpenVocabSegmentation, SparVisionModel
+from spar_hf import SparForOpenVocabSegmentation, SparForSemanticSegmentation, SparVisionModel
 
 SIZES = [
     (64, 64),
@@ -93,3 +94,56 @@ def test_exported_graph_holds_for_all_sizes(model_class, inputs, options, traced
         for names in (1, 2, 150):
             expected = model(**open_vocab_inputs((48, 80), names))
             assert_same(exported(**open_vocab_inputs((48, 80), names)), expected, atol=1e-6)
+
+
+@torch.no_grad()
+def test_an_exported_classifier_holds_for_all_sizes_and_batches():
+    names = [["road", "street"], ["car"], ["sky"], ["tree"]]
+    model = randomise(SparForSemanticSegmentation(semantic_config("siglip", names=names)))
+    dynamic_shapes = {"pixel_values": {0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC}}
+    program = torch.export.export(model, (), kwargs=make_inputs("semantic"), dynamic_shapes=dynamic_shapes)
+    exported = program.module()
+    for batch, size in ((2, (30, 45)), (5, (40, 77)), (3, (64, 17))):
+        inputs = make_inputs("semantic", batch, size)
+        assert_same(exported(**inputs), model(**inputs), atol=1e-5)
+
+
+@pytest.mark.parametrize("extent", [None, 64])
+@pytest.mark.parametrize("readout", READOUTS)
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+@torch.no_grad()
+def test_a_traced_model_holds_for_all_sizes(readout, extent):
+    """Sizes below and above the extent of the positions, which only read-outs with `bicubic` resampling have."""
+    if extent and readout != "siglip":
+        pytest.skip("no extent")
+    model = randomise(SparVisionModel(spar_config(readout, position_extent=extent, return_dict=False)))
+    traced = torch.jit.trace(model, make_inputs("vision", 1, (32, 48))["pixel_values"])
+    for batch, size in ((1, (32, 48)), (2, (33, 50)), (1, (80, 120)), (3, (40, 24))):
+        images = make_inputs("vision", batch, size)["pixel_values"]
+        for found, expected in zip(traced(images), model(images), strict=True):
+            torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["two towers", "semantic", "universal"])
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+@torch.no_grad()
+def test_heads_and_two_towers_can_be_traced(kind):
+    model, inputs = make_model(kind), make_inputs(kind)
+    model.config.return_dict = False
+    traced = torch.jit.trace(model, example_kwarg_inputs=inputs, check_trace=False)
+    for batch, size in ((2, (30, 45)), (1, (61, 24))):
+        inputs = make_inputs(kind, batch, size)
+        for found, expected in zip(traced(**inputs), model(**inputs), strict=True):
+            torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("kind, readout", CASES)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@torch.no_grad()
+def test_linear_layers_can_be_quantised(kind, readout):
+    model, inputs = make_model(kind, readout), make_inputs(kind)
+    quantised = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)
+    assert any("quantized" in type(part).__module__ for part in quantised.modules())
+    outputs, expected = quantised(**inputs).to_tuple()[0], model(**inputs).to_tuple()[0]
+    found, expected = (part[-1] if isinstance(part, tuple) else part for part in (outputs, expected))
+    assert (found - expected).abs().mean() < 0.2 * expected.abs().mean()

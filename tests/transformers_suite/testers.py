@@ -1,37 +1,29 @@
-"""Tiny random configurations and inputs of all classes, in the form of transformers' model testers."""
+"""The tiny classes of `tests/model_classes.py` in the form of transformers' model testers."""
 
-import copy
 from typing import Any
 
 import torch
-from tiny_models import CONFIGS, SHAPE
-from transformers import CLIPTextConfig, PreTrainedConfig, Siglip2TextConfig, SiglipTextConfig
+from model_classes import (
+    LABELS,
+    LENGTH,
+    NAMES,
+    READOUTS,
+    SIZE,
+    TEXTS,
+    semantic_config,
+    spar_config,
+    two_tower_config,
+    universal_config,
+)
+from tiny_models import SHAPE
+from transformers import PreTrainedConfig
 
-from spar_hf import SparConfig, SparSemanticConfig, SparUniversalConfig
+__all__ = ["LABELS", "READOUTS", "TEXTS"]  # for the modules beside this one
 
-BATCH = 3
-SIZE = (30, 45)  # pixels; no multiple of the patch
+BATCH = 3  # NAMES is no multiple of it: by it the tests tell what belongs to images
 TOKENS = 4 * 6
 # class and register tokens before those of the patches
 FIRST_TOKENS = {"siglip": 0, "naflex": 0, "maskclip": 1, "dinov3": 5, "dinov3txt": 5}
-NAMES, LENGTH = (
-    4,
-    16,
-)  # texts, and tokens of each; not a multiple of the batch, by which the tests tell what belongs to images
-LABELS = {0: "road", 1: "car", 2: "sky", 3: "tree"}
-WORDS = {"vocab_size": 64, "max_position_embeddings": LENGTH, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 1}
-# the text tower that each read-out can have; plain DINOv3 has none
-TEXTS: dict[str, Any] = {
-    "siglip": lambda: SiglipTextConfig(**SHAPE, **WORDS, projection_size=32),
-    "naflex": lambda: Siglip2TextConfig(**SHAPE, **WORDS, projection_size=32),
-    "maskclip": lambda: CLIPTextConfig(**SHAPE, **WORDS, projection_dim=24),
-    "dinov3txt": lambda: CLIPTextConfig(**SHAPE, **WORDS, projection_dim=64),
-}
-READOUTS = tuple(CONFIGS)
-
-
-def spar_config(readout: str, **kwargs) -> SparConfig:
-    return SparConfig(backbone_config=CONFIGS[readout](), readout=readout, **kwargs)
 
 
 class ModelTester:
@@ -70,7 +62,7 @@ class OpenVocabTester(ModelTester):
     is_training = False  # it has no loss: towers are distilled, heads are trained on a fixed vocabulary
 
     def get_config(self):
-        return spar_config(self.readout, text_config=TEXTS[self.readout]())
+        return two_tower_config(self.readout)
 
     def get_inputs(self):
         words = {"input_ids": torch.randint(3, 64, (NAMES, LENGTH)), "attention_mask": torch.ones(NAMES, LENGTH).long()}
@@ -81,23 +73,14 @@ class SemanticTester(ModelTester):
     """A linear head of four classes."""
 
     def get_config(self):
-        return SparSemanticConfig(backbone_config=spar_config(self.readout), id2label=copy.copy(LABELS))
+        return semantic_config(self.readout)
 
 
 class UniversalTester(ModelTester):
     """A mask-classification head of four classes."""
 
     def get_config(self):
-        return SparUniversalConfig(
-            backbone_config=spar_config(self.readout),
-            id2label=copy.copy(LABELS),
-            hidden_dim=32,
-            num_queries=7,
-            num_attention_heads=2,
-            dim_feedforward=48,
-            decoder_layers=3,
-            train_num_points=64,
-        )
+        return universal_config(self.readout)
 
     def get_labels(self) -> dict[str, Any]:
         """Two segments per image: its left and its right half."""
