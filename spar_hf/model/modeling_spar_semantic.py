@@ -14,7 +14,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 
 from .configuration_spar_semantic import SparSemanticConfig
-from .execution import as_tensor, full_precision, with_output_flags
+from .execution import as_tensor, full_precision, refuse_labels, with_output_flags
 from .modeling_spar import SparPreTrainedModel, SparVisionModel
 from .prompts import CandidateLabels, Vocabulary, distinct_names, embed_names
 from .segmentation import WORKING_BYTES, bilinear_cells, patch_coordinates
@@ -231,6 +231,7 @@ class SparForSemanticSegmentation(SparPreTrainedModel):
         Raises:
             ValueError: `labels` of another batch or size than `pixel_values`, or that are no integers.
         """
+        refuse_labels(self, kwargs)
         batch, _, height, width = pixel_values.shape
         if labels is not None and labels.shape != (batch, height, width):
             raise ValueError(

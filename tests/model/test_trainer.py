@@ -186,8 +186,9 @@ def test_labels_of_segments_with_other_values_are_refused(wrong):
 @pytest.mark.parametrize("kind", ["vision", "backbone", "two towers", "universal", "semantic"])
 def test_labels_without_a_loss_are_refused(kind):
     labels = make_labels("universal" if kind == "semantic" else "semantic")
-    with pytest.raises(ValueError, match=f"no loss for `{next(iter(labels))}`"):
-        make_model(kind)(**make_inputs(kind), **labels)
+    model = make_model(kind)
+    with pytest.raises(ValueError, match=f"{type(model).__name__} has no loss for `{next(iter(labels))}`"):
+        model(**make_inputs(kind), **labels)
 
 
 def test_labels_for_two_towers_loaded_with_a_number_of_classes_are_refused():
