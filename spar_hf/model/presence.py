@@ -21,7 +21,7 @@ SAME_MEANING = 0.5
 BEST_PATCHES = 0.02  # share of an image's patches that a class is judged by; 0.01 to 0.1 rank alike
 # presence = sigmoid(CALIBRATION[0] * odds + CALIBRATION[1]), fitted with spar-tiny by `training/studies/presence.py`. A
 # model may have its own, `config.presence_calibration`.
-CALIBRATION = (0.39, 1.62)
+CALIBRATION = (0.347, 1.58)
 BACKGROUND = "background"  # label of the class of background words
 WORKING_BYTES = 64 * 2**20  # bound on the largest buffer, unless there are so many patches that one class takes more
 
