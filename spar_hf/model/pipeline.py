@@ -213,8 +213,13 @@ class OpenVocabSegmentationPipeline(Pipeline):
         shares = {"threshold": threshold, "min_area": min_area, "min_presence": min_presence}
         check_shares(**{name: value for name, value in shares.items() if value is not None})
         vocabulary = None if candidate_labels is None else Vocabulary.parse(candidate_labels)
-        preprocess = {"size": size, "max_tokens": max_tokens, "image_range": image_range, "on_error": on_error}
-        preprocess |= {"tile": tile}
+        preprocess = {
+            "size": size,
+            "max_tokens": max_tokens,
+            "image_range": image_range,
+            "on_error": on_error,
+            "tile": tile,
+        }
         postprocess = {"output": output, "top_k": top_k}
         forward = {"vocabulary": vocabulary, "templates": templates, "background": background, **shares, **postprocess}
         forward |= {"presence": presence, "refine": refine, "upsampler": upsampler}
@@ -242,6 +247,8 @@ class OpenVocabSegmentationPipeline(Pipeline):
         given = {"size": size, "max_tokens": max_tokens, "image_range": image_range}
         options = {**self._preprocess_params, **{name: value for name, value in given.items() if value is not None}}
         options.pop("on_error", None)
+        if options.pop("tile", None) is not None:
+            raise ValueError("The features of an image in tiles are not kept: call the pipeline with `tile` instead.")
         encoded = [
             self._encode([self.preprocess(image, **options)])[0] for image in ([images] if many is None else many)
         ]

@@ -310,5 +310,13 @@ def test_tiles_are_those_of_the_definition(segment, picture, two_towers):
     ],
 )
 def test_options_that_contradict_tiles_are_refused(segment, picture, options):
-    with pytest.raises(ValueError, match="[tT]ile"):
+    with pytest.raises(ValueError, match=r"[tT]ile"):
         segment(picture, candidate_labels=LABELS, **{"tile": 64, **options})
+
+
+def test_encoding_in_tiles_is_refused(two_towers, tokenizer, picture):
+    parts = {"model": two_towers, "tokenizer": tokenizer, "image_processor": SparImageProcessorPil()}
+    segment = pipeline("open-vocab-segmentation", tile=64, **parts)
+    assert segment(picture, candidate_labels=LABELS, output="map")["map"].shape == (90, 131)
+    with pytest.raises(ValueError, match="tile"):
+        segment.encode(picture)
