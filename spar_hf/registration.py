@@ -161,37 +161,20 @@ class LazyEntries(dict):
         super().__init__(entries)
         self.register = register
 
-    def __contains__(self, key):
-        _run_once(self.register)
-        return super().__contains__(key)
 
-    def __getitem__(self, key):
-        _run_once(self.register)
-        return super().__getitem__(key)
+def _registering(name: str) -> Callable:
+    """A method of `dict` that registers our classes before it reads."""
+    read = getattr(dict, name)
 
-    def __iter__(self):
+    def method(self: LazyEntries, *args: Any) -> Any:
         _run_once(self.register)
-        return super().__iter__()
+        return read(self, *args)
 
-    def __len__(self):
-        _run_once(self.register)
-        return super().__len__()
+    return method
 
-    def get(self, key, default=None):
-        _run_once(self.register)
-        return super().get(key, default)
 
-    def keys(self):
-        _run_once(self.register)
-        return super().keys()
-
-    def values(self):
-        _run_once(self.register)
-        return super().values()
-
-    def items(self):
-        _run_once(self.register)
-        return super().items()
+for _name in ("__contains__", "__getitem__", "__iter__", "__len__", "get", "keys", "values", "items"):
+    setattr(LazyEntries, _name, _registering(_name))
 
 
 def _make_lazy(module: Any) -> None:
