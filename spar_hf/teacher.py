@@ -241,30 +241,22 @@ class SlidingWindowTeacher(nn.Module):
     ```"""
 
     def __init__(
-        self,
-        model: SparVisionModel,
-        window_size: int | None = None,
-        stride: int = 24,
-        window_batch_size: int = 16,
+        self, model: SparVisionModel, window_size: int | None = None, stride: int = 24, window_batch_size: int = 16
     ):
         super().__init__()
         window_size = model.config.image_size if window_size is None else window_size
         patch_size = model.config.patch_size
         if window_size < patch_size or window_size % patch_size:
             nearest = max(patch_size, round(window_size / patch_size) * patch_size)
-            raise ValueError(
-                f"window_size={window_size} is not a multiple of the patch ({patch_size} px); use {nearest}."
-            )
+            raise ValueError(f"window_size={window_size} is no multiple of the patch ({patch_size} px); use {nearest}.")
         if not 1 <= stride <= window_size:
             raise ValueError(
                 f"stride={stride} must lie between 1 and the window ({window_size} px), or pixels are missed."
             )
         if window_batch_size < 1:
             raise ValueError(f"window_batch_size={window_batch_size} must be at least 1.")
-        self.model = model
-        self.window_size = window_size
-        self.stride = stride
-        self.window_batch_size = window_batch_size
+        self.model, self.window_size = model, window_size
+        self.stride, self.window_batch_size = stride, window_batch_size
 
     @property
     def config(self):
