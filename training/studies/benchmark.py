@@ -17,8 +17,9 @@ import math
 import os
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -31,6 +32,7 @@ from spar_hf import SPAR_TINY, SlidingWindowTeacher, SparConfig, SparVisionModel
 from spar_hf.utils.atomic import write_json
 from spar_hf.utils.devices import clock
 from spar_hf.utils.errors import UsageError, as_usage_errors, run_command
+from spar_hf.utils.fields import option
 from spar_hf.utils.options import parse_dataclasses
 
 logger = logging.getLogger("benchmark")
@@ -42,25 +44,18 @@ UNITS = {"seconds": "s", "megabytes": "MB", "images_per_second": "images/s"}  # 
 class Options:
     """Options of the benchmark."""
 
-    suite: str = field(
-        default="vision", metadata={"help": "What to measure: vision, or the NAME of a benchmark_NAME.py."}
+    suite: str = option("vision", "What to measure: vision, or the NAME of a benchmark_NAME.py.")
+    model: str = option(SPAR_TINY, "SPAR folder or hub id; the embedded spar-tiny by default.")
+    random: str | None = option(
+        None, "Random weights of a published size instead: siglip2 (B/16-512), openclip (B/16), dinov3txt (L/16)."
     )
-    model: str = field(
-        default=SPAR_TINY, metadata={"help": "SPAR folder or hub id; the embedded spar-tiny by default."}
-    )
-    random: str | None = field(
-        default=None,
-        metadata={
-            "help": "Random weights of a published size instead: siglip2 (B/16-512), openclip (B/16), dinov3txt (L/16)."
-        },
-    )
-    height: int = field(default=384, metadata={"help": "Height of the test image in pixels."})
-    width: int = field(default=512, metadata={"help": "Width of the test image in pixels."})
-    stride: int = field(default=24, metadata={"help": "Stride of the teacher."})
-    window_batch_size: int = field(default=16, metadata={"help": "Windows per forward pass of the teacher."})
-    repeats: int = field(default=9, metadata={"help": "Pairs per ratio; the median is reported."})
-    device: str = field(default="cuda" if torch.cuda.is_available() else "cpu", metadata={"help": "Device."})
-    output: str | None = field(default=None, metadata={"help": "JSON file to write."})
+    height: int = option(384, "Height of the test image in pixels.")
+    width: int = option(512, "Width of the test image in pixels.")
+    stride: int = option(24, "Stride of the teacher.")
+    window_batch_size: int = option(16, "Windows per forward pass of the teacher.")
+    repeats: int = option(9, "Pairs per ratio; the median is reported.")
+    device: str = option("cuda" if torch.cuda.is_available() else "cpu", "Device.")
+    output: str | None = option(None, "JSON file to write.")
 
 
 def seconds(work: Callable[[], object], device: str) -> float:
@@ -73,17 +68,22 @@ def seconds(work: Callable[[], object], device: str) -> float:
 def compare(name: str, ours: Callable, bare: Callable, goal: str, options: Options) -> dict:
     """Median of the pairwise ratios of `ours` over `bare`, with the range of the middle half."""
     ours(), bare()
-    pairs = []
-    for _ in tqdm(range(options.repeats), desc=name, leave=False):
-        pairs.append((seconds(ours, options.device), seconds(bare, options.device)))
+    turns = tqdm(range(options.repeats), desc=name, leave=False)
+    pairs = [(seconds(ours, options.device), seconds(bare, options.device)) for _ in turns]
+    return ratio_row(name, "seconds", pairs, goal)
+
+
+def ratio_row(name: str, unit: str, pairs: list[tuple[float, float]], goal: str) -> dict[str, Any]:
+    """A row of the table, from pairs of an amount of ours and of the bare work; `unit` is a key of `UNITS`."""
     ratios = sorted(a / b for a, b in pairs)
     quarter = len(ratios) // 4
+    ours, bare = zip(*pairs, strict=True)
     return {
         "name": name,
         "ratio": statistics.median(ratios),
         "middle_half": [ratios[quarter], ratios[-1 - quarter]],
-        "seconds": statistics.median(a for a, _ in pairs),
-        "bare_seconds": statistics.median(b for _, b in pairs),
+        unit: statistics.median(ours),
+        f"bare_{unit}": statistics.median(bare),
         "goal": goal,
     }
 

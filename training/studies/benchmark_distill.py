@@ -12,19 +12,17 @@ only one core or GPU both rows are left out. Other work on the machine slows two
 import json
 import logging
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from benchmark import compare, load
+from benchmark import compare, load, ratio_row
 from PIL import Image
 from torch import nn
 from tqdm.auto import tqdm
@@ -152,21 +150,6 @@ def short_distillation(base: Path, images: Path, output: Path, processes: int, o
     lines = map(json.loads, (output / "log.jsonl").read_text().splitlines())
     half, end = (line["step"] * IMAGES_PER_STEP / line["images_per_second"] for line in lines)  # seconds of steps
     return HALF_STEPS * IMAGES_PER_STEP / (end - half), whole - end
-
-
-def ratio_row(name: str, unit: str, pairs: list[tuple[float, float]], goal: str) -> dict[str, Any]:
-    """A row like those of [`compare`], from pairs of another quantity than seconds."""
-    ratios = sorted(a / b for a, b in pairs)
-    quarter = len(ratios) // 4
-    ours, bare = zip(*pairs, strict=True)
-    return {
-        "name": name,
-        "ratio": statistics.median(ratios),
-        "middle_half": [ratios[quarter], ratios[-1 - quarter]],
-        unit: statistics.median(ours),
-        f"bare_{unit}": statistics.median(bare),
-        "goal": goal,
-    }
 
 
 def step_rows(options) -> list[dict]:

@@ -9,7 +9,7 @@ base as a sliding-window teacher, on one HTML page with pictures, legends and ti
 import base64
 import io
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from spar_hf.cli.pipelines import load_pipeline, segment_timed
 from spar_hf.model.image_input import read_rgb
 from spar_hf.utils.atomic import write_text
 from spar_hf.utils.errors import MissingFiles, UsageError, as_usage_errors, run_command
+from spar_hf.utils.fields import option
 from spar_hf.utils.image_files import InputImage, find_images, process_images
 from spar_hf.utils.options import parse_dataclasses
 
@@ -102,27 +103,19 @@ TINY = (
 class Options:
     """Options of the demo."""
 
-    output: str = field(default="demo", metadata={"help": "Folder to write index.html to."})
-    images: list[str] | None = field(
-        default=None, metadata={"help": "Folders, files or patterns of further images.", "nargs": "+"}
+    output: str = option("demo", "Folder to write index.html to.")
+    images: list[str] | None = option(None, "Folders, files or patterns of further images.", nargs="+")
+    vocabulary: str = option(
+        "everyday",
+        f"Words for --images: a preset ({', '.join(PRESETS)}), a built-in vocabulary (ade20k, voc21, ...) or "
+        "classes such as 'road; car, automobile; sky'.",
     )
-    vocabulary: str = field(
-        default="everyday",
-        metadata={
-            "help": f"Words for --images: a preset ({', '.join(PRESETS)}), a built-in vocabulary (ade20k, voc21, ...) or "
-            "classes such as 'road; car, automobile; sky'."
-        },
-    )
-    max_images: int = field(
-        default=10, metadata={"aliases": ["--limit"], "help": "Most images of --images, taken evenly from each."}
-    )
-    packaged: bool = field(
-        default=True, metadata={"help": "Show the images that come with scikit-image, scikit-learn and matplotlib."}
-    )
-    model: str = field(default=SPAR_TINY, metadata={"help": "The student: a two-tower SPAR folder."})
-    base: str = field(default=SPAR_TINY_BASE, metadata={"help": "The model that the student was distilled from."})
-    stride: int = field(default=24, metadata={"help": "Stride of the teacher in pixels."})
-    shortest_edge: int = field(default=384, metadata={"help": "Shorter side of the working image in pixels."})
+    max_images: int = option(10, "Most images of --images, taken evenly from each.", aliases=["--limit"])
+    packaged: bool = option(True, "Show the images that come with scikit-image, scikit-learn and matplotlib.")
+    model: str = option(SPAR_TINY, "The student: a two-tower SPAR folder.")
+    base: str = option(SPAR_TINY_BASE, "The model that the student was distilled from.")
+    stride: int = option(24, "Stride of the teacher in pixels.")
+    shortest_edge: int = option(384, "Shorter side of the working image in pixels.")
 
 
 def packaged_images() -> dict[InputImage, str]:
@@ -233,18 +226,18 @@ def run(options: Options) -> Path:
         facts = {"name": item.name, "width": image.width, "height": image.height, "words": text}
         images.append({**facts, "image": data_url(image), "results": results})
 
-    summary = process_images(list(found), segment, report=logger.error)
+    failed = process_images(list(found), segment, report=logger.error).failed
     if not images:
         raise UsageError("There is no image to show. Give --images a folder, or install the extra `demo`.")
-    target = Path(options.output) / "index.html"
-    write_text(target, render(options, list(ways.values())[-1].model, images, summary.failed))
-    for name, seconds, ratio, like in summarise(images):
+    target, summary = Path(options.output) / "index.html", summarise(images)
+    write_text(target, render(options, list(ways.values())[-1].model, images, summary, failed))
+    for name, seconds, ratio, like in summary:
         text = "%-36s %.3f s per image, %4.1f × student, %3.0f %% like the teacher"
         logger.info(text, name, seconds, ratio, 100 * like)
     return target
 
 
-def render(options: Options, teacher: Any, images: list[dict[str, Any]], failed: list[tuple[str, str]]) -> str:
+def render(options: Options, teacher: Any, images: list[dict[str, Any]], summary: list[tuple], failed: list) -> str:
     """
     The page in HTML.
 
@@ -256,20 +249,17 @@ def render(options: Options, teacher: Any, images: list[dict[str, Any]], failed:
     except ModuleNotFoundError as error:
         raise UsageError("The page needs jinja2: pip install 'spar-hf[demo]'") from error
     cpu = teacher.device.type == "cpu"
-    return (
-        Environment(autoescape=True)
-        .from_string(PAGE)
-        .render(
-            images=images,
-            model=Path(options.model).name,
-            stride=options.stride,
-            window=teacher.vision_model.window_size,
-            shortest_edge=options.shortest_edge,
-            device=f"{torch.get_num_threads()} CPU threads" if cpu else str(teacher.device),
-            note=TINY if options.model == SPAR_TINY else "",
-            summary=summarise(images),
-            failed=failed,
-        )
+    template = Environment(autoescape=True).from_string(PAGE)
+    return template.render(
+        images=images,
+        model=Path(options.model).name,
+        stride=options.stride,
+        window=teacher.vision_model.window_size,
+        shortest_edge=options.shortest_edge,
+        device=f"{torch.get_num_threads()} CPU threads" if cpu else str(teacher.device),
+        note=TINY if options.model == SPAR_TINY else "",
+        summary=summary,
+        failed=failed,
     )
 
 

@@ -14,7 +14,7 @@ of the vision forward; the time of a stride is divided by that of a single pass 
 Writes `OUTPUT/strides.png` and `strides.json`, or `resolutions`.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +28,7 @@ from spar_hf.evaluation.plots import compare_to_windows, draw_resolutions, draw_
 from spar_hf.evaluation.runs import parse_models
 from spar_hf.utils.atomic import write_atomically, write_json
 from spar_hf.utils.errors import UsageError, as_usage_errors, run_command
+from spar_hf.utils.fields import option, required
 from spar_hf.utils.options import parse_dataclasses
 
 
@@ -35,16 +36,13 @@ from spar_hf.utils.options import parse_dataclasses
 class FigureOptions(OutputOptions):
     """Options of the figures in addition to those of an evaluation; every length is in pixels."""
 
-    figure: Literal["strides", "resolutions"] = field(metadata={"help": "Which figure to make."})
-    strides: list[int] = field(
-        default_factory=lambda: [192, 96, 64, 48, 40, 24], metadata={"help": "Strides of the first figure."}
+    figure: Literal["strides", "resolutions"] = required("Which figure to make.")
+    strides: list[int] = option([192, 96, 64, 48, 40, 24], "Strides of the first figure.")
+    shortest_edges: list[int] = option(
+        [192, 288, 384, 512, 672], "Shorter sides of the second figure.", aliases=["--resolutions"]
     )
-    shortest_edges: list[int] = field(
-        default_factory=lambda: [192, 288, 384, 512, 672],
-        metadata={"help": "Shorter sides of the second figure.", "aliases": ["--resolutions"]},
-    )
-    stride: int = field(default=48, metadata={"help": "Stride of the sliding window in the second figure."})
-    output: str = field(default="figures", metadata={"help": "Folder to write."})
+    stride: int = option(48, "Stride of the sliding window in the second figure.")
+    output: str = option("figures", "Folder to write.")
 
     def __post_init__(self):
         """`output` is a folder here."""

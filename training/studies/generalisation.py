@@ -14,25 +14,25 @@ Writes `OUTPUT/generalisation.json`.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from accelerate import PartialState
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from spar_hf import pretraining
 from spar_hf.evaluation import EvaluationOptions, evaluate_runs
 from spar_hf.evaluation.dataset import open_whole
 from spar_hf.evaluation.iou import mean_of_present
 from spar_hf.evaluation.options import OutputOptions
 from spar_hf.evaluation.reports import percent
+from spar_hf.pretraining.options import RECIPE, read_recipe
 from spar_hf.utils.atomic import write_json
-from spar_hf.utils.errors import MissingFiles, UsageError, run_command
+from spar_hf.utils.errors import MissingFiles, run_command
+from spar_hf.utils.fields import option, required
 from spar_hf.utils.options import parse_dataclasses
 
 # the parts of the table, each with its names in earlier versions, under which reports may be stored
@@ -47,31 +47,13 @@ EARLIER_NAMES = {
 class TableOptions:
     """Options of the table; every length is in pixels."""
 
-    data: str = field(metadata={"help": "Folder that the paths of the recipe start from."})
-    model: list[str] = field(metadata={"help": "Models as in evaluate.py, each as FOLDER or NAME=FOLDER."})
-    output: str = field(default="generalisation", metadata={"help": "Folder to write."})
-    recipe: str = field(
-        default=str(Path(pretraining.__file__).with_name("spar_tiny_data.yaml")),
-        metadata={"help": "YAML file with the data sets and the held-out words."},
-    )
-    runs: list[str] | None = field(
-        default=None, metadata={"help": "Runs as in evaluate.py. Default: every model in a single pass."}
-    )
-    shortest_edge: int = field(default=384, metadata={"help": "Resize images to this shorter side."})
-    limit: int | None = field(default=None, metadata={"help": "At most this many images of every part."})
-
-
-def read_recipe(file: str) -> dict[str, Any]:
-    """
-    Read a recipe of `pretrain_tiny.py`.
-
-    Raises:
-        UsageError: the file is not a recipe.
-    """
-    recipe = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-    if not isinstance(recipe, dict) or not {"sets", "held_out"} <= recipe.keys():
-        raise UsageError(f"{file} is not a recipe of pretrain_tiny.py: it has no `sets` or no `held_out`.")
-    return recipe
+    data: str = required("Folder that the paths of the recipe start from.")
+    model: list[str] = required("Models as in evaluate.py, each as FOLDER or NAME=FOLDER.")
+    output: str = option("generalisation", "Folder to write.")
+    recipe: str = option(str(RECIPE), "YAML file with the data sets and the held-out words.")
+    runs: list[str] | None = option(None, "Runs as in evaluate.py. Default: every model in a single pass.")
+    shortest_edge: int = option(384, "Resize images to this shorter side.")
+    limit: int | None = option(None, "At most this many images of every part.")
 
 
 def find_parts(options: TableOptions) -> Iterator[tuple[str, str, EvaluationOptions]]:
@@ -87,9 +69,7 @@ def find_parts(options: TableOptions) -> Iterator[tuple[str, str, EvaluationOpti
     for spec in recipe["sets"]:
         folder = Path(options.data) / spec["path"]
         if not folder.is_dir():
-            raise MissingFiles(
-                f"{folder} is no folder. --data names the folder that the paths of the recipe start from."
-            )
+            raise MissingFiles(f"{folder} is no folder. --data names the folder that the recipe's paths start from.")
         every, exclude = spec.get("holdout_every", 0), spec.get("exclude")
         everything = EvaluationOptions.from_flat(
             dataset=str(folder),
