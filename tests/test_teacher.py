@@ -100,10 +100,41 @@ def test_half_precision_sums_in_float32(vision_model):
     assert F.cosine_similarity(features, expected, dim=1).min() > 0.99
 
 
+@pytest.mark.parametrize("size", [(112, 144), (71, 100)])
+def test_several_sizes_and_the_mirror_image_are_averaged_on_the_patches_of_the_image(vision_model, size):
+    """Against one plain teacher per view, read at the centres of the image's patches pixel by pixel."""
+    image = torch.randn(1, 3, *size)
+    padded = F.pad(image, (0, -size[1] % 16, 0, -size[0] % 16))
+    plain = SlidingWindowTeacher(vision_model, stride=24)
+    small = F.interpolate(image, [round(side / 2) for side in size], mode="bicubic", antialias=True)
+    half = plain(small).feature_map[0]
+
+    def read(row, column):
+        """The half-sized map at the centre of a patch, by hand."""
+        value, places = 0, []
+        for place, side, cells in zip((row, column), size, half.shape[1:], strict=True):
+            position = ((place + 0.5) * 16 * round(side / 2) / side) / 16 - 0.5
+            position = min(max(position, 0), cells - 1)
+            low = int(position)
+            places.append([(low, 1 - position + low), (min(low + 1, cells - 1), position - low)])
+        for (y, a), (x, b) in itertools.product(*places):
+            value = value + a * b * half[:, y, x]
+        return value
+
+    full = plain(image).feature_map
+    rows, columns = full.shape[-2:]
+    expected = torch.stack([torch.stack([read(y, x) for x in range(columns)], -1) for y in range(rows)], -2)[None]
+    found = SlidingWindowTeacher(vision_model, stride=24, scales=(1, 0.5))(image).feature_map
+    torch.testing.assert_close(found, (full + expected) / 2, atol=1e-4, rtol=0)
+    mirrored = SlidingWindowTeacher(vision_model, stride=24, flip=True)(image).feature_map
+    expected = (full + plain(padded.flip(-1)).feature_map.flip(-1)) / 2
+    torch.testing.assert_close(mirrored, expected, atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [({"window_size": 70}, "use 64"), ({"stride": 0}, "between 1"), ({"stride": 65}, "pixels are missed"),
-     ({"window_batch_size": 0}, "at least 1")],
+     ({"window_batch_size": 0}, "at least 1"), ({"scales": ()}, "positive"), ({"scales": (1, -0.5)}, "positive")],
 )  # fmt: skip
 def test_bad_settings_are_refused(vision_model, options, message):
     with pytest.raises(ValueError, match=message):
@@ -194,6 +225,26 @@ def test_sampled_gradient_is_unbiased_over_all_draws(vision_model, monkeypatch, 
         r = target.shape[-1] // student.shape[-1]
         cells = student.repeat_interleave(r, 2).repeat_interleave(r, 3)
         mean += chance * torch.autograd.grad((weight * (cells - target).square()).sum(), student)[0]
+    torch.testing.assert_close(mean, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("variant", ["tiling", "windows", "spread"])
+def test_sampled_gradient_is_unbiased_over_views_too(vision_model, monkeypatch, variant):
+    """The same where one of several sizes, perhaps mirrored, is drawn with the windows."""
+    image = torch.randn(1, 3, 112, 128)
+    teacher = SlidingWindowTeacher(vision_model, stride=24, scales=(1, 0.75), flip=True)
+    full = teacher(image).feature_map
+    student = torch.randn_like(full, requires_grad=True)
+    expected = torch.autograd.grad((student - full).square().sum(), student)[0]
+    mean = torch.zeros_like(full)
+    for number, view in enumerate(teacher.views):
+        monkeypatch.setattr(torch, "randint", lambda *args, number=number, **kwargs: torch.tensor(number))
+        for chance in every_draw(teacher.plan(*teacher.view(image, view).shape[-2:]), 2, variant, monkeypatch):
+            target, weight = teacher.sample(image, 2, variant=variant)
+            r = target.shape[-1] // student.shape[-1]
+            cells = student.repeat_interleave(r, 2).repeat_interleave(r, 3)
+            gradient = torch.autograd.grad((weight * (cells - target).square()).sum(), student)[0]
+            mean += chance / len(teacher.views) * gradient
     torch.testing.assert_close(mean, expected, atol=1e-4, rtol=1e-4)
 
 

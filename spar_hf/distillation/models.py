@@ -13,7 +13,7 @@ from spar_hf import (
     SparProcessor,
     SparVisionModel,
 )
-from spar_hf.distillation.options import WindowOptions
+from spar_hf.distillation.options import TeacherOptions, WindowOptions
 from spar_hf.model.backbone_sources import load_source_config
 from spar_hf.model.prompts import Vocabulary, embed_names
 from spar_hf.utils.errors import UsageError, as_usage_errors
@@ -37,7 +37,7 @@ class Models:
     teacher: SlidingWindowTeacher
 
     @classmethod
-    def load(cls, options: WindowOptions, device: torch.device) -> "Models":
+    def load(cls, options: TeacherOptions, device: torch.device) -> "Models":
         """
         Raises:
             UsageError: no model of this name, or windows that do not fit it.
@@ -48,7 +48,8 @@ class Models:
                 SparProcessor if isinstance(model, SparForOpenVocabSegmentation) else SparImageProcessorPil
             )
             processor = processor_class.from_backbone(options.model)
-        return cls(model, student, processor, make_teacher(copy.deepcopy(student), options).to(device))
+        views = {"scales": options.teacher_scales or (1.0,), "flip": options.teacher_flip}
+        return cls(model, student, processor, make_teacher(copy.deepcopy(student), options, **views).to(device))
 
     @property
     def image_processor(self) -> SparImageProcessorPil:
@@ -92,16 +93,20 @@ class Models:
         return embed_names(model.to(device), self.processor.tokenizer, names, "short")
 
 
-def make_teacher(encoder: SparVisionModel, options: WindowOptions) -> SlidingWindowTeacher:
+def make_teacher(encoder: SparVisionModel, options: WindowOptions, **views: Any) -> SlidingWindowTeacher:
     """
-    Sliding windows over an encoder, which is frozen.
+    Sliding windows over an encoder, which is frozen; `views` are `scales` and `flip` of the teacher.
 
     Raises:
         UsageError: a window or stride that does not fit the encoder.
     """
     with as_usage_errors():
         return SlidingWindowTeacher(
-            encoder.eval().requires_grad_(False), options.window_size, options.stride, options.window_batch_size
+            encoder.eval().requires_grad_(False),
+            options.window_size,
+            options.stride,
+            options.window_batch_size,
+            **views,
         )
 
 

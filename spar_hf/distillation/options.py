@@ -91,6 +91,17 @@ class TeacherOptions(WindowOptions):
         default="spread",
         metadata={"help": "How they are drawn: spread (far apart), tiling (near-tilings), windows (one by one)."},
     )
+    teacher_scales: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "Sizes of the image, over its own, that the teacher reads: the target is the mean of its features over "
+            "them. The published teacher reads 1. With 1 0.5 its windows see outlines and whole scenes, and the student can "
+            "become better than the published teacher. Of sampled windows each image gets one size."
+        },
+    )
+    teacher_flip: bool = field(
+        default=False, metadata={"help": "The target is also the mean over the image and its mirror image."}
+    )
     teacher_cache: str | None = field(
         default=None,
         metadata={
@@ -110,6 +121,10 @@ class TeacherOptions(WindowOptions):
             raise UsageError(f"--teacher_mode {self.mode} draws no windows. Leave out --teacher_windows.")
         if self.teacher_variant != "spread" and self.teacher_windows is None:
             raise UsageError("--teacher_variant needs --teacher_windows: without it no windows are drawn.")
+        if self.mode == "cached" and (self.teacher_scales or self.teacher_flip):
+            raise UsageError("--teacher_mode cached reads stored maps: leave out --teacher_scales and --teacher_flip.")
+        if self.teacher_scales is not None and not (self.teacher_scales and min(self.teacher_scales) > 0):
+            raise UsageError("--teacher_scales are positive factors of the image's size, for example 1 0.5.")
         if (self.mode == "cached") != (self.teacher_cache is not None):
             raise UsageError("--teacher_mode cached and --teacher_cache FOLDER belong together. Give both or neither.")
 

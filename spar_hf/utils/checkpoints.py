@@ -168,9 +168,9 @@ def discard_earlier(accelerator: Accelerator, output: Path, resume: bool) -> Non
 def differences(then: dict[str, Any], now: dict[str, Any]) -> str:
     """
     The options that differ, for a message; empty where none does. A precision that one of both left to `accelerate launch`
-    (`None`) is no difference.
+    (`None`) is no difference, nor is an option that an earlier version did not have and that is off now.
     """
-    changed = [name for name, value in now.items() if then.get(name) != value]
+    changed = [name for name, value in now.items() if then.get(name, None if value else value) != value]
     if None in (then.get("mixed_precision"), now.get("mixed_precision")):
         changed = [name for name in changed if name != "mixed_precision"]
     return ", ".join(f"--{name} (was {then.get(name)!r}, is {now[name]!r})" for name in changed)

@@ -16,7 +16,7 @@ from spar_hf.distillation.locality import initialise_locality, position_subspace
 from spar_hf.distillation.losses import DistillationLoss, decision_loss, distillation_loss, error_weights
 from spar_hf.distillation.models import Models
 from spar_hf.distillation.optimisation import Optimisation, count_steps
-from spar_hf.distillation.options import OptimisationOptions, StudentOptions, TeacherOptions, WindowOptions
+from spar_hf.distillation.options import OptimisationOptions, StudentOptions, TeacherOptions
 from spar_hf.distillation.progress import Progress
 from spar_hf.distillation.stream import open_stream, readable_samples
 from spar_hf.distillation.student import Student, prepare_positions
@@ -28,7 +28,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def models(base_folder):
-    return Models.load(WindowOptions(model=str(base_folder), stride=32), CPU)
+    return Models.load(TeacherOptions(model=str(base_folder), stride=32), CPU)
 
 
 def test_models__the_teacher_is_a_frozen_copy_of_the_student(models):
@@ -48,7 +48,7 @@ def test_models__the_teacher_is_a_frozen_copy_of_the_student(models):
 )
 def test_models__what_does_not_fit_is_a_usage_error(base_folder, wrong, named):
     with pytest.raises(UsageError, match=named):
-        Models.load(WindowOptions(**({"model": str(base_folder)} | wrong)), CPU)
+        Models.load(TeacherOptions(**({"model": str(base_folder)} | wrong)), CPU)
 
 
 def test_stream__what_is_held_out_never_comes(models, image_folder):
@@ -183,3 +183,12 @@ def test_teacher__options_are_left_as_they_are(base_folder):
     options = TeacherOptions(model=str(base_folder), teacher_windows=3)
     assert options.mode == "sampled" and options.teacher_mode is None
     assert isinstance(Models.load(options, CPU).teacher, SlidingWindowTeacher)
+
+
+def test_teacher__reads_the_sizes_and_mirror_images_that_are_asked_for(base_folder):
+    options = TeacherOptions(model=str(base_folder), teacher_scales=[1, 0.5], teacher_flip=True)
+    assert Models.load(options, CPU).teacher.views == [(1.0, False), (1.0, True), (0.5, False), (0.5, True)]
+    assert Models.load(TeacherOptions(model=str(base_folder)), CPU).teacher.views == [(1.0, False)]
+    for wrong in ({"teacher_scales": [1, 0]}, {"teacher_mode": "cached", "teacher_cache": "c", "teacher_flip": True}):
+        with pytest.raises(UsageError, match="teacher_scales"):
+            TeacherOptions(model=str(base_folder), **wrong)
