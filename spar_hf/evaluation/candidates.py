@@ -36,11 +36,13 @@ class Rules:
     Attributes:
         scale: factor of the cosines before the softmax; `None` for that of the checkpoint.
         threshold, min_area: background rules, see `inference.decide_as_published`.
+        scores: softmax over `"classes"` or, as published, over `"names"`; see [`~spar_hf.model.segmentation.decide`].
     """
 
     scale: float | None = None
     threshold: float = 0.0
     min_area: float = 0.0
+    scores: str = "classes"
 
 
 @dataclass
@@ -118,6 +120,7 @@ def load_candidates(
             first_given(scale, settings.scale),
             first_given(threshold, settings.threshold),
             first_given(min_area, settings.min_area),
+            settings.scores,
         )
         if (candidate.rules.threshold or candidate.rules.min_area) and "background" not in vocabulary.labels:
             raise UsageError(

@@ -93,7 +93,7 @@ def decide_as_published(
     [`decide`] with the background rules of the published evaluation, in its order. Without rules it is `decide`.
 
     First, classes that win at most `min_area` of the pixels outside the background are excluded. Their pixels go to the
-    best remaining class, with the probability that it has among all names. Then pixels whose best probability is below
+    best remaining class, with the probability that it has beside all of them. Then pixels whose best probability is below
     `threshold` become background. (The rules of the pipeline are those of [`give_to_background`].)
 
     Args:
@@ -101,13 +101,13 @@ def decide_as_published(
         vocabulary: classes and names; with rules, one of the classes is called background.
         cell: side of a cell in pixels of the working image.
         working_size, output_size, working_bytes: see `decide`.
-        rules: `threshold` and `min_area` are used.
+        rules: `threshold`, `min_area` and `scores` are used.
 
     Raises:
         ValueError: `threshold` is not in 0 to 1, or see `decide`.
     """
     geometry = (vocabulary.name_to_class, cell, working_size, output_size, working_bytes)
-    decision = decide(logits, *geometry)
+    decision = decide(logits, *geometry, scores=rules.scores)
     if not (rules.threshold or rules.min_area):
         return decision
     background = vocabulary.labels.index("background")
@@ -117,7 +117,7 @@ def decide_as_published(
         small = pixels <= rules.min_area * pixels.sum()
         small[background] = False
         if (small & (pixels > 0)).any():
-            decision = decide(logits, *geometry, excluded=small)
+            decision = decide(logits, *geometry, excluded=small, scores=rules.scores)
     return give_to_background(decision, background, rules.threshold)
 
 

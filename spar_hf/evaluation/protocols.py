@@ -22,6 +22,7 @@ class Protocol:
         threshold: pixels whose best probability is below this become background.
         min_area: before that, classes that win at most this share of the pixels outside the background are excluded; see
             `inference.decide_as_published`.
+        scores: what the softmax runs over, `"classes"` or `"names"`; the thresholds belong to it.
         vocabulary: built-in vocabulary with the words for the classes.
         dilation_ratio: width of boundaries as a share of the image diagonal, see `iou.count_boundaries`.
     """
@@ -31,6 +32,7 @@ class Protocol:
     scale: float | None = None
     threshold: float = 0.0
     min_area: float = 0.0
+    scores: str = "classes"
     vocabulary: str | None = None
     dilation_ratio: float = 0.02
 
@@ -41,7 +43,8 @@ def spar(benchmark: str | None, readout: str) -> Protocol:
 
     The shorter side is 672 px (Cityscapes: 1024), the longer side at most 2048, with the 80 ImageNet templates. The scale
     is 40; for VOC21 it is 65, and with the MaskCLIP read-out the probability and area thresholds are 0.1; for Context60 it
-    is 50 and the probability threshold is 0.1. Boundary IoU is not part of it; its width follows Cheng et al. (2021).
+    is 50 and the probability threshold is 0.1. The softmax runs over all names, synonyms included. Boundary IoU is not part
+    of it; its width follows Cheng et al. (2021).
 
     Example:
 
@@ -62,6 +65,7 @@ def spar(benchmark: str | None, readout: str) -> Protocol:
     return Protocol(
         size={"shortest_edge": 1024 if benchmark == "cityscapes" else 672, "longest_edge": 2048},
         templates="imagenet80",
+        scores="names",
         vocabulary=None if benchmark is None else words.get(benchmark, benchmark),
         **rules,
     )

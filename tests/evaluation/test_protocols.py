@@ -20,6 +20,8 @@ def test_protocol__settings_of_the_published_evaluation():
         assert protocol.scale == 40 and not protocol.threshold
     assert spar("voc20", "siglip").vocabulary == "voc20-spar" and spar("ade20k", "siglip").vocabulary == "ade20k"
     assert find_protocol("spar", "voc21", "maskclip") == spar("voc21", "maskclip")
+    # thresholds on the softmax over names are the published ones; without a protocol synonyms do not compete
+    assert spar("context60", "siglip").scores == "names" and Protocol().scores == Rules().scores == "classes"
     assert find_protocol(None) == Protocol() and Protocol().size is None and Protocol().scale is None
 
 
@@ -41,7 +43,7 @@ def test_background_rules_are_those_of_the_published_evaluation():
     def decided(logits, names, cell, threshold, min_area, working_bytes=2**26):
         vocabulary = Vocabulary.parse(names)
         size = tuple(cell * side for side in logits.shape[1:])
-        rules = Rules(threshold=threshold, min_area=min_area)
+        rules = Rules(threshold=threshold, min_area=min_area, scores=spar("voc21", "maskclip").scores)
         return decide_as_published(logits, vocabulary, cell, size, size, rules, working_bytes).labels.long()
 
     # three pixels of a small class go to the next best one, and none of them to the background

@@ -1,5 +1,7 @@
 """Decisions per pixel against a plain formula that computes all probabilities at once."""
 
+import random
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -7,16 +9,29 @@ from torch.nn import functional as F
 from spar_hf.model.segmentation import LabelMap, class_probabilities, decide, give_to_background, upsampled_tiles
 
 
-def plain(logits, name_to_class, patch, working, output):
-    """Upsample p-fold, crop the padding, resize to the image, softmax over names, maximum per class."""
+def best_of_classes(values, name_to_class):
+    """The largest value of every class's names: `(names, …)` -> `(classes, …)`."""
+    classes = int(name_to_class.max()) + 1
+    return torch.stack([values[name_to_class == c].amax(0) for c in range(classes)])
+
+
+def upsampled(logits, patch, working, output=None):
+    """Upsample p-fold, crop the padding, resize to the image."""
     up = F.interpolate(logits[None], scale_factor=patch, mode="bilinear", align_corners=False)
     up = up[:, :, : working[0], : working[1]]
-    if output != working:
+    if output not in (None, working):
         up = F.interpolate(up, size=output, mode="bilinear", align_corners=False)
-    probabilities = up[0].softmax(0)
-    classes = int(name_to_class.max()) + 1
-    best = torch.stack([probabilities[name_to_class == c].amax(0) for c in range(classes)])
-    return best.max(0)
+    return up[0]
+
+
+def plain(logits, name_to_class, patch, working, output):
+    """The largest logit of each class's names, softmax over classes."""
+    return best_of_classes(upsampled(logits, patch, working, output), name_to_class).softmax(0).max(0)
+
+
+def published(logits, name_to_class, patch, working):
+    """Softmax over names, then the maximum over the names of a class (SPAR, section 3)."""
+    return best_of_classes(upsampled(logits, patch, working).softmax(0), name_to_class).max(0)
 
 
 @pytest.mark.parametrize("size", [(64, 64), (65, 79), (200, 330), (17, 16), (3, 40)])
@@ -93,15 +108,74 @@ def test_unsure_pixels_and_tiny_classes_become_background():
 NAMES = torch.tensor([0, 0, 1, 2, 2, 2, 3])
 
 
+def test_five_hundred_label_maps_are_those_of_the_plain_formula_in_float64():
+    """
+    Odd sizes, synonyms, excluded classes, and names of equal logits, of which the first wins. Only pixels whose two best
+    classes differ by less than float32 can tell are left out.
+    """
+    generator, draw, pixels, unclear = torch.Generator().manual_seed(0), random.Random(0), 0, 0
+    for case in range(500):
+        patch, size = draw.choice((4, 7, 14, 16)), (draw.randint(1, 40), draw.randint(1, 40))
+        names = draw.choice((1, 2, 5, 9, 70))
+        name_to_class = torch.randint(0, draw.randint(1, names), (names,), generator=generator)
+        grid = tuple(-(-side // patch) for side in size)
+        logits = torch.randn(names, *grid, generator=generator) * draw.choice((0.1, 3, 30))
+        if names > 2 and case % 3 == 0:
+            logits[names // 2] = logits[0]
+        classes = int(name_to_class.max()) + 1
+        excluded = torch.rand(classes, generator=generator) < 0.3
+        excluded[name_to_class[draw.randrange(names)]] = False
+        excluded = excluded if case % 4 == 0 else None
+        exact = upsampled(logits.double(), patch, size)
+        if excluded is not None:
+            exact = exact.masked_fill(excluded[name_to_class][:, None, None], -torch.inf)
+        name = exact.argmax(0)
+        rival = exact.masked_fill(name_to_class[:, None, None] == name_to_class[name], -torch.inf).amax(0)
+        equal = (exact == exact.amax(0)).sum(0) > 1  # in float64: the first name wins there too
+        clear = (exact.amax(0) - rival > 1e-5 * logits.abs().max()) | equal
+        found = decide(logits, name_to_class, patch, size, size, excluded=excluded).labels
+        assert torch.equal(found[clear], name_to_class[name][clear].int()), case
+        pixels, unclear = pixels + clear.numel(), unclear + int((~clear).sum())
+    assert pixels > 150_000 and unclear < 1e-4 * pixels
+
+
+def test_a_synonym_that_wins_nowhere_changes_nothing():
+    logits = torch.randn(4, 5, 6, generator=torch.Generator().manual_seed(9)) * 3
+    geometry = (16, (75, 90), (75, 90))
+    alone = decide(logits, torch.arange(4), *geometry)
+    together = torch.cat([logits, logits[1:2] - 0.01, logits[1:2] - 2])
+    names = torch.tensor([0, 1, 2, 3, 1, 1])
+    found = decide(together, names, *geometry)
+    assert torch.equal(found.labels, alone.labels) and torch.equal(found.probabilities, alone.probabilities)
+    torch.testing.assert_close(
+        class_probabilities(together, names, *geometry), class_probabilities(logits, torch.arange(4), *geometry)
+    )
+    as_published = decide(together, names, *geometry, scores="names")
+    assert torch.equal(as_published.labels, alone.labels)
+    assert float(as_published.probabilities[alone.labels == 1].mean()) < 0.7 * float(
+        alone.probabilities[alone.labels == 1].mean()
+    )
+
+
+@pytest.mark.parametrize("working_bytes", [2_000, 2**26])
+def test_scores_of_names_are_those_of_the_published_formula(working_bytes):
+    logits = torch.randn(7, 5, 6, generator=torch.Generator().manual_seed(7)) * 3
+    probabilities, labels = published(logits, NAMES, 16, (75, 90))
+    found = decide(logits, NAMES, 16, (75, 90), (75, 90), working_bytes, scores="names")
+    assert torch.equal(found.labels, labels.int())
+    torch.testing.assert_close(found.probabilities, probabilities, atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match="scores"):
+        decide(logits, NAMES, 16, (75, 90), (75, 90), scores="words")
+
+
 @pytest.mark.parametrize("working_bytes", [2_000, 2**26])
 def test_excluded_classes_win_nothing_and_keep_their_share(working_bytes):
     logits = torch.randn(7, 5, 6, generator=torch.Generator().manual_seed(7)) * 3
-    up = F.interpolate(logits[None], scale_factor=16, mode="bilinear")[0, :, :75, :90].softmax(0)
-    left = up.clone()
-    left[[2, 3, 4, 5]] = 0  # the names of classes 1 and 2
+    left = best_of_classes(upsampled(logits, 16, (75, 90)), NAMES).softmax(0)
     excluded = torch.tensor([False, True, True, False])
+    left[excluded] = 0
     found = decide(logits, NAMES, 16, (75, 90), (75, 90), working_bytes, excluded)
-    assert torch.equal(found.labels, NAMES[left.argmax(0)].int())
+    assert torch.equal(found.labels, left.argmax(0).int())
     torch.testing.assert_close(found.probabilities, left.amax(0), atol=1e-5, rtol=0)
 
 
@@ -136,8 +210,7 @@ def test_no_tile_is_larger_than_the_working_bytes():
 @pytest.mark.parametrize("working_bytes", [5_000, 2**26])
 def test_class_probabilities_equal_the_plain_formula(name_to_class, working_bytes):
     logits = torch.randn(7, 5, 6, generator=torch.Generator().manual_seed(5)) * 3
-    up = F.interpolate(logits[None], scale_factor=16, mode="bilinear")[0, :, :75, :90].softmax(0)
-    expected = torch.stack([up[name_to_class == c].amax(0) for c in range(int(name_to_class.max()) + 1)])
+    expected = best_of_classes(upsampled(logits, 16, (75, 90)), name_to_class).softmax(0)
     geometry = (16, (75, 90), (75, 90))
     classes, found = class_probabilities(logits, name_to_class, *geometry, working_bytes=working_bytes)
     assert classes.tolist() == list(range(len(expected)))
@@ -146,8 +219,18 @@ def test_class_probabilities_equal_the_plain_formula(name_to_class, working_byte
     assert top.shape == (3, 75, 90)
     torch.testing.assert_close(probabilities, expected.topk(3, 0).values, atol=1e-5, rtol=0)
     torch.testing.assert_close(expected.gather(0, top.long()), probabilities, atol=1e-5, rtol=0)
+    torch.testing.assert_close(found.sum(0), torch.ones(75, 90))
     everything, _ = class_probabilities(logits, name_to_class, *geometry, top_k=99)
     assert len(everything) == len(expected)
+
+
+def test_a_class_without_names_has_probability_0():
+    logits = torch.randn(3, 2, 2, generator=torch.Generator().manual_seed(8))
+    name_to_class = torch.tensor([3, 0, 3], dtype=torch.int32)  # none of classes 1 and 2
+    classes, found = class_probabilities(logits, name_to_class, 16, (32, 32), (32, 32))
+    expected = torch.stack([logits[1], torch.maximum(logits[0], logits[2])])
+    assert classes.tolist() == [0, 1, 2, 3] and (found[1:3] == 0).all()
+    torch.testing.assert_close(found[[0, 3]][:, ::31, ::31], expected.softmax(0), atol=1e-6, rtol=0)  # the corners
 
 
 def test_probabilities_too_large_for_memory_are_refused_before_any_work():
