@@ -56,6 +56,8 @@ def make_record(
         "window_size": window_size,
         "stride": options.teacher.stride,
         "teacher_windows": options.teacher.teacher_windows or "all",
+        "teacher_scales": options.teacher.teacher_scales or [1.0],
+        "teacher_flip": options.teacher.teacher_flip,
         "images": [short_name(entry) for entry in options.images.images],
         "num_images": images or "streamed",
         "view_size": [views.long_side_windows, views.short_side_windows, views.min_scale],
