@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from spar_hf.cli.reporting import exit_on_error, quiet_transformers, say
+from spar_hf.utils.options import HELP
 
 Checkpoint = Annotated[Path, typer.Argument(help="Official checkpoint: .ckpt, .pt, .pth or .safetensors.")]
 Family = Annotated[str, typer.Option(help="siglip2, openclip or dinov3txt.")]
@@ -26,7 +27,7 @@ VisionAct = Annotated[
     str | None,
     typer.Option(help="Activation of SigLIP's vision tower: gelu or gelu_pytorch_tanh (see the model card)."),
 ]
-Force = Annotated[bool, typer.Option("--force", help="Replace the output folder if it exists.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", "--force", help=HELP["overwrite"])]
 
 
 def convert(
@@ -39,7 +40,7 @@ def convert(
     image_mean: ImageMean = None,
     image_std: ImageStd = None,
     vision_act: VisionAct = None,
-    force: Force = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Convert an official checkpoint into a folder that AutoModel and the pipeline load."""
     from spar_hf.conversion import convert as convert_checkpoint
@@ -56,6 +57,6 @@ def convert(
             image_mean=None if image_mean is None else list(image_mean),
             image_std=None if image_std is None else list(image_std),
             vision_act=vision_act,
-            force=force,
+            force=overwrite,
         )
     say(report)

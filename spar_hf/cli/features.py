@@ -8,6 +8,7 @@ import typer
 from spar_hf.cli.arguments import Device, ImageRange, Images, MaxPixels, MaxTokens, ShortestEdge, SkipExisting
 from spar_hf.cli.reporting import exit_on_error, fail, finish, quiet_transformers, report_failure
 from spar_hf.utils.image_files import find_images, interruptible, process_images
+from spar_hf.utils.options import HELP
 
 Output = Annotated[Path, typer.Option(help="Folder to write, with the sub-folders of the input.")]
 Model = Annotated[
@@ -18,10 +19,8 @@ Model = Annotated[
 ]
 Normalize = Annotated[bool, typer.Option("--normalize", help="Scale the feature of every patch to unit length.")]
 Dtype = Annotated[str, typer.Option(help="float16, bfloat16 or float32.")]
-Stride = Annotated[
-    int | None, typer.Option(help="Use the sliding window with this stride in pixels instead of one pass.", min=1)
-]
-WindowSize = Annotated[int | None, typer.Option(help="Side of the window in pixels. Default: the model's.", min=1)]
+Stride = Annotated[int | None, typer.Option(help=HELP["stride"], min=1)]
+WindowSize = Annotated[int | None, typer.Option(help=HELP["window_size"], min=1)]
 ShardSize = Annotated[
     float | None,
     typer.Option(help="Write shards of about this many MB and an index instead of a file per image.", min=0.001),

@@ -1,7 +1,7 @@
 """`spar-hf segment`: masks from words."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,12 +20,14 @@ from spar_hf.cli.arguments import (
     SkipExisting,
     Templates,
 )
+from spar_hf.cli.huge import check_strip_options, parse_tile, segment_to_map, writes_strips
 from spar_hf.cli.reporting import exit_on_error, finish, report_failure, say
 from spar_hf.cli.result_paths import ResultPlan, parse_formats, plan_results
 from spar_hf.cli.result_record import ResultRecord
 from spar_hf.utils.atomic import write_text
 from spar_hf.utils.errors import UsageError
 from spar_hf.utils.image_files import InputImage, RunSummary, interruptible, process_images
+from spar_hf.utils.options import HELP
 from spar_hf.utils.texts import json_text, read_text
 
 if TYPE_CHECKING:
@@ -55,10 +57,7 @@ Background = Annotated[
 KeepBackground = Annotated[
     bool, typer.Option("--keep-background", help="List the background in COCO and JSON files like a class.")
 ]
-Threshold = Annotated[
-    float | None,
-    typer.Option(help="Pixels whose highest probability is below it become background.", min=0, max=1),
-]
+Threshold = Annotated[float | None, typer.Option(help=HELP["threshold"], min=0, max=1)]
 MinArea = Annotated[
     float | None,
     typer.Option(help="Classes below this share of the foreground become background.", min=0, max=1),
@@ -67,7 +66,7 @@ Presence = Annotated[
     bool, typer.Option("--presence", help="Also report for each class how likely the image shows it at all.")
 ]
 MinPresence = Annotated[
-    float | None, typer.Option(help="Leave out classes whose presence is lower: of what is not there.", min=0, max=1)
+    float | None, typer.Option(help="Leave out classes with a lower presence (see --presence).", min=0, max=1)
 ]
 HeatMap = Annotated[
     list[str] | None, typer.Option("--heatmap", help="Draw the probability of this class; may be repeated.")
@@ -82,6 +81,17 @@ Frames = Annotated[
 Refine = Annotated[str | None, typer.Option(help="Sharper masks: lposs, lposs+ or pamr (see spar_hf/model/refine.py).")]
 MapOutput = Annotated[
     Path | None, typer.Option("--map", help="For one image: also write the class numbers to this PNG.")
+]
+Tile = Annotated[
+    int | None,
+    typer.Option(
+        help="For large images: side in pixels of tiles that are one pass each, at the size of the image, with blended "
+        "features. With --output FILE.tif or .npy, TIFF images (extra huge) of any size are read and label maps written "
+        "tile by tile."
+    ),
+]
+TileOverlap = Annotated[
+    int | None, typer.Option(help="Overlap of neighbouring tiles in pixels. Default: a sixth of a tile.", min=0)
 ]
 
 
@@ -103,6 +113,8 @@ def segment(
     heatmap: HeatMap = None,
     map_output: MapOutput = None,
     frames: Frames = None,
+    tile: Tile = None,
+    tile_overlap: TileOverlap = None,
     skip_existing: SkipExisting = False,
     device: Device = None,
     max_tokens: MaxTokens = None,
@@ -113,11 +125,22 @@ def segment(
     from PIL import Image
 
     from spar_hf.cli.frames import ImageReader
-    from spar_hf.cli.labels import parse_background, read_labels
+    from spar_hf.cli.labels import parse_background, read_labels, single_class_hint
     from spar_hf.cli.result_files import coco_encoder, write_results
 
     if max_pixels is not None:
         Image.MAX_IMAGE_PIXELS = max_pixels
+    with exit_on_error():
+        tiles = parse_tile(tile, tile_overlap)
+        if strips := writes_strips(output):
+            others = {"--format": formats not in ("overlay", "map"), "--shortest-edge": shortest_edge, "--map": map_output}
+            others |= {"--keep-background": keep_background, "--presence": presence, "--min-presence": min_presence}
+            others |= {"--refine": refine, "--heatmap": heatmap, "--frames": frames, "--skip-existing": skip_existing}
+            check_strip_options(tiles, output, others)
+    if strips:
+        rules = {"background": background, "threshold": threshold, "min_area": min_area, "templates": templates}
+        limits = {"max_tokens": max_tokens, "max_pixels": max_pixels, "image_range": image_range}
+        segment_to_map(images, labels, output, model, device, {"tile": tiles, **rules, **limits})
     with exit_on_error(usage=(ValueError, ImportError, OSError)):
         asked = parse_formats(formats + (",heatmap" if heatmap else ""))
         plan = plan_results(images, output, asked, map_output, frames)
@@ -137,15 +160,16 @@ def segment(
         "max_tokens": max_tokens,
     }
     shown = {"presence": presence or bool(min_presence), "min_presence": min_presence}
-    options = {**given, **shown, "heat": "heatmap" in plan.formats}
+    options = {**given, **shown, "tile": tiles, "heat": "heatmap" in plan.formats}
     segment_image, pipe = load_segmenter(model, device, vocabulary, options)
     with exit_on_error(failure=()):  # wrong words or options are reported once, not for every image
         probe = segment_image(Image.new("RGB", (32, 32)))
         heat_classes = class_numbers(heatmap, probe) if heatmap else None
-    note_odd_words(labels, vocabulary, pipe.tokenizer)
+    if hint := single_class_hint(labels, vocabulary):
+        say(f"note: {hint}", err=True)
     reader = ImageReader(image_range)
     write = partial(write_results, keep_background=keep_background, heat_classes=heat_classes)
-    new = {**shown, "keep_background": keep_background, "heatmap": heatmap}
+    new = {**shown, "keep_background": keep_background, "heatmap": heatmap, "tile": tiles}
     with exit_on_error(failure=OSError), interruptible():
         record = open_record(plan, pipe, vocabulary, {**given, "image_range": image_range}, new, skip_existing)
         summary = segment_all(plan, segment_image, probe["labels"], skip_existing, record, reader, write)
@@ -165,17 +189,6 @@ def class_numbers(labels: Sequence[str], result: dict[str, Any]) -> list[int]:
     if unknown := [label for label in labels if label not in known]:
         raise UsageError(f"--heatmap {unknown[0]!r} is none of the classes with words: {', '.join(known[:10])}.")
     return [known.index(label) for label in labels]
-
-
-def note_odd_words(labels: str, vocabulary: Any, tokenizer: Any) -> None:
-    """Print notes about a single class and about words that the model does not know."""
-    from spar_hf.cli.labels import single_class_hint, unknown_hint
-    from spar_hf.model.prompts import unknown_names
-
-    if hint := single_class_hint(labels, vocabulary):
-        say(f"note: {hint}", err=True)
-    if unknown := unknown_names(tokenizer, vocabulary.all_names):
-        say(f"note: {unknown_hint(unknown)}", err=True)
 
 
 def load_segmenter(
@@ -295,24 +308,36 @@ def check_class_list(path: Path, names: list[str]) -> None:
 
 
 def show_classes(result: dict[str, Any]) -> None:
+    """[`show_counts`] of the pipeline's `output="map"`."""
+    import numpy as np
+
+    from spar_hf.cli.result_files import presence_by_label
+
+    labels, presence = result["labels"], presence_by_label(result) if "presence" in result else {}
+    pixels = np.bincount(result["map"].ravel(), minlength=len(labels)).tolist()
+    show_counts(labels, pixels, result["scores"], result["background"], presence)
+
+
+def show_counts(
+    labels: Sequence[str],
+    pixels: Sequence[int],
+    scores: Sequence[float],
+    background: int,
+    presence: Mapping[str, float] | None = None,
+) -> None:
     """
     Print each class that has pixels with its share of the image, score and presence (if asked for), the background last,
     and count the classes without pixels.
     """
-    import numpy as np
-
-    from spar_hf.cli.result_files import found_classes, presence_by_label
-
-    labels, presence = result["labels"], presence_by_label(result) if "presence" in result else {}
-    pixels = np.bincount(result["map"].ravel(), minlength=len(labels))
-    found = found_classes(result, keep_background=True)
+    presence = presence or {}
+    found = sorted((i for i, count in enumerate(pixels) if count), key=lambda i: i == background)
     for i in found:
-        share = pixels[i] / result["map"].size
+        share = pixels[i] / sum(pixels)
         shown = f"{share:.1%}" if share >= 0.0005 else "<0.1%"
         seen = f", presence {presence[labels[i]]:.2f}" if labels[i] in presence else ""
-        say(f"{labels[i]:24} {shown:>7} of the image, score {result['scores'][i]:.2f}{seen}")
-    absent = [label for i, label in enumerate(labels) if i not in found and i != result["background"]]
+        say(f"{labels[i]:24} {shown:>7} of the image, score {scores[i]:.2f}{seen}")
+    absent = [label for i, label in enumerate(labels) if i not in found and i != background]
     if absent:
         listed = [f"{label} (presence {presence[label]:.2f})" for label in absent[:10] if label in presence]
-        count = len(labels) - (result["background"] >= 0)
+        count = len(labels) - (background >= 0)
         say(f"{len(absent)} of {count} classes not found" + (f": {', '.join(listed)}" if listed else ""))

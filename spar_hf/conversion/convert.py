@@ -157,9 +157,9 @@ def describe_origin(config: SparConfig, base: str, tokenizer: str | None, backbo
 def check_output(output: Path, force: bool) -> None:
     """Refuse to replace a folder without `force`, and any folder that was not written by a conversion."""
     if output.exists() and not force:
-        raise FileExistsError(f"{output} exists. Name another folder, or pass --force to replace it.")
+        raise FileExistsError(f"{output} exists. Name another folder, or replace it with --overwrite.")
     if output.exists() and not is_spar_folder(output):
-        raise FileExistsError(f"{output} is not a SPAR folder, so --force does not delete it. Name another folder.")
+        raise FileExistsError(f"{output} is not a SPAR folder, so --overwrite does not delete it. Name another folder.")
 
 
 def add_backbone(source: CheckpointTensors, base: str) -> None:

@@ -62,10 +62,8 @@ class WindowOptions:
             "help": "Teacher, and start of the student: hub id or folder of a Transformers backbone or of a SPAR model."
         }
     )
-    stride: int = field(default=24, metadata={"help": "Stride of the teacher's windows in pixels."})
-    window_size: int | None = field(
-        default=None, metadata={"help": "Side of the teacher's windows in pixels; the model's image_size by default."}
-    )
+    stride: int = field(default=24, metadata={"help": HELP["teacher_stride"]})
+    window_size: int | None = field(default=None, metadata={"help": HELP["window_size"]})
     window_batch_size: int = field(default=16, metadata={"help": HELP["window_batch_size"]})
 
     def __post_init__(self):
@@ -235,7 +233,7 @@ class OptimisationOptions:
         default=None, metadata={"help": f"Optimizer steps; {DEFAULT_STEPS} if --epochs is not given."}
     )
     epochs: float | None = field(default=None, metadata={"help": "How often every image is seen, instead of --steps."})
-    learning_rate: float = field(default=2e-5, metadata={"help": "Peak learning rate."})
+    learning_rate: float = field(default=2e-5, metadata={"help": HELP["learning_rate"]})
     weight_decay: float = field(default=1e-4, metadata={"help": HELP["weight_decay"]})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": HELP["lr_scheduler_type"]})
     warmup_ratio: float = field(default=0.05, metadata={"help": HELP["warmup_ratio"]})
@@ -301,12 +299,7 @@ class RunOptions(SafetyOptions):
         metadata={"help": "Steps between held-out errors with pictures of the feature maps; 0 draws none."},
     )
     resume: bool = field(default=False, metadata={"help": HELP["resume"]})
-    report_to: str = field(
-        default="auto",
-        metadata={
-            "help": "Tracker of accelerate (tensorboard, wandb, ...) or none; auto is tensorboard where it is installed."
-        },
-    )
+    report_to: str = field(default="auto", metadata={"help": HELP["report_to"]})
 
     def __post_init__(self):
         super().__post_init__()

@@ -126,14 +126,12 @@ class ResolutionOptions:
     {'do_resize': True, 'size': {'shortest_edge': 384}}
     ```"""
 
-    shortest_edge: int | None = field(default=None, metadata={"help": "Resize images to this shorter side."})
-    longest_edge: int | None = field(
-        default=None, metadata={"help": "Resize images to this longer side; with --shortest_edge, an upper bound."}
-    )
+    shortest_edge: int | None = field(default=None, metadata={"help": HELP["shortest_edge"]})
+    longest_edge: int | None = field(default=None, metadata={"help": HELP["longest_edge"]})
     size: list[int] | None = field(default=None, metadata={"help": "Resize images to this height and width."})
     native: bool = field(
         default=False,
-        metadata={"help": "Do not resize images. Default: the size of the protocol or of the checkpoint."},
+        metadata={"help": "Do not resize images. Default: the size of the protocol, else of the checkpoint."},
     )
 
     def __post_init__(self):

@@ -111,7 +111,8 @@ class FrozenFeatures:
         """The features of one image of a set."""
         if self.folder is None:
             return self._make(data, number)
-        path = self.folder / f"{self._hash(data.file(number))}.safetensors"
+        values = "".join(f"-{value:g}" for value in data.reading.image_range or ())  # black and white
+        path = self.folder / f"{self._hash(data.file(number))}{values}.safetensors"
         if path.is_file():
             try:
                 return ImageFeatures.load(path)

@@ -2,7 +2,7 @@
 Linear probing: train batch norm and one linear layer on the frozen dense features of a SPAR vision model, or of any
 transformers backbone that SPAR reads, and measure the mean intersection over union (mIoU) on held-out images.
 
-    accelerate launch training/linear_probe.py --model BASE --inference sliding:24 --shortest_edge 384 \
+    accelerate launch training/linear_probe.py --model BASE --stride 24 --shortest_edge 384 \
         --train_dataset DATA/camvid/train --train_exclude "0001TP_*" \
         --test_dataset DATA/camvid/train --test_include "0001TP_*" --cache runs/features --output runs/probe
 
@@ -124,8 +124,8 @@ def open_datasets(options: ProbeData) -> tuple[SegmentationSet, SegmentationSet]
     Raises:
         UsageError: their classes differ, or an image is in both.
     """
-    train = open_folder(options.train_dataset).filter(options.train_include, options.train_exclude)
-    test = open_folder(options.test_dataset).filter(options.test_include, options.test_exclude)
+    train = open_folder(options.train_dataset).filter(options.train_include, options.train_exclude).read_as(options)
+    test = open_folder(options.test_dataset).filter(options.test_include, options.test_exclude).read_as(options)
     if train.labels != test.labels:
         raise UsageError(
             f"{options.train_dataset} and {options.test_dataset} have different lines in classes.txt. A probe is "

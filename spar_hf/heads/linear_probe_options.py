@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 from typing import Any
 
+from spar_hf.data.reading import ReadingOptions
 from spar_hf.utils.errors import UsageError
 from spar_hf.utils.fields import option, required
-from spar_hf.utils.options import RUN_FREE, ComposedOptions, require_not_negative, require_positive, require_share
+from spar_hf.utils.options import HELP, RUN_FREE, ComposedOptions, require_not_negative, require_positive, require_share
 from spar_hf.utils.run_options import RunOptions
 
 # options that a resumed run may change: none of them changes what is learned
@@ -13,7 +14,7 @@ FREE = {"output", "resume", "save_steps", "cache", "window_batch_size", *RUN_FRE
 
 
 @dataclass(kw_only=True)
-class ProbeData:
+class ProbeData(ReadingOptions):
     """Images with masks to train on and to test on."""
 
     train_dataset: str = required(
@@ -27,6 +28,7 @@ class ProbeData:
     test_exclude: list[str] | None = option(None, "and none of these.")
 
     def __post_init__(self):
+        super().__post_init__()
         require_positive(self, "train_every")
 
 
@@ -35,12 +37,11 @@ class FeatureOptions:
     """How the frozen features are made."""
 
     model: str = required("Hub id or folder of a SPAR model or a backbone of transformers.")
-    inference: str = option("single", "single (one pass) or sliding:STRIDE (sliding window, stride in pixels).")
-    shortest_edge: int | None = option(
-        None, "Shorter side in pixels that images are resized to; by default the image processor's size."
-    )
-    longest_edge: int | None = option(None, "Longer side in pixels; with --shortest_edge it is an upper bound.")
-    window_batch_size: int = option(16, "Windows per forward pass of a sliding window.")
+    stride: int | None = option(None, HELP["stride"])
+    inference: str = option("", "Earlier form of --stride: single or sliding:STRIDE.")
+    shortest_edge: int | None = option(None, HELP["shortest_edge"])
+    longest_edge: int | None = option(None, HELP["longest_edge"])
+    window_batch_size: int = option(16, HELP["window_batch_size"])
     cache: str | None = option(
         None,
         "Folder to keep features in (2 bytes per number). They are used again for the same model, size, "
@@ -48,13 +49,13 @@ class FeatureOptions:
     )
 
     def __post_init__(self):
-        require_positive(self, "shortest_edge", "longest_edge", "window_batch_size")
-        parse_inference(self.inference)
-
-    @property
-    def stride(self) -> int | None:
-        """Stride of the sliding window in pixels; `None` for one pass."""
-        return parse_inference(self.inference)
+        require_positive(self, "stride", "shortest_edge", "longest_edge", "window_batch_size")
+        if self.inference:
+            stride = parse_inference(self.inference)
+            if self.stride not in (None, stride):
+                raise UsageError(f"--stride {self.stride} and --inference {self.inference}: leave --inference out.")
+            self.stride = stride
+        self.inference = "single" if self.stride is None else f"sliding:{self.stride}"
 
     @property
     def size(self) -> dict[str, int]:
@@ -91,11 +92,11 @@ class ProbeTraining:
     learning_rates: list[float] = option(
         [1e-4, 3e-4, 1e-3, 3e-3, 1e-2], "Peak learning rates; a head is trained with each."
     )
-    weight_decay: float = option(1e-4, "AdamW weight decay.")
-    steps: int = option(1000, "Optimizer steps.")
+    weight_decay: float = option(1e-4, HELP["weight_decay"])
+    steps: int = option(1000, HELP["steps"])
     batch_size: int = option(8, "Images per step and process.")
     pixels: int = option(4096, "Labelled pixels drawn from every image.")
-    warmup_ratio: float = option(0.1, "Share of the steps with rising learning rate.")
+    warmup_ratio: float = option(0.1, HELP["warmup_ratio"])
 
     def __post_init__(self):
         require_positive(self, "steps", "batch_size", "pixels")
@@ -116,6 +117,10 @@ class ProbeOptions(ComposedOptions):
 
 
 def upgrade(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings in a checkpoint of version 0.1, whose --train_include and --test_include took one pattern."""
+    """
+    Settings of a checkpoint under the names of today: earlier ones have no --stride, and the --train_include and
+    --test_include of version 0.1 took one pattern.
+    """
     one = {name for name in ("train_include", "test_include") if isinstance(settings.get(name), str)}
+    settings = {"stride": parse_inference(settings["inference"])} | settings
     return {name: [value] if name in one else value for name, value in settings.items()}

@@ -3,7 +3,7 @@ Train a panoptic head on the features of a SPAR model, or of any transformers ba
 
 Images and masks lie in a folder (`images/`, `masks/`, `classes.txt`). Its masks tell classes, not objects, so each connected
 region of a countable class (`--things`) counts as one segment, and each other class of an image as one. With few images,
-merge classes (`--classes`). The backbone stays frozen unless `--train_backbone` says otherwise.
+merge classes (`--merge_classes`). The backbone stays frozen unless `--train_backbone` says otherwise.
 
     accelerate launch training/panoptic.py --model DIR --dataset DATA --things 80 --output DIR
 """
@@ -223,7 +223,7 @@ class PanopticTrainer:
         images = PanopticImages(
             self.train_data,
             self.things,
-            options.data.min_area,
+            options.data.min_region_area,
             options.model.num_queries,
             self.image_processor,
             options.views,
@@ -277,8 +277,8 @@ class PanopticTrainer:
             self.image_processor,
             self.measured,
             self.things,
-            options.data.min_area,
-            options.run.threshold,
+            options.data.min_region_area,
+            options.run.segment_threshold,
             self.accelerator,
         )
         progress.curve.append({"step": step, **quality})
@@ -293,7 +293,7 @@ class PanopticTrainer:
         with writing_folder(self.output / "model") as temporary:
             self.model.save_pretrained(temporary)
             self.image_processor.save_pretrained(temporary)
-            write_text(temporary / "README.md", make_card(self.output.name, self.options.run.threshold, record))
+            write_text(temporary / "README.md", make_card(self.output.name, self.options.run.segment_threshold, record))
 
     def record(self) -> dict[str, Any]:
         """How the head is trained, for its card and the trackers."""
@@ -303,9 +303,9 @@ class PanopticTrainer:
             "dataset": short_name(data.dataset),
             "images": len(self.train_data),
             "held_out": len(self.measured) if data.holdout_every else 0,
-            "classes": short_name(data.classes) if data.classes else "classes.txt",
+            "classes": short_name(data.merge_classes) if data.merge_classes else "classes.txt",
             "things": f"{len(self.things)} of {len(self.train_data.labels)} classes",
-            "min_area": data.min_area,
+            "min_area": data.min_region_area,
             "train_backbone": training.train_backbone,
             "steps": training.steps,
             "images_per_step": self.images_per_step,
@@ -330,7 +330,8 @@ def open_data(
     Raises:
         UsageError: images or masks do not fit, or none of them has a segment.
     """
-    folder = open_folder(options.dataset, options.classes).filter(options.include, options.exclude)
+    folder = open_folder(options.dataset, options.merge_classes).filter(options.include, options.exclude)
+    folder = folder.read_as(options)
     things = thing_classes(options.things, folder.labels)
     train, measured = split_data(folder, options)
     names = [*file_names(train), *(file_names(measured) if options.holdout_every else [])]
@@ -344,8 +345,8 @@ def open_data(
     if options.holdout_every:
         check_readable(measured, accelerator)
     for data, purpose in ((train, "trained"), (measured, "measured")):
-        if not has_segment(data, things, options.min_area):
-            raise UsageError(f"No mask that is {purpose} on has a segment; check --things and --min_area.")
+        if not has_segment(data, things, options.min_region_area):
+            raise UsageError(f"No mask that is {purpose} on has a segment; check --things and --min_region_area.")
     return train, measured, things
 
 

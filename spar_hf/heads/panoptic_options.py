@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 from typing import Any
 
+from spar_hf.data.reading import ReadingOptions
 from spar_hf.utils.errors import UsageError
 from spar_hf.utils.fields import option, required
-from spar_hf.utils.options import RUN_FREE, ComposedOptions, require_positive, require_share
+from spar_hf.utils.options import HELP, RUN_FREE, ComposedOptions, formerly, require_positive, require_share
 from spar_hf.utils.run_options import RunOptions
 
 # options that a resumed run may change: none of them changes what is learned
@@ -13,33 +14,39 @@ FREE = {"output", "resume", "workers", "save_steps", "report_to", *RUN_FREE}
 
 
 @dataclass(kw_only=True)
-class PanopticData:
+class PanopticData(ReadingOptions):
     """Images with masks, and what in a mask is a segment."""
 
     dataset: str = required(
-        "Folder with images/, masks/ (8-bit PNG of class numbers) and classes.txt.", aliases=["--data"]
+        "Folder with images/, masks/ (8-bit PNG of class numbers) and classes.txt.", aliases=formerly("data")
     )
-    classes: str | None = option(
+    merge_classes: str | None = option(
         None,
         "JSON file {class: [line of classes.txt, ...]} that merges classes; lines that it does not name are "
         "ignored. E.g. training/configs/coco_supercategories.json. By default each line of classes.txt is a class.",
+        aliases=formerly("classes"),
     )
     things: list[str] = option(
         [], "Countable classes: names, or one number N for the first N (COCO: 80, its supercategories: 12)."
     )
-    min_area: float = option(
-        0.001, "Regions of countable classes below this share of the image are ignored, in training and measuring."
+    min_region_area: float = option(
+        0.001,
+        "Regions of countable classes below this share of the image are ignored, in training and measuring.",
+        aliases=formerly("min_area"),
     )
-    include: list[str] = option(["*"], "Only images whose stem matches one of these shell patterns,")
-    exclude: list[str] = option([], "and none of these.")
+    include: list[str] = option(["*"], HELP["include"])
+    exclude: list[str] = option([], HELP["exclude"])
     holdout_every: int = option(
         5, "Each n-th image (sorted by name) is held out to measure on; 0 measures on the training images."
     )
-    limit: int | None = option(None, "Train on the first so many images only; by default on all.", aliases=["--photos"])
+    limit: int | None = option(
+        None, "Train on the first so many images only; by default on all.", aliases=formerly("photos")
+    )
 
     def __post_init__(self):
+        super().__post_init__()
         require_positive(self, "limit")
-        require_share(self, "min_area")
+        require_share(self, "min_region_area")
         if self.holdout_every < 0 or self.holdout_every == 1:
             raise UsageError(f"--holdout_every {self.holdout_every} must be 0 or at least 2.")
 
@@ -48,7 +55,7 @@ class PanopticData:
 class PanopticViews:
     """How images are resized and augmented."""
 
-    shortest_edge: int = option(512, "Shorter side in pixels that images are resized to.")
+    shortest_edge: int = option(512, HELP["shortest_edge"].partition(" Default")[0])
     min_scale: float = option(0.75, "In training, times a factor drawn between this ...")
     max_scale: float = option(1.25, "... and this.")
     flip_probability: float = option(0.5, "Chance of a horizontal flip.")
@@ -79,14 +86,14 @@ class PanopticModel:
 class PanopticTraining:
     """What is trained, and how."""
 
-    steps: int = option(2000, "Optimizer steps.")
+    steps: int = option(2000, HELP["steps"])
     gradient_accumulation_steps: int = option(4, "Images per process and optimizer step.")
     learning_rate: float = option(1e-3, "Peak learning rate of the head.")
     train_backbone: str = option("none", "What is trained of the backbone: none, all or a number of last blocks.")
     backbone_learning_rate: float = option(1e-4, "Peak learning rate of the backbone.")
-    weight_decay: float = option(0.05, "AdamW weight decay.")
-    lr_scheduler_type: str = option("cosine", "Name of a transformers schedule.")
-    warmup_ratio: float = option(0.05, "Share of the steps with rising learning rate.")
+    weight_decay: float = option(0.05, HELP["weight_decay"])
+    lr_scheduler_type: str = option("cosine", HELP["lr_scheduler_type"])
+    warmup_ratio: float = option(0.05, HELP["warmup_ratio"])
 
     def __post_init__(self):
         require_positive(self, "steps", "gradient_accumulation_steps", "learning_rate", "backbone_learning_rate")
@@ -100,19 +107,19 @@ class PanopticTraining:
 class PanopticRun(RunOptions):
     """Where and how the training runs, and how often it reports."""
 
-    save_steps: int = option(500, "Steps between checkpoints; the last two are kept.")
-    workers: int = option(1, "Processes that decode images.")
-    log_steps: int = option(20, "Steps between lines of the log.")
+    save_steps: int = option(500, HELP["save_steps"])
+    workers: int = option(1, HELP["workers"])
+    log_steps: int = option(20, HELP["log_steps"])
     eval_steps: int = option(500, "Steps between measurements; OUTPUT/model is the best of those measured.")
-    threshold: float = option(0.5, "Class probability from which a segment counts in a measurement.")
-    report_to: str | None = option(
-        None, "Tracker of accelerate, e.g. wandb; auto is TensorBoard where it is installed."
+    segment_threshold: float = option(
+        0.5, "Class probability from which a segment counts in a measurement.", aliases=formerly("threshold")
     )
+    report_to: str | None = option(None, HELP["report_to"])
 
     def __post_init__(self):
         super().__post_init__()
         require_positive(self, "log_steps", "eval_steps")
-        require_share(self, "threshold")
+        require_share(self, "segment_threshold")
 
 
 @dataclass(kw_only=True)
@@ -127,9 +134,8 @@ class PanopticOptions(ComposedOptions):
 
 
 def upgrade(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings in a checkpoint of version 0.1 under the names of today; its --include took one pattern."""
-    names = {"data": "dataset", "photos": "limit"}
-    settings = {names.get(name, name): value for name, value in settings.items()}
+    """Settings of a checkpoint under the names of today; the --include of version 0.1 took one pattern."""
+    settings = PanopticOptions.with_current_names(settings)
     if isinstance(settings.get("include"), str):
         settings["include"] = [settings["include"]]
     return settings

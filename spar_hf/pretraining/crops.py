@@ -14,9 +14,10 @@ from tqdm.auto import tqdm
 
 from spar_hf.data.augmentation import jitter
 from spar_hf.data.order import split_held_out
+from spar_hf.data.reading import ReadingOptions
 from spar_hf.data.segmentation_sets import IGNORE_INDEX, open_folder, readable_name
 from spar_hf.data.sources import list_images
-from spar_hf.model.image_input import read_rgb
+from spar_hf.model.image_input import read_rgb, set_pixel_limit
 from spar_hf.utils.errors import UsageError, as_usage_errors
 
 LABEL_GRID = 4  # pixels of a crop per label, along each side
@@ -158,7 +159,12 @@ def paste_box(pixels: torch.Tensor, labels: torch.Tensor, rng: random.Random) ->
     return pixels, labels
 
 
-def load_sets(root: Path, recipe: dict[str, Any], held_out: Collection[str] | None = None) -> list[CropSet]:
+def load_sets(
+    root: Path,
+    recipe: dict[str, Any],
+    held_out: Collection[str] | None = None,
+    reading: ReadingOptions | None = None,
+) -> list[CropSet]:
     """
     Read every set of a recipe into memory. Held-out words are removed from every label, held-out images from every set.
 
@@ -166,19 +172,25 @@ def load_sets(root: Path, recipe: dict[str, Any], held_out: Collection[str] | No
         root: folder that the paths of the recipe are relative to.
         recipe: sets and words.
         held_out: names of the images that an earlier run held out, in place of the rule of the recipe.
+        reading: how image files are read.
 
     Raises:
         UsageError: images or masks do not fit, or the recipe names a class that a set does not have.
     """
-    sets = [load_masked_set(root, spec, recipe, held_out) for spec in recipe["sets"]]
-    return sets + [load_tagged_set(root, spec, recipe) for spec in recipe.get("tagged", [])]
+    reading = reading or ReadingOptions()
+    sets = [load_masked_set(root, spec, recipe, reading, held_out) for spec in recipe["sets"]]
+    return sets + [load_tagged_set(root, spec, recipe, reading) for spec in recipe.get("tagged", [])]
 
 
 def load_masked_set(
-    root: Path, spec: dict[str, Any], recipe: dict[str, Any], earlier: Collection[str] | None = None
+    root: Path,
+    spec: dict[str, Any],
+    recipe: dict[str, Any],
+    reading: ReadingOptions,
+    earlier: Collection[str] | None = None,
 ) -> CropSet:
     """Images with masks; pixels of held-out classes are ignored."""
-    data = open_folder(root / spec["path"]).filter(exclude=spec.get("exclude"))
+    data = open_folder(root / spec["path"]).filter(exclude=spec.get("exclude")).read_as(reading)
     files = [str(data.file(number)) for number in range(len(data))]
     train, rest = split_held_out(len(data), spec.get("holdout_every", 0))
     if earlier is not None:
@@ -205,17 +217,18 @@ def load_masked_set(
     return CropSet(images, masks, names, spec, rest_class, unnamed, own, held)
 
 
-def load_tagged_set(root: Path, spec: dict[str, Any], recipe: dict[str, Any]) -> CropSet:
+def load_tagged_set(root: Path, spec: dict[str, Any], recipe: dict[str, Any], reading: ReadingOptions) -> CropSet:
     """Images without masks that are named in their file names, `PREFIX_NAME.jpg`; those of held-out names are left out."""
     held_out = {word.lower() for word in recipe["held_out_tags"]}
     images, names, files = [], [], []
+    set_pixel_limit(reading.max_pixels)
     for path in tqdm(list_images(root / spec["path"]), desc=spec["path"]):
         prefix, _, name = path.stem.partition("_")
         if readable_name(name) in held_out:
             continue
         groups = [word for first, last, word in recipe["groups"] if first <= prefix <= last]
         with as_usage_errors():
-            images.append(np.asarray(read_rgb(path, urls=False)))
+            images.append(np.asarray(read_rgb(path, reading.image_range, urls=False)))
         names.append([readable_name(name), *groups])
         files.append(str(path))
     return CropSet(images, None, names, spec, files=files)

@@ -83,7 +83,7 @@ def build_model(options: NewModelOptions, tokenizer: PreTrainedTokenizerFast) ->
         "num_attention_heads": max(1, size // 64),
     }
     vision = SiglipVisionConfig(
-        image_size=options.window,
+        image_size=options.window_size,
         num_hidden_layers=options.layers,
         hidden_act="gelu",
         layer_norm_eps=1e-6,

@@ -6,9 +6,10 @@ from typing import Any
 
 import yaml
 
+from spar_hf.data.reading import ReadingOptions
 from spar_hf.utils.errors import UsageError
 from spar_hf.utils.fields import option, required
-from spar_hf.utils.options import RUN_FREE, ComposedOptions, require_not_negative, require_positive
+from spar_hf.utils.options import HELP, RUN_FREE, ComposedOptions, formerly, require_not_negative, require_positive
 from spar_hf.utils.run_options import RunOptions
 from spar_hf.utils.texts import read_text
 
@@ -31,8 +32,8 @@ def read_recipe(file: str) -> dict[str, Any]:
 
 
 @dataclass(kw_only=True)
-class RecipeOptions:
-    """The training images and their words."""
+class RecipeOptions(ReadingOptions):
+    """The training images, how they are read, and their words."""
 
     data: str = required("Folder that the paths of the recipe are relative to.")
     recipe: str = option(str(RECIPE), "YAML file with the sets, their words, and the held-out words.")
@@ -42,7 +43,7 @@ class RecipeOptions:
 class NewModelOptions:
     """Sizes and words of a model that starts from scratch; `--start` takes those of another model."""
 
-    window: int = option(192, "Side of the crops in pixels: the model's image_size.")
+    window_size: int = option(192, "Side of the crops in pixels: the model's image_size.", aliases=formerly("window"))
     hidden_size: int = option(192, "Width of both towers.")
     layers: int = option(8, "Blocks of the vision tower.")
     text_layers: int = option(1, "Blocks of the text tower.")
@@ -56,7 +57,7 @@ class NewModelOptions:
     common_words: int = option(3500, "Number of frequent words of the sentence encoder that are taught as well.")
 
     def __post_init__(self):
-        require_positive(self, "window", "hidden_size", "layers", "text_layers", "vocab_size")
+        require_positive(self, "window_size", "hidden_size", "layers", "text_layers", "vocab_size")
         require_not_negative(self, "text_steps", "common_words")
 
     def changed(self) -> list[str]:
@@ -71,10 +72,10 @@ class TrainingOptions:
     start: str | None = option(
         None, "Finished model of this command to train further; its sizes and words stay as they are."
     )
-    steps: int = option(4000, "Optimizer steps.")
+    steps: int = option(4000, HELP["steps"])
     batch_size: int = option(24, "Crops per step.")
-    learning_rate: float = option(6e-4, "Peak of the cosine schedule.")
-    weight_decay: float = option(0.05, "AdamW weight decay.")
+    learning_rate: float = option(6e-4, HELP["learning_rate"])
+    weight_decay: float = option(0.05, HELP["weight_decay"])
     warmup_steps: int = option(200, "Steps of linear warm-up.")
     names_per_set: int = option(28, "Class names compared per set and step.")
     foreign_names: int = option(8, "Names of other sets added as wrong answers.")
@@ -89,8 +90,8 @@ class TrainingOptions:
 class PretrainingRun(RunOptions):
     """Where and how the training runs."""
 
-    save_steps: int = option(500, "Steps between checkpoints; the last two are kept.")
-    workers: int = option(1, "Processes that cut crops.")
+    save_steps: int = option(500, HELP["save_steps"])
+    workers: int = option(1, HELP["workers"])
 
     def __post_init__(self):
         super().__post_init__()

@@ -72,7 +72,8 @@ def train_locked(options: PretrainingOptions, accelerator: Accelerator) -> Path 
     state = earlier_state(output, resume, settings, accelerator.num_processes, comparable, [result], overwrite)
     recipe = read_recipe(options.recipe.recipe)
     earlier = read_samples(output) if resume else None
-    sets = load_sets(Path(options.recipe.data), recipe, None if earlier is None else earlier["held_out"])
+    held_out = None if earlier is None else earlier["held_out"]
+    sets = load_sets(Path(options.recipe.data), recipe, held_out, options.recipe)
     samples = {part: [name for crops in sets for name in getattr(crops, source)] for part, source in PARTS.items()}
     if resume:
         earlier_samples(output, itertools.chain(*samples.values()), options.run.allow_changed_data)
@@ -105,7 +106,11 @@ def train_locked(options: PretrainingOptions, accelerator: Accelerator) -> Path 
 
 
 def comparable(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings as a resumed run compares them: the recipe by its file name, since version 0.1 kept it elsewhere."""
+    """
+    Settings as a resumed run compares them: under the names of today, and the recipe by its file name, since version 0.1
+    kept it elsewhere.
+    """
+    settings = PretrainingOptions.with_current_names(settings)
     return {**settings, "recipe": Path(settings["recipe"]).name}
 
 

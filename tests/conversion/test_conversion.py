@@ -325,8 +325,9 @@ def test_command_line_refuses_to_overwrite(tmp_path):
     assert first.exit_code == 0, first.output
     assert "largest difference, texts" in first.output and "0 skipped" in first.output
     again = CliRunner().invoke(app, command)
-    assert again.exit_code == 1 and "--force" in again.output
-    assert CliRunner().invoke(app, [*command, "--force"]).exit_code == 0
+    assert again.exit_code == 1 and "--overwrite" in again.output
+    assert CliRunner().invoke(app, [*command, "--overwrite"]).exit_code == 0
+    assert CliRunner().invoke(app, [*command, "--force"]).exit_code == 0  # its name in version 0.1
 
 
 def test_wrong_base_is_refused(tmp_path):

@@ -123,7 +123,7 @@ def test_features_are_made_once_and_give_the_same_probe_as_made_anew(backbone, d
 def test_launched_in_two_processes_on_a_sliding_window_of_a_spar_folder(vision_model, dataset, tmp_path):
     vision_model.save_pretrained(tmp_path / "spar")
     SparImageProcessorPil().save_pretrained(tmp_path / "spar")
-    more = ["--inference", "sliding:32", "--steps", "3", "--cache", tmp_path / "cache", "--shortest_edge", "96"]
+    more = ["--stride", "32", "--steps", "3", "--cache", tmp_path / "cache", "--shortest_edge", "96"]
     result = subprocess.run(
         [*TWO_PROCESSES, str(SCRIPT), *arguments(tmp_path / "spar", dataset, tmp_path / "probe", *more)],
         env={**ENVIRONMENT, "TQDM_DISABLE": "1"},
@@ -198,6 +198,7 @@ def test_loss_reads_logits_where_masks_do():
     [
         (["--test_include", "*"], r"p0\.png .*--train_exclude"),
         (["--inference", "sliding"], "sliding:STRIDE"),
+        (["--inference", "sliding:32", "--stride", "16"], "leave --inference out"),
         (["--learning_rates", "0"], "--learning_rates"),
     ],
 )
@@ -217,7 +218,7 @@ def test_masks_beyond_the_classes_are_refused(backbone, dataset, tmp_path):
 
 
 def test_a_run_of_version_0_1_resumes(backbone, dataset, tmp_path, monkeypatch):
-    """It stored one pattern where there are lists now, and the precision that was the default then."""
+    """It stored one pattern where there are lists now, and the stride as a part of --inference alone."""
     monkeypatch.setattr(linear_probe, "batch_loss", at_call(4, batch_loss, crash))
     with pytest.raises(MemoryError):
         main(arguments(backbone, dataset, tmp_path / "run", "--save_steps", 2))
@@ -226,9 +227,16 @@ def test_a_run_of_version_0_1_resumes(backbone, dataset, tmp_path, monkeypatch):
     state = json.loads(file.read_text())
     assert state["settings"]["mixed_precision"] == "no"
     assert (state["settings"]["train_include"], state["settings"]["test_include"]) == (["*"], ["p[67]"])
+    assert (state["settings"].pop("stride"), state["settings"]["inference"]) == (None, "single")
     state["settings"] |= {"train_include": "*", "test_include": "p[67]"}
     file.write_text(json.dumps(state))
     assert main(arguments(backbone, dataset, tmp_path / "run", "--resume"))["steps"] == 60
+
+
+def test_the_earlier_form_of_a_stride_is_the_same_option():
+    options = FeatureOptions(model="m", stride=32)
+    assert options == FeatureOptions(model="m", inference="sliding:32") == FeatureOptions(**vars(options))
+    assert FeatureOptions(model="m") == FeatureOptions(model="m", inference="single")
 
 
 def test_features_of_images_stored_in_a_data_set_are_those_of_the_files(backbone, dataset, tmp_path):

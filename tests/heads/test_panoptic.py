@@ -29,9 +29,10 @@ from spar_hf import (
 )
 from spar_hf.data.segmentation_sets import open_folder
 from spar_hf.heads.panoptic import PanopticTrainer, main, split_data
-from spar_hf.heads.panoptic_options import PanopticOptions, PanopticViews
+from spar_hf.heads.panoptic_options import FREE, PanopticOptions, PanopticViews, upgrade
 from spar_hf.heads.panoptic_quality import measure_quality
 from spar_hf.heads.segments import PanopticImages, find_segments, first_item, thing_classes
+from spar_hf.utils.checkpoints import settings_of
 from spar_hf.utils.errors import MissingFiles, NotFinite, UsageError
 from spar_hf.utils.sample_record import read_samples
 
@@ -194,9 +195,9 @@ def test_images__the_same_whatever_the_workers_and_the_start(data, tmp_path):
 @pytest.mark.slow
 def test_script__launched_in_two_processes(base, data, tmp_path):
     (tmp_path / "classes.json").write_text('{"person": ["person"], "outside": ["sky", "grass"]}')
-    options = {"steps": 40, "train_backbone": "2", "holdout_every": 2, "learning_rate": 4e-3, "threshold": 0.1}
+    options = {"steps": 40, "train_backbone": "2", "holdout_every": 2, "learning_rate": 4e-3, "segment_threshold": 0.1}
     options |= {"gradient_accumulation_steps": 1, "log_steps": 20, "out_features": ["stage1"]}
-    options["classes"] = tmp_path / "classes.json"
+    options["merge_classes"] = tmp_path / "classes.json"
     command = [*TWO_PROCESSES, str(TRAINING / "panoptic.py"), *arguments(base, data, tmp_path / "run", **options)]
     run = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
     assert run.returncode == 0, run.stderr[-3000:]
@@ -217,7 +218,7 @@ def test_script__launched_in_two_processes(base, data, tmp_path):
     # each process measured its share; together they are what one finds
     measured = json.loads((tmp_path / "run" / "curve.json").read_text())[-1]
     folder_options = PanopticOptions.parse(arguments(base, data, tmp_path, **options)).data
-    _, held_out = split_data(open_folder(data, options["classes"]), folder_options)
+    _, held_out = split_data(open_folder(data, options["merge_classes"]), folder_options)
     again = measure_quality(model.eval(), processor, held_out, {0}, 0.001, 0.1, Accelerator())
     assert again["images"] == 2 and again["pq"] > 0
     assert {"step": 40, **again} == measured
@@ -305,12 +306,27 @@ def test_options__names_of_version_0_1():
     assert options.run.mixed_precision is None  # what `accelerate launch` was told counts
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "value"),
+    [("classes", "merge_classes", "c.json"), ("min_area", "min_region_area", 0.5), ("threshold", "segment_threshold", 0.1),
+     ("data", "dataset", "d"), ("photos", "limit", 3)],
+)  # fmt: skip
+def test_options__earlier_names_are_read(old, new, value):
+    given = {"model": "m", "dataset": "d", "output": "o"}
+    options = PanopticOptions.from_flat(**(given | {new: value}))
+    given.pop(new, None)
+    command = [word for name, text in (given | {old: value}).items() for word in (f"--{name}", str(text))]
+    assert PanopticOptions.parse(command) == PanopticOptions.from_flat(**given, **{old: value}) == options
+    stored = settings_of(options, FREE)
+    assert upgrade({old if name == new else name: value for name, value in stored.items()}) == stored
+
+
 def test_options__bad_ones_are_refused(base, data, tmp_path):
     for wrong, message in [
         ({"train_backbone": "some"}, "--train_backbone"),
         ({"holdout_every": 1}, "--holdout_every"),
         ({"min_scale": 2.0}, "--min_scale"),
-        ({"threshold": 1.5}, "--threshold"),
+        ({"segment_threshold": 1.5}, "--segment_threshold"),
         ({"gradient_accumulation_steps": 0}, "--gradient_accumulation_steps 0 must be above 0"),
         ({"eval_steps": 0}, "--eval_steps 0 must be above 0"),
     ]:
@@ -321,7 +337,7 @@ def test_options__bad_ones_are_refused(base, data, tmp_path):
     for wrong, message in [
         ({"holdout_every": 5}, "holds out none"),  # of four images: not to be called held out
         ({"holdout_every": 0, "train_backbone": "9"}, "9: the backbone has 2 blocks"),
-        ({"holdout_every": 0, "min_area": 0.9, "things": list(CLASSES)}, "has a segment"),
+        ({"holdout_every": 0, "min_region_area": 0.9, "things": list(CLASSES)}, "has a segment"),
     ]:
         with pytest.raises(UsageError, match=message):
             main(arguments(base, data, tmp_path, **wrong))

@@ -28,7 +28,7 @@ from spar_hf.pretraining.words import build_tokenizer, common_words, teach_words
 from spar_hf.utils.errors import NotFinite, UsageError
 from spar_hf.utils.sample_record import read_samples
 
-SMALL = {"window": 32, "hidden_size": 64, "layers": 1, "vocab_size": 400, "batch_size": 4, "text_steps": 5}
+SMALL = {"window_size": 32, "hidden_size": 64, "layers": 1, "vocab_size": 400, "batch_size": 4, "text_steps": 5}
 SMALL |= {"warmup_steps": 1, "workers": 0, "foreign_names": 2}
 COLOURS = {"sky": (90, 150, 240), "road": (90, 90, 90), "grass": (60, 170, 50), "bus": (220, 40, 40)}
 
@@ -68,9 +68,10 @@ def arguments(world, output, **options):
 
 
 def as_version_0_1_stored_it(file):
-    """Version 0.1 kept the recipe elsewhere, and its settings had the default precision of that time."""
+    """Version 0.1 kept the recipe elsewhere, and had another name for the side of a window."""
     state = json.loads(file.read_text())
     assert state["settings"]["mixed_precision"] == "no" and state["settings"]["start"] is None
+    state["settings"]["window"] = state["settings"].pop("window_size")
     state["settings"]["recipe"] = "/elsewhere/training/recipe.yaml"
     file.write_text(json.dumps(state))
 
@@ -106,7 +107,7 @@ def test_a_set_whose_pixels_are_all_ignored_adds_nothing(world):
 
 @pytest.mark.slow
 def test_learns_words_and_resumes(world):
-    common = SMALL | {"window": 64, "layers": 2, "batch_size": 8, "text_steps": 120, "warmup_steps": 10}
+    common = SMALL | {"window_size": 64, "layers": 2, "batch_size": 8, "text_steps": 120, "warmup_steps": 10}
     common |= {"learning_rate": 2e-3, "save_steps": 150, "steps": 220}
     folder = main(arguments(world, world / "run", **common))
     log = [json.loads(line) for line in (world / "run" / "log.jsonl").read_text().splitlines()]
@@ -135,7 +136,7 @@ def test_learns_words_and_resumes(world):
 
     # another run goes on from the finished model: what it knows is kept, its words and sizes stand
     more = common | {"steps": 21, "learning_rate": 1e-4, "start": folder}
-    with pytest.raises(UsageError, match="leave out --window, --hidden_size"):
+    with pytest.raises(UsageError, match="leave out --window_size, --hidden_size"):
         main(arguments(world, world / "more", **more))
     more = {name: value for name, value in more.items() if not hasattr(NewModelOptions(), name)}
     further = SparForOpenVocabSegmentation.from_pretrained(main(arguments(world, world / "more", **more)))
@@ -172,7 +173,7 @@ def test_words_without_labels_lie_near_words_with_some(world):
     torch.testing.assert_close(same, torch.tensor(1.0))  # synonyms share their class's direction
 
     tokenizer = build_tokenizer(sets, ["street"], 400)
-    model = build_model(NewModelOptions(window=64, hidden_size=64, layers=1), tokenizer)
+    model = build_model(NewModelOptions(window_size=64, hidden_size=64, layers=1), tokenizer)
     reached = teach_words(model, tokenizer, sets, ["street"], str(encoder), steps=60, seed=0)
     assert min(reached.values()) > 0.8
     assert not any(weight.requires_grad for weight in model.text_model.parameters())
