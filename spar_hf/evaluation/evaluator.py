@@ -140,6 +140,8 @@ def measurement_settings(
     settings["files"] = {name: model_files(folder) for name, folder in folders.items()}
     settings["mixed precision"] = accelerator.mixed_precision
     settings["device"] = accelerator.device.type
+    if options.get("threshold") and options.get("protocol") is None:
+        settings["scores"] = "classes"  # earlier versions compared the softmax over names with it
     return json.loads(json.dumps(settings))
 
 

@@ -28,11 +28,12 @@ from .image_streams import (
 from .presence import class_presence, resolve_classes, store_embeddings
 from .processing_spar import SparProcessor
 from .prompts import CandidateLabels, Vocabulary
-from .refine import Refinement, Upsampler, refined_logits
+from .refine import Refinement, refined_logits
 from .results import as_segments, map_result
 from .segmentation import DenseLogits, check_output_size, check_shares, class_probabilities
 from .text_embeddings import STORED_EMBEDDINGS, TextEmbeddingCache, stored_embeddings
 from .tiling import TiledImage, check_tiled, tiled_map
+from .upsamplers import Upsampler, resolve_upsampler
 
 logger = logging.get_logger(__name__)
 
@@ -140,7 +141,7 @@ class OpenVocabSegmentationPipeline(Pipeline):
                 Drop classes whose presence is below it, as if they had not been listed: their pixels go to the next best of
                 the others, the background's words among them. If every class is dropped, all pixels are background.
             refine (`str` or `Callable`, *optional*): `"lposs"`, `"lposs+"` or `"pamr"` for sharper masks, see `refine.py`.
-            upsampler (`Callable`, *optional*): a learned upsampler `(image, features) -> features`, see `refine.py`.
+            upsampler (`str` or `Callable`, *optional*): `"anyup"`, `"naf"` or a callable, see `upsamplers.py`.
             output (`str`, *optional*, defaults to `"segments"`):
                 - `"segments"`: a list of `{"label", "score", "mask"}` per class that has pixels, in the order of
                   the classes; `mask` is a `PIL.Image` of mode `L`, 0 or 255, in the size of the image. The background is
@@ -411,7 +412,7 @@ class OpenVocabSegmentationPipeline(Pipeline):
         output: str = "segments",
         top_k: int | None = None,
         refine: str | Refinement | None = None,
-        upsampler: Upsampler | None = None,
+        upsampler: str | Upsampler | None = None,
     ):
         asked, rules = vocabulary.labels if vocabulary else (), bool(threshold or min_area or min_presence)
         vocabulary, labels, background_class = self.classes(vocabulary, background, rules, templates)
@@ -458,7 +459,7 @@ class OpenVocabSegmentationPipeline(Pipeline):
             refine is not None or upsampler is not None
         ):  # without names there is nothing to refine
             parts = (encoded.feature_map, text_embeds, encoded.pixel_values)
-            return refined_logits(self.model, *parts, refine, upsampler)
+            return refined_logits(self.model, *parts, refine, resolve_upsampler(upsampler, self.image_processor))
 
         def logits_of_rows(first: int, last: int) -> torch.Tensor:
             """`(names, last - first, w)`; [`decide`] takes no more rows at once than fit."""

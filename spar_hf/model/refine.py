@@ -7,9 +7,8 @@ A refinement is a callable `(logits, feature_map, pixel_values) -> logits` for o
 - `pixel_values` `(3, h * cell, w * cell)` is the normalised image, padded to whole cells by repeating its border,
 - the result is `(names, h * r, w * r)` where `r` divides the cell: finer logits over the same padded image.
 
-[`LabelPropagation`] and [`PixelAdaptiveRefinement`] are provided; any callable of this form can be used. An upsampler is a
-callable `(image, features) -> features`, applied before the logits are computed: `(1, 3, h * patch, w * patch)` and
-`(1, dim, h, w)` -> `(1, dim, h * r, w * r)`.
+[`LabelPropagation`] and [`PixelAdaptiveRefinement`] are provided; any callable of this form can be used. An upsampler makes
+features finer before the logits are computed, see `upsamplers.py`.
 
 Results of `spar-tiny` at a shorter side of 384 px: mIoU and pixel accuracy in percent (`training/evaluate.py --runs
 student:single+lposs ...`). Parameters were chosen with an earlier student on 12 frames of CamVid (`val`, sequence 0016E5).
@@ -26,15 +25,16 @@ features upsampled bilinearly by 4 gave no gain, and label propagation with abou
 of DINO's features, reduced the mIoU of the street scenes from 25.8 to 11.4. Measure on labelled images before using one.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from .upsamplers import Upsampler, cell_side, upsampled_features
+
 Refinement = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-Upsampler = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 WORKING_BYTES = 64 * 2**20  # bound on the largest buffer of a step
 OUTPUT_BYTES = 2**30  # bound on upsampled logits
@@ -297,31 +297,27 @@ def refined_logits(
         pixel_values (`torch.Tensor` of shape `(3, height, width)`): input of the vision tower.
         refine (`str` or `Callable`, *optional*): see [`resolve_refinement`].
         upsampler (`Callable`, *optional*):
-            `(image, features) -> features`, e.g. AnyUp (Wimmer et al., 2025). It gets SPAR's normalised image
-            `(1, 3, h * patch, w * patch)`; an upsampler trained with another mean and deviation needs a wrapper. Its
-            features take `dim * height * width` values at full resolution, so prefer a coarser grid.
+            `(image, features) -> features`, see `upsamplers.py`. It gets SPAR's normalised image, window by window, so that
+            its memory is that of 32 × 32 patches; only a refinement needs the finer features of the whole image.
 
     Returns:
         Logits `(names, ceil(height / cell), ceil(width / cell))` and the side of a cell in pixels, `patch / r`: the
         `logits` and `patch_size` of [`~spar_hf.model.segmentation.decide`].
 
     Raises:
-        ValueError: an unknown refinement, a result on an impossible grid, or logits above 1 GiB.
+        ValueError: an unknown refinement, a result on an impossible grid, or logits or refined features above 1 GiB.
     """
     cell = model.config.patch_size
     height, width = pixel_values.shape[-2:]
     padding = (0, feature_map.shape[2] * cell - width, 0, feature_map.shape[1] * cell - height)
     image = nn.functional.pad(pixel_values[None], padding, mode="replicate")
-    if upsampler is not None:
-        fine = upsampler(image, feature_map[None])[0]
-        cell = cell_side("The upsampler's features", fine.shape, feature_map.shape, cell)
-        feature_map = fine
-    if 4 * len(text_embeds) * feature_map[0].numel() > OUTPUT_BYTES:
-        raise ValueError(
-            f"{len(text_embeds)} names on {feature_map.shape[1]}×{feature_map.shape[2]} cells take more than "
-            f"{OUTPUT_BYTES // 2**20} MiB. Use fewer names, a smaller `size`, or an upsampler with a coarser grid."
+    if upsampler is None:
+        check_size(f"{len(text_embeds)} names", len(text_embeds), feature_map.shape[1:])
+        logits = model.dense_logits(feature_map[None], text_embeds)[0]
+    else:
+        logits, feature_map, cell = upsampled_logits(
+            model, feature_map, text_embeds, image, upsampler, refine is not None
         )
-    logits = model.dense_logits(feature_map[None], text_embeds)[0]
     if refine is not None:
         refined = resolve_refinement(refine)(logits, feature_map, image[0])
         cell = cell_side("The refinement's logits", refined.shape, logits.shape, cell)
@@ -330,15 +326,37 @@ def refined_logits(
     return logits[:, : -(-height // cell), : -(-width // cell)], cell
 
 
-def cell_side(what: str, shape: tuple[int, ...], source: tuple[int, ...], cell: int) -> int:
-    """Side in pixels of the cells of a grid `(channels, h * r, w * r)` over a `source` with cells of `cell` pixels."""
-    r = shape[-1] // source[-1]
-    if len(shape) != 3 or tuple(shape) != (source[0], source[1] * r, source[2] * r) or r < 1 or cell % r:
+def upsampled_logits(
+    model, feature_map: torch.Tensor, text_embeds: torch.Tensor, image: torch.Tensor, upsampler: Upsampler, keep: bool
+) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """The logits of upsampled features, these features if they are to be kept, and the side of their cells."""
+    dim, height, width = feature_map.shape
+    patch = cell = model.config.patch_size
+    logits = features = torch.empty(0)
+    for place, fine, cell in upsampled_features(upsampler, image, feature_map, patch):
+        if not len(logits):
+            size = (height * patch // cell, width * patch // cell)
+            check_size(f"{len(text_embeds)} names", len(text_embeds), size)
+            logits = fine.new_empty((len(text_embeds), *size), dtype=torch.float32)
+            if keep:
+                check_size(f"Features of {dim} channels for a refinement", dim, size)
+                features = fine.new_empty((dim, *size))
+        logits[:, *place] = model.dense_logits(fine[None], text_embeds)[0]
+        if keep:
+            features[:, *place] = fine
+    return logits, features, cell
+
+
+def check_size(what: str, values: int, size: Sequence[int]) -> None:
+    """
+    Raises:
+        ValueError: float32 `values` per cell of a grid of this `size` take more than 1 GiB.
+    """
+    if 4 * values * size[0] * size[1] > OUTPUT_BYTES:
         raise ValueError(
-            f"{what} have shape {tuple(shape)} for a grid of {tuple(source)}; they must be (channels, height * r, "
-            f"width * r) with an r that divides {cell}."
+            f"{what} on {size[0]}×{size[1]} cells take more than {OUTPUT_BYTES // 2**20} MiB. Use fewer names, a smaller "
+            "`size`, an upsampler with a coarser grid, or no refinement."
         )
-    return cell // r
 
 
 __all__ = ["LabelPropagation", "PixelAdaptiveRefinement", "refined_logits", "resolve_refinement"]

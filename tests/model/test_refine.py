@@ -12,6 +12,7 @@ from transformers import pipeline
 from transformers.dynamic_module_utils import get_imports
 
 import spar_hf.model.refine
+import spar_hf.model.upsamplers
 from spar_hf import SparImageProcessorPil
 from spar_hf.model.refine import (
     LabelPropagation,
@@ -20,6 +21,7 @@ from spar_hf.model.refine import (
     refined_logits,
     resolve_refinement,
 )
+from spar_hf.model.upsamplers import PRESETS, resolve_upsampler, upsampled_features
 
 scipy = pytest.importorskip("scipy")
 
@@ -250,3 +252,110 @@ def test_pipeline_runs_ones_own_refinement_and_upsampler(two_towers, tokenizer):
         "map"
     ]
     assert (plain == same).mean() > 0.999
+
+
+# --- upsamplers: windows and names ---
+
+
+def local_upsampler(image, features):
+    """Reaches 4 patches far: a mean over 9 × 9 patches, beside colours of the image."""
+    near = F.avg_pool2d(F.pad(features, (4, 4, 4, 4), mode="replicate"), 9, stride=1)
+    fine = (features + near).repeat_interleave(2, 2).repeat_interleave(2, 3)
+    return fine + F.avg_pool2d(image, 2).mean(1, keepdim=True)
+
+
+def test_a_local_upsampler_gives_the_same_in_windows_as_on_the_whole():
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(5, 40, 61, generator=generator)
+    image = torch.randn(1, 3, 160, 244, generator=generator)
+    seen, found = [], torch.zeros(5, 80, 122)
+
+    def upsampler(image, features):
+        seen.append(tuple(features.shape[-2:]))
+        assert image.shape[-2:] == (4 * features.shape[-2], 4 * features.shape[-1])
+        return local_upsampler(image, features)
+
+    for place, fine, side in upsampled_features(upsampler, image, features, 4):
+        assert side == 2 and (found[:, *place] == 0).all()
+        found[:, *place] = fine
+    assert len(seen) == 6 and max(max(size) for size in seen) == 32
+    torch.testing.assert_close(found, local_upsampler(image, features[None])[0])
+
+
+def test_windows_of_another_factor_are_refused():
+    def upsampler(image, features):
+        return features.repeat_interleave(features.shape[-1] // 12, 2).repeat_interleave(features.shape[-1] // 12, 3)
+
+    with pytest.raises(ValueError, match="cells of 8 and of 16"):
+        list(upsampled_features(upsampler, torch.zeros(1, 3, 32, 640), torch.zeros(2, 2, 40), 16))
+
+
+def test_logits_of_windows_are_those_of_the_whole_map_and_a_refinement_gets_all_features(two_towers, monkeypatch):
+    pixels = torch.randn(3, 16 * 34, 16 * 3 - 5, generator=torch.Generator().manual_seed(0))
+    features = torch.randn(32, 34, 3, generator=torch.Generator().manual_seed(1))
+    texts = torch.randn(3, 32, generator=torch.Generator().manual_seed(2))
+
+    def upsampler(image, features):
+        return features.repeat_interleave(2, 2).repeat_interleave(2, 3)
+
+    logits, cell = refined_logits(two_towers, features, texts, pixels, upsampler=upsampler)
+    expected = two_towers.dense_logits(upsampler(None, features[None]), texts)[0]
+    assert cell == 8
+    torch.testing.assert_close(logits, expected)
+
+    def refinement(logits, feature_map, pixel_values):
+        torch.testing.assert_close(feature_map, upsampler(None, features[None])[0])
+        return logits + 1
+
+    refined, _ = refined_logits(two_towers, features, texts, pixels, refinement, upsampler)
+    torch.testing.assert_close(refined, expected + 1)
+    monkeypatch.setattr("spar_hf.model.refine.OUTPUT_BYTES", 4 * 3 * 68 * 6)
+    with pytest.raises(ValueError, match="32 channels for a refinement on 68×6 cells"):
+        refined_logits(two_towers, features, texts, pixels, refinement, upsampler)
+    monkeypatch.setattr("spar_hf.model.refine.OUTPUT_BYTES", 4 * 3 * 68 * 6 - 1)
+    with pytest.raises(ValueError, match="3 names on 68×6 cells"):
+        refined_logits(two_towers, features, texts, pixels, upsampler=upsampler)
+
+
+HUBCONF = """
+import torch
+
+class Doubled(torch.nn.Module):
+    def forward(self, image, features, output_size=None):
+        self.image = image
+        return torch.nn.functional.interpolate(features, size=output_size)
+
+def {entry}(pretrained=True, device="cpu"):
+    return Doubled().train()
+"""
+
+
+@pytest.mark.parametrize(("name", "folder"), [("anyup", "wimmerth_anyup_main"), ("naf", "valeoai_NAF_main")])
+def test_presets_are_loaded_from_the_cache_of_the_hub_or_name_what_to_install(tmp_path, monkeypatch, name, folder):
+    """The hub's code is stood in for by one with its entry point and arguments."""
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
+    monkeypatch.setattr(spar_hf.model.upsamplers, "find_spec", lambda package: None)
+    processor = SparImageProcessorPil(image_mean=[0.5, 0.4, 0.3], image_std=[0.2, 0.2, 0.1])
+    entry, repository = PRESETS[name].entry, PRESETS[name].repository
+    missing = "pip install natten einops; " if name == "naf" else ""
+    with pytest.raises(ImportError, match=f"{missing}python -c .*torch.hub.load.'{repository}', '{entry}'"):
+        resolve_upsampler(name, processor)
+    (tmp_path / folder).mkdir()
+    (tmp_path / folder / "hubconf.py").write_text(HUBCONF.format(entry=entry))
+    monkeypatch.setattr(spar_hf.model.upsamplers, "find_spec", lambda package: True)
+    upsampler = resolve_upsampler(name, processor)
+    model = PRESETS[name].load()
+    assert not model.training and PRESETS[name].load() is model  # loaded once
+    colours = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)  # ImageNet's mean, in SPAR's normalisation
+    image = (colours - torch.tensor(processor.image_mean).view(3, 1, 1)) / torch.tensor(processor.image_std).view(
+        3, 1, 1
+    )
+    assert upsampler(image.expand(1, 3, 32, 48), torch.randn(1, 8, 2, 3)).shape == (1, 8, 8, 12)
+    assert float(model.image.abs().max()) < 1e-6
+
+
+def test_names_of_upsamplers():
+    assert resolve_upsampler(None, None) is None and resolve_upsampler(local_upsampler, None) is local_upsampler
+    for wrong in ("uplift", "nonsense"):
+        with pytest.raises(ValueError, match=f"{wrong}.*'anyup', 'naf'"):
+            resolve_upsampler(wrong, None)

@@ -1,0 +1,182 @@
+"""
+Learned upsamplers of features, run in windows of bounded size, and published ones by name.
+
+An upsampler is a callable `(image, features) -> features`: `(1, 3, h * patch, w * patch)` and `(1, dim, h, w)` ->
+`(1, dim, h * r, w * r)`, where `r` divides the patch.
+
+Maps of more than 32 patches on an axis are read in windows of 24 patches and 4 more on either side. The margins are cropped,
+not blended: the result of an upsampler that looks at most 4 patches far is then exactly that of the whole map, and nothing
+is held twice. An upsampler with a wider view, or with norms over the whole image as AnyUp and NAF, gives other values in
+windows than on the whole; they were trained on images about as large as a window.
+
+| name | source | memory of a window (16 px patches), from its published code |
+|---|---|---|
+| `"anyup"` | AnyUp, Wimmer et al., arXiv 2510.12764, several backbones | 270 MB of attention, 130 MB per layer |
+| `"naf"` | NAF, Chambon et al., arXiv 2511.18452; `natten`, 9 patches per axis or more | 270 MB per layer at most |
+
+Both return features four times as fine. UPLiFT (Walmer et al., 2026) has no name here: its published weights are for
+features of DINOv2-S/14 and DINOv3-S+/16. Any other upsampler can be passed as a callable.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+Upsampler = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+TILE = 24  # patches per axis that a window contributes
+OVERLAP = 4  # patches on either side that it sees beyond them
+IMAGENET = (
+    (0.485, 0.456, 0.406),
+    (0.229, 0.224, 0.225),
+)  # mean and deviation of the images that presets were trained on
+
+
+def cell_side(what: str, shape: tuple[int, ...], source: tuple[int, ...], cell: int) -> int:
+    """Side in pixels of the cells of a grid `(channels, h * r, w * r)` over a `source` with cells of `cell` pixels."""
+    r = shape[-1] // source[-1]
+    if len(shape) != 3 or tuple(shape) != (source[0], source[1] * r, source[2] * r) or r < 1 or cell % r:
+        raise ValueError(
+            f"{what} have shape {tuple(shape)} for a grid of {tuple(source)}; they must be (channels, height * r, "
+            f"width * r) with an r that divides {cell}."
+        )
+    return cell // r
+
+
+def windows(length: int) -> list[tuple[slice, slice]]:
+    """
+    The parts of an axis of patches, each with the window that it is computed from.
+
+    Example:
+
+    ```python
+    >>> windows(32)
+    [(slice(0, 32, None), slice(0, 32, None))]
+    >>> windows(40)
+    [(slice(0, 24, None), slice(0, 28, None)), (slice(24, 40, None), slice(20, 40, None))]
+    ```"""
+    if length <= TILE + 2 * OVERLAP:
+        return [(slice(0, length), slice(0, length))]
+    parts = [(start, min(start + TILE, length)) for start in range(0, length, TILE)]
+    return [(slice(*part), slice(max(0, part[0] - OVERLAP), min(length, part[1] + OVERLAP))) for part in parts]
+
+
+def upsampled_features(
+    upsampler: Upsampler, image: torch.Tensor, feature_map: torch.Tensor, cell: int
+) -> Iterator[tuple[tuple[slice, slice], torch.Tensor, int]]:
+    """
+    Finer features, window by window.
+
+    Args:
+        upsampler: see above.
+        image (`torch.Tensor` of shape `(1, 3, h * cell, w * cell)`): the normalised image.
+        feature_map (`torch.Tensor` of shape `(dim, h, w)`): dense features.
+        cell: side of a patch in pixels.
+
+    Yields:
+        Rows and columns in the finer grid `(h * r, w * r)`, the features there, and the side of its cells, `cell / r`.
+
+    Raises:
+        ValueError: a result on an impossible grid, or windows of unequal `r`.
+    """
+    first = None
+    for rows, tall in windows(feature_map.shape[1]):
+        for columns, wide in windows(feature_map.shape[2]):
+            features = feature_map[:, tall, wide]
+            view = image[..., tall.start * cell : tall.stop * cell, wide.start * cell : wide.stop * cell]
+            fine = upsampler(view, features[None])[0]
+            side = cell_side("The upsampler's features", fine.shape, features.shape, cell)
+            first = side if first is None else first
+            if side != first:
+                raise ValueError(f"The upsampler's features have cells of {first} and of {side} pixels in one image.")
+            r = cell // side
+            place = tuple(slice(part.start * r, part.stop * r) for part in (rows, columns))
+            inner = [
+                slice((part.start - window.start) * r, (part.stop - window.start) * r)
+                for part, window in ((rows, tall), (columns, wide))
+            ]
+            yield (place[0], place[1]), fine[:, inner[0], inner[1]], side
+
+
+@dataclass(frozen=True)
+class Preset:
+    """
+    A published upsampler on torch.hub.
+
+    Attributes:
+        repository, entry: what `torch.hub.load` takes.
+        packages: further packages that its code imports.
+        factor: how much finer the features become.
+    """
+
+    repository: str
+    entry: str
+    packages: tuple[str, ...] = ()
+    factor: int = 4
+
+    def load(self) -> nn.Module:
+        """
+        The model, from code that is in the cache of torch.hub: code is not downloaded without being asked for.
+
+        Raises:
+            ImportError: the code or a package is missing.
+        """
+        return _load(self, torch.hub.get_dir())
+
+
+PRESETS = {
+    "anyup": Preset("wimmerth/anyup", "anyup_multi_backbone"),
+    "naf": Preset("valeoai/NAF", "naf", ("natten", "einops")),
+}
+
+
+@functools.cache
+def _load(preset: Preset, hub: str) -> nn.Module:
+    missing = [package for package in preset.packages if find_spec(package) is None]
+    folders = sorted(Path(hub).glob(preset.repository.replace("/", "_") + "_*/hubconf.py"))
+    if missing or not folders:
+        install = f"pip install {' '.join(missing)}; " if missing else ""
+        raise ImportError(
+            f'The upsampler of {preset.repository} is not installed: {install}python -c "import torch; '
+            f"torch.hub.load('{preset.repository}', '{preset.entry}', trust_repo=True)\""
+        )
+    loaded: Any = torch.hub.load(str(folders[0].parent), preset.entry, source="local")
+    return loaded.eval()
+
+
+def resolve_upsampler(upsampler: str | Upsampler | None, image_processor: Any) -> Upsampler | None:
+    """
+    The upsampler called `"anyup"` or `"naf"`, which takes images normalised by `image_processor`; a callable or `None` as it
+    is.
+
+    Raises:
+        ValueError: an unknown name, or neither a name nor a callable.
+        ImportError: its code or a package that it needs is not installed; the message says how to.
+    """
+    if upsampler is None or callable(upsampler):
+        return upsampler
+    if upsampler not in PRESETS:
+        hint = " (published for DINO's features only)" if upsampler == "uplift" else ""
+        raise ValueError(
+            f"Unknown upsampler {upsampler!r}{hint}; use one of {sorted(PRESETS)} or a callable "
+            "`(image, features) -> features` (`spar_hf/model/upsamplers.py`)."
+        )
+    preset = PRESETS[upsampler]
+    model = preset.load()
+    statistics = (*IMAGENET, image_processor.image_mean, image_processor.image_std)
+
+    def upsample(image: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+        mean, std, old_mean, old_std = (image.new_tensor(values).view(-1, 1, 1) for values in statistics)
+        size = tuple(side * preset.factor for side in features.shape[-2:])
+        return model.to(features.device)((image * old_std + old_mean - mean) / std, features, output_size=size)
+
+    return upsample
+
+
+__all__ = ["PRESETS", "Preset", "Upsampler", "resolve_upsampler", "upsampled_features"]
