@@ -24,19 +24,16 @@ def bake(
     """
     if output.exists():
         fail(f"{output} exists. Name another folder.", 2)
-    from spar_hf.cli.labels import read_labels, unknown_hint
+    from spar_hf.cli.labels import read_labels
 
     with exit_on_error(failure=()):
         vocabulary = read_labels(labels)
 
     from spar_hf.cli.pipelines import load_pipeline
     from spar_hf.model.modeling_spar_semantic import bake_vocabulary
-    from spar_hf.model.prompts import unknown_names
 
     with exit_on_error(usage=(), failure=(ValueError, OSError, RuntimeError)):
         pipe = load_pipeline(model)
-        if unknown := unknown_names(pipe.tokenizer, vocabulary.all_names):
-            say(f"note: {unknown_hint(unknown)}", err=True)
         baked = bake_vocabulary(pipe.model, pipe.tokenizer, vocabulary, templates)
         with writing_folder(output) as temporary:
             baked.save_pretrained(temporary)

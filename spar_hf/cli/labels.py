@@ -1,6 +1,5 @@
 """Classes as people type them: `"road; car, automobile; sky"`, the name of a vocabulary, or `@FILE`."""
 
-from collections.abc import Sequence
 from difflib import get_close_matches
 
 from spar_hf.model.prompts import Vocabulary
@@ -75,9 +74,3 @@ def single_class_hint(labels: str, vocabulary: Vocabulary) -> str:
     if len(vocabulary.all_names) == 1:
         return ""
     return f'{", ".join(vocabulary.all_names[:5])} are names of one class. Separate classes by ";": "road; sky".'
-
-
-def unknown_hint(names: Sequence[str]) -> str:
-    """Say that the tokenizer knows no character of some names."""
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return f"the model does not know the characters of {', '.join(names[:5])}{more}, so their masks may be wrong."
