@@ -32,12 +32,14 @@ class HugeResult:
 
     Attributes:
         labels: the classes, whose numbers are in the label map.
+        background: number of the background, -1 if there is none.
         pixels: pixels of each class.
         scores: mean probability of each class over its pixels, 0 where it has none.
         size: height and width of the image.
     """
 
     labels: list[str]
+    background: int
     pixels: list[int]
     scores: list[float]
     size: tuple[int, int]
@@ -122,6 +124,7 @@ def segment_huge(
     max_tokens: int | None = None,
     image_range: tuple[float, float] | None = None,
     max_pixels: int | None = None,
+    colours: Callable[[int, int], np.ndarray] | None = None,
     progress: Progress | None = None,
 ) -> HugeResult:
     """
@@ -136,6 +139,8 @@ def segment_huge(
         candidate_labels, tile, templates, background, threshold, min_area, max_tokens: as in the pipeline. With `min_area`
             the map is first written without compression beside `target`, since the rule counts the pixels of all the image.
         image_range, max_pixels: see [`open_windows`].
+        colours: for TIFF label maps of up to 256 classes: colours `(classes, 3)` uint8, which viewers show, from the number
+            of classes and that of the background (-1: none).
         progress: called after each tile with the number of tiles done and of all.
 
     Raises:
@@ -184,10 +189,11 @@ def segment_huge(
             if target.suffix.lower() == ".npy":
                 write_label_array(temporary, rows, size, dtype)
             else:
-                write_label_tiff(temporary, rows, size, dtype, labels, tags)
+                shown = None if colours is None else colours(len(labels), background_class)
+                write_label_tiff(temporary, rows, size, dtype, labels, tags, shown)
 
     write_atomically(target, write)
-    return HugeResult(labels, totals.pixels.tolist(), totals.scores(), size)
+    return HugeResult(labels, background_class, totals.pixels.tolist(), totals.scores(), size)
 
 
 def label_strips(

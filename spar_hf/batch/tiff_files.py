@@ -244,6 +244,7 @@ def write_label_tiff(
     dtype: Any,
     labels: Sequence[str],
     tags: Sequence[GeoTag] = (),
+    colours: np.ndarray | None = None,
 ) -> None:
     """
     Write a label map as a tiled TIFF (BigTIFF above 4 GiB), compressed without loss (deflate). The image description holds
@@ -256,15 +257,21 @@ def write_label_tiff(
         dtype: uint8 or uint16.
         labels: name of every number.
         tags: further tags, such as a georeference.
+        colours: of the classes, `(classes, 3)` uint8, for viewers; pixels are class numbers all the same. Only with uint8.
     """
     tifffile = import_tifffile()
     big = size[0] * size[1] * np.dtype(dtype).itemsize >= 2**32 - 2**25
+    shown: dict[str, Any] = {"photometric": "minisblack"}
+    if colours is not None and np.dtype(dtype) == np.uint8:
+        table = np.zeros((256, 3), np.uint16)
+        table[: len(colours)] = colours.astype(np.uint16) * 257
+        shown = {"photometric": "palette", "colormap": table.T}
     with tifffile.TiffWriter(path, bigtiff=big) as writer:
         writer.write(
             tiles_of_strips(strips, size, dtype),
             shape=size,
             dtype=dtype,
-            photometric="minisblack",
+            **shown,
             tile=(TILE, TILE),
             compression="zlib",
             description=json.dumps({"labels": list(labels)}),  # ASCII, as the tag must be

@@ -129,6 +129,10 @@ def segment_with_heat(pipe, image: Image.Image, candidate_labels, heat: bool = F
     >>> result["heat"].shape, int(result["heat"].sum(0).min()) >= 254
     ((2, 48, 64), True)
     ```"""
+    if options.get("tile") is not None:
+        if heat:
+            raise ValueError("Heat maps are of one pass: leave them out with tiles (--tile).")
+        return pipe(image, candidate_labels=candidate_labels, output="map", **options)
     seen = {name: options.pop(name) for name in ("size", "max_tokens") if name in options}
     encoded = pipe.encode(image, **seen)
     result = pipe(encoded, candidate_labels=candidate_labels, output="map", **options)

@@ -249,3 +249,14 @@ def test_more_than_256_classes_need_sixteen_bits(two_towers, aerial, tmp_path):
     labels = [a + b for a in letters for b in letters][:300]
     segment_huge(segment, aerial, tmp_path / "map.tif", labels, 96, templates="plain")
     assert tifffile.imread(tmp_path / "map.tif").dtype == np.uint16
+
+
+def test_a_map_has_the_colours_of_its_classes(segment, aerial, tmp_path):
+    def colours(classes, background):
+        return np.array([[10 * i, 0, 100 + (i == background)] for i in range(classes)], np.uint8)
+
+    options = {"background": ["tree"], "colours": colours}
+    found = segment_huge(segment, aerial, tmp_path / "map.tif", LABELS, TILE, **options)
+    with Image.open(tmp_path / "map.tif") as image:
+        assert image.mode == "P" and np.array_equal(np.asarray(image), tifffile.imread(tmp_path / "map.tif"))
+        assert image.getpalette()[:12] == [0, 0, 100, 10, 0, 100, 20, 0, 100, 30, 0, 101] and found.background == 3
