@@ -24,7 +24,7 @@ from spar_hf.registration import SPAR_TINY
 from spar_hf.teacher import SlidingWindowTeacher
 from spar_hf.utils.atomic import write_atomically, write_json
 from spar_hf.utils.errors import UsageError
-from spar_hf.utils.image_files import InputImage, result_path
+from spar_hf.utils.image_files import InputImage, result_path, stamp
 from spar_hf.utils.texts import storable
 
 KEY = "feature_map"  # name of the tensor in the file of one image
@@ -156,9 +156,9 @@ def as_metadata(values: dict[str, Any]) -> dict[str, str]:
     return {key: storable(value) if isinstance(value, str) else json.dumps(value) for key, value in values.items()}
 
 
-def check_settings(file: Path, settings: dict[str, Any]) -> list[str]:
+def check_settings(file: Path, settings: dict[str, Any]) -> tuple[list[str], dict[str, str]]:
     """
-    Names of the tensors in an existing file that was written with the same settings.
+    Names of the tensors in an existing file that was written with the same settings, and its metadata.
 
     Raises:
         UsageError: it was written with other settings, or cannot be read.
@@ -174,7 +174,7 @@ def check_settings(file: Path, settings: dict[str, Any]) -> list[str]:
                 f"{file} was written with {key}={metadata.get(key)}, not {value}. Name another folder, or repeat the "
                 "options of the earlier run."
             )
-    return keys
+    return keys, metadata
 
 
 class FileWriter:
@@ -194,12 +194,18 @@ class FileWriter:
         return result_path(self.output, storable(image.name), ".safetensors")  # safetensors opens UTF-8 names only
 
     def is_done(self, image: InputImage) -> bool:
-        """Whether the file of the image exists. Raises `UsageError` if it was written with other settings."""
-        return self.target(image).is_file() and bool(check_settings(self.target(image), self.settings))
+        """
+        Whether the file exists and was made from the same image. Raises `UsageError` if it was written with other settings.
+        """
+        if not self.target(image).is_file():
+            return False
+        keys, metadata = check_settings(self.target(image), self.settings)
+        now = as_metadata({"stamp": stamp(image)})["stamp"]
+        return bool(keys) and metadata.get("stamp", now) == now  # earlier versions kept none
 
     def add(self, image: InputImage, features: torch.Tensor, record: dict[str, Any]) -> None:
         """Write the features of an image."""
-        metadata = as_metadata({**self.settings, **record})
+        metadata = as_metadata({**self.settings, **record, "stamp": stamp(image)})
         write_atomically(self.target(image), lambda path: save_file({KEY: features}, path, metadata))
 
     def close(self) -> None:
@@ -211,8 +217,9 @@ class FileWriter:
 
 class ShardWriter:
     """
-    Writes shards with one tensor per image, named after the image (`sub/street`). The metadata are the settings and, under
-    `photos`, the records by image name as JSON.
+    Writes shards with one tensor per image, named after the image (`sub/street`). The metadata are the settings; under
+    `photos`, the records by image name as JSON; and under `round`, how many runs wrote to the folder before. An image that
+    was replaced between two runs is in a shard of each: the index names the later one.
 
     Args:
         output: folder to write; shards of an earlier run in it are continued.
@@ -226,20 +233,26 @@ class ShardWriter:
 
     def __init__(self, output: Path, settings: dict[str, Any], shard_bytes: int, process: int = 0):
         self.output, self.settings, self.shard_bytes, self.process = output, settings, shard_bytes, process
-        self.written = {name for shard in list_shards(output) for name in check_settings(shard, settings)}
+        self.written: dict[str, Any] = {}  # name of an image -> its stamp, `None` in shards of earlier versions
+        self.round = 0
+        for _, names, metadata in open_shards(output, settings):
+            records = json.loads(metadata.get("photos", "{}"))
+            self.written |= {name: records.get(name, {}).get("stamp") for name in names}
+            self.round = 1 + int(metadata.get("round", 0))
         mine = [shard.stem for shard in list_shards(output) if shard.stem.startswith(f"features-{process:03d}-")]
         self.number = 1 + max((int(stem.rpartition("-")[2]) for stem in mine), default=-1)
         self.tensors: dict[str, torch.Tensor] = {}
         self.records: dict[str, dict[str, Any]] = {}
 
     def is_done(self, image: InputImage) -> bool:
-        """Whether a shard of an earlier run contains the image."""
-        return storable(image.name) in self.written
+        """Whether a shard of an earlier run contains the same image."""
+        name = storable(image.name)
+        return name in self.written and self.written[name] in (None, stamp(image))
 
     def add(self, image: InputImage, features: torch.Tensor, record: dict[str, Any]) -> None:
         """Keep the features of an image, and write a shard if they are large enough together."""
         name = storable(image.name)
-        self.tensors[name], self.records[name] = features, record
+        self.tensors[name], self.records[name] = features, {**record, "stamp": stamp(image)}
         if sum(tensor.nbytes for tensor in self.tensors.values()) >= self.shard_bytes:
             self.close()
 
@@ -247,7 +260,7 @@ class ShardWriter:
         """Write the features that are still in memory."""
         if not self.tensors:
             return
-        metadata = as_metadata({**self.settings, "photos": self.records})
+        metadata = as_metadata({**self.settings, "photos": self.records, "round": self.round})
         tensors = self.tensors
         target = self.output / f"features-{self.process:03d}-{self.number:05d}.safetensors"
         write_atomically(target, lambda path: save_file(tensors, path, metadata))
@@ -257,9 +270,9 @@ class ShardWriter:
     def write_index(self) -> None:
         """Write the index of the shards of all processes, in the format of transformers: `weight_map` from image to file."""
         weight_map, size = {}, 0
-        for shard in list_shards(self.output):
+        for shard, names, _ in open_shards(self.output, self.settings):
             size += shard.stat().st_size
-            weight_map.update(dict.fromkeys(check_settings(shard, self.settings), shard.name))
+            weight_map.update(dict.fromkeys(names, shard.name))
         index = {"metadata": {**self.settings, "total_size": size}, "weight_map": weight_map}
         write_json(self.output / INDEX, index)
 
@@ -267,6 +280,12 @@ class ShardWriter:
 def list_shards(output: Path) -> list[Path]:
     """The shards in a folder, of all processes."""
     return sorted(output.glob("features-[0-9]*-[0-9]*.safetensors"))
+
+
+def open_shards(output: Path, settings: dict[str, Any]) -> list[tuple[Path, list[str], dict[str, str]]]:
+    """The shards with names of tensors and metadata, in the order of the runs that wrote them; see [`check_settings`]."""
+    shards = [(shard, *check_settings(shard, settings)) for shard in list_shards(output)]
+    return sorted(shards, key=lambda shard: int(shard[2].get("round", 0)))
 
 
 @dataclass(frozen=True)

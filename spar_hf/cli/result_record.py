@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from spar_hf.utils.errors import UsageError
-from spar_hf.utils.image_files import URL_PREFIXES, InputImage
+from spar_hf.utils.image_files import InputImage, stamp
 from spar_hf.utils.texts import json_text
 
 RECORD = ".spar-hf.jsonl"
@@ -106,19 +106,3 @@ class ResultRecord:
         differing = [name for name in {**then, **self.settings} if then.get(name) != self.settings.get(name)]
         values = {name: (json.dumps(then.get(name)), json.dumps(self.settings.get(name))) for name in differing}
         return "; ".join(f"{name} {old[:80]}, now {new[:80]}" for name, (old, new) in values.items()) or "unknown ones"
-
-
-def stamp(image: InputImage) -> list[int] | str | None:
-    """
-    Size in bytes and time of the last change of an image's file, and the number of a chosen frame; hash of a URL; `None` for
-    a file that is gone.
-    """
-    if image.source.startswith(URL_PREFIXES):
-        return hashlib.sha256(image.source.encode("utf-8", "surrogateescape")).hexdigest()[:16] + (
-            "" if image.frame is None else f" {image.frame}"
-        )
-    try:
-        found = Path(image.source).stat()
-    except OSError:
-        return None
-    return [found.st_size, found.st_mtime_ns, *([] if image.frame is None else [image.frame])]

@@ -46,6 +46,22 @@ class InputImage:
     frame: int | None = field(default=None, repr=False)
 
 
+def stamp(image: InputImage) -> list[int] | str | None:
+    """
+    Size in bytes and time of the last change of an image's file, and the number of a chosen frame; hash of a URL; `None` for
+    a file that is gone.
+    """
+    if image.source.startswith(URL_PREFIXES):
+        return hashlib.sha256(image.source.encode("utf-8", "surrogateescape")).hexdigest()[:16] + (
+            "" if image.frame is None else f" {image.frame}"
+        )
+    try:
+        found = Path(image.source).stat()
+    except OSError:
+        return None
+    return [found.st_size, found.st_mtime_ns, *([] if image.frame is None else [image.frame])]
+
+
 @dataclass
 class RunSummary:
     """

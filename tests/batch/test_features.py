@@ -117,6 +117,24 @@ def test_single_files_are_continued_too_and_a_bad_image_stops_no_other(model, im
     )
 
 
+@pytest.mark.parametrize("shards", [(), ("--shard-size", "0.001")])
+def test_a_replaced_image_of_the_same_name_is_made_anew(model, images, tmp_path, shards):
+    output = tmp_path / "out"
+    options = [images, "--model", model, "--output", output, "--skip-existing", *shards]
+    run(*options)
+    assert "5 skipped" in run(*options)
+    status = (images / "b.png").stat()
+    shutil.copy(images / "sub" / "a.png", images / "b.png")
+    os.utime(images / "b.png", ns=(status.st_atime_ns, status.st_mtime_ns - 10**9))  # older than the one before
+    assert "1 done, 4 skipped" in run(*options)
+    assert "5 skipped" in run(*options)
+    file, name = output / "b.safetensors", "feature_map"
+    if shards:
+        index = json.loads((output / "features.safetensors.index.json").read_text())
+        file, name = output / index["weight_map"]["b"], "b"
+    assert torch.equal(load_file(file)[name], expected(model, images / "sub" / "a.png"))
+
+
 def test_features_of_other_weights_in_the_same_folder_are_not_mixed(model, images, tmp_path):
     """The folder has the same name but other weights or another image processor."""
     options = [images, "--model", model, "--output", tmp_path / "out", "--skip-existing"]
