@@ -1,6 +1,5 @@
 """The parts of a run by themselves, without the run."""
 
-import random
 from itertools import islice
 
 import pytest
@@ -20,7 +19,6 @@ from spar_hf.distillation.options import OptimisationOptions, StudentOptions, Te
 from spar_hf.distillation.progress import Progress
 from spar_hf.distillation.stream import open_stream, readable_samples
 from spar_hf.distillation.student import Student, prepare_positions
-from spar_hf.distillation.targets import Target
 from spar_hf.utils.errors import UsageError
 
 CPU = torch.device("cpu")
@@ -76,14 +74,6 @@ def test_a_run_of_unreadable_images_ends(tmp_path, monkeypatch):
     with pytest.raises(UsageError, match="--images"):
         list(readable_samples(["good", *damaged], skipped))
     assert skipped.count() == 3
-
-
-def test_target__is_drawn_as_the_variant_says(models):
-    pixels = torch.randn(1, 3, 96, 128)
-    options = TeacherOptions(model="m", teacher_windows=2, teacher_variant="tiling")
-    generator = torch.Generator().manual_seed(random.Random("windows-5-0-3").getrandbits(62))
-    expected = models.teacher.sample(pixels, 2, generator, "tiling")
-    assert all(map(torch.equal, Target(models.teacher, options, 5)(pixels, 3), expected))
 
 
 def test_positions__a_prior_is_kept_by_the_step(models):

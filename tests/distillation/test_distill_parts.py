@@ -250,8 +250,10 @@ def test_targets__full_and_sampled(vision_model):
     sampled = TeacherOptions(model="m", teacher_windows=2)
     first, second, *others = (Target(teacher, sampled, 0)(pixels, index) for index in (5, 5, *range(6, 12)))
     assert torch.equal(first[0], second[0]) and not all(torch.equal(first[1], other[1]) for other in others)
-    generator = torch.Generator().manual_seed(Random("windows-0-0-5").getrandbits(62))
-    assert torch.equal(first[0], teacher.sample(pixels, 2, generator)[0])
+    for variant in ("spread", "tiling"):
+        drawn = Target(teacher, TeacherOptions(model="m", teacher_windows=2, teacher_variant=variant), 0)(pixels, 5)
+        generator = torch.Generator().manual_seed(Random("windows-0-0-5").getrandbits(62))
+        assert all(map(torch.equal, drawn, teacher.sample(pixels, 2, generator, variant)))
 
 
 def test_pictures_show_equal_features_in_equal_colours():
