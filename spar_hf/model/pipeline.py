@@ -35,8 +35,6 @@ from .text_embeddings import STORED_EMBEDDINGS, TextEmbeddingCache, stored_embed
 from .tiling import TiledImage, check_tiled, tiled_map
 from .upsamplers import Upsampler, resolve_upsampler
 
-logger = logging.get_logger(__name__)
-
 MAX_TOKENS = 16_384  # 2048 × 2048 pixels at a patch of 16
 OUTPUTS = ("segments", "map", "probabilities", "logits")
 
@@ -352,7 +350,7 @@ class OpenVocabSegmentationPipeline(Pipeline):
         self.texts.refresh()  # reads all weights of the text tower, once for all images
         vocabulary, labels, _ = self.classes(*words, templates=templates)
         if len(labels) == 1 and output != "logits" and not any(forward_params.get(name) for name in decided):
-            logger.warning_once("A single class gets every pixel. Name other classes too, or a background.")
+            logging.get_logger(__name__).warning_once("A single class gets every pixel. Name others or a background.")
         self.text_embeds(vocabulary, templates, check_weights=False)
         skip = preprocess_params.get("on_error") == "skip"
         options = {name: value for name, value in preprocess_params.items() if name != "on_error"}
