@@ -7,7 +7,8 @@ import sys
 import pytest
 from launching import ENVIRONMENT, TRAINING
 
-SIZES = ["--decision", "60", "512", "512", "--large_decision", "7", "320", "192", "--forward_size", "64"]
+SIZES = ["--decision", "60", "512", "512", "--large_decision", "7", "320", "192"]
+SIZES += ["--many_names", "70", "72", "100", "--forward_size", "64"]
 SIZES += ["--height", "64", "--width", "96", "--images", "2", "--repeats", "2", "--device", "cpu"]
 
 
@@ -18,10 +19,10 @@ def test_labels_memory_and_times_of_small_sizes(tmp_path):
     run = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
     rows = json.loads(output.read_text())["ratios"]
-    assert len(rows) == 7 and all(row[key] > 0 for row in rows for key in ("ratio", "seconds", "bare_seconds"))
+    assert len(rows) == 8 and all(row[key] > 0 for row in rows for key in ("ratio", "seconds", "bare_seconds"))
 
-    whole, strips = rows[:2]  # 320 px are two whole strips of 8 patch rows and a half one
-    assert min(whole["equal_labels"], strips["equal_labels"]) > 0.9999
+    whole, strips, many = rows[:3]  # 320 px are two whole strips of 8 patch rows and a half one
+    assert min(row["equal_labels"] for row in (whole, strips, many)) > 0.9999
     assert whole["formula_mib"] == pytest.approx(120) and strips["formula_mib"] == pytest.approx(3.28, abs=0.01)
     if sys.platform.startswith("linux"):  # elsewhere memory cannot be measured
         assert 0.5 < whole["bare_peak_mib"] / whole["formula_mib"] < 2
