@@ -143,7 +143,9 @@ def test_figure_of_resolutions(street, models, tmp_path, launch, refuse):
         *((128, *way) for way in (("base", None), ("base", 32), ("SPAR", None))),
     ]
     assert (tmp_path / "out" / "resolutions.png").is_file()
-    launch("figures", *command, "--resolutions", "64")  # the name of the option in version 0.1
+    assert "--overwrite" in refuse("figures", *command, "--shortest_edges", "64")  # it would lose three points
+    assert rows_of(tmp_path / "out", "resolutions") == rows
+    launch("figures", *command, "--overwrite", "--resolutions", "64")  # the name of the option in version 0.1
     assert rows_of(tmp_path / "out", "resolutions") == rows[:3]
     assert "leave --native, --size and --shortest_edge out" in refuse("figures", *command, "--native")
 

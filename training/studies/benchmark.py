@@ -30,10 +30,11 @@ from transformers import CLIPVisionConfig, DINOv3ViTConfig, SiglipVisionConfig
 
 from spar_hf import SPAR_TINY, SlidingWindowTeacher, SparConfig, SparVisionModel
 from spar_hf.utils.atomic import write_json
+from spar_hf.utils.checkpoints import check_replaceable
 from spar_hf.utils.devices import clock
 from spar_hf.utils.errors import UsageError, as_usage_errors, run_command
 from spar_hf.utils.fields import option
-from spar_hf.utils.options import parse_dataclasses
+from spar_hf.utils.options import HELP, parse_dataclasses
 
 logger = logging.getLogger("benchmark")
 
@@ -56,6 +57,10 @@ class Options:
     repeats: int = option(9, "Pairs per ratio; the median is reported.")
     device: str = option("cuda" if torch.cuda.is_available() else "cpu", "Device.")
     output: str | None = option(None, "JSON file to write.")
+    overwrite: bool = option(False, HELP["overwrite"])
+
+    def __post_init__(self):
+        check_replaceable([Path(self.output)] if self.output else [], self.overwrite)
 
 
 def seconds(work: Callable[[], object], device: str) -> float:

@@ -25,8 +25,9 @@ from spar_hf import SlidingWindowTeacher, SparForOpenVocabSegmentation
 from spar_hf.evaluation import EvaluationOptions, evaluate_runs
 from spar_hf.evaluation.options import PARTS, OutputOptions
 from spar_hf.evaluation.plots import compare_to_windows, draw_resolutions, draw_strides, figure_row, figure_table
+from spar_hf.evaluation.reports import write_table
 from spar_hf.evaluation.runs import parse_models
-from spar_hf.utils.atomic import write_atomically, write_json
+from spar_hf.utils.atomic import write_atomically
 from spar_hf.utils.errors import UsageError, as_usage_errors, run_command
 from spar_hf.utils.fields import option, required
 from spar_hf.utils.options import parse_dataclasses
@@ -106,7 +107,8 @@ def make_figure(figure: FigureOptions, evaluation: EvaluationOptions, console: C
     Measure what is missing, draw, write.
 
     Raises:
-        UsageError: `--runs` or a resolution is given, or no pixel is scored; and see `evaluate_runs`.
+        UsageError: `--runs` or a resolution is given, no pixel is scored, or an earlier figure had other points; and see
+            `evaluate_runs`.
     """
     if evaluation.run.runs is not None:
         raise UsageError("The figures choose their own runs: leave --runs out.")
@@ -120,7 +122,8 @@ def make_figure(figure: FigureOptions, evaluation: EvaluationOptions, console: C
     if PartialState().is_main_process:
         output, sentences = Path(figure.output), compare_to_windows(rows)
         drawing = draw_strides(rows) if of_strides else draw_resolutions(rows, figure.stride)
-        write_json(output / f"{figure.figure}.json", {"rows": rows, "against_the_teacher": sentences})
+        table = {"rows": rows, "against_the_teacher": sentences}
+        write_table(output / f"{figure.figure}.json", table, figure.overwrite)
         write_atomically(output / f"{figure.figure}.png", lambda temporary: drawing.savefig(temporary, dpi=160))
         console.print(figure_table(rows))
         for sentence in sentences:

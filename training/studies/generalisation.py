@@ -28,12 +28,11 @@ from spar_hf.evaluation import EvaluationOptions, evaluate_runs
 from spar_hf.evaluation.dataset import open_whole
 from spar_hf.evaluation.iou import mean_of_present
 from spar_hf.evaluation.options import OutputOptions
-from spar_hf.evaluation.reports import percent
+from spar_hf.evaluation.reports import percent, write_table
 from spar_hf.pretraining.options import RECIPE, read_recipe
-from spar_hf.utils.atomic import write_json
 from spar_hf.utils.errors import MissingFiles, run_command
 from spar_hf.utils.fields import option, required
-from spar_hf.utils.options import parse_dataclasses
+from spar_hf.utils.options import HELP, parse_dataclasses
 
 # the parts of the table, each with its names in earlier versions, under which reports may be stored
 EARLIER_NAMES = {
@@ -54,6 +53,7 @@ class TableOptions:
     runs: list[str] | None = option(None, "Runs as in evaluate.py. Default: every model in a single pass.")
     shortest_edge: int = option(384, "Resize images to this shorter side.")
     limit: int | None = option(None, "At most this many images of every part.")
+    overwrite: bool = option(False, HELP["overwrite"])
 
 
 def find_parts(options: TableOptions) -> Iterator[tuple[str, str, EvaluationOptions]]:
@@ -117,7 +117,7 @@ def measure_table(options: TableOptions, console: Console) -> list[dict[str, Any
             scores["mean_iou_of_present"] = mean_of_present(iou)
             rows.append({"set": name, "part": part, "images": report["images"], "classes": present} | scores)
     if PartialState().is_main_process:
-        write_json(output / "generalisation.json", {"rows": rows})
+        write_table(output / "generalisation.json", {"rows": rows}, options.overwrite)
         console.print(make_table(rows))
     return rows
 

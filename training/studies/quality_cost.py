@@ -138,7 +138,7 @@ def call(script: str, *arguments: Any) -> None:
 def measure(model: str | Path, folder: Path, options: Options) -> float:
     """mIoU of a model in one pass."""
     report = folder / "evaluation.json"
-    arguments = ("--dataset", options.dataset, "--model", f"student={model}", "--output", report)
+    arguments = ("--dataset", options.dataset, "--model", f"student={model}", "--output", report, "--overwrite")
     call("evaluate.py", *arguments, *shlex.split(options.evaluate))
     return json.loads(report.read_text(encoding="utf-8"))["runs"][0]["mean_iou"]
 
