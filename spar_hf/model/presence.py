@@ -21,7 +21,7 @@ SAME_MEANING = 0.5
 BEST_PATCHES = 0.02  # share of an image's patches that a class is judged by; 0.01 to 0.1 rank alike
 # presence = sigmoid(CALIBRATION[0] * odds + CALIBRATION[1]), fitted with spar-tiny by `training/studies/presence.py`. A
 # model may have its own, `config.presence_calibration`.
-CALIBRATION = (0.347, 1.58)
+CALIBRATION = (0.414, 1.735)
 BACKGROUND = "background"  # label of the class of background words
 WORKING_BYTES = 64 * 2**20  # bound on the largest buffer, unless there are so many patches that one class takes more
 
@@ -134,7 +134,8 @@ def presence_odds(
         cache: text embeddings of the model.
         feature_map (`torch.Tensor` of shape `(dim, h, w)`): dense features of one image.
         vocabulary: classes and their names.
-        working_bytes (`int`, *optional*, defaults to 64 MiB): bound on the largest buffer, of which four exist at once.
+        working_bytes (`int`, *optional*, defaults to 64 MiB):
+            Bound on the largest buffer, of which four exist at once, beside 5 kB per patch for the anchors.
 
     Returns:
         `(classes,)` float32.

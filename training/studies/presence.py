@@ -221,7 +221,7 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
     segment = pipeline("open-vocab-segmentation", model=options.model)
     measured, background = {}, {}
     for name, every in SETS.items():
-        data = open_folder(str(folder / name))
+        data = open_folder(folder / name, readable=True)
         images = encode(segment, data, split_held_out(len(data), every)[1][: options.limit])
         labels = [label for label in data.labels if label not in SURROUNDINGS]
         classes = [data.labels.index(label) for label in labels]
@@ -231,7 +231,7 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
         for image in images:
             image.mask = table[image.mask]
         measured[name] = measure_presence(segment, name, labels, images, options.lists)
-    data = open_folder(str(folder / "camvid/val"))
+    data = open_folder(folder / "camvid/val", readable=True)
     images = encode(segment, data, list(range(0, len(data), max(1, len(data) // 10)))[:10][: options.limit])
     background["camvid/val"] = measure_background(segment, list(data.labels), images)
     report = {**report_presence(measured), "background": background, "stuff_words": list(STUFF_WORDS)}
