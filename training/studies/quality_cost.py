@@ -8,6 +8,7 @@ Trains with `distill.py`, measures mIoU with `evaluate.py`, and writes `DIR/qual
 are not repeated, so the same command continues a study that was stopped.
 """
 
+import itertools
 import json
 import logging
 import random
@@ -15,15 +16,11 @@ import shlex
 import statistics
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-
-from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 from rich.console import Console
 from rich.table import Table
@@ -37,6 +34,7 @@ from spar_hf.teacher import VARIANTS, WindowPlan
 from spar_hf.utils.atomic import write_atomically, write_json
 from spar_hf.utils.checkpoints import list_checkpoints
 from spar_hf.utils.errors import UsageError, as_usage_errors, run_command
+from spar_hf.utils.fields import option, required
 from spar_hf.utils.options import parse_dataclasses
 
 logger = logging.getLogger("quality_cost")
@@ -47,37 +45,25 @@ TRAINING = Path(__file__).parents[1]
 class Options:
     """Options of the study. Names that `distill.py` has as well mean the same there."""
 
-    model: str = field(metadata={"help": "Two-tower model: the teacher, and the start of every student."})
-    images: list[str] = field(metadata={"help": "Folders of images to distil on."})
-    dataset: str = field(metadata={"help": "Folder with `images/`, `masks/` and `classes.txt` to measure mIoU on."})
-    output: str = field(metadata={"help": "Folder to write runs, table and picture to."})
-    steps: int = field(default=1000, metadata={"help": "Optimizer steps of every student."})
-    windows: list[int] = field(default_factory=lambda: [5, 10, 20, 40], metadata={"help": "Windows drawn per image."})
-    variants: list[str] = field(
-        default_factory=lambda: list(VARIANTS), metadata={"help": f"How they are drawn: {', '.join(VARIANTS)}."}
+    model: str = required("Two-tower model: the teacher, and the start of every student.")
+    images: list[str] = required("Folders of images to distil on.")
+    dataset: str = required("Folder with `images/`, `masks/` and `classes.txt` to measure mIoU on.")
+    output: str = required("Folder to write runs, table and picture to.")
+    steps: int = option(1000, "Optimizer steps of every student.")
+    windows: list[int] = option([5, 10, 20, 40], "Windows drawn per image.")
+    variants: list[str] = option(list(VARIANTS), f"How they are drawn: {', '.join(VARIANTS)}.")
+    images_per_step: list[int] = option(
+        [1],
+        "Images per optimizer step: one student of sampled windows for each number. Those of the full teacher have 1.",
+        aliases=["--photos"],
     )
-    images_per_step: list[int] = field(
-        default_factory=lambda: [1],
-        metadata={
-            "aliases": ["--photos"],  # its name in 0.1
-            "help": "Images per optimizer step: one student of sampled windows for each number. Those of the full teacher "
-            "have 1.",
-        },
+    full_steps: list[int] = option(
+        [], "Also train with the full teacher for these numbers of steps: another way to save windows."
     )
-    full_steps: list[int] = field(
-        default_factory=list,
-        metadata={"help": "Also train with the full teacher for these numbers of steps: another way to save windows."},
-    )
-    seeds: list[int] = field(
-        default_factory=lambda: [0], metadata={"help": "Seeds; every student is trained with each."}
-    )
-    stride: int = field(default=24, metadata={"help": "Stride of the teacher's windows in pixels."})
-    distill: str = field(
-        default="", metadata={"help": 'More options of distill.py, in one string: --distill="--learning_rate 1e-4".'}
-    )
-    evaluate: str = field(
-        default="", metadata={"help": 'More options of evaluate.py, in one string: --evaluate="--shortest_edge 480".'}
-    )
+    seeds: list[int] = option([0], "Seeds; every student is trained with each.")
+    stride: int = option(24, "Stride of the teacher's windows in pixels.")
+    distill: str = option("", 'More options of distill.py, in one string: --distill="--learning_rate 1e-4".')
+    evaluate: str = option("", 'More options of evaluate.py, in one string: --evaluate="--shortest_edge 480".')
 
     def __post_init__(self):
         unknown = [variant for variant in self.variants if variant not in VARIANTS]
@@ -110,16 +96,10 @@ class Run:
 
 def plan_runs(options: Options) -> list[Run]:
     """All students, those of the full teacher first."""
-    kinds: list[tuple[str, int | None, int, int]] = [
-        ("full", None, 1, steps) for steps in dict.fromkeys([options.steps, *options.full_steps])
-    ]
-    kinds += [
-        (variant, windows, images_per_step, options.steps)
-        for variant in options.variants
-        for images_per_step in options.images_per_step
-        for windows in options.windows
-    ]
-    return [Run(*kind, seed) for kind in kinds for seed in options.seeds]
+    full = [("full", None, 1, steps) for steps in dict.fromkeys([options.steps, *options.full_steps])]
+    ways = itertools.product(options.variants, options.images_per_step, options.windows)
+    sampled = [(variant, windows, images_per_step, options.steps) for variant, images_per_step, windows in ways]
+    return [Run(*kind, seed) for kind in full + sampled for seed in options.seeds]
 
 
 def call(script: str, *arguments: Any) -> None:
@@ -199,17 +179,12 @@ def summarise(
     runs: list[Run], results: list[dict[str, Any]], base: float, counts: list[int], options: Options
 ) -> list[dict]:
     """
-    The rows of the table: a row per kind of student, mean over the seeds.
+    The rows of the table: a row per kind of student, mean over the seeds. Costs and gains are in percent of those of the
+    full teacher with `--steps`.
 
     Args:
-        runs: the students.
-        results: what was measured of each.
         base: mIoU of the model before distillation.
         counts: windows of the full teacher, for images as distillation draws them.
-        options: of the study.
-
-    Returns:
-        costs and gains in percent of those of the full teacher with `--steps`.
     """
     kinds: dict[tuple, list[dict[str, Any]]] = {}
     for run, result in zip(runs, results, strict=True):
@@ -246,7 +221,8 @@ def summarise(
 
 def draw(rows: list[dict], before: float, base: float, path: Path) -> None:
     """Draw held-out error and mIoU over the number of windows, a line per way to draw them."""
-    figure, panels = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    figure = Figure(figsize=(11, 4.2), layout="constrained")  # by itself it needs no display
+    panels = figure.subplots(1, 2)
     for panel, key, start, factor, label in (
         (panels[0], "mse", before, 1, "held-out mean squared error"),
         (panels[1], "mean_iou", base, 100, "mIoU in %"),
@@ -263,11 +239,8 @@ def draw(rows: list[dict], before: float, base: float, path: Path) -> None:
                 seeds = [factor * value for value in row[f"{key}_of_seeds"]]
                 panel.plot([row["windows_in_all"]] * len(seeds), seeds, "_", color=line.get_color(), alpha=0.6)
                 if row["windows"]:
-                    panel.annotate(
-                        f"{row['windows']}",
-                        (row["windows_in_all"], factor * row[key]),
-                        xytext=(0, 6), textcoords="offset points", ha="center", fontsize=8, color=line.get_color(),
-                    )  # fmt: skip
+                    style = {"textcoords": "offset points", "ha": "center", "fontsize": 8, "color": line.get_color()}
+                    panel.annotate(f"{row['windows']}", (row["windows_in_all"], factor * row[key]), (0, 6), **style)
         panel.axhline(factor * start, color="grey", linestyle=":", label="before distillation")
         gained = final < start if key == "mse" else final > factor * start
         if gained:
@@ -281,24 +254,14 @@ def draw(rows: list[dict], before: float, base: float, path: Path) -> None:
     for panel in panels:
         panel.legend(fontsize=8)
     write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=150))
-    plt.close(figure)
 
 
 def show(rows: list[dict], before: float, base: float) -> None:
     """Print the table."""
     table = Table(title=f"Before distillation: held-out error {before:.4f}, mIoU {100 * base:.2f} %")
-    for heading in (
-        "teacher",
-        "windows\nper image",
-        "images\nper step",
-        "steps",
-        "windows\nin total",
-        "cost\n%",
-        "mse",
-        "gain\n%",
-    ):
-        table.add_column(heading, justify="left" if heading == "teacher" else "right")
-    for heading in ("mIoU\n%", "gain\n%"):
+    table.add_column("teacher")
+    counts = ("windows\nper image", "images\nper step", "steps", "windows\nin total", "cost\n%")
+    for heading in (*counts, "mse", "gain\n%", "mIoU\n%", "gain\n%"):
         table.add_column(heading, justify="right")
 
     def percent(value: float | None) -> str:
