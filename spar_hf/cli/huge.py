@@ -36,7 +36,9 @@ def parse_tile(tile: int | None, overlap: int | None) -> dict[str, int] | None:
     ```"""
     if tile is None and overlap is not None:
         raise UsageError("--tile-overlap needs --tile, the size of the tiles.")
-    return None if tile is None else {"size": tile} | ({} if overlap is None else {"overlap": overlap})
+    if tile is None:
+        return None
+    return {"size": tile} if overlap is None else {"size": tile, "overlap": overlap}
 
 
 def check_strip_options(tile: dict[str, int] | None, output: Path, options: Mapping[str, Any]) -> None:
@@ -94,7 +96,7 @@ def segment_to_map(
             import_tifffile()
     given = {name: value for name, value in options.items() if value is not None}
     given["background"] = parse_background(options["background"], vocabulary)
-    reading = {name: given.pop(name) for name in ("image_range", "max_pixels") if name in given}
+    reading: dict[str, Any] = {name: given.pop(name) for name in ("image_range", "max_pixels") if name in given}
     with exit_on_error(usage=(UsageError, ImportError), failure=(ValueError, OSError)):
         image = the_only_image(arguments, output)
         open_windows(image.source, **reading)  # a bad image is reported before the model is loaded
@@ -116,8 +118,8 @@ def segment_to_map(
                 bar.total = tiles
                 bar.update(done - bar.n)
 
-            writing = {"colours": palette, "progress": progress, **reading}
-            found = segment_huge(pipe, image.source, output, vocabulary, **given, **writing)
+            options = {**given, **reading, "colours": palette, "progress": progress}
+            found = segment_huge(pipe, image.source, output, vocabulary, **options)
     except KeyboardInterrupt as stop:
         say("interrupted; no label map is written", err=True)
         raise typer.Exit(128 + getattr(stop, "number", signal.SIGINT)) from None

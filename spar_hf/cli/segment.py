@@ -133,7 +133,11 @@ def segment(
     with exit_on_error():
         tiles = parse_tile(tile, tile_overlap)
         if strips := writes_strips(output):
-            others = {"--format": formats not in ("overlay", "map"), "--shortest-edge": shortest_edge, "--map": map_output}
+            others: dict[str, Any] = {
+                "--format": formats not in ("overlay", "map"),
+                "--shortest-edge": shortest_edge,
+                "--map": map_output,
+            }
             others |= {"--keep-background": keep_background, "--presence": presence, "--min-presence": min_presence}
             others |= {"--refine": refine, "--heatmap": heatmap, "--frames": frames, "--skip-existing": skip_existing}
             check_strip_options(tiles, output, others)
