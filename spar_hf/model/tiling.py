@@ -1,11 +1,7 @@
 """
-Huge images in tiles: each tile is one forward pass, the features of overlapping tiles are blended, and the blended features
-are handed on block by block.
-
-Features and not logits are blended, for two reasons. They have `dim` values per patch however many names there are. And
-the vision tower's features are compared by cosine: with blended features `f = Σ w_k f_k` a logit is `scale · f · t / |f|`,
-that of one image. Blended logits are `scale · Σ w_k (f_k / |f_k|) · t`, which is lower where the tiles disagree, by the
-length of the mean unit vector: probabilities would be less sure in the seams.
+Large images in tiles: each tile is one forward pass, the features of overlapping tiles are blended, and the blended features
+are decided block by block. Features have `dim` values per patch, however many names there are. `docs/huge_images.md` compares
+them with blended logits.
 """
 
 import math
