@@ -1,6 +1,6 @@
 """
-Large images in tiles: each tile is one forward pass, the features of overlapping tiles are blended, and the blended features
-are decided block by block. Features have `dim` values per patch, however many names there are. `docs/huge_images.md` compares
+Large images in tiles: each tile is one forward pass, the features of overlapping tiles are blended, and blended features are
+decided block by block. Features have `dim` values per patch, however many names there are. `docs/huge_images.md` compares
 them with blended logits.
 """
 
