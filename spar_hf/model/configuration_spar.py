@@ -75,7 +75,7 @@ class SparConfig(BackboneConfigMixin, PreTrainedConfig):
         projection_dim (`int`, *optional*):
             Width of the dense features. Follows from the backbone.
         dense_logit_scale (`float`, *optional*, defaults to 40.0):
-            Factor on the cosine of patch feature and text embedding before the softmax over names: a plain multiplier,
+            Factor on the cosine of patch feature and text embedding before the softmax over classes: a plain multiplier,
             not a logarithm as the trained `logit_scale`.
         templates (`str` or `Sequence[str]`, *optional*, defaults to `"imagenet80"`):
             Prompt templates: the name of a set in `spar_hf.model.prompts.TEMPLATES` or a list of strings with one `{}`.
