@@ -2,7 +2,7 @@
 
 import math
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -10,6 +10,7 @@ from PIL import Image
 from torch import nn
 
 from spar_hf.utils.errors import UsageError
+from spar_hf.utils.fields import option
 from spar_hf.utils.options import formerly, require_positive, require_share
 
 
@@ -22,28 +23,19 @@ class Views:
         UsageError: an option is out of range.
     """
 
-    long_side_windows: float = field(
-        default=4.0,
-        metadata={
-            "aliases": formerly("long_side"),
-            "help": "Images fit this many teacher windows along their longer side ...",
-        },
+    long_side_windows: float = option(
+        4.0, "Images fit this many teacher windows along their longer side ...", aliases=formerly("long_side")
     )
-    short_side_windows: float = field(
-        default=2.0,
-        metadata={"aliases": formerly("short_side"), "help": "... and this many along their shorter side,"},
+    short_side_windows: float = option(
+        2.0, "... and this many along their shorter side,", aliases=formerly("short_side")
     )
-    min_scale: float = field(default=0.5, metadata={"help": "times a factor drawn between this and 1."})
-    crop_probability: float = field(
-        default=0.5, metadata={"help": "Chance of a random crop that keeps at least 0.4 of each side."}
-    )
-    flip_probability: float = field(default=0.5, metadata={"help": "Chance of a horizontal flip."})
-    jitter_probability: float = field(
-        default=0.0,
-        metadata={
-            "help": "Chance that brightness, contrast and colour of a view are changed, for teacher and student alike (0 in "
-            "the paper). With few images it keeps the student from memorising their light."
-        },
+    min_scale: float = option(0.5, "times a factor drawn between this and 1.")
+    crop_probability: float = option(0.5, "Chance of a random crop that keeps at least 0.4 of each side.")
+    flip_probability: float = option(0.5, "Chance of a horizontal flip.")
+    jitter_probability: float = option(
+        0.0,
+        "Chance that brightness, contrast and colour of a view are changed, for teacher and student alike (0 in "
+        "the paper). With few images it keeps the student from memorising their light.",
     )
 
     def __post_init__(self):

@@ -1,9 +1,10 @@
 """Options of every command that reads images: values that need a stated range, and a limit on pixels."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from spar_hf.model.image_input import check_range
 from spar_hf.utils.errors import as_usage_errors
+from spar_hf.utils.fields import option
 from spar_hf.utils.options import HELP, require_positive
 
 
@@ -22,11 +23,8 @@ class ReadingOptions:
     [0.0, 4095.0]
     ```"""
 
-    image_range: list[float] | None = field(
-        default=None,
-        metadata={"metavar": ("LOW", "HIGH"), "help": HELP["image_range"]},
-    )
-    max_pixels: int | None = field(default=None, metadata={"help": HELP["max_pixels"]})
+    image_range: list[float] | None = option(None, HELP["image_range"], metavar=("LOW", "HIGH"))
+    max_pixels: int | None = option(None, HELP["max_pixels"])
 
     def __post_init__(self):
         require_positive(self, "max_pixels")

@@ -1,13 +1,14 @@
 """Sources of training images: folders, lists of files, Hugging Face data sets and WebDataset shards."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from spar_hf.data.reading import ReadingOptions
 from spar_hf.data.shards import ShardImages, choose_columns
 from spar_hf.utils.errors import MissingFiles, UsageError
+from spar_hf.utils.fields import option, required
 from spar_hf.utils.image_listing import IMAGE_SUFFIXES, describe, images_under, scan_folder
 from spar_hf.utils.model_cards import short_name
 from spar_hf.utils.options import HELP, require_not_negative, require_positive
@@ -22,19 +23,15 @@ SHARDS = {".tar": "webdataset", ".parquet": "parquet", ".arrow": "arrow"}
 class ImageSelection(ReadingOptions):
     """Choice of the images that are read, and of those held out."""
 
-    images: list[str] = field(
-        metadata={
-            "help": "Images without labels: folders, lists (.txt, one path per line), Hugging Face data sets (a folder of "
-            "save_to_disk, .arrow and .parquet files, hub ids), WebDataset shards (.tar). A source named twice counts twice."
-        }
+    images: list[str] = required(
+        "Images without labels: folders, lists (.txt, one path per line), Hugging Face data sets (a folder of "
+        "save_to_disk, .arrow and .parquet files, hub ids), WebDataset shards (.tar). A source named twice counts twice."
     )
-    exclude: list[str] = field(default_factory=list, metadata={"help": HELP["exclude"]})
-    holdout_every: int = field(
-        default=20,
-        metadata={
-            "help": "Every n-th image of each folder (sorted by name) or data set is held out to measure the error on; of a "
-            "stream, images whose checksum is a multiple of n."
-        },
+    exclude: list[str] = option([], HELP["exclude"])
+    holdout_every: int = option(
+        20,
+        "Every n-th image of each folder (sorted by name) or data set is held out to measure the error on; of a "
+        "stream, images whose checksum is a multiple of n.",
     )
 
     def __post_init__(self):
@@ -47,24 +44,16 @@ class ImageSelection(ReadingOptions):
 class ImageOptions(ImageSelection):
     """Choice of the images, and the way they are read from data sets and streams."""
 
-    split: str = field(default="train", metadata={"help": "Split to read of data sets in --images."})
-    image_column: str | None = field(
-        default=None,
-        metadata={
-            "help": "Column of images in data sets, in shards the ending (rgb.jpg, or jpg;png). Default: found by its type; "
-            "of several the first that is not named depth, mask, … (a note says which)."
-        },
+    split: str = option("train", "Split to read of data sets in --images.")
+    image_column: str | None = option(
+        None,
+        "Column of images in data sets, in shards the ending (rgb.jpg, or jpg;png). Default: found by its type; "
+        "of several the first that is not named depth, mask, … (a note says which).",
     )
-    streaming: bool = field(
-        default=False, metadata={"help": "Read data sets and shards as a stream, without an index or a copy on disk."}
-    )
-    shuffle_buffer: int = field(
-        default=1000, metadata={"help": "Number of images in the buffer that shuffles a stream."}
-    )
-    min_side: int = field(
-        default=32, metadata={"help": "Images with a side below this many pixels are skipped and listed."}
-    )
-    workers: int = field(default=1, metadata={"help": HELP["workers"]})
+    streaming: bool = option(False, "Read data sets and shards as a stream, without an index or a copy on disk.")
+    shuffle_buffer: int = option(1000, "Number of images in the buffer that shuffles a stream.")
+    min_side: int = option(32, "Images with a side below this many pixels are skipped and listed.")
+    workers: int = option(1, HELP["workers"])
 
     def __post_init__(self):
         super().__post_init__()

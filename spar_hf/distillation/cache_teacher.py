@@ -13,7 +13,7 @@ import json
 import logging
 import os
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ from spar_hf.utils.atomic import write_atomically, write_json
 from spar_hf.utils.checkpoints import StopAtStep
 from spar_hf.utils.devices import clock
 from spar_hf.utils.errors import NotFinite, UsageError, as_usage_errors
+from spar_hf.utils.fields import option, required
 from spar_hf.utils.options import (
     HELP,
     PRECISIONS,
@@ -59,15 +60,11 @@ logger = logging.getLogger(__name__)
 class StorageOptions:
     """What is stored where."""
 
-    output: str = field(metadata={"help": "Folder to write the cache to."})
-    views: int = field(default=1, metadata={"help": "Augmented views per image."})
-    shard_maps: int = field(
-        default=16, metadata={"help": "Maps per shard: at most these are computed again after a kill."}
-    )
-    mixed_precision: str | None = field(default=None, metadata={"help": HELP["mixed_precision"]})
-    seed: int = field(
-        default=0, metadata={"help": "Seed of the views: that of the distillation, to see what it would."}
-    )
+    output: str = required("Folder to write the cache to.")
+    views: int = option(1, "Augmented views per image.")
+    shard_maps: int = option(16, "Maps per shard: at most these are computed again after a kill.")
+    mixed_precision: str | None = option(None, HELP["mixed_precision"])
+    seed: int = option(0, "Seed of the views: that of the distillation, to see what it would.")
 
     def __post_init__(self):
         require_positive(self, "views", "shard_maps")

@@ -5,7 +5,7 @@ Each part is a small dataclass that says what one step of the work needs; [`Dist
 what they ask for together. On the command line and in YAML recipes (`recipes.py`) the options of all parts are flat.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from spar_hf.model.vocabularies import VOCABULARIES
 from spar_hf.teacher import VARIANTS
 from spar_hf.utils.checkpoints import settings_of
 from spar_hf.utils.errors import UsageError
+from spar_hf.utils.fields import option, required
 from spar_hf.utils.options import (
     HELP,
     PRECISIONS,
@@ -57,14 +58,12 @@ FREE = {"output", "resume", "workers", "save_steps", "eval_steps", "picture_step
 class WindowOptions:
     """The model that teaches, and the windows that it runs on."""
 
-    model: str = field(
-        metadata={
-            "help": "Teacher, and start of the student: hub id or folder of a Transformers backbone or of a SPAR model."
-        }
+    model: str = required(
+        "Teacher, and start of the student: hub id or folder of a Transformers backbone or of a SPAR model."
     )
-    stride: int = field(default=24, metadata={"help": HELP["teacher_stride"]})
-    window_size: int | None = field(default=None, metadata={"help": HELP["window_size"]})
-    window_batch_size: int = field(default=16, metadata={"help": HELP["window_batch_size"]})
+    stride: int = option(24, HELP["teacher_stride"])
+    window_size: int | None = option(None, HELP["window_size"])
+    window_batch_size: int = option(16, HELP["window_batch_size"])
 
     def __post_init__(self):
         require_positive(self, "stride", "window_size", "window_batch_size")
@@ -74,38 +73,28 @@ class WindowOptions:
 class TeacherOptions(WindowOptions):
     """The teacher, and how many of its windows make a target."""
 
-    teacher_mode: str | None = field(
-        default=None,
-        metadata={
-            "help": "full: every window; sampled: an unbiased estimate from --teacher_windows of them; cached: feature "
-            "maps that cache_teacher.py computed before. By default sampled if --teacher_windows is given, else full."
-        },
+    teacher_mode: str | None = option(
+        None,
+        "full: every window; sampled: an unbiased estimate from --teacher_windows of them; cached: feature "
+        "maps that cache_teacher.py computed before. By default sampled if --teacher_windows is given, else full.",
     )
-    teacher_windows: int | None = field(
-        default=None,
-        metadata={"help": "Windows drawn per image for an unbiased estimate of the target; all by default."},
+    teacher_windows: int | None = option(
+        None, "Windows drawn per image for an unbiased estimate of the target; all by default."
     )
-    teacher_variant: str = field(
-        default="spread",
-        metadata={"help": "How they are drawn: spread (far apart), tiling (near-tilings), windows (one by one)."},
+    teacher_variant: str = option(
+        "spread", "How they are drawn: spread (far apart), tiling (near-tilings), windows (one by one)."
     )
-    teacher_scales: list[float] | None = field(
-        default=None,
-        metadata={
-            "help": "Sizes of the image, over its own, that the teacher reads: the target is the mean of its features over "
-            "them. The published teacher reads 1. With 1 0.5 its windows see outlines and whole scenes, and the student can "
-            "become better than the published teacher. Of sampled windows each image gets one size."
-        },
+    teacher_scales: list[float] | None = option(
+        None,
+        "Sizes of the image, over its own, that the teacher reads: the target is the mean of its features over "
+        "them. The published teacher reads 1. With 1 0.5 its windows see outlines and whole scenes, and the student can "
+        "become better than the published teacher. Of sampled windows each image gets one size.",
     )
-    teacher_flip: bool = field(
-        default=False, metadata={"help": "The target is also the mean over the image and its mirror image."}
-    )
-    teacher_cache: str | None = field(
-        default=None,
-        metadata={
-            "help": "Folder that cache_teacher.py wrote, for --teacher_mode cached. Its images are trained on; --images "
-            "only provides the held-out ones."
-        },
+    teacher_flip: bool = option(False, "The target is also the mean over the image and its mirror image.")
+    teacher_cache: str | None = option(
+        None,
+        "Folder that cache_teacher.py wrote, for --teacher_mode cached. Its images are trained on; --images "
+        "only provides the held-out ones.",
     )
 
     def __post_init__(self):
@@ -136,60 +125,42 @@ class TeacherOptions(WindowOptions):
 class StudentOptions:
     """Where the student starts, which of its weights are trained, and how it is stored."""
 
-    student: list[str] = field(
-        default_factory=list,
-        metadata={
-            "help": "Start of the student instead of the teacher's encoder: an earlier student, or several students of one "
-            "teacher, whose weights are averaged."
-        },
+    student: list[str] = option(
+        [],
+        "Start of the student instead of the teacher's encoder: an earlier student, or several students of one "
+        "teacher, whose weights are averaged.",
     )
-    local_start: float | None = field(
-        default=None,
-        metadata={
-            "help": "Start the student with attention that prefers near patches: standard deviation of the Gaussian prior "
-            "over distance, for example 0.3, in halves of the image's side; with --position_extent in teacher windows. Both "
-            "are the same at two windows a side. For SigLIP and SigLIP2."
-        },
+    local_start: float | None = option(
+        None,
+        "Start the student with attention that prefers near patches: standard deviation of the Gaussian prior "
+        "over distance, for example 0.3, in halves of the image's side; with --position_extent in teacher windows. Both "
+        "are the same at two windows a side. For SigLIP and SigLIP2.",
     )
-    position_extent: int | None = field(
-        default=None,
-        metadata={
-            "help": "Read the student's position table at one step per patch in images up to this many pixels, for example "
-            "1024, instead of stretching it over each image (`SparConfig.position_extent`). In images of two windows a side "
-            "the student starts unchanged. For SigLIP and SigLIP2."
-        },
+    position_extent: int | None = option(
+        None,
+        "Read the student's position table at one step per patch in images up to this many pixels, for example "
+        "1024, instead of stretching it over each image (`SparConfig.position_extent`). In images of two windows a side "
+        "the student starts unchanged. For SigLIP and SigLIP2.",
     )
-    fit_prior: int = field(
-        default=0,
-        metadata={
-            "help": "Training images, with all windows of the teacher, on which the width of each block's Gaussian prior is "
-            "fitted before training; for --local_start, or a --student that had it. For example 20; 0 fits nothing."
-        },
+    fit_prior: int = option(
+        0,
+        "Training images, with all windows of the teacher, on which the width of each block's Gaussian prior is "
+        "fitted before training; for --local_start, or a --student that had it. For example 20; 0 fits nothing.",
     )
-    train_layers: str = field(default="2", metadata={"help": "Trained blocks: a number of last blocks, or 'all'."})
-    train_parts: list[str] = field(
-        default_factory=list,
-        metadata={
-            "help": f"Train only these parts: {', '.join(BLOCK_PARTS)} of the blocks that --train_layers names; "
-            f"{', '.join(OTHER_PARTS)} outside the blocks. All by default."
-        },
+    train_layers: str = option("2", "Trained blocks: a number of last blocks, or 'all'.")
+    train_parts: list[str] = option(
+        [],
+        f"Train only these parts: {', '.join(BLOCK_PARTS)} of the blocks that --train_layers names; "
+        f"{', '.join(OTHER_PARTS)} outside the blocks. All by default.",
     )
-    lora_rank: int | None = field(
-        default=None,
-        metadata={
-            "help": "Train low-rank adapters (peft) of this rank on the blocks of --train_layers, by default on attention "
-            "and mlp. They are written to OUTPUT/adapter."
-        },
+    lora_rank: int | None = option(
+        None,
+        "Train low-rank adapters (peft) of this rank on the blocks of --train_layers, by default on attention "
+        "and mlp. They are written to OUTPUT/adapter.",
     )
-    lora_alpha: float | None = field(
-        default=None, metadata={"help": "Adapters are scaled by this over the rank; twice the rank by default."}
-    )
-    merge: bool = field(
-        default=False, metadata={"help": "Also write a plain model with the adapters merged to OUTPUT/model."}
-    )
-    save_dtype: str = field(
-        default="float32", metadata={"help": "Precision of the stored weights: float32, float16 or bfloat16."}
-    )
+    lora_alpha: float | None = option(None, "Adapters are scaled by this over the rank; twice the rank by default.")
+    merge: bool = option(False, "Also write a plain model with the adapters merged to OUTPUT/model.")
+    save_dtype: str = option("float32", "Precision of the stored weights: float32, float16 or bfloat16.")
 
     def __post_init__(self):
         require_positive(self, "lora_rank", "lora_alpha", "local_start", "position_extent")
@@ -229,34 +200,26 @@ class StudentOptions:
 class OptimisationOptions:
     """Loss, optimiser and schedule."""
 
-    steps: int | None = field(
-        default=None, metadata={"help": f"Optimizer steps; {DEFAULT_STEPS} if --epochs is not given."}
+    steps: int | None = option(None, f"Optimizer steps; {DEFAULT_STEPS} if --epochs is not given.")
+    epochs: float | None = option(None, "How often every image is seen, instead of --steps.")
+    learning_rate: float = option(2e-5, HELP["learning_rate"])
+    weight_decay: float = option(1e-4, HELP["weight_decay"])
+    lr_scheduler_type: str = option("cosine", HELP["lr_scheduler_type"])
+    warmup_ratio: float = option(0.05, HELP["warmup_ratio"])
+    gradient_accumulation_steps: int = option(1, "Images per process and optimizer step.")
+    whiten: float = option(
+        0.0,
+        "Divide the error along each principal axis of the teacher's features by its variance to this power: 0 "
+        "is the paper's mean squared error, 1 weights all axes alike. Measured on the held-out images.",
     )
-    epochs: float | None = field(default=None, metadata={"help": "How often every image is seen, instead of --steps."})
-    learning_rate: float = field(default=2e-5, metadata={"help": HELP["learning_rate"]})
-    weight_decay: float = field(default=1e-4, metadata={"help": HELP["weight_decay"]})
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": HELP["lr_scheduler_type"]})
-    warmup_ratio: float = field(default=0.05, metadata={"help": HELP["warmup_ratio"]})
-    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Images per process and optimizer step."})
-    whiten: float = field(
-        default=0.0,
-        metadata={
-            "help": "Divide the error along each principal axis of the teacher's features by its variance to this power: 0 "
-            "is the paper's mean squared error, 1 weights all axes alike. Measured on the held-out images."
-        },
+    words: list[str] = option(
+        [],
+        "Built-in vocabularies (coco-stuff, cityscapes, ...): beside the features, the student learns the "
+        "teacher's class probabilities over these names. For models with a text tower.",
     )
-    words: list[str] = field(
-        default_factory=list,
-        metadata={
-            "help": "Built-in vocabularies (coco-stuff, cityscapes, ...): beside the features, the student learns the "
-            "teacher's class probabilities over these names. For models with a text tower."
-        },
-    )
-    words_weight: float = field(
-        default=5.0, metadata={"help": "Weight of the --words term beside the mean squared error."}
-    )
-    mixed_precision: str | None = field(default=None, metadata={"help": HELP["mixed_precision"]})
-    seed: int = field(default=0, metadata={"help": "Seed of the order of images, of their views and of drawn windows."})
+    words_weight: float = option(5.0, "Weight of the --words term beside the mean squared error.")
+    mixed_precision: str | None = option(None, HELP["mixed_precision"])
+    seed: int = option(0, "Seed of the order of images, of their views and of drawn windows.")
 
     def __post_init__(self):
         require_positive(self, "steps", "epochs", "learning_rate", "gradient_accumulation_steps")
@@ -279,27 +242,21 @@ class OptimisationOptions:
 class RunOptions(SafetyOptions):
     """Where a run writes, how often it measures and saves, and whether it resumes."""
 
-    output: str = field(metadata={"help": "Folder of the run; the student is written to OUTPUT/model."})
-    preset: str | None = field(
-        default=None,
-        metadata={
-            "help": f"Recipe of the paper by name ({', '.join(PRESETS)}): the last two blocks, all weights, all weights on "
-            "larger images. Options given beside it take precedence."
-        },
+    output: str = required("Folder of the run; the student is written to OUTPUT/model.")
+    preset: str | None = option(
+        None,
+        f"Recipe of the paper by name ({', '.join(PRESETS)}): the last two blocks, all weights, all weights on "
+        "larger images. Options given beside it take precedence.",
     )
-    holdout_images: int = field(default=8, metadata={"help": "Held-out images that the error is measured on."})
-    log_steps: int = field(default=20, metadata={"help": HELP["log_steps"]})
-    save_steps: int = field(default=500, metadata={"help": HELP["save_steps"]})
-    eval_steps: int = field(
-        default=500,
-        metadata={"help": "Steps between held-out errors; the student with the smallest is kept in OUTPUT/model."},
+    holdout_images: int = option(8, "Held-out images that the error is measured on.")
+    log_steps: int = option(20, HELP["log_steps"])
+    save_steps: int = option(500, HELP["save_steps"])
+    eval_steps: int = option(
+        500, "Steps between held-out errors; the student with the smallest is kept in OUTPUT/model."
     )
-    picture_steps: int = field(
-        default=500,
-        metadata={"help": "Steps between held-out errors with pictures of the feature maps; 0 draws none."},
-    )
-    resume: bool = field(default=False, metadata={"help": HELP["resume"]})
-    report_to: str = field(default="auto", metadata={"help": HELP["report_to"]})
+    picture_steps: int = option(500, "Steps between held-out errors with pictures of the feature maps; 0 draws none.")
+    resume: bool = option(False, HELP["resume"])
+    report_to: str = option("auto", HELP["report_to"])
 
     def __post_init__(self):
         super().__post_init__()

@@ -9,6 +9,7 @@ from spar_hf.data.benchmarks import BENCHMARKS
 from spar_hf.data.reading import ReadingOptions
 from spar_hf.data.segmentation_sets import IGNORE_INDEX
 from spar_hf.utils.errors import UsageError
+from spar_hf.utils.fields import option, required
 from spar_hf.utils.options import (
     HELP,
     PRECISIONS,
@@ -30,53 +31,35 @@ class DataOptions(ReadingOptions):
         UsageError: an option is out of range.
     """
 
-    dataset: str = field(
-        metadata={
-            "help": "Folder with `images/`, `masks/` and `classes.txt` (also in its parent); with --benchmark, the "
-            "folder of that benchmark; else a Hugging Face data set: hub id, folder of save_to_disk or of parquet files."
-        }
+    dataset: str = required(
+        "Folder with `images/`, `masks/` and `classes.txt` (also in its parent); with --benchmark, the "
+        "folder of that benchmark; else a Hugging Face data set: hub id, folder of save_to_disk or of parquet files."
     )
-    benchmark: str | None = field(
-        default=None,
-        metadata={"help": "Read --dataset as the validation split of this benchmark: " + ", ".join(BENCHMARKS)},
+    benchmark: str | None = option(
+        None, "Read --dataset as the validation split of this benchmark: " + ", ".join(BENCHMARKS)
     )
-    split: str | None = field(default=None, metadata={"help": "Split of a Hugging Face data set."})
-    subset: str | None = field(
-        default=None,
-        metadata={"help": "Configuration of a Hugging Face data set that has several, as on the hub's page."},
+    split: str | None = option(None, "Split of a Hugging Face data set.")
+    subset: str | None = option(
+        None, "Configuration of a Hugging Face data set that has several, as on the hub's page."
     )
-    image_column: str = field(default="image", metadata={"help": "Column of images of a Hugging Face data set."})
-    mask_column: str = field(default="mask", metadata={"help": "Column of masks of a Hugging Face data set."})
-    classes: str | None = field(
-        default=None,
-        metadata={
-            "help": "Text file with the classes of a Hugging Face data set, one per line, ordered by mask value."
-        },
+    image_column: str = option("image", "Column of images of a Hugging Face data set.")
+    mask_column: str = option("mask", "Column of masks of a Hugging Face data set.")
+    classes: str | None = option(
+        None, "Text file with the classes of a Hugging Face data set, one per line, ordered by mask value."
     )
-    ignore_index: int = field(
-        default=IGNORE_INDEX,
-        metadata={"help": "Mask value that a Hugging Face data set ignores, in addition to 255."},
+    ignore_index: int = option(IGNORE_INDEX, "Mask value that a Hugging Face data set ignores, in addition to 255.")
+    reduce_zero_label: bool = option(
+        False, "In a Hugging Face data set, mask value 0 is ignored and value v is class v - 1."
     )
-    reduce_zero_label: bool = field(
-        default=False,
-        metadata={"help": "In a Hugging Face data set, mask value 0 is ignored and value v is class v - 1."},
+    include: list[str] = option(["*"], HELP["include"])
+    exclude: list[str] | None = option(None, HELP["exclude"])
+    holdout_every: int = option(
+        0,
+        "Only every n-th image: those that training with `holdout_every: n` holds out. Counted after --exclude "
+        "(give the one of the training) and before --include and --limit. 0: all images.",
     )
-    include: list[str] = field(
-        default_factory=lambda: ["*"],
-        metadata={"help": HELP["include"]},
-    )
-    exclude: list[str] | None = field(default=None, metadata={"help": HELP["exclude"]})
-    holdout_every: int = field(
-        default=0,
-        metadata={
-            "help": "Only every n-th image: those that training with `holdout_every: n` holds out. Counted after --exclude "
-            "(give the one of the training) and before --include and --limit. 0: all images."
-        },
-    )
-    holdout_rest: bool = field(
-        default=False, metadata={"help": "Only the images that --holdout_every does not hold out."}
-    )
-    limit: int | None = field(default=None, metadata={"help": "At most this many images, from the first one on."})
+    holdout_rest: bool = option(False, "Only the images that --holdout_every does not hold out.")
+    limit: int | None = option(None, "At most this many images, from the first one on.")
 
     def __post_init__(self):
         super().__post_init__()
@@ -90,24 +73,18 @@ class DataOptions(ReadingOptions):
 class WordOptions:
     """Choice of the classes and of the words for them."""
 
-    vocabulary: str | None = field(
-        default=None,
-        metadata={"help": "Built-in vocabulary with words for the classes, in the order of the data set's classes."},
+    vocabulary: str | None = option(
+        None, "Built-in vocabulary with words for the classes, in the order of the data set's classes."
     )
-    class_names: str | None = field(
-        default=None,
-        metadata={
-            "aliases": formerly("labels"),
-            "help": "JSON file {class: [name, …]} with words for some classes; the others keep theirs.",
-        },
+    class_names: str | None = option(
+        None,
+        "JSON file {class: [name, …]} with words for some classes; the others keep theirs.",
+        aliases=formerly("labels"),
     )
-    templates: str | None = field(default=None, metadata={"help": HELP["templates"]})
-    ignore_classes: list[str] | None = field(
-        default=None, metadata={"help": "Classes whose pixels are ignored and that are not predicted."}
-    )
-    only_classes: list[str] | None = field(
-        default=None,
-        metadata={"help": "Classes to average mIoU and accuracies over. All classes can still be predicted."},
+    templates: str | None = option(None, HELP["templates"])
+    ignore_classes: list[str] | None = option(None, "Classes whose pixels are ignored and that are not predicted.")
+    only_classes: list[str] | None = option(
+        None, "Classes to average mIoU and accuracies over. All classes can still be predicted."
     )
 
 
@@ -126,13 +103,10 @@ class ResolutionOptions:
     {'do_resize': True, 'size': {'shortest_edge': 384}}
     ```"""
 
-    shortest_edge: int | None = field(default=None, metadata={"help": HELP["shortest_edge"]})
-    longest_edge: int | None = field(default=None, metadata={"help": HELP["longest_edge"]})
-    size: list[int] | None = field(default=None, metadata={"help": "Resize images to this height and width."})
-    native: bool = field(
-        default=False,
-        metadata={"help": "Do not resize images. Default: the size of the protocol, else of the checkpoint."},
-    )
+    shortest_edge: int | None = option(None, HELP["shortest_edge"])
+    longest_edge: int | None = option(None, HELP["longest_edge"])
+    size: list[int] | None = option(None, "Resize images to this height and width.")
+    native: bool = option(False, "Do not resize images. Default: the size of the protocol, else of the checkpoint.")
 
     def __post_init__(self):
         require_positive(self, "shortest_edge", "longest_edge")
@@ -160,29 +134,21 @@ class RuleOptions:
         UsageError: an option is out of range.
     """
 
-    protocol: str | None = field(
-        default=None,
-        metadata={
-            "help": "Published evaluation: spar. It sets resolution, templates, scale, background rules and words for a "
-            "benchmark. An option given here overrides it."
-        },
+    protocol: str | None = option(
+        None,
+        "Published evaluation: spar. It sets resolution, templates, scale, background rules and words for a "
+        "benchmark. An option given here overrides it.",
     )
-    dense_logit_scale: float | None = field(
-        default=None,
-        metadata={
-            "aliases": formerly("scale"),
-            "help": "Factor of the cosines before the softmax. Default: that of the checkpoint.",
-        },
+    dense_logit_scale: float | None = option(
+        None, "Factor of the cosines before the softmax. Default: that of the checkpoint.", aliases=formerly("scale")
     )
-    threshold: float | None = field(default=None, metadata={"help": HELP["threshold"]})
-    exclude_area: float | None = field(
-        default=None,
-        metadata={
-            "aliases": formerly("min_area"),
-            "help": "Before --threshold, exclude classes that win at most this share of the pixels outside the background. "
-            "Their pixels go to the best remaining class, as in the published evaluation. (`min_area` of the pipeline gives "
-            "them to the background.)",
-        },
+    threshold: float | None = option(None, HELP["threshold"])
+    exclude_area: float | None = option(
+        None,
+        "Before --threshold, exclude classes that win at most this share of the pixels outside the background. "
+        "Their pixels go to the best remaining class, as in the published evaluation. (`min_area` of the pipeline gives "
+        "them to the background.)",
+        aliases=formerly("min_area"),
     )
 
     def __post_init__(self):
@@ -199,32 +165,24 @@ class RunOptions:
         UsageError: an option is out of range.
     """
 
-    model: list[str] = field(
-        metadata={
-            "help": "Models with two towers: folder or hub id of a SPAR model or of a Transformers backbone, each as FOLDER "
-            "or NAME=FOLDER."
-        }
+    model: list[str] = required(
+        "Models with two towers: folder or hub id of a SPAR model or of a Transformers backbone, each as FOLDER "
+        "or NAME=FOLDER."
     )
-    runs: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Runs in the order of the table: NAME:single; NAME:sliding:STRIDE (mean of the windows' features, as in "
-            "training); NAME:sliding-logits:STRIDE (mean of their logits, as in the published evaluation). The first two "
-            "may be refined: NAME:single+lposs. Default: every model in a single pass."
-        },
+    runs: list[str] | None = option(
+        None,
+        "Runs in the order of the table: NAME:single; NAME:sliding:STRIDE (mean of the windows' features, as in "
+        "training); NAME:sliding-logits:STRIDE (mean of their logits, as in the published evaluation). The first two "
+        "may be refined: NAME:single+lposs. Default: every model in a single pass.",
     )
-    window_batch_size: int = field(default=16, metadata={"help": HELP["window_batch_size"]})
-    mixed_precision: str | None = field(default=None, metadata={"help": HELP["mixed_precision"]})
-    boundary: bool = field(default=True, metadata={"help": "Measure boundary IoU as well."})
-    dilation_ratio: float | None = field(
-        default=None, metadata={"help": "Width of boundaries as a share of the image diagonal. Default: 0.02."}
-    )
-    warmup: bool = field(
-        default=True,
-        metadata={
-            "help": "Run every model once on the first image before times are taken. On a CPU, run it once more to measure "
-            "peak memory, there and on every image with more pixels or a longer shape than all before."
-        },
+    window_batch_size: int = option(16, HELP["window_batch_size"])
+    mixed_precision: str | None = option(None, HELP["mixed_precision"])
+    boundary: bool = option(True, "Measure boundary IoU as well.")
+    dilation_ratio: float | None = option(None, "Width of boundaries as a share of the image diagonal. Default: 0.02.")
+    warmup: bool = option(
+        True,
+        "Run every model once on the first image before times are taken. On a CPU, run it once more to measure "
+        "peak memory, there and on every image with more pixels or a longer shape than all before.",
     )
 
     def __post_init__(self):
@@ -241,18 +199,14 @@ class OutputOptions:
         UsageError: `output` is a folder.
     """
 
-    output: str | None = field(
-        default=None,
-        metadata={
-            "help": "JSON file for the report. Until it is written, partial counts are kept in OUTPUT.parts, and the same "
-            "command continues an interrupted measurement."
-        },
+    output: str | None = option(
+        None,
+        "JSON file for the report. Until it is written, partial counts are kept in OUTPUT.parts, and the same "
+        "command continues an interrupted measurement.",
     )
-    card_folder: str | None = field(
-        default=None, metadata={"help": "Folder for the results of each model as a model card, NAME.md."}
-    )
-    save_seconds: float = field(default=30, metadata={"help": "Seconds between two writes of partial counts."})
-    overwrite: bool = field(default=False, metadata={"help": HELP["overwrite"]})
+    card_folder: str | None = option(None, "Folder for the results of each model as a model card, NAME.md.")
+    save_seconds: float = option(30, "Seconds between two writes of partial counts.")
+    overwrite: bool = option(False, HELP["overwrite"])
 
     def __post_init__(self):
         if self.output is not None and (Path(self.output).is_dir() or self.output.endswith(("/", os.sep))):
