@@ -164,7 +164,6 @@ def segment_huge(
     if target.suffix.lower() not in SUFFIXES:
         raise UsageError(f"The label map {target} must end in {', '.join(SUFFIXES)}.")
     windows = source if isinstance(source, ImageWindows) else open_windows(source, image_range, max_pixels)
-    tags = [] if isinstance(source, ImageWindows) or not Path(source).is_file() else georeference(Path(source))
     segment.texts.refresh()  # reads the weights of the text tower
     rules = bool(threshold or min_area)
     vocabulary, labels, background_class = segment.classes(
@@ -189,6 +188,8 @@ def segment_huge(
             if target.suffix.lower() == ".npy":
                 write_label_array(temporary, rows, size, dtype)
             else:
+                path = None if isinstance(source, ImageWindows) else Path(source)
+                tags = georeference(path) if path is not None and path.is_file() else []
                 shown = None if colours is None else colours(len(labels), background_class)
                 write_label_tiff(temporary, rows, size, dtype, labels, tags, shown)
 
@@ -227,7 +228,7 @@ def after_all(
     The strips once more, after the last one has been computed, from a temporary file in `folder`.
 
     Raises:
-        OSError: the disk is full.
+        UsageError, OSError: the disk is full, before the first strip or later.
     """
     bytes_needed = size[0] * size[1] * np.dtype(dtype).itemsize
     if shutil.disk_usage(folder).free < bytes_needed:

@@ -13,7 +13,7 @@ from spar_hf.cli.reporting import exit_on_error, say
 from spar_hf.utils.errors import UsageError
 from spar_hf.utils.image_files import InputImage, check_inputs_kept, find_images, interruptible
 
-MAP_SUFFIXES = (".tif", ".tiff", ".npy")  # of label maps that are written strip by strip
+MAP_SUFFIXES = (".tif", ".tiff", ".npy")  # as in `spar_hf.batch.huge_images`, which imports torch
 
 
 def writes_strips(output: Path) -> bool:

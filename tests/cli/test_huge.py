@@ -5,6 +5,8 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+from spar_hf.batch.huge_images import SUFFIXES
+from spar_hf.cli.huge import MAP_SUFFIXES
 from spar_hf.cli.main import app
 
 runner = CliRunner()
@@ -44,6 +46,7 @@ def test_a_label_map_on_disk_is_the_one_of_the_other_formats(picture, tmp_path):
 @pytest.mark.parametrize(
     ("options", "status", "word"),
     [
+        ({"--output": "map.tif"}, 2, "--tile"),
         ({"--output": "map.npy"}, 2, "--tile"),
         ({"--tile-overlap": 16, "--output": "o.png"}, 2, "--tile"),
         ({"--tile": 64, "--tile-overlap": 64}, 2, "overlap"),
@@ -62,6 +65,10 @@ def test_wrong_usage_gives_one_line_and_writes_nothing(picture, tmp_path, monkey
     text = run(picture, *(part for item in given.items() for part in item), status=status)
     assert word in text and text.count("error:") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["aerial.png"]
+
+
+def test_the_command_writes_what_the_library_writes():
+    assert MAP_SUFFIXES == SUFFIXES
 
 
 def test_several_images_and_a_missing_one(picture, tmp_path):
