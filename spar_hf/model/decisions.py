@@ -187,9 +187,9 @@ class CellRow:
             columns = self.of_cells((counts > low) & (counts <= size) & ~self.exact)
             place = torch.arange(size, device=names.device)[:, None]
             # the list of a cell `(size, cells)` is filled up with its last candidate, which changes no maximum
-            table = name[(starts + place.minimum(counts - 1)).clamp_(min=0)] if len(columns) else None
+            table = name[(starts + place.minimum(counts - 1)).clamp_(min=0)]
             step = max(1, self.working_bytes // (32 * size * len(self.down)))
-            for part in columns.split(step) if table is not None else ():
+            for part in columns.split(step) if len(columns) else ():
                 names[:, part], best[:, part], sums[:, part] = self.best_of(table, counts, part)
             low, size = size, size * 2
         return names, best, sums
@@ -279,14 +279,13 @@ class CellRow:
 
         # a tangent is read at the image column along both edges of the cell, then at the image row
         tangents = tangents.transpose(1, 2).reshape(-1, nodes * 4)
-        lower, down = None, self.down[:, None]
+        lower, down = torch.full_like(upper, -torch.inf), self.down[:, None]
         for of_side in (at, at + 1):
             corners = tangents.index_select(0, of_side).view(len(columns), nodes, 2, 2)
             edges = torch.lerp(corners[..., 0], corners[..., 1], across[:, None, None]).permute(1, 2, 0).contiguous()
             for of_row in (row, row + 1):
                 above, below = edges.index_select(0, of_row).unbind(1)  # (rows, columns)
-                tangent = torch.lerp(above, below, down)
-                lower = tangent if lower is None else torch.maximum(lower, tangent)
+                lower = torch.maximum(lower, torch.lerp(above, below, down))
         chosen, explicit = (part.index_select(1, columns) for part in (best, sums))
         least = (explicit + upper.sub_(chosen).exp_()).reciprocal_()
         most = (explicit + lower.sub_(chosen).exp_()).reciprocal_()
