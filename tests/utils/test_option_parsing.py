@@ -4,12 +4,13 @@ from dataclasses import dataclass
 
 import pytest
 
+from spar_hf.utils.fields import option
 from spar_hf.utils.options import parse_dataclasses
 
 
 @dataclass
 class Run:
-    steps: int = 10
+    steps: int = option(10, "Optimizer steps.")
 
 
 def test_help_keeps_the_lines_of_the_description_and_shows_defaults(capsys):
