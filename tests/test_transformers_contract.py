@@ -245,14 +245,14 @@ CONTRACT = [
     Row("_from_config builds a model of a configuration", MODELING, takes(f"{MODEL}._from_config", "config")),
     Row("_init_weights initialises a module", MODELING, takes(f"{MODEL}._init_weights", "module")),
     Row(
-        "is_custom_code decides how models are initialised",
+        "_initialize_weights is told whether a model is custom code",
         MODELING,
         all_of(
             mentions(f"{MODEL}.initialize_weights", "self.is_custom_code()"),
             takes(f"{MODEL}._initialize_weights", "is_custom_code"),
         ),
     ),
-    Row("is_custom_code of backbones", READOUTS, exists(f"{MODEL}.is_custom_code")),
+    Row("_initialize_weights of backbones", READOUTS, takes(f"{MODEL}._initialize_weights", "is_custom_code")),
     Row(
         "initialization: functions that spare loaded weights",
         READOUTS,

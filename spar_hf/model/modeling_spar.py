@@ -138,10 +138,9 @@ class SparPreTrainedModel(PreTrainedModel):
         for path in folder.glob("*.safetensors"):
             follow_umask(path)
 
-    @classmethod
-    def is_custom_code(cls) -> bool:
-        # modules without weights of their own, such as an MLP, are not initialised in custom code
-        return False
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        # transformers skips modules without weights of their own, such as an MLP, in custom code
+        super()._initialize_weights(module)
 
     def _get_files_timestamps(self, working_dir):
         # `push_to_hub` sends what changed after this call. The code was copied before it, so it is left out here.

@@ -167,9 +167,8 @@ class Readout:
         """The transformer blocks that dense features go through, first to last."""
         return self.encoder.layers  # type: ignore[attr-defined]
 
-    @classmethod
-    def is_custom_code(cls) -> bool:
-        return False  # see `SparPreTrainedModel`
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        super()._initialize_weights(module)  # type: ignore[misc]  # see `SparPreTrainedModel`
 
 
 class PoolingHead(Readout):
