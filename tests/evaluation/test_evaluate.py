@@ -137,7 +137,7 @@ def test_mean_of_logits_is_that_of_the_published_evaluation(stride):
     if stride == 32:
         assert cell == 16 and 0.3 < seam.float().mean() < 0.9
         torch.testing.assert_close(ours[:, ~seam], expected[:, ~seam], atol=2e-4, rtol=0)
-        assert (mean_of_features - expected)[:, ~seam].abs().mean() > 0.05
+        assert (mean_of_features - expected)[:, ~seam].abs().mean() > 0.02
     else:
         # half patches stay half patches up to the last upsampling, which bends at their centres too: close, not equal
         assert cell == 8

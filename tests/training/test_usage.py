@@ -22,6 +22,7 @@ SCRIPTS = {
     "figures": ((*MODEL, "--dataset", NOWHERE, "--figure", "strides"), ("--runs", "a:single"), "--runs"),
     "linear_probe": ((*MODEL, *OUTPUT), PROBE, "`images/`"),
     "panoptic": ((*MODEL, *OUTPUT), ("--dataset", NOWHERE), "`images/`"),
+    "presence": (OUTPUT, ("--data", f"/{NOWHERE}"), NOWHERE),
     "pretrain_tiny": (OUTPUT, ("--data", NOWHERE), "`images/`"),
     "quality_cost": ((*MODEL, *OUTPUT, "--images", NOWHERE, "--dataset", NOWHERE), ("--steps", "0"), "--steps"),
     "generalisation": ((*MODEL, *OUTPUT), ("--data", f"/{NOWHERE}"), NOWHERE),
@@ -31,7 +32,7 @@ WRONG = [(script, (*needed, *wrong), message) for script, (needed, wrong, messag
 COMPLETE = {
     name: SCRIPTS[name][1] for name in ("cache_teacher", "evaluate", "linear_probe", "panoptic", "pretrain_tiny")
 }
-COMPLETE["generalisation"] = SCRIPTS["generalisation"][1]
+COMPLETE |= {name: SCRIPTS[name][1] for name in ("generalisation", "presence")}
 UNKNOWN = [
     (script, (*needed, *COMPLETE.get(script, ()), "--nonsense", "1"), "--nonsense")
     for script, (needed, _, _) in SCRIPTS.items()
@@ -43,10 +44,8 @@ FLOAT16 = [
 
 
 def test_all_scripts_are_here():
-    scripts = {path.stem for path in TRAINING.rglob("*.py")} - {
-        "benchmark_distill"
-    }  # a suite, with no command of its own
-    assert scripts == SCRIPTS.keys()
+    suites = {"benchmark_distill"}  # with no command of its own
+    assert {path.stem for path in TRAINING.rglob("*.py")} - suites == SCRIPTS.keys()
 
 
 @pytest.mark.parametrize(("script", "options", "message"), [*WRONG, *UNKNOWN, *FLOAT16])
