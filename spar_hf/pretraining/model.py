@@ -68,7 +68,6 @@ def new_model(
     tokenizer = build_tokenizer(sets, extra, options.vocab_size)
     model = build_model(options, tokenizer)
     if initialise:
-        initialise_mlps(model)
         mimetic_initialisation(model)
         reached = teach_words(model, tokenizer, sets, extra, options.text_teacher, options.text_steps, seed)
         logger.info("mean cosine of text embeddings to their targets: %s", reached)
@@ -104,17 +103,6 @@ def build_model(options: NewModelOptions, tokenizer: PreTrainedTokenizerFast) ->
     with torch.no_grad():
         model.logit_scale.fill_(math.log(model.config.dense_logit_scale))  # the loss is a softmax: there is no bias
     return model
-
-
-@torch.no_grad()
-def initialise_mlps(model: SparForOpenVocabSegmentation) -> None:
-    """
-    LeCun's normal initialisation of the MLPs of both towers. With the smaller weights of transformers' SigLIP (Glorot's), a
-    small tower learns no words in its first 200 steps.
-    """
-    for name, parameter in model.named_parameters():
-        if name.endswith(("mlp.fc1.weight", "mlp.fc2.weight")):
-            nn.init.trunc_normal_(parameter, std=parameter.shape[1] ** -0.5)
 
 
 @torch.no_grad()
