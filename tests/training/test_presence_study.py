@@ -8,7 +8,7 @@ import pytest
 from launching import TRAINING
 from PIL import Image
 
-from spar_hf.utils.errors import MissingFiles
+from spar_hf.utils.errors import MissingFiles, UsageError
 
 
 @pytest.fixture(scope="module")
@@ -64,5 +64,7 @@ def test_the_study_runs_and_says_the_constants(study, tmp_path, monkeypatch, cap
     assert f"CALIBRATION = ({report['calibration'][0]:.3f}, {report['calibration'][1]:.3f})" in said
     assert set(report["sets"]) == {"voc", "coco"} and set(report["background"]) == {"voc", "coco", "camvid/val"}
     assert report["sets"]["voc"]["words"] == 3 and report["background"]["voc"]["none"]["rest"] == 0
+    with pytest.raises(UsageError, match="--overwrite"):
+        study.main(["--data", str(tmp_path), "--output", str(tmp_path / "out")])
     with pytest.raises(MissingFiles, match="--data"):
         study.main(["--data", str(tmp_path / "none")])

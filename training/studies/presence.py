@@ -34,8 +34,9 @@ from spar_hf.model.presence import presence_odds
 from spar_hf.model.prompts import Vocabulary
 from spar_hf.model.vocabularies import STUFF_WORDS
 from spar_hf.utils.atomic import write_json
+from spar_hf.utils.checkpoints import check_replaceable
 from spar_hf.utils.errors import MissingFiles, run_command
-from spar_hf.utils.options import parse_dataclasses
+from spar_hf.utils.options import HELP, parse_dataclasses
 
 BACKGROUNDS = ("none", "all stuff words", "auto")
 SETS = {"voc": 10, "coco": 5}  # group size of the hold-out rule, as in the recipe of spar-tiny
@@ -52,6 +53,7 @@ class StudyOptions:
     output: str = field(default="presence", metadata={"help": "Folder to write."})
     lists: int = field(default=6, metadata={"help": "Random lists of words for every image."})
     limit: int | None = field(default=None, metadata={"help": "At most this many images of every set."})
+    overwrite: bool = field(default=False, metadata={"help": HELP["overwrite"]})
 
 
 @dataclass
@@ -218,6 +220,7 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
     folder = Path(options.data)
     if missing := [name for name in (*SETS, "camvid/val") if not (folder / name).is_dir()]:
         raise MissingFiles(f"{folder} has no {', '.join(missing)}. --data names the folder that holds them.")
+    check_replaceable([Path(options.output) / "presence.json"], options.overwrite)
     segment = pipeline("open-vocab-segmentation", model=options.model)
     measured, background = {}, {}
     for name, every in SETS.items():
