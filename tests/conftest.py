@@ -11,7 +11,7 @@ import torch
 from launching import reset_accelerate
 from PIL import Image
 from tiny_models import make_tokenizer, randomise, tiny_config
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, pipeline
 
 from spar_hf import SparForOpenVocabSegmentation, SparImageProcessorPil, SparProcessor
 
@@ -40,6 +40,19 @@ def vision_model(two_towers):
 @pytest.fixture
 def tokenizer() -> PreTrainedTokenizerFast:
     return make_tokenizer()
+
+
+@pytest.fixture
+def segment(two_towers, tokenizer):
+    """The pipeline of a tiny model of random weights."""
+    processor = SparImageProcessorPil(size={"shortest_edge": 80})
+    return pipeline("open-vocab-segmentation", model=two_towers, tokenizer=tokenizer, image_processor=processor)
+
+
+@pytest.fixture
+def picture() -> Image.Image:
+    """An image of noise whose sides are no multiple of a patch."""
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 131, 3), dtype=np.uint8))
 
 
 @pytest.fixture(scope="session")

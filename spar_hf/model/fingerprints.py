@@ -2,14 +2,11 @@
 
 import hashlib
 import json
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import torch
 
-THREADED_FROM = 10_000_000  # weights from which threads pay
-CHECKSUM_THREADS = 4
 # parts of a configuration that say how a model was loaded or saved; the weights tell their own dtype
 LOADING_KEYS = {"_name_or_path", "architectures", "dtype", "transformers_version"}
 # settings of backbones that are hashed whatever their value; others, which a later transformers may add, only where they
@@ -101,12 +98,7 @@ def checksum(module: torch.nn.Module) -> int:
     per GB on a CPU, a millisecond on a GPU.
     """
     weights = _present_weights(module)
-    on_cpu = [weight for weight in weights if weight.device.type == "cpu"]
-    if sum(weight.numel() for weight in on_cpu) < THREADED_FROM:
-        parts = [_sum_on_cpu(weight) for weight in on_cpu]
-    else:
-        with ThreadPoolExecutor(CHECKSUM_THREADS) as pool:  # one core does not use all of the memory's bandwidth
-            parts = list(pool.map(_sum_on_cpu, on_cpu))
+    parts = [_sum_on_cpu(weight) for weight in weights if weight.device.type == "cpu"]
     remote = [_sum_on_device(weight) for weight in weights if weight.device.type != "cpu"]
     parts += torch.stack([part.to(remote[0].device) for part in remote]).tolist() if remote else []  # fetched together
     total = 0

@@ -31,12 +31,6 @@ GEO = [
 
 
 @pytest.fixture
-def segment(two_towers, tokenizer):
-    processor = SparImageProcessorPil(size={"shortest_edge": 80})
-    return pipeline("open-vocab-segmentation", model=two_towers, tokenizer=tokenizer, image_processor=processor)
-
-
-@pytest.fixture
 def aerial(tmp_path) -> Path:
     path = tmp_path / "aerial.tif"
     options = {"tile": (32, 64), "compression": "zlib", "photometric": "rgb", "metadata": None}

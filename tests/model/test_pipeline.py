@@ -18,19 +18,6 @@ from spar_hf import SPAR_TINY, SparForOpenVocabSegmentation, SparImageProcessorP
 from spar_hf.model.prompts import embed_names
 from spar_hf.model.segmentation import decide
 
-
-@pytest.fixture
-def segment(two_towers, tokenizer):
-    processor = SparImageProcessorPil(size={"shortest_edge": 80})
-    return pipeline("open-vocab-segmentation", model=two_towers, tokenizer=tokenizer, image_processor=processor)
-
-
-@pytest.fixture
-def picture():
-    pixels = np.random.default_rng(0).integers(0, 256, (90, 131, 3), dtype=np.uint8)
-    return Image.fromarray(pixels)
-
-
 LABELS = ["road", "car, automobile", "sky"]
 
 

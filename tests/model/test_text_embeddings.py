@@ -149,12 +149,6 @@ def test_every_row_of_every_weight_counts(cache, two_towers, tokenizer):
             assert checksum(two_towers.text_model) == before
 
 
-def test_checksum_of_threads_is_that_of_one(two_towers, monkeypatch):
-    one = checksum(two_towers)
-    monkeypatch.setattr("spar_hf.model.fingerprints.THREADED_FROM", 0)
-    assert checksum(two_towers) == one
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_one_row_of_a_weight_is_enough(two_towers, tokenizer, dtype):
     two_towers.to(dtype)

@@ -255,17 +255,6 @@ def test_what_has_no_windows_is_refused(source):
 # --- in the pipeline ---
 
 
-@pytest.fixture
-def segment(two_towers, tokenizer):
-    processor = SparImageProcessorPil(size={"shortest_edge": 80})
-    return pipeline("open-vocab-segmentation", model=two_towers, tokenizer=tokenizer, image_processor=processor)
-
-
-@pytest.fixture
-def picture():
-    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 131, 3), dtype=np.uint8))
-
-
 def test_one_tile_is_the_untiled_image(segment, picture):
     rules = {"candidate_labels": LABELS, "background": "other", "threshold": 0.3, "min_area": 0.2, "output": "map"}
     one = segment(picture, tile={"size": 144, "overlap": 32}, **rules)
