@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from spar_hf.data.reading import ReadingOptions
 from spar_hf.data.sources import list_images
 from spar_hf.model.image_input import open_image, read_rgb, set_pixel_limit
-from spar_hf.model.image_processing_spar import MIN_SIDE
+from spar_hf.model.image_pixels import MIN_SIDE
 from spar_hf.utils.errors import MissingFiles, UsageError
 from spar_hf.utils.texts import read_text
 

@@ -1,17 +1,19 @@
-"""Reads images from files, URLs, bytes and arrays and converts them to upright RGB. All reading goes through here."""
+"""
+Reads images from files, URLs, bytes and arrays and converts them to upright RGB. All reading goes through here, also that of
+`spar_hf.runtime`, so this file imports neither torch nor transformers.
+"""
 
 import importlib
 import importlib.util
 import os
 import stat
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from io import BytesIO
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image, ImageOps
-from transformers.image_utils import ChannelDimension
 
 from .downloads import download
 
@@ -21,15 +23,26 @@ FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "PPM", "TG
 HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")
 MAX_BYTES = 2**31  # of a file
 CHANNEL_COUNTS = (1, 3, 4)  # grey, RGB, RGBA
+CHANNEL_FORMATS = ("channels_first", "channels_last")  # the values of transformers' ChannelDimension
 FLOAT_TOLERANCE = 1e-3  # how far rounding may carry float pixels beyond 0 and 1
 AMBIGUOUS_LEVELS = 2**14  # 16-bit pixels that are all lower may be 8, 10, 12 or 14 bits, or reflectances up to 10,000
 
 ImageRange = Sequence[float]
 
 
+class TooManyPixels(ValueError):
+    """An image above the limit on pixels."""
+
+
 def is_file_object(source: Any) -> bool:
     """Whether a source is an open file, also one in memory or in an archive."""
     return callable(getattr(source, "read", None)) and not isinstance(source, (str, bytes, os.PathLike, Image.Image))
+
+
+def is_tensor(source: Any) -> bool:
+    """Whether a source is a tensor. While torch is not imported, nothing is."""
+    torch: Any = sys.modules.get("torch")
+    return torch is not None and isinstance(source, torch.Tensor)
 
 
 def is_encoded(source: Any) -> bool:
@@ -65,7 +78,7 @@ def as_list(inputs: Any) -> list | None:
     check_container(inputs)
     if isinstance(inputs, np.ndarray) and (inputs.dtype.kind in "OUS" or inputs.ndim == 4):
         return list(inputs) if inputs.ndim else None
-    if isinstance(inputs, torch.Tensor):
+    if is_tensor(inputs):
         return list(inputs) if inputs.ndim == 4 else None
     root = type(inputs).__module__.partition(".")[0]
     if isinstance(inputs, (list, tuple)) or (root in ("pandas", "polars") and hasattr(inputs, "__iter__")):
@@ -73,6 +86,41 @@ def as_list(inputs: Any) -> list | None:
     if root == "pyarrow" and hasattr(inputs, "to_pylist"):
         return inputs.to_pylist()
     return None
+
+
+def image_of_row(row: Mapping) -> Any:
+    """
+    The image of a row of `datasets`: its column `"image"`, decoded or not (`bytes` or `path`).
+
+    Raises:
+        ValueError: the row has no image.
+    """
+    image = row.get("image", row if "bytes" in row or "path" in row else None)
+    if isinstance(image, Mapping):
+        image = read_image(image["bytes"]) if image.get("bytes") else image.get("path")
+    if image is None:
+        raise ValueError(
+            f"A row with the columns {list(row)} has no `image`. Pass the column: `dataset[NAME]`, or `KeyDataset(dataset, "
+            "NAME)` of transformers.pipelines.pt_utils; or rename it."
+        )
+    return image
+
+
+def image_of_item(item: Any) -> Any:
+    """
+    The image of an item of a list, dataset or stream.
+
+    Raises:
+        ValueError: the item is a tuple, as of datasets of torch, in which any part may be the image.
+    """
+    if isinstance(item, Mapping):
+        return image_of_row(item)
+    if isinstance(item, (list, tuple)):
+        raise ValueError(
+            f"An item is a {type(item).__name__} of {len(item)} parts ({', '.join(type(part).__name__ for part in item)}), "
+            "not an image. Pass the images alone: `(item[0] for item in dataset)`; a list of lists must be flat."
+        )
+    return item
 
 
 def read_image(source: Any, urls: bool | str = True) -> Image.Image:
@@ -135,9 +183,9 @@ def set_pixel_limit(max_pixels: int | None) -> None:
         Image.MAX_IMAGE_PIXELS = max_pixels
 
 
-def too_many_pixels(name: str, reason: str) -> ValueError:
+def too_many_pixels(name: str, reason: str) -> TooManyPixels:
     """The error for an image above the limit."""
-    return ValueError(
+    return TooManyPixels(
         f"{name} is refused: {reason} Make it smaller or cut it into tiles; if you trust it and have the memory, raise "
         "`PIL.Image.MAX_IMAGE_PIXELS` (`--max-pixels` of `spar-hf segment` and `features`)."
     )
@@ -303,12 +351,12 @@ def to_rgb(image: Image.Image, image_range: ImageRange | None = None) -> Image.I
         raise ValueError(f"Pillow cannot convert mode {mode!r} to RGB. Convert the image to RGB first.") from error
 
 
-def to_channels_last(array: np.ndarray, input_data_format: str | ChannelDimension | None = None) -> np.ndarray:
+def to_channels_last(array: np.ndarray, input_data_format: str | None = None) -> np.ndarray:
     """
     `(height, width)`, `(height, width, channels)` or `(channels, height, width)` -> `(height, width, channels)`.
 
     Raises:
-        ValueError: another number of axes, no axis of 1, 3 or 4 channels, or two of them.
+        ValueError: another number of axes, no axis of 1, 3 or 4 channels, or two of them; an unknown `input_data_format`.
     """
     shape = tuple(array.shape)
     if array.ndim == 2:
@@ -319,7 +367,11 @@ def to_channels_last(array: np.ndarray, input_data_format: str | ChannelDimensio
             "Pass several images as a list or as one array with four axes."
         )
     if input_data_format is not None:
-        first = ChannelDimension(input_data_format) == ChannelDimension.FIRST
+        if input_data_format not in CHANNEL_FORMATS:
+            raise ValueError(
+                f"`input_data_format` is {input_data_format!r}; use {' or '.join(map(repr, CHANNEL_FORMATS))}."
+            )
+        first = input_data_format == CHANNEL_FORMATS[0]
         last = not first
     else:
         first, last = shape[0] in CHANNEL_COUNTS, shape[2] in CHANNEL_COUNTS

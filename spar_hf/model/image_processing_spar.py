@@ -3,9 +3,7 @@
 # transformers calls these hooks by keyword; ours name the keywords they use and take the others as **kwargs
 # mypy: disable-error-code="override"
 
-import math
 from collections.abc import Iterator
-from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -18,53 +16,23 @@ from transformers.image_utils import ChannelDimension, PILImageResampling, SizeD
 from transformers.processing_utils import ImagesKwargs
 from transformers.utils import TensorType, logging
 
-from .image_input import (
-    array_to_rgb,
-    as_list,
-    check_range,
-    is_encoded,
-    read_image,
-    to_channels_last,
-    to_rgb,
-    turn_upright,
+from .image_input import as_list, check_range, is_encoded, read_image
+from .image_pixels import (
+    TOO_MANY_PATCHES,
+    check_count,
+    check_size,
+    normalise_pixels,
+    rescale_pixels,
+    resize_pixels,
+    resized_size,
+    rgb_pixels,
+    working_size,
 )
 from .segmentation import class_probabilities, decide
 
 logger = logging.get_logger(__name__)
 
-MIN_SIDE = 2  # pixels; thinner inputs are mostly arrays with their axes in the wrong order
 PUBLISHED_SIZE = {"shortest_edge": 672, "longest_edge": 2048}  # of SPAR's published evaluation
-SIZE_KEYS = ({"shortest_edge"}, {"longest_edge"}, {"shortest_edge", "longest_edge"}, {"height", "width"})
-
-
-def resized_size(height: int, width: int, size: SizeDict) -> tuple[int, int]:
-    """
-    The `(height, width)` of an image resized as `size` says. If the aspect ratio is kept, each side is rounded to the
-    nearest pixel by itself (halves up) and is at least 1.
-    """
-    if size.height is not None and size.width is not None:
-        return size.height, size.width
-    scales = []
-    if size.shortest_edge is not None:
-        scales.append(Fraction(size.shortest_edge, min(height, width)))
-    if size.longest_edge is not None:
-        scales.append(Fraction(size.longest_edge, max(height, width)))
-    scale = min(scales)
-    new_height, new_width = (max(1, math.floor(side * scale + Fraction(1, 2))) for side in (height, width))
-    return new_height, new_width
-
-
-def limited_size(height: int, width: int, patch_size: int, max_tokens: int) -> tuple[int, int]:
-    """
-    A working size of at most `max_tokens` patches, counting partial ones: `(height, width)` itself if it fits, else both
-    sides times `sqrt(max_tokens * patch_size² / (height * width))`, each rounded down to whole patches, at least one and at
-    most `max_tokens`.
-    """
-    if -(-height // patch_size) * -(-width // patch_size) <= max_tokens:
-        return height, width
-    scale = math.sqrt(max_tokens / (height * width))  # in patches per pixel
-    rows, columns = (min(max(1, math.floor(side * scale)), max_tokens) for side in (height, width))
-    return rows * patch_size, columns * patch_size
 
 
 def grids(outputs: Any, target_sizes: list[tuple[int, int]] | None) -> Iterator[tuple]:
@@ -219,32 +187,17 @@ class SparImageProcessorPil(PilBackend):
 
     def preprocess(self, images, *args, **kwargs) -> BatchFeature:
         if isinstance(size := kwargs.get("size"), str):
-            if size != "native":
-                raise ValueError(
-                    f"`size` is {size!r}; the only word for a size is 'native'. Use it, a dict or a number."
-                )
-            kwargs["size"] = None
+            kwargs["size"] = check_size(size)
         return super().preprocess(images, *args, **kwargs)
 
     def _standardize_kwargs(
         self, size=None, max_tokens=None, patch_size=None, image_range=None, **kwargs
     ) -> dict[str, Any]:
-        for name, number in (("max_tokens", max_tokens), ("patch_size", patch_size)):
-            if number is not None and (not isinstance(number, int) or number < 1):
-                raise ValueError(f"`{name}` is {number!r}; it must be an integer of at least 1, or None.")
+        check_count("max_tokens", max_tokens)
+        check_count("patch_size", patch_size)
         if max_tokens is not None and patch_size is None:
             raise ValueError("`max_tokens` counts patches: set `patch_size` to that of the model too.")
-        if isinstance(size, int):
-            size = {"shortest_edge": size}
-        elif isinstance(size, (list, tuple)) and len(size) == 2:
-            size = {"height": size[0], "width": size[1]}
-        if size is not None:
-            sides = dict(size) if isinstance(size, (dict, SizeDict)) else {}
-            if set(sides) not in SIZE_KEYS or any(not isinstance(n, int) or n < 1 for n in sides.values()):
-                raise ValueError(
-                    f"`size` is {size}; it must be None (native size) or a dict with one of the key sets "
-                    f"{[sorted(keys) for keys in SIZE_KEYS]} and integers of at least 1 pixel."
-                )
+        size = check_size(dict(size) if isinstance(size, SizeDict) else size)
         kwargs = super()._standardize_kwargs(size=size, **kwargs)
         kwargs["max_tokens"], kwargs["patch_size"] = max_tokens, patch_size
         kwargs["image_range"] = check_range(image_range)
@@ -288,74 +241,28 @@ class SparImageProcessorPil(PilBackend):
         Raises:
             TypeError, ValueError: as the class.
         """
-        if isinstance(image, torch.Tensor):
-            image = image.detach().cpu()
-            image = (image.float() if image.dtype == torch.bfloat16 else image).numpy()
-        if isinstance(image, Image.Image):
-            image = turn_upright(image)
-            height, width = image.height, image.width
-            is_rgb = image.mode == "RGB"
-        elif isinstance(image, np.ndarray):
-            image = to_channels_last(image, input_data_format)
-            height, width, channels = image.shape
-            is_rgb = channels == 3
-        else:
-            raise TypeError(
-                "An image is a path, a URL, bytes or an open binary file, a PIL image, a NumPy array or a torch tensor, not "
-                f"{type(image).__name__}. A batch is a flat list of them."
-            )
-        if min(height, width) < MIN_SIDE:
-            raise ValueError(
-                f"The image has {height} × {width} pixels (height × width); each side must have at least "
-                f"{MIN_SIDE}. Check that it is not empty and that its axes are in order."
-            )
-        if do_convert_rgb is False and not is_rgb:
-            raise ValueError("The image is not RGB and `do_convert_rgb` is False. Set it to True or convert the image.")
-        if isinstance(image, np.ndarray):
-            pixels = array_to_rgb(image, image_range)
-        elif image.mode == "F" or (image.mode.startswith("I") and image_range is not None):
-            pixels = array_to_rgb(np.asarray(image)[:, :, None], image_range)  # floats keep their precision
-        else:
-            pixels = np.asarray(to_rgb(image))
-        return np.ascontiguousarray(np.moveaxis(pixels, -1, 0))  # (height, width, 3) -> (3, height, width)
+        return rgb_pixels(image, image_range, input_data_format, do_convert_rgb is not False)
 
     def working_size(
         self, height: int, width: int, size: SizeDict | None, max_tokens: int | None, patch_size: int | None
     ) -> tuple[int, int]:
         """The `(height, width)` an image is resized to: as `size` says (`None`: its own), within `max_tokens`."""
-        asked = (height, width) if size is None else resized_size(height, width, size)
-        if max_tokens is None or patch_size is None:
-            return asked
-        allowed = limited_size(*asked, patch_size, max_tokens)
+        asked, allowed = working_size(height, width, size, max_tokens, patch_size)
         if allowed != asked:
-            logger.warning_once(
-                f"Images of more than {max_tokens} patches are made smaller. For more detail raise `max_tokens`, if memory "
-                "and time allow; to avoid this message set a smaller `size`."
-            )
+            logger.warning_once(TOO_MANY_PATCHES.format(max_tokens))
         return allowed
 
     def resize(self, image: np.ndarray, size: SizeDict, resample: int | None = None, **kwargs) -> np.ndarray:
         """Resize `(3, height, width)` with Pillow; float pixels by channel, clipped to 0–1 as Pillow clips levels."""
-        _, old_height, old_width = image.shape
-        height, width = resized_size(old_height, old_width, size)
-        if (height, width) == (old_height, old_width):
-            return image
-        if image.dtype == np.uint8:
-            original = Image.fromarray(np.ascontiguousarray(np.moveaxis(image, 0, -1)))
-            return np.ascontiguousarray(np.moveaxis(np.asarray(original.resize((width, height), resample)), -1, 0))
-        channels = [np.asarray(Image.fromarray(channel).resize((width, height), resample)) for channel in image]
-        return np.stack(channels).clip(0, 1)
+        return resize_pixels(image, resized_size(image.shape[1], image.shape[2], size), resample)
 
     def rescale(self, image: np.ndarray, scale: float, **kwargs) -> np.ndarray:
         """Convert levels to float32; float pixels are in 0–1 already and are returned unchanged."""
-        return image.astype(np.float32) * np.float32(scale) if image.dtype == np.uint8 else image
+        return rescale_pixels(image, scale)
 
     def normalize(self, image: np.ndarray, mean, std, **kwargs) -> np.ndarray:
         """Subtract the mean and divide by the standard deviation of each channel: `(3, height, width)` float32."""
-        mean, std = (np.asarray(values, dtype=np.float32).reshape(-1, 1, 1) for values in (mean, std))
-        if mean.size not in (1, 3) or std.size not in (1, 3) or (std <= 0).any():
-            raise ValueError("`image_mean` and `image_std` must be one or three numbers, `image_std` positive.")
-        return (image - mean) / std
+        return normalise_pixels(image, mean, std)
 
     def _preprocess(
         self,

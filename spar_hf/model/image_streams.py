@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from .image_input import as_list, check_container, is_encoded, read_image
+from .image_input import as_list, check_container, is_encoded, is_tensor
 
 
 @dataclass(repr=False)
@@ -44,56 +44,6 @@ class EncodedImage:
     def to(self, device: torch.device | str) -> "EncodedImage":
         """A copy on another device."""
         return replace(self, feature_map=self.feature_map.to(device), pixel_values=self.pixel_values.to(device))
-
-
-def guarded(skip: bool, work: Callable, *args: Any, **kwargs: Any) -> Any:
-    """Call `work`; with `skip`, return `{"error": message}` instead of raising."""
-    try:
-        return work(*args, **kwargs)
-    except Exception as error:
-        if not skip:
-            raise
-        return {"error": f"{type(error).__name__}: {error}"}
-
-
-def is_error(item: Any) -> bool:
-    """Whether an item is an error returned by `guarded`."""
-    return isinstance(item, dict) and "error" in item
-
-
-def image_of_row(row: Mapping) -> Any:
-    """
-    The image of a row of `datasets`: its column `"image"`, decoded or not (`bytes` or `path`).
-
-    Raises:
-        ValueError: the row has no image.
-    """
-    image = row.get("image", row if "bytes" in row or "path" in row else None)
-    if isinstance(image, Mapping):
-        image = read_image(image["bytes"]) if image.get("bytes") else image.get("path")
-    if image is None:
-        raise ValueError(
-            f"A row with the columns {list(row)} has no `image`. Pass the column: `dataset[NAME]`, or `KeyDataset(dataset, "
-            "NAME)` of transformers.pipelines.pt_utils; or rename it."
-        )
-    return image
-
-
-def image_of_item(item: Any) -> Any:
-    """
-    The image of an item of a list, dataset or stream.
-
-    Raises:
-        ValueError: the item is a tuple, as of datasets of torch, in which any part may be the image.
-    """
-    if isinstance(item, Mapping):
-        return image_of_row(item)
-    if isinstance(item, (list, tuple)):
-        raise ValueError(
-            f"An item is a {type(item).__name__} of {len(item)} parts ({', '.join(type(part).__name__ for part in item)}), "
-            "not an image. Pass the images alone: `(item[0] for item in dataset)`; a list of lists must be flat."
-        )
-    return item
 
 
 class ColumnOfImages(Dataset):
@@ -199,7 +149,7 @@ def as_images(inputs: Any) -> ImageSequence | ImageStream | None:
         return None
     if (images := as_list(inputs)) is not None:
         return ImageSequence(images)
-    if isinstance(inputs, (np.ndarray, torch.Tensor)):
+    if isinstance(inputs, np.ndarray) or is_tensor(inputs):
         return None
     check_container(inputs)
     name: Any = getattr(inputs, "column_name", None)

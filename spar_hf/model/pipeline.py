@@ -13,29 +13,22 @@ from torch.utils.data import DataLoader
 from transformers import Pipeline
 from transformers.utils import logging
 
+from .background import resolve_classes
 from .devices import check_device
-from .image_input import as_list
-from .image_streams import (
-    EncodedImage,
-    ImageSequence,
-    ImageStream,
-    Results,
-    as_images,
-    guarded,
-    image_of_item,
-    is_error,
-)
-from .presence import class_presence, resolve_classes, store_embeddings
+from .image_input import as_list, image_of_item
+from .image_pixels import MAX_TOKENS
+from .image_streams import EncodedImage, ImageSequence, ImageStream, Results, as_images
+from .label_maps import map_result
+from .presence import class_presence, store_embeddings
 from .processing_spar import SparProcessor
 from .prompts import CandidateLabels, Vocabulary
 from .refine import Refinement, refined_logits
-from .results import as_segments, map_result
-from .segmentation import DenseLogits, check_output_size, check_shares, class_probabilities
+from .results import as_segments, check_output_size, check_shares, guarded, is_error
+from .segmentation import DenseLogits, class_probabilities
 from .text_embeddings import STORED_EMBEDDINGS, TextEmbeddingCache, stored_embeddings
 from .tiling import TiledImage, check_tiled, tiled_map
 from .upsamplers import Upsampler, resolve_upsampler
 
-MAX_TOKENS = 16_384  # 2048 × 2048 pixels at a patch of 16
 OUTPUTS = ("segments", "map", "probabilities", "logits")
 
 
@@ -125,7 +118,7 @@ class OpenVocabSegmentationPipeline(Pipeline):
             background (`str` or `list[str]`, *optional*):
                 What surrounds the classes. `None`: nothing, every pixel gets one of the classes. `"auto"`: the class
                 `"background"` of 26 common stuff words, which compete for every pixel, less those that mean the same as a
-                name of a class (`same_meaning` in `presence.py`); if none is left, as `None`. A list of words, which may
+                name of a class (`same_meaning` in `background.py`); if none is left, as `None`. A list of words, which may
                 be labels, makes that class of these words. Any other string is the label of the class that gets unsure
                 pixels and tiny classes: a class of the vocabulary or a new one without words.
             threshold (`float`, *optional*, defaults to 0):

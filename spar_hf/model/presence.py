@@ -1,107 +1,23 @@
 """
-Which words mean the same to a model, and how likely an image shows a class at all. Both compare with a fixed set of everyday
-nouns, the anchor words, so that results do not depend on which other classes are listed.
+How likely an image shows a class at all, compared with a fixed set of everyday nouns, the anchor words, so that results do
+not depend on which other classes are listed.
 """
 
 import os
 from collections.abc import Sequence
 
 import torch
-from torch import nn
 
-from .prompts import Vocabulary, normalise_name, resolve_templates
-from .text_embeddings import MEANING_TEMPLATES, TextEmbeddingCache
+from .background import MEANING_TEMPLATES, bare_embeddings, same_meaning
+from .prompts import Vocabulary, resolve_templates
+from .text_embeddings import TextEmbeddingCache
 from .vocabularies import ANCHOR_WORDS, STUFF_WORDS
 
-# Cosine of two text embeddings, less the mean of all anchors', from which two words are taken to mean the same. The mean is
-# subtracted because all texts of CLIP and SigLIP lie near each other. With spar-tiny: sky and cloud 0.57, tree and
-# vegetation 1.00, lamp and pole 0.71, but building and wall 0.41, grass and tree 0.33. Of 0.35, 0.5, 0.65 and 0.9, presence
-# ranks best with 0.5.
-SAME_MEANING = 0.5
 BEST_PATCHES = 0.02  # share of an image's patches that a class is judged by; 0.01 to 0.1 rank alike
 # presence = sigmoid(CALIBRATION[0] * odds + CALIBRATION[1]), fitted with spar-tiny by `training/studies/presence.py`. A
 # model may have its own, `config.presence_calibration`.
 CALIBRATION = (0.414, 1.735)
-BACKGROUND = "background"  # label of the class of background words
 WORKING_BYTES = 64 * 2**20  # bound on the largest buffer, unless there are so many patches that one class takes more
-
-
-def same_meaning(cache: TextEmbeddingCache, words: Sequence[str], others: Sequence[str]) -> torch.Tensor:
-    """
-    Which of `words` mean the same as which of `others`: `(words, others)` bool.
-
-    Embeddings are those of the bare words, whatever the templates of the masks.
-
-    Example:
-
-    ```python
-    >>> from transformers import pipeline
-    >>> import spar_hf
-
-    >>> segment = pipeline("open-vocab-segmentation")
-    >>> same_meaning(segment.texts, ["cloud", "river"], ["sky", "street"]).tolist()
-    [[True, False], [False, False]]
-    ```"""
-    centre = _bare(cache, ANCHOR_WORDS).mean(0)
-    one, other = (nn.functional.normalize(_bare(cache, some) - centre, dim=-1) for some in (words, others))
-    return one @ other.T >= SAME_MEANING
-
-
-def stuff_beside(cache: TextEmbeddingCache, vocabulary: Vocabulary) -> list[str]:
-    """
-    Common stuff words that mean nothing that a class of the vocabulary means, for `background="auto"`. A class called
-    background is no obstacle, since the words are added to it.
-    """
-
-    def find() -> list[str]:
-        words = vocabulary.other_stuff()
-        classes = zip(vocabulary.labels, vocabulary.names, strict=True)
-        names = [name for label, some in classes if normalise_name(label) != BACKGROUND for name in some]
-        if not words or not names:
-            return words
-        taken = same_meaning(cache, words, names).any(1).tolist()
-        return [word for word, is_taken in zip(words, taken, strict=True) if not is_taken]
-
-    return cache.remember(("stuff", vocabulary), find)
-
-
-def resolve_classes(
-    cache: TextEmbeddingCache,
-    vocabulary: Vocabulary,
-    background: str | Sequence[str] | None,
-    rules: bool = False,
-    templates: str | Sequence[str] | None = None,
-) -> tuple[Vocabulary, list[str], int]:
-    """
-    Add the background to a vocabulary.
-
-    Args:
-        cache: text embeddings of the model.
-        vocabulary: the classes asked for.
-        background: as in the call of the pipeline.
-        rules: whether pixels may be moved to the background, which then has a label if not words.
-        templates: of the masks.
-
-    Returns:
-        The vocabulary with its background, the labels of the result, and the index of the background among them (-1: none).
-
-    Raises:
-        ValueError: a background that leaves no class, or names that the tokenizer cannot tell apart.
-    """
-    label, gives_way = BACKGROUND, None
-    if background == "auto" and "auto" not in vocabulary.labels:
-        background = stuff_beside(cache, vocabulary) or None
-    if isinstance(background, str):
-        label = background
-    elif background is not None:
-        vocabulary = vocabulary.with_background(background)
-        gives_way = next(given for given in vocabulary.labels if normalise_name(given) == label)
-    vocabulary = cache.distinct(vocabulary, templates, gives_way)
-    labels = list(vocabulary.labels)
-    if background is None and not rules:
-        return vocabulary, labels, -1
-    found = [i for i, given in enumerate(labels) if normalise_name(given) == normalise_name(label)]
-    return (vocabulary, labels, found[0]) if found else (vocabulary, [*labels, label], len(labels))
 
 
 def store_embeddings(
@@ -115,7 +31,7 @@ def store_embeddings(
     bare = list(dict.fromkeys([*ANCHOR_WORDS, *words]))
     prompts = resolve_templates(cache.model.config.templates if templates is None else templates)
     cache.refresh()
-    _bare(cache, bare)
+    bare_embeddings(cache, bare)
     cache.save(path, bare if prompts == MEANING_TEMPLATES else words, prompts)
 
 
@@ -141,7 +57,8 @@ def presence_odds(
         `(classes,)` float32.
     """
     model = cache.model
-    anchors = model.dense_logits(feature_map[None], _bare(cache, ANCHOR_WORDS))[0].flatten(1)  # (anchors, patches)
+    # (anchors, patches)
+    anchors = model.dense_logits(feature_map[None], bare_embeddings(cache, ANCHOR_WORDS))[0].flatten(1)
     highest = anchors.amax(0)
     weights = (anchors - highest).exp_()
     patches = weights.shape[1]
@@ -154,7 +71,7 @@ def presence_odds(
         rivals = same.new_zeros(len(names), len(ANCHOR_WORDS)).index_add_(0, owner, same) == 0
         sums = rivals.float() @ weights  # (classes, patches)
         sums = sums.clamp_(min=torch.finfo(torch.float32).tiny).log_().add_(highest)
-        logits = model.dense_logits(feature_map[None], _bare(cache, flat))[0].flatten(1)
+        logits = model.dense_logits(feature_map[None], bare_embeddings(cache, flat))[0].flatten(1)
         found = (logits - sums[owner]).topk(best, -1).values.mean(-1)  # (names,)
         odds.append(found.new_full((len(names),), -torch.inf).scatter_reduce_(0, owner, found, "amax"))
     return torch.cat(odds)
@@ -184,10 +101,6 @@ def class_presence(cache: TextEmbeddingCache, feature_map: torch.Tensor, vocabul
     ```"""
     slope, offset = getattr(cache.model.config, "presence_calibration", None) or CALIBRATION
     return (slope * presence_odds(cache, feature_map, vocabulary) + offset).sigmoid().tolist()
-
-
-def _bare(cache: TextEmbeddingCache, words: Sequence[str]) -> torch.Tensor:
-    return cache.get(words, MEANING_TEMPLATES, check_weights=False)
 
 
 def _groups(classes: tuple[tuple[str, ...], ...], names: int) -> list[list[tuple[str, ...]]]:

@@ -1,60 +1,52 @@
-"""What the pipeline returns for an image: a label map with scores, and masks of classes."""
+"""
+The form of results: segments of a label map, errors of failed images, and limits on what one result may take. The runtime
+without torch returns the same, so this file imports none.
+"""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 
-from .segmentation import (
-    DenseLogits,
-    LabelMap,
-    check_output_size,
-    class_probabilities,
-    decide,
-    give_to_background,
-)
+OUTPUT_BYTES = 2**30  # larger dense outputs are refused
 
 
-def map_result(
-    logits: DenseLogits,
-    name_to_class: torch.Tensor,
-    geometry: tuple[int, tuple[int, int], tuple[int, int]],
-    classes: int,
-    background: int = -1,
-    threshold: float = 0.0,
-    min_area: float = 0.0,
-    top_k: int | None = None,
-) -> dict[str, torch.Tensor]:
+def guarded(skip: bool, work: Callable, *args: Any, **kwargs: Any) -> Any:
+    """Call `work`; with `skip`, return `{"error": message}` instead of raising."""
+    try:
+        return work(*args, **kwargs)
+    except Exception as error:
+        if not skip:
+            raise
+        return {"error": f"{type(error).__name__}: {error}"}
+
+
+def is_error(item: Any) -> bool:
+    """Whether an item is an error returned by `guarded`."""
+    return isinstance(item, dict) and "error" in item
+
+
+def check_output_size(size: int, output: str) -> None:
     """
-    The decision for an image.
-
-    Args:
-        logits, name_to_class: as in [`decide`]; without names all pixels are background.
-        geometry: side of a cell, working size, size of the image: the further arguments of [`decide`].
-        classes: number of classes, with those that have no names.
-        background: number of the background class.
-        threshold, min_area: as in [`give_to_background`].
-        top_k: how many of the best classes of every pixel are added, before pixels are moved to the background.
-
-    Returns:
-        `map` and, per class, `pixels` and `scores`; with `top_k` also `top_map` and `top_probabilities`.
+    Raises:
+        ValueError: `size`, in bytes, is too large for one result.
     """
-    top: dict[str, torch.Tensor] = {}
-    if not len(name_to_class):
-        labels = torch.full(geometry[2], background, dtype=torch.int32, device=name_to_class.device)
-        decision = LabelMap(labels, torch.ones(geometry[2], device=labels.device))
-    else:
-        decision = decide(logits, name_to_class, *geometry)
-    if top_k:
-        best = (decision.labels[None].clone(), decision.probabilities[None].clone())
-        if len(name_to_class):
-            best = class_probabilities(logits, name_to_class, *geometry, top_k=top_k)
-        top = dict(zip(("top_map", "top_probabilities"), best, strict=True))
-    if threshold or min_area:
-        decision = give_to_background(decision, background, threshold, min_area)
-    pixels, scores = decision.class_scores(classes)
-    return {"map": decision.labels, "pixels": pixels, "scores": scores, **top}
+    if size > OUTPUT_BYTES:
+        raise ValueError(
+            f"output={output!r} of this image takes {size / 2**30:.1f} GiB, more than {OUTPUT_BYTES / 2**30:.0f} GiB. Take "
+            'output="map" (8 bytes per pixel), fewer classes, or a smaller image.'
+        )
+
+
+def check_shares(**shares: float) -> None:
+    """
+    Raises:
+        ValueError: one of them is not in 0 to 1.
+    """
+    for name, value in shares.items():
+        if not 0 <= value <= 1:
+            raise ValueError(f"`{name}` must be a share from 0 to 1, got {value}.")
 
 
 def as_segments(

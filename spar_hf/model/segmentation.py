@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from .decisions import ClassMaxima, Rule, decide_rows, pays
+from .results import OUTPUT_BYTES, check_output_size, check_shares
 from .upsampling import (
     WORKING_BYTES,
     Axes,
@@ -15,8 +16,6 @@ from .upsampling import (
     patch_coordinates,
     upsampled_tiles,
 )
-
-OUTPUT_BYTES = 2**30  # larger dense outputs are refused
 
 
 @dataclass
@@ -83,28 +82,6 @@ def _give(labels: torch.Tensor, probabilities: torch.Tensor, given: torch.Tensor
     """Move the pixels of the mask `given` to the background, in place."""
     labels[given] = background
     probabilities[given] = 1 - probabilities[given]
-
-
-def check_output_size(size: int, output: str) -> None:
-    """
-    Raises:
-        ValueError: `size`, in bytes, is too large for one result.
-    """
-    if size > OUTPUT_BYTES:
-        raise ValueError(
-            f"output={output!r} of this image takes {size / 2**30:.1f} GiB, more than {OUTPUT_BYTES / 2**30:.0f} GiB. Take "
-            'output="map" (8 bytes per pixel), fewer classes, or a smaller image.'
-        )
-
-
-def check_shares(**shares: float) -> None:
-    """
-    Raises:
-        ValueError: one of them is not in 0 to 1.
-    """
-    for name, value in shares.items():
-        if not 0 <= value <= 1:
-            raise ValueError(f"`{name}` must be a share from 0 to 1, got {value}.")
 
 
 @torch.no_grad()

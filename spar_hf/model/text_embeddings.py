@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers.utils import cached_file, logging
 
+from .background import MEANING_TEMPLATES
 from .file_modes import follow_umask
 from .fingerprints import checksum, quick_fingerprint, text_fingerprint, tokenizer_state
 from .prompts import Vocabulary, distinct_names, embed_names, resolve_templates
@@ -22,7 +23,6 @@ MAX_NAMES = 50_000  # over all templates: 150 MB of 768-dimensional embeddings
 MAX_REMEMBERED = 32  # results of `remember`
 FORMAT = "spar text embeddings, 1"
 STORED_EMBEDDINGS = "text_embeddings.safetensors"  # beside a checkpoint
-MEANING_TEMPLATES = ("{}",)  # of words that are compared with each other: the bare word, at one prompt each
 
 logger = logging.get_logger(__name__)
 Result = TypeVar("Result")

@@ -108,7 +108,7 @@ def test_unsure_pixels_go_to_a_background_without_words(segment, picture):
         ({"candidate_labels": LABELS, "background": ["road", "car", "sky"]}, "at least one must be left"),
         ({"candidate_labels": ["road", "car, auto"], "background": ["auto"]}, "no word of its own: auto"),
         ({"candidate_labels": ["road " * 50], "templates": "plain", "on_error": "skip"}, "text tower reads"),
-        ({"candidate_labels": LABELS, "size": "large"}, "the only word for a size is 'native'"),
+        ({"candidate_labels": LABELS, "size": "large"}, "`size` is 'large'; it must be None or 'native'"),
         ({"candidate_labels": LABELS, "max_tokens": -1}, "`max_tokens` is -1"),
         ({"candidate_labels": LABELS, "max_tokens": 0}, "`max_tokens` is 0"),
         ({"candidate_labels": LABELS, "templates": "nonsense"}, "template set"),
@@ -319,7 +319,8 @@ def test_top_k_segments_are_those_of_highest_score(segment, picture):
 
 
 def test_outputs_too_large_for_memory_name_the_map(segment, picture, monkeypatch):
-    monkeypatch.setattr("spar_hf.model.segmentation.OUTPUT_BYTES", 1000)
+    for module in ("results", "segmentation"):
+        monkeypatch.setattr(f"spar_hf.model.{module}.OUTPUT_BYTES", 1000)
     for output in ("segments", "probabilities"):
         with pytest.raises(ValueError, match='Take output="map"'):
             segment(picture, candidate_labels=LABELS, output=output)

@@ -10,14 +10,8 @@ from transformers import pipeline
 
 from spar_hf import SparForOpenVocabSegmentation, SparImageProcessorPil
 from spar_hf.model import presence
-from spar_hf.model.presence import (
-    class_presence,
-    presence_odds,
-    resolve_classes,
-    same_meaning,
-    store_embeddings,
-    stuff_beside,
-)
+from spar_hf.model.background import SAME_MEANING, resolve_classes, same_meaning, stuff_beside
+from spar_hf.model.presence import class_presence, presence_odds, store_embeddings
 from spar_hf.model.prompts import Vocabulary, embed_names
 from spar_hf.model.text_embeddings import TextEmbeddingCache
 from spar_hf.model.vocabularies import ANCHOR_WORDS, STUFF_WORDS
@@ -39,7 +33,8 @@ def letters():
 def anchors(monkeypatch):
     """Few anchor words, short enough for the tiny tokenizer's context."""
     words = ("cat", "dog", "horse", "tree", "bush", "sea", "lake", "road", "car", "house", "sky", "rain", "bread")
-    monkeypatch.setattr(presence, "ANCHOR_WORDS", words)
+    for module in ("background", "presence"):
+        monkeypatch.setattr(f"spar_hf.model.{module}.ANCHOR_WORDS", words)
     return words
 
 
@@ -103,7 +98,7 @@ def plain_odds(cache, feature_map, names, anchors):
         anchor
         for anchor in anchors
         for name in names
-        if F.cosine_similarity(embeds[anchor] - centre, embeds[name] - centre, dim=0) >= presence.SAME_MEANING
+        if F.cosine_similarity(embeds[anchor] - centre, embeds[name] - centre, dim=0) >= SAME_MEANING
     }
     patches = F.normalize(feature_map.double().flatten(1), dim=0)
     scale = cache.model.config.dense_logit_scale
