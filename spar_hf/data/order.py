@@ -171,8 +171,8 @@ def is_excluded(key: str, patterns: list[str]) -> bool:
 
 class MapOrder(Sampler):
     """
-    The endless shuffled stream of a [`Listing`]. Its i-th image depends on the seed and `i` only. Each of n processes takes
-    every n-th sample, so that together they see what one process would see.
+    The endless stream of a [`Listing`], shuffled again every epoch. Its i-th image depends on the seed and `i` only.
+    Each of n processes takes every n-th sample, so that together they see what one process would see.
 
     Args:
         images: the images.
@@ -180,9 +180,19 @@ class MapOrder(Sampler):
         process: number of this process.
         processes: how many there are.
         start: `after` of the last sample of an interrupted run.
+        shuffle: `False` keeps the order of the images in every epoch.
     """
 
-    def __init__(self, images: SampleList, seed: int, process: int, processes: int, start: list[int] | None = None):
+    def __init__(
+        self,
+        images: SampleList,
+        seed: int,
+        process: int,
+        processes: int,
+        start: list[int] | None = None,
+        shuffle: bool = True,
+    ):
+        self.shuffle = shuffle
         self.images, self.seed, self.process, self.processes = images, seed, process, processes
         self.start = start or [0]
 
@@ -190,12 +200,13 @@ class MapOrder(Sampler):
         order = ShuffledStream(len(self.images), f"order-{self.seed}")
         for turn in itertools.count(self.start[0]):
             index = turn * self.processes + self.process
-            yield self.images.sample(order[index], index, [turn + 1])
+            number = order[index] if self.shuffle else index % len(self.images)
+            yield self.images.sample(number, index, [turn + 1])
 
 
 class StreamOrder(Sampler):
     """
-    The endless stream of an iterable table. Every epoch shuffles the shards, and the images within a buffer.
+    The endless stream of an iterable table. Every epoch shuffles the shards, and the images within a buffer, if asked to.
 
     Each process takes its own shards if their number is a multiple of the number of processes, otherwise every n-th image. A
     resumed run reads the interrupted epoch from its beginning without decoding, because only that restores the buffer.
@@ -219,8 +230,9 @@ class StreamOrder(Sampler):
 
         table, self.columns, self.names = undecoded(table, options.images[0], options)
         self.plain, self.options = table, options
-        shuffled = table.shuffle(seed=seed, buffer_size=options.shuffle_buffer)
-        self.table = split_dataset_by_node(shuffled, process, processes)
+        if options.shuffle:
+            table = table.shuffle(seed=seed, buffer_size=options.shuffle_buffer)
+        self.table = split_dataset_by_node(table, process, processes)
         self.process, self.processes, self.start = process, processes, start or [0, 0]
 
     def read(self, row: dict[str, Any]) -> tuple[Any, str, bool]:

@@ -51,6 +51,7 @@ class ImageOptions(ImageSelection):
         "of several the first that is not named depth, mask, … (a note says which).",
     )
     streaming: bool = option(False, "Read data sets and shards as a stream, without an index or a copy on disk.")
+    shuffle: bool = option(True, "Shuffle the images every epoch; the paper keeps one order (--no_shuffle).")
     shuffle_buffer: int = option(1000, "Number of images in the buffer that shuffles a stream.")
     min_side: int = option(32, "Images with a side below this many pixels are skipped and listed.")
     workers: int = option(1, HELP["workers"])

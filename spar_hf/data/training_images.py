@@ -92,8 +92,8 @@ class SkippedList:
 
 class TrainingImages(Dataset):
     """
-    Reads the image of a [`Sample`] and makes the view of it that (seed, index) determines, whichever worker does it. An
-    image that cannot be read becomes a [`Skipped`].
+    Reads the image of a [`Sample`] and makes the view of it that the seed and its index determine (its name with
+    `Views.fixed_views`), whichever worker does it. An image that cannot be read becomes a [`Skipped`].
 
     Args:
         sources: see `open_sources`.
@@ -141,7 +141,8 @@ class TrainingImages(Dataset):
             image = self.read(sample)
         except Exception as error:  # each of Pillow's decoders raises its own kind, and no file may stop a training run
             return Skipped(sample.name, str(error) or type(error).__name__)
-        crop = draw_crop(image.size, self.window, self.patch_size, self.views, view_generator(self.seed, sample.index))
+        generator = view_generator(self.seed, sample.name if self.views.fixed_views else sample.index)
+        crop = draw_crop(image.size, self.window, self.patch_size, self.views, generator)
         return LoadedSample(sample.index, self.pixels(crop.apply(image)), sample.after)
 
     def squares(self, samples: list[Sample], side: int) -> Iterator[torch.Tensor]:

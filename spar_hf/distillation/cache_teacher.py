@@ -196,7 +196,8 @@ def start_folder(output: Path, setting: dict[str, Any], accelerator: Accelerator
         UsageError: the folder holds a cache of another setting.
     """
     if (output / MANIFEST).is_file():
-        check_setting(output, read_manifest(output)["setting"], setting)
+        stored = asdict(Views()) | read_manifest(output)["setting"]  # an earlier version drew views as the defaults say
+        check_setting(output, stored, setting)
     accelerator.wait_for_everyone()  # all have compared the old manifest before it is replaced
     if accelerator.is_main_process:
         output.mkdir(parents=True, exist_ok=True)
@@ -299,7 +300,8 @@ class ShardMaker:
             size, digest = path.stat().st_size, sha256(path)
         except Exception as error:  # each decoder raises its own kind, and no file may end the work of hours
             raise UnreadableImage(str(error)) from error
-        teacher, generator = self.teacher, view_generator(self.options.storage.seed, index)
+        key = str(path) if self.options.views.fixed_views else index
+        teacher, generator = self.teacher, view_generator(self.options.storage.seed, key)
         crop = draw_crop(image.size, teacher.window_size, teacher.config.patch_size, self.options.views, generator)
         pixels = self.image_processor(crop.apply(image), do_resize=False, return_tensors="pt")["pixel_values"]
         with self.accelerator.autocast():
@@ -307,7 +309,7 @@ class ShardMaker:
         if not features.isfinite().all():
             raise NotFinite(f"The teacher's features of {path} are not finite. Use another --mixed_precision.")
         relative = os.path.relpath(path.resolve(), self.output.resolve())
-        entry = {"image": relative, "bytes": size, "sha256": digest, "crop": asdict(crop)}
+        entry = {"image": relative, "bytes": size, "sha256": digest, "crop": crop.record}
         return entry, features[0].to("cpu", torch.bfloat16).contiguous()
 
 

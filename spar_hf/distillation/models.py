@@ -95,15 +95,17 @@ class Models:
 
 def make_teacher(encoder: SparVisionModel, options: WindowOptions, **views: Any) -> SlidingWindowTeacher:
     """
-    Sliding windows over an encoder, which is frozen; `views` are `scales` and `flip` of the teacher.
+    Sliding windows over an encoder, which is frozen; `views` are `scales` and `flip` of the teacher. The window is
+    `window_size`, or else `rope_window_size` for a model without a position table, or else the model's `image_size`.
 
     Raises:
         UsageError: a window or stride that does not fit the encoder.
     """
+    no_table = encoder.config.position_resampling == "rope"
     with as_usage_errors():
         return SlidingWindowTeacher(
             encoder.eval().requires_grad_(False),
-            options.window_size,
+            options.window_size or (options.rope_window_size if no_table else None),
             options.stride,
             options.window_batch_size,
             **views,

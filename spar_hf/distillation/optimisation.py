@@ -52,6 +52,7 @@ class Optimisation:
 
     def __init__(self, accelerator: Accelerator, student: Student, options: OptimisationOptions, steps: int):
         self.accelerator, self.student = accelerator, student
+        self.max_grad_norm = options.max_grad_norm or math.inf
         if is_sharded(accelerator):
             # the blocks: the list of transformers also names embeddings, whose parts are called one by one
             names = {type(block).__name__: 0 for block in student.model.backbone.blocks}
@@ -84,7 +85,7 @@ class Optimisation:
         """
         self.accelerator.backward(loss)
         if self.accelerator.sync_gradients:
-            norm = self.accelerator.clip_grad_norm_(self.parameters, 1.0)
+            norm = self.accelerator.clip_grad_norm_(self.parameters, self.max_grad_norm)
             # the scaler of float16 must be asked in any case, and skips such steps by itself
             if not is_bad(norm) or self.accelerator.scaler is not None:
                 self.optimizer.step()

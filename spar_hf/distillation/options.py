@@ -5,6 +5,7 @@ Each part is a small dataclass that says what one step of the work needs; [`Dist
 what they ask for together. On the command line and in YAML recipes (`recipes.py`) the options of all parts are flat.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from transformers.trainer_utils import SchedulerType
 
 from spar_hf.data.augmentation import Views
 from spar_hf.data.sources import ImageOptions
+from spar_hf.distillation.presets import PRESETS, with_later_options, with_preset
 from spar_hf.distillation.trainable import ADAPTER_PARTS, BLOCK_PARTS, OTHER_PARTS
 from spar_hf.model.vocabularies import VOCABULARIES
 from spar_hf.teacher import VARIANTS
@@ -32,26 +34,10 @@ from spar_hf.utils.options import (
     require_share,
 )
 
-# SPAR, section 4: images fit 4 × 2 windows times U(0.5, 1). The third recipe's go up to 2560 px, 5 of its windows of 512 px.
-RECIPE: dict[str, Any] = {
-    "epochs": 10,
-    "learning_rate": 2e-5,
-    "weight_decay": 1e-4,
-    "stride": 24,
-    "long_side_windows": 4.0,
-    "short_side_windows": 2.0,
-    "min_scale": 0.5,
-    "crop_probability": 0.5,
-    "flip_probability": 0.5,
-}
-PRESETS: dict[str, dict[str, Any]] = {
-    "spar": RECIPE | {"train_layers": "2"},
-    "spar-all": RECIPE | {"train_layers": "all"},
-    "spar-all-hires": RECIPE | {"train_layers": "all", "long_side_windows": 5.0, "short_side_windows": 2.5},
-}
 DEFAULT_STEPS = 1000
 # A resumed run may change these: they do not change what is learned.
-FREE = {"output", "resume", "workers", "save_steps", "eval_steps", "picture_steps", "report_to", "preset", *RUN_FREE}
+FREE = {"output", "resume", "workers", "save_steps", "eval_steps", "picture_steps", "report_to", *RUN_FREE}
+FREE |= {"preset", "dry_run"}
 
 
 @dataclass(kw_only=True)
@@ -63,10 +49,13 @@ class WindowOptions:
     )
     stride: int = option(24, HELP["teacher_stride"])
     window_size: int | None = option(None, HELP["window_size"])
+    rope_window_size: int | None = option(
+        None, "Side of the windows in pixels for models without a position table (DINOv3), 384 in the paper."
+    )
     window_batch_size: int = option(16, HELP["window_batch_size"])
 
     def __post_init__(self):
-        require_positive(self, "stride", "window_size", "window_batch_size")
+        require_positive(self, "stride", "window_size", "rope_window_size", "window_batch_size")
 
 
 @dataclass(kw_only=True)
@@ -206,6 +195,7 @@ class OptimisationOptions:
     weight_decay: float = option(1e-4, HELP["weight_decay"])
     lr_scheduler_type: str = option("cosine", HELP["lr_scheduler_type"])
     warmup_ratio: float = option(0.05, HELP["warmup_ratio"])
+    max_grad_norm: float = option(1.0, "Longer gradients are shortened to this norm; 0 leaves them as they are.")
     gradient_accumulation_steps: int = option(1, "Images per process and optimizer step.")
     whiten: float = option(
         0.0,
@@ -223,7 +213,7 @@ class OptimisationOptions:
 
     def __post_init__(self):
         require_positive(self, "steps", "epochs", "learning_rate", "gradient_accumulation_steps")
-        require_not_negative(self, "weight_decay")
+        require_not_negative(self, "weight_decay", "max_grad_norm")
         require_share(self, "whiten", "warmup_ratio")
         require_one_of(self, "mixed_precision", PRECISIONS)
         require_one_of(self, "lr_scheduler_type", [str(kind.value) for kind in SchedulerType])
@@ -245,9 +235,11 @@ class RunOptions(SafetyOptions):
     output: str = required("Folder of the run; the student is written to OUTPUT/model.")
     preset: str | None = option(
         None,
-        f"Recipe of the paper by name ({', '.join(PRESETS)}): the last two blocks, all weights, all weights on "
-        "larger images. Options given beside it take precedence.",
+        f"Recipe by name ({', '.join(PRESETS)}). spar is the published one to the letter, for the last two blocks; "
+        "spar-all trains all weights, spar-all-hires also on larger images. spar-hf is this library's own, spar-hf-siglip "
+        "the same with a local start. Options given beside it take precedence; --dry_run shows what results.",
     )
+    dry_run: bool = option(False, "Print all options with their defaults and the published values, and stop.")
     holdout_images: int = option(8, "Held-out images that the error is measured on.")
     log_steps: int = option(20, HELP["log_steps"])
     save_steps: int = option(500, HELP["save_steps"])
@@ -322,6 +314,11 @@ class DistillationOptions(ComposedOptions):
         """
         return super().from_flat(**with_preset(cls.with_current_names(values)))
 
+    @classmethod
+    def with_current_names(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Options of an earlier version under the names of today; those of a run are completed ([`with_later_options`])."""
+        return with_later_options(super().with_current_names(values))
+
     @property
     def flat(self) -> dict[str, Any]:
         """
@@ -346,21 +343,3 @@ class DistillationOptions(ComposedOptions):
         output, adapters = Path(self.run.output), self.student.lora_rank is not None
         plain = not adapters or self.student.merge
         return [output / "adapter"] * adapters + [output / "model"] * plain
-
-
-def with_preset(values: dict[str, Any]) -> dict[str, Any]:
-    """
-    Options with those that their preset fills in; `steps` replaces the preset's `epochs`.
-
-    Raises:
-        UsageError: no preset of this name.
-    """
-    name = values.get("preset")
-    if name is None:
-        return values
-    if name not in PRESETS:
-        raise UsageError(f"--preset {name}: use one of {', '.join(PRESETS)}.")
-    preset = dict(PRESETS[name])
-    if values.get("steps") is not None:
-        del preset["epochs"]
-    return preset | values

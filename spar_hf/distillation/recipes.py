@@ -1,4 +1,4 @@
-"""Options of a distillation from a command line, a YAML recipe and the presets of the paper."""
+"""Options of a distillation from a command line, a YAML recipe and presets."""
 
 import itertools
 from pathlib import Path
@@ -6,11 +6,14 @@ from typing import Any
 
 import yaml
 
-from spar_hf.distillation.options import DistillationOptions, with_preset
+from spar_hf.distillation.options import DistillationOptions
+from spar_hf.distillation.presets import REPLACES, with_preset
 from spar_hf.utils.errors import MissingFiles, UsageError
 from spar_hf.utils.options import parse_dataclasses
 from spar_hf.utils.texts import read_text
 
+OFF = ("false", "no", "off", "f", "n", "0")  # as HfArgumentParser reads them
+WITH_PRESET = ("preset", "output", "teacher_mode", *REPLACES)  # what decides how a preset is filled in
 DESCRIPTION = """
 Distil the sliding-window teacher of a backbone into a student that needs one pass. Options may also stand in a YAML file,
 named first: `distill.py recipe.yaml --steps 100`. The command line takes precedence over the recipe, and the recipe over
@@ -21,7 +24,8 @@ named first: `distill.py recipe.yaml --steps 100`. The command line takes preced
 def parse_options(arguments: list[str]) -> DistillationOptions:
     """
     Options of a command line `[RECIPE.yaml] [--name value ...]`. Options given there take precedence over the recipe's, and
-    these over the preset's; `steps` and `epochs` replace each other.
+    these over the preset's; `steps` and `epochs` replace each other. With `--dry_run`, model, images and output may be
+    left out.
 
     Raises:
         UsageError: an invalid option, or a recipe that cannot be read.
@@ -33,7 +37,13 @@ def parse_options(arguments: list[str]) -> DistillationOptions:
     for one, other in (("steps", "epochs"), ("epochs", "steps")):
         if one in given:
             recipe.pop(other, None)
-    filled = with_preset(recipe | {name: value for name, value in given.items() if name in ("preset", "steps")})
+    current = DistillationOptions.with_current_names(given)
+    chosen: dict[str, Any] = {name: current[name] for name in WITH_PRESET if name in current}
+    if "resume" in given:
+        chosen["resume"] = given["resume"].lower() not in OFF
+    filled = with_preset(recipe | chosen)
+    if given.get("dry_run", "off").lower() not in OFF:  # what is needed to run is not needed to show the rest
+        filled = {"model": "MODEL", "images": ["IMAGES"], "output": "OUTPUT"} | filled
     parts = DistillationOptions.parts()
     return DistillationOptions.from_parts(
         parse_dataclasses(parts.values(), to_arguments(filled) + arguments, DESCRIPTION, allow_abbrev=False)

@@ -8,7 +8,15 @@ import pytest
 import torch
 from PIL import Image
 
-from spar_hf.data.augmentation import Crop, Views, draw_crop, jitter, jitter_image, view_generator
+from spar_hf.data.augmentation import (
+    Crop,
+    Views,
+    draw_crop,
+    jitter,
+    jitter_image,
+    resize_bilinear,
+    view_generator,
+)
 from spar_hf.utils.errors import UsageError
 
 SIZES = [(64, 48), (301, 200), (97, 640), (20, 20)]
@@ -82,4 +90,72 @@ def test_jitter__same_seed_same_light():
 def test_views_out_of_range_are_refused(wrong):
     (name,) = wrong
     with pytest.raises(UsageError, match=f"--{name} "):
+        Views(**wrong)
+
+
+# The published draw
+
+
+PUBLISHED = {"long_side_pixels": 2048, "short_side_pixels": 1024, "min_side_pixels": 512, "resample": "bilinear"}
+
+
+@pytest.mark.parametrize("size", [(2250, 1500), (1500, 2250), (1024, 1024), (640, 480), (3000, 600), (511, 900)])
+def test_views_in_pixels_are_one_set_for_every_family(size):
+    """The published rules, checked on many draws: window and family play no part, and each rule occurs."""
+    views, kinds = Views(**PUBLISHED), set()
+    for index in range(300):
+        crop = draw_crop(size, 512, 16, views, view_generator(0, index))
+        assert crop == draw_crop(size, 224, 16, views, view_generator(0, index))
+        scale = random.Random(f"photo-0-{index}").uniform(0.5, 1.0)  # the first number that is drawn
+        factor = scale * min(2048 / max(size), 1024 / min(size))
+        fitted = [int(side * factor + 0.5) for side in size]
+        whole = crop.box == (0, 0, *size)
+        if min(fitted) < 512:
+            kinds.add("enlarged")
+            enlarged = [side * 512 / min(size) for side in size]
+            assert whole and crop.size == tuple(int(side + 1e-6) // 16 * 16 for side in enlarged)
+            assert min(crop.size) == 512
+        elif whole:
+            kinds.add("whole")
+            assert crop.size == tuple(side // 16 * 16 for side in fitted)
+        else:
+            kinds.add("crop")
+            for side, kept, start, end, own in zip(fitted, crop.size, crop.box[:2], crop.box[2:], size, strict=True):
+                assert kept % 16 == 0 and max(512, 0.4 * side - 16) <= kept <= side
+                assert (end - start) * side / own == pytest.approx(kept) and 0 <= start <= end <= own + 1e-6
+                assert start * side / own == pytest.approx(round(start * side / own), abs=1e-6)
+        kinds.add(crop.flip)
+    assert kinds >= {True, False} and (kinds >= {"whole", "crop"} or "enlarged" in kinds)
+
+
+def test_views_of_the_extended_recipe_reach_2560_pixels():
+    views = Views(**PUBLISHED | {"long_side_pixels": 2560, "short_side_pixels": 2560, "min_scale": 0.2})
+    sizes = [draw_crop((2000, 1500), 512, 16, views, view_generator(0, index)).size for index in range(300)]
+    assert 2400 < max(map(max, sizes)) <= 2560 and min(map(min, sizes)) == 512
+
+
+@pytest.mark.parametrize("size", [(30, 20), (64, 48), (200, 37)])
+def test_bilinear_resizing_is_that_of_torch(size):
+    image = image_of((64, 48), seed=4)
+    levels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float()
+    plain = torch.nn.functional.interpolate(
+        levels, size=size[::-1], mode="bilinear", align_corners=False, antialias=False
+    )
+    ours = torch.from_numpy(np.array(resize_bilinear(image, size))).permute(2, 0, 1)
+    torch.testing.assert_close(ours.float(), plain[0], atol=0.51, rtol=0)  # rounded to levels
+    assert ours.shape[1:] == size[::-1]
+
+
+def test_a_bilinear_crop_is_a_part_of_the_whole_image_resized():
+    image = image_of((90, 60), seed=5)
+    whole = np.asarray(resize_bilinear(image, (60, 50)))
+    crop = Crop((32, 16), (8 * 1.5, 20 * 1.2, 40 * 1.5, 36 * 1.2), False, resample="bilinear")
+    np.testing.assert_allclose(np.asarray(crop.apply(image)), whole[20:36, 8:40], atol=1)  # ties of rounding
+    flipped = Crop(crop.size, crop.box, True, resample="bilinear").apply(image)
+    np.testing.assert_array_equal(np.asarray(flipped)[:, ::-1], np.asarray(crop.apply(image)))
+
+
+@pytest.mark.parametrize("wrong", [{"long_side_pixels": 2048}, {"min_side_pixels": 512}, {"resample": "nearest"}])
+def test_half_of_the_published_draw_is_refused(wrong):
+    with pytest.raises(UsageError, match="|".join(wrong)):
         Views(**wrong)

@@ -137,18 +137,19 @@ def test_recipes__preset_then_yaml_then_command_line(tmp_path):
     )
     read = parse_options([str(recipe)])
     assert (read.images.images, read.student.train_layers, read.teacher.stride) == (["a", "b"], "all", 32)
-    assert (read.views.long_side_windows, read.teacher.mode) == (4.0, "sampled")
+    assert (read.views.long_side_pixels, read.teacher.mode) == (2048, "sampled")
     assert (read.optimisation.epochs, read.optimisation.max_steps, read.optimisation.learning_rate) == (10, None, 2e-5)
     over = parse_options([str(recipe), "--preset", "spar-all-hires", "--steps", "7", "--images", "c", "--stride=16"])
     assert (over.images.images, over.teacher.stride) == (["c"], 16)
-    assert (over.views.long_side_windows, over.views.short_side_windows) == (5, 2.5)
+    assert (over.views.long_side_pixels, over.views.short_side_pixels, over.views.min_scale) == (2560, 2560, 0.2)
     assert (over.optimisation.steps, over.optimisation.epochs) == (7, None)  # the command line takes precedence
     over = parse_options([str(recipe), "--epochs", "3"])
     assert (over.optimisation.steps, over.optimisation.epochs, over.run.preset) == (None, 3, "spar-all")
     plain = parse_options(["--model", "m", "--images", "a", "--output", "o"])
     assert (plain.optimisation.max_steps, plain.teacher.mode) == (1000, "full")
     assert plain == options(images=["a"])
-    assert set(PRESETS) == {"spar", "spar-all", "spar-all-hires"} and PRESETS["spar"]["train_layers"] == "2"
+    assert set(PRESETS) == {"spar", "spar-all", "spar-all-hires", "spar-hf", "spar-hf-siglip"}
+    assert PRESETS["spar"]["train_layers"] == "2"
     flat = options(preset="spar-all", images=["a", "b"], stride=32, teacher_windows=20)
     assert flat == parse_options([str(recipe)])
     assert options(preset="spar", steps=3).optimisation.epochs is None
