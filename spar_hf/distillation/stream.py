@@ -140,15 +140,15 @@ def open_stream(
     }
     names |= {"cached": cached_names(teacher_cache), "measured": [sample.name for sample in held_out]}
     if teacher_cache is None:
-        order = MapOrder(train, seed, process, processes, start)
+        order = MapOrder(train, seed, process, processes, start, options.shuffle)
         return ImageStream(order, images, images, len(train), held_out, train, views, names)
     cache = TeacherCache.open(
         teacher_cache, model=teacher.model, window_size=teacher.window_size, stride=teacher.stride
     )
     check_setting(Path(teacher_cache), cache.setting, {"image_range": options.image_range})
     cached = CachedImages(cache, held_out)
-    stored = Views(**{name: cache.setting[name] for name in asdict(views)})
-    order = MapOrder(cached, seed, process, processes, start)
+    stored = Views(**{name: cache.setting[name] for name in asdict(views) if name in cache.setting})
+    order = MapOrder(cached, seed, process, processes, start, options.shuffle)
     return ImageStream(order, cached, images, len(cached), held_out, train, stored, names)
 
 

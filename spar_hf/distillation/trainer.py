@@ -21,9 +21,11 @@ import torch
 import yaml
 from accelerate.utils import broadcast, broadcast_object_list, gather_object
 from PIL import Image
+from rich.console import Console
 
 from spar_hf.data.sources import open_sources
 from spar_hf.data.training_images import LoadedSample, SkippedList
+from spar_hf.distillation.dry_run import show_options
 from spar_hf.distillation.held_out import PICTURED, ErrorCurve, HeldOut, largest_views, teach
 from spar_hf.distillation.locality import fit_prior
 from spar_hf.distillation.losses import DistillationLoss, error_weights
@@ -389,6 +391,9 @@ def main(args: list[str] | None = None) -> Path | None:
         UsageError: invalid options, models, images or checkpoints.
     """
     options = parse_options(sys.argv[1:] if args is None else args)
+    if options.run.dry_run:
+        show_options(options, Console(markup=False, highlight=False))
+        return None
     written = options.folders[-1]
     if options.run.resume and is_finished(
         Path(options.run.output), written, options.settings, options.with_current_names
