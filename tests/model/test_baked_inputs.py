@@ -29,9 +29,14 @@ def image_of(mode):
         return Image.frombytes("I;16B", (48, 40), deep.astype(">u2").tobytes())
     if mode.startswith("I"):
         return Image.fromarray(deep.astype(np.uint16 if mode == "I;16" else np.int32))
-    if mode in ("RGBA", "LA", "PA", "RGBa"):
+    alpha = Image.fromarray(rng.integers(0, 256, (40, 48)).astype(np.uint8))
+    if mode == "PA":  # from RGBA, Pillow 11 gives it no alpha
+        image = rgb.convert("P").convert("PA")
+        image.putalpha(alpha)
+        return image
+    if mode in ("RGBA", "LA", "RGBa"):
         rgba = rgb.convert("RGBA")
-        rgba.putalpha(Image.fromarray(rng.integers(0, 256, (40, 48)).astype(np.uint8)))
+        rgba.putalpha(alpha)
         return rgba.convert(mode)
     name, _, transparent = mode.partition("+")
     image = rgb.convert(name)

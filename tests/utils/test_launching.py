@@ -1,6 +1,7 @@
 """As many processes work together as were launched, or the run is refused; workers outlive a scheduler's SIGTERM."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -29,7 +30,8 @@ MULTI_GPU = [*LAUNCH[:3], "--config_file", str(TRAINING / "configs" / "multi_gpu
     [
         ([*LAUNCH, "--cpu", "--num_processes", "2"], "true", "asked for several"),
         ([*LAUNCH, "--num_processes", "2"], "false", "asked for several"),
-        ([*MULTI_GPU, "--mixed_precision", "no"], "false", "2 processes were launched and 1"),
+        # without a GPU, accelerate 1.12 starts two processes on the CPU, later ones start one
+        ([*MULTI_GPU, "--mixed_precision", "no"], "false", "2 processes were launched and 1|2 processes on cpu"),
         (TWO_PROCESSES, "true", "2 processes on cpu × 3 images per step"),
         ([*LAUNCH, "--cpu", "--num_processes", "1"], "true", "1 processes on cpu × 3 images per step"),
         ([sys.executable], "true", "1 processes on cpu × 3 images per step"),
@@ -39,8 +41,8 @@ def test_launches(tmp_path, launcher, cpu, said):
     (tmp_path / "script.py").write_text(SCRIPT)
     environment = {**ENVIRONMENT, "ACCELERATE_USE_CPU": cpu, "CUDA_VISIBLE_DEVICES": ""}
     run = subprocess.run([*launcher, tmp_path / "script.py"], env=environment, capture_output=True, text=True)
-    assert said in run.stderr, run.stderr[-3000:]
-    assert (run.returncode == 0) == ("images per step" in said)
+    assert re.search(said, run.stderr), run.stderr[-3000:]
+    assert (run.returncode == 0) == ("images per step" in run.stderr)
     if run.returncode:
         assert "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2" in run.stderr
 
