@@ -8,9 +8,13 @@ speed drifts does not decide the result.
     python training/studies/benchmark.py --random siglip2 --height 512 --width 1024 --repeats 3
     python training/studies/benchmark.py --suite distill
 
-A suite is a module `benchmark_NAME.py` beside this file with `rows(options) -> list[dict]`, made with [`compare`].
+    python training/studies/benchmark.py --suite deploy --camvid DATA/camvid/val --output deploy.json
+
+A suite is a module `benchmark_NAME.py` beside this file: with a `main(args)` of its own and its own options, or with
+`rows(options) -> list[dict]`, made with [`compare`].
 """
 
+import argparse
 import importlib
 import logging
 import math
@@ -19,6 +23,7 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -34,7 +39,7 @@ from spar_hf.utils.checkpoints import check_replaceable
 from spar_hf.utils.devices import clock
 from spar_hf.utils.errors import UsageError, as_usage_errors, run_command
 from spar_hf.utils.fields import option
-from spar_hf.utils.options import HELP, parse_dataclasses
+from spar_hf.utils.options import HELP, parse_dataclasses, require_positive
 
 logger = logging.getLogger("benchmark")
 
@@ -42,10 +47,24 @@ UNITS = {"seconds": "s", "megabytes": "MB", "images_per_second": "images/s"}  # 
 
 
 @dataclass
-class Options:
-    """Options of the benchmark."""
+class SuiteOptions:
+    """Options of every suite."""
 
     suite: str = option("vision", "What to measure: vision, or the NAME of a benchmark_NAME.py.")
+    repeats: int = option(9, "Pairs per ratio; the median is reported.")
+    device: str = option("cuda" if torch.cuda.is_available() else "cpu", "Device.")
+    output: str | None = option(None, "JSON file to write.")
+    overwrite: bool = option(False, HELP["overwrite"])
+
+    def __post_init__(self):
+        require_positive(self, "repeats")
+        check_replaceable([Path(self.output)] if self.output else [], self.overwrite)
+
+
+@dataclass
+class Options(SuiteOptions):
+    """Options of the suites vision and distill; the others have more."""
+
     model: str = option(SPAR_TINY, "SPAR folder or hub id; the embedded spar-tiny by default.")
     random: str | None = option(
         None, "Random weights of a published size instead: siglip2 (B/16-512), openclip (B/16), dinov3txt (L/16)."
@@ -54,13 +73,6 @@ class Options:
     width: int = option(512, "Width of the test image in pixels.")
     stride: int = option(24, "Stride of the teacher.")
     window_batch_size: int = option(16, "Windows per forward pass of the teacher.")
-    repeats: int = option(9, "Pairs per ratio; the median is reported.")
-    device: str = option("cuda" if torch.cuda.is_available() else "cpu", "Device.")
-    output: str | None = option(None, "JSON file to write.")
-    overwrite: bool = option(False, HELP["overwrite"])
-
-    def __post_init__(self):
-        check_replaceable([Path(self.output)] if self.output else [], self.overwrite)
 
 
 def seconds(work: Callable[[], object], device: str) -> float:
@@ -152,19 +164,17 @@ def plain_pass(model: SparVisionModel, pixel_values: torch.Tensor) -> torch.Tens
     return backbone.visual_projection(backbone.post_layernorm(hidden)[:, 1:])
 
 
-def run(options: Options) -> list[dict]:
+def open_suite(name: str) -> ModuleType | None:
     """
-    The ratios of a suite; see the names in the table.
+    The module of a suite; `None` for that of this file.
 
     Raises:
         UsageError: there is no such suite.
     """
-    if options.suite == "vision":
-        return rows(options)
     known = sorted(path.stem.removeprefix("benchmark_") for path in Path(__file__).parent.glob("benchmark_*.py"))
-    if options.suite not in known:
-        raise UsageError(f"--suite {options.suite}: use vision or one of {', '.join(known)}.")
-    return importlib.import_module(f"benchmark_{options.suite}").rows(options)
+    if name not in ("vision", *known):
+        raise UsageError(f"--suite {name}: use vision or one of {', '.join(known)}.")
+    return None if name == "vision" else importlib.import_module(f"benchmark_{name}")
 
 
 def rows(options: Options) -> list[dict]:
@@ -213,21 +223,34 @@ def rows(options: Options) -> list[dict]:
         ]
 
 
+def ratio_cells(row: dict) -> list[str]:
+    """Cells of a row from [`ratio_row`]: name, ratio, its middle half, both amounts."""
+    low, high = row["middle_half"]
+    unit = next(unit for unit in UNITS if unit in row)
+    amounts = (f"{row[name]:.3f} {UNITS[unit]}" for name in (unit, f"bare_{unit}"))
+    return [row["name"], f"{row['ratio']:.3f}", f"{low:.3f}-{high:.3f}", *amounts]
+
+
+def setting() -> dict[str, Any]:
+    """What a measurement depends on beside its options."""
+    return {"torch": torch.__version__, "threads": torch.get_num_threads(), "cores": os.cpu_count()}
+
+
 def main(args: list[str] | None = None) -> list[dict]:
     """Parse options, measure, and print the table; return its rows."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--suite", default="vision")
+    suite = open_suite(parser.parse_known_args(args)[0].suite)
+    if suite is not None and hasattr(suite, "main"):
+        return suite.main(args)
     (options,) = parse_dataclasses([Options], args, __doc__)
-    found = run(options)
+    found = (rows if suite is None else suite.rows)(options)
     table = Table("what", "ratio", "middle half", "ours", "bare", "goal")
     for row in found:
-        low, high = row["middle_half"]
-        unit = next(unit for unit in UNITS if unit in row)
-        amounts = (f"{row[name]:.3f} {UNITS[unit]}" for name in (unit, f"bare_{unit}"))
-        numbers = (f"{row['ratio']:.3f}", f"{low:.3f}-{high:.3f}", *amounts)
-        table.add_row(row["name"], *numbers, row["goal"])
+        table.add_row(*ratio_cells(row), row["goal"])
     Console().print(table)
     if options.output:
-        setting = {"torch": torch.__version__, "threads": torch.get_num_threads(), "cores": os.cpu_count()}
-        write_json(Path(options.output), {"options": vars(options), **setting, "ratios": found})
+        write_json(Path(options.output), {"options": vars(options), **setting(), "ratios": found})
     return found
 
 

@@ -63,6 +63,7 @@ class MaskOptions(Options):
     images: int = field(default=8, metadata={"help": "Number of images in the folder and in the batch."})
 
     def __post_init__(self):
+        super().__post_init__()
         for name in ("decision", "large_decision", "many_names"):
             if len(getattr(self, name)) != 3 or min(getattr(self, name)) < 1:
                 raise UsageError(f"--{name} takes three numbers above 0: classes, height, width.")
@@ -237,9 +238,8 @@ def batch_speed(segment, options: MaskOptions) -> dict:
     )
 
 
-def rows(options: Options) -> list[dict]:
+def rows(sizes: MaskOptions) -> list[dict]:
     """All comparisons; those with the formula add `peak_mib`, `bare_peak_mib`, `formula_mib` and `equal_labels`."""
-    sizes = options if isinstance(options, MaskOptions) else MaskOptions(**vars(options))
     with as_usage_errors():
         model = SparForOpenVocabSegmentation.from_pretrained(sizes.model)
     segment = make_pipeline(sizes, model)
