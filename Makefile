@@ -9,7 +9,7 @@ RUN := -m pytest -n 2 -m "not network and not gpu"
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: test tests lint lowest demo clean
+.PHONY: test tests lint bounds lowest demo clean
 
 # torch first and by version: the newest one of the registry would bring gigabytes of CUDA along
 $(VENV)/.installed: pyproject.toml
@@ -39,6 +39,11 @@ tests: $(VENV)/.installed
 	$(BIN)/python $(RUN)
 
 test: lint tests
+
+# whether the lower bounds can be installed together; installs nothing
+bounds: $(VENV)/.installed
+	$(BIN)/python tests/lower_bounds.py torch > $(VENV)/lower_bounds.txt
+	$(BIN)/python -m pip install --quiet --dry-run --ignore-installed $(TORCH) -r $(VENV)/lower_bounds.txt
 
 lowest: $(LOWEST)/.installed
 	$(LOWEST)/bin/python $(RUN)
