@@ -8,12 +8,14 @@ from transformers.utils import logging
 from .words import (
     IMAGENET80,
     TEMPLATES,
+    UNKNOWN_NAMES,
     CandidateLabels,
     Vocabulary,
     distinct_names,
-    name_tokens,
     normalise_name,
+    prompt_tokens,
     resolve_templates,
+    some_of,
     unknown_names,
 )
 
@@ -45,17 +47,10 @@ def embed_names(
         ValueError: a prompt is longer than the text tower's context, a name has no token, or the templates are malformed.
     """
     prompts_of = resolve_templates(model.config.templates if templates is None else templates)
-    name_tokens(tokenizer, names, prompts_of)
     if unknown := unknown_names(tokenizer, names):
-        logger.warning_once(
-            f"The tokenizer knows none of the characters of {', '.join(map(repr, unknown[:5]))}"
-            f"{f' and {len(unknown) - 5} more' if len(unknown) > 5 else ''}. Results for such names are seldom right."
-        )
-    encoded = []
-    for start in range(0, len(names), 256):  # in chunks: the tokenizer returns large lists of Python integers
-        # all templates of the first name, then of the second, …
-        prompts = [template.replace("{}", name) for name in names[start : start + 256] for template in prompts_of]
-        encoded.append(_tokenise(tokenizer, prompts, model.config.text_config.max_position_embeddings))
+        logger.warning_once(UNKNOWN_NAMES.format(some_of(unknown)))
+    limit = model.config.text_config.max_position_embeddings
+    encoded = [torch.tensor(ids, dtype=torch.int32) for ids in prompt_tokens(tokenizer, names, prompts_of, limit)]
     ids = torch.cat(encoded)
     features = []
     for batch in logging.tqdm(ids.split(batch_size), desc="embedding names", disable=len(names) < PROGRESS_FROM):
@@ -64,15 +59,6 @@ def embed_names(
     # (names * templates, dim) -> (names, dim)
     mean = torch.cat(features).view(len(names), len(prompts_of), -1).mean(1)
     return torch.nn.functional.normalize(mean, dim=-1)
-
-
-def _tokenise(tokenizer, prompts: Sequence[str], limit: int) -> torch.Tensor:
-    """Token ids `(prompts, limit)` int32, padded to the text tower's length. Raises `ValueError` for longer prompts."""
-    encoded = tokenizer(prompts, padding="max_length", max_length=limit, truncation=False)["input_ids"]
-    for prompt, ids in zip(prompts, encoded, strict=True):
-        if len(ids) > limit:
-            raise ValueError(f"{prompt!r} has {len(ids)} tokens, but the text tower reads {limit}. Shorten the name.")
-    return torch.tensor(encoded, dtype=torch.int32)
 
 
 __all__ = [

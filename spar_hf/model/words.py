@@ -5,7 +5,7 @@ words as the pipeline does, so this file imports neither torch nor transformers.
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,8 @@ from .vocabularies import STUFF_WORDS, VOCABULARIES, vocabulary_lines
 if TYPE_CHECKING:
     import torch
 
+UNKNOWN_NAMES = "The tokenizer knows none of the characters of {}. Results for such names are seldom right."
+NAMES_AT_ONCE = 256  # that are tokenised: the tokenizer returns large lists of Python integers
 BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")  # of tokenizers that write unknown characters as bytes
 
 # The 80 prompts that CLIP (Radford et al., 2021) uses for ImageNet; SPAR averages over them.
@@ -389,3 +391,30 @@ def unknown_names(tokenizer, names: Sequence[str]) -> list[str]:
         if blank:
             unknown[token] = True
     return [name for name, ids in zip(names, encoded, strict=True) if ids and all(unknown[token] for token in ids)]
+
+
+def some_of(names: Sequence[str]) -> str:
+    """The first five names, for messages."""
+    return f"{', '.join(map(repr, names[:5]))}{f' and {len(names) - 5} more' if len(names) > 5 else ''}"
+
+
+def prompt_tokens(tokenizer, names: Sequence[str], templates: Sequence[str], limit: int) -> Iterator[list[list[int]]]:
+    """
+    Token ids of the prompts of names, padded to the text tower's length `limit`, for 256 names at once: all templates of the
+    first name, then of the second, …
+
+    Raises:
+        ValueError: a prompt is longer than `limit`, or a name has no token.
+    """
+    name_tokens(tokenizer, names, templates)
+    for start in range(0, len(names), NAMES_AT_ONCE):
+        prompts = [
+            template.replace("{}", name) for name in names[start : start + NAMES_AT_ONCE] for template in templates
+        ]
+        encoded = tokenizer(prompts, padding="max_length", max_length=limit, truncation=False)["input_ids"]
+        for prompt, ids in zip(prompts, encoded, strict=True):
+            if len(ids) > limit:
+                raise ValueError(
+                    f"{prompt!r} has {len(ids)} tokens, but the text tower reads {limit}. Shorten the name."
+                )
+        yield encoded
