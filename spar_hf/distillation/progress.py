@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 from spar_hf.utils.devices import clock, peak_bytes
 
 
-class Progress:
+class SpeedMeter:
     """Times the work of a device in a run of `steps` steps, of which `first` are done, with images of all processes."""
 
     def __init__(self, first: int, steps: int, images_per_step: int, device: torch.device, show: bool = True):

@@ -21,7 +21,7 @@ from spar_hf.distillation.targets import CachedImages
 from spar_hf.distillation.teacher_cache import TeacherCache, check_setting, read_manifest
 from spar_hf.utils.errors import UsageError
 from spar_hf.utils.launching import outlive_signals
-from spar_hf.utils.sample_record import earlier_samples
+from spar_hf.utils.sample_record import split_as_before
 
 logger = logging.getLogger(__name__)
 
@@ -131,7 +131,7 @@ def open_stream(
         train, rest = split_images(sources, options.exclude, options.holdout_every)
         held_out = draw_samples(rest, holdout_images, seed)
     else:
-        train, rest = split_as_before(sources, options.exclude, earlier)
+        train, rest = listings_as_before(sources, options.exclude, earlier["held_out"])
         measured = set(earlier["measured"])
         held_out = [rest.sample(i, i, []) for i in range(len(rest)) if rest.name(i) in measured]
         held_out.sort(key=lambda sample: earlier["measured"].index(sample.name))
@@ -152,42 +152,34 @@ def open_stream(
     return ImageStream(order, cached, images, len(cached), held_out, train, stored, names)
 
 
-def split_as_before(sources: list[Any], exclude: list[str], earlier: dict[str, list[str]]) -> tuple[Listing, Listing]:
+def listings_as_before(sources: list[Any], exclude: list[str], held_out: list[str]) -> tuple[Listing, Listing]:
     """
     Split images into those to train on and those that an earlier run held out; new ones are trained on.
 
     Raises:
         UsageError: no image is left to train on.
     """
-    known = set(earlier["held_out"])
-    train, held_out = [], []
+    train, rest = [], []
     for source in sources:
         kept = [i for i in range(len(source)) if not is_excluded(source.key(i), exclude)]
-        train.append(np.array([i for i in kept if source.name(i) not in known], int))
-        held_out.append(np.array([i for i in kept if source.name(i) in known], int))
+        here, there = split_as_before(map(source.name, kept), held_out)
+        train.append(np.array(kept, int)[here])
+        rest.append(np.array(kept, int)[there])
     if not sum(map(len, train)):
         raise UsageError("No image is left to train on: all that are there were held out before.")
-    return Listing(sources, train), Listing(sources, held_out)
+    return Listing(sources, train), Listing(sources, rest)
 
 
-def earlier_images(
-    output: Path, sources: list[Any], options: ImageOptions, teacher_cache: str | None, allow_changes: bool
-) -> dict[str, list[str]] | None:
-    """
-    The record of a run that is resumed, compared with the images that are there now, see [`earlier_samples`].
-
-    Raises:
-        UsageError: images were added or removed, and `allow_changes` is not given.
-    """
+def image_names(sources: list[Any], options: ImageOptions, teacher_cache: str | None) -> Iterator[str]:
+    """Names of all images that are there, or of what a stream consists of, to compare with those of an earlier run."""
     if options.streaming:
-        return earlier_samples(output, stream_contents(options), allow_changes)
-    names = [
-        source.name(i)
-        for source in sources
-        for i in range(len(source))
-        if not options.exclude or not is_excluded(source.key(i), options.exclude)
-    ]
-    return earlier_samples(output, names + cached_names(teacher_cache), allow_changes)
+        yield from stream_contents(options)
+        return
+    for source in sources:
+        for i in range(len(source)):
+            if not options.exclude or not is_excluded(source.key(i), options.exclude):
+                yield source.name(i)
+    yield from cached_names(teacher_cache)
 
 
 def cached_names(teacher_cache: str | None) -> list[str]:

@@ -33,19 +33,18 @@ from spar_hf.distillation.models import Models
 from spar_hf.distillation.optimisation import Optimisation, count_steps, is_sharded
 from spar_hf.distillation.options import DistillationOptions
 from spar_hf.distillation.pictures import draw_curve
-from spar_hf.distillation.progress import Progress
+from spar_hf.distillation.progress import SpeedMeter
 from spar_hf.distillation.recipes import parse_options
 from spar_hf.distillation.records import held_out_record, make_record
-from spar_hf.distillation.stream import earlier_images, open_stream, readable_samples
+from spar_hf.distillation.stream import image_names, open_stream, readable_samples
 from spar_hf.distillation.student import Student, prepare_positions
 from spar_hf.distillation.student_folders import finish_folder, merge_adapters, save_adapter, save_student
 from spar_hf.distillation.targets import Target
 from spar_hf.distillation.trainable import count_parameters, share_frozen
 from spar_hf.utils.atomic import write_atomically, write_text
-from spar_hf.utils.checkpoints import discard_earlier, earlier_state, is_finished, load_checkpoint
+from spar_hf.utils.checkpoints import is_finished
 from spar_hf.utils.errors import NotFinite, UsageError
-from spar_hf.utils.runs import BadSteps, Checkpointing, RunFolder, RunLog, end_run, start_accelerator
-from spar_hf.utils.sample_record import write_samples
+from spar_hf.utils.runs import TrainingRun, start_accelerator
 
 logger = logging.getLogger(__name__)
 
@@ -76,37 +75,26 @@ class Distillation:
             gradient_accumulation_steps=optimisation.gradient_accumulation_steps,
         )
         self.is_main, self.device = self.accelerator.is_main_process, self.accelerator.device
-        self.settings = options.settings | {"mixed_precision": self.accelerator.mixed_precision}
-        self.folder = RunFolder(self.accelerator, self.output)
+        self.training_run = TrainingRun(
+            self.accelerator, options.run, options.settings, options.with_current_names, options.folders
+        )
+        self.state = self.training_run.state
         try:
             self._prepare()
         except BaseException:
-            self.folder.close()
+            self.training_run.close()
             raise
 
     def _prepare(self) -> None:
         """Load and check everything."""
         options, optimisation = self.options, self.options.optimisation
-        self.state = earlier_state(
-            self.output,
-            options.run.resume,
-            self.settings,
-            self.accelerator.num_processes,
-            options.with_current_names,
-            results=options.folders,
-            overwrite=options.run.overwrite,
-        )
-
         sources = open_sources(options.images)  # before the models, which take long to load
         self.models = Models.load(options.teacher, self.device)
         texts = self.models.embed_words(optimisation.words, self.device) if optimisation.words else None
         if options.student.student:
             self.models.start_from(options.student.student)
         start = None if self.state is None else self.state["after"][self.accelerator.process_index]
-        earlier = None
-        if self.state is not None:
-            teacher_cache, allow = options.teacher.teacher_cache, options.run.allow_changed_data
-            earlier = earlier_images(self.output, sources, options.images, teacher_cache, allow)
+        names = image_names(sources, options.images, options.teacher.teacher_cache)
         self.stream = open_stream(
             sources,
             options.images,
@@ -118,7 +106,7 @@ class Distillation:
             process=self.accelerator.process_index,
             processes=self.accelerator.num_processes,
             start=start,
-            earlier=earlier,
+            earlier=self.training_run.earlier_samples(names),
         )
         self.student = self._make_student()
         self.target = Target(self.models.teacher, options.teacher, optimisation.seed)
@@ -130,7 +118,7 @@ class Distillation:
         if self.is_main:
             self.skipped.start(options.run.resume)
         self.accelerator.wait_for_everyone()
-        self.bad_steps = BadSteps(self.accelerator, options.run.max_bad_steps, *(self.state or {}).get("bad_steps", ()))
+        self.bad_steps = self.training_run.bad_steps
         self.held_out = self._teach_held_out()
         whitening = self._measure_whitening() if optimisation.whiten else None
         scale = self.models.student.config.dense_logit_scale
@@ -146,20 +134,15 @@ class Distillation:
         Raises:
             NotFinite: the training diverged. The last good student is kept.
         """
-        try:
-            log = self._start()
-            every = self.options.run.save_steps
-            with Checkpointing(self.accelerator, self.output, self.settings, every, self.steps) as checkpoints:
-                finished = self._train(log, checkpoints)
-            self.accelerator.wait_for_everyone()
-            log.close()
-            if self.is_main and finished:
-                self._finish()
-        finally:
-            self.optimisation.release()
-            self.folder.close()
-        end_run(self.accelerator)
-        return self.options.folders[-1] if finished else None
+        with self.training_run as run:
+            try:
+                self._start()
+                self._train()
+                if self.is_main and not run.stopped:
+                    self._finish()
+            finally:
+                self.optimisation.release()
+        return None if run.stopped else self.options.folders[-1]
 
     # The steps of the constructor
 
@@ -228,32 +211,24 @@ class Distillation:
 
     # The steps of a run
 
-    def _start(self) -> RunLog:
+    def _start(self) -> None:
         """Trackers, the state of the checkpoint that is resumed, and the files that a run starts with."""
-        if self.accelerator.log_with:
-            plain = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in self._record().items()}
-            self.accelerator.init_trackers("spar-distillation", config=plain)
-        if self.state is not None:
-            load_checkpoint(self.accelerator, self.output)
-        discard_earlier(self.accelerator, self.output, self.options.run.resume)
+        self.training_run.track("spar-distillation", self._record())
+        self.training_run.begin(self.steps, self.stream.names)
         if self.is_main:
-            write_samples(self.output, self.stream.names)
             recipe = self.options.flat | {"resume": False, "overwrite": False, "allow_changed_data": False}
             write_text(self.output / "recipe.yaml", yaml.safe_dump(recipe, sort_keys=False))
-        resume_step = None if self.state is None else self.state["step"]
-        return RunLog(self.output / "log.jsonl", self.accelerator, resume_step)
 
-    def _train(self, log: RunLog, checkpoints: Checkpointing) -> bool:
-        """The training loop; `False` if it was stopped before the last step."""
-        run, accelerator = self.options.run, self.accelerator
-        step, running = 0, 0.0  # running: sum of the losses since the last row of the log, in this process
-        if self.state is not None:
-            step, running = self.state["step"], self.state["running"][accelerator.process_index]
+    def _train(self) -> None:
+        """The training loop, until the last step or a signal."""
+        run, accelerator, step = self.options.run, self.accelerator, self.training_run.step
         if step >= self.steps:
-            return True
-        progress = Progress(step, self.steps, self.images_per_step, self.device, show=self.is_main)
+            return
+        # sum of the losses since the last row of the log, in this process
+        running = 0.0 if self.state is None else self.state["running"][accelerator.process_index]
+        progress = SpeedMeter(step, self.steps, self.images_per_step, self.device, show=self.is_main)
         loader = self.stream.loader(self.options.images.workers, self.options.optimisation.seed)
-        stopped, before = False, running
+        before = running
         for sample in progress.waiting(readable_samples(loader, self.skipped)):
             with accelerator.accumulate(self.optimisation.wrapped):
                 loss = self._loss(sample, progress)
@@ -266,12 +241,12 @@ class Distillation:
             running = before = before if self.bad_steps.last_bad else running
             progress.bar.update()
             if step % run.log_steps == 0:
-                self._log(log, progress, step, running)
+                self._log(progress, step, running)
                 running = before = 0.0
             pictured = bool(run.picture_steps) and step % run.picture_steps == 0
             if step % run.eval_steps == 0 or step == self.steps or pictured:
                 self._evaluate(step, pictured)
-            stopped = checkpoints.after_step(
+            stopped = self.training_run.after_step(
                 step,
                 running=lambda own=running: gather_object([own]),
                 after=lambda own=sample.after: gather_object([own]),
@@ -282,9 +257,8 @@ class Distillation:
             if stopped or step == self.steps:
                 break
         progress.bar.close()
-        return not stopped
 
-    def _loss(self, sample: LoadedSample, progress: Progress) -> torch.Tensor:
+    def _loss(self, sample: LoadedSample, progress: SpeedMeter) -> torch.Tensor:
         """The loss of one image."""
         pixel_values = sample.pixel_values.to(self.device, non_blocking=True)
         with progress.timed("teacher"), self.accelerator.autocast():
@@ -296,13 +270,13 @@ class Distillation:
             features = self.optimisation.wrapped(pixel_values).feature_map
         return self.loss(features.float(), target, weight)
 
-    def _log(self, log: RunLog, progress: Progress, step: int, running: float) -> None:
+    def _log(self, progress: SpeedMeter, step: int, running: float) -> None:
         """A row of the log: the mean loss since the last row over all processes, and the speed."""
         losses = gather_object([running])
         loss = self.bad_steps.mean(sum(losses) / len(losses), self.options.run.log_steps)
         if self.is_main:
             row = progress.row(step, loss, self.optimisation.learning_rate, self.skipped.count())
-            log.write(row | ({"bad_steps": self.bad_steps.count} if self.bad_steps.count else {}))
+            self.training_run.log.write(row | ({"bad_steps": self.bad_steps.count} if self.bad_steps.count else {}))
 
     def _held_out_error(self, keep_maps: int = 0) -> dict[str, float] | None:
         error = self.held_out.error(self.optimisation.features, keep_maps, self.loss.decision)

@@ -35,10 +35,10 @@ from spar_hf.heads.linear_head import LinearHeads, batch_loss, draw_pixels
 from spar_hf.heads.linear_probe_options import FREE, ProbeData, ProbeOptions, ProbeTraining, upgrade
 from spar_hf.heads.linear_probe_report import make_report, show, write_results
 from spar_hf.model.segmentation import decide
-from spar_hf.utils.checkpoints import discard_checkpoints, discard_earlier, earlier_state, load_checkpoint, settings_of
+from spar_hf.utils.checkpoints import discard_checkpoints, settings_of
 from spar_hf.utils.errors import NotFinite, UsageError
-from spar_hf.utils.runs import Checkpointing, RunFolder, end_run, start_accelerator
-from spar_hf.utils.sample_record import earlier_samples, write_samples
+from spar_hf.utils.runs import TrainingRun, start_accelerator
+from spar_hf.utils.sample_record import split_as_before
 
 logger = logging.getLogger(__name__)
 
@@ -59,61 +59,47 @@ def probe(options: ProbeOptions) -> dict[str, Any] | None:
         UsageError: options, images, masks or an earlier run in the output folder do not fit.
         NotFinite: all heads diverged.
     """
-    run = options.run
-    accelerator = start_accelerator(run.mixed_precision, run.seed, images=options.training.batch_size)
-    with RunFolder(accelerator, Path(run.output)):
-        return probe_locked(options, accelerator)
+    output, training = Path(options.run.output), options.training
+    accelerator = start_accelerator(options.run.mixed_precision, options.run.seed, images=training.batch_size)
+    results = [output / "results.json", output / "model"]
+    with TrainingRun(accelerator, options.run, settings_of(options, FREE), upgrade, results) as run:
+        train, test = as_before(*open_datasets(options.data), run)
+        features = FrozenFeatures(options.features, accelerator)
+        train, test = (labelled_images(data, accelerator) for data in (train, test))
+        for data in (train, test):
+            features.fill(data)
+        heads = LinearHeads(features.model.config.projection_dim, len(train.labels), len(training.learning_rates))
+        prepared = accelerator.prepare(heads, *make_optimizer(heads, training, accelerator))
+        run.begin(training.steps, {"train": file_names(train), "test": file_names(test)})
+        bad = (run.state or {}).get("bad_steps", [0] * len(heads.linear))  # steps that each head skipped
+        train_heads(prepared, features, train, options, run, bad)
+        del prepared
+        return None if run.stopped else write_best(heads, bad, features, train, test, options)
 
 
-def probe_locked(options: ProbeOptions, accelerator: Accelerator) -> dict[str, Any] | None:
-    """What [`probe`] does while the folder of the run is locked."""
-    output = Path(options.run.output)
-    settings = settings_of(options, FREE) | {"mixed_precision": accelerator.mixed_precision}
-    state = earlier_state(
-        output,
-        options.run.resume,
-        settings,
-        accelerator.num_processes,
-        upgrade,
-        results=[output / "results.json", output / "model"],
-        overwrite=options.run.overwrite,
-    )
-    train, test = open_datasets(options.data)
-    if state is not None:
-        train, test = compare_images(train, test, output, options.run.allow_changed_data)
-    features = FrozenFeatures(options.features, accelerator)
-    train, test = (labelled_images(data, accelerator) for data in (train, test))
-    for data in (train, test):
-        features.fill(data)
-    heads = LinearHeads(features.model.config.projection_dim, len(train.labels), len(options.training.learning_rates))
-    prepared = accelerator.prepare(heads, *make_optimizer(heads, options.training, accelerator))
-    step, bad = 0, [0] * len(heads.linear)  # bad: steps that each head skipped
-    if state is not None:
-        load_checkpoint(accelerator, output)
-        step, bad = state["step"], state.get("bad_steps", bad)
-    discard_earlier(accelerator, output, options.run.resume)
-    if accelerator.is_main_process:
-        write_samples(output, {"train": file_names(train), "test": file_names(test)})
-    with Checkpointing(accelerator, output, settings, options.run.save_steps, options.training.steps) as checkpoints:
-        finished = train_heads(prepared, features, train, options, checkpoints, step, bad)
-    report = None
-    if finished:
-        # the norm's statistics differ between the processes after the last step: all measure those that are written
-        weight, bias = (broadcast(tensor.float()) for tensor in heads.without_norm())
-        scores = measure_heads(weight, bias, features, test)
-        for rate, skipped, score in zip(options.training.learning_rates, bad, scores, strict=True):
-            if skipped > options.run.max_bad_steps:
-                logger.warning("The head of learning rate %g diverged and does not count.", rate)
-                score["mean_iou"] = None
-        report = make_report(options, features, scores, len(train), len(test))
-        if accelerator.is_main_process:
-            best = report["heads"].index(report["best"])
-            model = SparForSemanticSegmentation.from_weights(features.model, train.labels, weight[best], bias[best])
-            write_results(model, features.image_processor, report, output)
-            discard_checkpoints(output)  # a probe is short and often repeated in its folder
-            show(report, Console(markup=False, highlight=False))
-    del prepared
-    end_run(accelerator)
+def write_best(
+    heads: LinearHeads,
+    bad: list[int],
+    features: FrozenFeatures,
+    train: SegmentationSet,
+    test: SegmentationSet,
+    options: ProbeOptions,
+) -> dict[str, Any]:
+    """Measure the heads, of which each skipped `bad` steps; write the best and return the report. For all processes."""
+    # the norm's statistics differ between the processes after the last step: all measure those that are written
+    weight, bias = (broadcast(tensor.float()) for tensor in heads.without_norm())
+    scores = measure_heads(weight, bias, features, test)
+    for rate, skipped, score in zip(options.training.learning_rates, bad, scores, strict=True):
+        if skipped > options.run.max_bad_steps:
+            logger.warning("The head of learning rate %g diverged and does not count.", rate)
+            score["mean_iou"] = None
+    report = make_report(options, features, scores, len(train), len(test))
+    if features.accelerator.is_main_process:
+        best, output = report["heads"].index(report["best"]), Path(options.run.output)
+        model = SparForSemanticSegmentation.from_weights(features.model, train.labels, weight[best], bias[best])
+        write_results(model, features.image_processor, report, output)
+        discard_checkpoints(output)  # a probe is short and often repeated in its folder
+        show(report, Console(markup=False, highlight=False))
     return report
 
 
@@ -141,23 +127,21 @@ def open_datasets(options: ProbeData) -> tuple[SegmentationSet, SegmentationSet]
     return train, test
 
 
-def compare_images(
-    train: SegmentationSet, test: SegmentationSet, output: Path, allow_changes: bool
+def as_before(
+    train: SegmentationSet, test: SegmentationSet, run: TrainingRun
 ) -> tuple[SegmentationSet, SegmentationSet]:
     """
     The images of a resumed run: those that were tested on before are not trained on.
 
     Raises:
-        UsageError: images were added or removed, and `allow_changes` is not given.
+        UsageError: images were added or removed.
     """
-    earlier = earlier_samples(output, [*file_names(train), *file_names(test)], allow_changes)
+    earlier = run.earlier_samples([*file_names(train), *file_names(test)])
     if earlier is None:
         return train, test
-    tested = set(earlier["test"])
-    return (
-        train.select([number for number, name in enumerate(file_names(train)) if name not in tested]),
-        test.select([number for number, name in enumerate(file_names(test)) if name in tested]),
-    )
+    kept, _ = split_as_before(file_names(train), earlier["test"])
+    _, tested = split_as_before(file_names(test), earlier["test"])
+    return train.select(kept), test.select(tested)
 
 
 def make_optimizer(heads: LinearHeads, options: ProbeTraining, accelerator: Accelerator) -> tuple[Any, Any]:
@@ -173,13 +157,12 @@ def train_heads(
     features: FrozenFeatures,
     train: SegmentationSet,
     options: ProbeOptions,
-    checkpoints: Checkpointing,
-    start: int,
+    run: TrainingRun,
     bad: list[int],
-) -> bool:
+) -> None:
     """
-    Train the heads from step `start` on; `False` if a signal stopped the run. `bad` counts the steps that each head skipped
-    because its gradient was not finite.
+    Train the heads until the last step or a signal. `bad` counts the steps that each head skipped because its gradient was
+    not finite.
 
     Raises:
         NotFinite: all heads diverged.
@@ -189,9 +172,9 @@ def train_heads(
     order = ShuffledStream(len(train), options.run.seed)
     heads.train()
     bar = tqdm(
-        range(start, training.steps),
+        range(run.step, training.steps),
         "training",
-        initial=start,
+        initial=run.step,
         total=training.steps,
         disable=not accelerator.is_main_process,
         mininterval=2,
@@ -216,9 +199,8 @@ def train_heads(
         optimizer.zero_grad()
         if step % 20 == 0:
             bar.set_postfix(loss=f"{losses.min().item():.3f}")
-        if checkpoints.after_step(step + 1, bad_steps=bad):
-            return False
-    return True
+        if run.after_step(step + 1, bad_steps=bad):
+            break
 
 
 def skip_diverged(heads: LinearHeads, bad: list[int]) -> bool:

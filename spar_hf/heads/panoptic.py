@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 from huggingface_hub import ModelCardData
 from torch.utils.data import DataLoader
@@ -31,13 +30,13 @@ from spar_hf.heads.panoptic_options import FREE, PanopticData, PanopticModel, Pa
 from spar_hf.heads.panoptic_quality import measure_quality
 from spar_hf.heads.segments import PanopticImages, first_item, has_segment, thing_classes
 from spar_hf.utils.atomic import write_json, write_text, writing_folder
-from spar_hf.utils.checkpoints import discard_earlier, earlier_state, load_checkpoint, settings_of
+from spar_hf.utils.checkpoints import settings_of
 from spar_hf.utils.devices import clock
 from spar_hf.utils.errors import UsageError, as_usage_errors
 from spar_hf.utils.launching import outlive_signals
 from spar_hf.utils.model_cards import model_card, rows, short_name
-from spar_hf.utils.runs import BadSteps, Checkpointing, RunFolder, RunLog, end_run, start_accelerator
-from spar_hf.utils.sample_record import earlier_samples, write_samples
+from spar_hf.utils.runs import TrainingRun, start_accelerator
+from spar_hf.utils.sample_record import split_as_before
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +52,7 @@ def main(args: list[str] | None = None) -> Path | None:
 
 
 @dataclass
-class Progress:
+class PanopticState:
     """
     How far a training is.
 
@@ -76,20 +75,14 @@ class Progress:
 
 
 class PanopticTrainer:
-    """
-    The training of a panoptic head. Building it reads and checks all options, images and models; [`PanopticTrainer.run`]
-    trains.
-
-    Raises:
-        UsageError: options, images, masks or an earlier run in the output folder do not fit.
-    """
+    """The training of a panoptic head: [`PanopticTrainer.run`] reads and checks images and models, and trains."""
 
     def __init__(self, options: PanopticOptions):
         self.options, self.output = options, Path(options.run.output)
         training = options.training
         # blocks after the last stage that the head reads get no gradient, for which DDP would wait
         unused = training.train_backbone != "none" and "features" not in options.model.out_features
-        self.accelerator = accelerator = start_accelerator(
+        self.accelerator = start_accelerator(
             options.run.mixed_precision,
             options.run.seed,
             report_to=options.run.report_to,
@@ -97,31 +90,29 @@ class PanopticTrainer:
             gradient_accumulation_steps=training.gradient_accumulation_steps,
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=unused)],
         )
-        self.settings = settings_of(options, FREE) | {"mixed_precision": accelerator.mixed_precision}
-        self.folder = RunFolder(accelerator, self.output)
-        try:
+
+    def run(self) -> Path | None:
+        """
+        Train; returns the folder of the best model, or `None` where Ctrl-C or SIGTERM stopped the run.
+
+        Raises:
+            UsageError: options, images, masks or an earlier run in the output folder do not fit.
+            NotFinite: the training diverged. The best model so far is kept.
+        """
+        settings, result = settings_of(self.options, FREE), self.output / "model"
+        with TrainingRun(self.accelerator, self.options.run, settings, upgrade, [result]) as self.training_run:
             self._prepare()
-        except BaseException:
-            self.folder.close()
-            raise
+            self._begin()
+            self._train()
+            if self.accelerator.is_main_process:
+                write_json(self.output / "curve.json", self.progress.curve)
+            del self.wrapped, self.optimizer, self.schedule
+        return None if self.training_run.stopped else result
 
     def _prepare(self) -> None:
         """Load and check everything."""
         options, accelerator = self.options, self.accelerator
-        self.state = earlier_state(
-            self.output,
-            options.run.resume,
-            self.settings,
-            accelerator.num_processes,
-            upgrade,
-            results=[self.output / "model"],
-            overwrite=options.run.overwrite,
-        )
-        resumed = None if self.state is None else self.output
-        self.train_data, self.measured, self.things = open_data(
-            options.data, accelerator, resumed, options.run.allow_changed_data
-        )
-        self.bad_steps = BadSteps(accelerator, options.run.max_bad_steps, *(self.state or {}).get("bad_steps", ()))
+        self.train_data, self.measured, self.things = open_data(options.data, self.training_run)
         stuff = sorted(set(range(len(self.train_data.labels))) - self.things)
         self.image_processor = load_image_processor(options.model.model, options.views.shortest_edge, stuff)
         self.model = build_model(options.model, self.train_data.labels).to(accelerator.device)
@@ -145,77 +136,50 @@ class PanopticTrainer:
             total / 1e6,
         )
 
-    def run(self) -> Path | None:
-        """
-        Train; returns the folder of the best model, or `None` where Ctrl-C or SIGTERM stopped the run.
-
-        Raises:
-            NotFinite: the training diverged. The best model so far is kept.
-        """
-        try:
-            return self._run()
-        finally:
-            self.folder.close()
-
-    def _run(self) -> Path | None:
-        """What [`PanopticTrainer.run`] does while the folder is locked."""
-        options, accelerator = self.options, self.accelerator
-        self.progress = progress = self._begin()
-        log = RunLog(self.output / "log.jsonl", accelerator, None if self.state is None else progress.step)
-        steps, accumulated = options.training.steps, options.training.gradient_accumulation_steps
-        loader, first_step = self._loader(progress.step), progress.step
-        bar = tqdm(initial=first_step, total=steps, disable=not accelerator.is_main_process, mininterval=5)
-        checkpoints = Checkpointing(accelerator, self.output, self.settings, options.run.save_steps, steps)
-        start, stopped = clock(accelerator.device), False
-        progress.before = progress.running
-        for number, inputs in enumerate(loader, start=first_step * accumulated):
-            self._train_on(inputs, number)
-            if not accelerator.sync_gradients:
-                continue
-            progress.end_step(self.bad_steps.last_bad)
-            bar.update()
-            if progress.step % options.run.log_steps == 0:
-                seconds = clock(accelerator.device) - start
-                speed = (progress.step - first_step) * self.images_per_step / seconds
-                self._log(log, progress, speed)
-                bar.set_postfix(loss=f"{progress.running / options.run.log_steps:.3f}")
-                progress.running = progress.before = 0.0
-            if progress.step % options.run.eval_steps == 0 or progress.step == steps:
-                self._measure(progress)
-            stopped = checkpoints.after_step(
-                progress.step, running=progress.running, curve=progress.curve, bad_steps=self.bad_steps.state
-            )
-            if stopped:
-                break
-        checkpoints.close()
-        bar.close()
-        log.close()
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            write_json(self.output / "curve.json", progress.curve)
-        del self.wrapped, self.optimizer, self.schedule
-        end_run(accelerator)
-        return None if stopped else self.output / "model"
-
-    def _begin(self) -> Progress:
+    def _begin(self) -> None:
         """Load the checkpoint of a resumed run, or take the statistics of the features for a new one."""
-        if self.options.run.report_to:
-            plain = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in self.record().items()}
-            self.accelerator.init_trackers("spar-panoptic", config=plain)
-        self.output.mkdir(parents=True, exist_ok=True)
-        discard_earlier(self.accelerator, self.output, self.options.run.resume)
-        if self.accelerator.is_main_process:
-            held_out = file_names(self.measured) if self.options.data.holdout_every else []
-            write_samples(self.output, {"train": file_names(self.train_data), "held_out": held_out})
-        if self.state is not None:
-            load_checkpoint(self.accelerator, self.output)
-            return Progress(self.state["step"], self.state["running"], self.state["curve"])
+        run, state = self.training_run, self.training_run.state
+        if state is None:
+            self._calibrate()
+        self.progress = PanopticState() if state is None else PanopticState(run.step, state["running"], state["curve"])
+        held_out = file_names(self.measured) if self.options.data.holdout_every else []
+        run.track("spar-panoptic", self.record())
+        run.begin(self.options.training.steps, {"train": file_names(self.train_data), "held_out": held_out})
+
+    def _calibrate(self) -> None:
+        """Take mean and variance of the features from some of the training images."""
         count = min(CALIBRATION_IMAGES, len(self.train_data))
         drawn = random.Random(self.options.run.seed).sample(range(len(self.train_data)), count)
         images = tqdm(drawn, desc="statistics of the features", disable=not self.accelerator.is_main_process)
         inputs = (self.image_processor(self.train_data.read_image(i), return_tensors="pt") for i in images)
         self.model.calibrate(tensors["pixel_values"].to(self.accelerator.device) for tensors in inputs)
-        return Progress()
+
+    def _train(self) -> None:
+        """The training loop, until the last step or a signal."""
+        options, accelerator, progress, run = self.options, self.accelerator, self.progress, self.training_run
+        steps, accumulated = options.training.steps, options.training.gradient_accumulation_steps
+        loader = self._loader(run.step)
+        bar = tqdm(initial=run.step, total=steps, disable=not accelerator.is_main_process, mininterval=5)
+        start = clock(accelerator.device)
+        progress.before = progress.running
+        for number, inputs in enumerate(loader, start=run.step * accumulated):
+            self._train_on(inputs, number)
+            if not accelerator.sync_gradients:
+                continue
+            progress.end_step(run.bad_steps.last_bad)
+            bar.update()
+            if progress.step % options.run.log_steps == 0:
+                seconds = clock(accelerator.device) - start
+                self._log((progress.step - run.step) * self.images_per_step / seconds)
+                bar.set_postfix(loss=f"{progress.running / options.run.log_steps:.3f}")
+                progress.running = progress.before = 0.0
+            if progress.step % options.run.eval_steps == 0 or progress.step == steps:
+                self._measure()
+            if run.after_step(
+                progress.step, running=progress.running, curve=progress.curve, bad_steps=run.bad_steps.state
+            ):
+                break
+        bar.close()
 
     def _loader(self, step: int) -> Any:
         """Training images from a step on. Image i of the stream depends on the seed and i alone, so any start will do."""
@@ -257,21 +221,22 @@ class PanopticTrainer:
             accelerator.backward(loss)
             if accelerator.sync_gradients:
                 norm = accelerator.clip_grad_norm_(self.parameters, 1.0)
-                bad = self.bad_steps.is_bad(progress.step + 1, progress.running - progress.before, norm)
+                bad = self.training_run.bad_steps.is_bad(progress.step + 1, progress.running - progress.before, norm)
                 if not bad or accelerator.scaler is not None:
                     self.optimizer.step()
             self.schedule.step()
             self.optimizer.zero_grad()
 
-    def _log(self, log: RunLog, progress: Progress, images_per_second: float) -> None:
+    def _log(self, images_per_second: float) -> None:
         """A line of the log: the mean loss since the last one, and the speed."""
-        loss = self.bad_steps.mean(progress.running, self.options.run.log_steps)
+        progress, run = self.progress, self.training_run
+        loss = run.bad_steps.mean(progress.running, self.options.run.log_steps)
         row = {"step": progress.step, "loss": loss, "learning_rate": self.schedule.get_last_lr()[0]}
-        log.write({**row, "images_per_second": round(images_per_second, 3)})
+        run.log.write({**row, "images_per_second": round(images_per_second, 3)})
 
-    def _measure(self, progress: Progress) -> None:
+    def _measure(self) -> None:
         """Measure the model, and write it if it is the best so far."""
-        options, step = self.options, progress.step
+        options, curve, step = self.options, self.progress.curve, self.progress.step
         quality = measure_quality(
             self.model,
             self.image_processor,
@@ -281,11 +246,11 @@ class PanopticTrainer:
             options.run.segment_threshold,
             self.accelerator,
         )
-        progress.curve.append({"step": step, **quality})
+        curve.append({"step": step, **quality})
         logger.info("step %d: %s", step, quality)
         self.accelerator.log(quality, step=step)
-        if self.accelerator.is_main_process and quality["pq"] == max(point["pq"] for point in progress.curve):
-            self._save(progress.curve)
+        if self.accelerator.is_main_process and quality["pq"] == max(point["pq"] for point in curve):
+            self._save(curve)
 
     def _save(self, curve: list[dict[str, Any]]) -> None:
         """Write a `from_pretrained` folder with its card."""
@@ -317,15 +282,10 @@ class PanopticTrainer:
         }
 
 
-def open_data(
-    options: PanopticData, accelerator: Accelerator, resumed: Path | None = None, allow_changes: bool = False
-) -> tuple[SegmentationSet, SegmentationSet, set[int]]:
+def open_data(options: PanopticData, run: TrainingRun) -> tuple[SegmentationSet, SegmentationSet, set[int]]:
     """
-    Images to train on, images to measure on, and the numbers of the countable classes; all files are read once.
-
-    Args:
-        resumed: folder of a run that is resumed: what it held out stays held out.
-        allow_changes: whether images may have been added or removed since.
+    Images to train on, images to measure on, and the numbers of the countable classes; all files are read once. What a run
+    that is resumed held out stays held out.
 
     Raises:
         UsageError: images or masks do not fit, or none of them has a segment.
@@ -335,15 +295,13 @@ def open_data(
     things = thing_classes(options.things, folder.labels)
     train, measured = split_data(folder, options)
     names = [*file_names(train), *(file_names(measured) if options.holdout_every else [])]
-    earlier = None if resumed is None else earlier_samples(resumed, names, allow_changes)
+    earlier = run.earlier_samples(names)
     if earlier is not None and options.holdout_every:
-        held_out = set(earlier["held_out"])
-        kept = [number for number, name in enumerate(file_names(folder)) if name in held_out]
-        train = folder.select([n for n in range(len(folder)) if n not in set(kept)][: options.limit])
-        measured = folder.select(kept)
-    check_readable(train, accelerator)
+        kept, held_out = split_as_before(file_names(folder), earlier["held_out"])
+        train, measured = folder.select(kept[: options.limit]), folder.select(held_out)
+    check_readable(train, run.accelerator)
     if options.holdout_every:
-        check_readable(measured, accelerator)
+        check_readable(measured, run.accelerator)
     for data, purpose in ((train, "trained"), (measured, "measured")):
         if not has_segment(data, things, options.min_region_area):
             raise UsageError(f"No mask that is {purpose} on has a segment; check --things and --min_region_area.")

@@ -19,6 +19,7 @@ from spar_hf.data.segmentation_sets import IGNORE_INDEX, open_folder, readable_n
 from spar_hf.data.sources import list_images
 from spar_hf.model.image_input import read_rgb, set_pixel_limit
 from spar_hf.utils.errors import UsageError, as_usage_errors
+from spar_hf.utils.sample_record import split_as_before
 
 LABEL_GRID = 4  # pixels of a crop per label, along each side
 MASK_STRIDE = 4  # masks are searched for a class at each so-many-th pixel
@@ -194,7 +195,7 @@ def load_masked_set(
     files = [str(data.file(number)) for number in range(len(data))]
     train, rest = split_held_out(len(data), spec.get("holdout_every", 0))
     if earlier is not None:
-        train, rest = ([n for n, file in enumerate(files) if (file in earlier) == held] for held in (False, True))
+        train, rest = split_as_before(files, earlier)
     data = data.select(train)
     words, unnamed = [readable_name(name) for name in data.labels], spec.get("unnamed")
     if unnamed is not None and unnamed not in words:

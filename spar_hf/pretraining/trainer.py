@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast, get_cosine_schedule_with_warmup
@@ -27,11 +26,11 @@ from spar_hf.pretraining.losses import step_loss
 from spar_hf.pretraining.model import Towers, load_model, new_model
 from spar_hf.pretraining.options import FREE, PretrainingOptions, TrainingOptions, read_recipe
 from spar_hf.utils.atomic import writing_folder
-from spar_hf.utils.checkpoints import discard_earlier, earlier_state, load_checkpoint, settings_of
+from spar_hf.utils.checkpoints import settings_of
 from spar_hf.utils.devices import clock
 from spar_hf.utils.launching import outlive_signals
-from spar_hf.utils.runs import BadSteps, Checkpointing, RunFolder, RunLog, end_run, start_accelerator
-from spar_hf.utils.sample_record import earlier_samples, read_samples, write_samples
+from spar_hf.utils.runs import TrainingRun, start_accelerator
+from spar_hf.utils.sample_record import read_samples
 
 logger = logging.getLogger(__name__)
 
@@ -57,52 +56,42 @@ def train(options: PretrainingOptions) -> Path | None:
         UsageError: options, images, masks or an earlier run in the output folder do not fit.
         NotFinite: the training diverged.
     """
-    run = options.run
-    accelerator = start_accelerator(run.mixed_precision, run.seed, images=options.training.batch_size)
-    with RunFolder(accelerator, Path(run.output)):
-        return train_locked(options, accelerator)
-
-
-def train_locked(options: PretrainingOptions, accelerator: Accelerator) -> Path | None:
-    """What [`train`] does while the folder of the run is locked."""
     torch.set_flush_denormal(True)  # weights of rare tokens that are almost zero make CPUs several times slower
-    output, resume = Path(options.run.output), options.run.resume
-    settings = comparable(settings_of(options, FREE) | {"mixed_precision": accelerator.mixed_precision})
-    result, overwrite = output / "model", options.run.overwrite
-    state = earlier_state(output, resume, settings, accelerator.num_processes, comparable, [result], overwrite)
-    recipe = read_recipe(options.recipe.recipe)
-    earlier = read_samples(output) if resume else None
+    accelerator = start_accelerator(options.run.mixed_precision, options.run.seed, images=options.training.batch_size)
+    result, settings = Path(options.run.output) / "model", comparable(settings_of(options, FREE))
+    with TrainingRun(accelerator, options.run, settings, comparable, [result]) as run:
+        recipe = read_recipe(options.recipe.recipe)
+        sets, samples = open_sets(options, recipe, run)
+        if options.training.start is None:
+            teach = run.state is None
+            model, tokenizer = new_model(options.new_model, sets, recipe.get("words", []), options.run.seed, teach)
+        else:
+            model, tokenizer = load_model(options.training.start)
+        model.vision_model.requires_grad_(True)  # with the probe of the pooling head, for the pooled embedding
+        for frozen in (model.text_model, model.logit_scale, model.logit_bias):
+            frozen.requires_grad_(False)
+        towers = Towers(model)
+        optimizer, schedule = make_optimizer(towers, options.training)
+        prepared = (*accelerator.prepare(towers, optimizer), schedule)
+        accelerator.register_for_checkpointing(schedule)
+        run.begin(options.training.steps, samples, first_row=0)
+        train_towers(prepared, tokenizer, sets, options, run)
+        if not run.stopped and accelerator.is_main_process:
+            save_model(model, tokenizer, result)
+        del prepared
+    return None if run.stopped else result
+
+
+def open_sets(
+    options: PretrainingOptions, recipe: dict[str, Any], run: TrainingRun
+) -> tuple[list[CropSet], dict[str, list[str]]]:
+    """The sets of the recipe, and the names of their images by what they are for; held-out images stay held out."""
+    earlier = None if run.state is None else read_samples(run.output)
     held_out = None if earlier is None else earlier["held_out"]
     sets = load_sets(Path(options.recipe.data), recipe, held_out, options.recipe)
     samples = {part: [name for crops in sets for name in getattr(crops, source)] for part, source in PARTS.items()}
-    if resume:
-        earlier_samples(output, itertools.chain(*samples.values()), options.run.allow_changed_data)
-    if options.training.start is None:
-        model, tokenizer = new_model(options.new_model, sets, recipe.get("words", []), options.run.seed, not resume)
-    else:
-        model, tokenizer = load_model(options.training.start)
-    model.vision_model.requires_grad_(True)  # with the probe of the pooling head, for the pooled embedding
-    for frozen in (model.text_model, model.logit_scale, model.logit_bias):
-        frozen.requires_grad_(False)
-    towers = Towers(model)
-    optimizer, schedule = make_optimizer(towers, options.training)
-    prepared = accelerator.prepare(towers, optimizer)
-    accelerator.register_for_checkpointing(schedule)
-    output.mkdir(parents=True, exist_ok=True)
-    step = load_checkpoint(accelerator, output)["step"] if resume else 0
-    discard_earlier(accelerator, output, resume)
-    if accelerator.is_main_process:
-        write_samples(output, samples)
-    bad_steps = BadSteps(accelerator, options.run.max_bad_steps, *(state or {}).get("bad_steps", ()))
-    with Checkpointing(accelerator, output, settings, options.run.save_steps, options.training.steps) as checkpoints:
-        trained = (*prepared, schedule)
-        finished = train_towers(trained, tokenizer, sets, options, accelerator, checkpoints, bad_steps, step)
-    if finished and accelerator.is_main_process:
-        save_model(model, tokenizer, result)
-    accelerator.wait_for_everyone()
-    del prepared
-    end_run(accelerator)
-    return result if finished else None
+    run.earlier_samples(itertools.chain(*samples.values()))  # refuses images that changed
+    return sets, samples
 
 
 def comparable(settings: dict[str, Any]) -> dict[str, Any]:
@@ -130,47 +119,40 @@ def train_towers(
     tokenizer: PreTrainedTokenizerFast,
     sets: list[CropSet],
     options: PretrainingOptions,
-    accelerator: Accelerator,
-    checkpoints: Checkpointing,
-    bad_steps: BadSteps,
-    first: int,
-) -> bool:
-    """Train `prepared` (towers, optimizer, schedule) from step `first` on; `False` if a signal stopped the run."""
+    run: TrainingRun,
+) -> None:
+    """Train `prepared` (towers, optimizer, schedule) until the last step or a signal."""
     towers, optimizer, schedule = prepared
-    training, seed = options.training, options.run.seed
+    accelerator, training, seed = run.accelerator, options.training, options.run.seed
     trained = [p for p in towers.parameters() if p.requires_grad]
     window = accelerator.unwrap_model(towers).model.config.image_size
     batches = CropBatches(sets, training.batch_size, window, training.steps, seed)
     loader = DataLoader(
         batches,
         batch_size=None,
-        sampler=range(first, training.steps),
+        sampler=range(run.step, training.steps),
         num_workers=options.run.workers,
         worker_init_fn=outlive_signals,
     )
-    # a line of the log carries the number of the step that it describes, counted from 0
-    log = RunLog(Path(options.run.output) / "log.jsonl", accelerator, first - 1 if options.run.resume else None)
-    bar = tqdm(loader, initial=first, total=training.steps, disable=not accelerator.is_main_process, mininterval=5)
-    start, stopped = clock(accelerator.device), False
+    bar = tqdm(loader, initial=run.step, total=training.steps, disable=not accelerator.is_main_process, mininterval=5)
+    start = clock(accelerator.device)
     towers.train()
-    for step, groups in enumerate(bar, start=first):
+    for step, groups in enumerate(bar, start=run.step):
         rng = random.Random(f"words-{seed}-{step}")
         with accelerator.autocast():
             loss, parts = step_loss(towers, tokenizer, sets, groups, training, rng, accelerator.device)
         accelerator.backward(loss)
         norm = accelerator.clip_grad_norm_(trained, 1.0)
-        if not bad_steps.is_bad(step + 1, float(loss.detach()), norm) or accelerator.scaler is not None:
+        if not run.bad_steps.is_bad(step + 1, float(loss.detach()), norm) or accelerator.scaler is not None:
             optimizer.step()
         schedule.step()
         optimizer.zero_grad()
         if step % 20 == 0:
             row = {"step": step, "loss": float(loss.detach()), **{name: float(part) for name, part in parts.items()}}
-            log.write({**row, "seconds": round(clock(accelerator.device) - start, 1)})
+            run.log.write({**row, "seconds": round(clock(accelerator.device) - start, 1)})
             bar.set_postfix(loss=f"{row['loss']:.3f}")
-        if stopped := checkpoints.after_step(step + 1, bad_steps=bad_steps.state):
+        if run.after_step(step + 1, bad_steps=run.bad_steps.state):
             break
-    log.close()
-    return not stopped
 
 
 def save_model(model: SparForOpenVocabSegmentation, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:

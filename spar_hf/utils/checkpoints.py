@@ -114,7 +114,7 @@ def earlier_state(
         upgrade: gives the options of a run of an earlier version the names and values of today.
         results: what a run writes in the end, which a new run would replace.
         overwrite: whether a new run may replace an earlier one. Its checkpoints are removed once all options are checked,
-            see [`discard_earlier`]; its results stay until the first new ones are written.
+            see [`TrainingRun.begin`]; its results stay until the first new ones are written.
 
     Raises:
         MissingFiles: there is no checkpoint to resume from.
@@ -156,13 +156,6 @@ def check_replaceable(results: Iterable[Path], overwrite: bool = False) -> None:
         raise UsageError(
             f"{found[0]} is the result of an earlier run. Replace it with --overwrite, or name another --output."
         )
-
-
-def discard_earlier(accelerator: Accelerator, output: Path, resume: bool) -> None:
-    """Remove the checkpoints of a run that `--overwrite` replaces. All processes must call it."""
-    if accelerator.is_main_process and not resume:
-        discard_checkpoints(output)
-    accelerator.wait_for_everyone()
 
 
 def differences(then: dict[str, Any], now: dict[str, Any]) -> str:

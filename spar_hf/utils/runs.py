@@ -4,6 +4,8 @@ import contextlib
 import json
 import logging
 import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,10 +15,18 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, set_seed
 
 from spar_hf.utils.atomic import finite_json
-from spar_hf.utils.checkpoints import StopAtStep, cut_log, save_checkpoint
+from spar_hf.utils.checkpoints import (
+    StopAtStep,
+    cut_log,
+    discard_checkpoints,
+    earlier_state,
+    load_checkpoint,
+    save_checkpoint,
+)
 from spar_hf.utils.errors import NotFinite, UsageError
 from spar_hf.utils.launching import check_processes
 from spar_hf.utils.locks import Locked, locked
+from spar_hf.utils.sample_record import earlier_samples, write_samples
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +75,7 @@ def start_accelerator(
     return accelerator
 
 
-class RunFolder:
+class RunFolder(contextlib.ExitStack):
     """
     The folder of a run, locked for as long as the run lasts: a second one there is refused at its start.
 
@@ -79,28 +89,18 @@ class RunFolder:
     """
 
     def __init__(self, accelerator: Accelerator, output: Path, file: bool = False):
-        self.lock = contextlib.ExitStack()
+        super().__init__()
         problem: list[Any] = [None]
         if accelerator.is_main_process:
             try:
                 lock = output.with_name(f".{output.name}.lock") if file else output / ".lock"
-                self.lock.enter_context(locked(lock, str(output)))
+                self.enter_context(locked(lock, str(output)))
             except Locked as error:
                 problem = [str(error)]
         if accelerator.num_processes > 1:
             broadcast_object_list(problem)
         if problem[0] is not None:
             raise Locked(problem[0])
-
-    def close(self) -> None:
-        """Release it."""
-        self.lock.close()
-
-    def __enter__(self) -> "RunFolder":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
 
 
 class BadSteps:
@@ -191,23 +191,99 @@ class RunLog:
             self.file.close()
 
 
-class Checkpointing:
+class TrainingRun:
     """
-    Writes a checkpoint every few steps, and one more where Ctrl-C or SIGTERM ends the run early. It takes over these
-    signals until it is closed.
+    The life of a training in its folder. The folder is locked from here to the end of a `with` block, which a reader of a
+    trainer sees as
+
+    ```python
+    with TrainingRun(accelerator, options.run, settings, upgrade, results) as run:
+        ...  # read images, build models, `accelerator.prepare`
+        run.begin(steps, samples)
+        for step in range(run.step, steps):
+            ...
+            if run.after_step(step + 1, bad_steps=run.bad_steps.state):
+                break
+        ...  # write results unless `run.stopped`, and drop what was prepared
+    ```
 
     Args:
         accelerator: of the run.
-        output: folder of the run.
-        settings: options that a resumed run must share.
-        every: steps between checkpoints.
-        steps: of the whole run; none is written after the last.
+        options: `output`, `resume`, `overwrite`, `save_steps`, `allow_changed_data` and `max_bad_steps` of the command.
+        settings: options that a resumed run must share, see [`settings_of`].
+        upgrade, results: see [`earlier_state`].
+
+    Attributes:
+        state: what the checkpoint of a resumed run kept; `None` for a new run.
+        step: steps that are done when the run starts.
+        stopped: whether Ctrl-C or SIGTERM ended it early, its checkpoint written.
+        log: the rows in `log.jsonl`, once the steps have begun.
+
+    Raises:
+        Locked: another run writes there.
+        UsageError: see [`earlier_state`].
     """
 
-    def __init__(self, accelerator: Accelerator, output: Path, settings: dict[str, Any], every: int, steps: int):
-        self.accelerator, self.output, self.settings = accelerator, output, settings
-        self.every, self.steps = every, steps
-        self.stop = StopAtStep(accelerator)
+    log: RunLog
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        options: Any,
+        settings: dict[str, Any],
+        upgrade: Callable[[dict[str, Any]], dict[str, Any]],
+        results: Sequence[Path],
+    ):
+        self.accelerator, self.options, self.output = accelerator, options, Path(options.output)
+        self.settings = settings | {"mixed_precision": accelerator.mixed_precision}
+        self.stopped = False
+        resume, overwrite, processes = options.resume, options.overwrite, accelerator.num_processes
+        with contextlib.ExitStack() as exits:
+            exits.enter_context(RunFolder(accelerator, self.output))
+            self.state = earlier_state(self.output, resume, self.settings, processes, upgrade, results, overwrite)
+            self.step: int = 0 if self.state is None else self.state["step"]
+            self.exits = exits.pop_all()
+
+    @cached_property
+    def bad_steps(self) -> BadSteps:
+        """Counts the steps that are skipped, from what the checkpoint says."""
+        return BadSteps(self.accelerator, self.options.max_bad_steps, *(self.state or {}).get("bad_steps", ()))
+
+    def earlier_samples(self, found: Iterable[str]) -> dict[str, list[str]] | None:
+        """The images of the run that is resumed, compared with those there are now, see [`earlier_samples`]."""
+        return None if self.state is None else earlier_samples(self.output, found, self.options.allow_changed_data)
+
+    def track(self, project: str, record: dict[str, Any]) -> None:
+        """Start the trackers, if there are any, and tell them how the model is trained."""
+        if self.accelerator.log_with:
+            plain = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in record.items()}
+            self.accelerator.init_trackers(project, config=plain)
+
+    def begin(self, steps: int, samples: Mapping[str, Iterable[str]], first_row: int = 1) -> None:
+        """
+        Load the checkpoint of a resumed run, remove those of a replaced one, and open the log. Until the last step, Ctrl-C
+        and SIGTERM end the run after a checkpoint. Call it in all processes after `accelerator.prepare`.
+
+        Args:
+            steps: of the whole run.
+            samples: names of the images for [`write_samples`].
+            first_row: number of the first step in the log.
+        """
+        self.steps = steps
+        self.output.mkdir(parents=True, exist_ok=True)
+        if self.state is not None:
+            load_checkpoint(self.accelerator, self.output)
+        elif self.accelerator.is_main_process:
+            discard_checkpoints(self.output)  # of a run that --overwrite replaces
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            write_samples(self.output, samples)
+        resume_step = None if self.state is None else self.step - 1 + first_row
+        self.log = RunLog(self.output / "log.jsonl", self.accelerator, resume_step)
+        self.exits.callback(self.log.close)
+        if self.step < steps:
+            self.stop = StopAtStep(self.accelerator)
+            self.exits.callback(self.stop.restore)
 
     def after_step(self, step: int, **state: Any) -> bool:
         """
@@ -218,27 +294,30 @@ class Checkpointing:
             state: what the checkpoint keeps beside weights, optimizer and schedule, as JSON. A function among it is
                 called only when a checkpoint is written, and then in all processes.
         """
-        if step >= self.steps:
-            return False
-        stopped = self.stop.asked()
-        if stopped or step % self.every == 0:
+        is_last = step >= self.steps
+        self.stopped = not is_last and self.stop.asked()
+        if self.stopped or (not is_last and step % self.options.save_steps == 0):
             values = {name: value() if callable(value) else value for name, value in state.items()}
             folder = save_checkpoint(self.accelerator, self.output, step, settings=self.settings, **values)
-            if stopped:
-                logger.info(
-                    "Stopped after step %d; %s is complete. Go on with the same command and --resume.", step, folder
-                )
-        return stopped
+            if self.stopped:
+                text = "Stopped after step %d; %s is complete. Go on with the same command and --resume."
+                logger.info(text, step, folder)
+        if self.stopped or is_last:
+            self.stop.restore()
+        return self.stopped
 
     def close(self) -> None:
-        """Give the signals back."""
-        self.stop.restore()
+        """Release the folder of a run that ends before its `with` block."""
+        self.exits.close()
 
-    def __enter__(self) -> "Checkpointing":
+    def __enter__(self) -> "TrainingRun":
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        with self.exits:
+            if kind is None:
+                self.accelerator.wait_for_everyone()
+                end_run(self.accelerator)
 
 
 def end_run(accelerator: Accelerator) -> None:

@@ -7,7 +7,7 @@ import gzip
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 from spar_hf.utils.atomic import write_atomically
@@ -60,6 +60,23 @@ def earlier_samples(output: Path, found: Iterable[str], allow_changes: bool) -> 
     if changes:
         logger.warning("The images of the run changed: %s. Those held out before stay held out.", changes)
     return then
+
+
+def split_as_before(names: Iterable[str], held_out: Collection[str]) -> tuple[list[int], list[int]]:
+    """
+    Numbers of the images to train on, and of those that an earlier run held out; images that are new are trained on.
+
+    Example:
+
+    ```python
+    >>> split_as_before(["a.jpg", "b.jpg", "new.jpg"], ["b.jpg", "gone.jpg"])
+    ([0, 2], [1])
+    ```"""
+    known = set(held_out)
+    numbers: tuple[list[int], list[int]] = ([], [])
+    for number, name in enumerate(names):
+        numbers[name in known].append(number)
+    return numbers
 
 
 def describe_changes(then: Iterable[str], now: Iterable[str], shown: int = 3) -> str:

@@ -16,7 +16,7 @@ from spar_hf.distillation.losses import DistillationLoss, decision_loss, distill
 from spar_hf.distillation.models import Models
 from spar_hf.distillation.optimisation import Optimisation, count_steps
 from spar_hf.distillation.options import OptimisationOptions, StudentOptions, TeacherOptions
-from spar_hf.distillation.progress import Progress
+from spar_hf.distillation.progress import SpeedMeter
 from spar_hf.distillation.stream import open_stream, readable_samples
 from spar_hf.distillation.student import Student, prepare_positions
 from spar_hf.utils.errors import UsageError
@@ -160,7 +160,7 @@ def test_held_out_error__is_a_mean_over_patches_and_the_best_is_kept():
 
 
 def test_progress__says_where_the_time_goes():
-    progress = Progress(first=2, steps=4, images_per_step=3, device=CPU, show=False)
+    progress = SpeedMeter(first=2, steps=4, images_per_step=3, device=CPU, show=False)
     assert list(progress.waiting(["a", "b"])) == ["a", "b"]
     with progress.timed("teacher"):
         torch.randn(200, 200) @ torch.randn(200, 200)

@@ -2,14 +2,17 @@
 
 import json
 import math
+import signal
 import threading
 
 import pytest
+import torch
 from accelerate import Accelerator
 
 from spar_hf.utils.errors import NotFinite
 from spar_hf.utils.locks import Locked
-from spar_hf.utils.runs import BadSteps, RunFolder, RunLog
+from spar_hf.utils.run_options import RunOptions
+from spar_hf.utils.runs import BadSteps, RunFolder, RunLog, TrainingRun
 
 
 @pytest.mark.parametrize(("file", "lock"), [(False, "out/.lock"), (True, ".out.lock")])
@@ -49,3 +52,36 @@ def test_bad_steps_are_counted_over_the_whole_run():
     resumed = BadSteps(accelerator, 2, *steps.state())
     with pytest.raises(NotFinite, match=r"in 3 steps.*step 4"):
         resumed.is_bad(4, -math.inf)
+
+
+def test_a_run_is_stopped_and_goes_on(tmp_path):
+    """Three of four steps, a signal within the third; the rest; and an error before the first leaves no lock."""
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+
+    def train(resume):
+        options = RunOptions(output=str(tmp_path / "run"), resume=resume)
+        run = TrainingRun(Accelerator(cpu=True), options, {"seed": 0}, dict, [tmp_path / "run" / "model"])
+        with run:
+            run.accelerator.prepare(torch.nn.Linear(1, 1))
+            run.earlier_samples(["a.jpg"])
+            run.begin(4, {"train": ["a.jpg"]})
+            for step in range(run.step, 4):
+                if step == 2 and not resume:
+                    signal.raise_signal(signal.SIGTERM)
+                run.log.write({"step": step + 1})
+                if run.after_step(step + 1, bad_steps=run.bad_steps.state):
+                    break
+        assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+        assert not (tmp_path / "run" / ".lock").exists()
+        return run.stopped
+
+    assert train(resume=False)
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["checkpoint-3", "images.json.gz", "log.jsonl"]
+    assert not train(resume=True)
+    assert [json.loads(row)["step"] for row in (tmp_path / "run" / "log.jsonl").open()] == [1, 2, 3, 4]
+    with (
+        pytest.raises(MemoryError),
+        TrainingRun(Accelerator(cpu=True), RunOptions(output=str(tmp_path / "other")), {}, dict, []),
+    ):
+        raise MemoryError
+    assert not (tmp_path / "other").exists()
