@@ -157,7 +157,7 @@ class RuleOptions:
 
 
 @dataclass(kw_only=True)
-class RunOptions:
+class MeasurementOptions:
     """
     Models, the ways to run them, and what is measured.
 
@@ -224,7 +224,7 @@ class EvaluationOptions(ComposedOptions):
     ```python
     >>> options = EvaluationOptions(
     ...     data=DataOptions(dataset="street"),
-    ...     run=RunOptions(model=["student=runs/student"]),
+    ...     run=MeasurementOptions(model=["student=runs/student"]),
     ...     resolution=ResolutionOptions(shortest_edge=384),
     ... )
     >>> options == EvaluationOptions.from_flat(dataset="street", model=["student=runs/student"], shortest_edge=384)
@@ -232,7 +232,7 @@ class EvaluationOptions(ComposedOptions):
     ```"""
 
     data: DataOptions
-    run: RunOptions
+    run: MeasurementOptions
     words: WordOptions = field(default_factory=WordOptions)
     resolution: ResolutionOptions = field(default_factory=ResolutionOptions)
     rules: RuleOptions = field(default_factory=RuleOptions)

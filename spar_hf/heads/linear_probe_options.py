@@ -7,7 +7,7 @@ from spar_hf.data.reading import ReadingOptions
 from spar_hf.utils.errors import UsageError
 from spar_hf.utils.fields import option, required
 from spar_hf.utils.options import HELP, RUN_FREE, ComposedOptions, require_not_negative, require_positive, require_share
-from spar_hf.utils.run_options import RunOptions
+from spar_hf.utils.run_options import TrainingRunOptions
 
 # options that a resumed run may change: none of them changes what is learned
 FREE = {"output", "resume", "save_steps", "cache", "window_batch_size", *RUN_FREE}
@@ -113,7 +113,7 @@ class ProbeOptions(ComposedOptions):
     features: FeatureOptions
     data: ProbeData
     training: ProbeTraining
-    run: RunOptions
+    run: TrainingRunOptions
 
 
 def upgrade(settings: dict[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from spar_hf.data.reading import ReadingOptions
 from spar_hf.utils.errors import UsageError
 from spar_hf.utils.fields import option, required
 from spar_hf.utils.options import HELP, RUN_FREE, ComposedOptions, formerly, require_positive, require_share
-from spar_hf.utils.run_options import RunOptions
+from spar_hf.utils.run_options import TrainingRunOptions
 
 # options that a resumed run may change: none of them changes what is learned
 FREE = {"output", "resume", "workers", "save_steps", "report_to", *RUN_FREE}
@@ -104,7 +104,7 @@ class PanopticTraining:
 
 
 @dataclass(kw_only=True)
-class PanopticRun(RunOptions):
+class PanopticRun(TrainingRunOptions):
     """Where and how the training runs, and how often it reports."""
 
     save_steps: int = option(500, HELP["save_steps"])

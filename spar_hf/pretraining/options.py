@@ -10,7 +10,7 @@ from spar_hf.data.reading import ReadingOptions
 from spar_hf.utils.errors import UsageError
 from spar_hf.utils.fields import option, required
 from spar_hf.utils.options import HELP, RUN_FREE, ComposedOptions, formerly, require_not_negative, require_positive
-from spar_hf.utils.run_options import RunOptions
+from spar_hf.utils.run_options import TrainingRunOptions
 from spar_hf.utils.texts import read_text
 
 # options that a resumed run may change: where it is written, and the length of its schedule
@@ -87,7 +87,7 @@ class TrainingOptions:
 
 
 @dataclass(kw_only=True)
-class PretrainingRun(RunOptions):
+class PretrainingRun(TrainingRunOptions):
     """Where and how the training runs."""
 
     save_steps: int = option(500, HELP["save_steps"])

@@ -7,7 +7,7 @@ from spar_hf.utils.options import HELP, PRECISIONS, SafetyOptions, require_one_o
 
 
 @dataclass(kw_only=True)
-class RunOptions(SafetyOptions):
+class TrainingRunOptions(SafetyOptions):
     """Where and how a training runs."""
 
     output: str = required("Folder of the run: checkpoints, results, and the trained model in `model`.")

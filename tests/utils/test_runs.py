@@ -11,7 +11,7 @@ from accelerate import Accelerator
 
 from spar_hf.utils.errors import NotFinite
 from spar_hf.utils.locks import Locked
-from spar_hf.utils.run_options import RunOptions
+from spar_hf.utils.run_options import TrainingRunOptions
 from spar_hf.utils.runs import BadSteps, RunFolder, RunLog, TrainingRun
 
 
@@ -59,7 +59,7 @@ def test_a_run_is_stopped_and_goes_on(tmp_path):
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
 
     def train(resume):
-        options = RunOptions(output=str(tmp_path / "run"), resume=resume)
+        options = TrainingRunOptions(output=str(tmp_path / "run"), resume=resume)
         run = TrainingRun(Accelerator(cpu=True), options, {"seed": 0}, dict, [tmp_path / "run" / "model"])
         with run:
             run.accelerator.prepare(torch.nn.Linear(1, 1))
@@ -81,7 +81,7 @@ def test_a_run_is_stopped_and_goes_on(tmp_path):
     assert [json.loads(row)["step"] for row in (tmp_path / "run" / "log.jsonl").open()] == [1, 2, 3, 4]
     with (
         pytest.raises(MemoryError),
-        TrainingRun(Accelerator(cpu=True), RunOptions(output=str(tmp_path / "other")), {}, dict, []),
+        TrainingRun(Accelerator(cpu=True), TrainingRunOptions(output=str(tmp_path / "other")), {}, dict, []),
     ):
         raise MemoryError
     assert not (tmp_path / "other").exists()
