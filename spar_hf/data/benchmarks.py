@@ -1,8 +1,9 @@
 """
 The common benchmarks of open-vocabulary segmentation, read from their folders on disk.
 
-Labels, ignored pixels and background follow the published evaluations (the data sets of mmsegmentation 0.x, and
-COCO-Object as prepared for GroupViT, Xu et al., 2022). Masks are 8-bit PNG files in which 255 is ignored.
+Labels, ignored pixels and background follow the published evaluations (the data sets of mmsegmentation 0.x, COCO-Object as
+prepared for GroupViT, Xu et al., 2022, and MESS, Blumenstiel et al., 2023). Masks are 8-bit PNG files in which 255 is
+ignored, unless stated. `docs/benchmarks.md` shows all layouts.
 
 - `voc21`: 0 is background, 1 to 20 are objects; outlines of objects are ignored.
 - `voc20`: the same masks without background, which is ignored and not predicted.
@@ -13,6 +14,10 @@ COCO-Object as prepared for GroupViT, Xu et al., 2022). Masks are 8-bit PNG file
   whose values are the category minus 1.
 - `cityscapes`: `*_labelTrainIds.png`, 0 to 18. If they are missing, `*_labelIds.png`, in which 19 of 34 classes count.
 - `ade20k`: 1 to 150 are classes; 0 (other objects) is ignored.
+- `ade20k-847`: 16-bit TIFF files prepared as for MaskFormer, 0 to 846; 65535 is ignored.
+- `loveda`: 1 to 7 are classes; 0 is ignored. The layout is that of mmsegmentation's converter.
+- The 22 sets of MESS as its scripts prepare them: 0 is the first class, which for many sets is the background, and counts.
+  PAXRay-4 is four sets of one class and the rest each, whose mIoU are averaged.
 """
 
 from collections.abc import Sequence
@@ -22,8 +27,15 @@ from typing import Any
 
 import numpy as np
 
-from spar_hf.data.segmentation_sets import IGNORE_INDEX, SegmentationSet, from_files, make_table
+from spar_hf.data.segmentation_sets import (
+    IGNORE_INDEX,
+    WIDE_IGNORE_INDEX,
+    SegmentationSet,
+    from_files,
+    make_table,
+)
 from spar_hf.model.prompts import Vocabulary
+from spar_hf.model.vocabularies import vocabulary_lines
 from spar_hf.utils.errors import MissingFiles, UsageError
 from spar_hf.utils.texts import read_text
 
@@ -64,6 +76,8 @@ class Benchmark:
         masks: patterns of the masks, each with its table. The first one that finds the mask of the first image is used.
         listing: file with the names of the images. Without one, all images that `images` finds are used.
         depth: number of folders in an image's name.
+        split: the split that is read.
+        only_masked: whether images without a mask belong to other splits and are left out.
     """
 
     title: str
@@ -73,6 +87,8 @@ class Benchmark:
     masks: tuple[tuple[str, np.ndarray], ...]
     listing: str | None = None
     depth: int = 0
+    split: str = "val"
+    only_masked: bool = False
 
     @property
     def layout(self) -> str:
@@ -88,6 +104,9 @@ class Benchmark:
         for base in (folder / home for home in self.homes):
             for images in self.images:
                 names = self.list_names(base, images)
+                if self.only_masked:
+                    masked = set(self.find_names(base, self.masks[0][0]))
+                    names = [name for name in names if name in masked]
                 found = next(((p, t) for p, t in self.masks if names and (base / p.format(names[0])).is_file()), None)
                 if found and (base / images.format(names[0])).is_file():
                     pattern, table = found
@@ -104,8 +123,12 @@ class Benchmark:
         if self.listing is not None:
             listing = base / self.listing
             return read_text(listing).split() if listing.is_file() else []
-        before, after = images.split("{}")
-        paths = sorted(base.glob(images.format("/".join(["*"] * (self.depth + 1)))))
+        return self.find_names(base, images)
+
+    def find_names(self, base: Path, pattern: str) -> list[str]:
+        """Names of all files that a pattern finds, sorted."""
+        before, after = pattern.split("{}")
+        paths = sorted(base.glob(pattern.format("/".join(["*"] * (self.depth + 1)))))
         return [path.relative_to(base).as_posix()[len(before) : -len(after)] for path in paths]
 
 
@@ -181,12 +204,115 @@ BENCHMARKS: dict[str, Benchmark] = {
         images=("images/validation/{}.jpg",),
         masks=(("annotations/validation/{}.png", without_zero(150)),),
     ),
+    "ade20k-847": Benchmark(
+        title="ADE20K-847",
+        vocabulary="ade20k-847",
+        homes=("", "ADE20K_2021_17_01"),
+        images=("images_detectron2/validation/{}.jpg",),
+        masks=(
+            (
+                "annotations_detectron2/validation/{}.tif",
+                make_table(range(847), ignored=(WIDE_IGNORE_INDEX,), mask_values=65536),
+            ),
+        ),
+    ),
+    "loveda": Benchmark(
+        title="LoveDA",
+        vocabulary="loveda",
+        homes=("", "loveDA"),
+        images=("img_dir/val/{}.png",),
+        masks=(("ann_dir/val/{}.png", without_zero(7)),),
+    ),
 }
+
+# MESS: name, title, split, folder, its images and masks, and the vocabulary unless it has the same name
+IMAGES, MASKS = "images_detectron2/{split}/{}", "annotations_detectron2/{split}/{}.png"
+MESS = (
+    ("atlantis", "ATLANTIS", "test", "atlantis", f"{IMAGES}.jpg", MASKS),
+    ("bdd100k", "BDD100K", "val", "bdd100k", "images/10k/{split}/{}.jpg", MASKS, "cityscapes"),
+    ("chase-db1", "CHASE DB1", "test", "CHASEDB1", f"{IMAGES}.jpg", MASKS),
+    (
+        "corrosion-cs",
+        "Corrosion CS",
+        "test",
+        "Corrosion Condition State Classification",
+        "original/Test/images/{}.jpeg",
+        "original/Test/masks/{}.png",
+    ),
+    ("cryonuseg", "CryoNuSeg", "test", "CryoNuSeg", "images_detectron2/{}.png", "annotations_detectron2/{}.png"),
+    ("cub-200", "CUB-200", "test", "CUB_200_2011", f"{IMAGES}.jpg", MASKS),
+    ("cwfid", "CWFID", "test", "cwfid", "images/{}_image.png", "annotations_detectron2/{split}/{}_annotation.png"),
+    (
+        "dark-zurich",
+        "Dark Zurich",
+        "val",
+        "Dark_Zurich",
+        "rgb_anon/{split}/night/GOPR0356/{}_rgb_anon.png",
+        "annotations_detectron2/{split}/{}_gt_labelIds.png",
+    ),
+    ("deepcrack", "DeepCrack", "test", "DeepCrack", "test_img/{}.jpg", MASKS),
+    ("dram", "DRAM", "test", "DRAM_processed", f"{IMAGES}.jpg", MASKS),
+    ("floodnet", "FloodNet", "test", "FloodNet-Supervised_v1.0", f"{IMAGES}.jpg", MASKS),
+    (
+        "foodseg103",
+        "FoodSeg103",
+        "test",
+        "FoodSeg103",
+        "Images/img_dir/{split}/{}.jpg",
+        "Images/ann_dir/{split}/{}.png",
+    ),
+    ("isaid", "iSAID", "val", "isaid", f"{IMAGES}.png", MASKS),
+    ("isprs-potsdam", "ISPRS Potsdam", "test", "ISPRS_Potsdam", "images_detectron2/{split}/irrg/{}.png", MASKS),
+    ("kvasir-instrument", "Kvasir-Instrument", "test", "kvasir-instrument", f"{IMAGES}.png", MASKS),
+    ("mhp-v1", "MHP v1", "test", "LV-MHP-v1", f"{IMAGES}.jpg", MASKS),
+    *(
+        (
+            f"paxray-{part}",
+            f"PAXRay-4, {part}",
+            "test",
+            "paxray_dataset",
+            f"{IMAGES}.png",
+            f"annotations_detectron2/{{split}}/{part}/{{}}.png",
+        )
+        for part in ("bones", "diaphragm", "lungs", "mediastinum")
+    ),
+    ("pst900", "PST900", "test", "PST900_RGBT_Dataset", "{split}/thermal/{}.png", "{split}/labels/{}.png"),
+    ("suim", "SUIM", "test", "SUIM", "TEST/images/{}.jpg", MASKS),
+    ("uavid", "UAVid", "val", "uavid_v1.5", f"{IMAGES}.png", MASKS),
+    ("worldfloods", "WorldFloods", "test", "WorldFloods", "images_detectron2/{split}/irrg/{}.png", MASKS),
+    (
+        "zerowaste-f",
+        "ZeroWaste-f",
+        "test",
+        "zerowaste-f",
+        "splits_final_deblurred/{split}/data/{}.PNG",
+        "splits_final_deblurred/{split}/sem_seg/{}.PNG",
+    ),
+)
+
+
+def mess_benchmark(
+    name: str, title: str, split: str, folder: str, images: str, masks: str, words: str = ""
+) -> Benchmark:
+    """A set of MESS. Masks hold the numbers of the classes; only images with a mask belong to the split."""
+    vocabulary = words or name
+    return Benchmark(
+        title=title,
+        vocabulary=vocabulary,
+        homes=("", folder),
+        images=(images.replace("{split}", split),),
+        masks=((masks.replace("{split}", split), make_table(range(len(vocabulary_lines(vocabulary))))),),
+        split=split,
+        only_masked=True,
+    )
+
+
+BENCHMARKS |= {entry[0]: mess_benchmark(*entry) for entry in MESS}
 
 
 def open_benchmark(name: str, folder: str | Path) -> SegmentationSet:
     """
-    Open the validation split of a benchmark.
+    Open a benchmark: its validation split, or the split that is published for it.
 
     Args:
         name: one of `BENCHMARKS`.
@@ -210,4 +336,6 @@ def open_benchmark(name: str, folder: str | Path) -> SegmentationSet:
             f"{benchmark.layout}."
         )
     labels = Vocabulary.parse(benchmark.vocabulary).labels
-    return SegmentationSet(benchmark.title, from_files(images, masks), tuple(names), labels, table, name, "val")
+    return SegmentationSet(
+        benchmark.title, from_files(images, masks), tuple(names), labels, table, name, benchmark.split
+    )

@@ -26,6 +26,7 @@ from spar_hf.utils.errors import MissingFiles, UsageError
 from spar_hf.utils.texts import read_text
 
 IGNORE_INDEX = 255  # label of ignored pixels, which no score counts
+WIDE_IGNORE_INDEX = 65535  # the same in sets of more classes than 8-bit masks hold
 INVALID = -1  # entry of a table for mask values that must not occur
 MASK_MODES = ("L", "P", "I", "I;16")  # one channel of integers; palette images are read by their index
 
@@ -40,8 +41,8 @@ class SegmentationSet:
         rows: columns `image` and `mask`, both of type `datasets.Image`.
         names: one name per image: the stem of its file, or `row` and a number.
         labels: the classes. Several mask values may mean one class.
-        table: class of every mask value, `IGNORE_INDEX` for ignored pixels, `INVALID` for values that must not occur;
-            `(256,)` int16.
+        table: class of every mask value, `ignore_index` for ignored pixels, `INVALID` for values that must not occur;
+            `(256,)` int16, or `(65536,)` int32 if there are more classes than 8-bit masks hold.
         source: name of the benchmark, id on the Hugging Face hub, or name of the folder.
         split: split that the images belong to, if known.
         subset: configuration of a Hugging Face data set, if one was chosen.
@@ -71,6 +72,11 @@ class SegmentationSet:
 
     def __len__(self) -> int:
         return len(self.names)
+
+    @property
+    def ignore_index(self) -> int:
+        """Label of ignored pixels: 255, or 65535 if masks have 16 bits."""
+        return ignored_label(len(self.table))
 
     def select(self, numbers: Sequence[int]) -> "SegmentationSet":
         """The images with these numbers, in this order."""
@@ -141,7 +147,7 @@ class SegmentationSet:
 
     def read_mask(self, number: int, image_size: tuple[int, int] | None = None) -> np.ndarray:
         """
-        A mask as a label map of the set's classes, `(height, width)` uint8.
+        A mask as a label map of the set's classes, `(height, width)` uint8, or uint16 if there are more than 255.
 
         Args:
             number: of the image.
@@ -167,14 +173,14 @@ class SegmentationSet:
                 f"The mask of {name} has {values.shape[0]}×{values.shape[1]} pixels (height × width), its image "
                 f"{image_size[0]}×{image_size[1]}. Resize the mask to the image by nearest neighbour."
             )
-        wrong = [int(v) for v in np.unique(values) if not 0 <= v <= 255 or self.table[v] == INVALID]
+        wrong = [int(v) for v in np.unique(values) if not 0 <= v < len(self.table) or self.table[v] == INVALID]
         if wrong:
             raise UsageError(
                 f"The mask of {name} holds the values {wrong}, which {self.title} ({len(self.labels)} classes) does not "
                 f"have. Set pixels without a class to an ignored value "
-                f"({', '.join(map(str, np.flatnonzero(self.table == IGNORE_INDEX)))})."
+                f"({', '.join(map(str, np.flatnonzero(self.table == self.ignore_index)))})."
             )
-        return self.table[values].astype(np.uint8)
+        return self.table[values].astype(np.uint8 if self.ignore_index == IGNORE_INDEX else np.uint16)
 
     def read(self, number: int) -> tuple[Image.Image, np.ndarray]:
         """An image and its mask, see `read_image` and `read_mask`."""
@@ -203,13 +209,21 @@ def passes(name: str, include: Sequence[str] = ("*",), exclude: Sequence[str] | 
     return included and not excluded
 
 
-def make_table(values: dict[int, int] | range, ignored: Sequence[int] = (IGNORE_INDEX,)) -> np.ndarray:
+def ignored_label(mask_values: int) -> int:
+    """Label of ignored pixels in a set whose masks can hold this many values: the largest of them."""
+    return IGNORE_INDEX if mask_values == 256 else WIDE_IGNORE_INDEX
+
+
+def make_table(
+    values: dict[int, int] | range, ignored: Sequence[int] = (IGNORE_INDEX,), mask_values: int = 256
+) -> np.ndarray:
     """
     The class of every mask value, as [`SegmentationSet`] holds it.
 
     Args:
         values: `{mask value: class}`, or a range if every value is the class of the same number.
         ignored: mask values of ignored pixels. All other values become `INVALID`.
+        mask_values: 256 for masks of 8 bits, 65536 for masks of 16 bits.
 
     Example:
 
@@ -217,10 +231,10 @@ def make_table(values: dict[int, int] | range, ignored: Sequence[int] = (IGNORE_
     >>> make_table(range(2))[[0, 1, 2, 255]].tolist()
     [0, 1, -1, 255]
     ```"""
-    table = np.full(256, INVALID, np.int16)
+    table = np.full(mask_values, INVALID, np.int16 if mask_values == 256 else np.int32)
     for value, label in values.items() if isinstance(values, dict) else enumerate(values):
         table[value] = label
-    table[list(ignored)] = IGNORE_INDEX
+    table[list(ignored)] = ignored_label(mask_values)
     return table
 
 
@@ -411,7 +425,7 @@ def check_readable(data: SegmentationSet, accelerator: Accelerator) -> list[int]
                 f"{data.names[number]} has {image.height}×{image.width} pixels (height × width), but each side needs at "
                 f"least {MIN_SIDE}. Leave it out with --exclude."
             )
-        if (mask != IGNORE_INDEX).any():
+        if (mask != data.ignore_index).any():
             labelled.append(number)
     return sorted(gather_object(labelled))
 

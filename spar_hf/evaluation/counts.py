@@ -53,6 +53,7 @@ class Counts:
         reference: np.ndarray,
         predictions: Sequence[Prediction],
         dilation_ratio: float | None = None,
+        ignore_index: int = IGNORE_INDEX,
     ) -> None:
         """
         Count an image.
@@ -62,13 +63,14 @@ class Counts:
             reference: its mask, `(height, width)`.
             predictions: of all runs.
             dilation_ratio: width of boundaries; `None` does not count them.
+            ignore_index: label of pixels of the mask that are not counted.
         """
         classes = self.confusion.shape[1]
         for i, prediction in enumerate(predictions):
-            self.confusion[i] += count_pixels(prediction.label_map, reference, classes, IGNORE_INDEX)
+            self.confusion[i] += count_pixels(prediction.label_map, reference, classes, ignore_index)
             if dilation_ratio is not None:
                 pair = (prediction.label_map, reference)
-                self.boundary[i] += count_boundaries(*pair, classes, IGNORE_INDEX, dilation_ratio)
+                self.boundary[i] += count_boundaries(*pair, classes, ignore_index, dilation_ratio)
             seconds = (prediction.vision_seconds, prediction.total_seconds)
             self.nanoseconds[i] += [round(1e9 * value) for value in seconds]
         self.done = np.append(self.done, number)

@@ -12,7 +12,6 @@ from spar_hf.data.benchmarks import open_benchmark
 from spar_hf.data.hub_sets import open_hugging_face
 from spar_hf.data.order import is_held_out
 from spar_hf.data.segmentation_sets import (
-    IGNORE_INDEX,
     SegmentationSet,
     class_label,
     open_folder,
@@ -192,7 +191,7 @@ def build_vocabulary(
     with as_usage_errors():
         words = Vocabulary.parse({label: names[label] for label in kept})
     # renumber the classes; ignored values and values that must not occur stay as they are
-    numbers = np.array([kept.index(label) if label in kept else IGNORE_INDEX for label in classes], np.int16)
-    is_class = (data.table >= 0) & (data.table != IGNORE_INDEX)
-    table = np.where(is_class, numbers[np.where(is_class, data.table, 0)], data.table).astype(np.int16)
+    numbers = np.array([kept.index(label) if label in kept else data.ignore_index for label in classes], np.int32)
+    is_class = (data.table >= 0) & (data.table != data.ignore_index)
+    table = np.where(is_class, numbers[np.where(is_class, data.table, 0)], data.table).astype(data.table.dtype)
     return words, replace(data, labels=kept, table=table)

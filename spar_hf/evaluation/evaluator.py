@@ -246,7 +246,8 @@ def count_images(
     for number in tqdm(share, desc="images", disable=not accelerator.is_main_process):
         image, reference = data.read(number)
         found = predictor(image)
-        counts.add(number, reference, [prediction for prediction, _ in found], dilation_ratio)
+        predictions = [prediction for prediction, _ in found]
+        counts.add(number, reference, predictions, dilation_ratio, data.ignore_index)
         for i, (_, memory) in enumerate(found):
             counts.note_memory(i, memory)
         if partial_counts is not None and time.monotonic() - saved >= save_seconds:

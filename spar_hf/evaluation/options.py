@@ -36,7 +36,7 @@ class DataOptions(ReadingOptions):
         "folder of that benchmark; else a Hugging Face data set: hub id, folder of save_to_disk or of parquet files."
     )
     benchmark: str | None = option(
-        None, "Read --dataset as the validation split of this benchmark: " + ", ".join(BENCHMARKS)
+        None, "Read --dataset in the published layout of this benchmark: " + ", ".join(BENCHMARKS)
     )
     split: str | None = option(None, "Split of a Hugging Face data set.")
     subset: str | None = option(

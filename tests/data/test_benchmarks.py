@@ -105,6 +105,187 @@ LAYOUTS = {
 }
 
 
+# MESS, written down from its code: classes, image, mask, first and last class
+MESS = {
+    "atlantis": (
+        56,
+        "atlantis/images_detectron2/test/1.jpg",
+        "atlantis/annotations_detectron2/test/1.png",
+        "bicycle",
+        "wetland",
+    ),
+    "bdd100k": (19, "bdd100k/images/10k/val/a-1.jpg", "bdd100k/annotations_detectron2/val/a-1.png", "road", "bicycle"),
+    "chase-db1": (
+        *(2, "CHASEDB1/images_detectron2/test/Image_11L.jpg", "CHASEDB1/annotations_detectron2/test/Image_11L.png"),
+        *("others", "blood vessels"),
+    ),
+    "corrosion-cs": (
+        *(4, "Corrosion Condition State Classification/original/Test/images/1.jpeg"),
+        *(
+            "Corrosion Condition State Classification/original/Test/masks/1.png",
+            "others",
+            "steel with severe corrosion",
+        ),
+    ),
+    "cryonuseg": (
+        2,
+        "CryoNuSeg/images_detectron2/1.png",
+        "CryoNuSeg/annotations_detectron2/1.png",
+        "others",
+        "nuclei in cells",
+    ),
+    "cub-200": (
+        *(201, "CUB_200_2011/images_detectron2/test/1.jpg", "CUB_200_2011/annotations_detectron2/test/1.png"),
+        *("background", "Common Yellowthroat"),
+    ),
+    "cwfid": (
+        3,
+        "cwfid/images/001_image.png",
+        "cwfid/annotations_detectron2/test/001_annotation.png",
+        "ground",
+        "weed",
+    ),
+    "dark-zurich": (
+        *(20, "Dark_Zurich/rgb_anon/val/night/GOPR0356/G_1_rgb_anon.png"),
+        *("Dark_Zurich/annotations_detectron2/val/G_1_gt_labelIds.png", "unlabeled", "bicycle"),
+    ),
+    "deepcrack": (
+        *(2, "DeepCrack/test_img/1.jpg", "DeepCrack/annotations_detectron2/test/1.png", "concrete or asphalt", "crack"),
+    ),
+    "dram": (
+        12,
+        "DRAM_processed/images_detectron2/test/a_1.jpg",
+        "DRAM_processed/annotations_detectron2/test/a_1.png",
+        "bird",
+        "background",
+    ),
+    "floodnet": (
+        *(10, "FloodNet-Supervised_v1.0/images_detectron2/test/1.jpg"),
+        *("FloodNet-Supervised_v1.0/annotations_detectron2/test/1.png", "background", "grass"),
+    ),
+    "foodseg103": (
+        104,
+        "FoodSeg103/Images/img_dir/test/1.jpg",
+        "FoodSeg103/Images/ann_dir/test/1.png",
+        "background",
+        "other ingredients",
+    ),
+    "isaid": (16, "isaid/images_detectron2/val/1.png", "isaid/annotations_detectron2/val/1.png", "others", "pier"),
+    "isprs-potsdam": (
+        *(6, "ISPRS_Potsdam/images_detectron2/test/irrg/1.png", "ISPRS_Potsdam/annotations_detectron2/test/1.png"),
+        *("road", "others"),
+    ),
+    "kvasir-instrument": (
+        *(2, "kvasir-instrument/images_detectron2/test/1.png", "kvasir-instrument/annotations_detectron2/test/1.png"),
+        *("others", "tool"),
+    ),
+    "mhp-v1": (
+        19,
+        "LV-MHP-v1/images_detectron2/test/1.jpg",
+        "LV-MHP-v1/annotations_detectron2/test/1.png",
+        "others",
+        "torso skin",
+    ),
+    **{
+        f"paxray-{part}": (
+            *(
+                2,
+                "paxray_dataset/images_detectron2/test/1.png",
+                f"paxray_dataset/annotations_detectron2/test/{part}/1.png",
+            ),
+            *("others", word),
+        )
+        for part, word in {
+            "lungs": "lung",
+            "mediastinum": "mediastinum",
+            "bones": "bones",
+            "diaphragm": "diaphragm",
+        }.items()
+    },
+    "pst900": (
+        5,
+        "PST900_RGBT_Dataset/test/thermal/1.png",
+        "PST900_RGBT_Dataset/test/labels/1.png",
+        "background",
+        "human",
+    ),
+    "suim": (
+        8,
+        "SUIM/TEST/images/1.jpg",
+        "SUIM/annotations_detectron2/test/1.png",
+        "background (waterbody)",
+        "sea-floor and rocks",
+    ),
+    "uavid": (
+        8,
+        "uavid_v1.5/images_detectron2/val/1.png",
+        "uavid_v1.5/annotations_detectron2/val/1.png",
+        "others",
+        "humans",
+    ),
+    "worldfloods": (
+        3,
+        "WorldFloods/images_detectron2/test/irrg/1.png",
+        "WorldFloods/annotations_detectron2/test/1.png",
+        "land",
+        "cloud",
+    ),
+    "zerowaste-f": (
+        *(
+            5,
+            "zerowaste-f/splits_final_deblurred/test/data/1.PNG",
+            "zerowaste-f/splits_final_deblurred/test/sem_seg/1.PNG",
+        ),
+        *("background or trash", "soft plastic"),
+    ),
+}
+MESS_CLASSES = {name: entry[0] for name, entry in MESS.items()}
+
+
+@pytest.mark.parametrize("name", MESS)
+def test_sets_of_mess(name, tmp_path):
+    classes, image, mask, first, last = MESS[name]
+    values = [0, classes - 1, 255]
+    save_image(tmp_path / image, len(values))
+    save_mask(tmp_path / mask, values)
+    other = (tmp_path / image).parent / image.rsplit("/", 1)[1].replace("1", "2", 1)
+    save_image(other, len(values))  # without a mask: of another split
+    for folder in (tmp_path, tmp_path / image.split("/")[0]):
+        data = open_benchmark(name, folder)
+        assert len(data) == 1 and data.split == ("val" if "/val/" in image else "test") and data.source == name
+        _, reference = data.read(0)
+        assert reference[0].tolist() == [0, classes - 1, IGNORE_INDEX]
+        assert (data.labels[0], data.labels[-1], len(data.labels)) == (first, last, classes)
+    save_mask(tmp_path / mask, [classes, 0, 0])
+    with pytest.raises(UsageError, match=rf"holds the values \[{classes}\]"):
+        open_benchmark(name, tmp_path).read(0)
+
+
+def test_ade20k_847_has_masks_of_16_bits(tmp_path):
+    base = tmp_path / "ADE20K_2021_17_01"
+    save_image(base / "images_detectron2" / "validation" / "ADE_val_00000001.jpg", 4)
+    mask = base / "annotations_detectron2" / "validation" / "ADE_val_00000001.tif"
+    mask.parent.mkdir(parents=True)
+    Image.fromarray(np.array([[0, 255, 846, 65535]], np.uint16)).save(mask)
+    data = open_benchmark("ade20k-847", tmp_path)
+    _, reference = data.read(0)
+    assert reference.dtype == np.uint16 and reference[0].tolist() == [0, 255, 846, 65535]
+    assert data.ignore_index == 65535 and data.labels[846] == "adding machine" and data.labels[1] == "building"
+    Image.fromarray(np.array([[0, 847, 1, 1]], np.uint16)).save(mask)
+    with pytest.raises(UsageError, match=r"holds the values \[847\].*\(65535\)"):
+        data.read(0)
+
+
+def make_loveda(root, values):
+    for name in ("2522", "2523"):
+        save_image(root / "img_dir" / "val" / f"{name}.png", len(values))
+        save_mask(root / "ann_dir" / "val" / f"{name}.png", values)
+
+
+LOVEDA = {0: None, 1: "background", 2: "building", 7: "agricultural", 255: None}
+LAYOUTS["loveda"] = ("loveda", lambda root, v: make_loveda(root / "loveDA", v), LOVEDA)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_labels_ignored_pixels_and_background(layout, tmp_path):
     name, make, values = LAYOUTS[layout]
@@ -121,11 +302,14 @@ def test_classes_are_those_of_the_literature():
     sizes = {name: len(Vocabulary.parse(entry.vocabulary).labels) for name, entry in BENCHMARKS.items()}
     assert sizes == {
         **{"voc21": 21, "voc20": 20, "context60": 60, "context59": 59},
-        **{"coco-object": 81, "coco-stuff": 171, "cityscapes": 19, "ade20k": 150},
+        **{"coco-object": 81, "coco-stuff": 171, "cityscapes": 19, "ade20k": 150, "ade20k-847": 847, "loveda": 7},
+        **MESS_CLASSES,
     }
+    assert len(MESS_CLASSES) == 22 + 3  # PAXRay-4 is read as four sets
     for name, entry in BENCHMARKS.items():
+        ignored = 65535 if name == "ade20k-847" else IGNORE_INDEX
         for _, table in entry.masks:  # every class has a mask value, and no value leads past the classes
-            assert set(table.tolist()) - {IGNORE_INDEX, INVALID} == set(range(sizes[name])), name
+            assert set(table.tolist()) - {ignored, INVALID} == set(range(sizes[name])), name
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)

@@ -42,6 +42,14 @@ def test_counts_are_those_of_the_images():
         np.testing.assert_array_equal(counts.boundary[i], expected)
 
 
+def test_sets_of_more_classes_than_8_bits_ignore_another_label():
+    counts, reference = Counts(1, 300), np.array([[254, 255, 299, 65535]], np.uint16)
+    prediction = Prediction(torch.tensor([[254, 255, 0, 7]]), 1.0, 1.0)
+    counts.add(0, reference, [prediction], dilation_ratio=0.5, ignore_index=65535)
+    assert counts.confusion[0].sum() == 3 and counts.confusion[0, 255, 255] == 1 and counts.confusion[0, 299, 0] == 1
+    assert counts.boundary[0, 0, 255] == 1
+
+
 def test_partial_counts_add_up(tmp_path):
     accelerator, settings = Accelerator(cpu=True), {"--limit": 3}
     parts = [counted([0, 3], seed=1), counted([5], seed=2)]

@@ -100,6 +100,14 @@ def test_hugging_face_data_set_by_options(tmp_path):
         open_whole(DataOptions(**given, subset="rain", classes=str(tmp_path / "names.txt")))
 
 
+def test_ignored_classes_of_a_set_with_16_bit_masks():
+    labels = tuple(f"class {n}" for n in range(300))
+    table = make_table(range(300), ignored=(65535,), mask_values=65536)
+    vocabulary, data = build_vocabulary(SegmentationSet("set", None, (), labels, table, "set"), None, None, ["class 1"])
+    assert len(vocabulary.labels) == 299 and data.ignore_index == 65535 and data.table.dtype == np.int32
+    assert data.table[[0, 1, 2, 255, 299, 300, 65535]].tolist() == [0, 65535, 1, 254, 298, -1, 65535]
+
+
 def test_vocabulary(tmp_path):
     classes = ["null", "wall-merged", "Sports_ball", "wall-other", "dog"]
     words = tmp_path / "labels.json"
