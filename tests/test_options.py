@@ -27,6 +27,7 @@ from spar_hf.heads.panoptic import open_data
 from spar_hf.heads.panoptic_options import PanopticOptions
 from spar_hf.pretraining.crops import load_sets
 from spar_hf.pretraining.options import PretrainingOptions
+from spar_hf.utils.runs import TrainingRun
 
 TRAININGS = {
     "distill": DistillationOptions,
@@ -107,6 +108,11 @@ def open_training_images(options):
     return stream.images.read(stream.train.sample(0, 0, []))
 
 
+def open_panoptic_images(options):
+    with TrainingRun(Accelerator(cpu=True), options.run, {}, dict, []) as run:
+        return open_data(options.data, run)[0].read_image(0)
+
+
 # command: its options for a folder, and the first image as the command reads it
 READERS = {
     "distill": ({"images": ["images"], "holdout_every": 4}, open_training_images),
@@ -116,10 +122,7 @@ READERS = {
         {"train_dataset": ".", "test_dataset": ".", "train_include": ["[01]"], "test_include": ["[23]"]},
         lambda options: open_datasets(options.data)[0].read_image(0),
     ),
-    "panoptic": (
-        {"dataset": ".", "holdout_every": 4},
-        lambda options: open_data(options.data, Accelerator(cpu=True))[0].read_image(0),
-    ),
+    "panoptic": ({"dataset": ".", "holdout_every": 4}, open_panoptic_images),
     "pretrain": (
         {"data": "."},
         lambda options: load_sets(
