@@ -1,7 +1,8 @@
 """
 The published networks written down in plain torch from their original parameter names, for tiny random weights.
 
-Shares no code with the library: models, converter and teacher are held against it.
+It must share no code with the library, `spar_hf/conversion/reference_layers.py` included: models, converter and teacher are
+held against it.
 """
 
 import math

@@ -1,6 +1,6 @@
 """
-Layers of the published networks in plain torch, reading weights by the names in a checkpoint. Conversions are checked
-against them, so they share no code with the models of the library.
+Layers of the published networks in plain torch, reading weights by the names in an official checkpoint. Every conversion of
+a user is checked against them, so they share no code with the models of the library.
 """
 
 import torch

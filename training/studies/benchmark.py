@@ -127,7 +127,10 @@ def load(options: Options) -> SparVisionModel:
 
 
 def plain_pass(model: SparVisionModel, pixel_values: torch.Tensor) -> torch.Tensor:
-    """The backbone's layers and the same read-out without the library's forward: the least that one pass costs."""
+    """
+    The backbone's layers and the same read-out without the library's forward: the least that one pass costs. The references
+    of the conversion read the names of official checkpoints, which a loaded model has no more.
+    """
     backbone, readout = model.backbone, model.config.readout
     if readout == "naflex":
         raise UsageError("--model: the plain side of the comparison is not written for NaFlex; choose another model.")
