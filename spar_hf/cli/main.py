@@ -12,6 +12,7 @@ import typer
 from spar_hf.cli.app import serve
 from spar_hf.cli.bake import bake
 from spar_hf.cli.convert import convert
+from spar_hf.cli.export import export
 from spar_hf.cli.features import features
 from spar_hf.cli.segment import segment
 from spar_hf.cli.training import add_training_commands
@@ -40,6 +41,7 @@ app.command()(segment)
 app.command()(features)
 app.command()(bake)
 app.command()(convert)
+app.command()(export)
 app.command("app")(serve)
 add_training_commands(app)
 

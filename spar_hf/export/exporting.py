@@ -1,0 +1,96 @@
+"""Exports: a folder with the graphs of a model and all that a program without PyTorch needs beside them."""
+
+import os
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from spar_hf.export.decision import label_type
+from spar_hf.export.folder import RECORD, make_record, write_beside
+from spar_hf.export.options import EXTENSIONS, check_options
+from spar_hf.export.sources import check_head, embed_words, load_source
+from spar_hf.export.verification import verify, verify_text
+from spar_hf.model.prompts import CandidateLabels, Vocabulary
+from spar_hf.utils.atomic import write_json, writing_folder
+from spar_hf.utils.errors import UsageError
+
+
+def export(
+    model: str | os.PathLike,
+    output: str | os.PathLike,
+    *,
+    format: str = "onnx",
+    head: str = "classmap",
+    words: CandidateLabels | Vocabulary | None = None,
+    templates: str | Sequence[str] | None = None,
+    background: str | Sequence[str] | None = None,
+    dtypes: Sequence[str] = ("fp32",),
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """
+    Export a model as a folder for programs without PyTorch. See `docs/export.md` for its files, inputs and outputs.
+
+    Every graph is compared with PyTorch at sizes and numbers of names that it was not traced with. The folder is only
+    written if all agree; the comparisons are in its `spar_export.json`.
+
+    Args:
+        model: folder or hub id of a SPAR model, of a linear head on one, or of a backbone that SPAR reads.
+        output: folder to write.
+        format (`str`, *optional*, defaults to `"onnx"`): `"onnx"`, `"openvino"`, `"aoti"` or `"executorch"`.
+        head (`str`, *optional*, defaults to `"classmap"`):
+            What the graph gives: `"features"` of the patches, `"logits"` of the patches, the class and its probability at
+            every pixel (`"classmap"`), or the `"probabilities"` of all classes at every pixel.
+        words (*optional*):
+            Classes that become part of the graph, as `candidate_labels` of the pipeline. Without, their embeddings are an
+            input, and the text tower is exported too.
+        templates (*optional*): prompt templates of `words`. Default: the checkpoint's.
+        background (*optional*): what surrounds the classes, as in the pipeline: `"auto"` or words.
+        dtypes (`Sequence[str]`, *optional*, defaults to `("fp32",)`):
+            Precisions, a graph each: `"fp32"`, `"fp16"`, `"bf16"`, `"int8"`. The last norm, read-out, cosine and decision
+            stay in float32.
+        overwrite (`bool`, *optional*, defaults to `False`): replace an existing folder.
+
+    Returns:
+        The contents of `spar_export.json`.
+
+    Raises:
+        UsageError: options that do not go together, a missing package, an existing folder, or a model that cannot be read.
+        NotVerified: a graph does not compute what PyTorch computes.
+
+    Example:
+
+    ```python
+    >>> from spar_hf import SPAR_TINY
+    >>> record = export(SPAR_TINY, "street", head="classmap", words=["road", "car, automobile", "sky"])
+    >>> [tensor["name"] for tensor in record["inputs"] + record["outputs"]]
+    ['pixel_values', 'image_size', 'labels', 'confidence']
+    ```"""
+    graph_format = check_options(format, head, dtypes)
+    folder = Path(output)
+    if folder.exists() and not overwrite:
+        raise UsageError(f"{folder} exists. Name another folder with --output, or add --overwrite.")
+    if background is not None and words is None:
+        raise UsageError("--background is part of the classes: give them with --words, or name it at run time.")
+    source = load_source(str(model))
+    check_head(source, head, words)
+    baked = embed_words(source, words, templates, background)
+    labels = label_type(None if baked is None else len(baked.labels))
+    writer = import_module(f"spar_hf.export.{graph_format.module}")
+    with writing_folder(folder) as temporary:
+        temporary.mkdir()
+        write_beside(temporary, source, baked)
+        graphs = writer.write_graphs(temporary, source, head, baked, list(dtypes), labels)
+        rows = verify(source, head, baked, {dtype: graph.runs for dtype, graph in graphs.items()})
+        paths = {dtype: graph.path for dtype, graph in graphs.items()}
+        base = EXTENSIONS[format][0] if format in EXTENSIONS else format
+        record = make_record(source, base, head, baked, templates, paths, labels)
+        record["text_graph"], record["verification"] = None, {"vision": rows}
+        if source.has_text and baked is None:
+            text = writer.write_text_tower(temporary, source)
+            record["text_graph"] = text.path
+            record["verification"]["text"] = verify_text(source, text.runs[0])
+        if format in EXTENSIONS:
+            import_module(f"spar_hf.export.{EXTENSIONS[format][1]}").add_files(temporary, record)
+        write_json(temporary / RECORD, record)
+    return record

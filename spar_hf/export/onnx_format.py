@@ -1,0 +1,145 @@
+"""ONNX files: graphs traced by transformers' exporter, with the decision attached, and run by ONNX Runtime."""
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx.parser
+import onnx_ir
+import onnxruntime
+import torch
+from transformers.exporters import OnnxConfig, OnnxExporter
+
+from spar_hf.export.decision import decision_graph
+from spar_hf.export.graphs import DenseGraph, TextGraph
+from spar_hf.export.options import DECIDING, FORMATS
+from spar_hf.export.sources import Source, Words
+from spar_hf.export.verification import Runner, Written
+
+MAX_FILE_BYTES = 2**31 - 2**20  # of one file; a protobuf message ends at 2 GiB
+AXES = {
+    "pixel_values": ("batch", 3, "height", "width"),
+    "text_embeds": ("names", None),
+    "input_ids": ("names", None),
+    "logits": ("batch", "names", "rows", "columns"),
+    "feature_map": ("batch", None, "rows", "columns"),
+}
+
+
+def trace(graph: DenseGraph | TextGraph, fused: bool = True) -> onnx.ModelProto:
+    """
+    An ONNX model of a graph, whose axes may have any size.
+
+    Args:
+        graph: the module.
+        fused: whether to use operations of ONNX Runtime (`com.microsoft`). Without its attention, the scores of all pairs of
+            patches are in memory: 1 GiB per head at 2048×2048 pixels and a patch of 16. Other programs do not know them.
+    """
+    config = OnnxConfig(dynamic_shapes=graph.dynamic_shapes(), ort_fusions="cpu" if fused else None)
+    module: Any = graph  # the exporter takes any module, whatever its annotation says
+    with quiet():
+        program, _ = OnnxExporter().export_program(module, graph.example(), config)
+    model = onnx_ir.to_proto(program)
+    del model.graph.value_info[:]  # its axes have names of the trace
+    for value in (*model.graph.input, *model.graph.output):
+        name_axes(value, AXES[value.name])
+    return model
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without the progress, the warnings of experimental versions and the notes on unused parts of torch."""
+    loggers = [
+        logging.getLogger(name) for name in ("transformers", "torch.onnx", "torch.export", "onnxscript", "onnx_ir")
+    ]
+    levels = [logger.level for logger in loggers]
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            for logger in loggers:
+                logger.setLevel(logging.ERROR)
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+def name_axes(value: Any, names: tuple[str | int | None, ...]) -> None:
+    """Name the axes of an input or output that may have any size; `None` keeps the size."""
+    for axis, name in zip(value.type.tensor_type.shape.dim, names, strict=True):
+        if isinstance(name, str):
+            axis.dim_param = name
+
+
+def attach_decision(
+    dense: onnx.ModelProto, head: str, patch_size: int, labels: str, class_of_name: list[int] | None
+) -> onnx.ModelProto:
+    """A copy of a model of logits that ends in the decision, see [`decision_graph`]."""
+    decision = onnx.parser.parse_model(decision_graph(head, patch_size, labels, class_of_name)).graph
+    model = onnx.ModelProto()
+    model.CopyFrom(dense)
+    known = {value.name for value in (*model.graph.input, *model.graph.output)}
+    model.graph.input.extend(value for value in decision.input if value.name not in known)
+    model.graph.node.extend(decision.node)
+    model.graph.initializer.extend(decision.initializer)
+    del model.graph.output[:]
+    model.graph.output.extend(decision.output)
+    return model
+
+
+def save(model: onnx.ModelProto, path: Path) -> None:
+    """Write a model as one file; weights of 2 GB or more go to a second one, `NAME.onnx_data`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if model.ByteSize() < MAX_FILE_BYTES:
+        onnx.save(model, path)
+        return
+    data = f"{path.name}_data"
+    onnx.save(model, path, save_as_external_data=True, all_tensors_to_one_file=True, location=data)
+
+
+def load(graph: Path | onnx.ModelProto) -> Runner:
+    """A function that runs a graph with ONNX Runtime on the CPU."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = torch.get_num_threads()
+    model = str(graph) if isinstance(graph, Path) else graph.SerializeToString()
+    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    inputs, outputs = ([value.name for value in values] for values in (session.get_inputs(), session.get_outputs()))
+
+    def run(values: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        found = session.run(outputs, {name: values[name] for name in inputs})
+        return dict(zip(outputs, found, strict=True))
+
+    return run
+
+
+def write_graphs(
+    folder: Path, source: Source, head: str, words: Words | None, dtypes: list[str], labels: str
+) -> dict[str, Written]:
+    """Write a vision graph per dtype to `onnx/`; for heads that decide, their logits can be run too."""
+    found = {}
+    for dtype in dtypes:
+        dense = trace(DenseGraph(source, head != "features", words, dtype))
+        path = folder / "onnx" / f"vision_model{FORMATS['onnx'].dtypes[dtype]}.onnx"
+        run_dense = None
+        if head in DECIDING:
+            run_dense = load(dense)
+            class_of_name = None if words is None else words.class_of_name.tolist()
+            patch = source.vision_model.config.patch_size
+            dense = attach_decision(dense, head, patch, labels, class_of_name)
+        save(dense, path)
+        found[dtype] = Written(str(path.relative_to(folder)), (load(path), run_dense))
+    return found
+
+
+def write_text_tower(folder: Path, source: Source) -> Written:
+    """Write `onnx/text_model.onnx`."""
+    path = folder / "onnx" / "text_model.onnx"
+    save(trace(TextGraph(source)), path)
+    return Written(str(path.relative_to(folder)), (load(path), None))

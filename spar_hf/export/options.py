@@ -1,0 +1,90 @@
+"""What an export can be asked for: formats, heads and dtypes, which of them go together, and the packages they need."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+from spar_hf.utils.errors import UsageError
+
+HEADS = ("features", "logits", "classmap", "probabilities")
+DECIDING = ("classmap", "probabilities")  # heads whose result has the size of the image
+DTYPES = ("fp32", "fp16", "bf16", "int8")
+
+
+@dataclass(frozen=True)
+class Format:
+    """
+    A file format of exported graphs.
+
+    Attributes:
+        module: of `spar_hf.export`, which writes it.
+        packages: what has to be installed, beside torch and transformers.
+        dtypes: file name suffix of each dtype that can be written.
+        heads: heads that can be written.
+        refusals: why a dtype or head cannot be written, and what to take instead.
+    """
+
+    module: str
+    packages: tuple[str, ...]
+    dtypes: dict[str, str]
+    heads: tuple[str, ...] = HEADS
+    refusals: tuple[tuple[str, str], ...] = ()
+
+    def refusal(self, name: str) -> str:
+        """Why this format has no such dtype or head."""
+        return dict(self.refusals)[name]
+
+
+FORMATS = {
+    "onnx": Format(
+        "onnx_format",
+        ("onnx", "onnxscript", "onnxruntime"),
+        {"fp32": "", "fp16": "_fp16", "int8": "_quantized"},
+        refusals=(
+            (
+                "bf16",
+                "ONNX Runtime computes few operations in bfloat16 on a CPU. Take --format openvino --dtype bf16, or fp16.",
+            ),
+        ),
+    ),
+}
+# formats that are one of the above with further files: name -> (format of the graph, module of `spar_hf.export`). Its
+# `add_files(folder, record)` writes into the unfinished folder, whose graphs are verified.
+EXTENSIONS = {"web": ("onnx", "web")}
+
+
+def available_formats() -> list[str]:
+    """Names for `--format`."""
+    return [*FORMATS, *(name for name, (_, module) in EXTENSIONS.items() if find_spec(f"spar_hf.export.{module}"))]
+
+
+def check_options(format: str, head: str, dtypes: Sequence[str]) -> Format:
+    """
+    The format of the graphs.
+
+    Raises:
+        UsageError: an unknown format, head or dtype, a combination that cannot be written, or a package is missing.
+
+    Example:
+
+    ```python
+    >>> check_options("onnx", "classmap", ["bf16"])
+    Traceback (most recent call last):
+    spar_hf.utils.errors.UsageError: ONNX Runtime computes few operations in bfloat16 on a CPU. Take --format ...
+    ```"""
+    if format not in available_formats():
+        raise UsageError(f"--format {format} is unknown; use {', '.join(available_formats())}.")
+    if head not in HEADS:
+        raise UsageError(f"--head {head} is unknown; use {', '.join(HEADS)}.")
+    unknown = [dtype for dtype in dtypes if dtype not in DTYPES]
+    if unknown or not dtypes:
+        raise UsageError(f"--dtype {','.join(unknown) or 'without a value'} is unknown; use {', '.join(DTYPES)}.")
+    graph_format = EXTENSIONS[format][0] if format in EXTENSIONS else format
+    found = FORMATS[graph_format]
+    for name in (head, *dtypes):
+        if name not in (*found.heads, *found.dtypes):
+            raise UsageError(found.refusal(name))
+    missing = [package for package in found.packages if find_spec(package) is None]
+    if missing:
+        raise UsageError(f"--format {format} needs {', '.join(missing)}: pip install 'spar-hf[{graph_format}]'")
+    return found
