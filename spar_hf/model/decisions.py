@@ -5,12 +5,13 @@ A pixel lies in a cell between the centres of four patches, and its logits are a
 
 **Label.** Only a name whose largest corner of the cell reaches the best smallest corner of any name can win in it. These few
 candidates are upsampled by the same operations, in the same order, as all names would be. So the label of every pixel
-equals that of the plain computation, bit for bit.
+equals that of the plain computation, bit for bit. For the `k` best classes of every pixel, the bar is the `k`-th best
+smallest corner of any class.
 
-**Probability.** It is `1 / (s + exp(f - best))`. The sum `s` runs over the candidates and the names little below them; it is
-computed at every pixel (if names are classes; else `s = 0`). The rest is `f(x) = log sum_c exp(y_c(x))`, where `y_c` is the
-largest logit of the names of class `c`. Within a cell logits are bilinear, `y_c` is a maximum of them and `f` a log-sum-exp
-of that, so `f` is convex along rows and along columns. Where it is known at the nodes of a finer grid,
+**Probability** of the best class. It is `1 / (s + exp(f - best))`. The sum `s` runs over the candidates and the names little
+below them; it is computed at every pixel (if names are classes; else `s = 0`). The rest is `f(x) = log sum_c exp(y_c(x))`,
+where `y_c` is the largest logit of the names of class `c`. Within a cell logits are bilinear, `y_c` is a maximum of them and
+`f` a log-sum-exp of that, so `f` is convex along rows and along columns. Where it is known at the nodes of a finer grid,
 
 - interpolating it bilinearly between four nodes gives an upper bound `U`, by convexity;
 - for every node `x_0`, `f(x_0) + sum_c q_c (l_c(x) - l_c(x_0))` is a lower bound, where `q` are the probabilities at `x_0`
@@ -18,14 +19,21 @@ of that, so `f` is convex along rows and along columns. Where it is known at the
   It is bilinear, so four numbers per node describe it. `L` is the largest of four.
 
 The probability lies between `1 / (s + exp(U - best))` and `1 / (s + exp(L - best))`, and the middle is returned. Cells are
-divided until half of this interval is at most [`ERROR_BOUND`], and computed exactly where dividing does not pay.
+divided until half of this interval is at most [`ERROR_BOUND`], and computed exactly where dividing does not pay. The
+probability of another class is that of the best times `exp(logit - best)`, with an error that is no larger.
 """
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from transformers.utils import logging
 
-from .upsampling import Axes
+from .upsampling import Axes, bilinear
+
+logger = logging.get_logger(__name__)
 
 ERROR_BOUND = 1e-3  # largest error of a probability, in absolute terms
 MARGIN = 1.0  # logits: names this far below the candidates are summed at every pixel, too
@@ -86,27 +94,45 @@ class ClassMaxima:
 @dataclass(frozen=True)
 class Rule:
     """
-    How the logits of a pixel become a name and its probability.
+    How the logits of a pixel become its best classes and their probabilities.
 
     Attributes:
         maxima: classes over which the softmax runs.
+        classes: class of every name `(names,)`.
         excluded: True for names that win no pixel `(names,)`; they keep their share of the softmax.
+        top: number of classes that are asked for. At least so many have names that are not excluded.
     """
 
     maxima: ClassMaxima
+    classes: torch.Tensor
     excluded: torch.Tensor | None = None
+    top: int = 1
 
     def decide(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        The best name, the first of equal ones, and its probability, from all logits `(rows, columns, names)`, which are
-        changed: two `(rows, columns)`.
+        The best names of the best classes and their probabilities, the best first, from all logits
+        `(rows, columns, names)`, which are changed: two `(top, rows, columns)`.
         """
-        best, name = pixels.max(-1)
-        chosen = best
+        best = pixels.amax(-1)
+        over = self.maxima(pixels).sub(best[..., None]).exp_().sum(-1)
         if self.excluded is not None:
-            chosen, name = pixels.masked_fill(self.excluded, -torch.inf).max(-1)
-        over = self.maxima(pixels).sub_(best[..., None]).exp_().sum(-1)
-        return name, (chosen - best).exp_().div_(over)
+            pixels = pixels.masked_fill(self.excluded, -torch.inf)
+        chosen, names = self.strongest(pixels, self.classes, -1)
+        return names, (chosen - best).exp_().div_(over)
+
+    def strongest(self, logits: torch.Tensor, classes: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        The largest logits of different classes along `dim` and their places there, the first of equal ones: two `(top, …)`.
+        `classes` are those of the logits. With `top` above 1 the logits are changed.
+        """
+        best, place = logits.max(dim, keepdim=True)
+        found = [(best.squeeze(dim), place.squeeze(dim))]
+        for _ in range(1, self.top):
+            chosen = classes.expand_as(logits).gather(dim, place)
+            best, place = logits.masked_fill_(classes == chosen, -torch.inf).max(dim, keepdim=True)
+            found.append((best.squeeze(dim), place.squeeze(dim)))
+        values, places = zip(*found, strict=True)
+        return torch.stack(values), torch.stack(places)
 
 
 def pays(names: int, axes: Axes, device: torch.device, working_bytes: int) -> bool:
@@ -116,6 +142,53 @@ def pays(names: int, axes: Axes, device: torch.device, working_bytes: int) -> bo
     grid_h, grid_w = axes.grid_size
     pixels = len(axes.rows[0]) * len(axes.columns[0]) / (grid_h * grid_w)
     return device.type == "cpu" and names >= 64 and pixels >= 32 and 4 * names * grid_w <= working_bytes // 8
+
+
+def decide_tile(rule: Rule, *part: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Names and probabilities of a tile from the logits of all names at every pixel, without a branch on a value: what
+    [`tile_decider`] compiles.
+
+    Args:
+        rule: how logits become names.
+        part: the arguments of [`bilinear`].
+
+    Returns:
+        Two `(top, rows, columns)`, as [`Rule.decide`].
+    """
+    return rule.decide(bilinear(*part))
+
+
+def tile_decider(names: int, pixels: int, device: torch.device) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    """
+    [`decide_tile`], compiled for CUDA devices where an image has so many logits that this pays: it takes seconds in every
+    process. `TORCH_COMPILE_DISABLE=1` turns it off.
+    """
+    return compiled_tile() if device.type == "cuda" and names >= 64 and names * pixels >= 2**28 else decide_tile
+
+
+@functools.cache
+def compiled_tile(**options: Any) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    """
+    [`decide_tile`] as one graph for all sizes, or as it is from the first failure of the compiler on: Triton, for example,
+    is not available everywhere. `options` are those of `torch.compile`.
+    """
+    compiled: Any = torch.compile(decide_tile, fullgraph=True, dynamic=True, **options)
+
+    def decide(rule: Rule, *part: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        nonlocal compiled
+        try:
+            return compiled(rule, *part)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # of Dynamo, Inductor, Triton and compilers, which have no common class
+            if compiled is decide_tile:
+                raise
+            logger.warning(f"Masks are decided without torch.compile, which failed: {str(error).splitlines()[0]}")
+            compiled = decide_tile
+            return decide_tile(rule, *part)
+
+    return decide
 
 
 def decide_rows(
@@ -137,11 +210,11 @@ def decide_rows(
         working_bytes: bound on the larger buffers.
 
     Returns:
-        Best name and its probability, within [`ERROR_BOUND`]: two `(rows, columns)`.
+        Best names and their probabilities, within [`ERROR_BOUND`]: two `(top, rows, columns)`.
     """
     row = CellRow(above, below, down, columns, rule, working_bytes)
     names, best, sums = row.win()
-    probabilities = row.probabilities(best, sums)
+    probabilities = row.probabilities(best[0], sums) * (best - best[0]).exp_()
     row.decide_exactly(names, probabilities)
     return names, probabilities
 
@@ -162,7 +235,7 @@ class CellRow:
         return cells[self.left].nonzero().flatten()
 
     def upsample(self, columns: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
-        """Logits of all names `(rows, columns, names)`, by the operations of [`Axes.tiles`]."""
+        """Logits of all names `(rows, columns, names)`, by the operations of [`bilinear`]."""
         left, right, across = self.left[columns], self.right[columns], self.across[columns, None]
         above = self.above.index_select(0, left).lerp_(self.above.index_select(0, right), across)
         below = self.below.index_select(0, left).lerp_(self.below.index_select(0, right), across)
@@ -172,12 +245,12 @@ class CellRow:
 
     def win(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """
-        Best names, their logits, and the sum of `exp(logit - best)` over the names summed at every pixel: three
-        `(rows, columns)`. Cells of too many candidates are left out and marked `exact`.
+        Best names and their logits, `(top, rows, columns)`, and the sum of `exp(logit - best)` over the names summed at
+        every pixel, `(rows, columns)`. Cells of too many candidates are left out and marked `exact`.
         """
         shape = (len(self.down), len(self.left))
-        names = torch.zeros(shape, dtype=torch.int64, device=self.above.device)
-        best, sums = torch.zeros(shape, device=names.device), torch.zeros(shape, device=names.device)
+        names = torch.zeros(self.rule.top, *shape, dtype=torch.int64, device=self.above.device)
+        best, sums = torch.zeros(names.shape, device=names.device), torch.zeros(shape, device=names.device)
         cell, name = self.candidates().nonzero().T
         counts = torch.bincount(cell, minlength=self.cells)
         starts = counts.cumsum(0) - counts
@@ -190,14 +263,14 @@ class CellRow:
             table = name[(starts + place.minimum(counts - 1)).clamp_(min=0)]
             step = max(1, self.working_bytes // (32 * size * len(self.down)))
             for part in columns.split(step) if len(columns) else ():
-                names[:, part], best[:, part], sums[:, part] = self.best_of(table, counts, part)
+                names[..., part], best[..., part], sums[:, part] = self.best_of(table, counts, part)
             low, size = size, size * 2
         return names, best, sums
 
     def candidates(self) -> torch.Tensor:
         """
-        Names that may win in a cell, or are close to that: True or False, `(cells, names)`. If names are classes, they are
-        taken out of `corners`.
+        Names that may be among the best in a cell, or are close to that: True or False, `(cells, names)`. If names are
+        classes, they are taken out of `corners`.
         """
         high, low = self.corners.amax(0), self.corners.amin(0)
         # two interpolations in float32 may go beyond the corners by rounding
@@ -205,6 +278,8 @@ class CellRow:
         if self.rule.excluded is not None:
             low.masked_fill_(self.rule.excluded, -torch.inf)
         bar = low.amax(-1, keepdim=True)
+        if self.rule.top > 1:
+            bar = self.rule.maxima(low).topk(self.rule.top).values[:, -1:]
         split = self.rule.maxima.first is None
         found = high >= bar - slack - (MARGIN if split else 0)
         if self.rule.excluded is not None:
@@ -225,12 +300,13 @@ class CellRow:
         above = torch.lerp(self.above[left, names], self.above[right, names], across)
         below = torch.lerp(self.below[left, names], self.below[right, names], across)
         logits = torch.lerp(above[:, None], below[:, None], self.down[:, None])  # (size, rows, columns)
-        best, place = logits.max(0)
-        if self.rule.maxima.first is not None:
-            return names.gather(0, place), best, torch.zeros_like(best)
-        shares = logits.sub_(best).exp_()
-        shares *= torch.arange(len(table), device=left.device)[:, None, None] < counts[left]
-        return names.gather(0, place), best, shares.sum(0)
+        sums = torch.zeros(logits.shape[1:], device=logits.device)
+        if self.rule.maxima.first is None:
+            shares = (logits - logits.amax(0)).exp_()
+            shares *= torch.arange(len(table), device=left.device)[:, None, None] < counts[left]
+            sums = shares.sum(0)
+        best, place = self.rule.strongest(logits, self.rule.classes[names][:, None], 0)
+        return names[place, torch.arange(len(columns), device=left.device)], best, sums
 
     # --- probabilities ---
 
@@ -337,4 +413,4 @@ class CellRow:
             for start in range(0, len(self.down), rows):
                 place = slice(start, start + rows)
                 found = self.rule.decide(self.upsample(part, self.down[place]))
-                names[place, part], probabilities[place, part] = found
+                names[:, place, part], probabilities[:, place, part] = found

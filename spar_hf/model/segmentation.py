@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .decisions import ClassMaxima, Rule, decide_rows, pays
+from .decisions import ClassMaxima, Rule, decide_rows, pays, tile_decider
 from .results import OUTPUT_BYTES, check_output_size, check_shares
 from .upsampling import (
     WORKING_BYTES,
@@ -138,25 +138,33 @@ def decide(
     if scores not in ("classes", "names"):
         raise ValueError(f"Unknown scores {scores!r}; use 'classes' or 'names'.")
     device = logits.device if isinstance(logits, torch.Tensor) else name_to_class.device
-    name_to_class = name_to_class.to(device).int()
-    names = len(name_to_class)
-    labels = torch.empty(output_size, dtype=torch.int32, device=device)
-    probabilities = torch.empty(output_size, device=device)
-    maxima = ClassMaxima.of(name_to_class) if scores == "classes" else ClassMaxima(None)
-    rule = Rule(maxima, None if excluded is None else excluded.to(device).index_select(0, name_to_class))
+    classes = name_to_class.to(device).int()
+    maxima = ClassMaxima.of(classes) if scores == "classes" else ClassMaxima(None)
+    rule = Rule(maxima, classes, None if excluded is None else excluded.to(device).index_select(0, classes))
     axes = Axes.of(patch_size, working_size, output_size, device)
+    labels, probabilities = _best_classes(logits, rule, axes, working_bytes)
+    return LabelMap(labels[0], probabilities[0])
+
+
+def _best_classes(logits: DenseLogits, rule: Rule, axes: Axes, working_bytes: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The best classes of every pixel and their probabilities: int32 and float32 `(rule.top, height, width)`."""
+    names, device = len(rule.classes), rule.classes.device
+    size = (len(axes.rows[0]), len(axes.columns[0]))
+    labels = torch.empty(rule.top, *size, dtype=torch.int32, device=device)
+    probabilities = torch.empty(rule.top, *size, device=device)
     few = pays(names, axes, device, working_bytes)
+    decide_tile = tile_decider(names, size[0] * size[1], device)
     for start, end, first, grid in axes.bands(logits, names, working_bytes):
         if few:
             for rows, above, below in axes.cell_rows(start, end, working_bytes):
                 down = axes.rows[2][rows]
                 found = decide_rows(grid[above - first], grid[below - first], down, axes.columns, rule, working_bytes)
-                labels[rows], probabilities[rows] = name_to_class[found[0]], found[1]
+                labels[:, rows], probabilities[:, rows] = rule.classes[found[0]], found[1]
             continue
-        for place, pixels in axes.tiles(grid, start, end, first, names, working_bytes):
-            name, probabilities[place] = rule.decide(pixels)
-            labels[place] = name_to_class[name]
-    return LabelMap(labels, probabilities)
+        for (rows, columns), part in axes.parts(grid, start, end, first, names, working_bytes):
+            found = decide_tile(rule, *part)
+            labels[:, rows, columns], probabilities[:, rows, columns] = rule.classes[found[0]], found[1]
+    return labels, probabilities
 
 
 @torch.no_grad()
@@ -173,7 +181,8 @@ def class_probabilities(
     The probability of every class, or of the `top_k` best, at every pixel: the softmax over classes of the largest logit of
     their names. The probabilities of all classes sum to 1; a class without names has 0.
 
-    Arguments as in [`decide`].
+    Arguments as in [`decide`], which also says what is exact: the first of the `top_k` classes is the one it chooses. They
+    need no more memory than their result and the buffers of [`decide`].
 
     Returns:
         Classes and their probabilities: `(classes,)` int32 and `(classes, height, width)` float32; with `top_k` both
@@ -193,22 +202,22 @@ def class_probabilities(
             f"Probabilities of {kept} classes at {output_size[0]}×{output_size[1]} pixels take {size / 2**30:.1f} GiB, more "
             f'than {OUTPUT_BYTES / 2**30:.0f} GiB. Take output="map" (8 bytes per pixel), fewer classes, or a smaller image.'
         )
-    maxima = ClassMaxima.of(name_to_class)
-    named = name_to_class.unique()
-    found = torch.arange(classes, dtype=torch.int32, device=device)
+    maxima, named = ClassMaxima.of(name_to_class), name_to_class.unique()
     if top_k is not None:
-        found = torch.empty(kept, *output_size, dtype=torch.int32, device=device)
-    probabilities = torch.empty(kept, *output_size, device=device)
+        rule = Rule(maxima, name_to_class.int(), top=min(kept, len(named)))
+        axes = Axes.of(patch_size, working_size, output_size, device)
+        found, probabilities = _best_classes(logits, rule, axes, working_bytes)
+        if rule.top < kept:  # classes without names follow
+            rest = torch.ones(classes, dtype=torch.bool, device=device).index_fill_(0, named, False).nonzero().int()
+            rest = rest[: kept - rule.top, :, None].expand(-1, *output_size)
+            found = torch.cat([found, rest])
+            probabilities = torch.cat([probabilities, probabilities.new_zeros(rest.shape)])
+        return found, probabilities
+    probabilities = torch.zeros(classes, *output_size, device=device)
     where = (patch_size, working_size, output_size, device, working_bytes)
-    for (rows, cols), pixels in upsampled_tiles(logits, len(name_to_class), *where):
-        tile = maxima(pixels).softmax(-1)
-        if len(named) < classes:  # (rows, columns, classes with names) -> (rows, columns, classes)
-            tile = tile.new_zeros(*tile.shape[:2], classes).index_copy_(-1, named, tile)
-        if top_k is not None:
-            tile, index = tile.topk(kept, -1)
-            found[:, rows, cols] = index.permute(2, 0, 1).int()
-        probabilities[:, rows, cols] = tile.permute(2, 0, 1)
-    return found, probabilities
+    for (rows, columns), pixels in upsampled_tiles(logits, len(name_to_class), *where):
+        probabilities[named, rows, columns] = maxima(pixels).softmax(-1).permute(2, 0, 1)
+    return torch.arange(classes, dtype=torch.int32, device=device), probabilities
 
 
 __all__ = [

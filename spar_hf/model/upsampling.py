@@ -134,10 +134,13 @@ class Axes:
                 yield slice(row, min(row + most, start + count)), above, int(bottom[row])
             start += count
 
-    def tiles(
+    def parts(
         self, grid: torch.Tensor, start: int, end: int, first: int, values: int, working_bytes: int
-    ) -> Iterator[tuple[tuple[slice, slice], torch.Tensor]]:
-        """The image rows `start` to `end` of a band, see [`upsampled_tiles`]; `values` per pixel take `working_bytes`."""
+    ) -> Iterator[tuple[tuple[slice, slice], tuple[torch.Tensor, ...]]]:
+        """
+        The image rows `start` to `end` of a band in tiles, see [`upsampled_tiles`]: their rows and columns in the image, and
+        the arguments of [`bilinear`]; `values` per pixel take `working_bytes`.
+        """
         top, bottom, down = self.rows
         left, right, across = self.columns
         budget = max(1, working_bytes // (4 * values))  # pixels
@@ -150,13 +153,35 @@ class Axes:
             above, below = (above - above[0]).to(grid.device), (below - above[0]).to(grid.device)
             for column in range(0, len(left), columns):
                 cols = slice(column, min(column + columns, len(left)))
-                # columns first, on the few patch rows under this tile: (patch rows, w, names) -> (.., columns, names)
-                wide = strip.index_select(1, left[cols])
-                wide.lerp_(strip.index_select(1, right[cols]), across[cols, None])
-                # then rows: -> (rows, columns, names)
-                pixels = wide.index_select(0, above)
-                pixels.lerp_(wide.index_select(0, below), down[place, None, None])
-                yield (place, cols), pixels
+                yield (place, cols), (strip, left[cols], right[cols], across[cols], above, below, down[place])
+
+
+def bilinear(
+    strip: torch.Tensor,
+    left: torch.Tensor,
+    right: torch.Tensor,
+    across: torch.Tensor,
+    above: torch.Tensor,
+    below: torch.Tensor,
+    down: torch.Tensor,
+) -> torch.Tensor:
+    """
+    A tile of an image, read from the patch rows that it lies between.
+
+    Args:
+        strip (`torch.Tensor` of shape `(patch rows, w, names)`): these rows.
+        left, right, across: columns of patches beside each image column, and the weight of the right one: `(columns,)`.
+        above, below, down: the same for the image rows: `(rows,)`.
+
+    Returns:
+        `(rows, columns, names)`.
+    """
+    # columns first, on the few patch rows: (patch rows, w, names) -> (patch rows, columns, names)
+    wide = strip.index_select(1, left)
+    wide.lerp_(strip.index_select(1, right), across[:, None])
+    # then rows: -> (rows, columns, names)
+    pixels = wide.index_select(0, above)
+    return pixels.lerp_(wide.index_select(0, below), down[:, None, None])
 
 
 def upsampled_tiles(
@@ -179,7 +204,8 @@ def upsampled_tiles(
     """
     axes = Axes.of(patch_size, working_size, output_size, device, grid_size)
     for start, end, first, grid in axes.bands(logits, names, working_bytes):
-        yield from axes.tiles(grid, start, end, first, names, working_bytes)
+        for place, part in axes.parts(grid, start, end, first, names, working_bytes):
+            yield place, bilinear(*part)
 
 
 def check_grid(logits: DenseLogits, patch_size: int, working_size: tuple[int, int]) -> None:
