@@ -21,6 +21,8 @@ COMMANDS = (
     "bake",
     "convert",
     "app",
+    "space",
+    "handler",
     "distill",
     "evaluate",
     "probe",

@@ -12,6 +12,7 @@ import typer
 from spar_hf.cli.app import serve
 from spar_hf.cli.bake import bake
 from spar_hf.cli.convert import convert
+from spar_hf.cli.deploy_folders import handler, space
 from spar_hf.cli.export import export
 from spar_hf.cli.features import features
 from spar_hf.cli.segment import segment
@@ -43,6 +44,8 @@ app.command()(bake)
 app.command()(convert)
 app.command()(export)
 app.command("app")(serve)
+app.command()(space)
+app.command()(handler)
 add_training_commands(app)
 
 

@@ -2,6 +2,7 @@
 
 import atexit
 import html
+import math
 import os
 import re
 import shutil
@@ -12,7 +13,7 @@ from pathlib import Path
 from PIL import Image
 
 from spar_hf.cli.labels import parse_labels
-from spar_hf.model.image_input import read_rgb
+from spar_hf.model.image_input import TooManyPixels, open_image, to_rgb, turn_upright
 from spar_hf.model.prompts import Vocabulary
 from spar_hf.utils.errors import UsageError
 
@@ -40,7 +41,8 @@ def read_upload(path: str | None) -> Image.Image:
     outside the folder of uploads are refused, all with the same words, so that nobody learns which files exist.
 
     Raises:
-        ValueError: no upload, a file of too many bytes or pixels, or no image.
+        UsageError: no upload, or a file of too many bytes.
+        ValueError: as [`decode_upload`].
     """
     if not path:
         raise UsageError("There is no image yet. Drop one on the left, or click there to choose a file.")
@@ -53,17 +55,27 @@ def read_upload(path: str | None) -> Image.Image:
         raise UsageError(NOT_UPLOADED)
     if file.stat().st_size > MAX_UPLOAD:
         raise UsageError(f"The file is larger than {MAX_UPLOAD >> 20} MB. Reduce the image and upload it again.")
-    too_many = f"The image has more than {MAX_PIXELS // 1_000_000} million pixels. Reduce it and upload it again."
+    return decode_upload(file)
+
+
+def decode_upload(source: bytes | Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """
+    Decode an uploaded image to upright RGB. Its size is known, and limited, before any pixel is decoded.
+
+    Raises:
+        UsageError: too many pixels.
+        ValueError: no image, or a damaged one.
+    """
     try:
-        with Image.open(file) as opened:
-            pixels = opened.width * opened.height
-    except Image.DecompressionBombError:
-        raise UsageError(too_many) from None
-    except Exception:  # `read_rgb` says what is wrong
-        pixels = 0
-    if pixels > MAX_PIXELS:
-        raise UsageError(too_many)
-    return read_rgb(file, urls=False)
+        image, name = open_image(source, urls=False)
+    except TooManyPixels:
+        pixels = math.inf
+    else:
+        pixels = image.width * image.height
+    if pixels > max_pixels:
+        limit = f"{max_pixels / 1e6:g} million pixels"
+        raise UsageError(f"The image has more than {limit}. Reduce it and upload it again.")
+    return to_rgb(turn_upright(image, name))
 
 
 def read_words(words: str) -> Vocabulary:

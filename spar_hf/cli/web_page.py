@@ -151,13 +151,15 @@ class Segmenters:
     The two pipelines that the page compares.
 
     Attributes:
-        one_pass: loaded and warmed up at once, so that the first image's time excludes initialisation.
+        one_pass: loaded and, unless told otherwise, warmed up at once, so that the first image's time excludes
+            initialisation.
     """
 
-    def __init__(self, model: str | None, base: str | None, device: str | None):
+    def __init__(self, model: str | None, base: str | None, device: str | None, warm_up: bool = True):
         self.window_model, self.device = base or sliding_window_model(model), device
         self.one_pass = load_pipeline(model, device)
-        segment_timed(self.one_pass, Image.new("RGB", (64, 64)), ["image"], background="auto")
+        if warm_up:
+            segment_timed(self.one_pass, Image.new("RGB", (64, 64)), ["image"], background="auto")
         self.window: Any = None
 
     def sliding_window(self, stride: int, progress: Callable[[int, int], None]):
@@ -175,7 +177,13 @@ class Segmenters:
         return self.window
 
 
-def build_page(model: str | None = None, base: str | None = None, device: str | None = None, stride: int = 24):
+def build_page(
+    model: str | None = None,
+    base: str | None = None,
+    device: str | None = None,
+    stride: int = 24,
+    on_gpu: Callable[[Callable], Callable] | None = None,
+):
     """
     Build the page.
 
@@ -184,6 +192,8 @@ def build_page(model: str | None = None, base: str | None = None, device: str | 
         base: model of the sliding window; by default the base of the embedded spar-tiny, for other models `model`.
         device: of both.
         stride: initial stride of the window in pixels.
+        on_gpu: decorator of the function that computes, such as `spaces.GPU` of a ZeroGPU Space, where only decorated
+            functions have a GPU.
 
     Returns:
         `gradio.Blocks` for [`launch_page`].
@@ -193,7 +203,7 @@ def build_page(model: str | None = None, base: str | None = None, device: str | 
         ValueError, OSError: as [`load_pipeline`].
     """
     gr = import_gradio()
-    segmenters = Segmenters(model, base, device)
+    segmenters = Segmenters(model, base, device, warm_up=on_gpu is None)
     name = Path(segmenters.one_pass.model.name_or_path).name
     # uploads older than a day are deleted once an hour
     with gr.Blocks(title="SPAR: masks from words", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
@@ -205,7 +215,8 @@ def build_page(model: str | None = None, base: str | None = None, device: str | 
                 controls = add_controls(gr, segmenters.one_pass, stride)
             with gr.Column(scale=2, min_width=480):
                 results = add_results(gr)
-        connect(gr, segmenters, controls, results)
+        run = segmentation_handler(gr, segmenters, results)
+        connect(gr, run if on_gpu is None else on_gpu(run), controls, results)
     # every request waits in the queue: without `api_open=False`, requests of scripts would run beside it
     page.queue(max_size=MAX_WAITING, default_concurrency_limit=1, api_open=False)
     return page
@@ -276,19 +287,27 @@ def add_results(gr) -> Results:
     return Results(message, one_pass_picture, one_pass_time, window_column, window_picture, window_time, table)
 
 
-def connect(gr, segmenters: Segmenters, controls: Controls, results: Results) -> None:
-    """Connect the controls to the results."""
+def connect(gr, run: Callable[..., Any], controls: Controls, results: Results) -> None:
+    """Connect the controls to the results of `run`."""
     controls.compare.change(lambda on: gr.Slider(visible=on), controls.compare, controls.stride, show_progress="hidden")
     gr.on(
         [controls.button.click, controls.words.submit],
-        segmentation_handler(gr, segmenters, results),
+        run,
         [component for name, component in vars(controls).items() if name != "button"],
         list(vars(results).values()),
     )
 
 
-def segmentation_handler(gr, segmenters: Segmenters, results: Results) -> Callable[..., Iterator[dict[Any, Any]]]:
-    """The function behind the button: yields the result of one pass, then that of the sliding window if asked for."""
+def segmentation_handler(gr, segmenters: Segmenters, results: Results) -> Callable[..., Iterator[list[Any]]]:
+    """
+    The function behind the button: yields the result of one pass, then that of the sliding window if asked for. All that it
+    takes and yields can be pickled, since ZeroGPU calls it in another process.
+    """
+    names = list(vars(results))
+
+    def outputs(**shown: Any) -> list[Any]:
+        """A value for each component of the results, in their order; those not named stay as they are."""
+        return [shown.get(name, gr.skip()) for name in names]
 
     def run(
         path: str | None,
@@ -300,7 +319,7 @@ def segmentation_handler(gr, segmenters: Segmenters, results: Results) -> Callab
         surround: bool,
         min_presence: float,
         progress=gr.Progress(),  # noqa: B008 - Gradio recognises it by its default
-    ) -> Iterator[dict[Any, Any]]:
+    ) -> Iterator[list[Any]]:
         try:
             vocabulary = read_words(words)
             image = read_upload(path)
@@ -313,16 +332,15 @@ def segmentation_handler(gr, segmenters: Segmenters, results: Results) -> Callab
             progress(0, desc="one pass")
             first = segment_timed(segmenters.one_pass, image, vocabulary, **options)
             note = unknown_note(segmenters.one_pass.tokenizer, vocabulary)
-            shown: dict[Any, Any] = {
-                results.one_pass_picture: picture(image, first),
-                results.one_pass_time: time_line(first),
-                results.message: gr.HTML(note, visible=bool(note)),
-                results.table: legend([("one pass", first)]),
-                results.window_column: gr.Column(visible=bool(compare)),
-                results.window_picture: None,
-                results.window_time: "",
-            }
-            yield shown
+            yield outputs(
+                one_pass_picture=picture(image, first),
+                one_pass_time=time_line(first),
+                message=gr.update(value=note, visible=bool(note)),
+                table=legend([("one pass", first)]),
+                window_column=gr.update(visible=bool(compare)),
+                window_picture=None,
+                window_time="",
+            )
             if not compare:
                 return
             window = segmenters.sliding_window(max(1, int(stride)), limited(progress))
@@ -330,13 +348,13 @@ def segmentation_handler(gr, segmenters: Segmenters, results: Results) -> Callab
             second = segment_timed(window, image, vocabulary, **options)
         except (ValueError, OSError, RuntimeError) as error:
             # shown in the page, since Gradio's own errors cover the results
-            yield {results.message: gr.HTML(alert(error), visible=True)}
+            yield outputs(message=gr.update(value=alert(error), visible=True))
             return
-        yield {
-            results.window_picture: picture(image, second),
-            results.window_time: time_line(second, first),
-            results.table: legend([("one pass", first), ("sliding window", second)]),
-        }
+        yield outputs(
+            window_picture=picture(image, second),
+            window_time=time_line(second, first),
+            table=legend([("one pass", first), ("sliding window", second)]),
+        )
 
     return run
 

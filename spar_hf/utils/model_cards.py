@@ -1,10 +1,10 @@
-"""Pieces that all model cards share."""
+"""Pieces that all cards of models and Spaces share."""
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCardData
+from huggingface_hub import CardData
 
 
 def short_name(path: str | Path) -> str:
@@ -35,13 +35,14 @@ def rows(values: Mapping[str, Any]) -> str:
     return "\n".join(f"| {key} | {value} |" for key, value in values.items())
 
 
-def model_card(title: str, text: str, data: ModelCardData) -> str:
+def model_card(title: str, text: str, data: CardData) -> str:
     """
-    A model card: front matter for the hub, a title, and the text.
+    A card: front matter for the hub, a title, and the text.
 
     Example:
 
     ```python
+    >>> from huggingface_hub import ModelCardData
     >>> print(model_card("student", "A SPAR student.", ModelCardData(library_name="transformers")))
     ---
     library_name: transformers

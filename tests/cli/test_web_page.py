@@ -305,7 +305,7 @@ def test_words_and_a_real_image_give_masks_and_legend(tab, address, tmp_path):
     tab.get_by_role("alert").get_by_text("Labels must differ").wait_for()
 
     words.fill("flower, blossom; grass, leaves; airplane")
-    tab.get_by_label("number input for Working resolution").fill("96")
+    tab.get_by_label("number input for Working resolution").fill("336")
     tab.get_by_role("button", name="Segment").click()
     tab.locator(".spar-legend").wait_for()
     assert tab.get_by_role("alert").count() == 0
