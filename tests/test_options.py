@@ -56,7 +56,7 @@ REVIEWED = {
     "split": "distill evaluate",
     "steps": "distill probe panoptic pretrain",
     "stride": "distill cache-teacher probe features",
-    "window_size": "distill cache-teacher pretrain features",
+    "window_size": "distill cache-teacher evaluate pretrain features",
 }
 
 

@@ -5,7 +5,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from PIL import Image
+from transformers.image_utils import PILImageResampling, SizeDict
 
+from spar_hf.data.augmentation import resize_bilinear
 from spar_hf.evaluation.protocols import Protocol
 from spar_hf.evaluation.runs import Run
 from spar_hf.model.modeling_spar import SparForOpenVocabSegmentation
@@ -56,6 +59,9 @@ class Candidate:
         text_embeds: embeddings of the names of the vocabulary, `(names, dim)` float32.
         resize: keywords of the image processor; empty for the size of the folder.
         rules: how its logits become classes.
+        resample: how images are resized: `"bicubic"` (antialiased), `"bilinear"` (without antialiasing, see
+            [`resize_bilinear`]), or `None` for the image processor's own, which is bicubic in folders of this library.
+        window_size: side of sliding windows in pixels; `None` for the model's `image_size`.
     """
 
     model: SparForOpenVocabSegmentation
@@ -63,6 +69,23 @@ class Candidate:
     text_embeds: torch.Tensor
     resize: dict[str, Any] = field(default_factory=dict)
     rules: Rules = field(default_factory=Rules)
+    resample: str | None = None
+    window_size: int | None = None
+
+    def pixel_values(self, image: Image.Image) -> torch.Tensor:
+        """An RGB image, resized and normalised as input of the model: `(1, 3, height, width)`."""
+        processor, resize = self.image_processor, dict(self.resize)
+        if self.resample == "bicubic":
+            resize["resample"] = PILImageResampling.BICUBIC
+        if self.resample == "bilinear":
+            size = resize.pop("size", processor.size)
+            if resize.get("do_resize", processor.do_resize) and size is not None:
+                size = size if isinstance(size, SizeDict) else SizeDict(**size)
+                limit = (processor.max_tokens, processor.patch_size)
+                height, width = processor.working_size(image.height, image.width, size, *limit)
+                image = resize_bilinear(image, (width, height))
+            resize["do_resize"] = False
+        return processor(image, return_tensors="pt", **resize)["pixel_values"]
 
     @classmethod
     def load(cls, folder: str, device: torch.device) -> tuple["Candidate", Any]:
@@ -89,6 +112,8 @@ def load_candidates(
     scale: float | None = None,
     threshold: float | None = None,
     min_area: float | None = None,
+    resample: str | None = None,
+    window_size: int | None = None,
 ) -> dict[str, Candidate]:
     """
     Load the models that the runs need. A setting that is `None` is that of the protocol, or else of the model's folder.
@@ -102,6 +127,7 @@ def load_candidates(
         resize: keywords of the image processors.
         templates: prompt templates.
         scale, threshold, min_area: see [`Rules`].
+        resample, window_size: see [`Candidate`].
 
     Returns:
         The candidates by name.
@@ -116,6 +142,8 @@ def load_candidates(
         settings = protocol(candidate.model.config.readout)
         of_protocol = {} if settings.size is None else {"do_resize": True, "size": settings.size}
         candidate.resize = first_given(resize, of_protocol)
+        candidate.resample = first_given(resample, settings.resample)
+        candidate.window_size = first_given(window_size, settings.window_size)
         candidate.rules = Rules(
             first_given(scale, settings.scale),
             first_given(threshold, settings.threshold),
@@ -133,8 +161,8 @@ def load_candidates(
             distinct_names(tokenizer, vocabulary, first_given(prompts, candidate.model.config.templates))
             embeds = embed_names(candidate.model, tokenizer, vocabulary.all_names, prompts)
             for run in runs:
-                if run.model == name and run.stride is not None:
-                    SlidingWindowTeacher(candidate.model.vision_model, stride=run.stride)  # refuses a wrong stride
+                if run.model == name and run.stride is not None:  # refuses a wrong window or stride
+                    SlidingWindowTeacher(candidate.model.vision_model, candidate.window_size, run.stride)
         candidate.text_embeds = embeds.float()
         candidates[name] = candidate
     return candidates

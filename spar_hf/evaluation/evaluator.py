@@ -76,6 +76,9 @@ def measure_all(
     common = protocol(readout="")  # words and boundaries are the same for every read-out
     data, vocabulary, scored = open_with_words(options.data, options.words, common.vocabulary)
     settings = measurement_settings(options.flat, data, vocabulary, folders, accelerator)
+    if options.rules.protocol is not None:  # what an earlier version did not set
+        windows = protocol(readout="dinov3").window_size
+        settings |= {"resample": first_given(options.resolution.resample, common.resample), "windows": windows}
     if reuse and output is not None and output.is_file():
         report = read_report(output)
         check_same_settings(report.get("settings", {}), settings, output)
@@ -91,6 +94,8 @@ def measure_all(
         scale=options.rules.dense_logit_scale,
         threshold=options.rules.threshold,
         min_area=options.rules.exclude_area,
+        resample=options.resolution.resample,
+        window_size=options.run.window_size,
     )
     partial_counts = prepare_counts(data, output, settings, accelerator)
     dilation_ratio = first_given(options.run.dilation_ratio, common.dilation_ratio) if options.run.boundary else None

@@ -73,7 +73,7 @@ def average_logits(
         ValueError: the logits would take more than 1 GiB, see [`SlidingWindowTeacher`], whose channels are the names here.
     """
     vision: Any = LogitsOfWindows(candidate)
-    teacher = SlidingWindowTeacher(vision, stride=stride, window_batch_size=window_batch_size)
+    teacher = SlidingWindowTeacher(vision, candidate.window_size, stride, window_batch_size)
     pixel_values = pad_to_patches(pixel_values, candidate.model.config.patch_size)
     plan = teacher.plan(*pixel_values.shape[-2:])
     sums, coverage = teacher.stitch(pixel_values, plan, plan.positions())
@@ -157,8 +157,7 @@ def predict(
     """
     device, model = accelerator.device, candidate.model
     start = clock(device)
-    inputs = candidate.image_processor(image, return_tensors="pt", **candidate.resize)
-    pixel_values = inputs["pixel_values"].to(device)
+    pixel_values = candidate.pixel_values(image).to(device)
     height, width = pixel_values.shape[-2:]
     before = clock(device)
     with accelerator.autocast():
@@ -168,7 +167,7 @@ def predict(
         else:
             encoder = model.vision_model
             if run.stride is not None:
-                encoder = SlidingWindowTeacher(encoder, stride=run.stride, window_batch_size=window_batch_size)
+                encoder = SlidingWindowTeacher(encoder, candidate.window_size, run.stride, window_batch_size)
             dense, cell = encoder(pixel_values).feature_map, model.config.patch_size
     after = clock(device)
     if run.average == "logits":

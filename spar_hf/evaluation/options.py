@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from spar_hf.data.augmentation import RESAMPLINGS
 from spar_hf.data.benchmarks import BENCHMARKS
 from spar_hf.data.reading import ReadingOptions
 from spar_hf.data.segmentation_sets import IGNORE_INDEX
@@ -107,9 +108,11 @@ class ResolutionOptions:
     longest_edge: int | None = option(None, HELP["longest_edge"])
     size: list[int] | None = option(None, "Resize images to this height and width.")
     native: bool = option(False, "Do not resize images. Default: the size of the protocol, else of the checkpoint.")
+    resample: str | None = option(None, HELP["resample"])
 
     def __post_init__(self):
         require_positive(self, "shortest_edge", "longest_edge")
+        require_one_of(self, "resample", RESAMPLINGS)
         if self.size is not None and (len(self.size) != 2 or min(self.size) < 1):
             raise UsageError(f"--size takes a height and a width of at least 1, got {self.size}.")
         if self.native + bool(self.size) + bool(self.shortest_edge or self.longest_edge) > 1:
@@ -136,8 +139,8 @@ class RuleOptions:
 
     protocol: str | None = option(
         None,
-        "Published evaluation: spar. It sets resolution, templates, scale, background rules and words for a "
-        "benchmark. An option given here overrides it.",
+        "Published evaluation: spar. It sets resolution, resizing, windows, templates, scale, background rules and words "
+        "for a benchmark. An option given here overrides it.",
     )
     dense_logit_scale: float | None = option(
         None, "Factor of the cosines before the softmax. Default: that of the checkpoint.", aliases=formerly("scale")
@@ -175,6 +178,7 @@ class MeasurementOptions:
         "training); NAME:sliding-logits:STRIDE (mean of their logits, as in the published evaluation). The first two "
         "may be refined: NAME:single+lposs. Default: every model in a single pass.",
     )
+    window_size: int | None = option(None, HELP["window_size"])
     window_batch_size: int = option(16, HELP["window_batch_size"])
     mixed_precision: str | None = option(None, HELP["mixed_precision"])
     boundary: bool = option(True, "Measure boundary IoU as well.")
@@ -186,7 +190,7 @@ class MeasurementOptions:
     )
 
     def __post_init__(self):
-        require_positive(self, "window_batch_size", "dilation_ratio")
+        require_positive(self, "window_size", "window_batch_size", "dilation_ratio")
         require_one_of(self, "mixed_precision", PRECISIONS)
 
 

@@ -7,6 +7,7 @@ A protocol fills in the options that a user leaves open.
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from spar_hf.data.benchmarks import BENCHMARKS
 from spar_hf.utils.errors import UsageError
 
 
@@ -17,6 +18,8 @@ class Protocol:
 
     Attributes:
         size: working resolution as the image processor takes it; lengths in pixels.
+        resample: how images are resized, see `candidates.Candidate`.
+        window_size: side of sliding windows in pixels.
         templates: name of the prompt templates.
         scale: factor of the cosines before the softmax. It changes probabilities, but not which name is the best.
         threshold: pixels whose best probability is below this become background.
@@ -28,6 +31,8 @@ class Protocol:
     """
 
     size: dict[str, int] | None = None
+    resample: str | None = None
+    window_size: int | None = None
     templates: str | None = None
     scale: float | None = None
     threshold: float = 0.0
@@ -41,10 +46,13 @@ def spar(benchmark: str | None, readout: str) -> Protocol:
     """
     The evaluation of SPAR (arXiv 2604.02252, section 4, and its code) on a benchmark, or on another data set (`None`).
 
-    The shorter side is 672 px (Cityscapes: 1024), the longer side at most 2048, with the 80 ImageNet templates. The scale
-    is 40; for VOC21 it is 65, and with the MaskCLIP read-out the probability and area thresholds are 0.1; for Context60 it
-    is 50 and the probability threshold is 0.1. The softmax runs over all names, synonyms included. Boundary IoU is not part
-    of it; its width follows Cheng et al. (2021).
+    The shorter side is 672 px (Cityscapes: 1024), the longer side at most 2048, resized by bilinear interpolation without
+    antialiasing. (Antialiased bicubic interpolation, the default elsewhere, keeps more of the image.) Prompts are the 80
+    ImageNet templates; compound names are written together in all sets but COCO and MESS. Sliding windows are the model's
+    `image_size` wide, those of DINOv3, which has no position table, 384 px. The scale is 40; for VOC21 it is 65, and
+    with the MaskCLIP read-out the probability and area thresholds are 0.1; for Context60 it is 50 and the probability
+    threshold is 0.1. The softmax runs over all names, synonyms included. Boundary IoU is not part of it; its width
+    follows Cheng et al. (2021).
 
     Example:
 
@@ -52,7 +60,10 @@ def spar(benchmark: str | None, readout: str) -> Protocol:
     >>> spar("context60", "siglip").scale, spar("context60", "siglip").threshold
     (50.0, 0.1)
     ```"""
-    words = {name: f"{name}-spar" for name in ("voc20", "voc21", "context59", "context60", "cityscapes")}
+    renamed = ("voc20", "voc21", "context59", "context60", "cityscapes", "ade20k")
+    words = {name: f"{name}-spar" for name in renamed}
+    if benchmark in BENCHMARKS:
+        words.setdefault(benchmark, BENCHMARKS[benchmark].vocabulary)
     rules: dict[str, float] = {"scale": 40.0}
     if benchmark == "voc21":
         rules = {"scale": 65.0}
@@ -64,6 +75,8 @@ def spar(benchmark: str | None, readout: str) -> Protocol:
         rules |= {"dilation_ratio": 0.005}
     return Protocol(
         size={"shortest_edge": 1024 if benchmark == "cityscapes" else 672, "longest_edge": 2048},
+        resample="bilinear",
+        window_size=384 if readout.startswith("dinov3") else None,
         templates="imagenet80",
         scores="names",
         vocabulary=None if benchmark is None else words.get(benchmark, benchmark),

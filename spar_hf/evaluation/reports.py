@@ -59,7 +59,8 @@ def make_report(
         boundaries = counts.boundary[i] if boundary else None
         row = make_row(run, counts.confusion[i], boundaries, seconds, int(counts.memory[i]), labels, scored)
         candidate = candidates[run.model]
-        how = {"patch_size": candidate.model.config.patch_size, "resize": candidate.resize or None}
+        how: dict[str, Any] = {"patch_size": candidate.model.config.patch_size, "resize": candidate.resize or None}
+        how |= {"resample": candidate.resample, "window_size": candidate.window_size}
         table.append(row | how | asdict(candidate.rules))
     single = next((row for row in table if row["stride"] is None), None)
     for row in table:

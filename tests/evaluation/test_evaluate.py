@@ -220,6 +220,7 @@ def test_protocol__benchmark_and_overrides(tmp_path, checkpoint):
     row = report["runs"][0]
     assert (row["scale"], row["threshold"], row["min_area"]) == (50, 0.1, 0)
     assert row["resize"] == {"do_resize": True, "size": {"shortest_edge": 48}}
+    assert (row["resample"], row["window_size"]) == ("bilinear", None)
     labelled = {label: entry["labelled_pixels"] for label, entry in row["classes"].items() if entry["labelled_pixels"]}
     assert labelled == {"background": 2400, "road": 2400}
     # 60 alike names: no probability reaches a half
@@ -228,6 +229,8 @@ def test_protocol__benchmark_and_overrides(tmp_path, checkpoint):
     published = script.main([*command, "--limit", "1", "--dense_logit_scale", "30"])["runs"][0]
     assert published["resize"] == {"do_resize": True, "size": {"shortest_edge": 672, "longest_edge": 2048}}
     assert published["scale"] == 30
+    smooth = script.main([*command, "--shortest_edge", "48", "--resample", "bicubic"])["runs"][0]
+    assert smooth["resample"] == "bicubic"
     with pytest.raises(UsageError, match="no protocol 'sparr'; use one of spar"):
         script.main([*command, "--protocol", "sparr"])
 
@@ -365,6 +368,19 @@ def test_stride_above_the_window_is_refused_before_any_image(dataset, checkpoint
     with pytest.raises(UsageError, match="stride=80 must lie between 1 and the window"):
         script.main([*command, "--runs", "base:single", "base:sliding-logits:80"])
     assert not list(tmp_path.glob("r.json*"))  # so that a corrected command finds no other settings
+
+
+def test_windows_have_the_size_that_is_asked_for(dataset, checkpoint):
+    command = ["--dataset", str(dataset), "--model", f"base={checkpoint('base')}", "--no_warmup", "--limit", "2"]
+    command += ["--runs", "base:sliding:16", "base:sliding-logits:16"]
+    default, small = (script.main([*command, *more])["runs"] for more in ([], ["--window_size", "32"]))
+    assert [row["window_size"] for row in default + small] == [None, None, 32, 32]
+    same = script.main([*command, "--window_size", "64"])["runs"]  # that of the model
+    for i in range(2):
+        np.testing.assert_array_equal(class_iou(same[i]), class_iou(default[i]))
+        assert not np.array_equal(class_iou(small[i]), class_iou(default[i]))
+    with pytest.raises(UsageError, match="window"):
+        script.main([*command, "--window_size", "40"])
 
 
 def test_results_block_of_a_model_card(dataset, checkpoint, tmp_path):

@@ -1,9 +1,13 @@
 """Published evaluations: their settings, and their background rules against a plain computation."""
 
+import numpy as np
+import pytest
 import torch
+from PIL import Image
 from torch.nn import functional as F
 
-from spar_hf.evaluation.candidates import Rules
+from spar_hf import SparImageProcessorPil
+from spar_hf.evaluation.candidates import Candidate, Rules
 from spar_hf.evaluation.inference import decide_as_published
 from spar_hf.evaluation.protocols import Protocol, find_protocol, spar
 from spar_hf.model.prompts import Vocabulary
@@ -18,11 +22,74 @@ def test_protocol__settings_of_the_published_evaluation():
         protocol = spar(name, "maskclip")
         assert protocol.size == {"shortest_edge": 672, "longest_edge": 2048} and protocol.templates == "imagenet80"
         assert protocol.scale == 40 and not protocol.threshold
-    assert spar("voc20", "siglip").vocabulary == "voc20-spar" and spar("ade20k", "siglip").vocabulary == "ade20k"
+    assert spar("voc20", "siglip").vocabulary == "voc20-spar" and spar("ade20k", "siglip").vocabulary == "ade20k-spar"
+    assert (
+        spar("coco-stuff", "siglip").vocabulary == "coco-stuff" and spar("bdd100k", "siglip").vocabulary == "cityscapes"
+    )
+    for readout, window in {"siglip": None, "maskclip": None, "dinov3": 384, "dinov3txt": 384}.items():
+        assert (spar("voc20", readout).window_size, spar(None, readout).resample) == (window, "bilinear")
     assert find_protocol("spar", "voc21", "maskclip") == spar("voc21", "maskclip")
     # thresholds on the softmax over names are the published ones; without a protocol synonyms do not compete
     assert spar("context60", "siglip").scores == "names" and Protocol().scores == Rules().scores == "classes"
     assert find_protocol(None) == Protocol() and Protocol().size is None and Protocol().scale is None
+
+
+# the published names of ADE20K where they are not those of the set, from the paper's code
+TOGETHER = [
+    "chestofdrawers",
+    "pooltable",
+    "screendoor",
+    "coffeetable",
+    "kitchenisland",
+    "swivelchair",
+    "arcademachine",
+    "televisionreceiver",
+    "dirttrack",
+    "conveyerbelt",
+    "swimmingpool",
+    "tradename",
+    "trafficlight",
+    "crtscreen",
+    "bulletinboard",
+]
+
+
+def test_published_names_of_ade20k():
+    ours, published = (Vocabulary.parse(name).labels for name in ("ade20k", "ade20k-spar"))
+    differing = [name for own, name in zip(ours, published, strict=True) if own != name]
+    assert differing == TOGETHER and len(TOGETHER) == 15
+    assert "streetlight" in published and published[:3] == ("wall", "building", "sky")
+
+
+# bilinear without antialiasing, as OpenCV resizes, against plain torch
+
+
+@pytest.mark.parametrize(
+    "size", [{"shortest_edge": 40}, {"shortest_edge": 150, "longest_edge": 160}, {"height": 33, "width": 64}]
+)
+def test_images_are_resized_as_published(size):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 123, 3), dtype=np.uint8))
+    processor = SparImageProcessorPil(size={"shortest_edge": 96})
+    candidate = Candidate(None, processor, None, {"do_resize": True, "size": size}, resample="bilinear")
+    ours = candidate.pixel_values(image)
+    levels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float()
+    plain = F.interpolate(levels, size=ours.shape[-2:], mode="bilinear", align_corners=False, antialias=False).round()
+    torch.testing.assert_close(ours, plain / 255 / 0.5 - 1, atol=1.01 / 255 / 0.5, rtol=0)  # ties may round either way
+    assert (ours - (plain / 255 / 0.5 - 1)).abs().gt(1e-4).float().mean() < 0.01
+    candidate.resample = "bicubic"
+    smooth = candidate.pixel_values(image)
+    assert smooth.shape == ours.shape and (smooth - ours).abs().mean() > 0.01
+    candidate.resample = None  # as the image processor has it
+    torch.testing.assert_close(candidate.pixel_values(image), smooth)
+
+
+def test_size_of_the_folder_and_native_size_are_kept():
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 123, 3), dtype=np.uint8))
+    processor = SparImageProcessorPil(size={"shortest_edge": 60})
+    for resample in ("bilinear", "bicubic", None):
+        assert Candidate(None, processor, None, resample=resample).pixel_values(image).shape == (1, 3, 60, 82)
+    native = Candidate(None, processor, None, {"do_resize": False}, resample="bilinear").pixel_values(image)
+    torch.testing.assert_close(native, processor(image, do_resize=False, return_tensors="pt")["pixel_values"])
 
 
 def published_rules(logits, name_to_class, background, threshold, min_area):

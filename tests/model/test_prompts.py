@@ -148,10 +148,39 @@ def test_a_text_longer_than_the_context_is_refused(two_towers, tokenizer):
 def test_built_in_vocabularies_have_the_sets_numbers_of_classes():
     numbers = {"voc20": 20, "voc21": 21, "context59": 59, "context60": 60, "cityscapes": 19, "ade20k": 150}
     numbers |= {"coco-object": 81, "coco-stuff": 171, "voc20-spar": 20, "voc21-spar": 21}
-    numbers |= {"context59-spar": 59, "context60-spar": 60, "cityscapes-spar": 19, "ade20k-spar": 150, "ade20k-847": 847}
-    numbers |= {"loveda": 7, "dark-zurich": 20, "mhp-v1": 19, "foodseg103": 104, "atlantis": 56, "dram": 12, "isaid": 16}
-    numbers |= {"isprs-potsdam": 6, "worldfloods": 3, "floodnet": 10, "uavid": 8, "kvasir-instrument": 2, "chase-db1": 2}
-    numbers |= {"cryonuseg": 2, "corrosion-cs": 4, "deepcrack": 2, "pst900": 5, "zerowaste-f": 5, "suim": 8, "cub-200": 201}
+    numbers |= {
+        "context59-spar": 59,
+        "context60-spar": 60,
+        "cityscapes-spar": 19,
+        "ade20k-spar": 150,
+        "ade20k-847": 847,
+    }
+    numbers |= {
+        "loveda": 7,
+        "dark-zurich": 20,
+        "mhp-v1": 19,
+        "foodseg103": 104,
+        "atlantis": 56,
+        "dram": 12,
+        "isaid": 16,
+    }
+    numbers |= {
+        "isprs-potsdam": 6,
+        "worldfloods": 3,
+        "floodnet": 10,
+        "uavid": 8,
+        "kvasir-instrument": 2,
+        "chase-db1": 2,
+    }
+    numbers |= {
+        "cryonuseg": 2,
+        "corrosion-cs": 4,
+        "deepcrack": 2,
+        "pst900": 5,
+        "zerowaste-f": 5,
+        "suim": 8,
+        "cub-200": 201,
+    }
     numbers |= {"cwfid": 3} | {f"paxray-{part}": 2 for part in ("lungs", "mediastinum", "bones", "diaphragm")}
     assert set(numbers) == set(VOCABULARIES)
     for name, number in numbers.items():
