@@ -17,7 +17,7 @@ def requirements(pyproject: Path, leave_out: set[str]) -> list[str]:
     used = [*project["dependencies"], *(line for extra, lines in extras.items() if extra != "dev" for line in lines)]
     lines = []
     for line in [line for line in used if not line.startswith(project["name"])]:
-        name, bound = re.fullmatch(r"([\w.-]+)>=([\w.]+)(?:,.*)?", line).groups()  # type: ignore[union-attr]
+        name, bound = re.fullmatch(r"([\w.-]+(?:\[[\w,-]+\])?)>=([\w.]+)(?:,.*)?", line).groups()  # type: ignore[union-attr]
         if name not in leave_out:
             lines.append(f"{name}=={bound}")
     return [*lines, *(line for line in extras["dev"] if not line.startswith(project["name"]))]
