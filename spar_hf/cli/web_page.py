@@ -15,7 +15,9 @@ from spar_hf.cli.overlays import overlay, palette
 from spar_hf.cli.pipelines import load_pipeline, segment_timed, sliding_window_model
 from spar_hf.cli.result_files import presence_by_label
 from spar_hf.cli.web_inputs import MAX_UPLOAD, NOT_UPLOADED, alert, read_upload, read_words, upload_folder
+from spar_hf.model.background import MEANING_TEMPLATES
 from spar_hf.model.prompts import Vocabulary, unknown_names
+from spar_hf.model.vocabularies import ANCHOR_WORDS, STUFF_WORDS
 
 DISPLAY_EDGE = 1280  # longer side in pixels of the pictures on the page; masks are computed at the size of the image
 # limits on what one visitor can ask of the computer that serves the page, beside those of `web_inputs`
@@ -321,6 +323,7 @@ def segmentation_handler(gr, segmenters: Segmenters, results: Results) -> Callab
         progress=gr.Progress(),  # noqa: B008 - Gradio recognises it by its default
     ) -> Iterator[list[Any]]:
         try:
+            progress(0, desc="reading the image")
             vocabulary = read_words(words)
             image = read_upload(path)
             edge = min(int(shortest_edge), largest_edge(segmenters.one_pass))
@@ -328,7 +331,7 @@ def segmentation_handler(gr, segmenters: Segmenters, results: Results) -> Callab
             options = {"size": {"shortest_edge": edge}, "threshold": float(threshold), "background": background}
             if min_presence:
                 options |= {"presence": True, "min_presence": float(min_presence)}
-            embed_words(segmenters.one_pass, vocabulary, background, progress)
+            embed_words(segmenters.one_pass, vocabulary, background, bool(min_presence), progress)
             progress(0, desc="one pass")
             first = segment_timed(segmenters.one_pass, image, vocabulary, **options)
             note = unknown_note(segmenters.one_pass.tokenizer, vocabulary)
@@ -343,8 +346,9 @@ def segmentation_handler(gr, segmenters: Segmenters, results: Results) -> Callab
             )
             if not compare:
                 return
+            progress(0, desc="loading the sliding window")
             window = segmenters.sliding_window(max(1, int(stride)), limited(progress))
-            embed_words(window, vocabulary, background, progress)
+            embed_words(window, vocabulary, background, bool(min_presence), progress)
             second = segment_timed(window, image, vocabulary, **options)
         except (ValueError, OSError, RuntimeError) as error:
             # shown in the page, since Gradio's own errors cover the results
@@ -359,13 +363,25 @@ def segmentation_handler(gr, segmenters: Segmenters, results: Results) -> Callab
     return run
 
 
-def embed_words(pipe: Any, vocabulary: Vocabulary, background: str | None, progress: Callable[..., Any]) -> None:
-    """Embed the words that a pipeline has not embedded yet, and report how many are done: a thousand take a minute."""
-    words = pipe.classes(vocabulary, background)[0].all_names
-    for start in range(0, len(words), NAMES_AT_ONCE):
-        progress((start, len(words)), desc="embedding words", unit="words")
-        some = tuple(words[start : start + NAMES_AT_ONCE])
-        pipe.text_embeds(Vocabulary(some[:1], (some,)), check_weights=start == 0)
+def embed_words(
+    pipe: Any, vocabulary: Vocabulary, background: str | None, presence: bool, progress: Callable[..., Any]
+) -> None:
+    """
+    Embed the words that a pipeline has not embedded yet, and report how many are done: a thousand take a minute. Background
+    and presence compare the bare words with common ones first.
+    """
+    pipe.texts.refresh()
+
+    def embed(words: Sequence[str], templates: Any, what: str) -> None:
+        for start in range(0, len(words), NAMES_AT_ONCE):
+            progress((start, len(words)), desc=what, unit="words")
+            some = tuple(words[start : start + NAMES_AT_ONCE])
+            pipe.text_embeds(Vocabulary(some[:1], (some,)), templates, check_weights=False)
+
+    if background is not None or presence:
+        common = dict.fromkeys([*vocabulary.all_names, *STUFF_WORDS, *ANCHOR_WORDS])
+        embed(list(common), MEANING_TEMPLATES, "comparing with common words")
+    embed(pipe.classes(vocabulary, background)[0].all_names, None, "embedding words")
 
 
 def limited(progress: Callable[..., Any]) -> Callable[[int, int], None]:

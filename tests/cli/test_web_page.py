@@ -52,13 +52,34 @@ def test_the_legend_shows_the_background_in_grey_and_last_and_presence_if_comput
 def test_the_page_reports_how_many_words_are_embedded(monkeypatch):
     pipe, said = load_pipeline(), []
     monkeypatch.setattr(web_page, "NAMES_AT_ONCE", 20)
-    vocabulary = Vocabulary.parse(["car", "dog"])
-    web_page.embed_words(pipe, vocabulary, "auto", lambda done, desc, unit: said.append((done, desc)))
+    embed, embedded = pipe.model.get_text_features, []
+    monkeypatch.setattr(
+        pipe.model, "get_text_features", lambda ids, **given: embedded.append(len(said)) or embed(ids, **given)
+    )
+    vocabulary = Vocabulary.parse(["zeppelin hangar", "dog"])
+    web_page.embed_words(pipe, vocabulary, "auto", True, lambda done, desc, unit: said.append((done, desc)))
     steps = [done for done, _ in said]
-    assert steps[0][0] == 0 and len(steps) > 1 and {desc for _, desc in said} == {"embedding words"}
+    assert steps[0][0] == 0 and len(steps) > 1 and len({desc for _, desc in said}) == 2
+    assert embedded and min(embedded) > 0  # nothing is embedded before something is said
     monkeypatch.setattr(type(pipe.model), "get_text_features", None)  # everything is embedded
-    result = pipe(Image.new("RGB", (48, 48)), candidate_labels=vocabulary, background="auto", output="map")
-    assert result["labels"] == ["car", "dog", "background"]
+    monkeypatch.setattr(pipe.model, "get_text_features", None)
+    options = {"background": "auto", "presence": True, "output": "map"}
+    result = pipe(Image.new("RGB", (48, 48)), candidate_labels=vocabulary, **options)
+    assert result["labels"] == ["zeppelin hangar", "dog", "background"]
+
+
+def test_the_page_says_what_it_does_from_the_first_moment(monkeypatch):
+    gr = pytest.importorskip("gradio", reason="the page needs Gradio (extra app)")
+    said = []
+
+    def fail(*_):
+        raise ValueError(f"after {len(said)}")
+
+    monkeypatch.setattr(web_page, "read_words", fail)
+    results = web_page.Results("message", "picture", "time", "column", "window_picture", "window_time", "table")
+    run = web_page.segmentation_handler(gr, None, results)
+    (shown,) = run(None, "", 64, 0, False, 96, True, 0, progress=lambda done, desc: said.append(desc))
+    assert len(said) == 1 and "after 1" in str(shown)
 
 
 def test_large_pictures_are_reduced_together_with_their_masks():
