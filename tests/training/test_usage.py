@@ -14,6 +14,8 @@ PROBE = ("--train_dataset", NOWHERE, "--test_dataset", NOWHERE)
 # script: options that it needs, wrong ones, and what it says of them
 SCRIPTS = {
     "benchmark": ((), ("--suite", "nonsense"), "--suite nonsense"),
+    "benchmark_deploy": ((), ("--sizes", "512"), "--sizes 512"),
+    "benchmark_gpu": ((), ("--dtype", "int8"), "float32, bfloat16, float16"),
     "benchmark_masks": ((), ("--decision", "1", "2"), "--decision"),
     "cache_teacher": ((*MODEL, *OUTPUT), ("--images", NOWHERE), NOWHERE),
     "demo": ((*OUTPUT, "--packaged", "false"), ("--images", NOWHERE), NOWHERE),
@@ -24,6 +26,7 @@ SCRIPTS = {
     "panoptic": ((*MODEL, *OUTPUT), ("--dataset", NOWHERE), "`images/`"),
     "presence": (OUTPUT, ("--data", f"/{NOWHERE}"), NOWHERE),
     "pretrain_tiny": (OUTPUT, ("--data", NOWHERE), "`images/`"),
+    "seams": (("--images", NOWHERE), ("--tile", "64", "--overlaps", "48"), "--overlaps"),
     "quality_cost": ((*MODEL, *OUTPUT, "--images", NOWHERE, "--dataset", NOWHERE), ("--steps", "0"), "--steps"),
     "generalisation": ((*MODEL, *OUTPUT), ("--data", f"/{NOWHERE}"), NOWHERE),
 }
@@ -44,8 +47,8 @@ FLOAT16 = [
 
 
 def test_all_scripts_are_here():
-    suites = {"benchmark_distill"}  # with no command of its own
-    assert {path.stem for path in TRAINING.rglob("*.py")} - suites == SCRIPTS.keys()
+    parts = {"benchmark_distill", "deployment_paths"}  # of benchmark.py, with no command of their own
+    assert {path.stem for path in TRAINING.rglob("*.py")} - parts == SCRIPTS.keys()
 
 
 @pytest.mark.parametrize(("script", "options", "message"), [*WRONG, *UNKNOWN, *FLOAT16])

@@ -52,7 +52,7 @@ class SuiteOptions:
 
     suite: str = option("vision", "What to measure: vision, or the NAME of a benchmark_NAME.py.")
     repeats: int = option(9, "Pairs per ratio; the median is reported.")
-    device: str = option("cuda" if torch.cuda.is_available() else "cpu", "Device.")
+    row_seconds: float | None = option(None, "Start no further pair of a ratio after so many seconds.")
     output: str | None = option(None, "JSON file to write.")
     overwrite: bool = option(False, HELP["overwrite"])
 
@@ -65,9 +65,10 @@ class SuiteOptions:
 class Options(SuiteOptions):
     """Options of the suites vision and distill; the others have more."""
 
+    device: str = option("cuda" if torch.cuda.is_available() else "cpu", "Device.")
     model: str = option(SPAR_TINY, "SPAR folder or hub id; the embedded spar-tiny by default.")
     random: str | None = option(
-        None, "Random weights of a published size instead: siglip2 (B/16-512), openclip (B/16), dinov3txt (L/16)."
+        None, "Random weights of a published size instead: siglip2 (B/16-512), openclip (B/16), dinov3txt (L/16), tiny."
     )
     height: int = option(384, "Height of the test image in pixels.")
     width: int = option(512, "Width of the test image in pixels.")
@@ -85,8 +86,11 @@ def seconds(work: Callable[[], object], device: str) -> float:
 def compare(name: str, ours: Callable, bare: Callable, goal: str, options: Options) -> dict:
     """Median of the pairwise ratios of `ours` over `bare`, with the range of the middle half."""
     ours(), bare()
-    turns = tqdm(range(options.repeats), desc=name, leave=False)
-    pairs = [(seconds(ours, options.device), seconds(bare, options.device)) for _ in turns]
+    start, pairs = clock(options.device), []
+    for _ in tqdm(range(options.repeats), desc=name, leave=False):
+        pairs.append((seconds(ours, options.device), seconds(bare, options.device)))
+        if options.row_seconds is not None and clock(options.device) - start > options.row_seconds:
+            break
     return ratio_row(name, "seconds", pairs, goal)
 
 
@@ -108,6 +112,8 @@ def ratio_row(name: str, unit: str, pairs: list[tuple[float, float]], goal: str)
 BASE = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
 LARGE = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
 
+TINY = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+
 
 def load(options: Options) -> SparVisionModel:
     """The model to time: a folder's, or one of a published size with random weights."""
@@ -120,6 +126,7 @@ def load(options: Options) -> SparVisionModel:
             **BASE, patch_size=16, image_size=224, projection_dim=512, hidden_act="gelu"
         ),
         "dinov3txt": lambda: DINOv3ViTConfig(**LARGE, patch_size=16, image_size=384, num_register_tokens=4),
+        "tiny": lambda: SiglipVisionConfig(**TINY, patch_size=16, image_size=64, hidden_act="gelu"),  # for rehearsals
     }
     if options.random not in backbones:
         raise UsageError(f"--random {options.random}: use one of {', '.join(backbones)}.")
@@ -182,13 +189,17 @@ def open_suite(name: str) -> ModuleType | None:
 
 def rows(options: Options) -> list[dict]:
     """One pass and the teacher against their bare work."""
-    device = options.device
     torch.manual_seed(0)
-    model = load(options).to(device).eval()
-    image = torch.randn(1, 3, options.height, options.width, device=device)
+    return vision_rows(load(options).to(options.device).eval(), options)
+
+
+@torch.no_grad()
+def vision_rows(model: SparVisionModel, options: Options) -> list[dict]:
+    """One pass over the bare layers, the teacher over its bare windows, and the teacher over one pass."""
+    image = torch.randn(1, 3, options.height, options.width, device=options.device, dtype=model.dtype)
     teacher = SlidingWindowTeacher(model, stride=options.stride, window_batch_size=options.window_batch_size)
     plan = teacher.plan(options.height, options.width)
-    windows = torch.randn(options.window_batch_size, 3, *plan.window, device=device)
+    windows = torch.randn(options.window_batch_size, 3, *plan.window, device=options.device, dtype=model.dtype)
 
     def bare_windows():
         done = 0
@@ -197,33 +208,32 @@ def rows(options: Options) -> list[dict]:
             done += options.window_batch_size
 
     size = f"{options.height}×{options.width}"
-    with torch.no_grad():
-        features = model(image).feature_map.flatten(2).transpose(1, 2)  # (1, dim, h, w) -> (1, h * w, dim)
-        difference = float((plain_pass(model, image) - features).abs().max())  # both sides must compute the same
-        return [
-            {"difference": difference}
-            | compare(
-                f"one pass over backbone layers + plain read-out, {size}",
-                lambda: model(image),
-                lambda: plain_pass(model, image),
-                "≤ 1.03",
-                options,
-            ),
-            compare(
-                f"teacher over its {len(plan)} bare windows, stride {options.stride}, {size}",
-                lambda: teacher(image),
-                bare_windows,
-                "≤ 1.10",
-                options,
-            ),
-            compare(
-                f"teacher at stride {options.stride} over one pass, {size}",
-                lambda: teacher(image),
-                lambda: model(image),
-                "≥ 15" if options.random is None else "52 in the paper (mean of six sets)",
-                options,
-            ),
-        ]
+    features = model(image).feature_map.flatten(2).transpose(1, 2)  # (1, dim, h, w) -> (1, h * w, dim)
+    difference = float((plain_pass(model, image) - features).abs().max())  # both sides must compute the same
+    return [
+        {"difference": difference}
+        | compare(
+            f"one pass over backbone layers + plain read-out, {size}",
+            lambda: model(image),
+            lambda: plain_pass(model, image),
+            "≤ 1.03",
+            options,
+        ),
+        compare(
+            f"teacher over its {len(plan)} bare windows, stride {options.stride}, {size}",
+            lambda: teacher(image),
+            bare_windows,
+            "≤ 1.10",
+            options,
+        ),
+        compare(
+            f"teacher at stride {options.stride} over one pass, {size}",
+            lambda: teacher(image),
+            lambda: model(image),
+            "≥ 15" if options.random is None else "52 in the paper (mean of six sets)",
+            options,
+        ),
+    ]
 
 
 def ratio_cells(row: dict) -> list[str]:
