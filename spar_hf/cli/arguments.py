@@ -1,10 +1,33 @@
 """Arguments and options that several commands share."""
 
-from typing import Annotated
+import inspect
+from collections.abc import Callable
+from functools import wraps
+from typing import Annotated, Any, TypeVar
 
 import typer
 
+from spar_hf.cli.reporting import exit_on_error
 from spar_hf.utils.options import HELP
+
+Options = TypeVar("Options")
+
+
+def as_command(kind: type[Options]) -> Callable[[Callable[[Options], None]], Callable[..., None]]:
+    """Turn a function of a dataclass of options into a command for Typer, with an option for each field."""
+
+    def decorate(function: Callable[[Options], None]) -> Callable[..., None]:
+        @wraps(function)
+        def command(**values: Any) -> None:
+            with exit_on_error():
+                options = kind(**values)
+            function(options)
+
+        command.__signature__ = inspect.signature(kind)  # type: ignore[attr-defined]
+        return command
+
+    return decorate
+
 
 Images = Annotated[
     list[str], typer.Argument(help='Images: files, folders (with sub-folders), patterns ("in/*.jpg") and URLs.')

@@ -4,182 +4,72 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
-
-from spar_hf.cli.arguments import (
-    Device,
-    ImageRange,
-    Images,
-    Labels,
-    MaxPixels,
-    MaxTokens,
-    Model,
-    ShortestEdge,
-    SkipExisting,
-    Templates,
-)
-from spar_hf.cli.huge import check_strip_options, parse_tile, segment_to_map, writes_strips
+from spar_hf.cli.arguments import as_command
+from spar_hf.cli.huge import segment_to_map, writes_strips
 from spar_hf.cli.reporting import exit_on_error, finish, report_failure, say
 from spar_hf.cli.result_paths import ResultPlan, parse_formats, plan_results
 from spar_hf.cli.result_record import ResultRecord
+from spar_hf.cli.segment_options import SegmentOptions
 from spar_hf.utils.atomic import write_text
 from spar_hf.utils.errors import UsageError
 from spar_hf.utils.image_files import InputImage, RunSummary, interruptible, process_images
-from spar_hf.utils.options import HELP
 from spar_hf.utils.texts import json_text, read_text
 
 if TYPE_CHECKING:
     from spar_hf.cli.frames import ImageReader
+    from spar_hf.model.prompts import Vocabulary
 
 SegmentImage = Callable[..., dict[str, Any]]  # image -> the pipeline's `output="map"`
 
-Output = Annotated[
-    Path, typer.Option(help="File for one image, or a folder for several, with the sub-folders of the input.")
-]
-Formats = Annotated[
-    str,
-    typer.Option(
-        "--format",
-        help="overlay (masks over the image), map (class numbers as PNG: 8-bit palette indices, 16 bits above 256 classes; "
-        "read it with Pillow), coco (run-length masks, needs the extra coco), json (label, score, share and box per class), "
-        "heatmap (probability, a picture per class found); several separated by commas.",
-    ),
-]
-Background = Annotated[
-    str,
-    typer.Option(
-        help="What surrounds the classes, not painted: auto (common stuff words), none (every pixel gets a class), or one "
-        "of the labels or a new one for unsure pixels and tiny classes."
-    ),
-]
-KeepBackground = Annotated[
-    bool, typer.Option("--keep-background", help="List the background in COCO and JSON files like a class.")
-]
-Threshold = Annotated[float | None, typer.Option(help=HELP["threshold"], min=0, max=1)]
-MinArea = Annotated[
-    float | None,
-    typer.Option(help="Classes below this share of the foreground become background.", min=0, max=1),
-]
-Presence = Annotated[
-    bool, typer.Option("--presence", help="Also report for each class how likely the image shows it at all.")
-]
-MinPresence = Annotated[
-    float | None, typer.Option(help="Leave out classes with a lower presence (see --presence).", min=0, max=1)
-]
-HeatMap = Annotated[
-    list[str] | None, typer.Option("--heatmap", help="Draw the probability of this class; may be repeated.")
-]
-Frames = Annotated[
-    str | None,
-    typer.Option(
-        help="Frames of GIF, APNG and WebP, pages of TIFF: 3, 0:10:2 (as in Python) or all. Default: the first one of each "
-        "file."
-    ),
-]
-Refine = Annotated[str | None, typer.Option(help="Sharper masks: lposs, lposs+ or pamr (see spar_hf/model/refine.py).")]
-MapOutput = Annotated[
-    Path | None, typer.Option("--map", help="For one image: also write the class numbers to this PNG.")
-]
-Tile = Annotated[
-    int | None,
-    typer.Option(
-        help="For large images: side in pixels of tiles that are one pass each, at the size of the image, with blended "
-        "features. With --output FILE.tif or .npy, TIFF images (extra huge) of any size are read and label maps written "
-        "tile by tile."
-    ),
-]
-TileOverlap = Annotated[
-    int | None, typer.Option(help="Overlap of neighbouring tiles in pixels. Default: a sixth of a tile.", min=0)
-]
 
-
-def segment(
-    images: Images,
-    labels: Labels,
-    output: Output,
-    formats: Formats = "overlay",
-    model: Model = None,
-    templates: Templates = None,
-    shortest_edge: ShortestEdge = None,
-    background: Background = "auto",
-    keep_background: KeepBackground = False,
-    threshold: Threshold = None,
-    min_area: MinArea = None,
-    presence: Presence = False,
-    min_presence: MinPresence = None,
-    refine: Refine = None,
-    heatmap: HeatMap = None,
-    map_output: MapOutput = None,
-    frames: Frames = None,
-    tile: Tile = None,
-    tile_overlap: TileOverlap = None,
-    skip_existing: SkipExisting = False,
-    device: Device = None,
-    max_tokens: MaxTokens = None,
-    image_range: ImageRange = None,
-    max_pixels: MaxPixels = None,
-) -> None:
+@as_command(SegmentOptions)
+def segment(options: SegmentOptions) -> None:
     """Segment images by words. Exit status: 0 success, 1 something failed, 2 wrong usage."""
     from PIL import Image
 
     from spar_hf.cli.frames import ImageReader
-    from spar_hf.cli.labels import parse_background, read_labels, single_class_hint
-    from spar_hf.cli.result_files import coco_encoder, write_results
+    from spar_hf.cli.labels import parse_background, single_class_hint
 
-    if max_pixels is not None:
-        Image.MAX_IMAGE_PIXELS = max_pixels
-    with exit_on_error():
-        tiles = parse_tile(tile, tile_overlap)
-        if strips := writes_strips(output):
-            others: dict[str, Any] = {
-                "--format": formats not in ("overlay", "map"),
-                "--shortest-edge": shortest_edge,
-                "--map": map_output,
-            }
-            others |= {"--keep-background": keep_background, "--presence": presence, "--min-presence": min_presence}
-            others |= {"--refine": refine, "--heatmap": heatmap, "--frames": frames, "--skip-existing": skip_existing}
-            check_strip_options(tiles, output, others)
-    if strips:
-        rules = {"background": background, "threshold": threshold, "min_area": min_area, "templates": templates}
-        limits = {"max_tokens": max_tokens, "max_pixels": max_pixels, "image_range": image_range}
-        segment_to_map(images, labels, output, model, device, {"tile": tiles, **rules, **limits})
-    with exit_on_error(usage=(ValueError, ImportError, OSError)):
-        asked = parse_formats(formats + (",heatmap" if heatmap else ""))
-        plan = plan_results(images, output, asked, map_output, frames)
-        vocabulary = read_labels(labels)
-        if "coco" in plan.formats:
-            coco_encoder()
+    if options.max_pixels is not None:
+        Image.MAX_IMAGE_PIXELS = options.max_pixels
+    if writes_strips(options.output):
+        given = ("background", "threshold", "min_area", "templates", "max_tokens", "max_pixels", "image_range")
+        settings = {"tile": options.tiles, **{name: getattr(options, name) for name in given}}
+        segment_to_map(options.images, options.labels, options.output, options.model, options.device, settings)
+    plan, vocabulary = plan_work(options)
     if not plan.images:  # nothing to load a model for
         finish(process_images((), lambda image: None, report=report_failure, problems=plan.problems))
-
-    given: dict[str, Any] = {
-        "size": None if shortest_edge is None else {"shortest_edge": shortest_edge},
-        "templates": templates,
-        "background": parse_background(background, vocabulary),
-        "threshold": threshold,
-        "min_area": min_area,
-        "refine": refine,
-        "max_tokens": max_tokens,
-    }
-    shown = {"presence": presence or bool(min_presence), "min_presence": min_presence}
-    options = {**given, **shown, "tile": tiles, "heat": "heatmap" in plan.formats}
-    segment_image, pipe = load_segmenter(model, device, vocabulary, options)
+    rules = options.rules(parse_background(options.background, vocabulary))
+    asked = {**rules, **options.presences, "tile": options.tiles, "heat": "heatmap" in plan.formats}
+    segment_image, pipe = load_segmenter(options.model, options.device, vocabulary, asked)
     with exit_on_error(failure=()):  # wrong words or options are reported once, not for every image
         probe = segment_image(Image.new("RGB", (32, 32)))
-        heat_classes = class_numbers(heatmap, probe) if heatmap else None
-    if hint := single_class_hint(labels, vocabulary):
+        heat_classes = class_numbers(options.heatmap, probe) if options.heatmap else None
+    if hint := single_class_hint(options.labels, vocabulary):
         say(f"note: {hint}", err=True)
-    reader = ImageReader(image_range)
-    write = partial(write_results, keep_background=keep_background, heat_classes=heat_classes)
-    new = {**shown, "keep_background": keep_background, "heatmap": heatmap, "tile": tiles}
+    reader = ImageReader(options.image_range)
     with exit_on_error(failure=OSError), interruptible():
-        record = open_record(plan, pipe, vocabulary, {**given, "image_range": image_range}, new, skip_existing)
-        summary = segment_all(plan, segment_image, probe["labels"], skip_existing, record, reader, write)
+        record = open_record(options, plan, pipe, vocabulary, rules)
+        summary = segment_all(options, plan, segment_image, probe["labels"], record, reader, heat_classes)
     if reader.only_first:
         say(f"note: {reader.only_first} has several frames or pages; the first was taken (see --frames).", err=True)
     finish(summary, str(summary) if plan.several or summary.skipped else None)
+
+
+def plan_work(options: SegmentOptions) -> tuple[ResultPlan, "Vocabulary"]:
+    """The images, the files to write for each, and the classes; exits where they do not fit."""
+    from spar_hf.cli.labels import read_labels
+    from spar_hf.cli.result_files import coco_encoder
+
+    with exit_on_error(usage=(ValueError, ImportError, OSError)):
+        formats = parse_formats(options.formats + (",heatmap" if options.heatmap else ""))
+        plan = plan_results(options.images, options.output, formats, options.map_output, options.frames)
+        vocabulary = read_labels(options.labels)
+        if "coco" in plan.formats:
+            coco_encoder()
+    return plan, vocabulary
 
 
 def class_numbers(labels: Sequence[str], result: dict[str, Any]) -> list[int]:
@@ -208,28 +98,25 @@ def load_segmenter(
 
 
 def open_record(
-    plan: ResultPlan,
-    pipe: Any,
-    vocabulary: Any,
-    options: dict[str, Any],
-    new_options: dict[str, Any],
-    skip_existing: bool,
+    options: SegmentOptions, plan: ResultPlan, pipe: Any, vocabulary: "Vocabulary", rules: dict[str, Any]
 ) -> ResultRecord | None:
     """
     The record of settings in the output folder. A single file gets one beside it only with `--skip-existing`, which could
     not tell otherwise how the file was made. New options have an entry only if they are used, so that records of earlier
     versions stay valid.
     """
-    if plan.folder is None and not skip_existing:
+    if plan.folder is None and not options.skip_existing:
         return None
     folder = next(iter(next(iter(plan.paths.values())).values())).parent if plan.folder is None else plan.folder
+    new = {**options.presences, "keep_background": options.keep_background, "heatmap": options.heatmap}
+    new["tile"] = options.tiles
     settings = {
         "labels": dict(zip(vocabulary.labels, vocabulary.names, strict=True)),
-        **{name: value or None for name, value in options.items()},
-        **{name: value for name, value in new_options.items() if value},
+        **{name: value or None for name, value in {**rules, "image_range": options.image_range}.items()},
+        **{name: value for name, value in new.items() if value},
         "model": pipeline_fingerprint(pipe),
     }
-    if len(vocabulary.all_names) > len(vocabulary.labels) or options["background"] == "auto":
+    if len(vocabulary.all_names) > len(vocabulary.labels) or rules["background"] == "auto":
         settings["scores"] = "softmax over classes"  # earlier versions took it over all names
     return ResultRecord(folder, settings, trust_unknown=plan.folder is not None)
 
@@ -250,27 +137,27 @@ def pipeline_fingerprint(pipe: Any) -> str:
 
 
 def segment_all(
+    options: SegmentOptions,
     plan: ResultPlan,
     segment_image: SegmentImage,
     class_names: list[str],
-    skip_existing: bool,
     record: ResultRecord | None,
     reader: "ImageReader",
-    write: Callable[..., None],
+    heat_classes: list[int] | None,
 ) -> RunSummary:
     """
-    Segment all images and `write` their results; a folder also gets `classes.txt` and, for COCO, `annotations.json`.
+    Segment all images and write their results; a folder also gets `classes.txt` and, for COCO, `annotations.json`.
 
     Raises:
         UsageError: a continued run finds results for other classes, of other settings or another model.
         OSError: the disk is full or read-only.
     """
-    from spar_hf.cli.result_files import merge_coco
+    from spar_hf.cli.result_files import merge_coco, write_results
 
     def process(item: InputImage) -> None:
         image = reader.read(item)
         result = segment_image(image)
-        write(image, result, plan.paths[item], item)
+        write_results(image, result, plan.paths[item], item, options.keep_background, heat_classes)
         if record is not None:
             record.add(item, list(plan.paths[item].values()))
         if not plan.several:
@@ -279,7 +166,7 @@ def segment_all(
                 say(f"written: {path}")
 
     done = set()
-    if skip_existing and record is not None:  # other settings are refused before anything is written
+    if options.skip_existing and record is not None:  # other settings are refused before anything is written
         done = {item for item in plan.images if record.is_done(item, list(plan.paths[item].values()))}
         if record.trusted:
             say(
@@ -288,7 +175,7 @@ def segment_all(
                 err=True,
             )
     if plan.folder is not None:
-        if skip_existing:
+        if options.skip_existing:
             check_class_list(plan.folder / "classes.txt", class_names)
         # the line number, from 0, is the pixel value in label maps
         write_text(plan.folder / "classes.txt", "".join(f"{name}\n" for name in class_names))

@@ -1,0 +1,135 @@
+"""Options of `spar-hf segment`."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from spar_hf.cli.arguments import (
+    Device,
+    ImageRange,
+    Images,
+    Labels,
+    MaxPixels,
+    MaxTokens,
+    Model,
+    ShortestEdge,
+    SkipExisting,
+    Templates,
+)
+from spar_hf.cli.huge import check_strip_options, parse_tile, writes_strips
+from spar_hf.utils.options import HELP
+
+
+@dataclass(kw_only=True)
+class SegmentOptions:
+    """
+    What the command line of `spar-hf segment` says, in the order of `--help`.
+
+    Attributes:
+        tiles: size and overlap of tiles, as the pipeline takes them.
+
+    Raises:
+        UsageError: an overlap without tiles, or what does not go with a label map that is written strip by strip.
+    """
+
+    images: Images
+    labels: Labels
+    output: Annotated[
+        Path, typer.Option(help="File for one image, or a folder for several, with the sub-folders of the input.")
+    ]
+    formats: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            help="overlay (masks over the image), map (class numbers as PNG: 8-bit palette indices, 16 bits above 256 "
+            "classes; read it with Pillow), coco (run-length masks, needs the extra coco), json (label, score, share and "
+            "box per class), heatmap (probability, a picture per class found); several separated by commas.",
+        ),
+    ] = "overlay"
+    model: Model = None
+    templates: Templates = None
+    shortest_edge: ShortestEdge = None
+    background: Annotated[
+        str,
+        typer.Option(
+            help="What surrounds the classes, not painted: auto (common stuff words), none (every pixel gets a class), or "
+            "one of the labels or a new one for unsure pixels and tiny classes."
+        ),
+    ] = "auto"
+    keep_background: Annotated[
+        bool, typer.Option("--keep-background", help="List the background in COCO and JSON files like a class.")
+    ] = False
+    threshold: Annotated[float | None, typer.Option(help=HELP["threshold"], min=0, max=1)] = None
+    min_area: Annotated[
+        float | None, typer.Option(help="Classes below this share of the foreground become background.", min=0, max=1)
+    ] = None
+    presence: Annotated[
+        bool, typer.Option("--presence", help="Also report for each class how likely the image shows it at all.")
+    ] = False
+    min_presence: Annotated[
+        float | None, typer.Option(help="Leave out classes with a lower presence (see --presence).", min=0, max=1)
+    ] = None
+    refine: Annotated[
+        str | None, typer.Option(help="Sharper masks: lposs, lposs+ or pamr (see spar_hf/model/refine.py).")
+    ] = None
+    heatmap: Annotated[
+        list[str] | None, typer.Option("--heatmap", help="Draw the probability of this class; may be repeated.")
+    ] = None
+    map_output: Annotated[
+        Path | None, typer.Option("--map", help="For one image: also write the class numbers to this PNG.")
+    ] = None
+    frames: Annotated[
+        str | None,
+        typer.Option(
+            help="Frames of GIF, APNG and WebP, pages of TIFF: 3, 0:10:2 (as in Python) or all. Default: the first one of "
+            "each file."
+        ),
+    ] = None
+    tile: Annotated[
+        int | None,
+        typer.Option(
+            help="For large images: side in pixels of tiles that are one pass each, at the size of the image, with blended "
+            "features. With --output FILE.tif or .npy, TIFF images (extra huge) of any size are read and label maps written "
+            "tile by tile."
+        ),
+    ] = None
+    tile_overlap: Annotated[
+        int | None, typer.Option(help="Overlap of neighbouring tiles in pixels. Default: a sixth of a tile.", min=0)
+    ] = None
+    skip_existing: SkipExisting = False
+    device: Device = None
+    max_tokens: MaxTokens = None
+    image_range: ImageRange = None
+    max_pixels: MaxPixels = None
+    tiles: dict[str, int] | None = field(init=False)
+
+    def __post_init__(self):
+        self.tiles = parse_tile(self.tile, self.tile_overlap)
+        if writes_strips(self.output):
+            self._check_strips()
+
+    def _check_strips(self) -> None:
+        """Refuse options that need an image in memory."""
+        others = ("shortest_edge", "keep_background", "presence", "min_presence", "refine", "heatmap", "frames")
+        given = {f"--{name.replace('_', '-')}": getattr(self, name) for name in (*others, "skip_existing")}
+        given |= {"--map": self.map_output, "--format": self.formats not in ("overlay", "map")}
+        check_strip_options(self.tiles, self.output, given)
+
+    def rules(self, background: str | None) -> dict[str, Any]:
+        """How the pipeline finds the classes, under the names that records of settings have always had."""
+        return {
+            "size": None if self.shortest_edge is None else {"shortest_edge": self.shortest_edge},
+            "templates": self.templates,
+            "background": background,
+            "threshold": self.threshold,
+            "min_area": self.min_area,
+            "refine": self.refine,
+            "max_tokens": self.max_tokens,
+        }
+
+    @property
+    def presences(self) -> dict[str, Any]:
+        """Whether the pipeline reports presences, and from which one on a class is kept."""
+        return {"presence": self.presence or bool(self.min_presence), "min_presence": self.min_presence}
