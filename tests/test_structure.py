@@ -16,7 +16,8 @@ ROOMS = {
     "registration": {"model", "teacher"},
     "utils": {"model"},
     "conversion": {"model", "utils"},
-    "export": {"spar_hf", "registration", "model", "utils"},
+    "runtime": {"model"},
+    "export": {"spar_hf", "registration", "model", "utils", "runtime"},
     "batch": {"spar_hf", "registration", "model", "teacher", "utils"},
     "data": {"model", "utils"},
     "distillation": BELOW_TRAINING,
@@ -89,6 +90,22 @@ def test_code_that_travels_with_a_checkpoint_stands_alone(file):
             assert node.col_offset > 0, f"{where(file, node)}: SciPy is optional: import it inside a function"
         else:
             assert top in TRAVELS_WITH or top in sys.stdlib_module_names, f"{where(file, node)}: {top}"
+
+
+def test_the_runtime_needs_neither_torch_nor_transformers():
+    """Also not through what it shares with the models, whatever is imported inside functions that it does not call."""
+    pending, seen = files(LIBRARY / "runtime"), set()
+    while pending:
+        file = pending.pop()
+        seen.add(file)
+        for module, _, node in imports(file):
+            parts = module.split(".")
+            if node.col_offset > 0 and parts[0] == "torch":
+                continue
+            assert parts[0] not in ("torch", "transformers", "safetensors"), f"{where(file, node)}: {module}"
+            found = LIBRARY.parent.joinpath(*parts[:-1]).with_suffix(".py")
+            pending += [found] if parts[0] == "spar_hf" and found.is_file() and found not in seen else []
+    assert LIBRARY / "model" / "image_input.py" in seen and LIBRARY / "model" / "words.py" in seen
 
 
 @pytest.mark.parametrize("file", files(LIBRARY), ids=lambda file: str(file.relative_to(LIBRARY)))

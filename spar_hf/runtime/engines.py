@@ -1,0 +1,93 @@
+"""Graphs run by ONNX Runtime or OpenVINO on a CPU."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ENGINES = ("onnxruntime", "openvino")
+HINTS = {"fp16": "f16", "bf16": "bf16"}  # of OpenVINO
+
+
+class Graph:
+    """
+    A graph that is ready to run. Threads may share it.
+
+    Args:
+        path: an ONNX file, or with OpenVINO also an `.xml` file.
+        engine: `"onnxruntime"` or `"openvino"`.
+        threads: threads of one run; the engine's choice by default.
+        dtype: what OpenVINO computes in. Without the hint, it takes bfloat16 on CPUs that have it (AMX), for graphs in
+            float32 too, which changes labels.
+
+    Attributes:
+        inputs, outputs: names.
+        compiled: the engine's own object: an `InferenceSession` or a `CompiledModel`.
+
+    Raises:
+        ImportError: the engine is not installed.
+        ValueError: an unknown engine, or a file that it cannot load.
+    """
+
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    compiled: Any
+
+    def __init__(self, path: Path, engine: str = "onnxruntime", threads: int | None = None, dtype: str = "fp32"):
+        if engine not in ENGINES:
+            raise ValueError(f"Unknown engine {engine!r}; use {' or '.join(map(repr, ENGINES))}.")
+        if threads is not None and (not isinstance(threads, int) or threads < 1):
+            raise ValueError(f"`threads` is {threads!r}; it must be an integer of at least 1, or None.")
+        try:
+            self._run: Any = (open_onnxruntime if engine == "onnxruntime" else open_openvino)(
+                self, path, threads, dtype
+            )
+        except ModuleNotFoundError as error:
+            extra = "onnx" if engine == "onnxruntime" else "openvino"
+            raise ImportError(
+                f"engine={engine!r} needs the package {engine}: pip install 'spar-hf[{extra}]'"
+            ) from error
+        except Exception as error:  # engines have classes of their own
+            reason = str(error).strip().splitlines()[-1][:300]
+            raise ValueError(
+                f"{engine} cannot load {str(path)!r}: {reason}. Export it again, or take another engine."
+            ) from error
+
+    def __call__(self, **values: np.ndarray) -> dict[str, np.ndarray]:
+        """Outputs by name, for inputs by name. Inputs that the graph has not got are left out."""
+        return self._run({name: values[name] for name in self.inputs})
+
+
+def open_onnxruntime(graph: Graph, path: Path, threads: int | None, dtype: str) -> Any:
+    """Fill in the attributes of a graph; returns what runs it."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors
+    options.intra_op_num_threads = threads or 0
+    session = graph.compiled = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    graph.inputs = tuple(value.name for value in session.get_inputs())
+    graph.outputs = tuple(value.name for value in session.get_outputs())
+
+    def run(values: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return dict(zip(graph.outputs, session.run(list(graph.outputs), values), strict=True))
+
+    return run
+
+
+def open_openvino(graph: Graph, path: Path, threads: int | None, dtype: str) -> Any:
+    """As [`open_onnxruntime`]."""
+    import openvino
+
+    settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": HINTS.get(dtype, "f32")}
+    if threads is not None:
+        settings["INFERENCE_NUM_THREADS"] = threads
+    model = graph.compiled = openvino.Core().compile_model(path, "CPU", settings)
+    graph.inputs = tuple(port.get_any_name() for port in model.inputs)
+    graph.outputs = tuple(port.get_any_name() for port in model.outputs)
+
+    def run(values: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        found = model.create_infer_request().infer(values)  # a request of its own: threads may share the graph
+        return {port.get_any_name(): np.array(found[port]) for port in model.outputs}
+
+    return run

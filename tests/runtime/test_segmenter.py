@@ -1,0 +1,218 @@
+"""The runtime without torch: results of the pipeline, its inputs and options, and one line for what it cannot do."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import pipeline
+
+from spar_hf.model.segmentation import LabelMap, decide, give_to_background
+from spar_hf.runtime import OnnxSegmenter, decisions
+from spar_hf.runtime.folders import ExportedFolder
+
+skimage = pytest.importorskip("skimage", reason="its images are in the extra demo")
+IMAGES = Path(skimage.__file__).parent / "data"
+WORDS = ["cup, mug", "spoon", "table", "cat", "sky"]
+FORBID = """
+import sys
+class Forbidden:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("torch", "transformers", "safetensors", "huggingface_hub"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Forbidden())
+"""
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return pipeline("open-vocab-segmentation")
+
+
+@pytest.fixture(scope="module")
+def segmenter(classmap_folder):
+    return OnnxSegmenter(classmap_folder, threads=1)
+
+
+def test_it_runs_where_torch_and_transformers_are_not_installed(classmap_folder):
+    code = f"""{FORBID}
+import spar_hf
+from spar_hf.runtime import OnnxSegmenter
+found = OnnxSegmenter({str(classmap_folder)!r}, threads=1)({str(IMAGES / "coffee.png")!r}, candidate_labels=["cup", "table"],
+    templates="plain", background=["wall"], size=96)
+print([(segment["label"], segment["mask"].size) for segment in found])
+assert not {{"torch", "transformers"}} & set(sys.modules)
+try:
+    spar_hf.SparConfig
+except ModuleNotFoundError as error:
+    print(error.name)
+"""
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert output.splitlines() == ["[('cup', (600, 400)), ('table', (600, 400))]", "transformers"]
+
+
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        ("coffee.png", {"background": "auto"}),
+        ("coffee.png", {"size": "native"}),
+        ("chelsea.png", {"size": (333, 250), "background": ["wall", "floor"], "templates": "short"}),
+        ("rocket.jpg", {"size": {"longest_edge": 200}, "max_tokens": 50, "templates": "plain"}),
+    ],
+)
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_segments_and_label_maps_are_those_of_the_pipeline(engine, name, options, pipe, classmap_folder, logits_folder):
+    pytest.importorskip(engine)
+    # OpenVINO's reader of ONNX files does not know the decision
+    segmenter = OnnxSegmenter(classmap_folder if engine == "onnxruntime" else logits_folder, engine=engine, threads=1)
+    options = {"templates": "short", **options}
+    expected, found = (run(IMAGES / name, WORDS, output="map", **options) for run in (pipe, segmenter))
+    assert found["map"].dtype == expected["map"].dtype and found["map"].shape == expected["map"].shape
+    # of pixels whose two best classes are equal up to rounding, one or two per image fall to the other
+    assert (found["map"] != expected["map"]).sum() <= 3
+    assert (found["labels"], found["background"]) == (expected["labels"], expected["background"])
+    np.testing.assert_allclose(found["scores"], expected["scores"], atol=1e-3)
+    expected, found = (run(str(IMAGES / name), WORDS, **options) for run in (pipe, segmenter))
+    assert [segment["label"] for segment in found] == [segment["label"] for segment in expected]
+    for one, other in zip(found, expected, strict=True):
+        assert (one["mask"].mode, one["mask"].size) == (other["mask"].mode, other["mask"].size)
+        assert (np.asarray(one["mask"]) != np.asarray(other["mask"])).sum() <= 3
+
+
+def test_rules_move_the_pixels_that_the_pipeline_moves(pipe, segmenter):
+    options = {"threshold": 0.5, "min_area": 0.02, "templates": "plain", "size": 128}
+    expected, found = (run(IMAGES / "coffee.png", WORDS, output="map", **options) for run in (pipe, segmenter))
+    assert found["labels"] == [*expected["labels"]] and found["background"] == len(found["labels"]) - 1
+    # probabilities are float16, so pixels near the threshold may fall to the other side
+    assert (found["map"] != expected["map"]).mean() < 1e-3
+    best = segmenter(IMAGES / "coffee.png", WORDS, top_k=1, templates="plain", size=128)
+    assert len(best) == 1 and best[0]["score"] == max(
+        s["score"] for s in segmenter(IMAGES / "coffee.png", WORDS, templates="plain", size=128)
+    )
+
+
+def test_batches_of_several_sizes_sources_and_kinds_of_input(pipe, segmenter, tmp_path):
+    array = np.asarray(Image.open(IMAGES / "coffee.png").resize((90, 70)))
+    grey = (array[:, :, 0].astype(np.uint16) * 257)[:60]
+    clear = Image.fromarray(np.dstack([array, np.full((70, 90), 128, np.uint8)]))
+    Image.fromarray(array).save(tmp_path / "rows.png")
+    inputs = [array, array / 255, grey, clear, tmp_path / "rows.png", (tmp_path / "rows.png").read_bytes(), array]
+    options = {"output": "map", "templates": "plain", "size": "native"}
+    expected, found = (run(inputs, WORDS, batch_size=4, **options) for run in (pipe, segmenter))
+    for one, other in zip(found, expected, strict=True):
+        assert (one["map"] != other["map"]).sum() <= 2
+    lazy = segmenter(iter(inputs), WORDS, batch_size=3, **options)
+    assert not isinstance(lazy, list)
+    assert all((one["map"] == other["map"]).all() for one, other in zip(lazy, found, strict=True))
+    assert (segmenter({"image": array}, WORDS, **options)["map"] == found[0]["map"]).all()
+    batch = segmenter(np.stack([array, array]), WORDS, **options)
+    assert len(batch) == 2 and (batch[1]["map"] == found[0]["map"]).all()
+    failed = segmenter([array, "none.png"], WORDS, on_error="skip", **options)
+    assert "map" in failed[0] and failed[1]["error"].startswith("FileNotFoundError")
+    with pytest.raises(ValueError, match="image_range"):
+        segmenter(np.full((20, 20), 7, np.uint16), WORDS, **options)
+
+
+def test_classes_in_the_graph(pipe, baked_folder):
+    segmenter = OnnxSegmenter(baked_folder)
+    expected = pipe(IMAGES / "coffee.png", ["cup, mug", "table"], background=["wall", "floor"])
+    found = segmenter(IMAGES / "coffee.png")
+    assert [s["label"] for s in found] == [s["label"] for s in expected] == ["cup", "table"]
+    for one, other in zip(found, expected, strict=True):
+        assert (np.asarray(one["mask"]) != np.asarray(other["mask"])).sum() <= 3
+    assert segmenter(IMAGES / "coffee.png", output="map")["labels"] == ["cup", "table", "background"]
+    for options in ({"candidate_labels": ["cup"]}, {"background": ["wall"]}):
+        with pytest.raises(ValueError, match="has its classes in it"):
+            segmenter(IMAGES / "coffee.png", **options)
+
+
+@pytest.mark.parametrize("names", [[0, 1, 2, 3, 4], [0, 0, 1, 1, 2]])
+def test_decision_is_the_pipelines(names):
+    generator = torch.Generator().manual_seed(0)
+    logits, geometry = torch.randn(5, 4, 7, generator=generator) * 5, (16, (60, 107), (121, 83))
+    expected = decide(logits, torch.tensor(names), *geometry)
+    labels, probabilities = decisions.decide(logits.numpy(), np.array(names), *geometry)
+    assert (labels != expected.labels.numpy()).sum() <= 1
+    np.testing.assert_allclose(probabilities, expected.probabilities.numpy(), atol=1e-4)
+    expected = give_to_background(
+        LabelMap(torch.from_numpy(labels.copy()), torch.from_numpy(probabilities.copy())), 3, 0.6, 0.3
+    )
+    decisions.give_to_background(labels, probabilities, 3, 0.6, 0.3)
+    assert (labels == expected.labels.numpy()).all() and (labels == 3).any()
+    np.testing.assert_array_equal(probabilities, expected.probabilities.numpy())
+    pixels, scores = decisions.class_scores(labels, probabilities, 5)
+    wanted = expected.class_scores(5)
+    assert pixels.tolist() == wanted[0].tolist()
+    np.testing.assert_allclose(scores, wanted[1].numpy(), rtol=1e-6)
+
+
+def test_openvino_computes_in_float32_unless_asked(logits_folder):
+    pytest.importorskip("openvino")
+    run = OnnxSegmenter(logits_folder, engine="openvino")
+    half = OnnxSegmenter(logits_folder, engine="openvino", dtype="bf16")
+    precision = [str(s.graph.compiled.get_property("INFERENCE_PRECISION_HINT")) for s in (run, half)]
+    assert "float32" in precision[0] or "f32" in precision[0]
+    assert precision[0] != precision[1] and half.dtype == "bf16"
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"refine": "pamr"}, "`refine` is an option of the pipeline only"),
+        ({"presence": True}, "`presence` is an option of the pipeline only"),
+        ({"output": "logits"}, "output 'logits'"),
+        ({"output": "map", "top_k": 2}, "`top_k`"),
+        ({"threshold": 2}, "`threshold`"),
+        ({"size": "big"}, "`size`"),
+        ({"batch_size": 0}, "`batch_size`"),
+        ({"on_error": "ignore"}, "on_error 'ignore'"),
+        ({"candidate_labels": None}, "`candidate_labels` is missing"),
+        ({"candidate_labels": ["road", "road."]}, "have the same tokens"),
+        ({"candidate_labels": ["a", "the " * 40]}, "tokens, but the text tower reads 24"),
+    ],
+)
+def test_bad_calls_name_the_fix(options, words, segmenter):
+    with pytest.raises(ValueError, match=words):
+        segmenter(np.zeros((32, 32, 3), np.uint8), **{"candidate_labels": WORDS, **options})
+    with pytest.raises(TypeError, match="'sise'"):
+        segmenter(np.zeros((32, 32, 3), np.uint8), WORDS, sise=3)
+
+
+def test_bad_folders_name_the_fix(classmap_folder, tmp_path):
+    with pytest.raises(FileNotFoundError, match="spar-hf export"):
+        OnnxSegmenter(tmp_path / "none")
+    with pytest.raises(FileNotFoundError, match="spar-hf export"):
+        OnnxSegmenter(tmp_path)
+    for options, words in (
+        ({"engine": "tensorrt"}, "'onnxruntime' or 'openvino'"),
+        ({"dtype": "fp8"}, "Unknown dtype 'fp8'"),
+        ({"threads": 0}, "`threads`"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            OnnxSegmenter(classmap_folder, **options)
+    with pytest.raises(FileNotFoundError, match="dtype='fp16'"):
+        OnnxSegmenter(classmap_folder, dtype="fp16")
+    copy = tmp_path / "copy"
+    shutil.copytree(classmap_folder, copy)
+    (copy / "onnx" / "vision_model.onnx").write_bytes(b"no graph")
+    with pytest.raises(ValueError, match="Export it again"):
+        OnnxSegmenter(copy)
+    (copy / "onnx" / "vision_model.onnx").unlink()
+    with pytest.raises(FileNotFoundError, match="repeat it"):
+        OnnxSegmenter(copy)
+    (copy / "spar_export.json").write_text("{")
+    with pytest.raises(ValueError, match="is damaged"):
+        OnnxSegmenter(copy)
+    (copy / "spar_export.json").write_text('{"format_version": 99}')
+    with pytest.raises(ValueError, match="upgrade"):
+        ExportedFolder.open(copy)
+
+
+def test_without_the_engine_the_extra_is_named(classmap_folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(ImportError, match=r"spar-hf\[onnx\]"):
+        OnnxSegmenter(classmap_folder)
