@@ -24,6 +24,7 @@ from spar_hf.utils.options import earlier_names
 SUMS = ("confusion", "boundary", "nanoseconds")
 # settings that change neither counts nor times; the mixed precision that was used has an entry of its own
 FREE_SETTINGS = {"--output", "--card_folder", "--save_seconds", "--overwrite", "--max_pixels", "--mixed_precision"}
+FREE_SETTINGS |= {"--compare"}
 OLD_SETTINGS = {"photos": "images", "files of photos": "files of images"}  # names in version 0.1
 OLD_SETTINGS |= {f"--{old}": f"--{name}" for old, name in earlier_names(PARTS.values()).items()}
 

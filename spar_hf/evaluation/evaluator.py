@@ -28,7 +28,8 @@ from spar_hf.evaluation.dataset import open_with_words
 from spar_hf.evaluation.inference import Prediction, predict
 from spar_hf.evaluation.options import EvaluationOptions
 from spar_hf.evaluation.protocols import find_protocol
-from spar_hf.evaluation.reports import card_paths, make_report, read_report, write_report
+from spar_hf.evaluation.published import show_comparison
+from spar_hf.evaluation.reports import card_paths, eval_result_paths, make_report, read_report, write_report
 from spar_hf.evaluation.runs import Run, parse_models, parse_runs
 from spar_hf.model.backbone_sources import load_source_config
 from spar_hf.model.prompts import Vocabulary
@@ -70,7 +71,8 @@ def measure_all(
     output = None if options.output.output is None else Path(options.output.output)
     if not reuse:
         cards = card_paths(options.output.card_folder, folders).values()
-        check_replaceable([*cards, *([] if output is None else [output])], options.output.overwrite)
+        results = eval_result_paths(options.output.card_folder, folders).values()
+        check_replaceable([*cards, *results, *([] if output is None else [output])], options.output.overwrite)
     runs = parse_runs(options.run.runs, folders)
     protocol = partial(find_protocol, options.rules.protocol, options.data.benchmark)
     common = protocol(readout="")  # words and boundaries are the same for every read-out
@@ -105,6 +107,8 @@ def measure_all(
     report |= {"options": options.flat, "settings": settings}
     if accelerator.is_main_process:
         write_report(report, output, options.output.card_folder, console)
+        if options.output.compare and console is not None:
+            show_comparison(report, console)
         if partial_counts is not None:
             partial_counts.remove()
     accelerator.wait_for_everyone()

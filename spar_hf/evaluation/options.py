@@ -208,11 +208,19 @@ class OutputOptions:
         "JSON file for the report. Until it is written, partial counts are kept in OUTPUT.parts, and the same "
         "command continues an interrupted measurement.",
     )
-    card_folder: str | None = option(None, "Folder for the results of each model as a model card, NAME.md.")
+    card_folder: str | None = option(
+        None,
+        "Folder for the results of each model: a model card NAME.md, and .eval_results/NAME.yaml for the leaderboard of the "
+        "data set on the hub.",
+    )
+    compare: str | None = option(
+        None, "published: print ours among the published figures on the same --benchmark, and what differs."
+    )
     save_seconds: float = option(30, "Seconds between two writes of partial counts.")
     overwrite: bool = option(False, HELP["overwrite"])
 
     def __post_init__(self):
+        require_one_of(self, "compare", ("published",))
         if self.output is not None and (Path(self.output).is_dir() or self.output.endswith(("/", os.sep))):
             example = Path(self.output) / "result.json"
             raise UsageError(f"--output {self.output} is a folder. Name the file of the report, for example {example}.")
@@ -222,6 +230,9 @@ class OutputOptions:
 class EvaluationOptions(ComposedOptions):
     """
     Options of an evaluation, one part for each step. The command line has all of them on one level.
+
+    Raises:
+        UsageError: options that need one another; the message names them as on the command line.
 
     Example:
 
@@ -241,6 +252,10 @@ class EvaluationOptions(ComposedOptions):
     resolution: ResolutionOptions = field(default_factory=ResolutionOptions)
     rules: RuleOptions = field(default_factory=RuleOptions)
     output: OutputOptions = field(default_factory=OutputOptions)
+
+    def __post_init__(self):
+        if self.output.compare and self.data.benchmark is None:
+            raise UsageError("--compare published compares results on a benchmark. Name it with --benchmark.")
 
 
 PARTS = EvaluationOptions.parts()

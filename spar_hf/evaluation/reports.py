@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from accelerate import Accelerator
-from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, eval_result_entries_to_yaml
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -207,12 +208,24 @@ def card_paths(folder: str | None, models: Iterable[str]) -> dict[str, Path]:
     return {} if folder is None else {model: Path(folder) / f"{model.replace('/', '-')}.md" for model in models}
 
 
+def eval_result_paths(folder: str | None, models: Iterable[str]) -> dict[str, Path]:
+    """The files of results for the hub that are written to a folder, by the name of the model; none without a folder."""
+    return {} if folder is None else {m: Path(folder) / ".eval_results" / f"{m.replace('/', '-')}.yaml" for m in models}
+
+
 def write_report(report: dict[str, Any], output: Path | None, card_folder: str | None, console: Console | None) -> None:
-    """Write the report to the file `output`, model cards to `card_folder`, and the table to the console, unless `None`."""
+    """
+    Write the report to the file `output`, model cards and results for the hub to `card_folder`, and the table to the
+    console, unless `None`.
+    """
     if output is not None:
         write_json(output, report)
-    for model, path in card_paths(card_folder, dict.fromkeys(row["model"] for row in report["runs"])).items():
+    models = dict.fromkeys(row["model"] for row in report["runs"])
+    for model, path in card_paths(card_folder, models).items():
         write_text(path, results_card(report, model))
+    for model, path in eval_result_paths(card_folder, models).items():
+        entries = eval_result_entries_to_yaml(eval_results(report, model))
+        write_text(path, yaml.safe_dump(entries, sort_keys=False, allow_unicode=True))
     if console is not None:
         show(report, console)
 
@@ -304,3 +317,26 @@ def results_card(report: dict[str, Any], model: str) -> str:
     table = rows({str(result.metric_name): result.metric_value for result in results})
     text = f"{title(report)}.\n\n| score | % |\n|---|---|\n{table}"
     return model_card(model, text, ModelCardData(model_name=model, eval_results=results))
+
+
+def eval_results(report: dict[str, Any], model: str) -> list[EvalResultEntry]:
+    """
+    The results of a model as the hub reads them from `.eval_results/*.yaml` of its repository: mIoU, boundary mIoU and pixel
+    accuracy in percent. The hub lists them where the id names a data set there; that of a benchmark on disk is its name.
+
+    Source: `EvalResultEntry` of huggingface_hub.
+    """
+    protocol = report.get("options", {}).get("protocol")
+    setting = title(report) if protocol is None else f"{title(report)}, protocol {protocol}"
+    return [
+        EvalResultEntry(
+            dataset_id=report["dataset"],
+            task_id=metric,
+            value=round(100 * row[metric], 2),
+            notes=f"{name} in %, {row['inference']}; {setting}",
+        )
+        for row in report["runs"]
+        if row["model"] == model
+        for metric, name in SCORES.items()
+        if row[metric] == row[metric]  # not NaN
+    ]

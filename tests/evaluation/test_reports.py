@@ -4,10 +4,11 @@ import io
 import json
 
 import pytest
-from huggingface_hub import ModelCard
+import yaml
+from huggingface_hub import ModelCard, eval_result_entries_to_yaml, parse_eval_result_entries
 from rich.console import Console
 
-from spar_hf.evaluation.reports import find_gaps, read_report, results_card, show
+from spar_hf.evaluation.reports import find_gaps, read_report, results_card, show, write_report
 from spar_hf.evaluation.runs import Run
 
 
@@ -51,6 +52,25 @@ def test_share_of_the_gap_closed_and_the_table():
     text = " ".join(out.getvalue().split())
     assert "streets, rain, val: 3 images" in text
     assert "75 % of the gap closed" in text and "no gap to close" in text
+
+
+def test_results_for_the_hub(tmp_path):
+    """They have the form that the hub reads, and the same values as the `model-index`."""
+    report = {"title": "streets", "split": "val", "subset": None, "images": 3, "dataset": "org/streets", "gaps": []}
+    report |= {"vocabulary": {"a": ["a"]}, "scored_classes": ["a"], "options": {"protocol": "spar"}}
+    report["runs"] = [row("student", None, 0.26114, 0.5), row("student", 24, 0.3, 9.0), row("org/base", None, 0.2, 0.5)]
+    write_report(report, None, str(tmp_path), None)
+    assert sorted(path.name for path in (tmp_path / ".eval_results").iterdir()) == ["org-base.yaml", "student.yaml"]
+    stored = yaml.safe_load((tmp_path / ".eval_results" / "student.yaml").read_text(encoding="utf-8"))
+    entries = parse_eval_result_entries(stored)
+    assert eval_result_entries_to_yaml(entries) == stored
+    assert [(entry.dataset_id, entry.task_id, entry.value) for entry in entries] == [
+        *(("org/streets", "mean_iou", 26.11), ("org/streets", "overall_accuracy", 50.0)),
+        *(("org/streets", "mean_iou", 30.0), ("org/streets", "overall_accuracy", 50.0)),
+    ]
+    assert "single pass" in entries[0].notes and "stride 24" in entries[2].notes and "protocol spar" in entries[0].notes
+    index = ModelCard((tmp_path / "student.md").read_text(encoding="utf-8")).data.eval_results
+    assert [result.metric_value for result in index] == [entry.value for entry in entries]
 
 
 def test_report_of_version_0_1(tmp_path):
