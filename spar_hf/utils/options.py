@@ -80,7 +80,8 @@ HELP = {
     "weight_decay": "Weight decay of AdamW.",
     "warmup_ratio": "Share of the steps with rising learning rate.",
     "lr_scheduler_type": "Name of a Transformers schedule.",
-    "resample": "How images are resized: bicubic (antialiased), or bilinear (without antialiasing, as published).",
+    "resample": "How images are resized: bicubic (antialiased, which keeps more of the image) or bilinear (without "
+    "antialiasing, as published).",
     "threshold": "Pixels whose highest probability is below it become background.",
 }
 
