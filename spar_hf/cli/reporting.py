@@ -8,6 +8,7 @@ from typing import NoReturn
 import typer
 from tqdm.auto import tqdm
 
+from spar_hf.utils.errors import is_refusal
 from spar_hf.utils.image_files import RunSummary
 from spar_hf.utils.terminal import printable
 
@@ -36,16 +37,18 @@ def exit_on_error(usage: Errors = ValueError, failure: Errors = (OSError, Runtim
 
     Args:
         usage: errors that the user mends by other arguments; exit status 2.
-        failure: errors of the work itself; exit status 1. All other errors keep their traceback.
+        failure: errors of the work itself; exit status 1. All other errors keep their traceback, and so does a `ValueError`
+            that is a bug, see [`is_refusal`].
     """
     try:
         yield
     except typer.Exit:  # a RuntimeError
         raise
-    except usage as error:
-        fail(error, 2)
-    except failure as error:
-        fail(error)
+    except Exception as error:
+        status = 2 if isinstance(error, usage) else 1 if isinstance(error, failure) else None
+        if status is None or not is_refusal(error):
+            raise
+        fail(error, status)
 
 
 def report_failure(message: str) -> None:

@@ -1,15 +1,21 @@
 """Errors that a user can mend: reported in one line, without a traceback."""
 
 import contextlib
+import dis
 import errno
+import json
 import logging
 import sys
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from spar_hf.utils.terminal import printable
 
 # what the operating system says of a file or folder that the user named; other OSErrors keep their traceback
 PATH_ERRORS = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
+
+# packages that read what users name, and refuse it by a plain ValueError
+READERS = {"spar_hf", "transformers", "transformers_modules", "huggingface_hub", "tokenizers", "PIL", "tifffile"}
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # nowhere to write to
 
@@ -49,11 +55,37 @@ class StopSignal:
     number: int | None = None
 
 
+def is_refusal(error: Exception) -> bool:
+    """
+    Whether an error refuses what the user gave. A plain `ValueError` does if a package in `READERS` raised it by a `raise`
+    statement. One that Python raises by itself, as for too few values to unpack, is a bug, and so is one of another package.
+    All other errors count as refusals.
+
+    Example:
+
+    ```python
+    >>> try:
+    ...     int("many")
+    ... except ValueError as error:
+    ...     is_refusal(error)
+    False
+    ```"""
+    if not isinstance(error, ValueError) or isinstance(error, (UsageError, UnicodeError, json.JSONDecodeError)):
+        return True
+    place: Any = error.__traceback__
+    while place.tb_next is not None:
+        place = place.tb_next
+    package = place.tb_frame.f_globals.get("__name__", "").partition(".")[0]
+    instruction = place.tb_frame.f_code.co_code[place.tb_lasti]
+    return package in READERS and instruction == dis.opmap["RAISE_VARARGS"]
+
+
 @contextlib.contextmanager
 def as_usage_errors() -> Iterator[None]:
     """
     Report errors of code that reads what the user named as [`UsageError`]: the files that travel with a checkpoint, and
-    transformers, raise plain `ValueError` and `OSError`. Wrap single calls only, or bugs lose their traceback.
+    transformers, raise plain `ValueError` and `OSError`. A `ValueError` that is a bug keeps its traceback, see
+    [`is_refusal`].
 
     Example:
 
@@ -65,9 +97,9 @@ def as_usage_errors() -> Iterator[None]:
     ```"""
     try:
         yield
-    except UsageError:
-        raise
     except (ValueError, OSError) as error:
+        if isinstance(error, UsageError) or not is_refusal(error):
+            raise
         raise UsageError(str(error)) from error
 
 
