@@ -1,7 +1,7 @@
 """
 The decision for every pixel as an ONNX graph, with the rule of `spar_hf.model.segmentation`.
 
-The image is decided in strips of rows by a `Scan`, so that nothing of the size names × height × width is in memory. Pixel
+The image is decided in strips of rows by a `Loop`, so that nothing of the size names × height × width is in memory. Pixel
 positions between patches are fractions of whole numbers, computed exactly.
 """
 
@@ -40,15 +40,21 @@ def decision_graph(head: str, patch_size: int, labels: str, class_of_name: list[
         several = len(set(class_of_name)) < len(class_of_name)
     inputs.append("int64[2] image_size")
     scan, outputs = HEAD_OUTPUTS[head]
-    initial = ", ".join(f"int64[{len(v)}] spar_{name} = {{{','.join(map(str, v))}}}" for name, v in constants.items())
+    initial = [f"int64[{len(v)}] spar_{name} = {{{','.join(map(str, v))}}}" for name, v in constants.items()]
+    initial += [
+        "int64 spar_zero = {0}",
+        "int64 spar_one = {1}",
+        "bool spar_true = {1}",
+        "float spar_lowest = {-3.0e38}",
+    ]
     known = "class_of_name" if class_of_name is None else "spar_class_of_name"
     strip = STRIP + (CLASS_MAXIMA if several else "s_best = Identity(s_pixels)") + STRIP_ENDS[head]
     scan = scan.replace("BODY", strip).replace("LABEL_NAME", labels).replace("LABEL_TYPE", str(LABEL_TYPES[labels]))
-    scan = re.sub(r"\bs_", "spar_strip_", scan)
+    scan = re.sub(r"\bs_", "spar_inside_", scan)
     signature = f"spar_decision ({', '.join(inputs)}) => ({outputs.format(labels=labels)})"
     return (
         f'<ir_version: 10, opset_import: ["" : 18]>\n{signature}\n'
-        f"<{initial}, int64 spar_zero = {{0}}, int64 spar_one = {{1}}, float spar_lowest = {{-3.0e38}}>\n{{\n"
+        f"<{', '.join(initial)}>\n{{\n"
         + SIZES
         + axis("row", "spar_row_index", "spar_height", "spar_working_height", "spar_rows")
         + axis("column", "spar_column_index", "spar_width", "spar_working_width", "spar_columns")
@@ -112,6 +118,7 @@ SIZES = """
 """
 # names last: those of a pixel are neighbours in memory
 STRIPS = """
+  spar_strip_count = Squeeze(spar_strips)
   spar_split = Concat<axis = 0>(spar_strips, spar_strip_rows)
   spar_above = Reshape(spar_row_lower, spar_split)
   spar_below = Reshape(spar_row_upper, spar_split)
@@ -124,6 +131,10 @@ STRIPS = """
 """
 # (batch, rows, columns, names) of the patches -> (batch, strip rows, width, names)
 STRIP = """
+    s_go_on = Identity(s_on)
+    s_above = Gather<axis = 0>(spar_above, s_number)
+    s_below = Gather<axis = 0>(spar_below, s_number)
+    s_down = Gather<axis = 0>(spar_down, s_number)
     s_upper = Gather<axis = 1>(spar_grid, s_above)
     s_lower = Gather<axis = 1>(spar_grid, s_below)
     s_down_weight = Unsqueeze(s_down, spar_axes_12)
@@ -166,18 +177,20 @@ STRIP_ENDS = {
     s_probabilities = Transpose<perm = [0, 3, 1, 2]>(s_shares)
 """,
 }
-# the `Scan`, and its outputs put together and cut to the height of the image
+# the `Loop`, and its outputs put together and cut to the height of the image
 HEAD_OUTPUTS = {
     "classmap": (
         """
-  spar_label_strips, spar_confidence_strips = Scan<num_scan_inputs = 3, scan_output_axes = [1, 1],
-    body = strip (int64[r] s_above, int64[r] s_below, float[r] s_down) =>
-    (LABEL_NAME[batch, r, w] s_labels, float16[batch, r, w] s_confidence) {
+  spar_label_strips, spar_confidence_strips = Loop<
+    body = strip (int64 s_number, bool s_on) =>
+    (bool s_go_on, LABEL_NAME[batch, r, w] s_labels, float16[batch, r, w] s_confidence) {
 BODY
-    }>(spar_above, spar_below, spar_down)
+    }>(spar_strip_count, spar_true)
+  spar_labels_by_image = Transpose<perm = [1, 0, 2, 3]>(spar_label_strips)
+  spar_confidence_by_image = Transpose<perm = [1, 0, 2, 3]>(spar_confidence_strips)
   spar_map_shape = Concat<axis = 0>(spar_batch, spar_padded_height, spar_width)
-  spar_all_labels = Reshape(spar_label_strips, spar_map_shape)
-  spar_all_confidence = Reshape(spar_confidence_strips, spar_map_shape)
+  spar_all_labels = Reshape(spar_labels_by_image, spar_map_shape)
+  spar_all_confidence = Reshape(spar_confidence_by_image, spar_map_shape)
   labels = Slice(spar_all_labels, spar_0, spar_height, spar_1)
   confidence = Slice(spar_all_confidence, spar_0, spar_height, spar_1)
 """,
@@ -185,13 +198,13 @@ BODY
     ),
     "probabilities": (
         """
-  spar_probability_strips = Scan<num_scan_inputs = 3, scan_output_axes = [2],
-    body = strip (int64[r] s_above, int64[r] s_below, float[r] s_down) =>
-    (float[batch, c, r, w] s_probabilities) {
+  spar_probability_strips = Loop<
+    body = strip (int64 s_number, bool s_on) => (bool s_go_on, float[batch, c, r, w] s_probabilities) {
 BODY
-    }>(spar_above, spar_below, spar_down)
+    }>(spar_strip_count, spar_true)
+  spar_probabilities_by_image = Transpose<perm = [1, 2, 0, 3, 4]>(spar_probability_strips)
   spar_map_shape = Concat<axis = 0>(spar_batch, spar_classes, spar_padded_height, spar_width)
-  spar_all_probabilities = Reshape(spar_probability_strips, spar_map_shape)
+  spar_all_probabilities = Reshape(spar_probabilities_by_image, spar_map_shape)
   probabilities = Slice(spar_all_probabilities, spar_0, spar_height, spar_2)
 """,
         "float[batch, classes, image_height, image_width] probabilities",

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import logging
+import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 from transformers.exporters import OnnxConfig, OnnxExporter
 
 from spar_hf.export.decision import decision_graph
-from spar_hf.export.graphs import DenseGraph, TextGraph
+from spar_hf.export.graphs import LAST_NORMS, DenseGraph, TextGraph
 from spar_hf.export.options import DECIDING, FORMATS
 from spar_hf.export.sources import Source, Words
 from spar_hf.export.verification import Runner, Written
@@ -55,19 +56,14 @@ def trace(graph: DenseGraph | TextGraph, fused: bool = True) -> onnx.ModelProto:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Without the progress, the warnings of experimental versions and the notes on unused parts of torch."""
-    loggers = [
-        logging.getLogger(name) for name in ("transformers", "torch.onnx", "torch.export", "onnxscript", "onnx_ir")
-    ]
-    levels = [logger.level for logger in loggers]
+    disabled = logging.root.manager.disable
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
         try:
-            for logger in loggers:
-                logger.setLevel(logging.ERROR)
             yield
         finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
+            logging.disable(disabled)
 
 
 def name_axes(value: Any, names: tuple[str | int | None, ...]) -> None:
@@ -123,17 +119,21 @@ def write_graphs(
     folder: Path, source: Source, head: str, words: Words | None, dtypes: list[str], labels: str
 ) -> dict[str, Written]:
     """Write a vision graph per dtype to `onnx/`; for heads that decide, their logits can be run too."""
-    found = {}
+    found, traced = {}, dict[str, onnx.ModelProto]()
     for dtype in dtypes:
-        dense = trace(DenseGraph(source, head != "features", words, dtype))
+        weights = "fp32" if dtype == "int8" else dtype
+        if weights not in traced:
+            traced[weights] = trace(DenseGraph(source, head != "features", words, weights))
+        graph = traced[weights]
+        if dtype == "int8":
+            graph = quantise(graph, f"{LAST_NORMS[source.vision_model.config.readout]}.weight")
         path = folder / "onnx" / f"vision_model{FORMATS['onnx'].dtypes[dtype]}.onnx"
         run_dense = None
         if head in DECIDING:
-            run_dense = load(dense)
+            run_dense = load(graph)
             class_of_name = None if words is None else words.class_of_name.tolist()
-            patch = source.vision_model.config.patch_size
-            dense = attach_decision(dense, head, patch, labels, class_of_name)
-        save(dense, path)
+            graph = attach_decision(graph, head, source.vision_model.config.patch_size, labels, class_of_name)
+        save(graph, path)
         found[dtype] = Written(str(path.relative_to(folder)), (load(path), run_dense))
     return found
 
@@ -143,3 +143,41 @@ def write_text_tower(folder: Path, source: Source) -> Written:
     path = folder / "onnx" / "text_model.onnx"
     save(trace(TextGraph(source)), path)
     return Written(str(path.relative_to(folder)), (load(path), None))
+
+
+def quantise(dense: onnx.ModelProto, last_norm: str) -> onnx.ModelProto:
+    """
+    A copy whose matrix products before the last norm have int8 weights per column, and activations that are quantised as
+    they come (`onnxruntime.quantization.quantize_dynamic`).
+
+    Args:
+        dense: the model.
+        last_norm: end of the name of the last norm's weight.
+    """
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "quantised.onnx"
+        with quiet():
+            quantize_dynamic(
+                dense,
+                path,
+                op_types_to_quantize=["MatMul"],
+                per_channel=True,
+                weight_type=QuantType.QInt8,
+                nodes_to_exclude=nodes_from(dense, last_norm),
+                extra_options={
+                    "DefaultTensorType": onnx.TensorProto.FLOAT
+                },  # of results of ONNX Runtime's own operations
+            )
+        return onnx.load(path)
+
+
+def nodes_from(graph: onnx.ModelProto, last_norm: str) -> list[str]:
+    """Names of the nodes from the last norm on, by the end of the name of its weight."""
+    found, reached = [], set[str]()
+    for node in graph.graph.node:
+        if any(name.endswith(last_norm) for name in node.input) or reached.intersection(node.input):
+            reached.update(node.output)
+            found.append(node.name)
+    return found

@@ -47,6 +47,11 @@ FORMATS = {
             ),
         ),
     ),
+    "openvino": Format(
+        "openvino_format",
+        ("openvino", "nncf", "onnx", "onnxscript", "onnxruntime"),
+        {"fp32": "", "fp16": "_fp16", "bf16": "_bf16", "int8": "_int8"},
+    ),
 }
 # formats that are one of the above with further files: name -> (format of the graph, module of `spar_hf.export`). Its
 # `add_files(folder, record)` writes into the unfinished folder, whose graphs are verified.

@@ -17,8 +17,9 @@ from spar_hf.model.segmentation import bilinear_cells, class_probabilities, deci
 Runner = Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
 MAX_LOGIT_ERROR = 1e-4  # float32
 # below it nothing is written: least share of equal labels, and largest error of a cosine
-AGREEMENT = {"fp32": (1.0, 1e-5), "fp16": (0.98, 0.01), "bf16": (0.95, 0.05), "int8": (0.85, 0.1)}
+AGREEMENT = {"fp32": (1.0, 1e-5), "fp16": (0.98, 0.01), "bf16": (0.85, 0.05), "int8": (0.7, 0.1)}
 MAX_CONFIDENCE_ERROR = 2e-3  # float32 graphs: 1e-3 of `decide` among many names, and half precision
+MAX_TIES = 1000  # labels of an image that may differ and are looked at one by one
 LARGEST = 1024  # pixels of a side that is derived from the model's own size
 NAMES = (1, 3, 150, 300)
 
@@ -118,7 +119,7 @@ def verify(
             row |= dense_errors(source, before, dense)
             if head in DECIDING:
                 row["image_size"] = case.image_size
-                row |= decision_errors(head, found, expected, dense, inputs, source)
+                row |= decision_errors(head, found, expected, dense, inputs, source, exact=dtype == "fp32")
             rows.append(row)
             check_row(row)
     return rows
@@ -239,9 +240,11 @@ def decision_errors(
     logits: torch.Tensor,
     inputs: dict[str, np.ndarray],
     source: Source,
+    exact: bool,
 ) -> dict[str, Any]:
     """
-    Share of equal labels, number of labels that are wrong, and largest difference of the probabilities.
+    Share of equal labels, largest difference of the probabilities where they are equal, and for `exact` graphs the number of
+    labels that are wrong.
 
     A label that differs is wrong unless its logit in PyTorch is within twice `MAX_LOGIT_ERROR` of the best: the order of
     sums, which every library chooses for itself, decides between such classes.
@@ -254,43 +257,38 @@ def decision_errors(
         errors = (found["confidence"] - expected["confidence"])[labels == other]
     if labels.shape != other.shape:
         raise NotVerified(f"The result has the shape {labels.shape} instead of {other.shape}.")
-    differ = labels != other
-    wrong = sum(
-        1 for place in zip(*differ.nonzero(), strict=True) if not is_tie(place, labels, other, logits, inputs, source)
-    )
-    return {
-        "labels_equal": float(1 - differ.mean()),
-        "labels_wrong": wrong,
+    found_errors: dict[str, Any] = {
+        "labels_equal": float((labels == other).mean()),
         "confidence_error": float(np.abs(errors).max(initial=0.0)),
     }
+    if exact:
+        found_errors["labels_wrong"] = count_wrong(labels, other, logits, inputs, source)
+    return found_errors
 
 
-def is_tie(
-    place: tuple[int, ...],
-    labels: np.ndarray,
-    other: np.ndarray,
-    logits: torch.Tensor,
-    inputs: dict[str, np.ndarray],
-    source: Source,
-) -> bool:
-    """Whether the two labels of a pixel (image, row, column) have nearly the same logit."""
-    image, row, column = place
-    values = pixel_logits(logits[image], row, column, *geometry(source, inputs))
+def count_wrong(
+    labels: np.ndarray, other: np.ndarray, logits: torch.Tensor, inputs: dict[str, np.ndarray], source: Source
+) -> int:
+    """Labels `(images, height, width)` that differ from the `other` ones and have no nearly equal logit in `logits`."""
+    patch, working_size, image_size = geometry(source, inputs)
     classes = torch.from_numpy(inputs["class_of_name"])
-    one, two = (values[classes == int(found[place])].max() for found in (labels, other))
-    return bool((one - two).abs() <= 2 * MAX_LOGIT_ERROR)
-
-
-def pixel_logits(
-    logits: torch.Tensor, row: int, column: int, patch: int, working_size: tuple[int, int], image_size: tuple[int, int]
-) -> torch.Tensor:
-    """Logits of all names at one pixel `(names,)`."""
     axes = [
         patch_coordinates(length, working, patch, patches)
-        for length, working, patches in zip(image_size, working_size, logits.shape[1:], strict=True)
+        for length, working, patches in zip(image_size, working_size, logits.shape[2:], strict=True)
     ]
-    cells, weights = bilinear_cells(torch.tensor([row]), torch.tensor([column]), axes[0], axes[1], logits.shape[2])
-    return (logits.flatten(1)[:, cells[0]] * weights[0]).sum(1)
+    wrong = 0
+    for one, two, values in zip(labels, other, logits.flatten(2), strict=True):
+        rows, columns = (torch.from_numpy(place) for place in (one != two).nonzero())
+        if len(rows) > MAX_TIES:
+            return int((labels != other).sum())
+        cells, weights = bilinear_cells(rows, columns, axes[0], axes[1], logits.shape[3])
+        pixels = (values[:, cells] * weights).sum(-1)  # (names, pixels)
+        best = [
+            pixels.masked_fill(classes[:, None] != torch.from_numpy(chosen[one != two]).long(), -torch.inf).amax(0)
+            for chosen in (one, two)
+        ]
+        wrong += int(((best[0] - best[1]).abs() > 2 * MAX_LOGIT_ERROR).sum())
+    return wrong
 
 
 def verify_text(source: Source, run: Runner) -> dict[str, Any]:
@@ -331,6 +329,7 @@ def table(rows: list[dict[str, Any]]) -> Iterator[str]:
         if "cosine_error" in row:
             shown.append(f"cosines ±{row['cosine_error']:.1e}")
         if "labels_equal" in row:
-            shown.append(f"labels {row['labels_equal']:.3%} equal, {row['labels_wrong']} wrong")
+            wrong = f", {row['labels_wrong']} wrong" if "labels_wrong" in row else ""
+            shown.append(f"labels {row['labels_equal']:.3%} equal{wrong}")
             shown.append(f"probabilities ±{row['confidence_error']:.1e}")
         yield "  ".join([*shown, f"({row['case']})"])

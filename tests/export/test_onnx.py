@@ -5,40 +5,14 @@ import json
 import numpy as np
 import onnxruntime
 import pytest
-import torch
 from PIL import Image
 from safetensors import safe_open
-from tiny_models import SHAPE, make_tokenizer, randomise, tiny_config
-from transformers import AutoImageProcessor, AutoTokenizer, SiglipVisionConfig, pipeline
+from tiny_models import make_tokenizer
+from transformers import AutoImageProcessor, AutoTokenizer
 
-from spar_hf import SparForOpenVocabSegmentation, SparImageProcessorPil, SparProcessor
 from spar_hf.export import export
 
 WORDS = ["road, street", "car, automobile", "sky"]
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory):
-    """A two-tower model with one block, which is traced faster than two."""
-    folder = tmp_path_factory.mktemp("model")
-    config = tiny_config(backbone_config=SiglipVisionConfig(image_size=64, **{**SHAPE, "num_hidden_layers": 1}))
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        randomise(SparForOpenVocabSegmentation(config)).save_pretrained(folder)
-    SparProcessor(SparImageProcessorPil(size={"shortest_edge": 80}), make_tokenizer()).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def exported(model_folder, tmp_path_factory):
-    """The class map with words as an input."""
-    folder = tmp_path_factory.mktemp("exported") / "model"
-    return folder, export(model_folder, folder)
-
-
-@pytest.fixture(scope="module")
-def segment(model_folder):
-    return pipeline("open-vocab-segmentation", model=str(model_folder))
 
 
 def session(folder, name="vision_model"):
@@ -55,6 +29,7 @@ def test_the_folder_has_what_a_client_needs(exported, model_folder):
         "tokenizer_config.json",
         "spar_export.json",
         "onnx/vision_model.onnx",
+        "onnx/vision_model_quantized.onnx",
         "onnx/text_model.onnx",
     }
     assert json.loads((folder / "spar_export.json").read_text()) == json.loads(json.dumps(record))
@@ -66,17 +41,18 @@ def test_the_folder_has_what_a_client_needs(exported, model_folder):
 
 
 def test_every_comparison_is_in_the_record(exported):
-    rows = exported[1]["verification"]["vision"]
+    rows = [row for row in exported[1]["verification"]["vision"] if row["dtype"] == "fp32"]
     assert len({tuple(row["size"]) for row in rows}) >= 5 and {row["names"] for row in rows} == {1, 3, 150, 300}
     assert all(row["logit_error"] < 1e-4 and row["labels_wrong"] == 0 for row in rows)
+    assert len(exported[1]["verification"]["vision"]) == 2 * len(rows)
     assert exported[1]["verification"]["text"]["largest_error"] < 1e-5
 
 
-def test_label_maps_are_those_of_the_pipeline(exported, segment):
+def test_label_maps_are_those_of_the_pipeline(exported, pipe):
     """As a client does it: tokenizer, text tower, templates, image processor, graph."""
     folder, record = exported
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 131, 3), dtype=np.uint8))
-    expected = segment(image, candidate_labels=WORDS, output="map")
+    expected = pipe(image, candidate_labels=WORDS, output="map")
     names = [["road", "street"], ["car", "automobile"], ["sky"]]
     flat, text = [name for some in names for name in some], record["text"]
     prompts = [template.replace("{}", name) for name in flat for template in text["templates"]]
@@ -97,11 +73,11 @@ def test_label_maps_are_those_of_the_pipeline(exported, segment):
         assert confidence[0][labels[0] == label].mean() == pytest.approx(score, abs=1e-3)
 
 
-def test_words_can_be_part_of_the_graph(model_folder, segment, tmp_path):
+def test_words_can_be_part_of_the_graph(model_folder, pipe, tmp_path):
     record = export(model_folder, tmp_path / "street", words=WORDS, background=["grass", "tree"])
     image = np.random.default_rng(1).random((50, 70, 3), dtype=np.float32)
-    expected = segment(image, candidate_labels=WORDS, background=["grass", "tree"], output="map")
-    pixels = segment.image_processor(image, return_tensors="np")["pixel_values"]
+    expected = pipe(image, candidate_labels=WORDS, background=["grass", "tree"], output="map")
+    pixels = pipe.image_processor(image, return_tensors="np")["pixel_values"]
     graph = session(tmp_path / "street")
     labels = graph.run(["labels"], {"pixel_values": pixels, "image_size": np.array([50, 70])})[0]
     assert labels.dtype == np.uint8 and np.array_equal(labels[0], expected["map"])
