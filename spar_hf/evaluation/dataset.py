@@ -92,7 +92,7 @@ def open_dataset(options: DataOptions, vocabulary: str | None = None) -> Segment
 
 def class_numbers(names: Sequence[str], labels: Sequence[str], option: str) -> list[int]:
     """
-    Numbers of classes among `labels`, by name.
+    Numbers of classes among `labels`, by name: as it stands there, or its [`class_label`].
 
     Raises:
         UsageError: there is no such class; the message names the `option`.
@@ -103,10 +103,12 @@ def class_numbers(names: Sequence[str], labels: Sequence[str], option: str) -> l
     >>> class_numbers(["Sky", "tree-merged"], ["road", "sky", "tree"], "--only_classes")
     [1, 2]
     ```"""
-    unknown = [name for name in names if class_label(name) not in labels]
-    if unknown:
+    numbers = {class_label(label): number for number, label in enumerate(labels)}
+    numbers |= {label: number for number, label in enumerate(labels)}
+    found = [numbers.get(name, numbers.get(class_label(name))) for name in names]
+    if unknown := [name for name, number in zip(names, found, strict=True) if number is None]:
         raise UsageError(f"{option}: no class is called {', '.join(unknown)}; there are {', '.join(labels)}.")
-    return [labels.index(class_label(name)) for name in names]
+    return [number for number in found if number is not None]
 
 
 def read_words(path: str) -> dict[str, Any]:
@@ -149,8 +151,9 @@ def open_with_words(
     vocabulary, opened = build_vocabulary(
         opened, words.vocabulary or protocol_vocabulary, words.class_names, words.ignore_classes or ()
     )
-    only = opened.labels if words.only_classes is None else words.only_classes
-    return opened, vocabulary, class_numbers(only, opened.labels, "--only_classes")
+    if words.only_classes is None:
+        return opened, vocabulary, list(range(len(opened.labels)))
+    return opened, vocabulary, class_numbers(words.only_classes, opened.labels, "--only_classes")
 
 
 def build_vocabulary(

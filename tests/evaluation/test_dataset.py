@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from spar_hf.data.benchmarks import BENCHMARKS
 from spar_hf.data.order import split_held_out
 from spar_hf.data.segmentation_sets import IGNORE_INDEX, SegmentationSet, make_table, open_folder, table_of_lines
 from spar_hf.evaluation.dataset import build_vocabulary, open_dataset, open_whole, open_with_words
 from spar_hf.evaluation.options import DataOptions, WordOptions
+from spar_hf.evaluation.protocols import spar
 from spar_hf.model.prompts import Vocabulary
 from spar_hf.pretraining.crops import load_sets
 from spar_hf.utils.errors import MissingFiles, UsageError
@@ -106,6 +108,28 @@ def test_ignored_classes_of_a_set_with_16_bit_masks():
     vocabulary, data = build_vocabulary(SegmentationSet("set", None, (), labels, table, "set"), None, None, ["class 1"])
     assert len(vocabulary.labels) == 299 and data.ignore_index == 65535 and data.table.dtype == np.int32
     assert data.table[[0, 1, 2, 255, 299, 300, 65535]].tolist() == [0, 65535, 1, 254, 298, -1, 65535]
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_every_benchmark_opens_with_its_words(name, tmp_path):
+    """Labels with hyphens or capitals (`post-it`, `Black-footed Albatross`) are classes like others."""
+    entry = BENCHMARKS[name]
+    folder = "city/" * entry.depth + "street"
+    for pattern, mode in ((entry.images[0], "RGB"), (entry.masks[0][0], "L")):
+        path = tmp_path / pattern.format(folder)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new(mode, (4, 3)).save(path)
+    if entry.listing:
+        (tmp_path / entry.listing).parent.mkdir(parents=True)
+        (tmp_path / entry.listing).write_text("street\n")
+    options = DataOptions(dataset=str(tmp_path), benchmark=name)
+    data, words, scored = open_with_words(options, WordOptions(), spar(name, "siglip").vocabulary)
+    assert scored == list(range(len(data.labels))) and words.labels == data.labels
+    last = data.labels[-1]
+    _, _, only = open_with_words(options, WordOptions(only_classes=[last, data.labels[0]]))
+    assert only == [len(data.labels) - 1, 0]
+    left, _, _ = open_with_words(options, WordOptions(ignore_classes=[last]))
+    assert left.labels == data.labels[:-1]
 
 
 def test_vocabulary(tmp_path):
