@@ -15,13 +15,15 @@ import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
+
+from spar_hf.utils.fields import option
 
 # how the proxy, another process, learns the limit on a request, and the file whose presence means that the server stops
 LIMIT_VARIABLE, STOP_VARIABLE = "SPAR_MAX_BODY_BYTES", "SPAR_STOP_FILE"
@@ -30,17 +32,13 @@ CLIENT_TIMEOUTS = (b"x-request-timeout-seconds", b"x-request-disconnect-disabled
 logger = logging.getLogger("ray.serve")
 
 
-def option(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
-
-
 @dataclass
 class Settings:
     model: str | None = option(None, "Folder or hub id of a two-tower model. Default: the embedded spar-tiny.")
     host: str = option("127.0.0.1", "Address to serve; 0.0.0.0 serves the whole network.")
     port: int = option(8000, "Port to serve.")
     replicas: int = option(1, "Processes with a model each.")
-    threads: int | None = option(None, "Threads of each replica. Default: all processors, divided by the replicas.")
+    threads: int | None = option(None, "Threads of each replica. Default: the processors, divided by the replicas.")
     gpus: float = option(0.0, "GPUs of each replica, perhaps a part of one.")
     batch_size: int = option(1, "Images that a replica segments together. Batches gain on GPUs, not on CPUs.")
     max_waiting: int = option(32, "Requests that may wait for a replica; further ones are answered with 503.")
@@ -132,7 +130,7 @@ class Segmenter:
 
     async def __call__(self, request: Request) -> Response:
         if request.url.path == "/health":
-            return JSONResponse({"status": "ok", "process": os.getpid()})
+            return JSONResponse({"status": "ok"})
         if request.url.path != "/" or request.method != "POST":
             return refusal(405 if request.url.path == "/" else 404, "POST an image to / or GET /health.")
         try:
@@ -186,12 +184,13 @@ class Segmenter:
 
 
 def build(settings: Settings) -> Any:
-    """The application for `serve.run`."""
+    """The application for `serve.run`, once Ray has started."""
+    import ray
     from ray import serve
     from ray.serve.config import BackpressureConfig
 
     Segmenter.segment = serve.batch(max_batch_size=1, batch_wait_timeout_s=0)(Segmenter.segment)
-    threads = settings.threads or max(1, (os.cpu_count() or 1) // settings.replicas)
+    threads = settings.threads or max(1, int(ray.cluster_resources()["CPU"]) // settings.replicas)
     limits = {
         "max_bytes": int(settings.max_megabytes * 2**20),
         "max_pixels": int(settings.max_megapixels * 1e6),
@@ -200,7 +199,7 @@ def build(settings: Settings) -> Any:
     deployment = serve.deployment(
         name="segmenter",
         num_replicas=settings.replicas,
-        ray_actor_options={"num_cpus": threads, "num_gpus": settings.gpus},
+        ray_actor_options={"num_cpus": 0, "num_gpus": settings.gpus},  # the threads are stated; Ray need not count them
         max_ongoing_requests=2 * settings.batch_size + 2,  # one batch in the model, one being decoded
         max_queued_requests=settings.max_waiting,
         backpressure_config=BackpressureConfig(status_code=503, retry_after_s=1),

@@ -28,6 +28,7 @@ SCRIPTS = {
     "pretrain_tiny": (OUTPUT, ("--data", NOWHERE), "`images/`"),
     "seams": (("--images", NOWHERE), ("--tile", "64", "--overlaps", "48"), "--overlaps"),
     "quality_cost": ((*MODEL, *OUTPUT, "--images", NOWHERE, "--dataset", NOWHERE), ("--steps", "0"), "--steps"),
+    "serving_load": ((), ("--concurrency", "0"), "--concurrency"),
     "generalisation": ((*MODEL, *OUTPUT), ("--data", f"/{NOWHERE}"), NOWHERE),
 }
 WRONG = [(script, (*needed, *wrong), message) for script, (needed, wrong, message) in SCRIPTS.items()]
