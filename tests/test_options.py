@@ -109,7 +109,7 @@ def open_training_images(options):
 
 
 def open_panoptic_images(options):
-    with TrainingRun(Accelerator(cpu=True), options.run, {}, dict, []) as run:
+    with TrainingRun(Accelerator(cpu=True), options.run, {}, dict, [Path("model")]) as run:
         return open_data(options.data, run)[0].read_image(0)
 
 

@@ -374,7 +374,4 @@ def main(args: list[str] | None = None) -> Path | None:
     ):
         logger.info("The run is complete, nothing is left to do: %s", written)
         return written
-    folder = Distillation(options).run()
-    if folder is not None:
-        logger.info("written: %s", folder)
-    return folder
+    return Distillation(options).run()

@@ -8,7 +8,8 @@ transformers backbone that SPAR reads, and measure the mean intersection over un
 
 Heads of several learning rates are trained on the same features in one run. The best on the test images is chosen, as is
 usual in linear probing; the results list them all. `OUTPUT/model` holds the best head with its vision model, for
-`pipeline("image-segmentation")`; the batch norm is absorbed into its linear layer. `OUTPUT/results.json` holds the figures.
+`pipeline("image-segmentation")`; the batch norm is absorbed into its linear layer. `OUTPUT/results.json` holds the figures,
+`OUTPUT/log.jsonl` the losses of the heads.
 
 Images are split over the processes. Batch norm sees the batch of its own process.
 """
@@ -199,6 +200,7 @@ def train_heads(
         optimizer.zero_grad()
         if step % 20 == 0:
             bar.set_postfix(loss=f"{losses.min().item():.3f}")
+            run.log.write({"step": step + 1, "losses": losses.tolist()})
         if run.after_step(step + 1, bad_steps=bad):
             break
 

@@ -45,10 +45,7 @@ CALIBRATION_IMAGES = 64  # images from which mean and variance of the features a
 
 def main(args: list[str] | None = None) -> Path | None:
     """The command; returns the folder of the model, or `None` where the run was stopped."""
-    folder = PanopticTrainer(PanopticOptions.parse(args, __doc__)).run()
-    if folder is not None:
-        logger.info("written: %s", folder)
-    return folder
+    return PanopticTrainer(PanopticOptions.parse(args, __doc__)).run()
 
 
 @dataclass

@@ -39,10 +39,7 @@ PARTS = {"train": "files", "held_out": "held_out"}  # part of a run's record: at
 
 def main(args: list[str] | None = None) -> Path | None:
     """The command; returns the folder of the model, or `None` where the run was stopped."""
-    folder = train(PretrainingOptions.parse(args, __doc__))
-    if folder is not None:
-        logger.info("written: %s", folder)
-    return folder
+    return train(PretrainingOptions.parse(args, __doc__))
 
 
 def train(options: PretrainingOptions) -> Path | None:

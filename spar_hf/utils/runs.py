@@ -211,7 +211,8 @@ class TrainingRun:
         accelerator: of the run.
         options: `output`, `resume`, `overwrite`, `save_steps`, `allow_changed_data` and `max_bad_steps` of the command.
         settings: options that a resumed run must share, see [`settings_of`].
-        upgrade, results: see [`earlier_state`].
+        upgrade: see [`earlier_state`].
+        results: what the run writes in the end; the last one is named in its last message.
 
     Attributes:
         state: what the checkpoint of a resumed run kept; `None` for a new run.
@@ -236,7 +237,7 @@ class TrainingRun:
     ):
         self.accelerator, self.options, self.output = accelerator, options, Path(options.output)
         self.settings = settings | {"mixed_precision": accelerator.mixed_precision}
-        self.stopped = False
+        self.results, self.stopped = results, False
         resume, overwrite, processes = options.resume, options.overwrite, accelerator.num_processes
         with contextlib.ExitStack() as exits:
             exits.enter_context(RunFolder(accelerator, self.output))
@@ -318,6 +319,8 @@ class TrainingRun:
             if kind is None:
                 self.accelerator.wait_for_everyone()
                 end_run(self.accelerator)
+        if kind is None and not self.stopped:
+            logger.info("written: %s", self.results[-1])
 
 
 def end_run(accelerator: Accelerator) -> None:

@@ -71,8 +71,9 @@ def arguments(backbone, dataset, output, *more):
     return [str(argument) for argument in (*folders, *split, *short, *more)]
 
 
-def test_probe_learns_and_its_folder_gives_the_masks_that_were_measured(backbone, dataset, tmp_path):
+def test_probe_learns_and_its_folder_gives_the_masks_that_were_measured(backbone, dataset, tmp_path, caplog):
     report = main(arguments(backbone, dataset, tmp_path / "probe"))
+    assert caplog.messages[-1] == f"written: {tmp_path / 'probe' / 'model'}"
     assert (report["train_images"], report["test_images"]) == (6, 2)
     low, high = (row["mean_iou"] for row in report["heads"])
     assert low < high and high > 0.6  # a learning rate of nothing learns nothing
@@ -169,6 +170,8 @@ def test_a_killed_run_resumes_to_the_last_bit(backbone, dataset, tmp_path, monke
     assert resumed["heads"] == whole["heads"] and resumed["features_made"] == 20 * 3 + 2
     weights = [load_file(tmp_path / run / "model" / "model.safetensors") for run in ("whole", "cut")]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    logs = [[json.loads(row) for row in (tmp_path / run / "log.jsonl").open()] for run in ("whole", "cut")]
+    assert logs[0] == logs[1] and [(row["step"], len(row["losses"])) for row in logs[0]] == [(1, 2), (21, 2), (41, 2)]
 
 
 def test_heads_without_their_norm_give_the_same_logits():

@@ -9,7 +9,7 @@ from launching import ENVIRONMENT, TRAINING
 
 SIZES = ["--decision", "60", "512", "512", "--large_decision", "7", "320", "192"]
 SIZES += ["--many_names", "70", "72", "100", "--forward_size", "64"]
-SIZES += ["--height", "64", "--width", "96", "--images", "2", "--repeats", "2", "--device", "cpu"]
+SIZES += ["--height", "64", "--width", "96", "--image_count", "2", "--repeats", "2", "--device", "cpu"]
 
 
 @pytest.mark.slow

@@ -52,4 +52,6 @@ def test_study_writes_table_and_picture_and_repeats_nothing(base_folder, dataset
     assert json.loads((output / "quality_cost.json").read_text())["rows"] == report["rows"]
     assert all(path.stat().st_mtime_ns == moment for path, moment in logs.items())
     refused = study("--stride", 16)
+    assert refused.returncode == 2 and "--overwrite" in refused.stderr
+    refused = study("--stride", 16, "--overwrite")
     assert refused.returncode == 2 and "other options" in refused.stderr

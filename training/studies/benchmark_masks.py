@@ -29,7 +29,7 @@ from spar_hf.model.vocabularies import VOCABULARIES
 from spar_hf.utils.atomic import write_json
 from spar_hf.utils.devices import PeakMemory, clock
 from spar_hf.utils.errors import UsageError, as_usage_errors, run_command
-from spar_hf.utils.options import parse_dataclasses
+from spar_hf.utils.options import formerly, parse_dataclasses
 
 PATCH = 16
 SCALE = 40.0  # the published factor on cosines
@@ -60,9 +60,12 @@ class MaskOptions(Options):
     forward_size: int = field(
         default=1024, metadata={"help": "Side in pixels of the image whose masks are timed against the vision forward."}
     )
-    images: int = field(default=8, metadata={"help": "Number of images in the folder and in the batch."})
+    image_count: int = field(
+        default=8, metadata={"help": "Images in the folder and in the batch.", "aliases": formerly("images")}
+    )
 
     def __post_init__(self):
+        super().__post_init__()
         super().__post_init__()
         for name in ("decision", "large_decision", "many_names"):
             if len(getattr(self, name)) != 3 or min(getattr(self, name)) < 1:
@@ -211,7 +214,7 @@ def beside_the_forward(options: MaskOptions) -> list[dict]:
 def folder_throughput(segment, options: MaskOptions) -> dict:
     """Images per second of a folder through the pipeline, relative to a bare loop of vision forwards on ready tensors."""
     with TemporaryDirectory() as folder:
-        paths = [Path(folder) / f"{i}.jpg" for i in range(options.images)]
+        paths = [Path(folder) / f"{i}.jpg" for i in range(options.image_count)]
         for path in paths:
             noise(options.height, options.width).save(path)
         ready = [segment.preprocess(path)["pixel_values"].to(options.device) for path in paths]
@@ -228,7 +231,7 @@ def folder_throughput(segment, options: MaskOptions) -> dict:
 @torch.no_grad()
 def batch_speed(segment, options: MaskOptions) -> dict:
     """Images of equal size one by one, relative to the same in batches."""
-    images, labels = [noise(options.height, options.width)] * options.images, ["road", "sky"]
+    images, labels = [noise(options.height, options.width)] * options.image_count, ["road", "sky"]
     return compare(
         f"{len(images)} equal images one by one over batch_size=4, {options.height}×{options.width}",
         lambda: segment(images, candidate_labels=labels, output="map"),

@@ -5,7 +5,8 @@ teacher and from samples of its windows.
     python training/studies/quality_cost.py --model BASE --images IMAGES --dataset DATA --output DIR --windows 5 10 20 40
 
 Trains with `distill.py`, measures mIoU with `evaluate.py`, and writes `DIR/quality_cost.json` and `.png`. Finished runs
-are not repeated, so the same command continues a study that was stopped.
+are not repeated, so the same command continues a study that was stopped. With other options, such as more windows, the table
+of an earlier study there is only replaced with `--overwrite`.
 """
 
 import itertools
@@ -32,7 +33,7 @@ from spar_hf.distillation.recipes import parse_options
 from spar_hf.model.image_input import open_image
 from spar_hf.teacher import VARIANTS, WindowPlan
 from spar_hf.utils.atomic import write_atomically, write_json
-from spar_hf.utils.checkpoints import list_checkpoints
+from spar_hf.utils.checkpoints import check_replaceable, differences, list_checkpoints, settings_of
 from spar_hf.utils.errors import UsageError, as_usage_errors, run_command
 from spar_hf.utils.fields import option, required
 from spar_hf.utils.options import parse_dataclasses
@@ -64,6 +65,7 @@ class Options:
     stride: int = option(24, "Stride of the teacher's windows in pixels.")
     distill: str = option("", 'More options of distill.py, in one string: --distill="--learning_rate 1e-4".')
     evaluate: str = option("", 'More options of evaluate.py, in one string: --evaluate="--shortest_edge 480".')
+    overwrite: bool = option(False, "Replace the table of an earlier study with other options; its runs are kept.")
 
     def __post_init__(self):
         unknown = [variant for variant in self.variants if variant not in VARIANTS]
@@ -275,8 +277,18 @@ def show(rows: list[dict], before: float, base: float) -> None:
 
 
 def study(options: Options) -> dict[str, Any]:
-    """Carry out what is missing of the study; write and return its table."""
+    """
+    Carry out what is missing of the study; write and return its table.
+
+    Raises:
+        UsageError: the folder holds the table of other options, or a run of another setting.
+    """
     output = Path(options.output)
+    table = output / "quality_cost.json"
+    settings = settings_of(options, {"output", "overwrite"})
+    earlier = json.loads(table.read_text(encoding="utf-8"))["options"] if table.is_file() else settings
+    if differences(earlier, settings):
+        check_replaceable([table], options.overwrite)
     output.mkdir(parents=True, exist_ok=True)
     counts = windows_per_image(options)
     runs, results = plan_runs(options), []
@@ -291,7 +303,7 @@ def study(options: Options) -> dict[str, Any]:
     before, base = statistics.mean(result["before"] for result in results), known["mean_iou"]
     rows = summarise(runs, results, base, counts, options)
     report = {"options": vars(options), "before": {"mse": before, "mean_iou": base}, "rows": rows}
-    write_json(output / "quality_cost.json", report)
+    write_json(table, report)
     draw(rows, before, base, output / "quality_cost.png")
     show(rows, before, base)
     return report
