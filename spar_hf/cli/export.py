@@ -29,6 +29,13 @@ Surroundings = Annotated[
     ),
 ]
 Dtype = Annotated[str, typer.Option(help="Precisions, separated by commas: fp32, fp16, bf16, int8. A graph each.")]
+Vendor = Annotated[
+    Path | None,
+    typer.Option(
+        help="For --format web: folder in which the packages of the page were installed with npm; they are copied. Default: "
+        "the page loads them from a public CDN."
+    ),
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help=HELP["overwrite"])]
 
 
@@ -41,6 +48,7 @@ def export(
     templates: Templates = None,
     surroundings: Surroundings = None,
     dtype: Dtype = "fp32",
+    vendor: Vendor = None,
     overwrite: Overwrite = False,
 ) -> None:
     """
@@ -73,6 +81,7 @@ def export(
             background=surroundings,
             dtypes=dtypes,
             overwrite=overwrite,
+            vendor=vendor,
         )
     for line in table(record["verification"]["vision"]):
         say(line)

@@ -27,6 +27,7 @@ def export(
     background: str | Sequence[str] | None = None,
     dtypes: Sequence[str] = ("fp32",),
     overwrite: bool = False,
+    vendor: str | os.PathLike | None = None,
 ) -> dict[str, Any]:
     """
     Export a model as a folder for programs without PyTorch. See `docs/export.md` for its files, inputs and outputs.
@@ -50,6 +51,7 @@ def export(
             Precisions, a graph each: `"fp32"`, `"fp16"`, `"bf16"`, `"int8"`. The last norm, read-out, cosine and decision
             stay in float32.
         overwrite (`bool`, *optional*, defaults to `False`): replace an existing folder.
+        vendor (*optional*): for `"web"`, the folder of its packages, see `spar_hf/export/web.py`.
 
     Returns:
         The contents of `spar_export.json`.
@@ -72,6 +74,11 @@ def export(
         raise UsageError(f"{folder} exists. Name another folder with --output, or add --overwrite.")
     if background is not None and words is None:
         raise UsageError("--background is part of the classes: give them with --words, or name it at run time.")
+    if vendor is not None and format != "web":
+        raise UsageError(f"--vendor is for --format web, not {format}. Leave it out.")
+    extension = import_module(f"spar_hf.export.{EXTENSIONS[format][1]}") if format in EXTENSIONS else None
+    if extension is not None:
+        extension.check(head, vendor)
     source = load_source(str(model))
     check_head(source, head, words)
     baked = embed_words(source, words, templates, background)
@@ -90,7 +97,7 @@ def export(
             text = writer.write_text_tower(temporary, source)
             record["text_graph"] = text.path
             record["verification"]["text"] = verify_text(source, text.runs[0])
-        if format in EXTENSIONS:
-            import_module(f"spar_hf.export.{EXTENSIONS[format][1]}").add_files(temporary, record)
+        if extension is not None:
+            extension.add_files(temporary, record, vendor)
         write_json(temporary / RECORD, record)
     return record
