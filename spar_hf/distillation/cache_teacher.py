@@ -6,6 +6,10 @@ checksums; `manifest.json` states model, window, stride, images and views. A kil
 finished shards are kept, and damaged ones made anew.
 
     accelerate launch training/cache_teacher.py --model BASE --images IMAGES --output CACHE --views 4
+    accelerate launch training/cache_teacher.py --model BASE --images IMAGES --output CACHE --preset spar
+
+The second draws one view of each image as published; `distill --preset spar --teacher_mode cached --teacher_cache CACHE`
+then is the published training, which runs the teacher once.
 """
 
 import datetime
@@ -28,6 +32,8 @@ from spar_hf.data.order import split_images
 from spar_hf.data.sources import Files, ImageSelection, list_files
 from spar_hf.distillation.models import make_teacher
 from spar_hf.distillation.options import WindowOptions
+from spar_hf.distillation.presets import HELP_PRESET, PRESETS, REPLACES, with_preset
+from spar_hf.distillation.recipes import given_options, to_arguments
 from spar_hf.distillation.teacher_cache import (
     MANIFEST,
     TeacherCache,
@@ -61,6 +67,7 @@ class StorageOptions:
     """What is stored where."""
 
     output: str = required("Folder to write the cache to.")
+    preset: str | None = option(None, HELP_PRESET)
     views: int = option(1, "Augmented views per image.")
     shard_maps: int = option(16, "Maps per shard: at most these are computed again after a kill.")
     mixed_precision: str | None = option(None, HELP["mixed_precision"])
@@ -69,6 +76,7 @@ class StorageOptions:
     def __post_init__(self):
         require_positive(self, "views", "shard_maps")
         require_one_of(self, "mixed_precision", PRECISIONS)
+        require_one_of(self, "preset", PRESETS)
 
 
 @dataclass(kw_only=True)
@@ -94,6 +102,22 @@ class CacheOptions(ComposedOptions):
     views: Views
     teacher: WindowOptions
     storage: StorageOptions
+
+    @classmethod
+    def from_flat(cls, **values: Any) -> "CacheOptions":
+        """
+        Options under their names on the command line. A `preset` fills in what is not given and concerns a cache.
+
+        Raises:
+            UsageError: an unknown, missing or invalid option.
+        """
+        return super().from_flat(**cls.with_preset(cls.with_current_names(values)))
+
+    @classmethod
+    def with_preset(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Options with those of their preset that concern a cache: views, windows and precision."""
+        known = {name for part in cls.parts().values() for name in part.__dataclass_fields__}
+        return {name: value for name, value in with_preset(values).items() if name in known or name in values}
 
 
 def choose_images(options: ImageSelection) -> list[Path]:
@@ -358,5 +382,8 @@ def main(args: list[str] | None = None) -> TeacherCache:
     Raises:
         UsageError: invalid options, models or images.
     """
-    parts = parse_dataclasses(CacheOptions.parts().values(), args, __doc__, allow_abbrev=False)
+    args = sys.argv[1:] if args is None else args
+    given = CacheOptions.with_current_names(given_options(args))
+    filled = CacheOptions.with_preset({name: given[name] for name in ("preset", *REPLACES) if name in given})
+    parts = parse_dataclasses(CacheOptions.parts().values(), to_arguments(filled) + args, __doc__, allow_abbrev=False)
     return make_cache(CacheOptions.from_parts(parts))

@@ -15,7 +15,7 @@ from transformers.trainer_utils import SchedulerType
 
 from spar_hf.data.augmentation import Views
 from spar_hf.data.sources import ImageOptions
-from spar_hf.distillation.presets import PRESETS, with_later_options, with_preset
+from spar_hf.distillation.presets import HELP_PRESET, PRESETS, with_later_options, with_preset
 from spar_hf.distillation.trainable import ADAPTER_PARTS, BLOCK_PARTS, OTHER_PARTS
 from spar_hf.model.vocabularies import VOCABULARIES
 from spar_hf.teacher import VARIANTS
@@ -233,12 +233,7 @@ class RunOptions(SafetyOptions):
     """Where a run writes, how often it measures and saves, and whether it resumes."""
 
     output: str = required("Folder of the run; the student is written to OUTPUT/model.")
-    preset: str | None = option(
-        None,
-        f"Recipe by name ({', '.join(PRESETS)}). spar is the published one to the letter, for the last two blocks; "
-        "spar-all trains all weights, spar-all-hires also on larger images. spar-hf is this library's own, spar-hf-siglip "
-        "the same with a local start. Options given beside it take precedence; --dry_run shows what results.",
-    )
+    preset: str | None = option(None, HELP_PRESET)
     dry_run: bool = option(False, "Print all options with their defaults and the published values, and stop.")
     holdout_images: int = option(8, "Held-out images that the error is measured on.")
     log_steps: int = option(20, HELP["log_steps"])

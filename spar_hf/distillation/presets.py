@@ -60,6 +60,11 @@ PRESETS: dict[str, dict[str, Any]] = PUBLISHED_PRESETS | {
     # for SigLIP and SigLIP2: attention that starts near each patch is closer to the windows before any training
     "spar-hf-siglip": OWN | {"local_start": 0.3, "position_extent": 1024},
 }
+HELP_PRESET = (
+    f"Recipe by name ({', '.join(PRESETS)}). spar is the published one to the letter, for the last two blocks; "
+    "spar-all trains all weights, spar-all-hires also on larger images. spar-hf is this library's own, spar-hf-siglip "
+    "the same with a local start. Options given beside it take precedence; --dry_run of distill shows what results."
+)
 # What these names meant in earlier versions: a run that was begun with one of them goes on with it.
 _BEFORE: dict[str, Any] = {
     "epochs": 10,

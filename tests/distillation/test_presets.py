@@ -1,5 +1,7 @@
 """Presets: the published recipes against the facts about them, and what they meant in runs of earlier versions."""
 
+import json
+from dataclasses import asdict
 from itertools import islice
 from types import SimpleNamespace
 
@@ -7,17 +9,22 @@ import pytest
 import torch
 import yaml
 from accelerate import Accelerator
+from PIL import Image
 from rich.console import Console
 from tiny_models import CONFIGS
 from transformers import CLIPVisionConfig, DINOv3ViTConfig, SiglipVisionConfig
 
-from spar_hf import SparConfig, SparVisionModel
+from spar_hf import SparConfig, SparImageProcessorPil, SparVisionModel
+from spar_hf.data.augmentation import Views, draw_crop, view_generator
 from spar_hf.data.order import MapOrder, Sample
+from spar_hf.data.training_images import TrainingImages
+from spar_hf.distillation import cache_teacher
+from spar_hf.distillation.cache_teacher import CacheOptions
 from spar_hf.distillation.dry_run import option_rows, show_options
 from spar_hf.distillation.models import make_teacher
 from spar_hf.distillation.optimisation import Optimisation
 from spar_hf.distillation.options import DistillationOptions, OptimisationOptions, StudentOptions, WindowOptions
-from spar_hf.distillation.presets import EARLIER_PRESETS
+from spar_hf.distillation.presets import EARLIER_PRESETS, PRESETS
 from spar_hf.distillation.recipes import parse_options
 from spar_hf.distillation.student import Student
 from spar_hf.distillation.trainer import main
@@ -127,6 +134,40 @@ def test_windows_of_the_published_families(backbone, window):
     plain = make_teacher(model, WindowOptions(model="m"))
     assert plain.window_size == backbone.image_size  # without a preset as before
     assert make_teacher(model, WindowOptions(model="m", window_size=64, rope_window_size=384)).window_size == 64
+
+
+def test_a_cache_is_made_with_the_same_preset(base_folder, image_folder, tmp_path, monkeypatch):
+    """The published training runs the teacher once: the cache holds the views that training by itself would draw."""
+    known = {name for part in CacheOptions.parts().values() for name in part.__dataclass_fields__}
+    for preset in PRESETS:
+        cache = CacheOptions.from_flat(model="m", images=["i"], output="o", preset=preset).flat
+        whole = DistillationOptions.from_flat(model="m", images=["i"], output="o", preset=preset).flat
+        assert {name: cache[name] for name in PRESETS[preset].keys() & known} == {
+            name: whole[name] for name in PRESETS[preset].keys() & known
+        }
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    small = ["--long_side_pixels", "96", "--short_side_pixels", "80", "--min_side_pixels", "48", "--stride", "32"]
+    words = ["--model", str(base_folder), "--images", str(image_folder), "--output", str(tmp_path / "cache")]
+    words += [*small, "--preset", "spar", "--mixed_precision", "no", "--holdout_every", "3"]
+    cache = cache_teacher.main(words)
+    views, names = parse_options(["--preset", "spar", *words[:6], *small]).views, set()
+    assert asdict(views) == {name: cache.setting[name] for name in asdict(views)} and views.fixed_views
+    for shard in cache.shards:
+        for entry in shard["maps"]:
+            path = (tmp_path / "cache" / entry["image"]).resolve()
+            crop = draw_crop(Image.open(path).size, 64, 16, views, view_generator(0, str(path)))
+            assert json.loads(json.dumps(crop.record)) == entry["crop"]
+            names.add(path.name)
+    assert len(names) == len(cache) == 4
+
+
+def test_fixed_views_do_not_change_from_epoch_to_epoch(image_folder):
+    files = sorted(map(str, image_folder.glob("*.jpg")))
+    for fixed in (True, False):
+        images = TrainingImages([], SparImageProcessorPil(), 64, 16, Views(fixed_views=fixed, min_scale=0.3))
+        shapes = [images[Sample(index, files[0], files[0], [])].pixel_values for index in range(0, 40, 8)]
+        same = all(shape.shape == shapes[0].shape and torch.equal(shape, shapes[0]) for shape in shapes)
+        assert same == fixed
 
 
 def test_own_presets_are_complete_and_differ_from_the_published():
