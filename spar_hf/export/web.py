@@ -35,6 +35,11 @@ PACKAGES = {
 }
 CDN = "https://cdn.jsdelivr.net/npm/{package}@{version}/{file}"  # unless the packages are given
 INSTALL = "npm install " + " ".join(f"{package}@{version}" for package, (version, _) in PACKAGES.items())
+WIDER = {
+    TensorProto.UINT8: TensorProto.INT32,
+    TensorProto.UINT16: TensorProto.INT32,
+    TensorProto.FLOAT16: TensorProto.FLOAT,
+}
 FILTERS = (1, 2, 3, 4, 5)  # of Pillow that the page computes
 
 
@@ -100,14 +105,14 @@ def widen_outputs(path: Path) -> None:
     other types, and would not load it.
     """
     model = onnx.load(path)
-    scan = next(node for node in model.graph.node if node.op_type == "Scan")
-    body = next(attribute.g for attribute in scan.attribute if attribute.name == "body")
-    types = {value.name: kind for value, kind in zip(body.output, (TensorProto.INT32, TensorProto.FLOAT), strict=True)}
-    for node in body.node:
-        if node.output[0] in types:
-            node.attribute[0].i = types[node.output[0]]  # `to` of a Cast
-    for outer, inner in zip(model.graph.output, body.output, strict=True):
-        outer.type.tensor_type.elem_type = inner.type.tensor_type.elem_type = types[inner.name]
+    loops = [attribute.g for node in model.graph.node for attribute in node.attribute if attribute.name == "body"]
+    for body in loops:
+        for node in body.node:
+            if node.op_type == "Cast" and node.attribute[0].i in WIDER:
+                node.attribute[0].i = WIDER[node.attribute[0].i]
+    for value in (*model.graph.output, *(value for body in loops for value in body.output)):
+        kind = value.type.tensor_type
+        kind.elem_type = WIDER.get(kind.elem_type, kind.elem_type)
     onnx.save(model, path)
 
 
