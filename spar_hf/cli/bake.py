@@ -8,6 +8,7 @@ import typer
 from spar_hf.cli.arguments import Labels, Model, Templates
 from spar_hf.cli.reporting import exit_on_error, fail, say
 from spar_hf.utils.atomic import writing_folder
+from spar_hf.utils.errors import PATH_ERRORS
 
 
 def bake(
@@ -32,7 +33,7 @@ def bake(
     from spar_hf.cli.pipelines import load_pipeline
     from spar_hf.model.modeling_spar_semantic import bake_vocabulary
 
-    with exit_on_error(usage=(), failure=(ValueError, OSError, RuntimeError)):
+    with exit_on_error(usage=(ValueError, *PATH_ERRORS)):
         pipe = load_pipeline(model)
         baked = bake_vocabulary(pipe.model, pipe.tokenizer, vocabulary, templates)
         with writing_folder(output) as temporary:

@@ -1,15 +1,17 @@
 """`spar-hf convert`: official checkpoints as folders for `AutoModel`."""
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from spar_hf.cli.reporting import exit_on_error, quiet_transformers, say
+from spar_hf.utils.errors import PATH_ERRORS
 from spar_hf.utils.options import HELP
 
 Checkpoint = Annotated[Path, typer.Argument(help="Official checkpoint: .ckpt, .pt, .pth or .safetensors.")]
-Family = Annotated[str, typer.Option(help="siglip2, openclip or dinov3txt.")]
+Family = StrEnum("Family", ["siglip2", "openclip", "dinov3txt"])  # as in `spar_hf.conversion`, which imports torch
 Base = Annotated[str, typer.Option(help="Hub id or folder of the base model in the format of transformers.")]
 Output = Annotated[Path, typer.Option(help="Folder to write.")]
 Tokenizer = Annotated[
@@ -32,7 +34,7 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", "--force", help=HELP["ov
 
 def convert(
     checkpoint: Checkpoint,
-    family: Family,
+    family: Annotated[Family, typer.Option(help="Family of the checkpoint.")],
     base: Base,
     output: Output,
     tokenizer: Tokenizer = None,
@@ -46,10 +48,10 @@ def convert(
     from spar_hf.conversion import convert as convert_checkpoint
 
     quiet_transformers()
-    with exit_on_error(usage=(), failure=(ValueError, OSError, RuntimeError)):
+    with exit_on_error(usage=(ValueError, *PATH_ERRORS)):
         report = convert_checkpoint(
             checkpoint,
-            family,
+            family.value,
             base,
             output,
             tokenizer=tokenizer,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from spar_hf.utils.errors import UsageError
+from spar_hf.utils.errors import MissingFiles, UsageError
 
 # prefixes of wrappers, Lightning and data parallelism
 PREFIXES = ("segmentor.net.", "module.", "model.")
@@ -24,13 +24,13 @@ def read_tensors(path: str | Path) -> dict[str, torch.Tensor]:
     of wrappers from their names.
 
     Raises:
-        FileNotFoundError: no such file.
+        MissingFiles: no such file.
         UsageError: the file is not a checkpoint, is damaged, contains no tensors, or contains other Python objects, which
             are never unpickled.
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is not a file. {FORMATS}")
+        raise MissingFiles(f"{path} is not a file. {FORMATS}")
     content: Any
     try:
         if path.suffix == ".safetensors":

@@ -90,7 +90,7 @@ def convert(
 
     Raises:
         FileExistsError: `output` exists and `force` is not given, or it is not a SPAR folder.
-        FileNotFoundError: no such checkpoint.
+        MissingFiles: no such checkpoint.
         UsageError: an unknown family, a base of another family, a file that contains code, tensors that do not fit or hold
             NaN; another process converts to the same folder.
         RuntimeError: the written folder differs from the reference implementation by more than 1e-4.

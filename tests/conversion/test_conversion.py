@@ -40,6 +40,7 @@ from transformers import (
 from typer.testing import CliRunner
 
 from spar_hf import SlidingWindowTeacher, SparForOpenVocabSegmentation, SparProcessor, SparVisionModel
+from spar_hf.cli.convert import Family
 from spar_hf.cli.main import app
 from spar_hf.conversion import convert
 from spar_hf.conversion.checkpoint_tensors import read_tensors
@@ -282,6 +283,7 @@ def test_code_in_a_checkpoint_is_never_run(tmp_path, monkeypatch):
         ("cut_old.ckpt", "is damaged or truncated"),
         ("objects.pt", r"contains Python objects \(datetime.timedelta\)"),
         ("list.pt", "contains a list"),
+        ("none.pt", "is not a file"),
     ],
 )
 def test_files_that_are_no_checkpoint_give_one_line_and_no_advice_to_run_code(tmp_path, recwarn, name, message):
@@ -310,7 +312,7 @@ def test_files_that_are_no_checkpoint_give_one_line_and_no_advice_to_run_code(tm
         str(tmp_path / "o"),
     ]
     result = CliRunner().invoke(app, command)
-    assert result.exit_code == 1 and result.output.count("\n") == 1, result.output
+    assert result.exit_code == 2 and result.output.count("\n") == 1, result.output
     assert "weights_only" not in result.output and not recwarn.list
     with pytest.raises(ValueError, match=message):
         read_tensors(tmp_path / name)
@@ -324,8 +326,9 @@ def test_command_line_refuses_to_overwrite(tmp_path):
     first = CliRunner().invoke(app, command)
     assert first.exit_code == 0, first.output
     assert "largest difference, texts" in first.output and "0 skipped" in first.output
+    assert {family.value for family in Family} == set(converter.FAMILIES)
     again = CliRunner().invoke(app, command)
-    assert again.exit_code == 1 and "--overwrite" in again.output
+    assert again.exit_code == 2 and "--overwrite" in again.output
     assert CliRunner().invoke(app, [*command, "--overwrite"]).exit_code == 0
     assert CliRunner().invoke(app, [*command, "--force"]).exit_code == 0  # its name in version 0.1
 
