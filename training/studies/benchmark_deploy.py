@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from benchmark import TINY, Options, SuiteOptions, load, ratio_row, setting
 from benchmark_masks import make_pipeline, noise
-from deployment_paths import EAGER, PATHS, PathFailed, Worker
+from deployment_paths import EAGER, PATHS, PathFailed, Taken, Worker
 from rich.console import Console
 from rich.markdown import Markdown
 from tqdm.auto import tqdm
@@ -41,6 +41,7 @@ from spar_hf.cli.pipelines import load_pipeline
 from spar_hf.data.segmentation_sets import open_folder
 from spar_hf.evaluation.iou import area_scores, count_pixels
 from spar_hf.export.exporting import export
+from spar_hf.export.verification import NotVerified
 from spar_hf.model.image_input import read_rgb
 from spar_hf.model.prompts import Vocabulary
 from spar_hf.model.segmentation import decide
@@ -125,11 +126,31 @@ def open_subject(name: str, options: DeployOptions) -> Subject:
     return Subject(name, segment.model.vision_model, segment, images)
 
 
-def export_graphs(folder: Path, wanted: set[tuple[str, str]]) -> None:
-    """Export the model in `folder` as the graphs that the ways read, `(format, dtype)`: a folder for each format."""
+def export_graphs(folder: Path, wanted: set[tuple[str, str]]) -> dict[tuple[str, str], str]:
+    """
+    Export the model in `folder` as the graphs that the ways read, `(format, dtype)`, and write where they are to
+    `graphs.json`. Returns why some could not be written, such as those that do not agree with PyTorch.
+    """
+    graphs: dict[str, str] = {}
+
+    def attempt(name: str, dtypes: list[str]) -> str | None:
+        output = folder / "-".join([name, *dtypes])
+        try:
+            record = export(folder / "model", output, format=name, head="features", dtypes=dtypes)
+        except (UsageError, NotVerified) as error:
+            return str(error)
+        graphs.update({f"{name} {dtype}": str(output / path) for dtype, path in record["graphs"].items()})
+        return None
+
+    failed = {}
     for name in sorted({name for name, _ in wanted}):
         dtypes = sorted(dtype for format_of, dtype in wanted if format_of == name)
-        export(folder / "model", folder / name, format=name, head="features", dtypes=dtypes)
+        error = attempt(name, dtypes)
+        if error is not None:  # of one of them, perhaps
+            errors = {dtype: attempt(name, [dtype]) if len(dtypes) > 1 else error for dtype in dtypes}
+            failed |= {(name, dtype): error for dtype, error in errors.items() if error is not None}
+    write_json(folder / "graphs.json", graphs)
+    return failed
 
 
 class Comparison:
@@ -143,10 +164,7 @@ class Comparison:
 
     def __init__(self, subject: Subject, folder: Path, eager: Worker, options: DeployOptions):
         self.subject, self.folder, self.eager, self.options = subject, folder, eager, options
-        self.vocabularies = {}
-        if subject.segment is not None:
-            words = (Vocabulary.parse(parse_labels(PRESETS["everyday"])), Vocabulary.parse("ade20k"))
-            self.vocabularies = {str(len(vocabulary.labels)): vocabulary for vocabulary in words}
+        self._labels: dict[str, list[np.ndarray]] = {}  # of eager float32
 
     def features(self, worker: Worker, name: str, pixels: np.ndarray) -> np.ndarray:
         """The feature map of an image; that of eager float32 is computed once."""
@@ -170,48 +188,56 @@ class Comparison:
         self.eager.run(image)
         first = worker.run(image)
         pairs = [(self.eager.run(image), worker.run(image)) for _ in range(self.options.repeats)]
-        row = ratio_row(size, "seconds", pairs, "")
-        return {
-            "speed": row["ratio"],
-            "middle_half": row["middle_half"],
-            "seconds": row["bare_seconds"],
-            "eager_seconds": row["seconds"],
-            "first_seconds": first,  # of this size: torch.compile may compile again
-        }
+        found = {f"first_{name}": value for name, value in first._asdict().items()}  # a new size may be compiled again
+        for name in Taken._fields:
+            row = ratio_row(size, "seconds", [(getattr(a, name), getattr(b, name)) for a, b in pairs], "")
+            found[f"speed_in_{name}"], found[f"middle_half_in_{name}"] = row["ratio"], row["middle_half"]
+            found[name], found[f"eager_{name}"] = row["bare_seconds"], row["seconds"]
+        return found
 
     def agreement(self, worker: Worker) -> dict[str, Any]:
         """Cosine of features and equal labels."""
         size = self.options.sizes[0]
         pair = [torch.from_numpy(self.features(one, size, self.noise(size))) for one in (worker, self.eager)]
         found: dict[str, Any] = {"cosine": float(torch.cosine_similarity(*pair, dim=1).mean())}
-        for words, vocabulary in self.vocabularies.items():
-            equal = []
-            for number, image in enumerate(self.subject.images):
-                working = image.shape[-2:]
-                ours, eager = (
-                    self.subject.labels(self.features(one, f"image-{number}", image), vocabulary, working, working)
-                    for one in (worker, self.eager)
-                )
-                equal.append(float((ours == eager).mean()))
-            found[f"equal_{words}"] = {"mean": statistics.mean(equal), "least": min(equal)}
+        if self.subject.segment is None:
+            return found
+        vocabularies = [Vocabulary.parse(words) for words in (parse_labels(PRESETS["everyday"]), "ade20k")]
+        equal = []
+        for number, image in enumerate(self.subject.images):
+            asked = (f"image-{number}", image, vocabularies, image.shape[-2:])
+            pairs = zip(self.labels(worker, *asked), self.labels(self.eager, *asked), strict=True)
+            equal.append([float((ours == eager).mean()) for ours, eager in pairs])
+        for vocabulary, shares in zip(vocabularies, zip(*equal, strict=True), strict=True):
+            found[f"equal_{len(vocabulary.labels)}"] = {"mean": statistics.mean(shares), "least": min(shares)}
+        return found
+
+    def labels(
+        self, worker: Worker, name: str, pixels: np.ndarray, vocabularies: Sequence[Vocabulary], size: tuple
+    ) -> list[np.ndarray]:
+        """Label maps of an image, one for each vocabulary; those of eager float32 are computed once."""
+        if worker is self.eager and name in self._labels:
+            return self._labels[name]
+        features, working = self.features(worker, name, pixels), pixels.shape[-2:]
+        found = [self.subject.labels(features, vocabulary, working, size) for vocabulary in vocabularies]
+        if worker is self.eager:
+            self._labels[name] = found
         return found
 
     def camvid(self, worker: Worker) -> dict[str, Any]:
         """mIoU on frames of CamVid, and that of eager float32."""
         data = open_folder(self.options.camvid, readable=True)
-        vocabulary = Vocabulary.parse({label: [label] for label in data.labels})
+        vocabulary, classes = Vocabulary.parse({label: [label] for label in data.labels}), len(data.labels)
+        counts = np.zeros((2, classes, classes), np.int64)
         step = max(1, len(data) // self.options.frames)
-        counts = {True: 0, False: 0}
         for number in range(0, len(data), step)[: self.options.frames]:
             image, mask = data.read(number)
             pixels = self.subject.segment.preprocess(image)["pixel_values"].numpy()
-            for one in {worker, self.eager}:
-                features = self.features(one, f"frame-{number}", pixels)
-                labels = self.subject.labels(features, vocabulary, pixels.shape[-2:], mask.shape)
-                counts[one is self.eager] = counts[one is self.eager] + count_pixels(labels, mask, len(data.labels))
-        eager = area_scores(counts[True])["mean_iou"]
-        ours = eager if worker is self.eager else area_scores(counts[False])["mean_iou"]
-        return {"miou": 100 * ours, "eager_miou": 100 * eager}
+            for count, one in zip(counts, (worker, self.eager), strict=True):
+                (label_map,) = self.labels(one, f"frame-{number}", pixels, [vocabulary], mask.shape)
+                count += count_pixels(label_map, mask, classes)
+        ours, eager = (100 * area_scores(count)["mean_iou"] for count in counts)
+        return {"miou": ours, "eager_miou": eager}
 
 
 def measure(path: str, comparison: Comparison, row: dict[str, Any]) -> None:
@@ -220,7 +246,6 @@ def measure(path: str, comparison: Comparison, row: dict[str, Any]) -> None:
     if missing:
         row["error"] = f"{', '.join(missing)} not installed"
         return
-    row.pop("error", None)
     try:
         with ExitStack() as stack:
             worker = comparison.eager
@@ -229,11 +254,13 @@ def measure(path: str, comparison: Comparison, row: dict[str, Any]) -> None:
             for size in options.sizes:
                 if size not in row["sizes"]:
                     row["sizes"][size] = comparison.time(worker, size)
-                    row.setdefault("start_seconds", worker.start_seconds)
+                    assert worker.start is not None  # it has run
+                    for name, value in worker.start._asdict().items():
+                        row.setdefault(f"start_{name}", value)
                     row["peak_mib"] = None if (peak := worker.peak_bytes()) is None else peak / 2**20
             if "cosine" not in row:
                 row |= comparison.agreement(worker)
-            if options.camvid and comparison.vocabularies and "miou" not in row:
+            if options.camvid and comparison.subject.segment is not None and "miou" not in row:
                 row |= comparison.camvid(worker)
     except PathFailed as error:
         row["error"] = str(error)
@@ -294,20 +321,27 @@ def table(report: dict[str, Any]) -> str:
         columns += ["equal labels, 21 words", "150 words"] if any("equal_150" in row for row in rows) else []
         columns += ["mIoU"] if any("miou" in row for row in rows) else []
         lines = [" | ".join(columns), " | ".join("---" for _ in columns)]
-        lines += [" | ".join(cells(row, sizes, columns)) for row in rows]
+        lines += [" | ".join(cells(row, sizes, columns, counted(machine))) for row in rows]
         parts.append(f"**{model}**\n\n" + "\n".join(f"| {line} |" for line in lines))
     where = f"{machine.get('processor') or machine['machine']}, {machine['threads']} of {machine['cores']} cores"
-    note = "Times over eager fp32, and seconds, of one image; medians of pairs in turn."
+    kind = "CPU seconds" if counted(machine) == "cpu_seconds" else "seconds"
+    note = f"How many times faster than eager fp32, and {kind}, of one image; medians of pairs in turn."
     return "\n\n".join([f"{note} {where}, torch {machine['torch']}.", *parts]) + "\n"
 
 
-def cells(row: dict[str, Any], sizes: Sequence[str], columns: Sequence[str]) -> list[str]:
-    """The cells of a row, one for each column."""
+def counted(machine: dict[str, Any]) -> str:
+    """What the table shows: for one thread seconds of computing, which other work on the machine disturbs little."""
+    return "cpu_seconds" if machine["threads"] == 1 else "seconds"
+
+
+def cells(row: dict[str, Any], sizes: Sequence[str], columns: Sequence[str], kind: str) -> list[str]:
+    """The cells of a row, one for each column; `kind` is a field of [`Taken`]."""
     if "error" in row:
         return [row["path"], f"not measured: {row['error'][:80]}".replace("|", "/"), *[""] * (len(columns) - 2)]
     timed = [row["sizes"].get(size) for size in sizes]
-    values = [row["path"], *("" if one is None else f"{one['speed']:.2f} × ({one['seconds']:.2f} s)" for one in timed)]
-    values += [f"{row['start_seconds']:.1f}", "" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}"]
+    values = [row["path"]]
+    values += ["" if one is None else f"{one[f'speed_in_{kind}']:.2f} × ({one[kind]:.2f} s)" for one in timed]
+    values += [f"{row[f'start_{kind}']:.1f}", "" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}"]
     values.append(f"{row['cosine']:.5f}")
     if "equal labels, 21 words" in columns:
         equal = (row.get(f"equal_{words}") for words in (21, 150))
@@ -334,11 +368,15 @@ def run(options: DeployOptions) -> dict[str, Any]:
             subject.vision.save_pretrained(folder / "model")
             SparImageProcessorPil().save_pretrained(folder / "model")
             wanted = {PATHS[path].export for path, _ in mine if PATHS[path].export and not PATHS[path].missing}
-            export_graphs(folder, wanted)
+            failed = export_graphs(folder, wanted)
             with Worker(EAGER, folder, options.threads) as eager:
                 comparison = Comparison(subject, folder, eager, options)
                 for path, row in tqdm(mine, desc=name):
-                    measure(path, comparison, row)
+                    row.pop("error", None)
+                    if reason := failed.get(PATHS[path].export):
+                        row["error"] = reason
+                    else:
+                        measure(path, comparison, row)
                     if (name, path) not in rows:
                         rows[name, path] = row
                         report["rows"].append(row)

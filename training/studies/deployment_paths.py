@@ -4,7 +4,8 @@ threads, start-up and memory are its own. That process is this file, and what ru
 
     python deployment_paths.py '{"path": "OpenVINO bf16", "folder": "work", "threads": 2}'
 
-reads one request per line, `{"input": NPY, "output": NPY or null}`, and answers each with `{"seconds": SECONDS}`.
+reads one request per line, `{"input": NPY, "output": NPY or null}`, and answers each with seconds on the clock, seconds of
+computing, and those since the start of the process.
 """
 
 import json
@@ -17,12 +18,25 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 # from normalised images (batch, 3, height, width) to feature maps (batch, dim, rows, columns), both float32
 Run = Callable[[np.ndarray], np.ndarray]
+
+
+class Taken(NamedTuple):
+    """
+    What a run took.
+
+    Attributes:
+        seconds: on the clock.
+        cpu_seconds: of computing, over all threads; other work on the machine adds little to them.
+    """
+
+    seconds: float
+    cpu_seconds: float
 
 
 class PathFailed(Exception):
@@ -74,10 +88,9 @@ def torchao_path(folder: Path, threads: int, bits: int) -> Run:
     return as_run(model, compile=True)
 
 
-def exported(folder: Path, format: str, dtype: str) -> Path:
-    """A graph of an exported folder, from its record."""
-    record = json.loads((folder / format / "spar_export.json").read_text(encoding="utf-8"))
-    return folder / format / record["graphs"][dtype]
+def exported(folder: Path, format: str, dtype: str) -> str:
+    """The file of an exported graph."""
+    return json.loads((folder / "graphs.json").read_text(encoding="utf-8"))[f"{format} {dtype}"]
 
 
 def onnx_path(folder: Path, threads: int, dtype: str) -> Run:
@@ -97,8 +110,7 @@ def openvino_path(folder: Path, threads: int, dtype: str, precision: str) -> Run
     import openvino
 
     hints = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
-    path = exported(folder, "openvino", dtype)
-    request = openvino.Core().compile_model(path, "CPU", hints).create_infer_request()
+    request = openvino.Core().compile_model(exported(folder, "openvino", dtype), "CPU", hints).create_infer_request()
     return lambda pixels: request.infer({"pixel_values": pixels})["feature_map"]
 
 
@@ -134,13 +146,9 @@ PATHS = {
     "ONNX Runtime int8": DeploymentPath(partial(onnx_path, dtype="int8"), ("onnxruntime",), ("onnx", "int8")),
     **{
         f"OpenVINO {dtype}": DeploymentPath(
-            partial(openvino_path, dtype=dtype, precision=precision), packages, ("openvino", dtype)
+            partial(openvino_path, dtype=dtype, precision=precision), ("openvino", "nncf"), ("openvino", dtype)
         )
-        for dtype, precision, packages in (
-            ("fp32", "f32", ("openvino",)),
-            ("bf16", "bf16", ("openvino",)),
-            ("int8", "f32", ("openvino", "nncf")),
-        )
+        for dtype, precision in (("fp32", "f32"), ("bf16", "bf16"), ("int8", "f32"))
     },
     "torchao int8 weights": DeploymentPath(partial(torchao_path, bits=8), ("torchao",)),
     "torchao int4 weights": DeploymentPath(partial(torchao_path, bits=4), ("torchao",)),
@@ -152,11 +160,11 @@ class Worker:
     A process that runs the model in one way.
 
     Attributes:
-        start_seconds (`float`, *optional*): from the start of the process to its first result.
+        start (`Taken`, *optional*): from the start of the process to its first result.
     """
 
     def __init__(self, path: str, folder: Path, threads: int):
-        self.path, self.start_seconds = path, None
+        self.start: Taken | None = None
         self._log = folder / f"{'-'.join(path.replace(',', '').split())}.log"
         settings = json.dumps({"path": path, "folder": str(folder), "threads": threads})
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
@@ -171,9 +179,9 @@ class Worker:
                 text=True,
             )
 
-    def run(self, pixels: Path, output: Path | None = None) -> float:
+    def run(self, pixels: Path, output: Path | None = None) -> Taken:
         """
-        Seconds for the image of a file, `(1, 3, height, width)`; its feature map is written to `output`.
+        Run the image of a file, `(1, 3, height, width)`, and write its feature map to `output`.
 
         Raises:
             PathFailed: the process ended.
@@ -187,9 +195,10 @@ class Worker:
         if not answer:
             said = self._log.read_text(errors="replace").strip().splitlines()
             raise PathFailed(said[-1][:300] if said else "the process ended without a word")
-        if self.start_seconds is None:
-            self.start_seconds = time.perf_counter() - self._started
-        return json.loads(answer)["seconds"]
+        found = json.loads(answer)
+        if self.start is None:
+            self.start = Taken(time.perf_counter() - self._started, found["process_seconds"])
+        return Taken(found["seconds"], found["cpu_seconds"])
 
     def peak_bytes(self) -> int | None:
         """The most memory that the process has held; `None` where the system does not say."""
@@ -215,12 +224,12 @@ def serve(path: str, folder: str, threads: int) -> None:
     for line in sys.stdin:
         request = json.loads(line)
         pixels = np.load(request["input"])
-        start = time.perf_counter()
+        start, cpu_start = time.perf_counter(), time.process_time()
         features = run(pixels)
-        seconds = time.perf_counter() - start
+        found = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu_start}
         if request["output"]:
             np.save(request["output"], features)
-        answers.write(json.dumps({"seconds": seconds}) + "\n")
+        answers.write(json.dumps({**found, "process_seconds": time.process_time()}) + "\n")
         answers.flush()
 
 
