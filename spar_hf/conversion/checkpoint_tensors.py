@@ -3,7 +3,7 @@
 import pickle
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ from spar_hf.utils.errors import MissingFiles, UsageError
 # prefixes of wrappers, Lightning and data parallelism
 PREFIXES = ("segmentor.net.", "module.", "model.")
 FORMATS = "A checkpoint is a .safetensors file, or a .ckpt, .pt, .pth or .bin file that contains tensors only."
+BLOCK = ("self_attn.out_proj", "layer_norm1", "layer_norm2", "mlp.fc1", "mlp.fc2")  # of CLIP and SigLIP in transformers
+OPEN_CLIP_BLOCK = ("attn.out_proj", "ln_1", "ln_2", "mlp.c_fc", "mlp.c_proj")
 TORCH_STARTS = (b"PK\x03\x04", b"\x80")  # first bytes of torch.save: a zip archive, in old versions a pickle
 
 
@@ -144,14 +146,22 @@ class CheckpointTensors:
         numbers = {int(name[len(blocks) :].split(".")[0]) for name in self.remaining if name.startswith(blocks)}
         return max(numbers, default=-1) + 1
 
-    def open_clip_blocks(self, old: str, new: str) -> None:
-        """Rename the blocks of a tower of open_clip to those of CLIP and SigLIP in transformers."""
+    def blocks(self, old: str, new: str, qkv: str, layers: Sequence[str], bias: bool = True) -> None:
+        """
+        Rename the blocks of a tower to those of CLIP and SigLIP in transformers.
+
+        Args:
+            old, new: prefixes of the blocks' numbers.
+            qkv: old name of queries, keys and values, before `weight` and `bias`.
+            layers: old names of the output projection, the two norms and the two layers of the MLP.
+            bias: whether queries, keys and values have biases; those of transformers are zero if not.
+        """
         for i in range(self.depth(old)):
-            before, after = f"{old}{i}.", f"{new}{i}."
-            for part in ("weight", "bias"):
-                self.split(f"{before}attn.in_proj_{part}", [f"{after}self_attn.{name}_proj.{part}" for name in "qkv"])
-            self.linear(f"{before}attn.out_proj", f"{after}self_attn.out_proj")
-            self.linear(f"{before}ln_1", f"{after}layer_norm1")
-            self.linear(f"{before}ln_2", f"{after}layer_norm2")
-            self.linear(f"{before}mlp.c_fc", f"{after}mlp.fc1")
-            self.linear(f"{before}mlp.c_proj", f"{after}mlp.fc2")
+            projections = [f"{new}{i}.self_attn.{name}_proj." for name in "qkv"]
+            for part in ("weight", "bias") if bias else ("weight",):
+                self.split(f"{old}{i}.{qkv}{part}", [f"{name}{part}" for name in projections])
+            for name in () if bias else projections:
+                if (weight := self.renamed.get(f"{name}weight")) is not None:
+                    self.renamed[f"{name}bias"] = torch.zeros(len(weight))
+            for name, new_name in zip(layers, BLOCK, strict=True):
+                self.linear(f"{old}{i}.{name}", f"{new}{i}.{new_name}")

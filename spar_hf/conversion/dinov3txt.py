@@ -59,18 +59,8 @@ def rename(source: CheckpointTensors) -> None:
     text, new = "text_model.backbone.", "text_model.text_model."
     source.move(f"{text}token_embedding.weight", f"{new}embeddings.token_embedding.weight")
     source.move(f"{text}positional_embedding", f"{new}embeddings.position_embedding.weight")
-    for i in range(source.depth(f"{text}blocks.")):
-        before, after = f"{text}blocks.{i}.", f"{new}encoder.layers.{i}."
-        projections = [f"{after}self_attn.{name}_proj.weight" for name in "qkv"]
-        source.split(f"{before}attention.qkv.weight", projections)
-        for name in projections:  # CLIP's text model in transformers has biases; these are zero
-            if name in source.renamed:
-                source.renamed[name.replace("weight", "bias")] = torch.zeros(len(source.renamed[name]))
-        source.linear(f"{before}attention.proj", f"{after}self_attn.out_proj")
-        source.linear(f"{before}attention_norm", f"{after}layer_norm1")
-        source.linear(f"{before}ffn_norm", f"{after}layer_norm2")
-        source.linear(f"{before}feed_forward.fc1", f"{after}mlp.fc1")
-        source.linear(f"{before}feed_forward.fc2", f"{after}mlp.fc2")
+    block = ("attention.proj", "attention_norm", "ffn_norm", "feed_forward.fc1", "feed_forward.fc2")
+    source.blocks(f"{text}blocks.", f"{new}encoder.layers.", "attention.qkv.", block, bias=False)
     source.linear(f"{text}ln_final", f"{new}final_layer_norm")
     source.linear("text_model.head.linear_projection", "text_model.text_projection", bias=False)
     source.scalar("logit_scale")

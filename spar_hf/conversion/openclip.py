@@ -5,7 +5,7 @@ import math
 import torch
 from torch.nn.functional import interpolate, linear
 
-from .checkpoint_tensors import CheckpointTensors
+from .checkpoint_tensors import OPEN_CLIP_BLOCK, CheckpointTensors
 from .reference_layers import Tensors, dense, mlp, norm, open_clip_block, patches
 
 MODEL_TYPES = ("clip",)
@@ -21,13 +21,13 @@ def rename(source: CheckpointTensors) -> None:
     source.move("visual.positional_embedding", f"{vision}embeddings.position_embedding.weight")
     source.move("visual.conv1.weight", f"{vision}embeddings.patch_embedding.weight")
     source.linear("visual.ln_pre", f"{vision}pre_layrnorm")
-    source.open_clip_blocks("visual.transformer.resblocks.", f"{vision}encoder.layers.")
+    source.blocks("visual.transformer.resblocks.", f"{vision}encoder.layers.", "attn.in_proj_", OPEN_CLIP_BLOCK)
     source.linear("visual.ln_post", f"{vision}post_layernorm")
     source.move("visual.proj", f"{vision}visual_projection.weight", lambda t: t.T)
 
     source.move("token_embedding.weight", f"{text}embeddings.token_embedding.weight")
     source.move("positional_embedding", f"{text}embeddings.position_embedding.weight")
-    source.open_clip_blocks("transformer.resblocks.", f"{text}encoder.layers.")
+    source.blocks("transformer.resblocks.", f"{text}encoder.layers.", "attn.in_proj_", OPEN_CLIP_BLOCK)
     source.linear("ln_final", f"{text}final_layer_norm")
     source.move("text_projection", "text_model.text_projection.weight", lambda t: t.T)
     source.scalar("logit_scale")

@@ -5,7 +5,7 @@ import math
 import torch
 from torch.nn.functional import interpolate
 
-from .checkpoint_tensors import CheckpointTensors
+from .checkpoint_tensors import OPEN_CLIP_BLOCK, CheckpointTensors
 from .reference_layers import Tensors, attention, dense, mlp, norm, open_clip_block, patches
 
 MODEL_TYPES = ("siglip",)
@@ -18,15 +18,8 @@ def rename(source: CheckpointTensors) -> None:
     trunk, vision = "visual.trunk.", "vision_model.backbone."
     source.linear(f"{trunk}patch_embed.proj", f"{vision}embeddings.patch_embedding")
     source.move(f"{trunk}pos_embed", f"{vision}embeddings.position_embedding.weight", lambda t: t.squeeze(0))
-    for i in range(source.depth(f"{trunk}blocks.")):
-        old, new = f"{trunk}blocks.{i}.", f"{vision}encoder.layers.{i}."
-        for part in ("weight", "bias"):
-            source.split(f"{old}attn.qkv.{part}", [f"{new}self_attn.{name}_proj.{part}" for name in "qkv"])
-        source.linear(f"{old}attn.proj", f"{new}self_attn.out_proj")
-        source.linear(f"{old}norm1", f"{new}layer_norm1")
-        source.linear(f"{old}norm2", f"{new}layer_norm2")
-        source.linear(f"{old}mlp.fc1", f"{new}mlp.fc1")
-        source.linear(f"{old}mlp.fc2", f"{new}mlp.fc2")
+    timm_block = ("attn.proj", "norm1", "norm2", "mlp.fc1", "mlp.fc2")
+    source.blocks(f"{trunk}blocks.", f"{vision}encoder.layers.", "attn.qkv.", timm_block)
     source.linear(f"{trunk}norm", f"{vision}post_layernorm")
     pool, head = f"{trunk}attn_pool.", f"{vision}head."
     source.move(f"{pool}latent", f"{head}probe")
@@ -41,7 +34,7 @@ def rename(source: CheckpointTensors) -> None:
 
     source.move("text.token_embedding.weight", "text_model.embeddings.token_embedding.weight")
     source.move("text.positional_embedding", "text_model.embeddings.position_embedding.weight")
-    source.open_clip_blocks("text.transformer.resblocks.", "text_model.encoder.layers.")
+    source.blocks("text.transformer.resblocks.", "text_model.encoder.layers.", "attn.in_proj_", OPEN_CLIP_BLOCK)
     source.linear("text.ln_final", "text_model.final_layer_norm")
     source.linear("text.text_projection", "text_model.head")
     source.scalar("logit_scale")

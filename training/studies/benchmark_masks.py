@@ -5,7 +5,6 @@ whose labels must be the same; time relative to the vision forward; and the thro
     python training/studies/benchmark_masks.py --output masks.json
 """
 
-import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,7 +13,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
-from benchmark import BASE, Options, compare
+from benchmark import BASE, Options, compare, ratio_row
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
@@ -140,21 +139,15 @@ def against_the_plain_formula(size: list[int], options: MaskOptions, logits: tor
     pairs = []
     for _ in range(1 if strips else options.repeats):  # in strips it takes a minute
         pairs.append((timed(ours, options.device), timed(plain, options.device)))
-    ratios = sorted(a[0] / b[0] for a, b in pairs)
-    quarter = len(ratios) // 4
     form = "plain formula in strips, logits of the model" if strips else "plain formula"
     ours_labels, plain_result = pairs[0][0][1], pairs[0][1][1][:height, :width]
-    return {
-        "name": f"decision over {form}, {names} classes, {height}×{width}",
-        "ratio": statistics.median(ratios),
-        "middle_half": [ratios[quarter], ratios[-1 - quarter]],
-        "seconds": statistics.median(a[0] for a, _ in pairs),
-        "bare_seconds": statistics.median(b[0] for _, b in pairs),
+    name = f"decision over {form}, {names} classes, {height}×{width}"
+    goal = ("≤ 0.1, " if strips else "") + "equal labels ≥ 0.99999"
+    return ratio_row(name, "seconds", [(a[0], b[0]) for a, b in pairs], goal) | {
         "peak_mib": peak_mib(ours, options.device),
         "bare_peak_mib": peak_mib(plain, options.device),
         "formula_mib": names * height * width * 4 * 2 / 2**20,  # upsampled logits and their softmax
         "equal_labels": float((ours_labels == plain_result).double().mean()),
-        "goal": ("≤ 0.1, " if strips else "") + "equal labels ≥ 0.99999",
     }
 
 
