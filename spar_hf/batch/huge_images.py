@@ -1,6 +1,7 @@
 """Label maps of images that are larger than memory: read by windows, segmented in tiles, written strip by strip."""
 
 import contextlib
+import errno
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -64,8 +65,9 @@ def open_windows(
         OSError: the file cannot be opened.
     """
     path = Path(source)
-    if path.suffix.lower() == ".npy":
-        pixels: Any = np.load(path, mmap_mode="r", allow_pickle=False)
+    pixels: Any
+    if path.suffix.lower() == ".npy" and path.is_file():
+        pixels = map_array(path)
     elif path.is_file() and is_tiff(path):
         pixels = TiffPixels(path)
     else:
@@ -75,6 +77,26 @@ def open_windows(
     if max_pixels is not None and height * width > max_pixels:
         raise too_many_pixels(repr(str(path)), f"{width} × {height} pixels exceed {max_pixels}.")
     return windows
+
+
+def map_array(path: Path) -> np.ndarray:
+    """
+    Map the array of a `.npy` file into memory.
+
+    Raises:
+        UsageError: another kind of file, or a damaged one.
+    """
+    try:
+        pixels = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(
+            f"{path} is no array that can be read by windows, or it is damaged: {reason} Write one with `numpy.save`."
+        ) from error
+    if not isinstance(pixels, np.ndarray):
+        pixels.close()
+        raise UsageError(f"{path} is an archive of arrays. Write a single one with `numpy.save`.")
+    return pixels
 
 
 class ClassTotals:
@@ -193,8 +215,29 @@ def segment_huge(
                 shown = None if colours is None else colours(len(labels), background_class)
                 write_label_tiff(temporary, rows, size, dtype, labels, tags, shown)
 
-    write_atomically(target, write)
+    if target.suffix.lower() == ".npy":
+        check_space(target.parent, size, dtype, "The label map")
+    try:
+        write_atomically(target, write)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) and error.filename is None:
+            error.filename = str(target)  # so that the message says what does not fit
+        raise
     return HugeResult(labels, background_class, totals.pixels.tolist(), totals.scores(), size)
+
+
+def check_space(folder: Path, size: tuple[int, int], dtype: Any, what: str) -> None:
+    """
+    Raises:
+        UsageError: the disk has no room for a label map without compression.
+    """
+    needed = size[0] * size[1] * np.dtype(dtype).itemsize
+    there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.is_dir())
+    if shutil.disk_usage(there).free < needed:
+        raise UsageError(
+            f"{what} takes {needed / 2**30:.1f} GiB in {folder}, and less is free. Write to another disk, or a compressed "
+            "TIFF without `min_area`."
+        )
 
 
 def label_strips(
@@ -230,12 +273,7 @@ def after_all(
     Raises:
         UsageError, OSError: the disk is full, before the first strip or later.
     """
-    bytes_needed = size[0] * size[1] * np.dtype(dtype).itemsize
-    if shutil.disk_usage(folder).free < bytes_needed:
-        raise UsageError(
-            f"`min_area` needs {bytes_needed / 2**30:.1f} GiB in {folder} for a first version of the label map, and less is "
-            "free. Leave it out, or write to another disk."
-        )
+    check_space(folder, size, dtype, "The first version of the label map, which `min_area` needs,")
     with tempfile.TemporaryFile(dir=folder) as file:  # a file without a name, which no killed run leaves behind
         heights = []
         for strip in strips:

@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from spar_hf.model.image_input import too_many_pixels
+from spar_hf.model.image_input import TooManyPixels, too_many_pixels
 from spar_hf.utils.errors import UsageError
 
 MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 # pixel scale, tie points, transformation, the three tables of GeoKeys, rational polynomials (RPC)
 GEO_TAGS = (33550, 33922, 34264, 34735, 34736, 34737, 50844)
 TILE = 512  # side of the tiles that are written
-COLOURS = {0: "white is zero", 1: "black is zero", 2: "RGB", 3: "palette", 6: "YCbCr"}
+COLOURS = {0: "grey", 1: "grey", 2: "RGB", 3: "palette", 5: "CMYK", 6: "YCbCr", 8: "CIELab"}
 ALPHA, PREMULTIPLIED_ALPHA = 2, 1
 GeoTag = tuple[int, int, int, Any, bool]  # number, type, count, value, once: an extra tag of tifffile
 
@@ -78,40 +78,73 @@ class TiffPixels:
         tifffile = import_tifffile()
         self.path = path
         try:
-            self.page = page = tifffile.TiffFile(path).pages.first
-        except OSError:
+            self.page = tifffile.TiffFile(path).pages.first
+            self._read_header(tifffile)
+        except (OSError, UsageError, TooManyPixels):
             raise
-        except Exception as error:  # of struct, too
+        except Exception as error:  # tags with wrong values lead to errors of all kinds
             raise UsageError(f"{path} is a damaged TIFF file: {error}. Copy or download it again.") from error
+        self.kept: dict[int, np.ndarray | None] = {}
+
+    def _read_header(self, tifffile: Any) -> None:
+        """What the tags of the page say."""
+        page = self.page
         bands, self.alpha = self._bands()
         self.shape = (page.imagelength, page.imagewidth, 3 if page.photometric == 3 else bands)
         self.dtype = np.dtype(np.uint8) if page.photometric == 3 else page.dtype.newbyteorder("=")
         self.bands = bands
         self.geo_tags = [geo_tag(page.tags[number]) for number in GEO_TAGS if number in page.tags]
-        self.mapped = tifffile.memmap(path, page=0, mode="r") if page.is_memmappable else None
         if page.is_tiled:
             self.piece = (page.tilelength, page.tilewidth)
         else:
             self.piece = (min(page.rowsperstrip, page.imagelength), page.imagewidth)
+        self.mapped = self._map(tifffile)
         limit = Image.MAX_IMAGE_PIXELS
         if self.mapped is None and limit is not None and self.piece[0] * self.piece[1] > limit:
             kind = "tile" if page.is_tiled else "strip"
             reason = f"it is compressed in pieces of which one {kind} has {self.piece[0]} × {self.piece[1]} pixels."
-            raise too_many_pixels(repr(str(path)), reason)
-        self.kept: dict[int, np.ndarray | None] = {}
+            raise too_many_pixels(repr(str(self.path)), reason)
+
+    def _map(self, tifffile: Any) -> Any:
+        """The pixels mapped into memory, `None` if they are compressed. A wrong size of the image is found here."""
+        damaged = f"{self.path} is a damaged TIFF file: it has less data than its size says. Copy or download it again."
+        if self.page.is_memmappable:
+            try:
+                return tifffile.memmap(self.path, page=0, mode="r")
+            except ValueError as error:
+                raise UsageError(damaged) from error
+        planes = self.page.samplesperpixel if self.page.planarconfig == 2 else 1
+        if min(self.piece) < 1:
+            raise UsageError(damaged)
+        down, across = (-(-side // part) for side, part in zip(self.shape, self.piece, strict=False))
+        if len(self.page.databytecounts) < planes * down * across:
+            raise UsageError(damaged)
+        return None
 
     def _bands(self) -> tuple[int, int]:
         """Number of channels that are read, and the kind of the alpha channel among them (0: none)."""
         page = self.page
         extra = tuple(int(kind) for kind in page.extrasamples)
         colours = page.samplesperpixel - len(extra)
-        known = page.photometric in COLOURS and colours == (3 if page.photometric in (2, 6) else 1)
-        ycbcr = page.photometric == 6 and page.compression not in (6, 7)  # decoded to RGB by JPEG's decoder only
-        if not known or ycbcr or (extra and colours == 1) or page.imagedepth != 1 or page.dtype is None:
+        kind = COLOURS.get(int(page.photometric), f"the kind {int(page.photometric)}")
+        if page.dtype is None:
+            raise UsageError(f"{self.path} has pixels of an unknown type. Convert them to 8 or 16 bits or floats.")
+        if page.imagedepth != 1:
+            raise UsageError(f"{self.path} is a volume of {page.imagedepth} slices. Write one of them as a TIFF file.")
+        # YCbCr is decoded to RGB by JPEG's decoder only
+        if kind in ("CMYK", "CIELab") or (kind == "YCbCr" and page.compression not in (6, 7)):
             raise UsageError(
-                f"{self.path} has {page.samplesperpixel} bands of the kind {page.photometric!s}, and windows are read from "
-                "grey, RGB or palette images. Write one with red, green and blue: `gdal_translate -b 1 -b 2 -b 3 "
-                "-colorinterp red,green,blue IN.tif OUT.tif`."
+                f"{self.path} has {kind} colours, and windows are read from grey, RGB or palette images. Convert it to RGB."
+            )
+        if (
+            kind not in COLOURS.values()
+            or colours != (3 if kind in ("RGB", "YCbCr") else 1)
+            or (extra and colours == 1)
+        ):
+            raise UsageError(
+                f"{self.path} has {page.samplesperpixel} bands marked as {kind}, and windows are read from grey, RGB or "
+                "palette images. Choose one band, or those of red, green and blue: "
+                "`gdal_translate -b 1 -b 2 -b 3 -colorinterp red,green,blue IN.tif OUT.tif`."
             )
         orientation = page.tags.valueof(274, default=1)
         if orientation != 1:

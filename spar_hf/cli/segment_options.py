@@ -96,7 +96,7 @@ class SegmentOptions:
         ),
     ] = None
     tile_overlap: Annotated[
-        int | None, typer.Option(help="Overlap of neighbouring tiles in pixels. Default: a sixth of a tile.", min=0)
+        int | None, typer.Option(help="Overlap of neighbouring tiles in pixels. Default: a quarter of a tile.", min=0)
     ] = None
     skip_existing: SkipExisting = False
     device: Device = None

@@ -109,7 +109,7 @@ class OpenVocabSegmentationPipeline(Pipeline):
                 16). A larger working image is made smaller by [`limited_size`], with one warning.
             tile (`dict[str, int]` or `int`, *optional*):
                 For large images: tiles of `{"size": 1536, "overlap": 256}` pixels are one pass each, at the size of the
-                image, and their features are blended. A number is the size; the overlap is then a sixth of it. Rounded to
+                image, and their features are blended. A number is the size; the overlap is then a quarter of it. Rounded to
                 patches. Of arrays on a disk ([`ImageWindows`]) only tiles are read. For label maps larger than memory see
                 `spar_hf.batch.huge_images`.
             image_range (`(float, float)`, *optional*):

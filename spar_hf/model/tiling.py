@@ -4,7 +4,6 @@ decided block by block. Features have `dim` values per patch, however many names
 them with blended logits.
 """
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -59,8 +58,8 @@ class TileAxis:
     @cached_property
     def weights(self) -> list[torch.Tensor]:
         """
-        The weight of each tile at its patches, `(tile,)` float32. It is sin² over an overlap, 0 at the border of the tile,
-        where features have least context, and the weights of all tiles at a patch sum to 1.
+        The weight of each tile at its patches, `(tile,)` float32. Over an overlap it rises in a straight line from 0 at the
+        border of the tile, where features have least context. The weights of all tiles at a patch sum to 1.
         """
         total = torch.zeros(self.length, dtype=torch.float64)
         shares = []
@@ -68,19 +67,14 @@ class TileAxis:
             centres = torch.arange(self.tile, dtype=torch.float64) + 0.5
             share = torch.ones_like(centres)
             if k > 0:
-                share *= rise(centres, self.starts[k - 1] + self.tile - start)
+                share *= (centres / max(self.starts[k - 1] + self.tile - start, 1e-9)).clamp(max=1)
             if k + 1 < len(self):
-                share *= rise(self.tile - centres, start + self.tile - self.starts[k + 1])
+                share *= ((self.tile - centres) / max(start + self.tile - self.starts[k + 1], 1e-9)).clamp(max=1)
             shares.append(share)
             total[start : start + self.tile] += share
         return [
             (share / total[start : start + self.tile]).float() for start, share in zip(self.starts, shares, strict=True)
         ]
-
-
-def rise(distance: torch.Tensor, overlap: int) -> torch.Tensor:
-    """From 0 at distance 0 to 1 at `overlap` and beyond: sin²."""
-    return (distance / max(overlap, 1e-9)).clamp(max=1).mul(math.pi / 2).sin().square()
 
 
 @dataclass(frozen=True)
@@ -256,35 +250,42 @@ class TiledImage:
         """
         side, overlap = tile_sides(tile, patch_size, max_tokens)
         windows = source if isinstance(source, ImageWindows) else ImageWindows(source, image_range)
+        height, width = windows.size
+        if min(height, width) < 2:
+            raise ValueError(
+                f"The image has {height} × {width} pixels (height × width); each side must have at least 2."
+            )
         return cls(windows, TilePlan.make(windows.size, patch_size, side, overlap))
 
 
 def tile_sides(tile: Any, patch_size: int, max_tokens: int) -> tuple[int, int]:
     """
     Side of a tile and overlap of neighbours in pixels, from `{"size": 1536, "overlap": 256}` or the side alone, which
-    overlaps by a sixth.
+    overlaps by a quarter: with less, seams can be seen (`docs/huge_images.md`).
 
     Raises:
-        ValueError: anything else, a tile below one patch or of more than `max_tokens` patches, an overlap as large as the
+        ValueError: anything else, a tile below two patches or of more than `max_tokens` patches, an overlap as large as the
             tile.
 
     Example:
 
     ```python
     >>> tile_sides(1536, 16, 16384), tile_sides({"size": 768, "overlap": 64}, 16, 16384)
-    ((1536, 256), (768, 64))
+    ((1536, 384), (768, 64))
     ```"""
     given = dict(tile) if isinstance(tile, Mapping) else {"size": tile}
     side: Any = given.get("size")
-    overlap: Any = given.get("overlap", side // 6 if isinstance(side, int) else None)
+    overlap: Any = given.get("overlap", side // 4 if isinstance(side, int) else None)
     whole = all(isinstance(n, int) and not isinstance(n, bool) for n in (side, overlap))
     if set(given) - {"size", "overlap"} or not whole:
         raise ValueError(f'`tile` is {tile!r}; it must be like {{"size": 1536, "overlap": 256}}, in whole pixels.')
-    if side < patch_size:
-        raise ValueError(f"A tile of {side} pixels is smaller than a patch of {patch_size}. Take one of 512 or more.")
+    if side < 2 * patch_size:
+        raise ValueError(
+            f"A tile of {side} pixels is smaller than two patches of {patch_size}. Take one of 512 or more."
+        )
     if not 0 <= overlap < side:
         raise ValueError(
-            f"Tiles of {side} pixels cannot overlap by {overlap}: take 0 to {side - 1}, such as {side // 6}."
+            f"Tiles of {side} pixels cannot overlap by {overlap}: take 0 to {side - 1}, such as {side // 4}."
         )
     if (side // patch_size) ** 2 > max_tokens:
         raise ValueError(

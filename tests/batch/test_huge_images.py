@@ -97,6 +97,39 @@ def test_further_bands_are_no_alpha(tmp_path):
         open_windows(tmp_path / "b.tif")
 
 
+@pytest.mark.parametrize(
+    ("mode", "words"), [("CMYK", "CMYK.*RGB"), ("LAB", "CIELab.*RGB"), ("YCbCr", "YCbCr.*RGB"), ("LA", "2 bands.*grey")]
+)
+def test_colours_that_windows_cannot_have_are_named(tmp_path, mode, words):
+    bands = len(Image.new(mode, (1, 1)).getbands())
+    Image.merge(mode, [SMOOTH.convert("L")] * bands).save(tmp_path / "a.tif")
+    with pytest.raises(UsageError, match=words):
+        open_windows(tmp_path / "a.tif")
+
+
+def test_volumes_are_no_images(tmp_path):
+    options = {"volumetric": True, "tile": (2, 32, 32), "photometric": "rgb"}
+    tifffile.imwrite(tmp_path / "a.tif", np.stack([RGB, RGB]), **options)
+    with pytest.raises(UsageError, match="volume of 2 slices"):
+        open_windows(tmp_path / "a.tif")
+
+
+@pytest.mark.parametrize("height", [1, 2, 33])
+@pytest.mark.parametrize("wide", [True, False])
+def test_thin_images(segment, tmp_path, height, wide):
+    thin = RGB[:height] if wide else RGB[:, :height]
+    tifffile.imwrite(tmp_path / "a.tif", thin, photometric="rgb")
+    given = (segment, tmp_path / "a.tif", tmp_path / "map.tif", LABELS, {"size": 32, "overlap": 16})
+    if height == 1:
+        with pytest.raises(ValueError, match="at least 2"):
+            segment_huge(*given)
+        assert not (tmp_path / "map.tif").exists()
+        return
+    segment_huge(*given)
+    memory = segment(Image.fromarray(thin), candidate_labels=LABELS, tile=given[-1], output="map")
+    assert np.array_equal(tifffile.imread(tmp_path / "map.tif"), memory["map"])
+
+
 def test_only_what_a_window_touches_is_decoded(tmp_path, aerial, monkeypatch):
     pixels, decoded = TiffPixels(aerial), []
     piece = pixels._piece
@@ -115,6 +148,54 @@ def test_a_damaged_tiff_is_named(tmp_path, aerial):
     (tmp_path / "head.tif").write_bytes(data[:4])
     with pytest.raises(ValueError, match=r"head\.tif"):
         open_windows(tmp_path / "head.tif")
+
+
+@pytest.mark.parametrize("compression", [None, "zlib"])
+def test_damaged_headers_are_refused_in_one_line(tmp_path, aerial, compression):
+    """Noise in the first bytes, where tags lie: sizes, types and offsets that make no sense, each in some files."""
+    path, rng = tmp_path / "a.tif", np.random.default_rng(0)
+    tifffile.imwrite(path, RGB, photometric="rgb", metadata=None, tile=(32, 32), compression=compression)
+    data = path.read_bytes()
+    for _ in range(150):
+        noisy = bytearray(data)
+        for place in rng.integers(4, 300, 3):
+            noisy[place] = rng.integers(0, 256)
+        path.write_bytes(noisy)
+        try:
+            windows = open_windows(path)
+            windows.read(0, 0, min(90, windows.size[0]), min(131, windows.size[1]))
+        except (ValueError, OSError) as error:
+            assert "\n" not in str(error)
+
+
+def test_an_image_with_less_data_than_its_size_says_is_refused_at_once(tmp_path):
+    path = tmp_path / "a.tif"
+    for options in ({"compression": "zlib", "tile": (32, 32)}, {}):
+        tifffile.imwrite(path, RGB, photometric="rgb", metadata=None, **options)
+        with tifffile.TiffFile(path, mode="r+b") as file:
+            file.pages.first.tags["ImageLength"].overwrite(2**30)
+        with pytest.raises(UsageError, match=r"a\.tif.*damaged"):
+            open_windows(path)
+
+
+@pytest.mark.parametrize("content", ["cut", "header", "text", "nothing", "archive", "objects"])
+def test_files_that_are_no_array_are_named(tmp_path, content):
+    path = tmp_path / "a.npy"
+    np.save(path, np.array([None], object) if content == "objects" else RGB)
+    if content == "archive":
+        with path.open("wb") as file:
+            np.savez(file, RGB)
+    elif content != "objects":
+        data = {
+            "cut": path.read_bytes()[:-100],
+            "header": path.read_bytes()[:30],
+            "text": b"road\n" * 9,
+            "nothing": b"",
+        }
+        path.write_bytes(data[content])
+    with pytest.raises(UsageError, match=r"a\.npy.*numpy\.save") as caught:
+        open_windows(path)
+    assert "\n" not in str(caught.value)
 
 
 def test_limits_on_pixels(aerial, tmp_path, monkeypatch):
@@ -165,6 +246,11 @@ def test_the_georeference_is_kept(segment, aerial, tmp_path):
     with tifffile.TiffFile(aerial) as before, tifffile.TiffFile(tmp_path / "map.tif") as after:
         for number, *_ in GEO:
             assert after.pages.first.tags[number].value == before.pages.first.tags[number].value
+    # a coordinate system alone, without a place
+    tifffile.imwrite(tmp_path / "b.tif", RGB, photometric="rgb", metadata=None, extratags=GEO[2:])
+    segment_huge(segment, tmp_path / "b.tif", tmp_path / "b_map.tif", LABELS, TILE)
+    tags = tifffile.TiffFile(tmp_path / "b_map.tif").pages.first.tags
+    assert tags[34735].value == GEO[2][3] and 33550 not in tags and 33922 not in tags
     rasterio = pytest.importorskip("rasterio")
     with rasterio.open(tmp_path / "map.tif") as written:
         assert written.crs.to_epsg() == 32632
@@ -191,7 +277,7 @@ def test_a_failure_leaves_the_older_map_and_nothing_else(segment, aerial, tmp_pa
         raise OSError(errno.ENOSPC, "No space left on device")
 
     for name in ("tifffile.TiffWriter.write", "spar_hf.batch.huge_images.tempfile.TemporaryFile"):
-        with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+        with monkeypatch.context() as patch, pytest.raises(OSError, match=r"No space.*map\.tif"):
             patch.setattr(name, full)
             segment_huge(segment, aerial, target, LABELS, TILE, min_area=0.1)
 
@@ -204,6 +290,9 @@ def test_a_failure_leaves_the_older_map_and_nothing_else(segment, aerial, tmp_pa
     with pytest.raises(UsageError, match="GiB"), monkeypatch.context() as patch:
         patch.setattr("spar_hf.batch.huge_images.shutil.disk_usage", lambda folder: Usage())
         segment_huge(segment, aerial, target, LABELS, TILE, min_area=0.1)
+    with pytest.raises(UsageError, match="GiB"), monkeypatch.context() as patch:  # before the first tile
+        patch.setattr("spar_hf.batch.huge_images.shutil.disk_usage", lambda folder: Usage())
+        segment_huge(segment, aerial, tmp_path / "map.npy", LABELS, TILE, progress=stop)
     assert target.read_bytes() == b"older"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["aerial.tif", "map.tif"]
 

@@ -57,18 +57,18 @@ def tile_features(plan, dim=3, seed=0):
 
 
 def plain_blend(plan, features):
-    """The definition, all in memory: sin² of the distance to the border over each overlap, divided by the sum."""
+    """The definition, all in memory: the distance to the border over each overlap, divided by the sum."""
 
     def ramp(axis, k):
         cells = np.arange(axis.tile) + 0.5
         weights = np.ones(axis.tile)
         if k > 0:
             shared = axis.starts[k - 1] + axis.tile - axis.starts[k]
-            weights *= np.where(cells < shared, np.sin(np.pi / 2 * cells / max(shared, 1)) ** 2, 1)
+            weights *= np.minimum(cells / max(shared, 1e-9), 1)
         if k + 1 < len(axis.starts):
             shared = axis.starts[k] + axis.tile - axis.starts[k + 1]
             left = axis.tile - cells
-            weights *= np.where(left < shared, np.sin(np.pi / 2 * left / max(shared, 1)) ** 2, 1)
+            weights *= np.minimum(left / max(shared, 1e-9), 1)
         return weights
 
     total = np.zeros((len(next(iter(features.values()))), plan.rows.length, plan.columns.length))
@@ -152,6 +152,7 @@ def test_blocks_come_as_soon_as_their_tiles_are_there():
         ({"size": 64, "overlap": 64}, "overlap"),
         ({"size": 64, "overlap": -1}, "overlap"),
         ({"size": 8}, "patch"),
+        ({"size": 31}, "patch"),  # the last tile could be one pixel wide
         ({"size": 64.0}, "tile"),
         ({"size": True}, "tile"),
         ({"overlap": 8}, "tile"),
@@ -301,6 +302,12 @@ def test_tiles_are_those_of_the_definition(segment, picture, two_towers):
 def test_options_that_contradict_tiles_are_refused(segment, picture, options):
     with pytest.raises(ValueError, match=r"[tT]ile"):
         segment(picture, candidate_labels=LABELS, **{"tile": 64, **options})
+
+
+@pytest.mark.parametrize("shape", [(1, 90), (90, 1), (1, 1)])
+def test_an_image_of_one_row_is_refused_with_its_own_size(segment, shape):
+    with pytest.raises(ValueError, match=f"{shape[0]} × {shape[1]} pixels.*at least 2"):
+        segment(Image.new("RGB", shape[::-1]), candidate_labels=LABELS, tile=64, output="map")
 
 
 def test_encoding_in_tiles_is_refused(two_towers, tokenizer, picture):
