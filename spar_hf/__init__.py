@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .model.configuration_spar import SparConfig
     from .model.configuration_spar_semantic import SparSemanticConfig
     from .model.configuration_spar_universal import SparUniversalConfig
+    from .model.execution import compile_model
     from .model.image_processing_spar import SparImageProcessorPil
     from .model.image_processing_spar_universal import SparUniversalImageProcessorPil
     from .model.image_streams import EncodedImage
@@ -59,6 +60,7 @@ __all__ = [
     "SparSemanticModel",
     "SparSemanticSegmenterOutput",
     "bake_vocabulary",
+    "compile_model",
     "SparForUniversalSegmentation",
     "SparUniversalConfig",
     "SparUniversalImageProcessorPil",
@@ -79,6 +81,7 @@ _MODULES = {
     "SparConfig": ".model.configuration_spar",
     "SparSemanticConfig": ".model.configuration_spar_semantic",
     "SparUniversalConfig": ".model.configuration_spar_universal",
+    "compile_model": ".model.execution",
     "SparImageProcessorPil": ".model.image_processing_spar",
     "SparUniversalImageProcessorPil": ".model.image_processing_spar_universal",
     "EncodedImage": ".model.image_streams",

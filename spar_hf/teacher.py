@@ -1,12 +1,15 @@
 """Sliding-window teacher: a frozen encoder runs on every window of an image, and its features are averaged on one grid."""
 
+import copy
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
+from .model.execution import full_precision, mark_sizes
 from .model.modeling_spar import SparVisionModel, SparVisionModelOutput, pad_to_patches
 from .model.segmentation import patch_coordinates
 
@@ -41,6 +44,33 @@ def subdivision(patch_size: int, stride: int) -> int:
     (2, 1, 2, 16)
     ```"""
     return next(r for r in range(1, patch_size + 1) if patch_size % r == 0 and stride % (patch_size // r) == 0)
+
+
+def copy_as(model: SparVisionModel, dtype: torch.dtype) -> SparVisionModel:
+    """
+    A frozen copy of a model in evaluation mode, its parameters in another precision. RoPE's frequencies stay in float32, as
+    when a model is loaded.
+
+    Raises:
+        ValueError: weights are offloaded and have no values here.
+
+    Example:
+
+    ```python
+    >>> from spar_hf import SPAR_TINY, SparVisionModel
+
+    >>> model = SparVisionModel.from_pretrained(SPAR_TINY)
+    >>> copy_as(model, torch.bfloat16).dtype, model.dtype
+    (torch.bfloat16, torch.float32)
+    ```"""
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError("The weights of this model are offloaded. Load it on one device, or in the dtype itself.")
+    # what `deepcopy` finds here it takes for done, so that no second copy in the old precision is made
+    done: dict[int, object] = {
+        id(parameter): nn.Parameter(parameter.detach().to(dtype, copy=True), requires_grad=False)
+        for parameter in model.parameters()
+    }
+    return copy.deepcopy(model, done).eval()
 
 
 class Draw(NamedTuple):
@@ -229,9 +259,15 @@ class SlidingWindowTeacher(nn.Module):
             Sizes of the image over its own at which it is read; the features are the mean over them. At `0.5` a window sees
             twice as much of the scene. Several sizes make a better target than the published teacher, at a higher cost.
         flip (`bool`, *optional*, defaults to `False`): also read the mirrored image, at every scale.
+        dtype (`torch.dtype`, *optional*):
+            Precision of the windows, under autocast too. If the weights have another one, the teacher holds a frozen copy of
+            its own, and `model` stays as it is. Windows are summed in float32. Default: that of the weights and of autocast.
+        compile (`bool`, *optional*, defaults to `False`):
+            Compile the encoder at the first call, once for all sizes and numbers of windows. It takes a minute or so.
 
     Raises:
-        ValueError: a window that is not a multiple of the patch, a stride outside 1 to `window_size`, or no positive scale.
+        ValueError: a window that is not a multiple of the patch, a stride outside 1 to `window_size`, no positive scale, or
+            a `dtype` for offloaded weights.
 
     Example:
 
@@ -253,6 +289,8 @@ class SlidingWindowTeacher(nn.Module):
         window_batch_size: int = 16,
         scales: Sequence[float] = (1.0,),
         flip: bool = False,
+        dtype: torch.dtype | None = None,
+        compile: bool = False,
     ):
         super().__init__()
         window_size = model.config.image_size if window_size is None else window_size
@@ -268,15 +306,40 @@ class SlidingWindowTeacher(nn.Module):
             raise ValueError(f"window_batch_size={window_batch_size} must be at least 1.")
         if not scales or not all(scale > 0 for scale in scales):
             raise ValueError(f"scales={tuple(scales)} must be one or more positive factors, for example (1.0, 0.5).")
-        self.model, self.window_size = model, window_size
-        self.stride, self.window_batch_size = stride, window_batch_size
-        # the views of an image: its size over the image's own, and whether it is mirrored
-        self.views = [(float(scale), mirrored) for scale in scales for mirrored in (False, True)[: 1 + flip]]
+        self.model = model if dtype in (None, model.dtype) else copy_as(model, dtype)
+        self.window_size, self.stride, self.window_batch_size = window_size, stride, window_batch_size
+        self.scales, self.flip, self.dtype = tuple(map(float, scales)), flip, dtype
+        self.compiled = torch.compile(self.features, dynamic=True) if compile else None
 
     @property
     def config(self):
         """The encoder's configuration."""
         return self.model.config
+
+    @property
+    def views(self) -> list[tuple[float, bool]]:
+        """The views of an image: its size over the image's own, and whether it is mirrored."""
+        return [(scale, mirrored) for scale in self.scales for mirrored in (False, True)[: 1 + self.flip]]
+
+    def sped_up(self, dtype: torch.dtype | None = None, compile: bool = False) -> "SlidingWindowTeacher":
+        """The same teacher, computed as `dtype` and `compile` say."""
+        windows = (self.window_size, self.stride, self.window_batch_size, self.scales, self.flip)
+        return SlidingWindowTeacher(self.model, *windows, dtype, compile)
+
+    def features(self, windows: torch.Tensor) -> torch.Tensor:
+        """The encoder's features of windows `(n, 3, height, width)`: `(n, dim, height / patch, width / patch)`."""
+        return self.model(windows).feature_map
+
+    def encode(self, windows: torch.Tensor) -> torch.Tensor:
+        """As `features`, but float32, in the teacher's precision and compiled if it is asked for."""
+        with nullcontext() if self.dtype is None else full_precision(windows.device):
+            if self.compiled is None:
+                return self.features(windows).float()
+            number = len(windows)
+            if number == 1:  # graphs hold for 2 and more, and a single window would be compiled for itself
+                windows = torch.cat([windows, windows])
+            mark_sizes(windows)
+            return self.compiled(windows)[:number].float()
 
     def plan(self, height: int, width: int) -> WindowPlan:
         """The windows of an image of `height` × `width` pixels."""
@@ -434,7 +497,7 @@ class SlidingWindowTeacher(nn.Module):
         for chunk in jobs.split(at_once):
             image, (top, left) = chunk[:, 0], positions[chunk[:, 1]].unbind(1)
             windows = views[image, :, top, left]  # (n, 3, height, width)
-            features = self.model(windows).feature_map.float()  # (n, dim, height / patch, width / patch)
+            features = self.encode(windows)  # (n, dim, height / patch, width / patch)
             if is_weighted:  # before resizing: there are fewer patches than cells
                 features = features * weights[chunk[:, 1]][:, None, None, None]
             if features.shape[-2:] != plan.cells:

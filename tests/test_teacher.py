@@ -1,12 +1,15 @@
 """The teacher against a slow, plain formula with loops and slices."""
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
+from tiny_models import randomise, tiny_config
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 
-from spar_hf import SlidingWindowTeacher
+from spar_hf import SlidingWindowTeacher, SparVisionModel
 from spar_hf.model.modeling_spar import SparVisionModelOutput
 from spar_hf.teacher import WindowPlan, window_starts
 
@@ -98,6 +101,53 @@ def test_half_precision_sums_in_float32(vision_model):
     features = SlidingWindowTeacher(vision_model.bfloat16(), stride=24)(image).feature_map
     assert features.dtype == torch.float32
     assert F.cosine_similarity(features, expected, dim=1).min() > 0.99
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16])
+def test_a_precision_of_its_own_needs_a_copy_and_is_kept_under_autocast(vision_model, autocast):
+    before = {name: p.clone() for name, p in vision_model.named_parameters()}
+    teacher = SlidingWindowTeacher(vision_model, stride=32, window_batch_size=1, dtype=torch.bfloat16)
+    assert {p.dtype for p in teacher.model.parameters()} == {torch.bfloat16} and not teacher.model.training
+    assert not any(p.requires_grad for p in teacher.model.parameters())
+    image = torch.randn(1, 3, 112, 144)
+    with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
+        features = teacher(image).feature_map
+    expected = slow_teacher(teacher.model, image, 64, 32)  # sums in float32
+    torch.testing.assert_close(features, expected, atol=2e-5, rtol=0)
+    assert F.cosine_similarity(features, slow_teacher(vision_model, image, 64, 32), dim=1).min() > 0.99
+    assert all(torch.equal(p, before[name]) for name, p in vision_model.named_parameters())
+    trained = [name for name, p in vision_model.named_parameters() if p.requires_grad]
+    assert len(trained) > 20  # and the model in training is not frozen
+
+
+def test_full_precision_under_autocast_needs_no_copy(vision_model):
+    teacher = SlidingWindowTeacher(vision_model, stride=24, dtype=torch.float32)
+    assert teacher.model is vision_model
+    image = torch.randn(1, 3, 112, 144)
+    expected = teacher(image).feature_map
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(teacher(image).feature_map, expected)
+
+
+def test_offloaded_weights_have_no_copy(vision_model):
+    with pytest.raises(ValueError, match="offloaded"):
+        SlidingWindowTeacher(vision_model.to("meta"), dtype=torch.bfloat16)
+
+
+def test_compiles_once_for_all_images(monkeypatch):
+    """Square windows and others, other numbers of them, a single one: all share a graph."""
+    torch._dynamo.reset()
+    backend = CompileCounterWithBackend("eager")
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    config = tiny_config(text_config=None)
+    config.backbone_config.num_hidden_layers = 1  # a layer is compiled as two are
+    model = randomise(SparVisionModel(config))
+    teacher = SlidingWindowTeacher(model, stride=24, window_batch_size=4, compile=True)
+    assert teacher.state_dict().keys() == SlidingWindowTeacher(model).state_dict().keys()
+    for size in ((112, 144), (64, 64), (40, 50)):
+        image = torch.randn(1, 3, *size)
+        torch.testing.assert_close(teacher(image).feature_map, slow_teacher(model, image, 64, 24), atol=2e-5, rtol=0)
+    assert backend.frame_count == 1
 
 
 @pytest.mark.parametrize("size", [(112, 144), (71, 100)])

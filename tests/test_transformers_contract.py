@@ -345,6 +345,11 @@ CONTRACT = [
         MODELING,
         exists("transformers.modeling_layers.GradientCheckpointingLayer"),
     ),
+    Row(
+        "torch._dynamo.maybe_mark_dynamic gives every size a symbol of its own",
+        EXECUTION,
+        takes("torch._dynamo.maybe_mark_dynamic", "t", "index"),
+    ),
     Row("text towers: SiglipTextModel, CLIPTextModelWithProjection", MODELING, text_towers),
     # read-outs
     Row("modules of SiglipVisionModel", READOUTS, siglip),

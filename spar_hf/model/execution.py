@@ -1,4 +1,4 @@
-"""How a forward pass runs: precision under autocast, offloaded weights, requested outputs, labels without a loss."""
+"""How a forward pass runs: precision, compiled graphs, offloaded weights, requested outputs, labels without a loss."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -7,11 +7,69 @@ from typing import Any
 import torch
 from torch import nn
 
+HALVES = (torch.float16, torch.bfloat16)
+
 
 def full_precision(device: torch.device) -> AbstractContextManager:
     """Autocast is off in this block. It is asked for first, which keeps it out of exported graphs."""
     mixed = torch.is_autocast_enabled(device.type)
     return torch.autocast(device.type, enabled=False) if mixed else nullcontext()
+
+
+class StreamNorm(nn.LayerNorm):
+    """
+    A layer norm between a float32 residual stream and layers in half precision: a float32 input is normalised in float32 and
+    returned in the dtype of the weights. With float32 weights, and with inputs of the weights' dtype, it is `LayerNorm`.
+
+    Example:
+
+    ```python
+    >>> norm = StreamNorm(8).bfloat16()
+    >>> norm(torch.ones(2, 8)).dtype
+    torch.bfloat16
+    ```"""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if self.weight.dtype not in HALVES or hidden_states.dtype == self.weight.dtype:
+            return super().forward(hidden_states)
+        weight, bias = self.weight.float(), self.bias.float()
+        normalised = nn.functional.layer_norm(hidden_states, self.normalized_shape, weight, bias, self.eps)
+        return normalised.to(self.weight.dtype)
+
+
+def compile_model(model: nn.Module, **options: Any) -> Any:
+    """
+    `torch.compile` for images of any size: a second size costs no second compilation.
+
+    `torch.compile(model)` first compiles for one size, and again when a second comes. With `dynamic=True` it takes sizes
+    that are equal in the first call, such as the sides of a square image, for equal in all calls. Batches of one image and
+    of several are two graphs, and so are one name and several.
+
+    Args:
+        model (`nn.Module`): a SPAR model; a pipeline's is replaced by `segment.model = compile_model(segment.model)`.
+        options: further arguments of `torch.compile`, such as `backend` or `mode`.
+
+    Example:
+
+    ```python
+    >>> from transformers import pipeline
+    >>> from spar_hf import compile_model
+
+    >>> segment = pipeline("open-vocab-segmentation")
+    >>> segment.model = compile_model(segment.model)  # compiled at the first image
+    ```"""
+    compiled: Any = torch.compile(model, **{"dynamic": True, **options})
+    compiled.register_forward_pre_hook(lambda _, args, kwargs: mark_sizes(*args, *kwargs.values()), with_kwargs=True)
+    return compiled
+
+
+def mark_sizes(*inputs: Any) -> None:
+    """Let graphs hold for any number, height and width of the tensors among `inputs`, each by itself."""
+    from torch._dynamo import maybe_mark_dynamic  # documented; loading it takes a second
+
+    for tensor in inputs:
+        if isinstance(tensor, torch.Tensor) and tensor.ndim:
+            maybe_mark_dynamic(tensor, [0, *range(2, tensor.ndim)] if tensor.ndim == 4 else [0])
 
 
 def own_weights(module: nn.Module) -> AbstractContextManager:

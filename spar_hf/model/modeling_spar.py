@@ -19,7 +19,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .backbone_sources import check_complete, check_finite, load_source_config, read_backbone
 from .configuration_spar import SparConfig
-from .execution import full_precision, refuse_labels, with_output_flags
+from .execution import HALVES, full_precision, refuse_labels, with_output_flags
 from .file_modes import follow_umask
 from .readouts import READOUTS
 from .saved_code import copy_code, saved_code
@@ -300,6 +300,10 @@ class SparVisionModel(SparPreTrainedModel):
         height, width = (side // self.config.patch_size for side in padded.shape[-2:])
         extent = self.config.position_extent and self.config.position_extent // self.config.patch_size
         hidden_states = self.backbone.embed(padded, self.config.position_resampling, extent)
+        if (
+            hidden_states.dtype in HALVES
+        ):  # rounding the sum after every block is most of the error, see docs/precision.md
+            hidden_states = hidden_states.float()
         last_hidden_state, features, pool_input = self.backbone.encode(hidden_states, (height, width), **kwargs)
         return SparVisionModelOutput(
             last_hidden_state=last_hidden_state,

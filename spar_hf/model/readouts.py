@@ -31,7 +31,7 @@ from transformers import initialization as init
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 from transformers.models.dinov3_vit.modeling_dinov3_vit import DINOv3ViTLayer, DINOv3ViTRopePositionEmbedding
 
-from .execution import full_precision, own_weights
+from .execution import StreamNorm, full_precision, own_weights
 
 CUBIC = -0.75  # the coefficient of torch's (and OpenCV's) bicubic kernel
 
@@ -93,7 +93,7 @@ def resample_positions(
     Resample a square position table to another grid: `(side * side, hidden)` -> `(height * width, hidden)`.
 
     `method` is the configuration's `position_resampling`, `extent` its `position_extent` in patches (for `"bicubic"`).
-    Computed with one small matrix per axis, in float32, under autocast too.
+    Computed with one small matrix per axis in float32, and returned so, under autocast and for tables in half precision too.
 
     Raises:
         ValueError: unknown `method`.
@@ -118,7 +118,7 @@ def resample_positions(
     with full_precision(device):
         grid = torch.tensordot(rows, grid, dims=1)  # (side, side, hidden) -> (height, side, hidden)
         grid = torch.matmul(columns, grid)  # (height, side, hidden) -> (height, width, hidden)
-    return grid.flatten(0, 1).to(table.dtype)
+    return grid.flatten(0, 1)
 
 
 def larger(height: Any, width: Any, extent: int) -> Any:
@@ -151,6 +151,8 @@ class Readout:
     """
     Capabilities of a read-out, beside transformers' own flags (`_supports_sdpa`, `supports_gradient_checkpointing`). The
     tests check them.
+
+    Tokens are summed in float32 from block to block where weights are in half precision, see [`StreamNorm`].
     """
 
     any_resolution = True  # any height and width, multiples of the patch or not
@@ -166,6 +168,12 @@ class Readout:
     def blocks(self) -> nn.ModuleList:
         """The transformer blocks that dense features go through, first to last."""
         return self.encoder.layers  # type: ignore[attr-defined]
+
+    def post_init(self) -> None:
+        for module in self.modules():  # type: ignore[attr-defined]
+            if type(module) is nn.LayerNorm:
+                module.__class__ = StreamNorm  # only `forward` differs
+        super().post_init()  # type: ignore[misc]
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
         super()._initialize_weights(module)  # type: ignore[misc]  # see `SparPreTrainedModel`
@@ -328,7 +336,7 @@ class Dinov3Readout(Readout, DINOv3ViTModel):
         return self.embeddings(pixel_values)  # (batch, 1 + registers + h * w, hidden)
 
     def encode(self, hidden_states: torch.Tensor, grid: tuple[int, int], **kwargs):
-        rope = self.rope(grid, hidden_states)
+        rope = self.rope(grid, hidden_states.device)
         # layer by layer: the encoder's forward would start another recording of hidden states
         for layer in self.model.layer:
             hidden_states = layer(hidden_states, position_embeddings=rope, **kwargs)
@@ -338,16 +346,17 @@ class Dinov3Readout(Readout, DINOv3ViTModel):
     def pool(self, pool_input: torch.Tensor) -> torch.Tensor:
         return pool_input[:, 0]
 
-    def rope(self, grid: tuple[int, int], like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def rope(self, grid: tuple[int, int], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines `(h * w, head_dim)` of the patch centres; `DINOv3ViTRopePositionEmbedding` in eval mode."""
         rows, columns = (
-            (torch.arange(length, device=like.device, dtype=torch.float32) + 0.5) / length * 2 - 1 for length in grid
+            (torch.arange(length, device=device, dtype=torch.float32) + 0.5) / length * 2 - 1 for length in grid
         )
         centres = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), dim=-1).flatten(0, 1)  # (h * w, 2)
-        frequencies = self.rope_embeddings.inv_freq.to(like.device, torch.float32)
+        frequencies = self.rope_embeddings.inv_freq.to(device, torch.float32)
         angles = 2 * math.pi * centres[:, :, None] * frequencies  # (h * w, 2, head_dim / 4)
         angles = angles.flatten(1).tile(2)
-        return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
+        dtype = self.norm.weight.dtype  # that of queries and keys; tokens may be in float32
+        return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 class Dinov3TxtReadout(Dinov3Readout):

@@ -178,6 +178,15 @@ def test_half_precision_is_close(model, dtype):
     assert (found.float() - expected).norm() / expected.norm() < limit
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@torch.no_grad()
+def test_half_precision_sums_tokens_in_float32_from_block_to_block(model, dtype):
+    needs(model, "half_precision")
+    outputs = model.to(dtype)(random_images((35, 39)), output_hidden_states=True, output_pooled=True)
+    assert {state.dtype for state in outputs.hidden_states} == {torch.float32}
+    assert {outputs.last_hidden_state.dtype, outputs.feature_map.dtype, outputs.pooler_output.dtype} == {dtype}
+
+
 @torch.no_grad()
 def test_training_mode_is_deterministic(model):
     expected = model(random_images((35, 39))).feature_map

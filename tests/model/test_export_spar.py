@@ -10,7 +10,7 @@ from tiny_models import randomise, tiny_config
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.export import Dim
 
-from spar_hf import SparForOpenVocabSegmentation, SparForSemanticSegmentation, SparVisionModel
+from spar_hf import SparForOpenVocabSegmentation, SparForSemanticSegmentation, SparVisionModel, compile_model
 
 SIZES = [
     (64, 64),
@@ -63,6 +63,22 @@ def test_compiles_once_as_one_graph_for_all_sizes(model_class, inputs, options):
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=backend)
     for size in [(80, 112), *SIZES]:
         assert_same(compiled(**inputs(size)), model(**inputs(size)), atol=1e-6)
+    assert backend.frame_count == 1
+
+
+@torch.no_grad()
+def test_compile_model_takes_a_square_image_first():
+    """`dynamic=True` alone would take its sides for equal in every image."""
+    torch._dynamo.reset()
+    config = tiny_config()
+    config.backbone_config.num_hidden_layers = 1  # a layer is compiled as two are
+    model = randomise(SparForOpenVocabSegmentation(config))
+    backend = CompileCounterWithBackend("eager")
+    compiled = compile_model(model, backend=backend)
+    for size, names in (((64, 64), 3), ((33, 50), 3), ((128, 128), 5), ((17, 200), 32)):
+        inputs = open_vocab_inputs(size, names)
+        inputs["pixel_values"] = inputs["pixel_values"][:1].clone()  # no view, whose base has sizes too
+        assert_same(compiled(**inputs), model(**inputs), atol=1e-6)
     assert backend.frame_count == 1
 
 
