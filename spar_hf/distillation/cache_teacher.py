@@ -30,7 +30,7 @@ from spar_hf import SlidingWindowTeacher, SparImageProcessorPil, SparVisionModel
 from spar_hf.data.augmentation import Views, draw_crop, view_generator
 from spar_hf.data.order import split_images
 from spar_hf.data.sources import Files, ImageSelection, list_files
-from spar_hf.distillation.models import make_teacher
+from spar_hf.distillation.models import make_teacher, sped_up
 from spar_hf.distillation.options import WindowOptions
 from spar_hf.distillation.presets import HELP_PRESET, PRESETS, REPLACES, with_preset
 from spar_hf.distillation.recipes import given_options, to_arguments
@@ -164,7 +164,7 @@ def compute_shards(options: CacheOptions, accelerator: Accelerator) -> TeacherCa
     start_folder(output, setting, accelerator)
 
     teacher.to(accelerator.device)
-    maker = ShardMaker(teacher, image_processor, paths, options, accelerator)
+    maker = ShardMaker(sped_up(teacher, options.teacher), image_processor, paths, options, accelerator)
     own = range(accelerator.process_index, maker.count, accelerator.num_processes)
     stop = StopAtStep(accelerator)
     for number in tqdm(own, desc="shards", disable=not accelerator.is_main_process):
@@ -200,6 +200,7 @@ def make_setting(
         "window_size": teacher.window_size,
         "stride": teacher.stride,
         "mixed_precision": mixed_precision,
+        "teacher_dtype": options.teacher.teacher_dtype,
         "image_mean": list(image_processor.image_mean),
         "image_std": list(image_processor.image_std),
         "photos": [os.path.relpath(path.resolve(), output) for path in paths],  # the key of version 0.1
@@ -331,7 +332,9 @@ class ShardMaker:
         with self.accelerator.autocast():
             features = teacher(pixels.to(self.accelerator.device)).feature_map
         if not features.isfinite().all():
-            raise NotFinite(f"The teacher's features of {path} are not finite. Use another --mixed_precision.")
+            raise NotFinite(
+                f"The teacher's features of {path} are not finite. Use another --mixed_precision or --teacher_dtype."
+            )
         relative = os.path.relpath(path.resolve(), self.output.resolve())
         entry = {"image": relative, "bytes": size, "sha256": digest, "crop": crop.record}
         return entry, features[0].to("cpu", torch.bfloat16).contiguous()

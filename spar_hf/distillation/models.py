@@ -13,7 +13,7 @@ from spar_hf import (
     SparProcessor,
     SparVisionModel,
 )
-from spar_hf.distillation.options import TeacherOptions, WindowOptions
+from spar_hf.distillation.options import TEACHER_DTYPES, TeacherOptions, WindowOptions
 from spar_hf.model.backbone_sources import load_source_config
 from spar_hf.model.prompts import Vocabulary, embed_names
 from spar_hf.utils.errors import UsageError, as_usage_errors
@@ -110,6 +110,14 @@ def make_teacher(encoder: SparVisionModel, options: WindowOptions, **views: Any)
             options.window_batch_size,
             **views,
         )
+
+
+def sped_up(teacher: SlidingWindowTeacher, options: WindowOptions) -> SlidingWindowTeacher:
+    """The teacher in the precision of `--teacher_dtype`, compiled with `--teacher_compile`; itself without either."""
+    if options.teacher_dtype is None and not options.teacher_compile:
+        return teacher
+    dtype = None if options.teacher_dtype is None else TEACHER_DTYPES[options.teacher_dtype]
+    return teacher.sped_up(dtype, options.teacher_compile)
 
 
 def load_model(name: str) -> tuple[SparForOpenVocabSegmentation | SparVisionModel, SparVisionModel]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from transformers.trainer_utils import SchedulerType
 
@@ -35,9 +36,10 @@ from spar_hf.utils.options import (
 )
 
 DEFAULT_STEPS = 1000
+TEACHER_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # A resumed run may change these: they do not change what is learned.
 FREE = {"output", "resume", "workers", "save_steps", "eval_steps", "picture_steps", "report_to", *RUN_FREE}
-FREE |= {"preset", "dry_run"}
+FREE |= {"preset", "dry_run", "teacher_compile"}
 
 
 @dataclass(kw_only=True)
@@ -53,9 +55,18 @@ class WindowOptions:
         None, "Side of the windows in pixels for models without a position table (DINOv3), 384 in the paper."
     )
     window_batch_size: int = option(16, HELP["window_batch_size"])
+    teacher_dtype: str | None = option(
+        None,
+        "Precision of the teacher's windows: fp32, fp16 or bf16. The teacher then holds weights of its own in it. Default: "
+        "that of the weights, and of --mixed_precision.",
+    )
+    teacher_compile: bool = option(
+        False, "Compile the teacher's encoder: a minute at the start for faster windows, most of all on GPUs."
+    )
 
     def __post_init__(self):
         require_positive(self, "stride", "window_size", "rope_window_size", "window_batch_size")
+        require_one_of(self, "teacher_dtype", TEACHER_DTYPES)
 
 
 @dataclass(kw_only=True)
@@ -97,8 +108,9 @@ class TeacherOptions(WindowOptions):
             raise UsageError(f"--teacher_mode {self.mode} draws no windows. Leave out --teacher_windows.")
         if self.teacher_variant != "spread" and self.teacher_windows is None:
             raise UsageError("--teacher_variant needs --teacher_windows: without it no windows are drawn.")
-        if self.mode == "cached" and (self.teacher_scales or self.teacher_flip):
-            raise UsageError("--teacher_mode cached reads stored maps: leave out --teacher_scales and --teacher_flip.")
+        computed = ("teacher_scales", "teacher_flip", "teacher_dtype", "teacher_compile")
+        if self.mode == "cached" and any(getattr(self, name) for name in computed):
+            raise UsageError(f"--teacher_mode cached reads stored maps: leave out --{', --'.join(computed)}.")
         if self.teacher_scales is not None and not (self.teacher_scales and min(self.teacher_scales) > 0):
             raise UsageError("--teacher_scales are positive factors of the image's size, for example 1 0.5.")
         if (self.mode == "cached") != (self.teacher_cache is not None):

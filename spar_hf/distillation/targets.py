@@ -9,6 +9,7 @@ from torch.utils.data import Dataset
 from spar_hf import SlidingWindowTeacher
 from spar_hf.data.order import Sample
 from spar_hf.data.training_images import LoadedSample
+from spar_hf.distillation.models import sped_up
 from spar_hf.distillation.options import TeacherOptions
 from spar_hf.distillation.teacher_cache import TeacherCache
 from spar_hf.utils.errors import UsageError
@@ -19,10 +20,13 @@ class Target:
     The target of an image: the mean over all windows of the teacher, or with `--teacher_windows` an unbiased estimate from
     about so many. The draw depends on the seed and the image's number in the stream: it is the same after a resume and on
     any number of processes. Cached maps come with their images instead, see [`CachedImages`].
+
+    With `--teacher_dtype` the windows run on a copy of the encoder in that precision. `teacher` stays as it is: the held-out
+    error is measured against it, so that runs of any precision can be compared.
     """
 
     def __init__(self, teacher: SlidingWindowTeacher, options: TeacherOptions, seed: int):
-        self.teacher, self.seed = teacher, seed
+        self.teacher, self.seed = sped_up(teacher, options), seed
         self.windows, self.variant = options.teacher_windows, options.teacher_variant
         self.generator = torch.Generator()
 

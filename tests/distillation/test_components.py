@@ -19,6 +19,7 @@ from spar_hf.distillation.options import OptimisationOptions, StudentOptions, Te
 from spar_hf.distillation.progress import SpeedMeter
 from spar_hf.distillation.stream import open_stream, readable_samples
 from spar_hf.distillation.student import Student, prepare_positions
+from spar_hf.distillation.targets import Target
 from spar_hf.utils.errors import UsageError
 
 CPU = torch.device("cpu")
@@ -179,6 +180,21 @@ def test_teacher__reads_the_sizes_and_mirror_images_that_are_asked_for(base_fold
     options = TeacherOptions(model=str(base_folder), teacher_scales=[1, 0.5], teacher_flip=True)
     assert Models.load(options, CPU).teacher.views == [(1.0, False), (1.0, True), (0.5, False), (0.5, True)]
     assert Models.load(TeacherOptions(model=str(base_folder)), CPU).teacher.views == [(1.0, False)]
-    for wrong in ({"teacher_scales": [1, 0]}, {"teacher_mode": "cached", "teacher_cache": "c", "teacher_flip": True}):
+    cached = {"teacher_mode": "cached", "teacher_cache": "c"}
+    for wrong in ({"teacher_scales": [1, 0]}, cached | {"teacher_flip": True}, cached | {"teacher_dtype": "bf16"}):
         with pytest.raises(UsageError, match="teacher_scales"):
             TeacherOptions(model=str(base_folder), **wrong)
+    with pytest.raises(UsageError, match="--teacher_dtype half: use one of fp32, fp16, bf16"):
+        TeacherOptions(model=str(base_folder), teacher_dtype="half")
+
+
+@torch.no_grad()
+def test_teacher__in_a_precision_of_its_own_makes_targets_and_leaves_the_held_out_reference(base_folder):
+    options = TeacherOptions(model=str(base_folder), teacher_dtype="bf16")
+    models = Models.load(options, CPU)
+    target = Target(models.teacher, options, seed=0)
+    assert target.teacher.model.dtype == torch.bfloat16
+    assert models.teacher.model.dtype == models.student.dtype == torch.float32
+    pixels = torch.randn(1, 3, 80, 96, generator=torch.Generator().manual_seed(0))
+    found, expected = target(pixels, 0)[0], models.teacher(pixels).feature_map
+    assert 0 < float((found - expected).norm() / expected.norm()) < 0.03

@@ -130,6 +130,8 @@ def test_another_setting_is_refused(options, base, pictures):
     assert len(TeacherCache.open(options.storage.output, model=model, window_size=64, stride=32)) == 6
     with pytest.raises(ValueError, match="seed is 0 there and 1 here"):
         make_cache(changed(options, seed=1))
+    with pytest.raises(ValueError, match="teacher_dtype is None there and 'bf16' here"):
+        make_cache(changed(options, teacher_dtype="bf16"))
     same = vision_fingerprint(model)
     model.config.backbone_config.num_attention_heads *= 2  # leaves no trace in the weights
     assert vision_fingerprint(model) != same
@@ -142,6 +144,23 @@ def test_another_setting_is_refused(options, base, pictures):
     assert vision_fingerprint(model) != same
     with pytest.raises(ValueError, match="made with another setting: model"):
         TeacherCache.open(options.storage.output, model=model)
+
+
+def test_a_teacher_in_half_precision_makes_a_cache_for_the_same_model(options, base):
+    """It has the fingerprint of the model's own weights; a cache of an earlier version names no precision."""
+    full = make_cache(options)
+    found = make_cache(changed(options, teacher_dtype="bf16", output=f"{options.storage.output}-bf16"))
+    assert found.setting["teacher_dtype"] == "bf16" and found.setting["model"] == vision_fingerprint(cache_model(base))
+    for i in range(len(full)):
+        error = (found.target(i) - full.target(i)).norm() / full.target(i).norm()
+        assert 0 < float(error) < 0.03
+    manifest = Path(options.storage.output) / "manifest.json"
+    earlier = json.loads(manifest.read_text())
+    del earlier["setting"]["teacher_dtype"]
+    manifest.write_text(json.dumps(earlier))
+    assert len(make_cache(options)) == len(full)
+    with pytest.raises(ValueError, match="teacher_dtype is None there"):
+        make_cache(changed(options, teacher_dtype="bf16"))
 
 
 def test_fingerprint__is_the_same_however_a_model_was_loaded(base, tmp_path):
