@@ -1,6 +1,7 @@
 """The table of `distill --dry_run`: every option, its default, and what is published."""
 
 import os
+from dataclasses import asdict
 from typing import Any
 
 from rich import box
@@ -18,23 +19,44 @@ KEPT = (
 )
 
 
+# Options of views, windows, weights and optimisation of which nothing is published, or which do not change what is learned.
+UNPUBLISHED = {
+    "model",
+    "long_side_windows",
+    "short_side_windows",
+    "window_batch_size",
+    "teacher_mode",
+    "teacher_variant",
+}
+UNPUBLISHED |= {"teacher_cache", "lora_alpha", "merge", "save_dtype", "steps", "words_weight", "seed"}
+UNPUBLISHED |= {"gradient_accumulation_steps"}  # as many as devices ask for, see `show_options`
+
+
+def published_values(preset: str | None) -> dict[str, Any]:
+    """Options as published: those of a published preset, by default `spar`, and what it leaves out is off."""
+    name = preset if preset in PUBLISHED_PRESETS else "spar"
+    options = DistillationOptions.from_flat(model="", images=[""], output="", preset=name)
+    parts = (options.views, options.teacher, options.student, options.optimisation)
+    values = {"shuffle": options.images.shuffle} | {key: value for part in parts for key, value in asdict(part).items()}
+    return {key: value for key, value in values.items() if key not in UNPUBLISHED}
+
+
 def option_rows(options: DistillationOptions) -> list[tuple[str, Any, Any, Any]]:
     """
     Name, value, default and published value of every option, in the order of `--help`. The published value is that of
-    the chosen preset, or of `spar`; `None` where nothing is published. Required options have the default `None`.
+    the chosen preset, or of `spar`; `...` where nothing is published. Required options have the default `None`.
 
     Example:
 
     ```python
     >>> options = DistillationOptions.from_flat(model="base", images=["images"], output="run", preset="spar-all", stride=32)
-    >>> [row for row in option_rows(options) if row[0] == "stride"]
-    [('stride', 32, 24, 24)]
+    >>> [row for row in option_rows(options) if row[0] in ("stride", "workers")]
+    [('workers', 1, 1, Ellipsis), ('stride', 32, 24, 24)]
     ```"""
-    given = options.flat
+    given, published = options.flat, published_values(options.run.preset)
     bare = {"model": given["model"], "images": given["images"], "output": given["output"]}
     default = DistillationOptions.from_flat(**bare).flat | dict.fromkeys(bare)
-    published = PUBLISHED_PRESETS.get(options.run.preset or "", PUBLISHED_PRESETS["spar"])
-    return [(key, value, default[key], published.get(key)) for key, value in given.items() if key != "dry_run"]
+    return [(key, value, default[key], published.get(key, ...)) for key, value in given.items() if key != "dry_run"]
 
 
 def window_rule(options: DistillationOptions) -> str:
@@ -54,9 +76,10 @@ def show_options(options: DistillationOptions, console: Console) -> None:
     for heading in ("option", "value", "default", "published"):
         table.add_column(heading, overflow="fold")
     for name, value, default, published in option_rows(options):
-        differs = published is not None and value != published
-        shown = ("" if entry is None else str(entry) for entry in (value, default, published))
-        table.add_row(f"{name} *" if differs else name, *shown)
+        differs = published is not ... and value != published
+        shown = ["" if entry is None else str(entry) for entry in (value, default)]
+        known = "" if published is ... else "none" if published is None else str(published)
+        table.add_row(f"{name} *" if differs else name, *shown, known)
     console.print(table)
     console.print("* not as published")
     console.print(f"Windows: {window_rule(options)}")

@@ -107,6 +107,7 @@ def test_dry_run_marks_what_is_not_published():
     said = console.export_text()
     marked = {line.split()[0] for line in said.splitlines() if " * " in f"{line} "[:40]}
     assert {"learning_rate", "shuffle", "fixed_views", "resample", "train_layers", "lr_scheduler_type"} <= marked
+    assert {"teacher_windows", "window_size", "max_grad_norm", "mixed_precision"} <= marked  # off in the paper, or None
     assert "stride" not in marked and "64 px for every model" in said
     values = {name: (value, default, published) for name, value, default, published in option_rows(options)}
     assert values["stride"] == (24, 24, 24) and values["learning_rate"] == (1e-4, 2e-5, 2e-5)
