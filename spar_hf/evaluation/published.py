@@ -58,6 +58,9 @@ SPAR = "SPAR, arXiv 2604.02252, main results"
 SPAR_SIDES = {"": 672, "cityscapes": 1024}
 CORRCLIP = "CorrCLIP, arXiv 2411.10086, README of its code"
 QUOTED = "CorrCLIP, arXiv 2411.10086, main results, as public notes on it quote them"
+LISTED = "as public benchmark listings of the paper have it"
+PROXY = f"ProxyCLIP, arXiv 2408.04883, {LISTED}"
+TRIDENT = f"Trident, arXiv 2411.09219, {LISTED}"
 STITCHER = "OV-Stitcher, arXiv 2604.08110, README of its code"
 
 
@@ -122,6 +125,14 @@ ROWS = (
     some(
         *("Trident", "pipeline: CLIP, DINO, SAM", "SAM, refines"),
         {"voc21": 67.1, "context60": 38.6, "coco-object": 41.1, "cityscapes": 42.9, "ade20k": 21.9},
+    ),
+    Published(
+        *("ProxyCLIP", "OpenCLIP ViT-H/14", "pipeline: CLIP, DINO", "", PROXY),
+        {"voc20": 83.3, "context59": 39.6, "coco-stuff": 26.8, "cityscapes": 42.0, "ade20k": 24.2},
+    ),
+    eight(
+        *("Trident", "OpenCLIP ViT-H/14", "pipeline: CLIP, DINO, SAM", "SAM, refines", TRIDENT),
+        *(70.8, 40.1, 42.2, 88.7, 44.3, 28.6, 47.6, 26.7),
     ),
     eight(
         *("OV-Stitcher", "CLIP ViT-B/16", "pipeline: CLIP, DINO", "stored region masks", STITCHER),

@@ -22,6 +22,7 @@ MEANS = {
     ],
     "OV-Stitcher, arXiv 2604.08110, README of its code": [50.7, 51.6],
     "CorrCLIP, arXiv 2411.10086, README of its code": [51.0, 52.4, 53.6],
+    "Trident, arXiv 2411.09219, as public benchmark listings of the paper have it": [48.6],
     "quoted in CCAR, README of its code": [41.4],
     "quoted in FreeCP (ICCV 2025), README of its code": [30.3],
 }
