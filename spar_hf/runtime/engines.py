@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 ENGINES = ("onnxruntime", "openvino")
-HINTS = {"fp16": "f16", "bf16": "bf16"}  # of OpenVINO
+HINTS = {"bf16": "bf16"}  # of OpenVINO; weights in half precision or int8 are computed in float32
 
 
 class Graph:

@@ -11,7 +11,6 @@ from spar_hf import SPAR_TINY
 @pytest.fixture(scope="session")
 def classmap_folder(tmp_path_factory):
     """spar-tiny as a graph that decides, with its text tower."""
-    pytest.importorskip("onnxscript", reason="exports need the extra onnx")
     from spar_hf.export.exporting import export
 
     folder = tmp_path_factory.mktemp("exports") / "classmap"

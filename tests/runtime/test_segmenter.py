@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import skimage
 import torch
 from PIL import Image
 from transformers import pipeline
@@ -15,7 +16,6 @@ from spar_hf.model.segmentation import LabelMap, decide, give_to_background
 from spar_hf.runtime import OnnxSegmenter, decisions
 from spar_hf.runtime.folders import ExportedFolder
 
-skimage = pytest.importorskip("skimage", reason="its images are in the extra demo")
 IMAGES = Path(skimage.__file__).parent / "data"
 WORDS = ["cup, mug", "spoon", "table", "cat", "sky"]
 FORBID = """
@@ -148,6 +148,15 @@ def test_decision_is_the_pipelines(names):
     wanted = expected.class_scores(5)
     assert pixels.tolist() == wanted[0].tolist()
     np.testing.assert_allclose(scores, wanted[1].numpy(), rtol=1e-6)
+
+
+def test_results_are_the_same_with_any_number_of_threads(classmap_folder, segmenter):
+    """An operation of ONNX Runtime whose threads overwrite each other's results is no part of the graph."""
+    options = {"background": "auto", "templates": "short", "output": "map"}  # a class of many names
+    expected = segmenter(IMAGES / "coffee.png", WORDS, **options)["map"]
+    several = OnnxSegmenter(classmap_folder, threads=4)
+    for _ in range(6):
+        assert (several(IMAGES / "coffee.png", WORDS, **options)["map"] != expected).sum() <= 2
 
 
 def test_openvino_computes_in_float32_unless_asked(logits_folder):

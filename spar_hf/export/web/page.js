@@ -5,13 +5,10 @@ import { labelImage, palette } from "./labels.js";
 const LONGEST_SIDE = 2048; // of the overlay, which only has to look right; labels keep the size of the image
 const part = Object.fromEntries([...document.querySelectorAll("[id]")].map((element) => [element.id, element]));
 const worker = new Worker(new URL("worker.js", import.meta.url), { type: "module" });
-const record = await (await fetch("spar_export.json")).json();
 
 let image = null; // the file
 let result = null;
 let requests = 0;
-
-part.asked.hidden = Boolean(record.classes);
 
 function say(text, isError = false) {
   part.status.textContent = text;
@@ -137,7 +134,10 @@ part.words.addEventListener("keydown", (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) run();
 });
 part.image.addEventListener("load", () => part.stage.style.setProperty("--aspect", part.image.naturalWidth / part.image.naturalHeight));
-part.file.addEventListener("change", () => choose(part.file.files[0]));
+part.file.addEventListener("change", () => {
+  choose(part.file.files[0]);
+  part.file.value = ""; // so that the same file can be chosen again
+});
 part.other.addEventListener("click", () => part.file.click());
 part.save.addEventListener("click", save);
 part.opacity.addEventListener("input", () => (part.overlay.style.opacity = part.opacity.value));
@@ -153,3 +153,7 @@ for (const name of ["dragenter", "dragover", "dragleave", "drop"]) {
     if (name === "drop") choose(event.dataTransfer.files[0]);
   });
 }
+
+// without a field for words if the classes are part of the graph
+const record = await (await fetch("spar_export.json")).json();
+part.asked.hidden = Boolean(record.classes);
