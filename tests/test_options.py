@@ -42,6 +42,7 @@ REVIEWED = {
     "base": "convert app",
     "batch_size": "probe pretrain",
     "dataset": "evaluate panoptic",
+    "dtype": "features export",
     "eval_steps": "distill panoptic",
     "holdout_every": "distill cache-teacher evaluate panoptic",
     "image_column": "distill evaluate",
@@ -57,6 +58,7 @@ REVIEWED = {
     "steps": "distill probe panoptic pretrain",
     "stride": "distill cache-teacher probe features",
     "window_size": "distill cache-teacher evaluate pretrain features",
+    "words": "distill export",
 }
 
 

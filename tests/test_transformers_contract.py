@@ -574,6 +574,25 @@ CONTRACT = [
             mentions("evaluate.Metric.__init__", "_build_data_dir", "_data_dir_root"),
         ),
     ),
+    # exports
+    Row(
+        "OnnxExporter exports a module with fused operations",
+        "spar_hf/export/onnx_format.py",
+        all_of(
+            takes("transformers.exporters.OnnxExporter.export_program", "model", "sample_inputs", "config"),
+            takes("transformers.exporters.OnnxConfig", "dynamic_shapes", "ort_fusions"),
+        ),
+    ),
+    Row(
+        "BACKEND_PREPARE chooses what is delegated",
+        "spar_hf/export/executorch_format.py",
+        exists("transformers.exporters.exporter_executorch._BACKEND_PREPARE"),
+    ),
+    Row(
+        "_inductor: aoti_compile_and_package and aoti_load_package",
+        "spar_hf/export/aoti_format.py",
+        exists("torch._inductor.aoti_compile_and_package", "torch._inductor.aoti_load_package"),
+    ),
     # training
     Row(
         "LOGGER_TYPE_TO_CLASS names the trackers",

@@ -1,6 +1,6 @@
 """
-Exports of models as graphs that run without PyTorch: ONNX, OpenVINO, AOTInductor and ExecuTorch. Each is compared with
-PyTorch before it is written.
+Exports of models as graphs that run without PyTorch's Python: ONNX, OpenVINO, AOTInductor and ExecuTorch. Each is compared
+with PyTorch before it is written.
 """
 
 from spar_hf.export.exporting import export

@@ -32,12 +32,15 @@ def decision_graph(head: str, patch_size: int, labels: str, class_of_name: list[
     inputs = ["float[batch,names,rows,columns] logits", "float[batch,3,height,width] pixel_values"]
     constants = {"minus_1": [-1], "0": [0], "1": [1], "2": [2], "patch": [patch_size], "two_patches": [2 * patch_size]}
     constants |= {"axes_12": [1, 2], "values": [STRIP_VALUES]}
-    several = True  # names per class
+    maxima = CLASS_MAXIMA_IF_ANY
     if class_of_name is None:
         inputs.append("int64[names] class_of_name")
     else:
         constants["class_of_name"] = class_of_name
         several = len(set(class_of_name)) < len(class_of_name)
+        maxima = (
+            CLASS_MAXIMA if several else "s_best_of_names = Identity(s_pixels)"
+        ) + "    s_best = Identity(s_best_of_names)\n"
     inputs.append("int64[2] image_size")
     scan, outputs = HEAD_OUTPUTS[head]
     initial = [f"int64[{len(v)}] spar_{name} = {{{','.join(map(str, v))}}}" for name, v in constants.items()]
@@ -48,7 +51,7 @@ def decision_graph(head: str, patch_size: int, labels: str, class_of_name: list[
         "float spar_lowest = {-3.0e38}",
     ]
     known = "class_of_name" if class_of_name is None else "spar_class_of_name"
-    strip = STRIP + (CLASS_MAXIMA if several else "s_best = Identity(s_pixels)") + STRIP_ENDS[head]
+    strip = STRIP + maxima + STRIP_ENDS[head]
     scan = scan.replace("BODY", strip).replace("LABEL_NAME", labels).replace("LABEL_TYPE", str(LABEL_TYPES[labels]))
     scan = re.sub(r"\bs_", "spar_inside_", scan)
     signature = f"spar_decision ({', '.join(inputs)}) => ({outputs.format(labels=labels)})"
@@ -127,6 +130,8 @@ STRIPS = """
   spar_grid = Transpose<perm = [0, 2, 3, 1]>(logits)
   spar_last_class = Gather<axis = 0>(class_of_name, spar_minus_1)
   spar_classes = Add(spar_last_class, spar_1)
+  spar_classes_are_names = Equal(spar_classes, spar_names)
+  spar_one_name_each = Squeeze(spar_classes_are_names)
   spar_class_index = Unsqueeze(class_of_name, spar_1)
 """
 # (batch, rows, columns, names) of the patches -> (batch, strip rows, width, names)
@@ -147,22 +152,30 @@ STRIP = """
     s_part_across = Mul(s_change_across, spar_across)
     s_pixels = Add(s_left, s_part_across)
 """
-# The largest logit of each class's names: rows of names are written to rows of classes. `ScatterND` is faster, but threads of
-# ONNX Runtime overwrite each other's rows where several names have one class: up to 3 % of labels changed from run to run.
+# The largest logit of each class's names: rows of names are written to rows of classes. `ScatterND` is faster, but the
+# threads of ONNX Runtime overwrite each other's rows where several names have one class: up to 3 % of labels changed from
+# run to run.
 CLASS_MAXIMA = """
-    s_place = Shape<start = 0, end = 3>(s_pixels)
-    s_flat_shape = Concat<axis = 0>(spar_minus_1, spar_names)
-    s_flat = Reshape(s_pixels, s_flat_shape)
-    s_by_name = Transpose<perm = [1, 0]>(s_flat)
-    s_count = Shape<start = 1, end = 2>(s_by_name)
-    s_class_shape = Concat<axis = 0>(spar_classes, s_count)
-    s_start = Expand(spar_lowest, s_class_shape)
-    s_names_shape = Shape(s_by_name)
-    s_class_of_value = Expand(spar_class_index, s_names_shape)
-    s_by_class = ScatterElements<axis = 0, reduction = "max">(s_start, s_class_of_value, s_by_name)
-    s_by_pixel = Transpose<perm = [1, 0]>(s_by_class)
-    s_best_shape = Concat<axis = 0>(s_place, spar_classes)
-    s_best = Reshape(s_by_pixel, s_best_shape)
+      s_place = Shape<start = 0, end = 3>(s_pixels)
+      s_flat_shape = Concat<axis = 0>(spar_minus_1, spar_names)
+      s_flat = Reshape(s_pixels, s_flat_shape)
+      s_by_name = Transpose<perm = [1, 0]>(s_flat)
+      s_count = Shape<start = 1, end = 2>(s_by_name)
+      s_class_shape = Concat<axis = 0>(spar_classes, s_count)
+      s_start = Expand(spar_lowest, s_class_shape)
+      s_names_shape = Shape(s_by_name)
+      s_class_of_value = Expand(spar_class_index, s_names_shape)
+      s_by_class = ScatterElements<axis = 0, reduction = "max">(s_start, s_class_of_value, s_by_name)
+      s_by_pixel = Transpose<perm = [1, 0]>(s_by_class)
+      s_best_shape = Concat<axis = 0>(s_place, spar_classes)
+      s_best_of_names = Reshape(s_by_pixel, s_best_shape)
+"""
+# where every class has one name, there is nothing to choose
+CLASS_MAXIMA_IF_ANY = f"""
+    s_best = If<
+      then_branch = same () => (float[batch, r, w, c] s_same) {{ s_same = Identity(s_pixels) }},
+      else_branch = several () => (float[batch, r, w, c] s_best_of_names) {{ {CLASS_MAXIMA} }}
+    >(spar_one_name_each)
 """
 STRIP_ENDS = {
     "classmap": """

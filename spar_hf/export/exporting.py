@@ -10,7 +10,7 @@ from spar_hf.export.decision import label_type
 from spar_hf.export.folder import RECORD, make_record, write_beside
 from spar_hf.export.options import EXTENSIONS, check_options
 from spar_hf.export.sources import check_head, embed_words, load_source
-from spar_hf.export.verification import verify, verify_text
+from spar_hf.export.verification import cases, verify, verify_text, within
 from spar_hf.model.prompts import CandidateLabels, Vocabulary
 from spar_hf.utils.atomic import write_json, writing_folder
 from spar_hf.utils.errors import UsageError
@@ -38,7 +38,7 @@ def export(
     Args:
         model: folder or hub id of a SPAR model, of a linear head on one, or of a backbone that SPAR reads.
         output: folder to write.
-        format (`str`, *optional*, defaults to `"onnx"`): `"onnx"`, `"openvino"`, `"aoti"` or `"executorch"`.
+        format (`str`, *optional*, defaults to `"onnx"`): `"onnx"`, `"openvino"`, `"aoti"`, `"executorch"`, `"web"`.
         head (`str`, *optional*, defaults to `"classmap"`):
             What the graph gives: `"features"` of the patches, `"logits"` of the patches, the class and its probability at
             every pixel (`"classmap"`), or the `"probabilities"` of all classes at every pixel.
@@ -88,11 +88,13 @@ def export(
         temporary.mkdir()
         write_beside(temporary, source, baked)
         graphs = writer.write_graphs(temporary, source, head, baked, list(dtypes), labels)
-        rows = verify(source, head, baked, {dtype: graph.runs for dtype, graph in graphs.items()})
+        limits = writer.limits(source) if hasattr(writer, "limits") else None
+        runs = {dtype: graph.runs for dtype, graph in graphs.items()}
+        rows = verify(source, head, baked, runs, [within(case, limits) for case in cases(source)])
         paths = {dtype: graph.path for dtype, graph in graphs.items()}
         base = EXTENSIONS[format][0] if format in EXTENSIONS else format
         record = make_record(source, base, head, baked, templates, paths, labels)
-        record["text_graph"], record["verification"] = None, {"vision": rows}
+        record |= {"limits": limits, "text_graph": None, "verification": {"vision": rows}}
         if source.has_text and baked is None:
             text = writer.write_text_tower(temporary, source)
             record["text_graph"] = text.path

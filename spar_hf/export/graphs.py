@@ -109,11 +109,12 @@ class TextGraph(nn.Module):
 def in_half(vision_model: Any, dtype: torch.dtype) -> Any:
     """A copy whose embeddings and blocks are in half precision, and the rest in float32."""
     half = copy.deepcopy(vision_model)
-    last_norm = LAST_NORMS[half.config.readout]
-    for name, part in half.backbone.named_children():
-        if name not in (last_norm, *READOUT_PARTS):
-            part.to(dtype)
-    for name, parameter in half.backbone.named_parameters(recurse=False):
-        setattr(half.backbone, name, nn.Parameter(parameter.to(dtype), requires_grad=False))
-    getattr(half.backbone, last_norm).register_forward_pre_hook(lambda _, inputs: (inputs[0].float(), *inputs[1:]))
+    backbone, last_norm = half.backbone, LAST_NORMS[half.config.readout]
+    for name, parameter in backbone.named_parameters():  # not buffers: RoPE's frequencies stay in float32
+        if name.split(".")[0] not in (last_norm, *READOUT_PARTS):
+            parameter.data = parameter.data.to(dtype)
+    getattr(backbone, last_norm).register_forward_pre_hook(lambda _, inputs: (inputs[0].float(), *inputs[1:]))
+    if hasattr(backbone, "rope"):
+        rope = backbone.rope
+        backbone.rope = lambda *args: tuple(part.to(dtype) for part in rope(*args))  # the dtype of queries and keys
     return half

@@ -22,6 +22,7 @@ from spar_hf.export.graphs import LAST_NORMS, DenseGraph, TextGraph
 from spar_hf.export.options import DECIDING, FORMATS
 from spar_hf.export.sources import Source, Words
 from spar_hf.export.verification import Runner, Written
+from spar_hf.utils.errors import UsageError
 
 MAX_FILE_BYTES = 2**31 - 2**20  # of one file; a protobuf message ends at 2 GiB
 AXES = {
@@ -45,7 +46,11 @@ def trace(graph: DenseGraph | TextGraph, fused: bool = True) -> onnx.ModelProto:
     config = OnnxConfig(dynamic_shapes=graph.dynamic_shapes(), ort_fusions="cpu" if fused else None)
     module: Any = graph  # the exporter takes any module, whatever its annotation says
     with quiet():
-        program, _ = OnnxExporter().export_program(module, graph.example(), config)
+        try:
+            exporter = OnnxExporter()
+        except ImportError as error:  # of a torch that is too old for it
+            raise UsageError(str(error)) from error
+        program, _ = exporter.export_program(module, graph.example(), config)
     model = onnx_ir.to_proto(program)
     del model.graph.value_info[:]  # its axes have names of the trace
     for value in (*model.graph.input, *model.graph.output):

@@ -1,7 +1,7 @@
 """What an export can be asked for: formats, heads and dtypes, which of them go together, and the packages they need."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 
 from spar_hf.utils.errors import UsageError
@@ -19,6 +19,7 @@ class Format:
     Attributes:
         module: of `spar_hf.export`, which writes it.
         packages: what has to be installed, beside torch and transformers.
+        extras: the extras of this library that install them.
         dtypes: file name suffix of each dtype that can be written.
         heads: heads that can be written.
         refusals: why a dtype or head cannot be written, and what to take instead.
@@ -26,31 +27,57 @@ class Format:
 
     module: str
     packages: tuple[str, ...]
+    extras: str
     dtypes: dict[str, str]
     heads: tuple[str, ...] = HEADS
-    refusals: tuple[tuple[str, str], ...] = ()
-
-    def refusal(self, name: str) -> str:
-        """Why this format has no such dtype or head."""
-        return dict(self.refusals)[name]
+    refusals: Mapping[str, str] = field(default_factory=dict)
 
 
+DENSE = ("features", "logits")
+DECIDE_OUTSIDE = dict.fromkeys(
+    DECIDING,
+    "The decision for every pixel is a loop that this format does not have. Take --head logits and decide in the program, "
+    "or --format onnx or openvino.",
+)
 FORMATS = {
     "onnx": Format(
         "onnx_format",
         ("onnx", "onnxscript", "onnxruntime"),
+        "onnx",
         {"fp32": "", "fp16": "_fp16", "int8": "_quantized"},
-        refusals=(
-            (
-                "bf16",
-                "ONNX Runtime computes few operations in bfloat16 on a CPU. Take --format openvino --dtype bf16, or fp16.",
-            ),
-        ),
+        refusals={
+            "bf16": "ONNX Runtime computes little in bfloat16. Take --format openvino --dtype bf16, or --dtype fp16."
+        },
     ),
     "openvino": Format(
         "openvino_format",
-        ("openvino", "nncf", "onnx", "onnxscript", "onnxruntime"),
+        ("openvino", "onnx", "onnxscript", "onnxruntime"),  # it is converted from ONNX
+        "onnx,openvino",
         {"fp32": "", "fp16": "_fp16", "bf16": "_bf16", "int8": "_int8"},
+    ),
+    "aoti": Format(
+        "aoti_format",
+        (),
+        "",
+        {"fp32": "", "bf16": "_bf16"},
+        DENSE,
+        {
+            **DECIDE_OUTSIDE,
+            "fp16": "Processors are slow in float16. Take --dtype bf16, or for smaller files --format onnx --dtype fp16.",
+            "int8": "--format aoti has no quantised graphs. Take --format openvino or onnx with --dtype int8.",
+        },
+    ),
+    "executorch": Format(
+        "executorch_format",
+        ("executorch", "onnx", "onnxscript", "onnxruntime"),
+        "executorch",
+        {"fp32": ""},
+        DENSE,
+        DECIDE_OUTSIDE
+        | dict.fromkeys(
+            ("fp16", "bf16", "int8"),
+            "--format executorch computes in float32. Take --dtype fp32, or another format for other precisions.",
+        ),
     ),
 }
 # formats that are one of the above with further files: name -> (format of the graph, module of `spar_hf.export`). Its
@@ -75,7 +102,7 @@ def check_options(format: str, head: str, dtypes: Sequence[str]) -> Format:
     ```python
     >>> check_options("onnx", "classmap", ["bf16"])
     Traceback (most recent call last):
-    spar_hf.utils.errors.UsageError: ONNX Runtime computes few operations in bfloat16 on a CPU. Take --format ...
+    spar_hf.utils.errors.UsageError: ONNX Runtime computes little in bfloat16. Take --format openvino --dtype bf16, ...
     ```"""
     if format not in available_formats():
         raise UsageError(f"--format {format} is unknown; use {', '.join(available_formats())}.")
@@ -88,8 +115,11 @@ def check_options(format: str, head: str, dtypes: Sequence[str]) -> Format:
     found = FORMATS[graph_format]
     for name in (head, *dtypes):
         if name not in (*found.heads, *found.dtypes):
-            raise UsageError(found.refusal(name))
-    missing = [package for package in found.packages if find_spec(package) is None]
+            raise UsageError(found.refusals[name])
+    needed, extras, option = found.packages, found.extras, f"--format {format}"
+    if graph_format == "openvino" and "int8" in dtypes:
+        needed, extras, option = (*needed, "nncf"), f"{extras},nncf", f"{option} --dtype int8"
+    missing = [package for package in needed if find_spec(package) is None]
     if missing:
-        raise UsageError(f"--format {format} needs {', '.join(missing)}: pip install 'spar-hf[{graph_format}]'")
+        raise UsageError(f"{option} needs {', '.join(missing)}: pip install 'spar-hf[{extras}]'")
     return found

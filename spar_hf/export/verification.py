@@ -1,7 +1,7 @@
 """An exported graph compared with PyTorch, at sizes and numbers of names that it was not traced with."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -80,12 +80,20 @@ def cases(source: Source) -> list[Case]:
     ]
 
 
+def within(case: Case, limits: dict[str, int] | None) -> Case:
+    """A case within the largest `batch`, `side` and number of `names` that a format takes."""
+    if limits is None:
+        return case
+    size = (min(case.size[0], limits["side"]), min(case.size[1], limits["side"]))
+    return replace(case, size=size, batch=min(case.batch, limits["batch"]), names=min(case.names, limits["names"]))
+
+
 def verify(
     source: Source,
     head: str,
     words: Words | None,
     runs: dict[str, tuple[Runner, Runner | None]],
-    chosen: list[Case] | None = None,
+    chosen: list[Case],
 ) -> list[dict[str, Any]]:
     """
     Compare graphs with PyTorch.
@@ -96,7 +104,7 @@ def verify(
         words: names that are part of the graphs.
         runs: for every dtype a function that runs its graph, and for heads that decide one that gives the logits before, if
             the format has it.
-        chosen: comparisons; by default [`cases`].
+        chosen: comparisons, such as [`cases`].
 
     Returns:
         A row per dtype and case: what was compared, and the largest errors.
@@ -107,7 +115,7 @@ def verify(
     reference = DenseGraph(source, head != "features", words)
     embeddings = None if reference.embeddings is not None or not source.has_text else name_embeddings(source)
     rows = []
-    for case in cases(source) if chosen is None else chosen:
+    for case in chosen:
         inputs = inputs_of(source, case, words, embeddings)
         dense = dense_values(reference, inputs)
         expected = decided(head, dense, inputs, source) if head in DECIDING else {}

@@ -1,6 +1,7 @@
 """ONNX exports: what ONNX Runtime computes equals PyTorch at any size and number of names, and the folder is complete."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import onnxruntime
@@ -12,6 +13,7 @@ from transformers import AutoImageProcessor, AutoTokenizer
 
 from spar_hf.export import export
 
+ROOT = Path(__file__).parents[2]
 WORDS = ["road, street", "car, automobile", "sky"]
 
 
@@ -71,6 +73,18 @@ def test_label_maps_are_those_of_the_pipeline(exported, pipe):
     assert np.array_equal(labels[0], expected["map"])
     for label, score in enumerate(expected["scores"]):
         assert confidence[0][labels[0] == label].mean() == pytest.approx(score, abs=1e-3)
+
+
+def test_the_client_of_the_guide(exported, pipe, tmp_path, monkeypatch):
+    """The program in docs/export.md gives the label map of the pipeline."""
+    source = (ROOT / "docs" / "export.md").read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
+    (tmp_path / "exported").symlink_to(exported[0])
+    pixels = np.random.default_rng(2).integers(0, 256, (90, 131, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "street.png")
+    monkeypatch.chdir(tmp_path)
+    found: dict = {}
+    exec(source, found)
+    assert np.array_equal(found["labels"][0], pipe("street.png", candidate_labels=WORDS, output="map")["map"])
 
 
 def test_words_can_be_part_of_the_graph(model_folder, pipe, tmp_path):
