@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import skimage
 import torch
@@ -64,11 +65,12 @@ except ModuleNotFoundError as error:
         ("rocket.jpg", {"size": {"longest_edge": 200}, "max_tokens": 50, "templates": "plain"}),
     ],
 )
-@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
-def test_segments_and_label_maps_are_those_of_the_pipeline(engine, name, options, pipe, classmap_folder, logits_folder):
+@pytest.mark.parametrize(
+    "engine, folder", [("onnxruntime", "classmap"), ("openvino", "classmap"), ("openvino", "logits")]
+)
+def test_segments_and_label_maps_are_those_of_the_pipeline(engine, folder, name, options, pipe, request):
     pytest.importorskip(engine)
-    # OpenVINO's reader of ONNX files does not know the decision
-    segmenter = OnnxSegmenter(classmap_folder if engine == "onnxruntime" else logits_folder, engine=engine, threads=1)
+    segmenter = OnnxSegmenter(request.getfixturevalue(f"{folder}_folder"), engine=engine, threads=1)
     options = {"templates": "short", **options}
     expected, found = (run(IMAGES / name, WORDS, output="map", **options) for run in (pipe, segmenter))
     assert found["map"].dtype == expected["map"].dtype and found["map"].shape == expected["map"].shape
@@ -157,6 +159,33 @@ def test_results_are_the_same_with_any_number_of_threads(classmap_folder, segmen
     several = OnnxSegmenter(classmap_folder, threads=4)
     for _ in range(6):
         assert (several(IMAGES / "coffee.png", WORDS, **options)["map"] != expected).sum() <= 2
+
+
+def test_features_are_compared_with_words_by_their_cosine(logits_folder, tmp_path):
+    folder = tmp_path / "features"
+    shutil.copytree(logits_folder, folder)
+    record = folder / "spar_export.json"
+    record.write_text(record.read_text().replace('"head": "logits"', '"head": "features"'))
+    weights = np.random.default_rng(0).standard_normal((192, 3, 16, 16)).astype(np.float32)
+    side, axes = onnx.TensorProto.FLOAT, ["batch", "dim", "rows", "columns"]
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("Conv", ["pixel_values", "weights"], ["feature_map"], strides=[16, 16])],
+        "features",
+        [onnx.helper.make_tensor_value_info("pixel_values", side, axes)],
+        [onnx.helper.make_tensor_value_info("feature_map", side, axes)],
+        [onnx.numpy_helper.from_array(weights, "weights")],
+    )
+    model = onnx.helper.make_model(graph, ir_version=10, opset_imports=[onnx.helper.make_opsetid("", 20)])
+    onnx.save(model, folder / "onnx" / "vision_model.onnx")
+    segmenter = OnnxSegmenter(folder)
+    image = np.random.default_rng(1).integers(0, 256, (64, 96, 3), dtype=np.uint8)
+    found = segmenter(image, WORDS, output="map", size="native", templates="plain")
+    classes = segmenter.classes(WORDS, templates="plain")
+    pixels = torch.from_numpy(segmenter.prepare(image, size="native").pixel_values)[None]
+    features = torch.nn.functional.conv2d(pixels, torch.from_numpy(weights), stride=16)[0]
+    cosines = torch.cosine_similarity(features, torch.from_numpy(classes.text_embeds)[:, :, None, None], dim=1)
+    expected = decide(cosines * 40, torch.from_numpy(classes.class_of_name), 16, (64, 96), (64, 96))
+    assert (found["map"] != expected.labels.numpy()).sum() <= 2
 
 
 def test_openvino_computes_in_float32_unless_asked(logits_folder):
