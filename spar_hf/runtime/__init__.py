@@ -1,14 +1,7 @@
 """
-Runs exported models without PyTorch and transformers: NumPy, Pillow, tokenizers, and ONNX Runtime or OpenVINO.
-
-Example:
-
-```python
->>> from spar_hf.runtime import OnnxSegmenter
-
->>> segment = OnnxSegmenter("exported")  # doctest: +SKIP
->>> segment("street.jpg", candidate_labels=["road", "car, automobile", "sky"])  # doctest: +SKIP
-```"""
+Runs exported models without PyTorch and transformers: NumPy, Pillow, tokenizers, and ONNX Runtime or OpenVINO. See
+`docs/runtime.md`.
+"""
 
 from spar_hf.runtime.segmenter import OnnxSegmenter
 

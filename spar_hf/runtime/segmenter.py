@@ -85,8 +85,8 @@ class OnnxSegmenter:
     Args:
         folder (`str` or `os.PathLike`): the exported folder.
         engine (`str`, *optional*, defaults to `"onnxruntime"`):
-            `"onnxruntime"` or `"openvino"`; OpenVINO reads `openvino/` where there is one, else `onnx/`. It is told to
-            compute in float32 (`INFERENCE_PRECISION_HINT`), which it would not do by itself on CPUs with bfloat16.
+            `"onnxruntime"`, or `"openvino"`, which reads exports of both formats. OpenVINO is told to compute in float32
+            (`INFERENCE_PRECISION_HINT`), which it would not do by itself on CPUs with bfloat16.
         dtype (`str`, *optional*):
             `"fp32"`, `"fp16"`, `"bf16"` or `"int8"`: which of the folder's graphs is run. Default: the first of these that
             there is. With OpenVINO, `"bf16"` also computes a graph of weights in float32 in bfloat16.
@@ -100,10 +100,15 @@ class OnnxSegmenter:
     Example:
 
     ```python
-    >>> segment = OnnxSegmenter("exported", engine="openvino")  # doctest: +SKIP
-    >>> found = segment("street.jpg", candidate_labels=["road", "car, automobile"], background="auto")  # doctest: +SKIP
-    >>> found[0]["label"], found[0]["mask"].size  # doctest: +SKIP
-    ('road', (1280, 853))
+    segment = OnnxSegmenter("exported", engine="openvino")
+    segment("street.jpg", candidate_labels=["road", "car, automobile"], background="auto")
+    # [{"label": "road", "score": 0.83, "mask": <PIL.Image L, 0 or 255, size of the image>}, …]
+    ```
+
+    ```python
+    >>> OnnxSegmenter("street.jpg")
+    Traceback (most recent call last):
+    FileNotFoundError: 'street.jpg' is no folder. Write it with `spar-hf export ...
     ```"""
 
     def __init__(

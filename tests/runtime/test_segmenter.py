@@ -216,8 +216,8 @@ def test_openvino_computes_in_float32_unless_asked(logits_folder):
 def test_bad_calls_name_the_fix(options, words, segmenter):
     with pytest.raises(ValueError, match=words):
         segmenter(np.zeros((32, 32, 3), np.uint8), **{"candidate_labels": WORDS, **options})
-    with pytest.raises(TypeError, match="'sise'"):
-        segmenter(np.zeros((32, 32, 3), np.uint8), WORDS, sise=3)
+    with pytest.raises(TypeError, match="'scale'"):
+        segmenter(np.zeros((32, 32, 3), np.uint8), WORDS, scale=3)
 
 
 def test_bad_folders_name_the_fix(classmap_folder, tmp_path):
