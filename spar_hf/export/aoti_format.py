@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from spar_hf.export.graphs import DenseGraph, TextGraph
+from spar_hf.export.graphs import DenseGraph, TextGraph, quiet
 from spar_hf.export.options import FORMATS
 from spar_hf.export.sources import Source, Words
 from spar_hf.export.verification import Runner, Written
@@ -47,7 +47,7 @@ def compile_graph(graph: DenseGraph | TextGraph, path: Path) -> None:
             "--format aoti needs a C++ compiler: install g++, or name yours in CXX. --format onnx needs none."
         )
     path.parent.mkdir(parents=True, exist_ok=True)
-    with torch.no_grad():
+    with quiet(), torch.no_grad():
         program = torch.export.export(graph, (), kwargs=graph.example(), dynamic_shapes=graph.dynamic_shapes())
         torch._inductor.aoti_compile_and_package(program, package_path=str(path))
 

@@ -11,19 +11,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from executorch.backends.xnnpack.partition.config.gemm_configs import (
-    AddmmConfig,
-    ConvolutionConfig,
-    LinearConfig,
-    MMConfig,
-)
-from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-from executorch.runtime import Runtime
-from transformers.exporters import ExecutorchConfig, ExecutorchExporter
-from transformers.exporters.exporter_executorch import _BACKEND_PREPARE
 
-from spar_hf.export.graphs import DenseGraph, TextGraph
-from spar_hf.export.onnx_format import quiet
+from spar_hf.export.graphs import DenseGraph, TextGraph, quiet
 from spar_hf.export.sources import Source, Words
 from spar_hf.export.verification import Runner, Written
 from spar_hf.model import readouts
@@ -66,6 +55,8 @@ def head_output(head: str) -> str:
 
 def lower(graph: DenseGraph | TextGraph, example: dict[str, Any], shapes: dict[str, Any], path: Path) -> None:
     """Trace a graph and write its program."""
+    from transformers.exporters import ExecutorchConfig, ExecutorchExporter
+
     module: Any = graph  # the exporter takes any module, whatever its annotation says
     with quiet(), only_products(), steps_as_tensors():
         program, _ = ExecutorchExporter().export_program(module, example, ExecutorchConfig(dynamic_shapes=shapes))
@@ -77,9 +68,13 @@ def lower(graph: DenseGraph | TextGraph, example: dict[str, Any], shapes: dict[s
 @contextlib.contextmanager
 def only_products() -> Iterator[None]:
     """In this block, transformers' exporter delegates matrix products and convolutions only."""
+    from executorch.backends.xnnpack.partition.config import gemm_configs
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from transformers.exporters.exporter_executorch import _BACKEND_PREPARE
+
     prepare: dict[str, Any] = _BACKEND_PREPARE  # type: ignore[assignment]
     original = prepare["xnnpack"]
-    configs = [LinearConfig, AddmmConfig, MMConfig, ConvolutionConfig]
+    configs = [getattr(gemm_configs, f"{name}Config") for name in ("Linear", "Addmm", "MM", "Convolution")]
     prepare["xnnpack"] = lambda model, inputs: (*original(model, inputs)[:2], [XnnpackPartitioner(configs=configs)])
     try:
         yield
@@ -107,6 +102,8 @@ def steps_as_tensors() -> Iterator[None]:
 
 def load(path: Path, inputs: list[str], output: str) -> Runner:
     """A function that runs a program; inputs have an order and no names there."""
+    from executorch.runtime import Runtime
+
     method = Runtime.get().load_program(path).load_method("forward")
 
     def run(values: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -1,6 +1,11 @@
 """The modules that are traced: dense features or logits of images, and embeddings of texts."""
 
+import contextlib
 import copy
+import io
+import logging
+import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -118,3 +123,16 @@ def in_half(vision_model: Any, dtype: torch.dtype) -> Any:
         rope = backbone.rope
         backbone.rope = lambda *args: tuple(part.to(dtype) for part in rope(*args))  # the dtype of queries and keys
     return half
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without the progress, the warnings of experimental versions and the notes on unused parts of torch."""
+    disabled = logging.root.manager.disable
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(disabled)

@@ -1,11 +1,6 @@
 """ONNX files: graphs traced by transformers' exporter, with the decision attached, and run by ONNX Runtime."""
 
-import contextlib
-import io
-import logging
 import tempfile
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +13,7 @@ import torch
 from transformers.exporters import OnnxConfig, OnnxExporter
 
 from spar_hf.export.decision import decision_graph
-from spar_hf.export.graphs import LAST_NORMS, DenseGraph, TextGraph
+from spar_hf.export.graphs import LAST_NORMS, DenseGraph, TextGraph, quiet
 from spar_hf.export.options import DECIDING, FORMATS
 from spar_hf.export.sources import Source, Words
 from spar_hf.export.verification import Runner, Written
@@ -56,19 +51,6 @@ def trace(graph: DenseGraph | TextGraph, fused: bool = True) -> onnx.ModelProto:
     for value in (*model.graph.input, *model.graph.output):
         name_axes(value, AXES[value.name])
     return model
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Without the progress, the warnings of experimental versions and the notes on unused parts of torch."""
-    disabled = logging.root.manager.disable
-    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        logging.disable(logging.WARNING)
-        try:
-            yield
-        finally:
-            logging.disable(disabled)
 
 
 def name_axes(value: Any, names: tuple[str | int | None, ...]) -> None:

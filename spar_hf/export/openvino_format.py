@@ -11,7 +11,7 @@ import openvino
 
 from spar_hf.export import onnx_format
 from spar_hf.export.decision import decision_graph
-from spar_hf.export.graphs import LAST_NORMS, DenseGraph, TextGraph
+from spar_hf.export.graphs import LAST_NORMS, DenseGraph, TextGraph, quiet
 from spar_hf.export.options import DECIDING, FORMATS
 from spar_hf.export.sources import Source, Words
 from spar_hf.export.verification import Runner, Written
@@ -89,7 +89,7 @@ def compress(model: openvino.Model, excluded: list[str]) -> openvino.Model:
     import nncf
 
     present = {node.get_friendly_name() for node in model.get_ordered_ops()}
-    with onnx_format.quiet():
+    with quiet():
         scope = nncf.IgnoredScope(names=[name for name in excluded if name in present])
         return nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT8_ASYM, ignored_scope=scope)
 

@@ -19,7 +19,7 @@ class Format:
     Attributes:
         module: of `spar_hf.export`, which writes it.
         packages: what has to be installed, beside torch and transformers.
-        extras: the extras of this library that install them.
+        install: what `pip install` needs for them.
         dtypes: file name suffix of each dtype that can be written.
         heads: heads that can be written.
         refusals: why a dtype or head cannot be written, and what to take instead.
@@ -27,7 +27,7 @@ class Format:
 
     module: str
     packages: tuple[str, ...]
-    extras: str
+    install: str
     dtypes: dict[str, str]
     heads: tuple[str, ...] = HEADS
     refusals: Mapping[str, str] = field(default_factory=dict)
@@ -36,14 +36,14 @@ class Format:
 DENSE = ("features", "logits")
 DECIDE_OUTSIDE = dict.fromkeys(
     DECIDING,
-    "The decision for every pixel is a loop that this format does not have. Take --head logits and decide in the program, "
-    "or --format onnx or openvino.",
+    "The decision for every pixel is exported with --format onnx or openvino only. Take one of them, or --head logits and "
+    "decide in the program.",
 )
 FORMATS = {
     "onnx": Format(
         "onnx_format",
         ("onnx", "onnxscript", "onnxruntime"),
-        "onnx",
+        "'spar-hf[onnx]'",
         {"fp32": "", "fp16": "_fp16", "int8": "_quantized"},
         refusals={
             "bf16": "ONNX Runtime computes little in bfloat16. Take --format openvino --dtype bf16, or --dtype fp16."
@@ -52,7 +52,7 @@ FORMATS = {
     "openvino": Format(
         "openvino_format",
         ("openvino", "onnx", "onnxscript", "onnxruntime"),  # it is converted from ONNX
-        "onnx,openvino",
+        "'spar-hf[onnx,openvino]'",
         {"fp32": "", "fp16": "_fp16", "bf16": "_bf16", "int8": "_int8"},
     ),
     "aoti": Format(
@@ -69,8 +69,8 @@ FORMATS = {
     ),
     "executorch": Format(
         "executorch_format",
-        ("executorch", "onnx", "onnxscript", "onnxruntime"),
-        "executorch",
+        ("executorch",),
+        "executorch",  # in no extra: it needs newer packages than this library
         {"fp32": ""},
         DENSE,
         DECIDE_OUTSIDE
@@ -83,11 +83,6 @@ FORMATS = {
 # formats that are one of the above with further files: name -> (format of the graph, module of `spar_hf.export`). Its
 # `add_files(folder, record)` writes into the unfinished folder, whose graphs are verified.
 EXTENSIONS = {"web": ("onnx", "web")}
-
-
-def available_formats() -> list[str]:
-    """Names for `--format`."""
-    return [*FORMATS, *(name for name, (_, module) in EXTENSIONS.items() if find_spec(f"spar_hf.export.{module}"))]
 
 
 def check_options(format: str, head: str, dtypes: Sequence[str]) -> Format:
@@ -104,8 +99,8 @@ def check_options(format: str, head: str, dtypes: Sequence[str]) -> Format:
     Traceback (most recent call last):
     spar_hf.utils.errors.UsageError: ONNX Runtime computes little in bfloat16. Take --format openvino --dtype bf16, ...
     ```"""
-    if format not in available_formats():
-        raise UsageError(f"--format {format} is unknown; use {', '.join(available_formats())}.")
+    if format not in (*FORMATS, *EXTENSIONS):
+        raise UsageError(f"--format {format} is unknown; use {', '.join((*FORMATS, *EXTENSIONS))}.")
     if head not in HEADS:
         raise UsageError(f"--head {head} is unknown; use {', '.join(HEADS)}.")
     unknown = [dtype for dtype in dtypes if dtype not in DTYPES]
@@ -116,10 +111,10 @@ def check_options(format: str, head: str, dtypes: Sequence[str]) -> Format:
     for name in (head, *dtypes):
         if name not in (*found.heads, *found.dtypes):
             raise UsageError(found.refusals[name])
-    needed, extras, option = found.packages, found.extras, f"--format {format}"
+    needed, install, option = found.packages, found.install, f"--format {format}"
     if graph_format == "openvino" and "int8" in dtypes:
-        needed, extras, option = (*needed, "nncf"), f"{extras},nncf", f"{option} --dtype int8"
+        needed, install, option = (*needed, "nncf"), "'spar-hf[onnx,openvino,nncf]'", f"{option} --dtype int8"
     missing = [package for package in needed if find_spec(package) is None]
     if missing:
-        raise UsageError(f"{option} needs {', '.join(missing)}: pip install 'spar-hf[{extras}]'")
+        raise UsageError(f"{option} needs {', '.join(missing)}: pip install {install}")
     return found

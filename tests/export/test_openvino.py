@@ -7,6 +7,7 @@ from spar_hf.export import export
 openvino = pytest.importorskip("openvino")
 
 
+@pytest.mark.slow
 def test_all_precisions_in_one_folder(model_folder, tmp_path):
     record = export(model_folder, tmp_path / "model", format="openvino", dtypes=["fp32", "fp16", "bf16", "int8"])
     rows = record["verification"]["vision"]
