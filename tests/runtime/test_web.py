@@ -40,20 +40,16 @@ class Files(http.server.SimpleHTTPRequestHandler):
 
 
 @pytest.fixture(scope="module")
-def site(classmap_folder, tmp_path_factory):
-    """The page of spar-tiny with its packages."""
+def address(classmap_folder, baked_folder, tmp_path_factory):
+    """The page of spar-tiny with its packages, and below `/baked` that of an export with its classes in it."""
     try:
         web.find_packages(PACKAGES)
     except UsageError as error:
         pytest.skip(str(error))
-    folder = tmp_path_factory.mktemp("web") / "page"
-    shutil.copytree(classmap_folder, folder)
-    web.add_files(folder, OnnxSegmenter(folder).folder.record, PACKAGES)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def address(site):
+    site = tmp_path_factory.mktemp("web") / "page"
+    for source, folder in ((classmap_folder, site), (baked_folder, site / "baked")):
+        shutil.copytree(source, folder)
+        web.add_files(folder, OnnxSegmenter(folder).folder.record, PACKAGES)
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Files, directory=site))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
@@ -195,6 +191,17 @@ def test_mistakes_are_answered_in_words(tab, tmp_path):
         assert answer in run(tab, IMAGES / "coffee.png", words)
     run(tab, IMAGES / "coffee.png", "cup")
     assert not tab.locator("#status.error").count() and not tab.faults
+
+
+def test_classes_in_the_graph_are_not_asked_for(tab, address, baked_folder, tmp_path):
+    tab.goto(f"{address}/baked/")
+    tab.locator("form").wait_for(state="hidden")
+    tab.set_input_files("#file", IMAGES / "coffee.png")
+    tab.locator("#found").wait_for()
+    assert not tab.locator("#words").is_visible() and not tab.locator("#run").is_visible()
+    expected = OnnxSegmenter(baked_folder)(IMAGES / "coffee.png", output="map")["map"]
+    assert (np.asarray(labels(tab, tmp_path / "labels.png")) == expected).mean() >= 0.999
+    assert not any("text_model" in url for url in tab.asked if "/baked/" in url)
 
 
 def test_without_packages_the_page_names_one_public_place(classmap_folder, tmp_path):

@@ -154,6 +154,7 @@ for (const name of ["dragenter", "dragover", "dragleave", "drop"]) {
   });
 }
 
-// without a field for words if the classes are part of the graph
+// if the classes are part of the graph, there is nothing to ask: an image is segmented when it is chosen
 const record = await (await fetch("spar_export.json")).json();
-part.asked.hidden = Boolean(record.classes);
+part.asked.hidden = part.run.hidden = Boolean(record.classes);
+document.body.classList.toggle("baked", Boolean(record.classes));
