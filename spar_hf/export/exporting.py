@@ -11,9 +11,9 @@ from spar_hf.export.folder import RECORD, make_record, write_beside
 from spar_hf.export.options import EXTENSIONS, check_options
 from spar_hf.export.sources import check_head, embed_words, load_source
 from spar_hf.export.verification import cases, verify, verify_text, within
-from spar_hf.model.prompts import CandidateLabels, Vocabulary
+from spar_hf.model.prompts import CandidateLabels, Vocabulary, resolve_templates
 from spar_hf.utils.atomic import write_json, writing_folder
-from spar_hf.utils.errors import UsageError
+from spar_hf.utils.errors import UsageError, as_usage_errors
 
 
 def export(
@@ -80,6 +80,9 @@ def export(
     extension = import_module(f"spar_hf.export.{EXTENSIONS[format][1]}") if format in EXTENSIONS else None
     if extension is not None:
         extension.check(head, vendor)
+    if templates is not None:
+        with as_usage_errors():
+            resolve_templates(templates)
     source = load_source(str(model))
     check_head(source, head, words)
     baked = embed_words(source, words, templates, background)

@@ -35,6 +35,7 @@ def vision_folder(tmp_path_factory):
         (["--words", "@missing.txt"], "missing.txt"),
         (["--words", "road; Road"], "Merge or rename"),
         (["--background", "auto"], "--words"),
+        (["--templates", "long"], "imagenet80"),
     ],
 )
 def test_options_that_cannot_be(args, remedy, tmp_path):
