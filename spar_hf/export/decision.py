@@ -38,11 +38,10 @@ def decision_graph(head: str, patch_size: int, labels: str, class_of_name: list[
     else:
         constants["class_of_name"] = class_of_name
         several = len(set(class_of_name)) < len(class_of_name)
-        maxima = (
-            CLASS_MAXIMA if several else "s_best_of_names = Identity(s_pixels)"
-        ) + "    s_best = Identity(s_best_of_names)\n"
+        named = f"{CLASS_MAXIMA}    s_best = Identity(s_best_of_names)\n"
+        maxima = named if several else "    s_best = Identity(s_pixels)\n"
     inputs.append("int64[2] image_size")
-    scan, outputs = HEAD_OUTPUTS[head]
+    loop, outputs = HEAD_OUTPUTS[head]
     initial = [f"int64[{len(v)}] spar_{name} = {{{','.join(map(str, v))}}}" for name, v in constants.items()]
     initial += [
         "int64 spar_zero = {0}",
@@ -52,8 +51,8 @@ def decision_graph(head: str, patch_size: int, labels: str, class_of_name: list[
     ]
     known = "class_of_name" if class_of_name is None else "spar_class_of_name"
     strip = STRIP + maxima + STRIP_ENDS[head]
-    scan = scan.replace("BODY", strip).replace("LABEL_NAME", labels).replace("LABEL_TYPE", str(LABEL_TYPES[labels]))
-    scan = re.sub(r"\bs_", "spar_inside_", scan)
+    loop = loop.replace("BODY", strip).replace("LABEL_NAME", labels).replace("LABEL_TYPE", str(LABEL_TYPES[labels]))
+    loop = re.sub(r"\bs_", "spar_inside_", loop)
     signature = f"spar_decision ({', '.join(inputs)}) => ({outputs.format(labels=labels)})"
     return (
         f'<ir_version: 10, opset_import: ["" : 18]>\n{signature}\n'
@@ -62,7 +61,7 @@ def decision_graph(head: str, patch_size: int, labels: str, class_of_name: list[
         + axis("row", "spar_row_index", "spar_height", "spar_working_height", "spar_rows")
         + axis("column", "spar_column_index", "spar_width", "spar_working_width", "spar_columns")
         + STRIPS.replace("class_of_name", known)
-        + scan
+        + loop
         + "}\n"
     )
 
