@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from spar_hf import SPAR_TINY, SparImageProcessorPil
 from spar_hf.cli.main import app
-from spar_hf.export import export
+from spar_hf.export import aoti_format, export
 from spar_hf.export.options import FORMATS, HEADS, check_options
 from spar_hf.utils.errors import UsageError
 
@@ -50,6 +50,13 @@ def test_a_missing_package_is_named_with_its_extra(monkeypatch):
         check_options("onnx", "logits", ["fp32"])
     with pytest.raises(UsageError, match=r"pip install 'spar-hf\[onnx,openvino,nncf\]'"):
         check_options("openvino", "logits", ["int8"])
+
+
+def test_packages_of_torch_need_a_compiler(monkeypatch, tmp_path):
+    monkeypatch.setattr(aoti_format.shutil, "which", lambda name: None)
+    with pytest.raises(UsageError, match="CXX"):
+        aoti_format.compile_graph(torch.nn.Module(), tmp_path / "vision_model.pt2")
+    assert not any(tmp_path.iterdir())
 
 
 def test_a_folder_is_replaced_only_when_asked(tmp_path):
