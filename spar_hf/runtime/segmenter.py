@@ -42,7 +42,7 @@ from spar_hf.runtime.texts import ExportedTexts
 logger = getLogger(__name__)
 
 OUTPUTS = ("segments", "map")
-PIPELINE_ONLY = ("presence", "min_presence", "refine", "upsampler", "tile", "num_workers", "function_to_apply")
+PIPELINE_ONLY = ("presence", "min_presence", "refine", "upsampler", "tile", "num_workers")
 
 
 @dataclass(frozen=True)
@@ -253,7 +253,7 @@ class OnnxSegmenter:
         self, images: Iterable, batch_size: int, skip: bool, prepare, classes: Classes, finish
     ) -> Iterator[Any]:
         """Results of images, in their order. Images of one size share a run of the graph."""
-        for items in batches(guarded_items(images, skip, prepare), batch_size):
+        for items in batches((guarded(skip, prepare, image) for image in images), batch_size):
             groups: dict[Any, list[int]] = {}
             for i, item in enumerate(items):
                 if not is_error(item):
@@ -345,11 +345,6 @@ def is_single(inputs: Any) -> bool:
     check_container(inputs)
     several = as_list(inputs) is not None
     return not several and (isinstance(inputs, np.ndarray) or is_tensor(inputs) or not isinstance(inputs, Iterable))
-
-
-def guarded_items(images: Iterable, skip: bool, prepare: Any) -> Iterator[Any]:
-    """Prepared images; with `skip`, the errors of those that cannot be read."""
-    return (guarded(skip, prepare, image) for image in images)
 
 
 def batches(items: Iterator[Any], size: int) -> Iterator[list[Any]]:
