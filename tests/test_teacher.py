@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from spar_hf import SlidingWindowTeacher, SparVisionModel
 from spar_hf.model.modeling_spar import SparVisionModelOutput
-from spar_hf.teacher import WindowPlan, window_starts
+from spar_hf.windows import WindowPlan, window_starts
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """
 SPAR over HTTP with Ray Serve: `python serve_app.py --model DIR`. docs/serving.md describes requests and limits.
 
-Ray's proxy imports this file for `gate`, so torch and the library are imported inside functions.
+Ray's proxy imports this file for `gate`, so torch and what needs it are imported inside functions.
 """
 
 import asyncio
@@ -19,10 +19,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ray
+from ray import serve
+from ray.serve.config import BackpressureConfig, HTTPOptions
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
+from spar_hf.utils.errors import UsageError, exit_with
 from spar_hf.utils.fields import option
 
 # how the proxy, another process, learns the limit on a request, and the file whose presence means that the server stops
@@ -34,6 +38,8 @@ logger = logging.getLogger("ray.serve")
 
 @dataclass
 class Settings:
+    """Options of the server; all replicas are on this machine."""
+
     model: str | None = option(None, "Folder or hub id of a two-tower model. Default: the embedded spar-tiny.")
     host: str = option("127.0.0.1", "Address to serve; 0.0.0.0 serves the whole network.")
     port: int = option(8000, "Port to serve.")
@@ -48,6 +54,15 @@ class Settings:
     body_seconds: float = option(20, "Time for a client to send its request.")
     request_seconds: float = option(120, "Time for the whole request, waiting included.")
     drain_seconds: float = option(60, "After SIGTERM: time for the requests that have been accepted.")
+
+    def __post_init__(self) -> None:
+        if min(self.replicas, self.batch_size, self.max_waiting, 1 if self.threads is None else self.threads) < 1:
+            raise UsageError("--replicas, --threads, --batch_size and --max_waiting are at least 1.")
+        if self.model is not None and Path(self.model).exists():
+            from spar_hf.export.deployment import check_two_towers
+
+            check_two_towers(Path(self.model))
+            self.model = str(Path(self.model).resolve())
 
 
 def refusal(status: int, message: str, **more: Any) -> JSONResponse:
@@ -145,7 +160,6 @@ class Segmenter:
     async def answer(self, body: bytes, request: Request) -> Response:
         """The masks as JSON, or an error in one line."""
         from spar_hf.cli.client_requests import FAILED
-        from spar_hf.utils.errors import UsageError
 
         try:
             checked = await asyncio.to_thread(self.read, body, request)
@@ -161,8 +175,6 @@ class Segmenter:
 
     def read(self, body: bytes, request: Request) -> Any:
         """The checked request of a JSON object, or of an image with its parameters in the query."""
-        from spar_hf.utils.errors import UsageError
-
         if not request.headers.get("content-type", "").startswith("application/json"):
             return self.server.read(body, dict(request.query_params))
         try:
@@ -178,6 +190,7 @@ class Segmenter:
 
         return JSONResponse(as_json(result, checked))
 
+    @serve.batch(max_batch_size=1, batch_wait_timeout_s=0)
     async def segment(self, requests: list) -> list:
         """Requests that wait while a batch is computed are the next batch; images of one size and words share a pass."""
         return await asyncio.get_running_loop().run_in_executor(self.worker, self.server.segment, requests)
@@ -185,11 +198,6 @@ class Segmenter:
 
 def build(settings: Settings) -> Any:
     """The application for `serve.run`, once Ray has started."""
-    import ray
-    from ray import serve
-    from ray.serve.config import BackpressureConfig
-
-    Segmenter.segment = serve.batch(max_batch_size=1, batch_wait_timeout_s=0)(Segmenter.segment)
     threads = settings.threads or max(1, int(ray.cluster_resources()["CPU"]) // settings.replicas)
     limits = {
         "max_bytes": int(settings.max_megabytes * 2**20),
@@ -206,6 +214,7 @@ def build(settings: Settings) -> Any:
         graceful_shutdown_timeout_s=settings.drain_seconds,
         graceful_shutdown_wait_loop_s=0.5,
         health_check_period_s=2,
+        max_constructor_retry_count=2,
     )(Segmenter)
     return deployment.bind(settings.model, threads, settings.batch_size, settings.body_seconds, limits)
 
@@ -220,10 +229,6 @@ def start_ray(settings: Settings, stop_file: Path) -> None:
         STOP_VARIABLE: str(stop_file),
         "RAY_USAGE_STATS_ENABLED": "0",
     }
-    import ray
-    from ray import serve
-    from ray.serve.config import HTTPOptions
-
     ray.init(include_dashboard=False, object_store_memory=256 * 2**20)
     http = HTTPOptions(host=settings.host, port=settings.port, request_timeout_s=settings.request_seconds)
     serve.start(http_options=http)
@@ -232,15 +237,16 @@ def start_ray(settings: Settings, stop_file: Path) -> None:
 def drain(settings: Settings, stop_file: Path) -> None:
     """Refuse new requests and wait until the proxy has answered all others."""
     stop_file.touch()
+    host = "127.0.0.1" if settings.host in ("0.0.0.0", "::") else settings.host
     end = time.monotonic() + settings.drain_seconds
     while time.monotonic() < end:
         try:
-            urllib.request.urlopen(f"http://127.0.0.1:{settings.port}/health", timeout=5)
+            urllib.request.urlopen(f"http://{host}:{settings.port}/health", timeout=5)
         except urllib.error.HTTPError as error:
             if json.load(error).get("ongoing") == 0:
                 return
-        except OSError:
-            return
+        except OSError:  # the proxy is too busy to answer
+            continue
         time.sleep(0.2)
 
 
@@ -252,13 +258,13 @@ def main(args: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         stop_file = Path(folder) / "stop"
         start_ray(settings, stop_file)
-        import ray
-        from ray import serve
-
         stopped = threading.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: stopped.set())  # after `ray.init`, which takes SIGTERM for itself
-        serve.run(build(settings))
+        try:
+            serve.run(build(settings))
+        except RuntimeError as error:
+            exit_with(1, f"The replicas do not start, the lines above say why. {error}")
         stopped.wait()
         drain(settings, stop_file)
         serve.shutdown()

@@ -19,7 +19,6 @@ from spar_hf.data.sources import ImageOptions
 from spar_hf.distillation.presets import HELP_PRESET, PRESETS, with_later_options, with_preset
 from spar_hf.distillation.trainable import ADAPTER_PARTS, BLOCK_PARTS, OTHER_PARTS
 from spar_hf.model.vocabularies import VOCABULARIES
-from spar_hf.teacher import VARIANTS
 from spar_hf.utils.checkpoints import settings_of
 from spar_hf.utils.errors import UsageError
 from spar_hf.utils.fields import option, required
@@ -34,6 +33,7 @@ from spar_hf.utils.options import (
     require_positive,
     require_share,
 )
+from spar_hf.windows import VARIANTS
 
 DEFAULT_STEPS = 1000
 TEACHER_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

@@ -16,7 +16,7 @@ from spar_hf.utils.atomic import write_text, writing_folder
 from spar_hf.utils.errors import MissingFiles, UsageError
 from spar_hf.utils.model_cards import model_card
 
-OLDEST_GRADIO = "6.0.0"  # of the extra `app`
+OLDEST_GRADIO = "6.20.0"
 # threads of WebAssembly need a page that no other page can reach
 ISOLATION = {
     "cross-origin-embedder-policy": "require-corp",

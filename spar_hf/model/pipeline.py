@@ -132,7 +132,7 @@ class OpenVocabSegmentationPipeline(Pipeline):
                 Drop classes whose presence is below it, as if they had not been listed: their pixels go to the next best of
                 the others, the background's words among them. If every class is dropped, all pixels are background.
             refine (`str` or `Callable`, *optional*): `"lposs"`, `"lposs+"` or `"pamr"` for sharper masks, see `refine.py`.
-            upsampler (`str` or `Callable`, *optional*): `"anyup"`, `"naf"` or a callable, see `upsamplers.py`.
+            upsampler (`str` or `Callable`, *optional*): `"anyup"`, `"naf"`, `"uplift"` or a callable, see `upsamplers.py`.
             output (`str`, *optional*, defaults to `"segments"`):
                 - `"segments"`: a list of `{"label", "score", "mask"}` per class that has pixels, in the order of
                   the classes; `mask` is a `PIL.Image` of mode `L`, 0 or 255, in the size of the image. The background is
@@ -450,7 +450,8 @@ class OpenVocabSegmentationPipeline(Pipeline):
             refine is not None or upsampler is not None
         ):  # without names there is nothing to refine
             parts = (encoded.feature_map, text_embeds, encoded.pixel_values)
-            return refined_logits(self.model, *parts, refine, resolve_upsampler(upsampler, self.image_processor))
+            resolved = resolve_upsampler(upsampler, self.image_processor, self.model.config)
+            return refined_logits(self.model, *parts, refine, resolved)
 
         def logits_of_rows(first: int, last: int) -> torch.Tensor:
             """`(names, last - first, w)`; [`decide`] takes no more rows at once than fit."""

@@ -58,8 +58,8 @@ class TileAxis:
     @cached_property
     def weights(self) -> list[torch.Tensor]:
         """
-        The weight of each tile at its patches, `(tile,)` float32. Over an overlap it rises in a straight line from 0 at the
-        border of the tile, where features have least context. The weights of all tiles at a patch sum to 1.
+        The weight of each tile at its patches, `(tile,)` float32. Over an overlap it goes with the root of the distance to
+        the border of the tile, where features have least context. The weights of all tiles at a patch sum to 1.
         """
         total = torch.zeros(self.length, dtype=torch.float64)
         shares = []
@@ -67,9 +67,10 @@ class TileAxis:
             centres = torch.arange(self.tile, dtype=torch.float64) + 0.5
             share = torch.ones_like(centres)
             if k > 0:
-                share *= (centres / max(self.starts[k - 1] + self.tile - start, 1e-9)).clamp(max=1)
+                share *= (centres / max(self.starts[k - 1] + self.tile - start, 1e-9)).clamp(max=1).sqrt()
             if k + 1 < len(self):
-                share *= ((self.tile - centres) / max(start + self.tile - self.starts[k + 1], 1e-9)).clamp(max=1)
+                shared = start + self.tile - self.starts[k + 1]
+                share *= ((self.tile - centres) / max(shared, 1e-9)).clamp(max=1).sqrt()
             shares.append(share)
             total[start : start + self.tile] += share
         return [

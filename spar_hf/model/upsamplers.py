@@ -13,9 +13,11 @@ windows than on the whole; they were trained on images about as large as a windo
 |---|---|---|
 | `"anyup"` | AnyUp, Wimmer et al., arXiv 2510.12764, several backbones | 270 MB of attention, 130 MB per layer |
 | `"naf"` | NAF, Chambon et al., arXiv 2511.18452; `natten`, 9 patches per axis or more | 270 MB per layer at most |
+| `"uplift"` | UPLiFT, Walmer et al., arXiv 2601.17950; `omegaconf`, DINOv3 ViT-S+/16 only | 430 MB of attention |
 
-Both return features four times as fine. UPLiFT (Walmer et al., 2026) has no name here: its published weights are for
-features of DINOv2-S/14 and DINOv3-S+/16. Any other upsampler can be passed as a callable.
+All return features four times as fine. UPLiFT's published weights are for features of DINOv2 ViT-S/14 and DINOv3 ViT-S+/16,
+of which SPAR has the second; it looks about 5 patches far. Its weights are fetched from the hub at first use. Tests run all
+three with stand-ins for their code. Any other upsampler can be passed as a callable.
 """
 
 import functools
@@ -113,12 +115,18 @@ class Preset:
         repository, entry: what `torch.hub.load` takes.
         packages: further packages that its code imports.
         factor: how much finer the features become.
+        options: of the entry.
+        doublings: steps that a model takes which doubles the resolution in each; 0 for one that takes the size to reach.
+        splus: whether the weights are for features of DINOv3 ViT-S+/16 only.
     """
 
     repository: str
     entry: str
     packages: tuple[str, ...] = ()
     factor: int = 4
+    options: tuple[tuple[str, Any], ...] = ()
+    doublings: int = 0
+    splus: bool = False
 
     def load(self) -> nn.Module:
         """
@@ -133,6 +141,14 @@ class Preset:
 PRESETS = {
     "anyup": Preset("wimmerth/anyup", "anyup_multi_backbone"),
     "naf": Preset("valeoai/NAF", "naf", ("natten", "einops")),
+    "uplift": Preset(
+        "mwalmer-umd/UPLiFT",
+        "uplift_dinov3_splus16",
+        ("omegaconf", "torchvision"),
+        options=(("include_extractor", False),),
+        doublings=2,
+        splus=True,
+    ),
 }
 
 
@@ -142,39 +158,55 @@ def _load(preset: Preset, hub: str) -> nn.Module:
     folders = sorted(Path(hub).glob(preset.repository.replace("/", "_") + "_*/hubconf.py"))
     if missing or not folders:
         install = f"pip install {' '.join(missing)}; " if missing else ""
+        options = "".join(f", {name}={value!r}" for name, value in preset.options)
         raise ImportError(
             f'The upsampler of {preset.repository} is not installed: {install}python -c "import torch; '
-            f"torch.hub.load('{preset.repository}', '{preset.entry}', trust_repo=True)\""
+            f"torch.hub.load('{preset.repository}', '{preset.entry}', trust_repo=True{options})\""
         )
-    loaded: Any = torch.hub.load(str(folders[0].parent), preset.entry, source="local")
+    loaded: Any = torch.hub.load(str(folders[0].parent), preset.entry, source="local", **dict(preset.options))
+    if preset.doublings:
+        loaded.enable_iterative(preset.doublings)
     return loaded.eval()
 
 
-def resolve_upsampler(upsampler: str | Upsampler | None, image_processor: Any) -> Upsampler | None:
+def is_splus(config: Any) -> bool:
+    """Whether features are those of DINOv3 ViT-S+/16: 384 channels of patches of 16 pixels, from gated MLPs."""
+    backbone = config.backbone_config
+    size = (getattr(backbone, name, None) for name in ("hidden_size", "patch_size", "use_gated_mlp"))
+    return config.readout == "dinov3" and tuple(size) == (384, 16, True)
+
+
+def resolve_upsampler(upsampler: str | Upsampler | None, image_processor: Any, config: Any = None) -> Upsampler | None:
     """
-    The upsampler called `"anyup"` or `"naf"`, which takes images normalised by `image_processor`; a callable or `None` as it
-    is.
+    The upsampler called `"anyup"`, `"naf"` or `"uplift"`, which takes images normalised by `image_processor` and features of
+    a model of this configuration; a callable or `None` as it is.
 
     Raises:
-        ValueError: an unknown name, or neither a name nor a callable.
+        ValueError: an unknown name, neither a name nor a callable, or one that was trained for other features.
         ImportError: its code or a package that it needs is not installed; the message says how to.
     """
     if upsampler is None or callable(upsampler):
         return upsampler
     if upsampler not in PRESETS:
-        hint = " (published for DINO's features only)" if upsampler == "uplift" else ""
         raise ValueError(
-            f"Unknown upsampler {upsampler!r}{hint}; use one of {sorted(PRESETS)} or a callable "
+            f"Unknown upsampler {upsampler!r}; use one of {sorted(PRESETS)} or a callable "
             "`(image, features) -> features` (`spar_hf/model/upsamplers.py`)."
         )
     preset = PRESETS[upsampler]
+    if preset.splus and not is_splus(config):
+        others = sorted(name for name, other in PRESETS.items() if not other.splus)
+        raise ValueError(
+            f"The upsampler {upsampler!r} is published for features of DINOv3 ViT-S+/16, not of this model "
+            f"({config.readout}, {config.projection_dim} channels). Take one of {others}, which take any features."
+        )
     model = preset.load()
     statistics = (*IMAGENET, image_processor.image_mean, image_processor.image_std)
 
     def upsample(image: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
         mean, std, old_mean, old_std = (image.new_tensor(values).view(-1, 1, 1) for values in statistics)
-        size = tuple(side * preset.factor for side in features.shape[-2:])
-        return model.to(features.device)((image * old_std + old_mean - mean) / std, features, output_size=size)
+        size = {"output_size": tuple(side * preset.factor for side in features.shape[-2:])}
+        image = (image * old_std + old_mean - mean) / std
+        return model.to(features.device)(image, features, **({} if preset.doublings else size))
 
     return upsample
 

@@ -2,13 +2,14 @@
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch.nn import functional as F
-from transformers import pipeline
+from transformers import DINOv3ViTConfig, pipeline
 from transformers.dynamic_module_utils import get_imports
 
 import spar_hf.model.refine
@@ -328,22 +329,43 @@ class Doubled(torch.nn.Module):
 def {entry}(pretrained=True, device="cpu"):
     return Doubled().train()
 """
+UPLIFT = """
+import torch
+
+class Uplift(torch.nn.Module):
+    def enable_iterative(self, steps):
+        self.steps = steps
+
+    def forward(self, image, features, outsize=None):
+        self.image = image
+        return torch.nn.functional.interpolate(features, scale_factor=2**self.steps)
+
+def {entry}(pretrained=True, include_extractor=True, **kwargs):
+    assert not include_extractor  # that would be another backbone
+    return Uplift().train()
+"""
+SPLUS = SimpleNamespace(
+    readout="dinov3", projection_dim=384, backbone_config=DINOv3ViTConfig(hidden_size=384, use_gated_mlp=True)
+)
 
 
-@pytest.mark.parametrize(("name", "folder"), [("anyup", "wimmerth_anyup_main"), ("naf", "valeoai_NAF_main")])
+@pytest.mark.parametrize(
+    ("name", "folder"),
+    [("anyup", "wimmerth_anyup_main"), ("naf", "valeoai_NAF_main"), ("uplift", "mwalmer-umd_UPLiFT_main")],
+)
 def test_presets_are_loaded_from_the_cache_of_the_hub_or_name_what_to_install(tmp_path, monkeypatch, name, folder):
     """The hub's code is stood in for by one with its entry point and arguments."""
     monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
     monkeypatch.setattr(spar_hf.model.upsamplers, "find_spec", lambda package: None)
     processor = SparImageProcessorPil(image_mean=[0.5, 0.4, 0.3], image_std=[0.2, 0.2, 0.1])
     entry, repository = PRESETS[name].entry, PRESETS[name].repository
-    missing = "pip install natten einops; " if name == "naf" else ""
+    missing = {"naf": "pip install natten einops; ", "uplift": "pip install omegaconf torchvision; "}.get(name, "")
     with pytest.raises(ImportError, match=f"{missing}python -c .*torch.hub.load.'{repository}', '{entry}'"):
-        resolve_upsampler(name, processor)
+        resolve_upsampler(name, processor, SPLUS)
     (tmp_path / folder).mkdir()
-    (tmp_path / folder / "hubconf.py").write_text(HUBCONF.format(entry=entry))
+    (tmp_path / folder / "hubconf.py").write_text((UPLIFT if name == "uplift" else HUBCONF).format(entry=entry))
     monkeypatch.setattr(spar_hf.model.upsamplers, "find_spec", lambda package: True)
-    upsampler = resolve_upsampler(name, processor)
+    upsampler = resolve_upsampler(name, processor, SPLUS)
     model = PRESETS[name].load()
     assert not model.training and PRESETS[name].load() is model  # loaded once
     colours = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)  # ImageNet's mean, in SPAR's normalisation
@@ -356,6 +378,22 @@ def test_presets_are_loaded_from_the_cache_of_the_hub_or_name_what_to_install(tm
 
 def test_names_of_upsamplers():
     assert resolve_upsampler(None, None) is None and resolve_upsampler(local_upsampler, None) is local_upsampler
-    for wrong in ("uplift", "nonsense"):
-        with pytest.raises(ValueError, match=f"{wrong}.*'anyup', 'naf'"):
-            resolve_upsampler(wrong, None)
+    with pytest.raises(ValueError, match=r"nonsense.*'anyup', 'naf', 'uplift'"):
+        resolve_upsampler("nonsense", None)
+
+
+@pytest.mark.parametrize(
+    "other", [{"hidden_size": 768, "use_gated_mlp": True}, {"hidden_size": 384}, {"hidden_size": 384, "patch_size": 14}]
+)
+def test_weights_for_the_features_of_one_backbone_are_refused_for_others(other):
+    config = SimpleNamespace(readout="dinov3", projection_dim=384, backbone_config=DINOv3ViTConfig(**other))
+    with pytest.raises(ValueError, match=r"ViT-S\+/16.*'anyup', 'naf'"):
+        resolve_upsampler("uplift", None, config)
+
+
+def test_the_pipeline_asks_for_the_features_of_its_model(two_towers, tokenizer):
+    segment = pipeline(
+        "open-vocab-segmentation", model=two_towers, tokenizer=tokenizer, image_processor=SparImageProcessorPil()
+    )
+    with pytest.raises(ValueError, match=r"ViT-S\+/16"):
+        segment(Image.new("RGB", (64, 48)), candidate_labels=["road", "sky"], upsampler="uplift")

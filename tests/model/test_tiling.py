@@ -57,18 +57,18 @@ def tile_features(plan, dim=3, seed=0):
 
 
 def plain_blend(plan, features):
-    """The definition, all in memory: the distance to the border over each overlap, divided by the sum."""
+    """The definition, all in memory: the root of the distance to the border over each overlap, divided by the sum."""
 
     def ramp(axis, k):
         cells = np.arange(axis.tile) + 0.5
         weights = np.ones(axis.tile)
         if k > 0:
             shared = axis.starts[k - 1] + axis.tile - axis.starts[k]
-            weights *= np.minimum(cells / max(shared, 1e-9), 1)
+            weights *= np.sqrt(np.minimum(cells / max(shared, 1e-9), 1))
         if k + 1 < len(axis.starts):
             shared = axis.starts[k] + axis.tile - axis.starts[k + 1]
             left = axis.tile - cells
-            weights *= np.minimum(left / max(shared, 1e-9), 1)
+            weights *= np.sqrt(np.minimum(left / max(shared, 1e-9), 1))
         return weights
 
     total = np.zeros((len(next(iter(features.values()))), plan.rows.length, plan.columns.length))

@@ -31,12 +31,12 @@ from spar_hf.data.augmentation import draw_crop, view_generator
 from spar_hf.data.sources import list_images
 from spar_hf.distillation.recipes import parse_options
 from spar_hf.model.image_input import open_image
-from spar_hf.teacher import VARIANTS, WindowPlan
 from spar_hf.utils.atomic import write_atomically, write_json
 from spar_hf.utils.checkpoints import check_replaceable, differences, list_checkpoints, settings_of
 from spar_hf.utils.errors import UsageError, as_usage_errors, run_command
 from spar_hf.utils.fields import option, required
 from spar_hf.utils.options import parse_dataclasses
+from spar_hf.windows import VARIANTS, WindowPlan
 
 logger = logging.getLogger("quality_cost")
 TRAINING = Path(__file__).parents[1]
