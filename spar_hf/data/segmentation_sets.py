@@ -130,6 +130,12 @@ class SegmentationSet:
             raise UsageError(f"{self.names[number]} of {self.source} has no {column}.")
         return entry["bytes"] or entry["path"]
 
+    @property
+    def files(self) -> list[str]:
+        """Paths of the images, for the record of a run; numbers where they are stored in the data set."""
+        files = (self.file(number) for number in range(len(self)))
+        return [str(number) if isinstance(file, bytes) else str(file) for number, file in enumerate(files)]
+
     def read_image(self, number: int) -> Image.Image:
         """
         An image in RGB, turned as its EXIF orientation says.

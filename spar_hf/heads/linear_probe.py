@@ -30,7 +30,6 @@ from spar_hf.data.order import ShuffledStream
 from spar_hf.data.segmentation_sets import SegmentationSet, labelled_images, open_folder
 from spar_hf.distillation.optimisation import make_schedule
 from spar_hf.evaluation.iou import area_scores, count_pixels
-from spar_hf.heads.common import file_names
 from spar_hf.heads.frozen_features import FrozenFeatures
 from spar_hf.heads.linear_head import LinearHeads, batch_loss, draw_pixels
 from spar_hf.heads.linear_probe_options import FREE, ProbeData, ProbeOptions, ProbeTraining, upgrade
@@ -71,7 +70,7 @@ def probe(options: ProbeOptions) -> dict[str, Any] | None:
             features.fill(data)
         heads = LinearHeads(features.model.config.projection_dim, len(train.labels), len(training.learning_rates))
         prepared = accelerator.prepare(heads, *make_optimizer(heads, training, accelerator))
-        run.begin(training.steps, {"train": file_names(train), "test": file_names(test)})
+        run.begin(training.steps, {"train": train.files, "test": test.files})
         bad = (run.state or {}).get("bad_steps", [0] * len(heads.linear))  # steps that each head skipped
         train_heads(prepared, features, train, options, run, bad)
         del prepared
@@ -137,11 +136,11 @@ def as_before(
     Raises:
         UsageError: images were added or removed.
     """
-    earlier = run.earlier_samples([*file_names(train), *file_names(test)])
+    earlier = run.earlier_samples([*train.files, *test.files])
     if earlier is None:
         return train, test
-    kept, _ = split_as_before(file_names(train), earlier["test"])
-    _, tested = split_as_before(file_names(test), earlier["test"])
+    kept, _ = split_as_before(train.files, earlier["test"])
+    _, tested = split_as_before(test.files, earlier["test"])
     return train.select(kept), test.select(tested)
 
 

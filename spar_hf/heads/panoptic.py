@@ -25,7 +25,6 @@ from spar_hf.data.order import split_held_out
 from spar_hf.data.segmentation_sets import SegmentationSet, check_readable, open_folder
 from spar_hf.distillation.optimisation import make_schedule
 from spar_hf.distillation.trainable import choose_parameters, count_parameters
-from spar_hf.heads.common import file_names
 from spar_hf.heads.panoptic_options import FREE, PanopticData, PanopticModel, PanopticOptions, upgrade
 from spar_hf.heads.panoptic_quality import measure_quality
 from spar_hf.heads.segments import PanopticImages, first_item, has_segment, thing_classes
@@ -139,9 +138,9 @@ class PanopticTrainer:
         if state is None:
             self._calibrate()
         self.progress = PanopticState() if state is None else PanopticState(run.step, state["running"], state["curve"])
-        held_out = file_names(self.measured) if self.options.data.holdout_every else []
+        held_out = self.measured.files if self.options.data.holdout_every else []
         run.track("spar-panoptic", self.record())
-        run.begin(self.options.training.steps, {"train": file_names(self.train_data), "held_out": held_out})
+        run.begin(self.options.training.steps, {"train": self.train_data.files, "held_out": held_out})
 
     def _calibrate(self) -> None:
         """Take mean and variance of the features from some of the training images."""
@@ -291,10 +290,10 @@ def open_data(options: PanopticData, run: TrainingRun) -> tuple[SegmentationSet,
     folder = folder.read_as(options)
     things = thing_classes(options.things, folder.labels)
     train, measured = split_data(folder, options)
-    names = [*file_names(train), *(file_names(measured) if options.holdout_every else [])]
+    names = [*train.files, *(measured.files if options.holdout_every else [])]
     earlier = run.earlier_samples(names)
     if earlier is not None and options.holdout_every:
-        kept, held_out = split_as_before(file_names(folder), earlier["held_out"])
+        kept, held_out = split_as_before(folder.files, earlier["held_out"])
         train, measured = folder.select(kept[: options.limit]), folder.select(held_out)
     check_readable(train, run.accelerator)
     if options.holdout_every:

@@ -192,7 +192,7 @@ def load_masked_set(
 ) -> CropSet:
     """Images with masks; pixels of held-out classes are ignored."""
     data = open_folder(root / spec["path"]).filter(exclude=spec.get("exclude")).read_as(reading)
-    files = [str(data.file(number)) for number in range(len(data))]
+    files = data.files
     train, rest = split_held_out(len(data), spec.get("holdout_every", 0))
     if earlier is not None:
         train, rest = split_as_before(files, earlier)
