@@ -25,6 +25,7 @@ ROOMS = {
     "evaluation": BELOW_TRAINING,
     "pretraining": BELOW_TRAINING,
     "heads": {*BELOW_TRAINING, "distillation", "evaluation"},
+    "doctor": {*BELOW_TRAINING, "conversion", "evaluation"},
 }
 ROOMS["cli"] = {"spar_hf", *ROOMS}
 # What transformers installs or we require: a checkpoint's own code may ask for nothing else.

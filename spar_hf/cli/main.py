@@ -13,6 +13,7 @@ from spar_hf.cli.app import serve
 from spar_hf.cli.bake import bake
 from spar_hf.cli.convert import convert
 from spar_hf.cli.deploy_folders import handler, space
+from spar_hf.cli.doctor import doctor
 from spar_hf.cli.export import export
 from spar_hf.cli.features import features
 from spar_hf.cli.segment import segment
@@ -42,6 +43,7 @@ app.command()(segment)
 app.command()(features)
 app.command()(bake)
 app.command()(convert)
+app.command()(doctor)
 app.command()(export)
 app.command("app")(serve)
 app.command()(space)

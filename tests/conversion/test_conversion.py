@@ -1,7 +1,6 @@
 """Converted checkpoints give the features of the published code, or nothing is written."""
 
 import datetime
-import json
 import math
 import os
 import pickle
@@ -14,28 +13,21 @@ from pathlib import Path
 import pytest
 import torch
 from launching import HIDE
-from PIL import Image
-from plain_torch import (
-    PlainDinov3Txt,
-    PlainMaskClip,
-    PlainSiglip2,
-    dinov3txt_shapes,
-    openclip_shapes,
-    random_state,
-    siglip2_shapes,
+from official_checkpoints import (
+    LENGTH,
+    MAKERS,
+    VOCAB,
+    make_dinov3txt,
+    make_siglip2,
+    word_tokenizer,
+    write_official,
 )
+from PIL import Image
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     AutoModel,
     AutoTokenizer,
-    CLIPConfig,
-    CLIPModel,
-    DINOv3ViTConfig,
     DINOv3ViTModel,
-    PreTrainedTokenizerFast,
-    SiglipConfig,
-    SiglipModel,
 )
 from typer.testing import CliRunner
 
@@ -47,81 +39,14 @@ from spar_hf.conversion.checkpoint_tensors import read_tensors
 from spar_hf.utils.errors import UsageError
 
 converter = sys.modules["spar_hf.conversion.convert"]  # the package has a function of that name
-VOCAB, LENGTH = 40, 12
 SIZES = [(32, 32), (48, 24), (24, 64), (64, 48), (16, 64)]  # native, others, and as many patches in another shape
-
-
-def word_tokenizer() -> PreTrainedTokenizerFast:
-    """One id per word, the end token the last id, as in CLIP's vocabulary."""
-    words = ["<pad>", "<unk>", *(f"word{i}" for i in range(VOCAB - 7)), "road", "sky", "a", "image", "</s>"]
-    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    backend.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", VOCAB - 1)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="<pad>", eos_token="</s>", bos_token="<pad>", unk_token="<unk>"
-    )
-
-
-def save_base(folder, model, mean):
-    model.save_pretrained(folder)
-    word_tokenizer().save_pretrained(folder)
-    statistics = {"image_processor_type": "CLIPImageProcessor", "image_mean": [mean] * 3, "image_std": [0.25] * 3}
-    (folder / "preprocessor_config.json").write_text(json.dumps(statistics))
-
-
-def shape(hidden=48, dim=32):
-    return {"hidden_size": dim, "intermediate_size": hidden, "num_hidden_layers": 2, "num_attention_heads": 2}
-
-
-def make_siglip2(folder):
-    text = shape() | {"vocab_size": VOCAB, "max_position_embeddings": LENGTH, "pad_token_id": 0, "eos_token_id": 1}
-    config = SiglipConfig(vision_config=shape() | {"image_size": 32, "patch_size": 8}, text_config=text)
-    save_base(folder, SiglipModel(config), 0.5)
-    state = random_state(siglip2_shapes(vocab=VOCAB, length=LENGTH))
-    return state, PlainSiglip2(state, 2, 2), {"vision_act": "gelu"}
-
-
-def make_openclip(folder, act="gelu"):
-    text = shape(dim=16) | {"vocab_size": VOCAB, "max_position_embeddings": LENGTH, "projection_dim": 24}
-    text |= {"eos_token_id": VOCAB - 1, "bos_token_id": 0, "pad_token_id": 0, "hidden_act": act}
-    vision = shape() | {"image_size": 32, "patch_size": 8, "projection_dim": 24, "hidden_act": act}
-    save_base(folder, CLIPModel(CLIPConfig(vision_config=vision, text_config=text, projection_dim=24)), 0.4)
-    state = random_state(openclip_shapes(vocab=VOCAB, length=LENGTH))
-    return state, PlainMaskClip(state, 2, 2, quick=act == "quick_gelu"), {}
-
-
-def make_quick_gelu(folder):
-    return make_openclip(folder, "quick_gelu")
-
-
-def make_dinov3txt(folder):
-    config = DINOv3ViTConfig(image_size=32, patch_size=8, num_register_tokens=4, **shape(hidden=128))
-    save_base(folder, DINOv3ViTModel(config), 0.45)
-    state = random_state(dinov3txt_shapes(vocab=VOCAB, length=LENGTH))
-    # the released periods, rounded to bfloat16
-    state["visual_model.backbone.rope_embed.periods"] = (100 ** (torch.arange(4) / 4)).bfloat16().float()
-    state["visual_model.backbone.blocks.0.attn.qkv.bias_mask"] = torch.tensor([1.0, 0.0, 1.0]).repeat_interleave(32)
-    state["visual_model.backbone.blocks.1.attn.qkv.bias_mask"] = torch.tensor([1.0, 0.0, 1.0]).repeat_interleave(32)
-    return state, PlainDinov3Txt(state, 2, 2), {"tokenizer": str(folder), "text_heads": 2}
-
-
-MAKERS = {
-    "siglip2": ("siglip2", make_siglip2),
-    "openclip": ("openclip", make_openclip),
-    "openai": ("openclip", make_quick_gelu),
-    "dinov3txt": ("dinov3txt", make_dinov3txt),
-}
 
 
 @pytest.fixture(scope="module", params=list(MAKERS))
 def converted(request, tmp_path_factory):
     """Family, tensors of the checkpoint, reference model, folder with `base` and `out`, options, report."""
     folder = tmp_path_factory.mktemp(request.param)
-    family, make = MAKERS[request.param]
-    state, plain, options = make(folder / "base")
-    # as Lightning writes it: names with a prefix, beside the state of the training
-    content = {"state_dict": {f"segmentor.net.model.{name}": value for name, value in state.items()}, "epoch": 10}
-    torch.save(content, folder / "official.ckpt")
+    family, state, plain, options = write_official(folder, request.param)
     report = convert(folder / "official.ckpt", family, str(folder / "base"), folder / "out", **options)
     return family, state, plain, folder, options, report
 
