@@ -10,7 +10,7 @@ from torch import nn
 from .model.execution import full_precision, mark_sizes
 from .model.modeling_spar import SparVisionModel, SparVisionModelOutput, pad_to_patches
 from .model.segmentation import patch_coordinates
-from .windows import WindowPlan
+from .windows import WindowPlan, default_stride
 
 CELL_BYTES = 256 * 2**20  # bound on the features of one batch of windows on the cells
 MAP_BYTES = 2**30  # bound on the sum over all windows on the cells
@@ -57,7 +57,10 @@ class SlidingWindowTeacher(nn.Module):
     Args:
         model ([`SparVisionModel`]): the encoder, used without gradient.
         window_size (`int`, *optional*): side in pixels, a multiple of the patch. Defaults to `config.image_size`.
-        stride (`int`, *optional*, defaults to 24): step between windows in pixels, at most `window_size`.
+        stride (`int`, *optional*):
+            Step between windows in pixels, at most `window_size`. Default: one and a half patches, which is the published
+            24 at patches of 16 px. With a stride that shares no large factor with the patch, cells are small and many: 24
+            at patches of 14 px makes 49 of each patch, 21 makes 4.
         window_batch_size (`int`, *optional*, defaults to 16): windows per forward pass; it bounds the memory.
         scales (`Sequence[float]`, *optional*, defaults to `(1.0,)`):
             Sizes of the image over its own at which it is read; the features are the mean over them. At `0.5` a window sees
@@ -89,7 +92,7 @@ class SlidingWindowTeacher(nn.Module):
         self,
         model: SparVisionModel,
         window_size: int | None = None,
-        stride: int = 24,
+        stride: int | None = None,
         window_batch_size: int = 16,
         scales: Sequence[float] = (1.0,),
         flip: bool = False,
@@ -99,6 +102,7 @@ class SlidingWindowTeacher(nn.Module):
         super().__init__()
         window_size = model.config.image_size if window_size is None else window_size
         patch_size = model.config.patch_size
+        stride = default_stride(patch_size) if stride is None else stride
         if window_size < patch_size or window_size % patch_size:
             nearest = max(patch_size, round(window_size / patch_size) * patch_size)
             raise ValueError(f"window_size={window_size} is no multiple of the patch ({patch_size} px); use {nearest}.")

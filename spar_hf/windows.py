@@ -22,6 +22,20 @@ def window_starts(length: int, window: int, stride: int) -> list[int]:
     return [*range(0, last, stride), last]
 
 
+def default_stride(patch_size: int) -> int:
+    """
+    One and a half patches, SPAR's 24 px at patches of 16 px: windows of even and of odd places then meet each patch at its
+    borders and in its middle.
+
+    Example:
+
+    ```python
+    >>> default_stride(16), default_stride(14)
+    (24, 21)
+    ```"""
+    return patch_size * 3 // 2
+
+
 def subdivision(patch_size: int, stride: int) -> int:
     """
     Smallest divisor `r` of the patch for which the stride is a multiple of `patch_size / r`. Each patch is divided into
@@ -30,8 +44,8 @@ def subdivision(patch_size: int, stride: int) -> int:
     Example:
 
     ```python
-    >>> subdivision(16, 24), subdivision(16, 32), subdivision(16, 40), subdivision(16, 7)
-    (2, 1, 2, 16)
+    >>> subdivision(16, 24), subdivision(16, 32), subdivision(16, 7), subdivision(14, 21), subdivision(14, 24)
+    (2, 1, 16, 2, 7)
     ```"""
     return next(r for r in range(1, patch_size + 1) if patch_size % r == 0 and stride % (patch_size // r) == 0)
 

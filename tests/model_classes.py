@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from tiny_models import CONFIGS, SHAPE, randomise
-from transformers import CLIPTextConfig, Siglip2TextConfig, SiglipTextConfig
+from transformers import CLIPTextConfig, Siglip2TextConfig, SiglipTextConfig, Tipsv2TextConfig
 
 from spar_hf import (
     SparBackbone,
@@ -23,12 +23,13 @@ LABELS = {0: "road", 1: "car", 2: "sky", 3: "tree"}
 NAMES, LENGTH = 4, 16  # texts, and tokens of each
 WORDS = {"vocab_size": 64, "max_position_embeddings": LENGTH, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 1}
 READOUTS = tuple(CONFIGS)
-# the text tower that each read-out can have; plain DINOv3 has none
+# the text tower that each read-out can have; DINOv2 and plain DINOv3 have none
 TEXTS: dict[str, Any] = {
     "siglip": lambda: SiglipTextConfig(**SHAPE, **WORDS, projection_size=32),
     "naflex": lambda: Siglip2TextConfig(**SHAPE, **WORDS, projection_size=32),
     "maskclip": lambda: CLIPTextConfig(**SHAPE, **WORDS, projection_dim=24),
     "dinov3txt": lambda: CLIPTextConfig(**SHAPE, **WORDS, projection_dim=64),
+    "tipsv2": lambda: Tipsv2TextConfig(**SHAPE, **WORDS),
 }
 
 

@@ -5,9 +5,10 @@ from functools import partial
 
 import pytest
 import torch
-from tiny_models import randomise, tiny_config
+from tiny_models import BLOCKS, randomise, tiny_config
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
+from transformers import Tipsv2VisionConfig
 
 from spar_hf import SlidingWindowTeacher, SparVisionModel
 from spar_hf.model.modeling_spar import SparVisionModelOutput
@@ -20,7 +21,7 @@ def slow_teacher(model, image, window, stride, patch=16):
     image = F.pad(image, (0, -image.shape[3] % patch, 0, -image.shape[2] % patch))
     height, width = image.shape[2:]
     win_h, win_w = min(window, height), min(window, width)
-    r = next(r for r in (1, 2, 4, 8, 16) if stride % (patch // r) == 0)
+    r = next(r for r in range(1, patch + 1) if patch % r == 0 and stride % (patch // r) == 0)
     cell = patch // r
     total = torch.zeros(1, model.config.projection_dim, height // cell, width // cell)
     count = torch.zeros(1, 1, height // cell, width // cell)
@@ -50,6 +51,18 @@ def test_equals_the_slow_formula(vision_model, stride):
     torch.testing.assert_close(
         teacher(image).feature_map, slow_teacher(vision_model, image, 64, stride), atol=2e-5, rtol=0
     )
+
+
+@pytest.mark.parametrize("window, stride", [(56, None), (56, 24), (70, 42), (42, 14)])
+def test_equals_the_slow_formula_with_patches_of_14(window, stride):
+    """Windows that are no multiple of 16; by default every one and a half patches."""
+    torch.manual_seed(0)
+    config = tiny_config(text_config=None, backbone_config=Tipsv2VisionConfig(image_size=56, patch_size=14, **BLOCKS))
+    model = randomise(SparVisionModel(config))
+    image, teacher = torch.randn(1, 3, 113, 150), SlidingWindowTeacher(model, window, stride)
+    assert stride is not None or teacher.stride == 21
+    expected = slow_teacher(model, image, window, teacher.stride, patch=14)
+    torch.testing.assert_close(teacher(image).feature_map, expected, atol=2e-5, rtol=0)
 
 
 @pytest.mark.parametrize("size", [(64, 64), (40, 50), (16, 200), (3, 3), (71, 65), (200, 30)])

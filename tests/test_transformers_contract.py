@@ -27,6 +27,10 @@ MODELING = "spar_hf/model/modeling_spar.py"
 SEMANTIC = "spar_hf/model/modeling_spar_semantic.py"
 UNIVERSAL = "spar_hf/model/modeling_spar_universal.py"
 READOUTS = "spar_hf/model/readouts.py"
+READOUT_BASE = "spar_hf/model/readout_base.py"
+DINOV2 = "spar_hf/model/readout_dinov2.py"
+TIPSV2 = "spar_hf/model/readout_tipsv2.py"
+TEXTS = "spar_hf/model/text_towers.py"
 BACKBONE = "spar_hf/model/backbone_spar.py"
 CONFIGURATION = "spar_hf/model/configuration_spar.py"
 IMAGES = "spar_hf/model/image_processing_spar.py"
@@ -137,9 +141,32 @@ def dinov3() -> None:
     assert all(hasattr(model.config, name) for name in fields)
 
 
+def registers(model: Any) -> None:
+    """Modules of DINOv2 with registers, which TIPSv2 has too."""
+    has_modules(model, "embeddings.cls_token", "embeddings.register_tokens", "embeddings.mask_token", "layernorm")
+    has_modules(model, "embeddings.position_embeddings", "embeddings.patch_embeddings.projection", "encoder.layer")
+    assert list(dict(model.encoder.named_children())) == ["layer"], "its encoder holds more than `layer`"
+    grid = (model.config.image_size // model.config.patch_size) ** 2
+    assert model.embeddings.position_embeddings.shape == (1, 1 + grid, model.config.hidden_size)
+
+
+def dinov2() -> None:
+    registers(resolve("transformers.Dinov2WithRegistersModel")(CONFIGS["dinov2"]()))
+
+
+def tipsv2() -> None:
+    model = resolve("transformers.Tipsv2VisionModel")(CONFIGS["tipsv2"]())
+    registers(model)
+    layer = model.encoder.layer[-1]
+    has_modules(layer, "norm1", "norm2", "mlp", "layer_scale1", "layer_scale2", "attention.v_proj", "attention.o_proj")
+    assert isinstance(layer, resolve("transformers.models.tipsv2.modeling_tipsv2.Tipsv2VisionLayer"))
+    takes("transformers.models.tipsv2.modeling_tipsv2.Tipsv2VisionLayer.forward", "hidden_states", "attention_mask")()
+
+
 def recorded_outputs() -> None:
-    for name in ("siglip", "maskclip", "dinov3"):
-        classes = {"siglip": "SiglipVisionModel", "maskclip": "CLIPVisionModel", "dinov3": "DINOv3ViTModel"}
+    classes = {"siglip": "SiglipVisionModel", "maskclip": "CLIPVisionModel", "dinov3": "DINOv3ViTModel"}
+    classes |= {"tipsv2": "Tipsv2VisionModel", "dinov2": "Dinov2WithRegistersModel"}
+    for name in classes:
         model = resolve(f"transformers.{classes[name]}")(CONFIGS[name]())
         recorded = [part._can_record_outputs for part in model.modules() if getattr(part, "_can_record_outputs", None)]
         assert any({"hidden_states", "attentions"} <= set(outputs) for outputs in recorded), classes[name]
@@ -154,6 +181,9 @@ def text_towers() -> None:
     model = clip(resolve("transformers.CLIPTextConfig")(**shape, vocab_size=64, projection_dim=24))
     assert model(torch.ones(1, 8, dtype=torch.long)).text_embeds.shape == (1, 24)
     assert {"text_model", "text_projection"} <= dict(model.named_children()).keys()
+    takes("transformers.Tipsv2TextModel.forward", "input_ids", "attention_mask")()
+    model = resolve("transformers.Tipsv2TextModel")(resolve("transformers.Tipsv2TextConfig")(**shape, vocab_size=64))
+    assert model(torch.ones(1, 8, dtype=torch.long)).pooler_output.shape == (1, 32)
 
 
 # --- the head of panoptic segmentation ---
@@ -252,7 +282,7 @@ CONTRACT = [
             takes(f"{MODEL}._initialize_weights", "is_custom_code"),
         ),
     ),
-    Row("_initialize_weights of backbones", READOUTS, takes(f"{MODEL}._initialize_weights", "is_custom_code")),
+    Row("_initialize_weights of backbones", READOUT_BASE, takes(f"{MODEL}._initialize_weights", "is_custom_code")),
     Row(
         "initialization: functions that spare loaded weights",
         READOUTS,
@@ -350,12 +380,14 @@ CONTRACT = [
         EXECUTION,
         takes("torch._dynamo.maybe_mark_dynamic", "t", "index"),
     ),
-    Row("text towers: SiglipTextModel, CLIPTextModelWithProjection", MODELING, text_towers),
+    Row("text towers: SiglipTextModel, CLIPTextModelWithProjection, Tipsv2TextTower", TEXTS, text_towers),
     # read-outs
     Row("modules of SiglipVisionModel", READOUTS, siglip),
     Row("modules of Siglip2VisionModel", READOUTS, naflex),
     Row("modules of CLIPVisionModel", READOUTS, clip),
     Row("modules of DINOv3ViTModel", READOUTS, dinov3),
+    Row("modules of Dinov2WithRegistersModel", DINOV2, dinov2),
+    Row("modules of Tipsv2VisionModel", TIPSV2, tipsv2),
     Row(
         "container of DINOv3ViTModel: weights are renamed by the class that holds `layer`",
         READOUTS,

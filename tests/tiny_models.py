@@ -4,16 +4,19 @@ import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import (
     CLIPVisionConfig,
+    Dinov2WithRegistersConfig,
     DINOv3ViTConfig,
     PreTrainedTokenizerFast,
     Siglip2VisionConfig,
     SiglipTextConfig,
     SiglipVisionConfig,
+    Tipsv2VisionConfig,
 )
 
 from spar_hf import SparConfig
 
 SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+BLOCKS = {key: value for key, value in SHAPE.items() if key != "intermediate_size"}
 GRID = {"image_size": 32, "patch_size": 8}
 # a backbone config for each read-out
 CONFIGS = {
@@ -22,6 +25,8 @@ CONFIGS = {
     "maskclip": lambda: CLIPVisionConfig(**SHAPE, **GRID, projection_dim=24),
     "dinov3": lambda: DINOv3ViTConfig(**SHAPE, **GRID, num_register_tokens=4, pos_embed_rescale=2.0),
     "dinov3txt": lambda: DINOv3ViTConfig(**SHAPE, **GRID, num_register_tokens=4, pos_embed_rescale=2.0),
+    "tipsv2": lambda: Tipsv2VisionConfig(**BLOCKS, **GRID, mlp_ratio=1.5),
+    "dinov2": lambda: Dinov2WithRegistersConfig(**BLOCKS, **GRID, mlp_ratio=2, use_swiglu_ffn=True),
 }
 
 

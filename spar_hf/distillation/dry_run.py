@@ -38,6 +38,7 @@ def published_values(preset: str | None) -> dict[str, Any]:
     options = DistillationOptions.from_flat(model="", images=[""], output="", preset=name)
     parts = (options.views, options.teacher, options.student, options.optimisation)
     values = {"shuffle": options.images.shuffle} | {key: value for part in parts for key, value in asdict(part).items()}
+    values["stride"] = options.flat["stride"]
     return {key: value for key, value in values.items() if key not in UNPUBLISHED}
 
 

@@ -17,6 +17,7 @@ from spar_hf.distillation.options import TEACHER_DTYPES, TeacherOptions, WindowO
 from spar_hf.model.backbone_sources import load_source_config
 from spar_hf.model.prompts import Vocabulary, embed_names
 from spar_hf.utils.errors import UsageError, as_usage_errors
+from spar_hf.windows import default_stride
 
 
 @dataclass
@@ -91,6 +92,18 @@ class Models:
         names = sorted({name for words in vocabularies for name in Vocabulary.parse(words).all_names})
         model: Any = self.model  # transformers decorates `to` in a way that hides its arguments
         return embed_names(model.to(device), self.processor.tokenizer, names, "short")
+
+
+def resolve_stride(options: WindowOptions) -> None:
+    """
+    Set a stride that is not given to that of the model's patches ([`default_stride`]), by its configuration alone. It is
+    written to the recipe and compared when a run is resumed, both before weights are loaded.
+    """
+    if options.stride is None:
+        with as_usage_errors():
+            config = load_source_config(options.model)
+        # loading the weights says what is wrong with a model without patches
+        options.stride = default_stride(getattr(getattr(config, "vision_config", config), "patch_size", 16))
 
 
 def make_teacher(encoder: SparVisionModel, options: WindowOptions, **views: Any) -> SlidingWindowTeacher:

@@ -33,7 +33,7 @@ from spar_hf.utils.options import (
     require_positive,
     require_share,
 )
-from spar_hf.windows import VARIANTS
+from spar_hf.windows import VARIANTS, default_stride
 
 DEFAULT_STEPS = 1000
 TEACHER_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -49,7 +49,7 @@ class WindowOptions:
     model: str = required(
         "Teacher, and start of the student: hub id or folder of a Transformers backbone or of a SPAR model."
     )
-    stride: int = option(24, HELP["teacher_stride"])
+    stride: int | None = option(None, HELP["teacher_stride"])
     window_size: int | None = option(None, HELP["window_size"])
     rope_window_size: int | None = option(
         None, "Side of the windows in pixels for models without a position table (DINOv3), 384 in the paper."
@@ -330,14 +330,15 @@ class DistillationOptions(ComposedOptions):
     def flat(self) -> dict[str, Any]:
         """
         All options by their names on the command line, as `recipe.yaml` keeps them. Defaults that depend on other options
-        (`teacher_mode`, `steps`) are resolved.
+        (`teacher_mode`, `steps`) are resolved, and the stride as for patches of 16 px until the model is known.
         """
         return super().flat | self.resolved
 
     @property
     def resolved(self) -> dict[str, Any]:
         """Values of the options whose defaults depend on other options."""
-        return {"teacher_mode": self.teacher.mode, "steps": self.optimisation.max_steps}
+        stride = default_stride(16) if self.teacher.stride is None else self.teacher.stride
+        return {"teacher_mode": self.teacher.mode, "steps": self.optimisation.max_steps, "stride": stride}
 
     @property
     def settings(self) -> dict[str, Any]:

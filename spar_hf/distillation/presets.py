@@ -19,7 +19,6 @@ PUBLISHED: dict[str, Any] = {
     "weight_decay": 1e-4,
     "mixed_precision": "fp16",
     "shuffle": False,
-    "stride": 24,
     "rope_window_size": 384,
     "long_side_pixels": 2048,
     "short_side_pixels": 1024,
@@ -35,7 +34,6 @@ OWN: dict[str, Any] = {
     "epochs": 10,
     "learning_rate": 2e-5,
     "weight_decay": 1e-4,
-    "stride": 24,
     "rope_window_size": 384,
     "train_layers": "all",
     # an unbiased estimate of the target: a tenth of spar-tiny's windows gives 96 % of the gain of all

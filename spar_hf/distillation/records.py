@@ -54,7 +54,7 @@ def make_record(
         "teacher": short_name(options.teacher.model),
         "student": [short_name(student) for student in options.student.student],
         "window_size": window_size,
-        "stride": options.teacher.stride,
+        "stride": flat["stride"],
         "teacher_windows": options.teacher.teacher_windows or "all",
         "teacher_scales": options.teacher.teacher_scales or [1.0],
         "teacher_flip": options.teacher.teacher_flip,

@@ -20,7 +20,7 @@ OTHER_PARTS = {
     "position_table": r"embeddings\.position_embedding",
     "patch_embedding": r"embeddings\.patch_embeddings?\.",
     "tokens": r"embeddings\.(class_embedding|cls_token|register_tokens)|pre_layrnorm",
-    "readout": r"(post_layernorm|norm|head|visual_projection)\.",
+    "readout": r"((post_)?layernorm|norm|head|visual_projection)\.",
 }
 ADAPTER_PARTS = ("qkv", "attention", "mlp")  # parts made of linear layers, which take adapters
 

@@ -29,7 +29,7 @@ from spar_hf.distillation.dry_run import show_options
 from spar_hf.distillation.held_out import PICTURED, ErrorCurve, HeldOut, largest_views, teach
 from spar_hf.distillation.locality import fit_prior
 from spar_hf.distillation.losses import DistillationLoss, error_weights
-from spar_hf.distillation.models import Models
+from spar_hf.distillation.models import Models, resolve_stride
 from spar_hf.distillation.optimisation import Optimisation, count_steps, is_sharded
 from spar_hf.distillation.options import DistillationOptions
 from spar_hf.distillation.pictures import draw_curve
@@ -67,6 +67,7 @@ class Distillation:
     def __init__(self, options: DistillationOptions):
         self.options, self.output = options, Path(options.run.output)
         optimisation = options.optimisation
+        resolve_stride(options.teacher)
         self.accelerator = start_accelerator(
             optimisation.mixed_precision,
             optimisation.seed,

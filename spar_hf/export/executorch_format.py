@@ -15,7 +15,7 @@ import torch
 from spar_hf.export.graphs import DenseGraph, TextGraph, quiet
 from spar_hf.export.sources import Source, Words
 from spar_hf.export.verification import Runner, Written
-from spar_hf.model import readouts
+from spar_hf.model import positions
 
 MAX_SIDE, MAX_NAMES = 640, 1000
 
@@ -88,16 +88,16 @@ def steps_as_tensors() -> Iterator[None]:
     In this block, steps between positions are tensors: ExecuTorch freezes quotients of sizes that are numbers. An offset
     that is a tensor makes them so.
     """
-    original = readouts.bicubic_matrix
+    original = positions.bicubic_matrix
 
     def bicubic_matrix(source, target, device=None, offset=0.0, span=None):
         return original(source, target, device, torch.zeros(()) + offset, span)
 
-    readouts.bicubic_matrix = bicubic_matrix
+    positions.bicubic_matrix = bicubic_matrix
     try:
         yield
     finally:
-        readouts.bicubic_matrix = original
+        positions.bicubic_matrix = original
 
 
 def load(path: Path, inputs: list[str], output: str) -> Runner:

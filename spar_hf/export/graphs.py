@@ -15,15 +15,7 @@ from torch.export import Dim
 from spar_hf.export.sources import Source, Words
 
 TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
-# parts of a backbone from the last norm on, which stay in float32: at many pixels the best names have nearly the same cosine
-LAST_NORMS = {
-    "siglip": "post_layernorm",
-    "naflex": "post_layernorm",
-    "maskclip": "post_layernorm",
-    "dinov3": "norm",
-    "dinov3txt": "norm",
-}
-READOUT_PARTS = ("head", "visual_projection")
+READOUT_PARTS = ("head", "visual_projection")  # of backbones, after their last norm
 MAX_SIDE = 16_384  # pixels; the bound that a traced graph states for height and width
 
 
@@ -112,13 +104,18 @@ class TextGraph(nn.Module):
 
 
 def in_half(vision_model: Any, dtype: torch.dtype) -> Any:
-    """A copy whose embeddings and blocks are in half precision, and the rest in float32."""
+    """
+    A copy whose embeddings and blocks are in half precision, and the rest from the last norm on in float32: at many pixels
+    the best names have nearly the same cosine.
+    """
     half = copy.deepcopy(vision_model)
-    backbone, last_norm = half.backbone, LAST_NORMS[half.config.readout]
+    backbone = half.backbone
+    kept = tuple(f"{part}." for part in (backbone.last_norm, *READOUT_PARTS))
     for name, parameter in backbone.named_parameters():  # not buffers: RoPE's frequencies stay in float32
-        if name.split(".")[0] not in (last_norm, *READOUT_PARTS):
+        if not name.startswith(kept):
             parameter.data = parameter.data.to(dtype)
-    getattr(backbone, last_norm).register_forward_pre_hook(lambda _, inputs: (inputs[0].float(), *inputs[1:]))
+    last_norm = backbone.get_submodule(backbone.last_norm)
+    last_norm.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(), *inputs[1:]))
     if hasattr(backbone, "rope"):
         rope = backbone.rope
         backbone.rope = lambda *args: tuple(part.to(dtype) for part in rope(*args))  # the dtype of queries and keys

@@ -13,7 +13,7 @@ import torch
 from transformers.exporters import OnnxConfig, OnnxExporter
 
 from spar_hf.export.decision import decision_graph
-from spar_hf.export.graphs import LAST_NORMS, DenseGraph, TextGraph, quiet
+from spar_hf.export.graphs import DenseGraph, TextGraph, quiet
 from spar_hf.export.options import DECIDING, FORMATS
 from spar_hf.export.sources import Source, Words
 from spar_hf.export.verification import Runner, Written
@@ -113,7 +113,7 @@ def write_graphs(
             traced[weights] = trace(DenseGraph(source, head != "features", words, weights))
         graph = traced[weights]
         if dtype == "int8":
-            graph = quantise(graph, f"{LAST_NORMS[source.vision_model.config.readout]}.weight")
+            graph = quantise(graph, source.vision_model.backbone.last_norm)
         path = folder / "onnx" / f"vision_model{FORMATS['onnx'].dtypes[dtype]}.onnx"
         run_dense = None
         if head in DECIDING:
@@ -139,7 +139,7 @@ def quantise(dense: onnx.ModelProto, last_norm: str) -> onnx.ModelProto:
 
     Args:
         dense: the model.
-        last_norm: end of the name of the last norm's weight.
+        last_norm: name of the last norm in the backbone.
     """
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
@@ -161,10 +161,10 @@ def quantise(dense: onnx.ModelProto, last_norm: str) -> onnx.ModelProto:
 
 
 def nodes_from(graph: onnx.ModelProto, last_norm: str) -> list[str]:
-    """Names of the nodes from the last norm on, by the end of the name of its weight."""
+    """Names of the nodes from the last norm of the backbone on, by the names of its weights."""
     found, reached = [], set[str]()
     for node in graph.graph.node:
-        if any(name.endswith(last_norm) for name in node.input) or reached.intersection(node.input):
+        if any(f"backbone.{last_norm}." in name for name in node.input) or reached.intersection(node.input):
             reached.update(node.output)
             found.append(node.name)
     return found

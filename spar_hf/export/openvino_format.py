@@ -11,7 +11,7 @@ import openvino
 
 from spar_hf.export import onnx_format
 from spar_hf.export.decision import decision_graph
-from spar_hf.export.graphs import LAST_NORMS, DenseGraph, TextGraph, quiet
+from spar_hf.export.graphs import DenseGraph, TextGraph, quiet
 from spar_hf.export.options import DECIDING, FORMATS
 from spar_hf.export.sources import Source, Words
 from spar_hf.export.verification import Runner, Written
@@ -27,12 +27,11 @@ def write_graphs(
 ) -> dict[str, Written]:
     """Write a vision graph per dtype to `openvino/`; for heads that decide, their logits can be run too."""
     traced = onnx_format.trace(DenseGraph(source, head != "features", words), fused=False)
-    last_norm = f"{LAST_NORMS[source.vision_model.config.readout]}.weight"
     found = {}
     for dtype in dtypes:
         graph, run_dense = read(traced), None
         if dtype == "int8":
-            graph = compress(graph, onnx_format.nodes_from(traced, last_norm))
+            graph = compress(graph, onnx_format.nodes_from(traced, source.vision_model.backbone.last_norm))
         name_precision(graph, dtype)
         if head in DECIDING:
             run_dense = load(graph)

@@ -9,11 +9,14 @@ from transformers import (
     AutoConfig,
     CLIPModel,
     CLIPVisionModelWithProjection,
+    Dinov2WithRegistersModel,
     DINOv3ViTModel,
     Siglip2Model,
     Siglip2VisionModel,
     SiglipModel,
     SiglipVisionModel,
+    Tipsv2Model,
+    Tipsv2VisionModel,
 )
 
 from .configuration_spar import SparConfig
@@ -27,7 +30,12 @@ BACKBONE_SOURCES: dict[str, Any] = {
     "clip": CLIPModel,
     "clip_vision_model": CLIPVisionModelWithProjection,
     "dinov3_vit": DINOv3ViTModel,
+    "tipsv2": Tipsv2Model,
+    "tipsv2_vision_model": Tipsv2VisionModel,
+    "dinov2_with_registers": Dinov2WithRegistersModel,
 }
+# fields of `SparConfig` that a family's published zero-shot segmentation sets, by model type
+PUBLISHED_SETTINGS: dict[str, dict[str, Any]] = {"tipsv2": {"templates": "tcl"}}
 
 
 def load_source_config(name: str, **hub: Any) -> Any:
@@ -94,11 +102,13 @@ def read_backbone(
         backbone_config=getattr(source.config, "vision_config", source.config),
         text_config=getattr(source.config, "text_config", None),
         dtype="float32",
-        **(spar_config or {}),
+        **(PUBLISHED_SETTINGS.get(source_config.model_type, {}) | (spar_config or {})),
     )
     weights = {spar_name(name, isinstance(source, CLIPModel)): tensor for name, tensor in source.state_dict().items()}
+    if (temperature := weights.pop("vision_model.backbone.temperature", None)) is not None:
+        weights["logit_scale"] = -temperature.log()  # TIPSv2 divides cosines by it
     for scalar in weights.keys() & {"logit_scale", "logit_bias"}:
-        weights[scalar] = weights[scalar].reshape(1)  # CLIP's is a scalar
+        weights[scalar] = weights[scalar].reshape(1)  # CLIP's and TIPSv2's are scalars
     return config, weights, source.dtype
 
 

@@ -1,7 +1,6 @@
 """SPAR as a backbone of transformers: feature maps of chosen layers, for its segmentation and detection heads."""
 
 import torch
-from torch import nn
 from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
 from transformers.modeling_outputs import BackboneOutput
 from transformers.processing_utils import Unpack
@@ -55,7 +54,6 @@ class SparBackbone(BackboneMixin, SparVisionModel):
         """
         outputs = SparVisionModel.forward(self, pixel_values, **kwargs)  # BackboneMixin has an empty forward
         grid = outputs.feature_map.shape[-2:]
-        norm: nn.Module = getattr(self.backbone, "post_layernorm", None) or self.backbone.norm
         maps = []
         for index, stage in enumerate(self.stage_names):
             if stage not in self.out_features:
@@ -64,7 +62,7 @@ class SparBackbone(BackboneMixin, SparVisionModel):
                 maps.append(outputs.feature_map)
                 continue
             # class and register tokens come first
-            patches = norm(outputs.hidden_states[index])[:, -grid[0] * grid[1] :]
+            patches = self.backbone.final_norm(outputs.hidden_states[index])[:, -grid[0] * grid[1] :]
             maps.append(patches.transpose(1, 2).unflatten(2, grid))  # (batch, h * w, hidden) -> (batch, hidden, h, w)
         return BackboneOutput(
             feature_maps=tuple(maps), hidden_states=outputs.hidden_states, attentions=outputs.attentions

@@ -178,6 +178,8 @@ class SparImageProcessorPil(PilBackend):
         settings, _ = cls.get_image_processor_dict(pretrained_model_name_or_path, **kwargs)
         if settings.get("image_processor_type", "").startswith("Spar"):
             return cls.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        if settings.get("do_normalize") is False:  # TIPSv2 reads pixels from 0 to 1, and C-RADIO normalises them itself
+            settings["image_mean"], settings["image_std"] = [0.0, 0.0, 0.0], [1.0, 1.0, 1.0]
         if "image_mean" not in settings or "image_std" not in settings:
             raise ValueError(
                 f"The image processor of {pretrained_model_name_or_path} lacks `image_mean` or `image_std`; build "

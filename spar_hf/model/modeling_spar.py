@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import CLIPTextModelWithProjection, Siglip2TextModel, SiglipTextModel
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -23,13 +22,7 @@ from .execution import HALVES, full_precision, refuse_labels, with_output_flags
 from .file_modes import follow_umask
 from .readouts import READOUTS
 from .saved_code import copy_code, saved_code
-
-# not AutoModel, which does not know SigLIP's text tower and loads CLIP's without its projection
-TEXT_MODELS: dict[str, Any] = {
-    "siglip_text_model": SiglipTextModel,
-    "siglip2_text_model": Siglip2TextModel,
-    "clip_text_model": CLIPTextModelWithProjection,
-}
+from .text_towers import TEXT_MODELS, embed_tokens
 
 
 @dataclass
@@ -170,7 +163,8 @@ class SparPreTrainedModel(PreTrainedModel):
     def from_backbone(cls, pretrained_model_name_or_path: str, *, spar_config: dict[str, Any] | None = None, **kwargs):
         """
         Build a SPAR model from a pretrained backbone of transformers: the teacher of a distillation, or the baseline of an
-        evaluation. SigLIP, SigLIP2 (fixed resolution and NaFlex), CLIP, OpenCLIP in transformers' format, DINOv3.
+        evaluation. SigLIP, SigLIP2 (fixed resolution and NaFlex), CLIP, OpenCLIP in transformers' format, TIPSv2, DINOv3,
+        DINOv2 with registers.
 
         Args:
             pretrained_model_name_or_path (`str`):
@@ -394,7 +388,7 @@ class SparForOpenVocabSegmentation(SparPreTrainedModel):
             input_ids (`torch.LongTensor` of shape `(names, length)`):
                 Token ids, padded to `max_position_embeddings` for a SigLIP text tower.
             attention_mask (`torch.Tensor` of shape `(names, length)`, *optional*):
-                Ignored by SigLIP text towers, which were trained without one.
+                Ignored by SigLIP text towers, which were trained without one. TIPSv2's reads all ids but padding by default.
 
         Returns:
             An output whose `pooler_output` is `(names, dim)`, not normalised.
@@ -403,27 +397,7 @@ class SparForOpenVocabSegmentation(SparPreTrainedModel):
             ValueError: prompts that are too long, or for a SigLIP text tower of another length.
         """
         options = with_output_flags(self.config, kwargs)
-        length = self.config.text_config.max_position_embeddings
-        if self.config.text_config.model_type == "clip_text_model":
-            if input_ids.shape[-1] > length:
-                raise ValueError(
-                    f"The text tower reads prompts of up to {length} tokens, got {input_ids.shape[-1]}. Shorten them, or "
-                    f"tokenise with `truncation=True, max_length={length}`."
-                )
-            outputs = self.text_model(input_ids=input_ids, attention_mask=attention_mask, return_dict=True, **options)
-            # dino.txt compares the first half of its embedding with the pooled image, the last half with patches
-            return BaseModelOutputWithPooling(
-                last_hidden_state=outputs.last_hidden_state,
-                pooler_output=outputs.text_embeds[:, -self.config.projection_dim :],
-                hidden_states=outputs.hidden_states,
-                attentions=outputs.attentions,
-            )
-        if input_ids.shape[-1] != length:
-            raise ValueError(
-                f"The text tower reads prompts of exactly {length} tokens (it is pooled at the last), got "
-                f'{input_ids.shape[-1]}. Tokenise with `padding="max_length", max_length={length}`.'
-            )
-        return self.text_model(input_ids=input_ids, return_dict=True, **options)
+        return embed_tokens(self.text_model, input_ids, attention_mask, self.config.projection_dim, **options)
 
     def dense_logits(self, feature_map: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
         """

@@ -99,7 +99,8 @@ class OpenVocabSegmentationPipeline(Pipeline):
                 The classes. In a list of strings, commas separate names of one class: `"car, automobile"`. A string is the
                 name of a built-in vocabulary: `"ade20k"`, `"voc21"`, `"cityscapes"`, … (`spar_hf.model.vocabularies`).
             templates (`str` or `list[str]`, *optional*):
-                Prompt templates: `"imagenet80"`, `"short"`, `"plain"` or strings with `{}`. Default: the checkpoint's.
+                Prompt templates: `"imagenet80"`, `"tcl"`, `"short"`, `"plain"` or strings with `{}`. Default: the
+                checkpoint's.
             size (`dict[str, int]`, `int` or `str`, *optional*):
                 Working size: `{"shortest_edge": 672}`, `{"longest_edge": 1024}`, both (the smaller image of the two), or
                 `"native"`. Default: the image processor's. Masks always have the size of the image. An [`EncodedImage`]

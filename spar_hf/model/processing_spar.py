@@ -15,7 +15,7 @@ def published_tokenizer(tokenizer, text_config) -> PreTrainedTokenizerFast:
 
     SigLIP's text towers were trained on lower case without punctuation, padded on the right to the full length, without a
     mask (open_clip's `canonicalize_text`). The SigLIP2 tokenizer of transformers keeps punctuation, and most templates end
-    in a full stop. CLIP's tokenizer only needs its length.
+    in a full stop. Those of CLIP and TIPSv2 (which was trained on lower case with punctuation) only need their length.
     """
     length = text_config.max_position_embeddings
     if not getattr(tokenizer, "is_fast", False):  # SigLIP 1: its sentencepiece tokenizer removes punctuation by itself

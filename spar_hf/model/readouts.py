@@ -1,14 +1,5 @@
 """
-Read-outs: run each family of backbones at any resolution and compute one feature vector per patch.
-
-A read-out is a subclass of the family's model in transformers, so it loads that family's checkpoints unchanged and copies
-none of its layers. It adds three short methods:
-
-- `embed(pixel_values, method, extent)`: `(batch, 3, height, width)` -> `(batch, tokens, hidden)`, with positions resampled
-  to the grid by the configuration's `position_resampling` and `position_extent` (in patches);
-- `encode(hidden_states, grid)`: returns the post-norm tokens, the dense features of the patches `(batch, patches, dim)` and
-  the input of the pooling head;
-- `pool(pool_input)`: returns the family's pooled image embedding `(batch, dim)`; called only on request.
+The read-outs of SigLIP, CLIP and DINOv3, and the table of all. What a read-out is, is in `readout_base.py`.
 """
 
 import copy
@@ -31,101 +22,11 @@ from transformers import initialization as init
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 from transformers.models.dinov3_vit.modeling_dinov3_vit import DINOv3ViTLayer, DINOv3ViTRopePositionEmbedding
 
-from .execution import StreamNorm, full_precision, own_weights
-
-CUBIC = -0.75  # the coefficient of torch's (and OpenCV's) bicubic kernel
-
-
-def bicubic_matrix(
-    source: int,
-    target: int,
-    device: torch.device | None = None,
-    offset: float | torch.Tensor = 0.0,
-    span: int | None = None,
-) -> torch.Tensor:
-    """
-    Matrix `(target, source)`, float32, that resamples a line of `source` values to `target` values.
-
-    It equals `torch.nn.functional.interpolate(mode="bicubic", align_corners=False)` with `size=target`, or with
-    `scale_factor=(target + offset) / source`. With `span`, the source is resampled to `span` values, of which the middle
-    `target` are taken.
-
-    There is no branch on the sizes, so a graph exported with dynamic sizes accepts all sizes above one patch. On the native
-    grid the matrix is exactly the identity.
-
-    Example:
-
-    ```python
-    >>> bicubic_matrix(2, 3).shape
-    torch.Size([3, 2])
-    ```"""
-    step = source / (target + offset if span is None else span)
-    before = 0 if span is None else (span - target) / 2
-    centre = (torch.arange(target, device=device, dtype=torch.float32) + before + 0.5) * step - 0.5  # (target,)
-    base = centre.floor()
-    fraction = centre - base
-    taps = torch.arange(-1, 3, device=device, dtype=torch.float32)  # the four neighbours
-    distance = (taps[None, :] - fraction[:, None]).abs()  # (target, 4)
-    near = ((CUBIC + 2) * distance - (CUBIC + 3)) * distance * distance + 1
-    far = ((CUBIC * distance - 5 * CUBIC) * distance + 8 * CUBIC) * distance - 4 * CUBIC
-    weights = torch.where(distance <= 1, near, far)
-    index = (base[:, None] + taps[None, :]).clamp(0, source - 1)  # border values repeat
-    columns = torch.arange(source, device=device, dtype=torch.float32)
-    return (weights[:, :, None] * (index[:, :, None] == columns)).sum(1)  # (target, 4, source) -> (target, source)
-
-
-def bilinear_antialias_matrix(source: int, target: int, device: torch.device | None = None) -> torch.Tensor:
-    """
-    As [`bicubic_matrix`], for `interpolate(size=target, mode="bilinear", antialias=True)`: a triangle kernel as wide as the
-    larger of the two spacings, normalised at the borders. `(target, source)`, float32.
-    """
-    step = torch.ones((), device=device) * (source / target)
-    centre = (torch.arange(target, device=device, dtype=torch.float32) + 0.5) * step  # (target,)
-    columns = torch.arange(source, device=device, dtype=torch.float32) + 0.5
-    weights = (1 - (columns[None, :] - centre[:, None]).abs() / step.clamp(min=1)).clamp(min=0)  # (target, source)
-    return weights / weights.sum(1, keepdim=True)
-
-
-def resample_positions(
-    table: torch.Tensor, height: int, width: int, method: str, extent: int | None = None
-) -> torch.Tensor:
-    """
-    Resample a square position table to another grid: `(side * side, hidden)` -> `(height * width, hidden)`.
-
-    `method` is the configuration's `position_resampling`, `extent` its `position_extent` in patches (for `"bicubic"`).
-    Computed with one small matrix per axis in float32, and returned so, under autocast and for tables in half precision too.
-
-    Raises:
-        ValueError: unknown `method`.
-    """
-    side, device = math.isqrt(table.shape[0]), table.device
-    if method == "bicubic":
-        span = None if extent is None else larger(height, width, extent)
-        rows, columns = (bicubic_matrix(side, length, device, span=span) for length in (height, width))
-    elif method == "bilinear_antialias":
-        rows, columns = (bilinear_antialias_matrix(side, length, device) for length in (height, width))
-    elif method == "bicubic_offset":
-        # MaskCLIP resizes by a scale factor, except on the native grid. Tensors are compared, because an exported graph must
-        # not branch on the sizes.
-        lengths = torch.stack([torch.ones(length, device=device).sum() for length in (height, width)])
-        offset = 0.1 * (lengths != side).any()
-        rows, columns = (bicubic_matrix(side, length, device, offset) for length in (height, width))
-    else:
-        raise ValueError(
-            f"Unknown position_resampling {method!r}; use 'bicubic', 'bilinear_antialias' or 'bicubic_offset'."
-        )
-    grid = table.float().view(side, side, -1)
-    with full_precision(device):
-        grid = torch.tensordot(rows, grid, dims=1)  # (side, side, hidden) -> (height, side, hidden)
-        grid = torch.matmul(columns, grid)  # (height, side, hidden) -> (height, width, hidden)
-    return grid.flatten(0, 1)
-
-
-def larger(height: Any, width: Any, extent: int) -> Any:
-    """The largest of the three, without a branch: sizes are symbols in `torch.export` and tensors in `torch.jit.trace`."""
-    if torch.jit.is_tracing():
-        return torch.maximum(height, width).clamp(min=extent)
-    return torch.sym_max(torch.sym_max(height, width), extent)
+from .execution import own_weights
+from .positions import resample_positions
+from .readout_base import Readout
+from .readout_dinov2 import Dinov2Readout
+from .readout_tipsv2 import Tipsv2Readout
 
 
 def pool_each(head: Any, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -147,42 +48,11 @@ def check_head(config: SiglipVisionConfig | Siglip2VisionConfig) -> None:
         )
 
 
-class Readout:
-    """
-    Capabilities of a read-out, beside transformers' own flags (`_supports_sdpa`, `supports_gradient_checkpointing`). The
-    tests check them.
-
-    Tokens are summed in float32 from block to block where weights are in half precision, see [`StreamNorm`].
-    """
-
-    any_resolution = True  # any height and width, multiples of the patch or not
-    exportable = True  # strict torch.export with dynamic height and width
-    compilable = True  # torch.compile(fullgraph=True, dynamic=True)
-    half_precision = True  # float16 and bfloat16 near float32
-    # parts of names of parameters that dense features do not depend on, and of those that the pooled embedding does not
-    # depend on either
-    unused_parameters: tuple[str, ...] = ()
-    unused_with_pooling: tuple[str, ...] = ()
-
-    @property
-    def blocks(self) -> nn.ModuleList:
-        """The transformer blocks that dense features go through, first to last."""
-        return self.encoder.layers  # type: ignore[attr-defined]
-
-    def post_init(self) -> None:
-        for module in self.modules():  # type: ignore[attr-defined]
-            if type(module) is nn.LayerNorm:
-                module.__class__ = StreamNorm  # only `forward` differs
-        super().post_init()  # type: ignore[misc]
-
-    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
-        super()._initialize_weights(module)  # type: ignore[misc]  # see `SparPreTrainedModel`
-
-
 class PoolingHead(Readout):
     """Encoder and attention-pooling head shared by SigLIP's fixed-resolution and NaFlex models."""
 
     unused_parameters = ("head.probe",)
+    last_norm = "post_layernorm"
     encoder: Any
     post_layernorm: Any
     head: Any
@@ -268,6 +138,7 @@ class MaskClipReadout(Readout, CLIPVisionModel):
     """
 
     _no_split_modules = [*CLIPVisionModel._no_split_modules, "ValuePathLayer"]
+    last_norm = "post_layernorm"
 
     def __init__(self, config: CLIPVisionConfig):
         super().__init__(config)
@@ -312,6 +183,7 @@ class Dinov3Readout(Readout, DINOv3ViTModel):
 
     unused_parameters = ("mask_token", "vision_head")
     unused_with_pooling = ("mask_token",)
+    last_norm = "norm"
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -397,4 +269,6 @@ READOUTS: dict[str, Any] = {
     "maskclip": MaskClipReadout,
     "dinov3": Dinov3Readout,
     "dinov3txt": Dinov3TxtReadout,
+    "tipsv2": Tipsv2Readout,
+    "dinov2": Dinov2Readout,
 }

@@ -106,6 +106,18 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
     "imagenet80": IMAGENET80,
     "short": ("a photo of a {}.", "a photo of the {}.", "a bright photo of the {}.", "a dark photo of the {}."),
     "plain": ("{}",),
+    # of TCL (Cha et al., 2023), which TIPSv2's zero-shot segmentation uses
+    "tcl": (
+        "itap of a {}.",
+        "a bad photo of a {}.",
+        "a origami {}.",
+        "a photo of the large {}.",
+        "a {} in a video game.",
+        "art of the {}.",
+        "a photo of the small {}.",
+        "a photo of many {}.",
+        "a photo of {}s.",
+    ),
 }
 
 

@@ -64,7 +64,7 @@ HELP = {
     "shortest_edge": "Shorter side of the working size in pixels. Default: the checkpoint's.",
     "longest_edge": "Longer side of the working size in pixels; with --shortest_edge, an upper bound.",
     "stride": "Use the sliding window with this stride in pixels instead of one pass.",
-    "teacher_stride": "Stride of the teacher's windows in pixels.",
+    "teacher_stride": "Stride of the teacher's windows in pixels. Default: one and a half patches, 24 at patches of 16 px.",
     "window_size": "Side of the windows in pixels. Default: the model's image_size.",
     "window_batch_size": "Windows per forward pass of a sliding window.",
     "include": "Only images whose file stem matches one of these shell patterns.",

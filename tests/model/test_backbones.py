@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import CONFIGS, GRID, SHAPE, randomise
+from tiny_models import BLOCKS, CONFIGS, GRID, SHAPE, randomise
 from torch.export import Dim
 from transformers import (
     AutoBackbone,
@@ -19,6 +19,8 @@ from transformers import (
     Siglip2Model,
     SiglipConfig,
     SiglipModel,
+    Tipsv2Config,
+    Tipsv2Model,
 )
 
 from spar_hf import SlidingWindowTeacher, SparBackbone, SparConfig, SparForOpenVocabSegmentation, SparVisionModel
@@ -34,11 +36,14 @@ def random_images(size, batch=2):
     return torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(sum(size)))
 
 
+def make(readout: str) -> SparVisionModel:
+    torch.manual_seed(0)
+    return randomise(SparVisionModel(SparConfig(backbone_config=CONFIGS[readout](), readout=readout)))
+
+
 @pytest.fixture(params=list(READOUTS))
 def model(request) -> SparVisionModel:
-    torch.manual_seed(0)
-    config = SparConfig(backbone_config=CONFIGS[request.param](), readout=request.param)
-    return randomise(SparVisionModel(config))
+    return make(request.param)
 
 
 def needs(model, flag: str) -> None:
@@ -92,22 +97,28 @@ def test_an_edge_stays_where_the_object_ends(model):
 
 
 @torch.no_grad()
-def test_saved_model_is_the_same_in_a_fresh_process(model, tmp_path):
-    model.save_pretrained(tmp_path / "model")
+def test_saved_models_are_the_same_in_a_fresh_process(tmp_path):
+    """One process for all: it takes seconds to start."""
+    models = {readout: make(readout) for readout in READOUTS}
+    for readout, model in models.items():
+        model.save_pretrained(tmp_path / readout)
     save_file({"pixels": random_images((35, 39))}, tmp_path / "in.safetensors")
     code = (
         "import sys, torch, spar_hf; from transformers import AutoModel\n"
         "from safetensors.torch import load_file, save_file\n"
-        "model = AutoModel.from_pretrained(sys.argv[1] + '/model')\n"
-        "pixels = load_file(sys.argv[1] + '/in.safetensors')['pixels']\n"
-        "with torch.no_grad(): out = model(pixels, output_pooled=True)\n"
-        "out = {'map': out.feature_map, 'pooled': out.pooler_output}\n"
-        "save_file({k: v.contiguous() for k, v in out.items()}, sys.argv[1] + '/out.safetensors')"
+        "pixels, found = load_file(sys.argv[1] + '/in.safetensors')['pixels'], {}\n"
+        "for readout in sys.argv[2:]:\n"
+        "    model = AutoModel.from_pretrained(sys.argv[1] + '/' + readout)\n"
+        "    with torch.no_grad(): out = model(pixels, output_pooled=True)\n"
+        "    found |= {readout + '.map': out.feature_map, readout + '.pooled': out.pooler_output}\n"
+        "save_file({k: v.contiguous() for k, v in found.items()}, sys.argv[1] + '/out.safetensors')"
     )
-    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
-    found, expected = load_file(tmp_path / "out.safetensors"), model(random_images((35, 39)), output_pooled=True)
-    torch.testing.assert_close(found["map"], expected.feature_map, atol=1e-5, rtol=0)
-    torch.testing.assert_close(found["pooled"], expected.pooler_output, atol=1e-5, rtol=0)
+    subprocess.run([sys.executable, "-c", code, str(tmp_path), *models], check=True)
+    found = load_file(tmp_path / "out.safetensors")
+    for readout, model in models.items():
+        expected = model(random_images((35, 39)), output_pooled=True)
+        torch.testing.assert_close(found[f"{readout}.map"], expected.feature_map, atol=1e-5, rtol=0)
+        torch.testing.assert_close(found[f"{readout}.pooled"], expected.pooler_output, atol=1e-5, rtol=0)
 
 
 @torch.no_grad()
@@ -227,10 +238,11 @@ def two_tower_sources():
             Siglip2Config(vision_config=SHAPE | {"patch_size": 8, "num_patches": 16}, text_config=text),
         ),
         "maskclip": (CLIPModel, CLIPConfig(**clip, projection_dim=24)),
+        "tipsv2": (Tipsv2Model, Tipsv2Config(vision_config=BLOCKS | GRID, text_config=text)),
     }
 
 
-@pytest.mark.parametrize("name", ["siglip", "naflex", "maskclip"])
+@pytest.mark.parametrize("name", two_tower_sources())
 @torch.no_grad()
 def test_two_towers_come_straight_from_a_backbone(name, tmp_path):
     source_class, config = two_tower_sources()[name]
@@ -331,7 +343,7 @@ def test_missing_weights_of_a_backbone_are_an_error(tmp_path):
 @torch.no_grad()
 def test_each_family_has_its_own_positions():
     """Each family's resampling gives different positions from the same table."""
-    from spar_hf.model.readouts import resample_positions
+    from spar_hf.model.positions import resample_positions
 
     table = torch.randn(16, 8, generator=torch.Generator().manual_seed(0))
     grid = table.view(4, 4, 8).permute(2, 0, 1)[None]
@@ -340,6 +352,8 @@ def test_each_family_has_its_own_positions():
         expected = {
             "bicubic": resize(grid, size=(rows, columns), mode="bicubic"),
             "bilinear_antialias": resize(grid, size=(rows, columns), mode="bilinear", antialias=True),
+            "bicubic_antialias": resize(grid, size=(rows, columns), mode="bicubic", antialias=True),
+            "bilinear_corner": resize(grid, size=2 * [max(rows, columns)], mode="bilinear")[:, :, :rows, :columns],
             "bicubic_offset": resize(grid, scale_factor=((rows + 0.1) / 4, (columns + 0.1) / 4), mode="bicubic"),
         }
         if (rows, columns) == (4, 4):

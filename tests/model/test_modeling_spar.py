@@ -14,7 +14,7 @@ from transformers import (
 
 from spar_hf import SparConfig, SparVisionModel
 from spar_hf.model.modeling_spar import pad_to_patches
-from spar_hf.model.readouts import resample_positions
+from spar_hf.model.positions import resample_positions
 
 PATCH, HEADS, EPS = 16, 2, 1e-6
 SIZES = {

@@ -199,7 +199,8 @@ def spar_tiny():
     return SparForOpenVocabSegmentation.from_pretrained(SPAR_TINY), AutoTokenizer.from_pretrained(SPAR_TINY)
 
 
-@pytest.mark.parametrize("templates", [*TEMPLATES, ["the {} there", "{}"]])
+# not "tcl", whose plural puts an s behind the punctuation of a name, so that the tokens differ
+@pytest.mark.parametrize("templates", [*sorted(TEMPLATES.keys() - {"tcl"}), ["the {} there", "{}"]])
 @pytest.mark.parametrize("names", TWINS)
 def test_classes_of_equal_tokens_are_refused_and_synonyms_dropped(spar_tiny, names, templates):
     _, tokenizer = spar_tiny

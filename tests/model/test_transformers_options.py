@@ -21,9 +21,11 @@ from transformers import (
     AutoModel,
     AutoModelForSemanticSegmentation,
     CLIPVisionModel,
+    Dinov2WithRegistersModel,
     DINOv3ViTModel,
     Siglip2VisionModel,
     SiglipVisionModel,
+    Tipsv2VisionModel,
     pipeline,
 )
 
@@ -227,6 +229,8 @@ FAMILIES = {
     "maskclip": CLIPVisionModel,
     "dinov3": DINOv3ViTModel,
     "dinov3txt": DINOv3ViTModel,
+    "tipsv2": Tipsv2VisionModel,
+    "dinov2": Dinov2WithRegistersModel,
 }
 
 

@@ -133,14 +133,20 @@ def load(options: Options) -> SparVisionModel:
     return SparVisionModel(SparConfig(backbone_config=backbones[options.random]()))
 
 
+PLAIN = ("siglip", "maskclip", "dinov3", "dinov3txt")  # read-outs whose layers are called below one by one
+
+
 def plain_pass(model: SparVisionModel, pixel_values: torch.Tensor) -> torch.Tensor:
     """
     The backbone's layers and the same read-out without the library's forward: the least that one pass costs. The references
     of the conversion read the names of official checkpoints, which a loaded model has no more.
     """
     backbone, readout = model.backbone, model.config.readout
-    if readout == "naflex":
-        raise UsageError("--model: the plain side of the comparison is not written for NaFlex; choose another model.")
+    if readout not in PLAIN:
+        raise UsageError(
+            f"--model: the plain side of the comparison is written for the read-outs {', '.join(PLAIN)}, and not for "
+            f"{readout}; choose another model."
+        )
     if readout.startswith("dinov3"):
         tokens, rope = backbone.embeddings(pixel_values), backbone.rope_embeddings(pixel_values)
         for layer in backbone.model.layer:

@@ -1,0 +1,107 @@
+"""Read-outs against the modules of transformers that they are made of, and the text preparation of each family."""
+
+import json
+import math
+
+import pytest
+import torch
+from tiny_models import BLOCKS, SHAPE, randomise
+from transformers import Tipsv2Config, Tipsv2Model
+from transformers.models.tipsv2.tokenization_tipsv2 import Tipsv2Tokenizer
+
+from spar_hf import SparForOpenVocabSegmentation, SparImageProcessorPil, SparProcessor
+from spar_hf.model.prompts import embed_names
+
+PATCH = 14
+# native grid, as many patches in another shape, portrait
+SIZES = [(56, 56), (28, 112), (70, 42)]
+
+
+def random_images(size):
+    return torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(sum(size)))
+
+
+def close(found, expected):
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+# --- TIPSv2 ---
+
+TIPSV2_TEXT = SHAPE | {"vocab_size": 40, "max_position_embeddings": 12}
+
+
+def tipsv2_source(**vision) -> Tipsv2Model:
+    vision = BLOCKS | {"image_size": 56, "patch_size": PATCH, "layerscale_value": 0.7} | vision
+    torch.manual_seed(0)
+    return randomise(Tipsv2Model(Tipsv2Config(vision_config=vision, text_config=TIPSV2_TEXT)))
+
+
+@pytest.fixture
+def tipsv2(tmp_path):
+    source = tipsv2_source()
+    source.save_pretrained(tmp_path)
+    return source, SparForOpenVocabSegmentation.from_backbone(str(tmp_path))
+
+
+@pytest.mark.parametrize("size", SIZES)
+@torch.no_grad()
+def test_tipsv2_equals_transformers_and_its_values_path(tipsv2, size):
+    source, model = tipsv2
+    pixels = random_images(size)
+    found = model.vision_model(pixels, output_pooled=True, output_hidden_states=True)
+    theirs = source.vision_model(pixels, output_hidden_states=True)
+    close(found.pooler_output, theirs.pooler_output)
+    for ours, expected in zip(found.hidden_states[:-1], theirs.hidden_states[:-1], strict=True):
+        close(ours, expected)
+    block, hidden = source.vision_model.encoder.layer[-1], theirs.hidden_states[-2]
+    values = block.attention.v_proj(block.norm1(hidden))
+    hidden = hidden + block.layer_scale1.lambda1 * block.attention.o_proj(values)
+    hidden = hidden + block.layer_scale2.lambda1 * block.mlp(block.norm2(hidden))
+    patches = source.vision_model.layernorm(hidden)[:, 2:]  # after both class tokens
+    close(found.feature_map, patches.transpose(1, 2).unflatten(2, [side // PATCH for side in size]))
+
+
+@torch.no_grad()
+def test_tipsv2_with_gated_mlps(tmp_path):
+    """The largest variant has them."""
+    source = tipsv2_source(use_swiglu_ffn=True)
+    source.save_pretrained(tmp_path)
+    model = SparForOpenVocabSegmentation.from_backbone(str(tmp_path)).vision_model
+    pixels = random_images((56, 56))
+    close(model(pixels, output_pooled=True).pooler_output, source.vision_model(pixels).pooler_output)
+
+
+@torch.no_grad()
+def test_tipsv2_does_not_read_padding(tipsv2):
+    """Every id but 0 is a token, as in the published code; a mask that is given counts."""
+    source, model = tipsv2
+    ids = torch.randint(1, 40, (3, 12), generator=torch.Generator().manual_seed(0))
+    ids[0, 5:], ids[1, 9:] = 0, 0
+    expected = source.get_text_features(ids, attention_mask=(ids != 0).long()).pooler_output
+    close(model.get_text_features(ids).pooler_output, expected)
+    close(model.get_text_features(ids[:1, :7]).pooler_output, expected[:1])
+    everything = torch.ones_like(ids)
+    close(model.get_text_features(ids, everything).pooler_output, source.get_text_features(ids).pooler_output)
+
+
+@torch.no_grad()
+def test_tipsv2_is_prepared_as_published(tipsv2, tmp_path):
+    """Lower case with punctuation, padding on the right, pixels from 0 to 1, its templates, the inverse temperature."""
+    source, model = tipsv2
+    letters = sorted(set("itap of a road. bad photo origami large in video game rt the small many sky") - {" "})
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<unk>", "▁", *letters])}
+    Tipsv2Tokenizer(vocab=vocabulary, merges=[]).save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"do_normalize": False, "do_rescale": True}))
+    processor = SparProcessor.from_backbone(str(tmp_path))
+    ids = processor(text=["A Road."], return_tensors="pt")["input_ids"][0].tolist()
+    assert ids == [vocabulary[letter] for letter in "▁a▁road."] + [0] * 4
+    image = torch.rand(3, 56, 56)
+    pixels = processor.image_processor(image, do_resize=False, return_tensors="pt")["pixel_values"]
+    close(pixels, image[None])
+    assert model.config.templates == "tcl" and float(model.logit_scale) == pytest.approx(-math.log(source.temperature))
+    # a text of its own, without the padding that the processor adds
+    texts = [processor.tokenizer(text)["input_ids"] for text in ("a sky", "the sky")]
+    expected = torch.cat([source.get_text_features(torch.tensor([ids])).pooler_output for ids in texts])
+    expected = torch.nn.functional.normalize(torch.nn.functional.normalize(expected, dim=1).mean(0), dim=0)
+    close(embed_names(model, processor.tokenizer, ["sky"], ["a {}", "the {}"])[0], expected)
+    assert SparImageProcessorPil.from_backbone(str(tmp_path)).image_mean == (0.0, 0.0, 0.0)
