@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from tiny_models import CONFIGS, SHAPE, randomise
-from transformers import CLIPTextConfig, Siglip2TextConfig, SiglipTextConfig, Tipsv2TextConfig
+from transformers import CLIPTextConfig, MetaClip2TextConfig, Siglip2TextConfig, SiglipTextConfig, Tipsv2TextConfig
 
 from spar_hf import (
     SparBackbone,
@@ -28,6 +28,7 @@ TEXTS: dict[str, Any] = {
     "siglip": lambda: SiglipTextConfig(**SHAPE, **WORDS, projection_size=32),
     "naflex": lambda: Siglip2TextConfig(**SHAPE, **WORDS, projection_size=32),
     "maskclip": lambda: CLIPTextConfig(**SHAPE, **WORDS, projection_dim=24),
+    "metaclip2": lambda: MetaClip2TextConfig(**SHAPE, **WORDS, projection_dim=24),
     "dinov3txt": lambda: CLIPTextConfig(**SHAPE, **WORDS, projection_dim=64),
     "tipsv2": lambda: Tipsv2TextConfig(**SHAPE, **WORDS),
 }

@@ -28,6 +28,7 @@ SEMANTIC = "spar_hf/model/modeling_spar_semantic.py"
 UNIVERSAL = "spar_hf/model/modeling_spar_universal.py"
 READOUTS = "spar_hf/model/readouts.py"
 READOUT_BASE = "spar_hf/model/readout_base.py"
+CLIP = "spar_hf/model/readout_clip.py"
 DINOV2 = "spar_hf/model/readout_dinov2.py"
 TIPSV2 = "spar_hf/model/readout_tipsv2.py"
 TEXTS = "spar_hf/model/text_towers.py"
@@ -121,14 +122,18 @@ def naflex() -> None:
     assert hasattr(model.config, "num_patches")
 
 
-def clip() -> None:
-    model = resolve("transformers.CLIPVisionModel")(CONFIGS["maskclip"]())
-    has_modules(model, "embeddings.class_embedding", "embeddings.patch_embedding", "embeddings.position_embedding")
-    has_modules(model, "pre_layrnorm", "post_layernorm", "encoder.layers")
-    layer = model.encoder.layers[-1]
+def clip(readout: str = "maskclip", model: str = "CLIPVisionModel", block: str = "clip.modeling_clip.CLIP") -> None:
+    made, layer_class = resolve(f"transformers.{model}")(CONFIGS[readout]()), f"transformers.models.{block}EncoderLayer"
+    has_modules(made, "embeddings.class_embedding", "embeddings.patch_embedding", "embeddings.position_embedding")
+    has_modules(made, "pre_layrnorm", "post_layernorm", "encoder.layers")
+    layer = made.encoder.layers[-1]
     has_modules(layer, "layer_norm1", "layer_norm2", "mlp", "self_attn.v_proj", "self_attn.out_proj")
-    assert isinstance(layer, resolve("transformers.models.clip.modeling_clip.CLIPEncoderLayer"))
-    takes("transformers.models.clip.modeling_clip.CLIPEncoderLayer.forward", "hidden_states", "attention_mask")()
+    assert isinstance(layer, resolve(layer_class))
+    takes(f"{layer_class}.forward", "hidden_states", "attention_mask")()
+
+
+def metaclip2() -> None:
+    clip("metaclip2", "MetaClip2VisionModel", "metaclip_2.modeling_metaclip_2.MetaClip2")
 
 
 def dinov3() -> None:
@@ -177,10 +182,11 @@ def text_towers() -> None:
     outputs = resolve("transformers.SiglipTextModel")(config)(torch.ones(1, 16, dtype=torch.long))
     assert outputs.pooler_output.shape == (1, config.projection_size)
     shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
-    clip = resolve("transformers.CLIPTextModelWithProjection")
-    model = clip(resolve("transformers.CLIPTextConfig")(**shape, vocab_size=64, projection_dim=24))
-    assert model(torch.ones(1, 8, dtype=torch.long)).text_embeds.shape == (1, 24)
-    assert {"text_model", "text_projection"} <= dict(model.named_children()).keys()
+    for family in ("CLIP", "MetaClip2"):
+        config = resolve(f"transformers.{family}TextConfig")(**shape, vocab_size=64, projection_dim=24)
+        model = resolve(f"transformers.{family}TextModelWithProjection")(config)
+        assert model(torch.ones(1, 8, dtype=torch.long)).text_embeds.shape == (1, 24)
+        assert {"text_model", "text_projection"} <= dict(model.named_children()).keys()
     takes("transformers.Tipsv2TextModel.forward", "input_ids", "attention_mask")()
     model = resolve("transformers.Tipsv2TextModel")(resolve("transformers.Tipsv2TextConfig")(**shape, vocab_size=64))
     assert model(torch.ones(1, 8, dtype=torch.long)).pooler_output.shape == (1, 32)
@@ -363,7 +369,7 @@ CONTRACT = [
             exists(f"{MASK2FORMER}.modeling_mask2former.Mask2FormerMaskedAttentionDecoderLayer"),
         ),
     ),
-    Row("_no_split_modules", READOUTS, exists("transformers.CLIPVisionModel._no_split_modules")),
+    Row("_no_split_modules", CLIP, exists("transformers.CLIPVisionModel._no_split_modules")),
     Row("accepts_loss_kwargs", MODELING, mentions("transformers.Trainer.__init__", "accepts_loss_kwargs")),
     Row(
         "keys_to_ignore_at_inference",
@@ -384,7 +390,8 @@ CONTRACT = [
     # read-outs
     Row("modules of SiglipVisionModel", READOUTS, siglip),
     Row("modules of Siglip2VisionModel", READOUTS, naflex),
-    Row("modules of CLIPVisionModel", READOUTS, clip),
+    Row("modules of CLIPVisionModel", CLIP, clip),
+    Row("modules of MetaClip2VisionModel", CLIP, metaclip2),
     Row("modules of DINOv3ViTModel", READOUTS, dinov3),
     Row("modules of Dinov2WithRegistersModel", DINOV2, dinov2),
     Row("modules of Tipsv2VisionModel", TIPSV2, tipsv2),

@@ -11,6 +11,8 @@ from transformers import (
     CLIPVisionModelWithProjection,
     Dinov2WithRegistersModel,
     DINOv3ViTModel,
+    MetaClip2Model,
+    MetaClip2VisionModelWithProjection,
     Siglip2Model,
     Siglip2VisionModel,
     SiglipModel,
@@ -29,6 +31,8 @@ BACKBONE_SOURCES: dict[str, Any] = {
     "siglip2_vision_model": Siglip2VisionModel,
     "clip": CLIPModel,
     "clip_vision_model": CLIPVisionModelWithProjection,
+    "metaclip_2": MetaClip2Model,
+    "metaclip_2_vision_model": MetaClip2VisionModelWithProjection,
     "dinov3_vit": DINOv3ViTModel,
     "tipsv2": Tipsv2Model,
     "tipsv2_vision_model": Tipsv2VisionModel,
@@ -95,7 +99,10 @@ def read_backbone(
     loaded: Any = BACKBONE_SOURCES[source_config.model_type].from_pretrained(name, output_loading_info=True, **kwargs)
     source, info = loaded
     check_complete(info["missing_keys"], name, type(source).__name__)
-    if source_config.model_type == "clip":  # both projections have the width of the top-level configuration
+    if source_config.model_type in (
+        "clip",
+        "metaclip_2",
+    ):  # both projections have the width of the top-level configuration
         source.config.vision_config.projection_dim = source.config.projection_dim
         source.config.text_config.projection_dim = source.config.projection_dim
     config = SparConfig(
@@ -104,7 +111,8 @@ def read_backbone(
         dtype="float32",
         **(PUBLISHED_SETTINGS.get(source_config.model_type, {}) | (spar_config or {})),
     )
-    weights = {spar_name(name, isinstance(source, CLIPModel)): tensor for name, tensor in source.state_dict().items()}
+    clip = isinstance(source, CLIPModel | MetaClip2Model)
+    weights = {spar_name(name, clip): tensor for name, tensor in source.state_dict().items()}
     if (temperature := weights.pop("vision_model.backbone.temperature", None)) is not None:
         weights["logit_scale"] = -temperature.log()  # TIPSv2 divides cosines by it
     for scalar in weights.keys() & {"logit_scale", "logit_bias"}:

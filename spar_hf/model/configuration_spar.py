@@ -15,6 +15,7 @@ BACKBONE_READOUTS = {
     "siglip_vision_model": ("siglip",),
     "siglip2_vision_model": ("naflex",),
     "clip_vision_model": ("maskclip",),
+    "metaclip_2_vision_model": ("metaclip2",),
     "dinov3_vit": ("dinov3", "dinov3txt"),
     "tipsv2_vision_model": ("tipsv2",),
     "dinov2_with_registers": ("dinov2",),
@@ -23,6 +24,7 @@ READOUT_RESAMPLINGS = {
     "siglip": ("bicubic",),
     "naflex": ("bilinear_antialias",),
     "maskclip": ("bicubic_offset",),
+    "metaclip2": ("bicubic_offset",),
     "dinov3": ("rope",),
     "dinov3txt": ("rope",),
     "tipsv2": ("bilinear_antialias",),
@@ -33,6 +35,7 @@ READOUT_WIDTHS = {
     "siglip": "hidden_size",
     "naflex": "hidden_size",
     "maskclip": "projection_dim",
+    "metaclip2": "projection_dim",
     "dinov3": "hidden_size",
     "dinov3txt": "hidden_size",
     "tipsv2": "hidden_size",
@@ -42,6 +45,7 @@ TEXT_WIDTHS = {
     "siglip_text_model": "projection_size",
     "siglip2_text_model": "projection_size",
     "clip_text_model": "projection_dim",
+    "metaclip_2_text_model": "projection_dim",
     "tipsv2_text_model": "hidden_size",
 }
 # dino.txt compares the first half of its text embedding with the pooled image, the last half with patches
@@ -61,22 +65,22 @@ class SparConfig(BackboneConfigMixin, PreTrainedConfig):
     Args:
         backbone_config (`dict` or `PreTrainedConfig`, *optional*):
             Vision configuration of transformers: `siglip_vision_model` (SigLIP and fixed-resolution SigLIP2),
-            `siglip2_vision_model` (NaFlex), `clip_vision_model`, `dinov3_vit`, `tipsv2_vision_model` or
-            `dinov2_with_registers`. Defaults to `SiglipVisionConfig()`.
+            `siglip2_vision_model` (NaFlex), `clip_vision_model`, `metaclip_2_vision_model`, `tipsv2_vision_model`,
+            `dinov3_vit` or `dinov2_with_registers`. Defaults to `SiglipVisionConfig()`.
         text_config (`dict` or `PreTrainedConfig`, *optional*):
-            Text configuration of transformers (`siglip_text_model`, `siglip2_text_model`, `clip_text_model` or
-            `tipsv2_text_model`). `None` makes a vision-only model.
+            Text configuration of transformers (`siglip_text_model`, `siglip2_text_model`, `clip_text_model`,
+            `metaclip_2_text_model` or `tipsv2_text_model`). `None` makes a vision-only model.
         readout (`str`, *optional*):
             How dense features are read from the backbone (SPAR, section 3). The default follows from its family:
             `"siglip"` and `"naflex"` apply the attention-pooling head without its attention, `"maskclip"` the value path
-            of the last block, as does `"tipsv2"`, and `"dinov3"` and `"dinov2"` take the normalised patch tokens.
-            `"dinov3txt"` (the default of DINOv3 with a text tower) adds the vision head of dino.txt for the pooled
+            of the last block, as do `"metaclip2"` and `"tipsv2"`, and `"dinov3"` and `"dinov2"` take the normalised patch
+            tokens. `"dinov3txt"` (the default of DINOv3 with a text tower) adds the vision head of dino.txt for the pooled
             embedding.
         position_resampling (`str`, *optional*):
             How positions are resampled to another grid. It belongs to the checkpoint, because it changes the features.
             `"bicubic"`: by target size, without antialiasing (SigLIP). `"bilinear_antialias"`: by target size, with it
             (NaFlex, TIPSv2), as does `"bicubic_antialias"` (DINOv2). `"bicubic_offset"`: by the scale factor
-            `(target + 0.1) / source` (MaskCLIP). `"rope"`: no table (DINOv3).
+            `(target + 0.1) / source` (MaskCLIP, MetaCLIP 2). `"rope"`: no table (DINOv3).
         position_extent (`int`, *optional*):
             Side in pixels of the image that the position table spans. `None`, as for all pre-trained checkpoints: the image
             itself, so the step in the table from patch to patch shrinks with the size of the image. With a number, this

@@ -163,8 +163,8 @@ class SparPreTrainedModel(PreTrainedModel):
     def from_backbone(cls, pretrained_model_name_or_path: str, *, spar_config: dict[str, Any] | None = None, **kwargs):
         """
         Build a SPAR model from a pretrained backbone of transformers: the teacher of a distillation, or the baseline of an
-        evaluation. SigLIP, SigLIP2 (fixed resolution and NaFlex), CLIP, OpenCLIP in transformers' format, TIPSv2, DINOv3,
-        DINOv2 with registers.
+        evaluation. SigLIP, SigLIP2 (fixed resolution and NaFlex), CLIP, OpenCLIP in transformers' format, MetaCLIP 2,
+        TIPSv2, DINOv3, DINOv2 with registers.
 
         Args:
             pretrained_model_name_or_path (`str`):

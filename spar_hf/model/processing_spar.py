@@ -15,7 +15,8 @@ def published_tokenizer(tokenizer, text_config) -> PreTrainedTokenizerFast:
 
     SigLIP's text towers were trained on lower case without punctuation, padded on the right to the full length, without a
     mask (open_clip's `canonicalize_text`). The SigLIP2 tokenizer of transformers keeps punctuation, and most templates end
-    in a full stop. Those of CLIP and TIPSv2 (which was trained on lower case with punctuation) only need their length.
+    in a full stop. Those of CLIP, MetaCLIP 2 (trained on texts as they are written) and TIPSv2 (lower case with punctuation)
+    only need their length.
     """
     length = text_config.max_position_embeddings
     if not getattr(tokenizer, "is_fast", False):  # SigLIP 1: its sentencepiece tokenizer removes punctuation by itself

@@ -1,5 +1,5 @@
 """
-The read-outs of SigLIP, CLIP and DINOv3, and the table of all. What a read-out is, is in `readout_base.py`.
+The read-outs of SigLIP and DINOv3, and the table of all. What a read-out is, is in `readout_base.py`.
 """
 
 import copy
@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import (
-    CLIPVisionConfig,
-    CLIPVisionModel,
     DINOv3ViTConfig,
     DINOv3ViTModel,
     Siglip2VisionConfig,
@@ -19,12 +17,12 @@ from transformers import (
     SiglipVisionModel,
 )
 from transformers import initialization as init
-from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 from transformers.models.dinov3_vit.modeling_dinov3_vit import DINOv3ViTLayer, DINOv3ViTRopePositionEmbedding
 
 from .execution import own_weights
 from .positions import resample_positions
 from .readout_base import Readout
+from .readout_clip import MaskClipReadout, MetaClip2Readout
 from .readout_dinov2 import Dinov2Readout
 from .readout_tipsv2 import Tipsv2Readout
 
@@ -114,60 +112,6 @@ class NaflexReadout(PoolingHead, Siglip2VisionModel):
         with own_weights(self.embeddings.position_embedding):
             positions = resample_positions(self.embeddings.position_embedding.weight, *grid, method)
         return self.embeddings.patch_embedding(patches) + positions  # (batch, h * w, hidden)
-
-
-class ValuePathLayer(CLIPEncoderLayer):
-    """CLIP's last block where every token attends to itself only, without queries and keys. Weight names are CLIP's."""
-
-    def forward(self, hidden_states: torch.Tensor, attention_mask: Any = None, attend: bool = False, **kwargs):
-        if attend:  # as in CLIP
-            return super().forward(hidden_states, attention_mask, **kwargs)
-        attention = self.self_attn
-        hidden_states = hidden_states + attention.out_proj(attention.v_proj(self.layer_norm1(hidden_states)))
-        return hidden_states + self.mlp(self.layer_norm2(hidden_states))
-
-
-class MaskClipReadout(Readout, CLIPVisionModel):
-    """
-    CLIP and OpenCLIP: the value path of the last block, post-norm and visual projection, applied to every patch.
-
-    The pooled embedding runs the last block with its attention, as in CLIP. `attentions` has one entry fewer than there are
-    blocks.
-
-    Source: MaskCLIP (Zhou et al., 2022), SPAR section 3; `CLIPVisionModelWithProjection` in transformers.
-    """
-
-    _no_split_modules = [*CLIPVisionModel._no_split_modules, "ValuePathLayer"]
-    last_norm = "post_layernorm"
-
-    def __init__(self, config: CLIPVisionConfig):
-        super().__init__(config)
-        self.encoder.layers[-1] = ValuePathLayer(config)
-        last = f"encoder.layers.{config.num_hidden_layers - 1}.self_attn"
-        self.unused_parameters = (f"{last}.q_proj", f"{last}.k_proj")
-        self.visual_projection = nn.Linear(config.hidden_size, config.projection_dim, bias=False)
-        self.post_init()
-
-    def embed(self, pixel_values: torch.Tensor, method: str, extent: int | None = None) -> torch.Tensor:
-        patches = self.embeddings.patch_embedding(pixel_values)  # (batch, 3, H, W) -> (batch, hidden, h, w)
-        height, width = patches.shape[-2:]
-        with own_weights(self.embeddings):
-            table = self.embeddings.position_embedding.weight  # the class token's position comes first
-            positions = resample_positions(table[1:], height, width, method)
-            patches = patches.flatten(2).transpose(1, 2) + positions  # (batch, h * w, hidden)
-            class_token = (self.embeddings.class_embedding + table[0]).expand(patches.shape[0], 1, -1)
-        return self.pre_layrnorm(torch.cat([class_token, patches], dim=1))  # (batch, 1 + h * w, hidden)
-
-    def encode(self, hidden_states: torch.Tensor, grid: tuple[int, int], **kwargs):
-        for layer in self.encoder.layers[:-1]:
-            hidden_states = layer(hidden_states, None, **kwargs)
-        last_hidden_state = self.post_layernorm(self.encoder.layers[-1](hidden_states, None, **kwargs))
-        return last_hidden_state, self.visual_projection(last_hidden_state[:, 1:]), hidden_states
-
-    def pool(self, pool_input: torch.Tensor) -> torch.Tensor:
-        # not called as a module, so that it is not recorded a second time among the hidden states
-        hidden_states = self.encoder.layers[-1].forward(pool_input, attend=True)
-        return self.visual_projection(self.post_layernorm(hidden_states[:, 0]))
 
 
 class Dinov3Readout(Readout, DINOv3ViTModel):
@@ -267,6 +211,7 @@ READOUTS: dict[str, Any] = {
     "siglip": SiglipReadout,
     "naflex": NaflexReadout,
     "maskclip": MaskClipReadout,
+    "metaclip2": MetaClip2Readout,
     "dinov3": Dinov3Readout,
     "dinov3txt": Dinov3TxtReadout,
     "tipsv2": Tipsv2Readout,

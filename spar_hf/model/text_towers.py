@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from transformers import (
     CLIPTextModelWithProjection,
+    MetaClip2TextModelWithProjection,
     Siglip2TextModel,
     SiglipTextModel,
 )
@@ -17,10 +18,11 @@ TEXT_MODELS: dict[str, Any] = {
     "siglip_text_model": SiglipTextModel,
     "siglip2_text_model": Siglip2TextModel,
     "clip_text_model": CLIPTextModelWithProjection,
+    "metaclip_2_text_model": MetaClip2TextModelWithProjection,
     "tipsv2_text_model": Tipsv2TextTower,
 }
 POOLED_AT_THE_END = ("siglip_text_model", "siglip2_text_model")  # at the last token, padding or not, without a mask
-PROJECTED = ("clip_text_model",)  # after pooling
+PROJECTED = ("clip_text_model", "metaclip_2_text_model")  # after pooling
 
 
 def embed_tokens(

@@ -15,6 +15,8 @@ from transformers import (
     CLIPModel,
     CLIPVisionModelWithProjection,
     DINOv3ViTModel,
+    MetaClip2Config,
+    MetaClip2Model,
     Siglip2Config,
     Siglip2Model,
     SiglipConfig,
@@ -238,6 +240,7 @@ def two_tower_sources():
             Siglip2Config(vision_config=SHAPE | {"patch_size": 8, "num_patches": 16}, text_config=text),
         ),
         "maskclip": (CLIPModel, CLIPConfig(**clip, projection_dim=24)),
+        "metaclip2": (MetaClip2Model, MetaClip2Config(**clip, projection_dim=24)),
         "tipsv2": (Tipsv2Model, Tipsv2Config(vision_config=BLOCKS | GRID, text_config=text)),
     }
 

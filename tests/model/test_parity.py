@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from tiny_models import BLOCKS, SHAPE, randomise
-from transformers import Tipsv2Config, Tipsv2Model
+from transformers import MetaClip2Config, MetaClip2Model, Tipsv2Config, Tipsv2Model, XLMRobertaTokenizer
 from transformers.models.tipsv2.tokenization_tipsv2 import Tipsv2Tokenizer
 
 from spar_hf import SparForOpenVocabSegmentation, SparImageProcessorPil, SparProcessor
@@ -105,3 +105,30 @@ def test_tipsv2_is_prepared_as_published(tipsv2, tmp_path):
     expected = torch.nn.functional.normalize(torch.nn.functional.normalize(expected, dim=1).mean(0), dim=0)
     close(embed_names(model, processor.tokenizer, ["sky"], ["a {}", "the {}"])[0], expected)
     assert SparImageProcessorPil.from_backbone(str(tmp_path)).image_mean == (0.0, 0.0, 0.0)
+
+
+# --- MetaCLIP 2 ---
+
+
+@torch.no_grad()
+def test_metaclip2_reads_texts_as_they_are_written(tmp_path):
+    """Its multilingual tokenizer keeps case, marks and punctuation; a text is pooled at its first end token."""
+    vision = SHAPE | {"image_size": 56, "patch_size": PATCH}
+    letters = dict.fromkeys("▁EinHud,h犬!")
+    pieces = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", *letters]
+    special = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
+    text = SHAPE | {"vocab_size": len(pieces), "max_position_embeddings": 20, **special}
+    torch.manual_seed(0)
+    source = randomise(MetaClip2Model(MetaClip2Config(vision_config=vision, text_config=text, projection_dim=24)))
+    source.save_pretrained(tmp_path)
+    XLMRobertaTokenizer(vocab=[(piece, -float(i)) for i, piece in enumerate(pieces)]).save_pretrained(tmp_path)
+    clip_pixels = {"image_mean": [0.48, 0.46, 0.41], "image_std": [0.27, 0.26, 0.28]}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(clip_pixels))
+    processor = SparProcessor.from_backbone(str(tmp_path))
+    assert processor.image_processor.image_mean == tuple(clip_pixels["image_mean"])
+    ids = processor(text=["Ein Hund, 犬!", "ein hund"], return_tensors="pt")["input_ids"]
+    assert ids[0].tolist() == [0, *(pieces.index(letter) for letter in "▁Ein▁Hund,▁犬!"), 2, *[1] * 5]
+    model = SparForOpenVocabSegmentation.from_backbone(str(tmp_path))
+    assert model.config.readout == "metaclip2" and model.config.projection_dim == 24
+    plain = processor.tokenizer("ein hund", return_tensors="pt")["input_ids"]  # without padding
+    close(model.get_text_features(ids).pooler_output[1:], source.get_text_features(plain).pooler_output)
