@@ -28,12 +28,11 @@ from .segmentation import DenseLogits, class_probabilities
 from .text_embeddings import STORED_EMBEDDINGS, TextEmbeddingCache, stored_embeddings
 from .tiling import TiledImage, check_tiled, tiled_map
 from .upsamplers import Upsampler, resolve_upsampler
-from .video import FrameStreams
 
 OUTPUTS = ("segments", "map", "probabilities", "logits")
 
 
-class OpenVocabSegmentationPipeline(FrameStreams, Pipeline):
+class OpenVocabSegmentationPipeline(Pipeline):
     """
     Open-vocabulary segmentation with a two-tower SPAR checkpoint.
 
