@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from transformers import pipeline
 
-from spar_hf.cli.reporting import quiet_transformers
+from spar_hf.cli.reporting import quiet_loading
 from spar_hf.model.modeling_spar import SparForOpenVocabSegmentation
 from spar_hf.model.processing_spar import SparProcessor
 from spar_hf.model.segmentation import class_probabilities
@@ -35,7 +35,7 @@ class SlidingWindowVision(SlidingWindowTeacher):
 
 def load_pipeline(model: str | None = None, device: str | None = None, stride: int | None = None):
     """
-    Load an open-vocabulary segmentation pipeline, without notices of transformers.
+    Load an open-vocabulary segmentation pipeline, without notices of transformers and its progress bars of loading.
 
     Args:
         model: folder or hub id of a two-tower SPAR model or of a pretrained two-tower backbone; the embedded spar-tiny by
@@ -50,12 +50,12 @@ def load_pipeline(model: str | None = None, device: str | None = None, stride: i
         ValueError: no such device, a stride outside 1 to the window size, or a model without text tower.
         OSError: no such folder or repository.
     """
-    quiet_transformers()
     folder = SPAR_TINY if model is None else model
     options: dict[str, Any] = {} if device is None else {"device": device}
     # loaded here since `pipeline(model=folder)` wraps errors into two tracebacks
-    two_towers: Any = SparForOpenVocabSegmentation.from_backbone(folder)
-    processor: Any = SparProcessor.from_backbone(folder)
+    with quiet_loading():
+        two_towers: Any = SparForOpenVocabSegmentation.from_backbone(folder)
+        processor: Any = SparProcessor.from_backbone(folder)
     if stride is not None:
         two_towers.vision_model = SlidingWindowVision(two_towers.vision_model, stride=stride).eval()
     task: Any = "open-vocab-segmentation"  # transformers types its own tasks only

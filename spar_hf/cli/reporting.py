@@ -70,3 +70,17 @@ def quiet_transformers() -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+
+
+@contextlib.contextmanager
+def quiet_loading() -> Iterator[None]:
+    """[`quiet_transformers`] whose progress bars come back after the block: that of many words that are embedded is ours."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    quiet_transformers()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

@@ -21,7 +21,7 @@ from .words import (
 
 logger = logging.get_logger(__name__)
 
-PROGRESS_FROM = 1000  # names from which embedding takes long enough for a progress bar
+PROGRESS_AFTER = 2.0  # seconds from which embedding takes long enough for a progress bar
 
 
 @torch.no_grad()
@@ -31,7 +31,7 @@ def embed_names(
     """
     One embedding per name: the mean of its L2-normalised prompt embeddings, normalised again (SPAR, section 3).
 
-    All prompts are tokenised and checked before the first forward pass. A progress bar is shown for 1,000 names or more.
+    All prompts are tokenised and checked before the first forward pass. A progress bar appears after two seconds.
 
     Args:
         model ([`SparForOpenVocabSegmentation`]): its text tower embeds the prompts.
@@ -53,7 +53,7 @@ def embed_names(
     encoded = [torch.tensor(ids, dtype=torch.int32) for ids in prompt_tokens(tokenizer, names, prompts_of, limit)]
     ids = torch.cat(encoded)
     features = []
-    for batch in logging.tqdm(ids.split(batch_size), desc="embedding names", disable=len(names) < PROGRESS_FROM):
+    for batch in logging.tqdm(ids.split(batch_size), desc="embedding names", delay=PROGRESS_AFTER):
         outputs = model.get_text_features(batch.long().to(model.device)).pooler_output
         features.append(torch.nn.functional.normalize(outputs.float(), dim=-1))
     # (names * templates, dim) -> (names, dim)

@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 from PIL import Image
 from transformers import pipeline
+from transformers.utils import logging
 from typer.testing import CliRunner
 
 import spar_hf
 from spar_hf.cli import pipelines
 from spar_hf.cli.main import app
 from spar_hf.cli.segment import show_classes
+from spar_hf.model import prompts
 from spar_hf.utils.image_files import InputImage
 
 runner = CliRunner()
@@ -69,6 +71,13 @@ def test_the_installed_command_segments(tmp_path):
     process = subprocess.run(command, capture_output=True, text=True)
     assert process.returncode == 0 and process.stderr == "", process.stderr
     assert output.is_file()
+
+
+def test_words_that_take_long_to_embed_are_counted_and_nothing_else_is(images, tmp_path, monkeypatch):
+    monkeypatch.setattr(prompts, "PROGRESS_AFTER", 0)
+    logging.enable_progress_bar()  # another command run before in this process has switched bars off
+    text = run(images / "street.png", "--labels", "zeppelin hangar; car", "--output", tmp_path / "out.png")
+    assert "embedding names" in text and "Loading weights" not in text
 
 
 def test_segment_writes_overlay_and_map(images, tmp_path):
