@@ -1,13 +1,11 @@
 """Dense features of many images as safetensors: one file per image, or shards with an index. Used by `spar-hf features`."""
 
 import contextlib
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,140 +13,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from spar_hf.model.devices import check_device
-from spar_hf.model.fingerprints import vision_fingerprint
-from spar_hf.model.image_processing_spar import SparImageProcessorPil
-from spar_hf.model.modeling_spar import SparVisionModel
-from spar_hf.model.pipeline import MAX_TOKENS
-from spar_hf.registration import SPAR_TINY
-from spar_hf.teacher import SlidingWindowTeacher
+from spar_hf.batch.extractor import KEY
 from spar_hf.utils.atomic import write_atomically, write_json
 from spar_hf.utils.errors import UsageError
 from spar_hf.utils.image_files import InputImage, result_path, stamp
 from spar_hf.utils.texts import storable
 
-KEY = "feature_map"  # name of the tensor in the file of one image
 INDEX = "features.safetensors.index.json"
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-
-
-@dataclass
-class FeatureExtractor:
-    """
-    Computes dense features of images with a model in one pass, or with its sliding window.
-
-    Args:
-        model: folder or hub id of a SPAR model, with or without text tower, or of a pretrained backbone of transformers; the
-            embedded spar-tiny by default.
-        shortest_edge: shorter side of the working size in pixels; the checkpoint's by default.
-        normalize: whether to scale the feature of every patch to unit length.
-        dtype: of the features: `"float16"`, `"bfloat16"` or `"float32"`.
-        stride: stride of the sliding window in pixels; one pass by default.
-        window_size: side of the window in pixels; the model's by default.
-        device: of the model; CUDA by default if available, else the CPU.
-        max_tokens: limit on the patches of an image; larger working images are made smaller. By default the image
-            processor's, else 16,384 (2048×2048 pixels at a patch of 16), as in the pipeline.
-        image_range: values of black and white of images of floats or more than 8 bits, see [`SparImageProcessorPil`].
-
-    Raises:
-        ValueError: an unknown dtype or device, a window without stride, or a stride larger than the window.
-        OSError: no such folder or repository.
-
-    Example:
-
-    ```python
-    >>> from PIL import Image
-    >>> Image.new("RGB", (330, 200)).save("street.png")
-    >>> features, record = FeatureExtractor(shortest_edge=96)("street.png")
-    >>> features.shape, record["original_size"], record["working_size"]
-    (torch.Size([192, 6, 10]), [200, 330], [96, 158])
-    ```"""
-
-    model: str | None = None
-    shortest_edge: int | None = None
-    normalize: bool = False
-    dtype: str = "float32"
-    stride: int | None = None
-    window_size: int | None = None
-    device: str | None = None
-    max_tokens: int | None = None
-    image_range: tuple[float, float] | None = None
-    name: str = field(init=False, repr=False)
-    encoder: Any = field(init=False, repr=False)
-    image_processor: Any = field(init=False, repr=False)
-
-    def __post_init__(self):
-        if self.dtype not in DTYPES:
-            raise UsageError(f"Unknown dtype {self.dtype!r}; use one of {', '.join(DTYPES)}.")
-        if self.window_size is not None and self.stride is None:
-            raise UsageError("A window size needs a stride: give a stride too, for example 24 pixels.")
-        check_device(self.device)
-        device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        folder = SPAR_TINY if self.model is None else self.model
-        model: Any = SparVisionModel.from_backbone(folder)
-        model = model.to(device).eval()
-        self.name = Path(folder).resolve().name if Path(folder).is_dir() else str(folder)
-        self.encoder = model
-        if self.stride is not None:
-            self.encoder = SlidingWindowTeacher(model, window_size=self.window_size, stride=self.stride).eval()
-            self.window_size = self.encoder.window_size
-        self.image_processor = SparImageProcessorPil.from_backbone(folder)
-
-    @cached_property
-    def settings(self) -> dict[str, Any]:
-        """
-        Settings that all images share and that every file records, so that files of other settings are not mixed with.
-        `fingerprint` identifies the weights and the image processing, since folders may have the same name.
-        """
-        model = self.encoder if self.stride is None else self.encoder.model
-        parts = vision_fingerprint(model) + self.image_processor.to_json_string()
-        # only if they are set, so that folders of earlier versions can be continued
-        given = {"max_tokens": self.max_tokens, "image_range": self.image_range and list(self.image_range)}
-        return {
-            "model": self.name,
-            "fingerprint": hashlib.sha256(parts.encode()).hexdigest()[:20],
-            "patch_size": self.encoder.config.patch_size,
-            "normalized": self.normalize,
-            "dtype": self.dtype,
-            "shortest_edge": self.shortest_edge,
-            "stride": self.stride,
-            "window_size": self.window_size,
-            **{name: value for name, value in given.items() if value is not None},
-        }
-
-    @torch.no_grad()
-    def __call__(self, source: Any) -> tuple[torch.Tensor, dict[str, Any]]:
-        """
-        Args:
-            source: file or URL, the bytes of an image file, an open one, or an image or array.
-
-        Returns:
-            The feature map `(dim, ceil(height / patch), ceil(width / patch))` on the CPU, where height and width are those
-            of the working size; and a record with `image` (the source), `original_size` and `working_size`, both
-            `[height, width]` in pixels.
-
-        Raises:
-            ValueError: an image that cannot be read, or features beyond the range of float16.
-        """
-        limit = next(n for n in (self.max_tokens, self.image_processor.max_tokens, MAX_TOKENS) if n is not None)
-        options: dict[str, Any] = {"max_tokens": limit, "patch_size": self.encoder.config.patch_size}
-        options |= {} if self.shortest_edge is None else {"size": {"shortest_edge": self.shortest_edge}}
-        options |= {} if self.image_range is None else {"image_range": self.image_range}
-        inputs = self.image_processor(source, return_tensors="pt", **options)
-        weight = next(self.encoder.parameters())
-        pixel_values = inputs["pixel_values"].to(weight.device, weight.dtype)
-        features = self.encoder(pixel_values).feature_map[0].float()  # (1, dim, h, w) -> (dim, h, w)
-        if self.normalize:
-            features = torch.nn.functional.normalize(features, dim=0)
-        if self.dtype == "float16" and features.abs().max() > torch.finfo(torch.float16).max:
-            raise ValueError(f"The features of {source} exceed float16. Use bfloat16 or float32, or normalise them.")
-        name = str(source) if isinstance(source, (str, os.PathLike)) else getattr(source, "name", None) or "image"
-        record = {
-            "image": name if len(name) < 1000 else f"{name[:80]}…",  # a data: URL is as long as its image
-            "original_size": list(inputs["original_sizes"][0]),
-            "working_size": list(pixel_values.shape[-2:]),
-        }
-        return features.to(DTYPES[self.dtype]).cpu().contiguous(), record
 
 
 def as_metadata(values: dict[str, Any]) -> dict[str, str]:
@@ -179,7 +50,8 @@ def check_settings(file: Path, settings: dict[str, Any]) -> tuple[list[str], dic
 
 class FileWriter:
     """
-    Writes one file per image: `sub/street.safetensors` with the tensor `feature_map`; settings and record are its metadata.
+    Writes one file per image: `sub/street.safetensors` with the tensor `feature_map`, or those of several layers; settings
+    and record are its metadata.
 
     Args:
         output: folder to write.
@@ -203,10 +75,10 @@ class FileWriter:
         now = as_metadata({"stamp": stamp(image)})["stamp"]
         return bool(keys) and metadata.get("stamp", now) == now  # earlier versions kept none
 
-    def add(self, image: InputImage, features: torch.Tensor, record: dict[str, Any]) -> None:
-        """Write the features of an image."""
+    def add(self, image: InputImage, tensors: dict[str, torch.Tensor], record: dict[str, Any]) -> None:
+        """Write the features of an image: its tensors by name, see [`FeatureExtractor.encode`]."""
         metadata = as_metadata({**self.settings, **record, "stamp": stamp(image)})
-        write_atomically(self.target(image), lambda path: save_file({KEY: features}, path, metadata))
+        write_atomically(self.target(image), lambda path: save_file(tensors, path, metadata))
 
     def close(self) -> None:
         """Nothing to do: every file is complete when it is written."""
@@ -217,9 +89,10 @@ class FileWriter:
 
 class ShardWriter:
     """
-    Writes shards with one tensor per image, named after the image (`sub/street`). The metadata are the settings; under
-    `photos`, the records by image name as JSON; and under `round`, how many runs wrote to the folder before. An image that
-    was replaced between two runs is in a shard of each: the index names the later one.
+    Writes shards with one tensor per image, named after the image (`sub/street`); those of blocks have their number behind
+    (`sub/street#layer_3`). The metadata are the settings; under `photos`, the records by image name as JSON; and under
+    `round`, how many runs wrote to the folder before. An image that was replaced between two runs is in a shard of each: the
+    index names the later one.
 
     Args:
         output: folder to write; shards of an earlier run in it are continued.
@@ -236,8 +109,8 @@ class ShardWriter:
         self.written: dict[str, Any] = {}  # name of an image -> its stamp, `None` in shards of earlier versions
         self.round = 0
         for _, names, metadata in open_shards(output, settings):
-            records = json.loads(metadata.get("photos", "{}"))
-            self.written |= {name: records.get(name, {}).get("stamp") for name in names}
+            records = json.loads(metadata.get("photos", "{}")) or {name: {} for name in names}
+            self.written |= {name: record.get("stamp") for name, record in records.items()}
             self.round = 1 + int(metadata.get("round", 0))
         mine = [shard.stem for shard in list_shards(output) if shard.stem.startswith(f"features-{process:03d}-")]
         self.number = 1 + max((int(stem.rpartition("-")[2]) for stem in mine), default=-1)
@@ -249,10 +122,11 @@ class ShardWriter:
         name = storable(image.name)
         return name in self.written and self.written[name] in (None, stamp(image))
 
-    def add(self, image: InputImage, features: torch.Tensor, record: dict[str, Any]) -> None:
+    def add(self, image: InputImage, tensors: dict[str, torch.Tensor], record: dict[str, Any]) -> None:
         """Keep the features of an image, and write a shard if they are large enough together."""
         name = storable(image.name)
-        self.tensors[name], self.records[name] = features, {**record, "stamp": stamp(image)}
+        self.tensors |= {name if key == KEY else f"{name}#{key}": tensor for key, tensor in tensors.items()}
+        self.records[name] = {**record, "stamp": stamp(image)}
         if sum(tensor.nbytes for tensor in self.tensors.values()) >= self.shard_bytes:
             self.close()
 

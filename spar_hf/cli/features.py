@@ -7,7 +7,7 @@ import typer
 
 from spar_hf.cli.arguments import Device, ImageRange, Images, MaxPixels, MaxTokens, ShortestEdge, SkipExisting
 from spar_hf.cli.reporting import exit_on_error, fail, finish, quiet_transformers, report_failure
-from spar_hf.utils.image_files import find_images, interruptible, process_images
+from spar_hf.utils.image_files import InputImage, find_images, interruptible, process_images
 from spar_hf.utils.options import HELP
 
 Output = Annotated[Path, typer.Option(help="Folder to write, with the sub-folders of the input.")]
@@ -25,6 +25,19 @@ ShardSize = Annotated[
     float | None,
     typer.Option(help="Write shards of about this many MB and an index instead of a file per image.", min=0.001),
 ]
+Layers = Annotated[
+    str,
+    typer.Option(
+        help="What to write of each image: features (what the model gives) and numbers of blocks, whose patch tokens are "
+        "written as layer_3, …: 3,6,9,features. Blocks count from 1; 0 are the embeddings."
+    ),
+]
+Pool = Annotated[
+    str | None,
+    typer.Option(
+        help="One vector per image in place of a map: mean (of all patches) or head (the image embedding of the backbone)."
+    ),
+]
 
 
 def features(
@@ -36,6 +49,8 @@ def features(
     shortest_edge: ShortestEdge = None,
     stride: Stride = None,
     window_size: WindowSize = None,
+    layers: Layers = "features",
+    pool: Pool = None,
     shard_size: ShardSize = None,
     skip_existing: SkipExisting = False,
     device: Device = None,
@@ -56,7 +71,8 @@ def features(
     if not found:  # nothing to load a model for
         finish(process_images((), lambda image: None, report=report_failure, problems=problems))
 
-    from spar_hf.batch.features import FeatureExtractor, launched_processes, open_writer
+    from spar_hf.batch.extractor import FeatureExtractor
+    from spar_hf.batch.features import launched_processes, open_writer
     from spar_hf.model.image_input import check_range, set_pixel_limit
 
     set_pixel_limit(max_pixels)
@@ -66,16 +82,22 @@ def features(
         first = processes.index == 0
         with exit_on_error():
             device = device or processes.device
-            limits: dict[str, Any] = {"max_tokens": max_tokens, "image_range": check_range(image_range)}
-            extract = FeatureExtractor(model, shortest_edge, normalize, dtype, stride, window_size, device, **limits)
+            given: dict[str, Any] = {"max_tokens": max_tokens, "image_range": check_range(image_range)}
+            given |= {"layers": layers, "pool": pool}
+            extract = FeatureExtractor(model, shortest_edge, normalize, dtype, stride, window_size, device, **given)
         with exit_on_error(failure=()):
             writer = open_writer(output, extract.settings, shard_size, skip_existing, processes)
             share = processes.share(found)
             done = {image for image in share if skip_existing and writer.is_done(image)}
+
+        def process(image: InputImage) -> None:
+            prepared = extract.prepare(image.source)
+            writer.add(image, extract.encode([prepared])[0], prepared.record)
+
         with exit_on_error(usage=(), failure=OSError), interruptible():
             summary = process_images(
                 share,
-                lambda image: writer.add(image, *extract(image.source)),
+                process,
                 done.__contains__,
                 report_failure,
                 problems if first else (),

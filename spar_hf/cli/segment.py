@@ -1,6 +1,5 @@
 """`spar-hf segment`: masks from words."""
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -105,6 +104,8 @@ def open_record(
     not tell otherwise how the file was made. New options have an entry only if they are used, so that records of earlier
     versions stay valid.
     """
+    from spar_hf.batch.callables import pipeline_fingerprint
+
     if plan.folder is None and not options.skip_existing:
         return None
     folder = next(iter(next(iter(plan.paths.values())).values())).parent if plan.folder is None else plan.folder
@@ -119,21 +120,6 @@ def open_record(
     if len(vocabulary.all_names) > len(vocabulary.labels) or rules["background"] == "auto":
         settings["scores"] = "softmax over classes"  # earlier versions took it over all names
     return ResultRecord(folder, settings, trust_unknown=plan.folder is not None)
-
-
-def pipeline_fingerprint(pipe: Any) -> str:
-    """20 hexadecimal digits of everything in a pipeline that its masks depend on."""
-    from spar_hf.model.fingerprints import text_fingerprint, vision_fingerprint, weights_hash
-
-    model = pipe.model
-    parts = [
-        vision_fingerprint(model.vision_model),
-        text_fingerprint(model, pipe.tokenizer),
-        weights_hash(model).hexdigest(),  # also what belongs to neither tower
-        pipe.image_processor.to_json_string(),
-        str((model.config.templates, model.config.dense_logit_scale)),
-    ]
-    return hashlib.sha256("".join(parts).encode()).hexdigest()[:20]
 
 
 def segment_all(

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModel
 from typer.testing import CliRunner
 
-from spar_hf import SlidingWindowTeacher, SparImageProcessorPil
-from spar_hf.batch.features import FeatureExtractor
+from spar_hf import SlidingWindowTeacher, SparBackbone, SparImageProcessorPil
+from spar_hf.batch.extractor import FeatureExtractor
 from spar_hf.cli.main import app
 
 
@@ -76,6 +76,27 @@ def test_a_stride_gives_the_features_of_the_sliding_window(model, images, tmp_pa
     found = load_file(tmp_path / "out" / "a.safetensors")["feature_map"]
     assert torch.equal(found, expected(model, images / "a.png", teacher))
     assert not torch.allclose(found, expected(model, images / "a.png"), atol=1e-3)
+
+
+@pytest.mark.parametrize("shards", [(), ("--shard-size", "0.01")])
+def test_tokens_of_blocks_and_pooled_vectors_are_written_too(model, images, tmp_path, shards):
+    output = tmp_path / "out"
+    options = [images, "--model", model, "--output", output, "--layers", "2,features", *shards]
+    run(*options)
+    with torch.no_grad():
+        backbone = SparBackbone.from_pretrained(model, out_features=["stage2", "features"])
+        pixel_values = AutoImageProcessor.from_pretrained(model)(images / "b.png", return_tensors="pt")["pixel_values"]
+        maps = [one[0] for one in backbone(pixel_values).feature_maps]
+    tensors = read_shards(output) if shards else load_file(output / "b.safetensors")
+    names = ["b#layer_2", "b"] if shards else ["layer_2", "feature_map"]
+    assert all(torch.equal(tensors[name], one) for name, one in zip(names, maps, strict=True))
+    assert "5 skipped" in run(*options, "--skip-existing")
+    assert "layers=" in run(*options[: -1 - len(shards)], "1", *shards, "--skip-existing", status=2)
+    run(images / "b.png", "--model", model, "--output", tmp_path / "pooled", "--pool", "mean")
+    vector = load_file(tmp_path / "pooled" / "b.safetensors")["feature_map"]
+    torch.testing.assert_close(vector, maps[1].flatten(1).mean(1))
+    with safe_open(tmp_path / "pooled" / "b.safetensors", "pt") as opened:
+        assert opened.metadata()["pool"] == "mean"
 
 
 def read_shards(folder):
@@ -178,6 +199,10 @@ def test_two_processes_share_the_images(model, images, tmp_path):
     [
         (["--dtype", "int8"], "float16, bfloat16, float32"),
         (["--window-size", "48"], "give a stride"),
+        (["--layers", "3,all"], "3,6,9,features"),
+        (["--layers", "99"], "no block 99"),
+        (["--pool", "max"], "mean, head"),
+        (["--layers", "3", "--stride", "24"], "leave out the stride"),
         (["--stride", "900"], "must lie between 1 and the window"),
         (["--device", "cuda:7"], "Device 'cuda:7' is not available"),
     ],

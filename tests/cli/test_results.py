@@ -267,14 +267,14 @@ def test_features_held_for_a_shard_are_written_when_a_signal_stops_the_run(tmp_p
     code = f"""
 import os, signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell start with Ctrl-C ignored
-from spar_hf.batch.features import FeatureExtractor
-compute = FeatureExtractor.__call__
-def counted(self, source):
-    if source.endswith("12.png"):
+from spar_hf.batch.extractor import FeatureExtractor
+compute = FeatureExtractor.encode
+def counted(self, images):
+    if images[0].record["image"].endswith("12.png"):
         os.kill(os.getpid(), {int(number)})
         os.kill(os.getpid(), {int(number)})  # a launcher hands the signal on
-    return compute(self, source)
-FeatureExtractor.__call__ = counted
+    return compute(self, images)
+FeatureExtractor.encode = counted
 from spar_hf.cli.main import main
 sys.argv[1:] = ["features", {str(folder)!r}, "--output", {str(output)!r}, "--shard-size", "1000", "--shortest-edge", "32"]
 main()

@@ -1,0 +1,92 @@
+"""
+Files of object stores: `s3://`, `gs://`, `hf://` and whatever fsspec has a driver for.
+
+`http(s)` and `data:` URLs of images are none of these: [`~spar_hf.model.image_input.read_image`] reads them. fsspec comes
+with torch; the driver of a store is a package of its own, such as s3fs, which fsspec's message names.
+"""
+
+import os
+import re
+from pathlib import PurePosixPath
+from typing import Any
+
+from spar_hf.utils.errors import MissingFiles, UsageError
+from spar_hf.utils.image_listing import is_image_name
+
+NOT_STORES = ("http", "https", "data")
+SCHEME = re.compile(r"([a-z][a-z0-9+.-]+)://", re.IGNORECASE)  # two letters at least: C:// is a drive
+
+
+def is_remote(source: Any) -> bool:
+    """
+    Whether a source is the URL of a file or folder in a store.
+
+    Example:
+
+    ```python
+    >>> [is_remote(source) for source in ("s3://bucket/a.jpg", "https://host/a.jpg", "in/a.jpg", b"s3://")]
+    [True, False, False, False]
+    ```"""
+    if not isinstance(source, str):
+        return False
+    scheme = SCHEME.match(source)
+    return scheme is not None and scheme[1].lower() not in NOT_STORES
+
+
+def open_store(url: str) -> tuple[Any, str]:
+    """
+    The file system of a URL and the path in it.
+
+    Raises:
+        UsageError: no driver for such URLs is installed, or its settings are wrong.
+    """
+    import fsspec
+
+    try:
+        return fsspec.core.url_to_fs(url)
+    except (ImportError, ValueError) as error:
+        raise UsageError(f"{url} cannot be opened: {error}") from error
+
+
+def read_remote(url: str) -> bytes:
+    """
+    The bytes of a file in a store.
+
+    Raises:
+        OSError: it is not there, or the connection broke.
+    """
+    store, path = open_store(url)
+    with store.open(path, "rb") as file:
+        return file.read()
+
+
+def write_remote(url: str, data: bytes) -> None:
+    """Write a file to a store. Object stores show it when all of it has arrived."""
+    store, path = open_store(url)
+    store.makedirs(os.path.dirname(path), exist_ok=True)
+    store.pipe_file(path, data)
+
+
+def remote_images(url: str) -> list[tuple[str, PurePosixPath]]:
+    """
+    URL and relative path of every image file below a folder of a store, sorted, or of the one file.
+
+    Raises:
+        MissingFiles: there is no image.
+
+    Example:
+
+    ```python
+    >>> write_remote("memory://photos/sub/street.jpg", b"...")
+    >>> remote_images("memory://photos")
+    [('memory://photos/sub/street.jpg', PurePosixPath('sub/street.jpg'))]
+    ```"""
+    store, root = open_store(url)
+    if store.isfile(root):
+        return [(url, PurePosixPath(PurePosixPath(root).name))]
+    found = sorted(path for path in (store.find(root) if store.exists(root) else ()) if is_image_name(path))
+    relative = [PurePosixPath(path).relative_to(root) for path in found]
+    images = [path for path in relative if not any(part.startswith(".") for part in path.parts)]
+    if not images:
+        raise MissingFiles(f"{url} contains no image, or does not exist.")
+    return [(f"{url.rstrip('/')}/{path}", path) for path in images]
