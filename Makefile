@@ -1,15 +1,18 @@
 # make test: lint and tests. make demo: the main job on real images. make lowest: tests with the lower bounds of all
-# dependencies. Each installs into an environment of its own first; a CPU is enough.
+# dependencies. make docs: the site. make release: the archives, tried in an empty environment. Each installs into an
+# environment of its own first; a CPU is enough.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 LOWEST := .venv-lowest
+DOCS := .venv-docs
+RELEASE := .venv-release
 TORCH := torch==2.13.0
 RUN := -m pytest -n 2 -m "not network and not gpu"
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: test tests lint bounds lowest demo clean
+.PHONY: test tests lint bounds lowest demo docs release clean
 
 # torch first and by version: the newest one of the registry would bring gigabytes of CUDA along
 $(VENV)/.installed: pyproject.toml
@@ -51,5 +54,29 @@ lowest: $(LOWEST)/.installed
 demo: $(VENV)/.installed
 	$(BIN)/python training/studies/demo.py --output demo
 
+# no torch here: the reference is read from the files
+$(DOCS)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet --upgrade pip
+	$(DOCS)/bin/python -m pip install --quiet --group docs
+	touch $@
+
+# writes site/; needs no network once the packages are installed
+docs: $(DOCS)/.installed
+	$(DOCS)/bin/mkdocs build --strict
+
+$(RELEASE)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(RELEASE)
+	$(RELEASE)/bin/python -m pip install --quiet --upgrade pip
+	$(RELEASE)/bin/python -m pip install --quiet --group release
+	touch $@
+
+# writes dist/: the wheel is built from the source archive, not from this checkout, and is tried without it
+release: $(RELEASE)/.installed
+	rm -rf dist build
+	$(RELEASE)/bin/python -m build .
+	$(RELEASE)/bin/python -m twine check --strict dist/*
+	$(RELEASE)/bin/python tests/wheel_smoke.py dist/*.whl $(TORCH)
+
 clean:
-	rm -rf $(VENV) $(LOWEST) build dist demo
+	rm -rf $(VENV) $(LOWEST) $(DOCS) $(RELEASE) build dist demo site

@@ -9,6 +9,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 from transformers import AutoTokenizer
 
 import spar_hf
@@ -118,3 +119,10 @@ def test_wheel_contains_the_embedded_model_with_its_licence(tmp_path):
         assert f"spar_hf/assets/spar-tiny/{name}" in names
     assert "spar_hf/py.typed" in names
     assert size <= 25 * 2**20
+
+
+def test_the_citation_names_the_paper():
+    found = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert found["license"] == "Apache-2.0" and "version" not in found  # the version has one place
+    paper = found["preferred-citation"]
+    assert "arXiv:2604.02252" in [one["value"] for one in paper["identifiers"]] and len(paper["authors"]) == 4

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -12,6 +13,9 @@ import numpy as np
 import pytest
 from launching import ENVIRONMENT, TWO_PROCESSES
 from PIL import Image
+from wheel_smoke import check_size
+
+from spar_hf import __version__
 
 ROOT = Path(__file__).parents[1]
 PACKAGED = ("spar_hf", "pyproject.toml", "README.md", "LICENSE")
@@ -20,6 +24,9 @@ COMMANDS = (
     "features",
     "bake",
     "convert",
+    "doctor",
+    "env",
+    "export",
     "app",
     "space",
     "handler",
@@ -96,6 +103,12 @@ def test_wheel_holds_every_module_and_nothing_else(wheel):
     with zipfile.ZipFile(wheel) as files:
         packed = {name for name in files.namelist() if name.endswith(".py")}
     assert packed == {str(path.relative_to(ROOT)) for path in (ROOT / "spar_hf").rglob("*.py")}
+
+
+def test_wheel_is_small_and_tells_its_version(wheel):
+    assert check_size(wheel) > 0
+    assert wheel.name.split("-")[1] == __version__
+    assert "version" in tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dynamic"]
 
 
 def test_help_lists_the_commands(spar_hf, installed):

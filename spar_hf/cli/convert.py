@@ -43,12 +43,19 @@ def convert(
     image_std: ImageStd = None,
     vision_act: VisionAct = None,
     overwrite: Overwrite = False,
+    push: Annotated[
+        str | None, typer.Option(help="OWNER/NAME: also upload the folder to this repository on the hub, with a card.")
+    ] = None,
+    public: Annotated[bool, typer.Option("--public", help="Make a public repository. Default: a private one.")] = False,
 ) -> None:
     """Convert an official checkpoint into a folder that AutoModel and the pipeline load."""
     from spar_hf.conversion import convert as convert_checkpoint
+    from spar_hf.conversion.publishing import check_repository, publish
 
     quiet_transformers()
     with exit_on_error(usage=(ValueError, *PATH_ERRORS)):
+        if push is not None:
+            check_repository(push, replace=overwrite)
         report = convert_checkpoint(
             checkpoint,
             family.value,
@@ -62,3 +69,6 @@ def convert(
             force=overwrite,
         )
     say(report)
+    if push is not None:
+        with exit_on_error():
+            say(f"uploaded: {publish(output, push, checkpoint, family.value, base, private=not public)}")

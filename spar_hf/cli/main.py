@@ -14,6 +14,7 @@ from spar_hf.cli.bake import bake
 from spar_hf.cli.convert import convert
 from spar_hf.cli.deploy_folders import handler, space
 from spar_hf.cli.doctor import doctor
+from spar_hf.cli.environment import environment
 from spar_hf.cli.export import export
 from spar_hf.cli.features import features
 from spar_hf.cli.segment import segment
@@ -44,6 +45,7 @@ app.command()(features)
 app.command()(bake)
 app.command()(convert)
 app.command()(doctor)
+app.command("env")(environment)
 app.command()(export)
 app.command("app")(serve)
 app.command()(space)

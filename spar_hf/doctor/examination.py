@@ -98,11 +98,7 @@ def examine(options: DoctorOptions, tell: Callable[[str, list[Finding]], None] |
         report.setting["device"] = device_name(device)
         with timed(report, "loading"):
             subject = load_subject(folder, device, options.stride)
-        config = subject.vision.config
-        report.setting["model"] = (
-            f"{config.readout}, {config.num_hidden_layers} × {config.hidden_size}, patch {config.patch_size} px, "
-            f"pre-trained at {config.image_size} px, " + ("two towers" if subject.towers else "vision only")
-        )
+        report.setting["model"] = describe(subject)
         checks = dict(CHECKS)
         if options.voc is not None:
             voc = options.voc
@@ -114,6 +110,15 @@ def examine(options: DoctorOptions, tell: Callable[[str, list[Finding]], None] |
             if tell is not None:
                 tell(name, found)
     return report
+
+
+def describe(subject: Subject) -> str:
+    """Read-out and sizes of a model in words."""
+    config = subject.vision.config
+    return (
+        f"{config.readout}, {config.num_hidden_layers} × {config.hidden_size}, patch {config.patch_size} px, "
+        f"pre-trained at {config.image_size} px, " + ("two towers" if subject.towers else "vision only")
+    )
 
 
 def findings_of(name: str, check: Callable[[Subject], Iterator[Finding]], subject: Subject) -> list[Finding]:

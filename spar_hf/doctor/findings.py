@@ -1,6 +1,7 @@
 """What a check found, and the report of all checks."""
 
 import platform
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -84,10 +85,10 @@ class Report:
         return "\n".join([*parts, f"Time: {took}.", ""])
 
 
-def versions() -> dict[str, str]:
-    """Versions of the packages that decide what a model computes, of Python and of the system."""
+def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
+    """Versions of Python, of the system and of packages; by default of those that decide what a model computes."""
     found = {"python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}"}
-    for name in PACKAGES:
+    for name in packages:
         try:
             found[name] = version(name)
         except PackageNotFoundError:
