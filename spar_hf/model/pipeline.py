@@ -28,11 +28,12 @@ from .segmentation import DenseLogits, class_probabilities
 from .text_embeddings import STORED_EMBEDDINGS, TextEmbeddingCache, stored_embeddings
 from .tiling import TiledImage, check_tiled, tiled_map
 from .upsamplers import Upsampler, resolve_upsampler
+from .video import FrameStreams
 
 OUTPUTS = ("segments", "map", "probabilities", "logits")
 
 
-class OpenVocabSegmentationPipeline(Pipeline):
+class OpenVocabSegmentationPipeline(FrameStreams, Pipeline):
     """
     Open-vocabulary segmentation with a two-tower SPAR checkpoint.
 
