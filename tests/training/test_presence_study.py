@@ -29,6 +29,13 @@ def test_ranking_figures_are_those_of_all_pairs_and_all_thresholds(study):
     assert study.average_precision(truth, distinct) == pytest.approx(np.mean(precisions))
 
 
+def test_recall_and_precision_of_a_threshold(study):
+    truth, given = np.array([1, 1, 1, 0, 0, 0], bool), np.array([1, 0, 0, 1, 0, 0], bool)
+    assert study.recall_and_precision("score", truth, given) == {"score_recall": 1 / 3, "score_precision": 1 / 2}
+    none = study.recall_and_precision("score", truth, ~given & False)
+    assert none == {"score_recall": 0, "score_precision": 0}
+
+
 def test_the_logistic_function_is_the_one_that_made_the_data(study):
     rng = np.random.default_rng(0)
     odds = rng.normal(size=20_000) * 3 - 2

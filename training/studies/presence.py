@@ -88,6 +88,12 @@ def area_under_roc(truth: np.ndarray, values: np.ndarray) -> float:
     return float((rank[truth].sum() - there * (there + 1) / 2) / (there * (len(truth) - there)))
 
 
+def recall_and_precision(name: str, truth: np.ndarray, given: np.ndarray) -> dict[str, float]:
+    """How many of those that are there are given, and how many of the given are there."""
+    hits = float((truth & given).sum())
+    return {f"{name}_recall": hits / max(truth.sum(), 1), f"{name}_precision": hits / max(given.sum(), 1)}
+
+
 def fit_logistic(odds: np.ndarray, truth: np.ndarray, weight: np.ndarray) -> tuple[float, float]:
     """Slope and offset of the logistic function with the least weighted cross-entropy, by Newton's method."""
     inputs, parameters = np.stack([odds, np.ones_like(odds)], 1), np.zeros(2)
@@ -130,6 +136,8 @@ def report_presence(measured: dict[str, dict[str, Any]]) -> dict[str, Any]:
         listed = found["truth"][places]
         odd, given = found["truth"][1::2].ravel(), slope * found["odds"][1::2].ravel() + offset >= 0
         recall, false = float(given[odd].mean()), float(given[~odd].mean())
+        in_odd = places[0] % 2 == 1
+        present = slope * found["odds"][places] + offset >= 0
         rows[name] = {
             "images": len(found["truth"]),
             "words": found["truth"].shape[1],
@@ -137,6 +145,10 @@ def report_presence(measured: dict[str, dict[str, Any]]) -> dict[str, Any]:
             "score_ap": average_precision(listed, found["scores"]),
             "presence_auc": area_under_roc(listed, found["odds"][places]),
             "presence_ap": average_precision(listed, found["odds"][places]),
+            # of classes in the lists: a `score` of 0.5 or more, and a presence of 0.5 or more
+            **recall_and_precision("score", listed[in_odd], found["scores"][in_odd] >= 0.5),
+            **recall_and_precision("presence", listed[in_odd], present[in_odd]),
+            "listed_there": float(listed[in_odd].mean()),
             "there": float(odd.mean()),
             "recall": recall,
             "dropped": 1 - false,
@@ -182,12 +194,13 @@ def show(report: dict[str, Any]) -> None:
     """Print both tables and the constants."""
     table = Table(
         box=box.SIMPLE,
-        title="Is a class in the image? Ranking in lists of 2 to 10 words; min_presence=0.5 on odd images",
+        title="Is a class in the image? In lists of 2 to 10 words: ranking, recall and precision from 0.5 on odd images; "
+        "then min_presence=0.5 for all words on odd images",
     )
     for column in (
         "set",
-        "score: AUC, AP",
-        "presence: AUC, AP",
+        "score: AUC, AP; recall, precision",
+        "presence: the same",
         "kept that are there",
         "dropped that are not",
         "precision",
@@ -196,8 +209,11 @@ def show(report: dict[str, Any]) -> None:
     for name, row in report["sets"].items():
         table.add_row(
             f"{name}, {row['words']} words, {row['images']} images",
-            f"{row['score_auc']:.3f}, {row['score_ap']:.3f}",
-            f"{row['presence_auc']:.3f}, {row['presence_ap']:.3f}",
+            *(
+                f"{row[f'{kind}_auc']:.3f}, {row[f'{kind}_ap']:.3f}; "
+                f"{row[f'{kind}_recall']:.0%}, {row[f'{kind}_precision']:.0%} of {row['listed_there']:.0%}"
+                for kind in ("score", "presence")
+            ),
             f"{row['recall']:.0%}",
             f"{row['dropped']:.0%}",
             f"{row['precision']:.0%} of {row['there']:.0%} there; {row['precision_of_half']:.0%} of half",
