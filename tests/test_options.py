@@ -40,13 +40,13 @@ TRAININGS = {
 # names whose help differs between commands, which were read beside one another: details differ, the meaning does not
 REVIEWED = {
     "base": "convert app",
-    "batch_size": "probe pretrain",
+    "batch_size": "probe pretrain segment features",
     "dataset": "evaluate panoptic",
     "dtype": "features export",
     "eval_steps": "distill panoptic",
     "holdout_every": "distill cache-teacher evaluate panoptic",
     "image_column": "distill evaluate",
-    "images": "distill cache-teacher segment features",
+    "images": "distill cache-teacher segment features verify",
     "learning_rate": "distill panoptic pretrain",
     "limit": "evaluate panoptic",
     "min_scale": "distill cache-teacher panoptic",

@@ -101,23 +101,26 @@ class BatchCallable:
             raise UsageError(f"There is no column {self.column!r} of images; the columns are {', '.join(batch)}.")
         self.start(rank)
         sources = list(batch[self.column])
-        rows: list[Columns | None] = [None] * len(sources)
-        prepared: list[tuple[int, PreparedImage]] = []
-        for position, source in enumerate(sources):
+        prepared: list[PreparedImage | str] = []
+        for source in sources:
             try:
-                prepared.append((position, self.prepare(image_of_cell(source))))
+                prepared.append(self.prepare(image_of_cell(source)))
             except Exception as error:  # each decoder raises its own kind
-                rows[position] = self.failed(error)
-        images = [image for _, image in prepared]
-        for group in same_size_groups(images, self.patch_size, self.batch_size):
-            for place, row in zip(group, self._guarded([images[i] for i in group]), strict=True):
-                rows[prepared[place][0]] = row
-        found = {
-            name: as_column([row[name] for row in rows if row is not None]) for name in (*self.error_values, "error")
-        }
+                prepared.append(str(error) or type(error).__name__)
+        rows = self.rows_of(prepared)
+        found = {name: as_column([row[name] for row in rows]) for name in (*self.error_values, "error")}
         keep_images = all(isinstance(source, str) for source in sources)
         kept = {name: values for name, values in batch.items() if name != self.column or keep_images}
         return {**kept, **found}
+
+    def rows_of(self, prepared: Sequence[PreparedImage | str]) -> list[Columns]:
+        """The row of each image that was read, or of the reason why it was not. Images of one size share a forward pass."""
+        rows = [self.failed(image) if isinstance(image, str) else {} for image in prepared]
+        read = [(position, image) for position, image in enumerate(prepared) if not isinstance(image, str)]
+        for group in same_size_groups([image for _, image in read], self.patch_size, self.batch_size):
+            for place, row in zip(group, self._guarded([read[i][1] for i in group]), strict=True):
+                rows[read[place][0]] = row
+        return rows
 
     def map_pandas(self, frames: Iterable[Any]) -> Iterator[Any]:
         """The call for an iterator of pandas frames, as Spark's `mapInPandas` wants it."""
@@ -137,9 +140,9 @@ class BatchCallable:
         """Side of a patch in pixels."""
         raise NotImplementedError
 
-    def failed(self, error: Exception) -> Columns:
-        """The row of an image that failed: empty values and the message."""
-        return {**self.error_values, "error": str(error) or type(error).__name__}
+    def failed(self, reason: str) -> Columns:
+        """The row of an image that failed: empty values and the reason."""
+        return {**self.error_values, "error": reason}
 
     def _guarded(self, images: list[PreparedImage]) -> list[Columns]:
         """[`encode`], one by one where it fails for all together, as when memory is short."""
@@ -147,7 +150,7 @@ class BatchCallable:
             return [{**row, "error": ""} for row in self.encode(images)]
         except IMAGE_ERRORS as error:
             if len(images) == 1:
-                return [self.failed(error)]
+                return [self.failed(str(error) or type(error).__name__)]
         return [row for image in images for row in self._guarded([image])]
 
 

@@ -7,24 +7,59 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from spar_hf.batch.extractor import KEY
+from spar_hf.batch.ahead import Work
+from spar_hf.batch.extractor import KEY, FeatureExtractor, PreparedImage
 from spar_hf.utils.atomic import write_atomically, write_json
 from spar_hf.utils.errors import UsageError
 from spar_hf.utils.image_files import InputImage, result_path, stamp
 from spar_hf.utils.texts import storable
 
+Part = TypeVar("Part")
 INDEX = "features.safetensors.index.json"
+
+
+@dataclass
+class ReadSource:
+    """Reads an image of a run; picklable, for worker processes."""
+
+    prepare: Callable[[Any], PreparedImage]
+
+    def __call__(self, image: InputImage) -> PreparedImage:
+        return self.prepare(image.source)
+
+
+def feature_work(extract: FeatureExtractor, writer: "FileWriter | ShardWriter") -> Work:
+    """What [`process_ahead`] does to write features as safetensors."""
+
+    def write(image: InputImage, prepared: PreparedImage, tensors: dict[str, torch.Tensor]) -> None:
+        writer.add(image, tensors, prepared.record)
+
+    return Work(ReadSource(extract.prepare), extract.encode, write, extract.encoder.config.patch_size)
 
 
 def as_metadata(values: dict[str, Any]) -> dict[str, str]:
     """Metadata of safetensors, which are strings: strings as they are (names that are no UTF-8 escaped), others as JSON."""
     return {key: storable(value) if isinstance(value, str) else json.dumps(value) for key, value in values.items()}
+
+
+def read_header(file: Path) -> tuple[list[str], dict[str, str]]:
+    """
+    Names of the tensors in a file, and its metadata.
+
+    Raises:
+        UsageError: it cannot be read; a file that was cut cannot.
+    """
+    try:
+        with safe_open(file, "pt") as opened:
+            return list(opened.keys()), opened.metadata() or {}
+    except Exception as error:  # the error class of safetensors depends on its version
+        raise UsageError(f"{file} is not a safetensors file ({error}). Remove it, or name another folder.") from error
 
 
 def check_settings(file: Path, settings: dict[str, Any]) -> tuple[list[str], dict[str, str]]:
@@ -34,11 +69,7 @@ def check_settings(file: Path, settings: dict[str, Any]) -> tuple[list[str], dic
     Raises:
         UsageError: it was written with other settings, or cannot be read.
     """
-    try:
-        with safe_open(file, "pt") as opened:
-            metadata, keys = opened.metadata() or {}, list(opened.keys())
-    except Exception as error:  # the error class of safetensors depends on its version
-        raise UsageError(f"{file} is not a safetensors file ({error}). Remove it, or name another folder.") from error
+    keys, metadata = read_header(file)
     for key, value in as_metadata(settings).items():
         if metadata.get(key) != value:
             raise UsageError(
@@ -179,7 +210,7 @@ class Processes:
     device: str | None = None
     wait: Callable[[], None] = lambda: None
 
-    def share(self, images: Sequence[InputImage]) -> Sequence[InputImage]:
+    def share(self, images: Sequence[Part]) -> Sequence[Part]:
         """
         The images of this process: every `count`-th one, independent of what exists already.
 
@@ -211,7 +242,12 @@ def launched_processes() -> Iterator[Processes]:
 
 
 def open_writer(
-    output: Path, settings: dict[str, Any], shard_size: float | None, skip_existing: bool, processes: Processes
+    output: Path,
+    settings: dict[str, Any],
+    shard_size: float | None,
+    skip_existing: bool,
+    processes: Processes,
+    job: int = 0,
 ) -> FileWriter | ShardWriter:
     """
     The writer of a run.
@@ -222,6 +258,7 @@ def open_writer(
         shard_size: size of a shard in MB; `None` for a file per image.
         skip_existing: whether to continue the shards of an earlier run.
         processes: the processes of the run, each of which calls this.
+        job: number of this job in an array, whose jobs write to the folder at the same time.
 
     Raises:
         UsageError: the folder has shards, with other settings or without `skip_existing`.
@@ -233,4 +270,4 @@ def open_writer(
             f"{output} has shards of an earlier run. Use --skip-existing to continue it, or name another folder."
         )
     processes.wait()  # no process writes before all have checked
-    return ShardWriter(output, settings, int(shard_size * 1e6), processes.index)
+    return ShardWriter(output, settings, int(shard_size * 1e6), job * processes.count + processes.index)

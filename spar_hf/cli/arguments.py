@@ -47,6 +47,10 @@ ShortestEdge = Annotated[int | None, typer.Option(help=HELP["shortest_edge"], mi
 SkipExisting = Annotated[
     bool, typer.Option("--skip-existing", help="Skip images that have results already, to continue a stopped run.")
 ]
+Shard = Annotated[str | None, typer.Option(metavar="I/N", help=HELP["shard"])]
+ShardRange = Annotated[str | None, typer.Option(metavar="A:B", help=HELP["shard_range"])]
+Workers = Annotated[int | None, typer.Option(help=HELP["workers"], min=0)]
+BatchSize = Annotated[int, typer.Option(help="Images of one size that share a forward pass at most.", min=1)]
 Device = Annotated[
     str | None, typer.Option(help="cpu, cuda, cuda:1 or mps. Default: a GPU if there is one, else the CPU.")
 ]

@@ -1,115 +1,267 @@
-"""`spar-hf features`: dense features of images as safetensors."""
+"""`spar-hf features`: dense features of images as safetensors or Parquet."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from spar_hf.cli.arguments import Device, ImageRange, Images, MaxPixels, MaxTokens, ShortestEdge, SkipExisting
-from spar_hf.cli.reporting import exit_on_error, fail, finish, quiet_transformers, report_failure
-from spar_hf.utils.image_files import InputImage, find_images, interruptible, process_images
+from spar_hf.cli.arguments import (
+    BatchSize,
+    Device,
+    ImageRange,
+    Images,
+    MaxPixels,
+    MaxTokens,
+    Shard,
+    ShardRange,
+    ShortestEdge,
+    SkipExisting,
+    Workers,
+    as_command,
+)
+from spar_hf.cli.reporting import exit_on_error, finish, quiet_transformers, report_failure
+from spar_hf.utils.errors import UsageError
+from spar_hf.utils.image_files import InputImage, RunSummary, find_images, interruptible, process_images
 from spar_hf.utils.options import HELP
+from spar_hf.utils.remote_files import is_remote
+from spar_hf.utils.shards import ShardChoice
 
-Output = Annotated[Path, typer.Option(help="Folder to write, with the sub-folders of the input.")]
-Model = Annotated[
-    str | None,
-    typer.Option(
-        help="Folder or hub id of a SPAR model or of a pretrained backbone of transformers. Default: the embedded spar-tiny."
-    ),
-]
-Normalize = Annotated[bool, typer.Option("--normalize", help="Scale the feature of every patch to unit length.")]
-Dtype = Annotated[str, typer.Option(help="float16, bfloat16 or float32.")]
-Stride = Annotated[int | None, typer.Option(help=HELP["stride"], min=1)]
-WindowSize = Annotated[int | None, typer.Option(help=HELP["window_size"], min=1)]
-ShardSize = Annotated[
-    float | None,
-    typer.Option(help="Write shards of about this many MB and an index instead of a file per image.", min=0.001),
-]
-Layers = Annotated[
-    str,
-    typer.Option(
-        help="What to write of each image: features (what the model gives) and numbers of blocks, whose patch tokens are "
-        "written as layer_3, …: 3,6,9,features. Blocks count from 1; 0 are the embeddings."
-    ),
-]
-Pool = Annotated[
-    str | None,
-    typer.Option(
-        help="One vector per image in place of a map: mean (of all patches) or head (the image embedding of the backbone)."
-    ),
-]
+if TYPE_CHECKING:
+    from spar_hf.batch.callables import SparFeatures
+    from spar_hf.batch.features import Processes
+    from spar_hf.batch.parquet_files import ParquetFolder
+
+PARQUET = ".parquet"  # as in `spar_hf.batch.parquet_files`, which imports torch
 
 
-def features(
-    images: Images,
-    output: Output,
-    model: Model = None,
-    normalize: Normalize = False,
-    dtype: Dtype = "float32",
-    shortest_edge: ShortestEdge = None,
-    stride: Stride = None,
-    window_size: WindowSize = None,
-    layers: Layers = "features",
-    pool: Pool = None,
-    shard_size: ShardSize = None,
-    skip_existing: SkipExisting = False,
-    device: Device = None,
-    max_tokens: MaxTokens = None,
-    image_range: ImageRange = None,
-    max_pixels: MaxPixels = None,
-) -> None:
+@dataclass(kw_only=True)
+class FeatureOptions:
     """
-    Write the dense features of images as safetensors. Exit status: 0 success, 1 something failed, 2 wrong usage, 130 Ctrl-C,
-    143 SIGTERM; what was computed until then is written.
+    What the command line of `spar-hf features` says, in the order of `--help`.
+
+    Attributes:
+        job: the shards of this job.
+
+    Raises:
+        UsageError: options that do not go together.
+    """
+
+    images: Images
+    output: Annotated[
+        str,
+        typer.Option(
+            help="Folder to write, with the sub-folders of the input; or DIR.parquet, a folder of Parquet files, also in a "
+            "store: s3://bucket/DIR.parquet."
+        ),
+    ]
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder or hub id of a SPAR model or of a pretrained backbone of transformers. Default: the embedded "
+            "spar-tiny."
+        ),
+    ] = None
+    normalize: Annotated[bool, typer.Option("--normalize", help="Scale the feature of every patch to unit length.")] = (
+        False
+    )
+    dtype: Annotated[str, typer.Option(help="float16, bfloat16 or float32.")] = "float32"
+    shortest_edge: ShortestEdge = None
+    stride: Annotated[int | None, typer.Option(help=HELP["stride"], min=1)] = None
+    window_size: Annotated[int | None, typer.Option(help=HELP["window_size"], min=1)] = None
+    layers: Annotated[
+        str,
+        typer.Option(
+            help="What to write of each image: features (what the model gives) and numbers of blocks, whose patch tokens "
+            "are written as layer_3, …: 3,6,9,features. Blocks count from 1; 0 are the embeddings."
+        ),
+    ] = "features"
+    pool: Annotated[
+        str | None,
+        typer.Option(
+            help="One vector per image in place of a map: mean (of all patches) or head (the image embedding of the "
+            "backbone)."
+        ),
+    ] = None
+    shard_size: Annotated[
+        float | None,
+        typer.Option(help="Write shards of about this many MB and an index instead of a file per image.", min=0.001),
+    ] = None
+    shard_images: Annotated[int, typer.Option(help="Images in a Parquet file.", min=1)] = 100
+    shard: Shard = None
+    shard_range: ShardRange = None
+    skip_existing: SkipExisting = False
+    engine: Annotated[
+        str,
+        typer.Option(help="local, or ray: Ray Data on one machine or a cluster (extra ray), to DIR.parquet."),
+    ] = "local"
+    address: Annotated[
+        str | None,
+        typer.Option(
+            help="Address of a Ray cluster; auto for that of this machine. Default: Ray is started for this run."
+        ),
+    ] = None
+    device: Device = None
+    workers: Workers = None
+    batch_size: BatchSize = 8
+    max_tokens: MaxTokens = None
+    image_range: ImageRange = None
+    max_pixels: MaxPixels = None
+    job: ShardChoice = field(init=False)
+
+    def __post_init__(self):
+        self.job = ShardChoice(self.shard, self.shard_range)
+        self.skip_existing = self.skip_existing or self.job.is_part
+        if self.engine not in ("local", "ray"):
+            raise UsageError(f"--engine {self.engine!r} must be local or ray.")
+        if self.engine == "ray" and not self.to_parquet:
+            raise UsageError(f"--engine ray writes Parquet: --output {self.output.rstrip('/')}{PARQUET}.")
+        if self.engine == "local" and self.address is not None:
+            raise UsageError("--address is that of a Ray cluster: add --engine ray.")
+        if self.to_parquet and self.shard_size is not None:
+            raise UsageError("--shard-size is for safetensors; the size of Parquet files is --shard-images.")
+        if is_remote(self.output) and not self.to_parquet:
+            raise UsageError(f"Stores are written in Parquet: name it {self.output.rstrip('/')}/features{PARQUET}.")
+        if not is_remote(self.output) and self.folder.is_file():
+            raise UsageError(f"--output {self.output} is a file; features need a folder.")
+
+    @property
+    def to_parquet(self) -> bool:
+        """Whether the output is a folder of Parquet files."""
+        return self.output.rstrip("/").endswith(PARQUET)
+
+    @property
+    def folder(self) -> Path:
+        """The output as a local folder."""
+        return Path(self.output)
+
+    def of_extractor(self, device: str | None) -> dict[str, Any]:
+        """What [`FeatureExtractor`] takes."""
+        from spar_hf.model.image_input import check_range
+
+        names = (
+            "model",
+            "normalize",
+            "dtype",
+            "shortest_edge",
+            "stride",
+            "window_size",
+            "layers",
+            "pool",
+            "max_tokens",
+        )
+        given = {name: getattr(self, name) for name in names}
+        return {**given, "image_range": check_range(self.image_range), "device": self.device or device}
+
+
+@as_command(FeatureOptions)
+def features(options: FeatureOptions) -> None:
+    """
+    Write the dense features of images. Exit status: 0 success, 1 something failed, 2 wrong usage, 130 Ctrl-C, 143 SIGTERM;
+    what was computed until then is written.
 
     Several processes share the images: accelerate launch -m spar_hf.cli.main features …
     """
-    if output.is_file():
-        fail(f"--output {output} is a file; features need a folder.", 2)
     with exit_on_error(failure=()):
-        found, problems = find_images(images, exclude=output)
-    if not found:  # nothing to load a model for
-        finish(process_images((), lambda image: None, report=report_failure, problems=problems))
+        found, problems = find_images(options.images, exclude=None if is_remote(options.output) else options.folder)
+    if not found or not (options.to_parquet or options.job.pick(found)):  # nothing to load a model for
+        finish(process_images((), lambda image: None, report=report_failure, problems=problems), "0 done")
 
-    from spar_hf.batch.extractor import FeatureExtractor
-    from spar_hf.batch.features import launched_processes, open_writer
-    from spar_hf.model.image_input import check_range, set_pixel_limit
+    from spar_hf.batch.features import launched_processes
+    from spar_hf.model.image_input import set_pixel_limit
 
-    set_pixel_limit(max_pixels)
-
+    set_pixel_limit(options.max_pixels)
     quiet_transformers()
     with launched_processes() as processes:
-        first = processes.index == 0
-        with exit_on_error():
-            device = device or processes.device
-            given: dict[str, Any] = {"max_tokens": max_tokens, "image_range": check_range(image_range)}
-            given |= {"layers": layers, "pool": pool}
-            extract = FeatureExtractor(model, shortest_edge, normalize, dtype, stride, window_size, device, **given)
-        with exit_on_error(failure=()):
-            writer = open_writer(output, extract.settings, shard_size, skip_existing, processes)
-            share = processes.share(found)
-            done = {image for image in share if skip_existing and writer.is_done(image)}
-
-        def process(image: InputImage) -> None:
-            prepared = extract.prepare(image.source)
-            writer.add(image, extract.encode([prepared])[0], prepared.record)
-
-        with exit_on_error(usage=(), failure=OSError), interruptible():
-            summary = process_images(
-                share,
-                process,
-                done.__contains__,
-                report_failure,
-                problems if first else (),
-                progress_bar=first,
-            )
-            writer.close()
-            if summary.interrupted:  # the other processes may go on, or end at any time: nobody waits for them
-                writer.write_index()
-            else:
-                processes.wait()
-                if first:
-                    writer.write_index()
-                processes.wait()  # a process that exits with status 1 makes the launcher stop the others
+        run = write_parquet if options.to_parquet else write_safetensors
+        summary = run(options, found, problems if processes.index == 0 else (), processes)
     several = processes.count > 1
     finish(summary, f"process {processes.index + 1} of {processes.count}: {summary}" if several else str(summary))
+
+
+def write_safetensors(
+    options: FeatureOptions, found: Sequence[InputImage], problems: Sequence[tuple[str, str]], processes: "Processes"
+) -> RunSummary:
+    """Write files of safetensors, one per image or shards with an index."""
+    from spar_hf.batch.ahead import process_ahead
+    from spar_hf.batch.extractor import FeatureExtractor
+    from spar_hf.batch.features import feature_work, open_writer
+
+    with exit_on_error():
+        extract = FeatureExtractor(**options.of_extractor(processes.device))
+    with exit_on_error(failure=()):
+        how = (options.shard_size, options.skip_existing, processes, options.job.number)
+        writer = open_writer(options.folder, extract.settings, *how)
+        share = processes.share(options.job.pick(found))
+        done = {image for image in share if options.skip_existing and writer.is_done(image)}
+    with exit_on_error(usage=(), failure=OSError), interruptible():
+        summary = process_ahead(
+            share,
+            feature_work(extract, writer),
+            done.__contains__,
+            report_failure,
+            problems,
+            progress_bar=processes.index == 0,
+            workers=options.workers,
+            batch_size=options.batch_size,
+        )
+        writer.close()
+        if summary.interrupted:  # the other processes may go on, or end at any time: nobody waits for them
+            writer.write_index()
+        else:
+            processes.wait()
+            if processes.index == 0:
+                writer.write_index()
+            processes.wait()  # a process that exits with status 1 makes the launcher stop the others
+    return summary
+
+
+def write_on_ray(
+    options: FeatureOptions, found: Sequence[InputImage], folder: "ParquetFolder", features: "SparFeatures"
+) -> RunSummary:
+    """Let Ray Data write the files of this job."""
+    from spar_hf.batch.ray_engine import run_on_ray
+
+    numbers = [i for number in options.job.pick(range(folder.count)) for i in folder.images_of(number)]
+    features.batch_size = options.batch_size
+    summary = run_on_ray(folder, found, features, numbers, options.address)
+    for source, reason in summary.failed:
+        report_failure(f"{source}: {reason}")
+    return summary
+
+
+def write_parquet(
+    options: FeatureOptions, found: Sequence[InputImage], problems: Sequence[tuple[str, str]], processes: "Processes"
+) -> RunSummary:
+    """Write Parquet files of `--shard-images` images each."""
+    from spar_hf.batch.ahead import process_ahead
+    from spar_hf.batch.parquet_files import ParquetFolder, open_parquet, parquet_work
+
+    with exit_on_error():
+        folder = ParquetFolder(options.output)
+        shared = options.skip_existing or processes.count > 1
+        given = (options.shard_images, shared, options.of_extractor(processes.device))
+        features, writer = open_parquet(folder, found, *given)
+        if options.engine == "ray":
+            return write_on_ray(options, found, folder, features)
+        numbers = processes.share(options.job.pick(range(folder.count)))
+        share = [found[i] for number in numbers for i in folder.images_of(number)]
+        done = {image for image in share if writer.is_done(image)}
+    with exit_on_error(usage=(), failure=OSError), interruptible():
+        try:
+            summary = process_ahead(
+                share,
+                parquet_work(features, writer),
+                done.__contains__,
+                report_failure,
+                problems,
+                progress_bar=processes.index == 0,
+                workers=options.workers,
+                batch_size=options.batch_size,
+            )
+        finally:
+            writer.close()
+        if not summary.interrupted:
+            processes.wait()
+    return summary

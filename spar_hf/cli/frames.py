@@ -9,6 +9,7 @@ from PIL import Image
 from spar_hf.model.image_input import ImageRange, open_image, to_rgb, turn_upright
 from spar_hf.utils.errors import UsageError
 from spar_hf.utils.image_files import InputImage
+from spar_hf.utils.remote_files import is_remote, read_remote
 
 
 def parse_frames(text: str) -> slice:
@@ -48,7 +49,7 @@ def choose_frames(images: Sequence[InputImage], frames: slice) -> tuple[list[Inp
     problems = []
     for image in images:
         try:
-            opened, _ = open_image(image.source)
+            opened, _ = open_source(image.source)
             count = getattr(opened, "n_frames", 1)
         except (ValueError, OSError, EOFError) as error:
             problems.append((image.source, str(error)))
@@ -61,6 +62,14 @@ def choose_frames(images: Sequence[InputImage], frames: slice) -> tuple[list[Inp
             name = path if count == 1 else path.with_name(f"{path.name}-{number:04}")
             found.append(InputImage(image.source, str(name), number))
     return found, problems
+
+
+def open_source(source: str) -> tuple[Image.Image, str]:
+    """[`open_image`], also of files in stores such as `s3://`."""
+    if is_remote(source):
+        opened, _ = open_image(read_remote(source))
+        return opened, source
+    return open_image(source)
 
 
 class ImageReader:
@@ -84,7 +93,7 @@ class ImageReader:
         """
         if image.source != self._source:
             self._source = ""
-            self._opened, self._name = open_image(image.source)
+            self._opened, self._name = open_source(image.source)
             self._source = image.source if image.frame is not None else ""
         if image.frame is not None:
             name = f"frame {image.frame} of {self._name}"

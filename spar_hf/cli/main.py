@@ -19,6 +19,7 @@ from spar_hf.cli.export import export
 from spar_hf.cli.features import features
 from spar_hf.cli.segment import segment
 from spar_hf.cli.training import add_training_commands
+from spar_hf.cli.verify import verify
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -42,6 +43,7 @@ def root(version: Version = False) -> None:
 
 app.command()(segment)
 app.command()(features)
+app.command()(verify)
 app.command()(bake)
 app.command()(convert)
 app.command()(doctor)

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,14 @@ RECORD = ".spar-hf.jsonl"
 
 class ResultRecord:
     """
-    The record of a folder: a file of JSON lines. A line holds settings, or the files of an image with their settings, and
-    size and time of the image's file.
+    The record of a folder: a file of JSON lines, one for each job of an array. A line holds settings, or the files of an
+    image with their settings, and size and time of the image's file.
 
     Args:
         folder: of the results.
         settings: all that the results depend on beside the image.
         trust_unknown: whether to keep results of a folder without a record, which an earlier version wrote.
+        job: name of this job in an array, which has a file of its own; empty for all of the work.
 
     Example:
 
@@ -36,23 +37,19 @@ class ResultRecord:
     spar_hf.utils.errors.UsageError: . contains results for other settings (street.json: threshold 0.5, now 0.3). Name ...
     ```"""
 
-    def __init__(self, folder: Path, settings: Mapping[str, Any], trust_unknown: bool = False):
-        self.folder, self.path = folder, folder / RECORD
+    def __init__(self, folder: Path, settings: Mapping[str, Any], trust_unknown: bool = False, job: str = ""):
+        self.folder, self.path = folder, folder / (f".spar-hf.{job}.jsonl" if job else RECORD)
         self.settings = json.loads(json_text(settings))  # tuples become lists, as in the file
         self.key = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()[:16]
         self.known: dict[str, dict[str, Any]] = {}
         self.files: dict[str, dict[str, Any]] = {}
-        self.trust_unknown = trust_unknown and not self.path.is_file()
-        self.trusted = 0
-        for line in self.path.read_bytes().splitlines() if self.path.is_file() else ():
-            try:
-                entry = json.loads(line)
-                if "values" in entry:
-                    self.known[entry["settings"]] = entry["values"]
-                else:
-                    self.files.update(dict.fromkeys(entry["files"], entry))
-            except (ValueError, KeyError, TypeError):  # the last line of a killed run
-                continue
+        self.trusted, records = 0, record_files(folder)
+        self.trust_unknown = trust_unknown and not records
+        for entry in read_entries(records):
+            if "values" in entry:
+                self.known[entry["settings"]] = entry["values"]
+            else:
+                self.files.update(dict.fromkeys(entry["files"], entry))
 
     def is_done(self, image: InputImage, paths: Sequence[Path]) -> bool:
         """
@@ -106,3 +103,20 @@ class ResultRecord:
         differing = [name for name in {**then, **self.settings} if then.get(name) != self.settings.get(name)]
         values = {name: (json.dumps(then.get(name)), json.dumps(self.settings.get(name))) for name in differing}
         return "; ".join(f"{name} {old[:80]}, now {new[:80]}" for name, (old, new) in values.items()) or "unknown ones"
+
+
+def record_files(folder: Path) -> list[Path]:
+    """The records in a folder, the oldest first: a later one of another job may replace results."""
+    return sorted(folder.glob(".spar-hf*.jsonl"), key=lambda path: (path.stat().st_mtime_ns, path.name))
+
+
+def read_entries(records: Sequence[Path]) -> Iterator[dict[str, Any]]:
+    """The lines of records that are whole."""
+    for path in records:
+        for line in path.read_bytes().splitlines():
+            try:
+                entry = json.loads(line)
+                if "settings" in entry and ("values" in entry or isinstance(entry["files"], list)):
+                    yield entry
+            except (ValueError, KeyError, TypeError):  # the last line of a killed run
+                continue

@@ -38,7 +38,8 @@ def segment(options: SegmentOptions) -> None:
         settings = {"tile": options.tiles, **{name: getattr(options, name) for name in given}}
         segment_to_map(options.images, options.labels, options.output, options.model, options.device, settings)
     plan, vocabulary = plan_work(options)
-    if not plan.images:  # nothing to load a model for
+    own = options.job.pick(plan.images)
+    if not own:  # nothing to load a model for
         finish(process_images((), lambda image: None, report=report_failure, problems=plan.problems))
     rules = options.rules(parse_background(options.background, vocabulary))
     asked = {**rules, **options.presences, "tile": options.tiles, "heat": "heatmap" in plan.formats}
@@ -51,7 +52,7 @@ def segment(options: SegmentOptions) -> None:
     reader = ImageReader(options.image_range)
     with exit_on_error(failure=OSError), interruptible():
         record = open_record(options, plan, pipe, vocabulary, rules)
-        summary = segment_all(options, plan, segment_image, probe["labels"], record, reader, heat_classes)
+        summary = segment_all(options, plan, own, segment_image, probe["labels"], record, reader, heat_classes)
     if reader.only_first:
         say(f"note: {reader.only_first} has several frames or pages; the first was taken (see --frames).", err=True)
     finish(summary, str(summary) if plan.several or summary.skipped else None)
@@ -119,12 +120,13 @@ def open_record(
     }
     if len(vocabulary.all_names) > len(vocabulary.labels) or rules["background"] == "auto":
         settings["scores"] = "softmax over classes"  # earlier versions took it over all names
-    return ResultRecord(folder, settings, trust_unknown=plan.folder is not None)
+    return ResultRecord(folder, settings, trust_unknown=plan.folder is not None, job=options.job.name)
 
 
 def segment_all(
     options: SegmentOptions,
     plan: ResultPlan,
+    images: Sequence[InputImage],
     segment_image: SegmentImage,
     class_names: list[str],
     record: ResultRecord | None,
@@ -132,7 +134,8 @@ def segment_all(
     heat_classes: list[int] | None,
 ) -> RunSummary:
     """
-    Segment all images and write their results; a folder also gets `classes.txt` and, for COCO, `annotations.json`.
+    Segment the images of this job and write their results; a folder also gets `classes.txt` and, for COCO,
+    `annotations.json`.
 
     Raises:
         UsageError: a continued run finds results for other classes, of other settings or another model.
@@ -153,7 +156,7 @@ def segment_all(
 
     done = set()
     if options.skip_existing and record is not None:  # other settings are refused before anything is written
-        done = {item for item in plan.images if record.is_done(item, list(plan.paths[item].values()))}
+        done = {item for item in images if record.is_done(item, list(plan.paths[item].values()))}
         if record.trusted:
             say(
                 f"note: {record.trusted} results in {record.folder} are of a version that kept no record of its settings; "
@@ -165,7 +168,7 @@ def segment_all(
             check_class_list(plan.folder / "classes.txt", class_names)
         # the line number, from 0, is the pixel value in label maps
         write_text(plan.folder / "classes.txt", "".join(f"{name}\n" for name in class_names))
-    summary = process_images(plan.images, process, done.__contains__, report_failure, plan.problems)
+    summary = process_images(images, process, done.__contains__, report_failure, plan.problems)
     if plan.folder is not None and "coco" in plan.formats:
         parts = [paths["coco"] for paths in plan.paths.values() if paths["coco"].is_file()]
         write_text(plan.folder / "annotations.json", json_text(merge_coco(parts)))

@@ -14,12 +14,15 @@ from spar_hf.cli.arguments import (
     MaxPixels,
     MaxTokens,
     Model,
+    Shard,
+    ShardRange,
     ShortestEdge,
     SkipExisting,
     Templates,
 )
 from spar_hf.cli.huge import check_strip_options, parse_tile, writes_strips
 from spar_hf.utils.options import HELP
+from spar_hf.utils.shards import ShardChoice
 
 
 @dataclass(kw_only=True)
@@ -98,15 +101,20 @@ class SegmentOptions:
     tile_overlap: Annotated[
         int | None, typer.Option(help="Overlap of neighbouring tiles in pixels. Default: a quarter of a tile.", min=0)
     ] = None
+    shard: Shard = None
+    shard_range: ShardRange = None
     skip_existing: SkipExisting = False
     device: Device = None
     max_tokens: MaxTokens = None
     image_range: ImageRange = None
     max_pixels: MaxPixels = None
     tiles: dict[str, int] | None = field(init=False)
+    job: ShardChoice = field(init=False)
 
     def __post_init__(self):
         self.tiles = parse_tile(self.tile, self.tile_overlap)
+        self.job = ShardChoice(self.shard, self.shard_range)
+        self.skip_existing = self.skip_existing or self.job.is_part
         if writes_strips(self.output):
             self._check_strips()
 

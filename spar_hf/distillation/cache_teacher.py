@@ -58,6 +58,7 @@ from spar_hf.utils.options import (
     require_positive,
 )
 from spar_hf.utils.runs import RunFolder, end_run, start_accelerator
+from spar_hf.utils.shards import ShardChoice
 
 logger = logging.getLogger(__name__)
 
@@ -72,11 +73,14 @@ class StorageOptions:
     shard_maps: int = option(16, "Maps per shard: at most these are computed again after a kill.")
     mixed_precision: str | None = option(None, HELP["mixed_precision"])
     seed: int = option(0, "Seed of the views: that of the distillation, to see what it would.")
+    shard: str | None = option(None, HELP["shard"], metavar="I/N")
+    shard_range: str | None = option(None, HELP["shard_range"], metavar="A:B")
 
     def __post_init__(self):
         require_positive(self, "views", "shard_maps")
         require_one_of(self, "mixed_precision", PRECISIONS)
         require_one_of(self, "preset", PRESETS)
+        self.job = ShardChoice(self.shard, self.shard_range)
 
 
 @dataclass(kw_only=True)
@@ -137,9 +141,10 @@ def choose_images(options: ImageSelection) -> list[Path]:
     return [Path(train.name(i)) for i in range(len(train))]
 
 
-def make_cache(options: CacheOptions) -> TeacherCache:
+def make_cache(options: CacheOptions) -> TeacherCache | None:
     """
-    Compute what is missing of a cache, every process its share of the shards; all processes return the open cache.
+    Compute what is missing of a cache, every process its share of the shards of this job; all processes return the open
+    cache, or `None` while shards of other jobs are missing.
 
     Raises:
         UsageError: options or files that do not fit, or a cache of another setting in the folder.
@@ -147,11 +152,13 @@ def make_cache(options: CacheOptions) -> TeacherCache:
     storage = options.storage
     patient = InitProcessGroupKwargs(timeout=datetime.timedelta(days=7))  # processes wait for the slowest at the end
     accelerator = start_accelerator(storage.mixed_precision, kwargs_handlers=[patient])
-    with RunFolder(accelerator, Path(storage.output)):
+    # jobs of an array write to one folder: the lock is that of the job
+    job, output = storage.job, Path(storage.output)
+    with RunFolder(accelerator, output / f"job-{job.name}" if job.is_part else output, file=job.is_part):
         return compute_shards(options, accelerator)
 
 
-def compute_shards(options: CacheOptions, accelerator: Accelerator) -> TeacherCache:
+def compute_shards(options: CacheOptions, accelerator: Accelerator) -> TeacherCache | None:
     """What [`make_cache`] does while the folder is locked."""
     output = Path(options.storage.output)
     paths = choose_images(options.images)
@@ -161,11 +168,11 @@ def compute_shards(options: CacheOptions, accelerator: Accelerator) -> TeacherCa
         image_processor = SparImageProcessorPil.from_backbone(options.teacher.model)
     teacher = make_teacher(model, options.teacher)
     setting = make_setting(options, teacher, image_processor, paths, accelerator.mixed_precision)
-    start_folder(output, setting, accelerator)
+    start_folder(output, setting, accelerator, alone=not options.storage.job.is_part)
 
     teacher.to(accelerator.device)
     maker = ShardMaker(sped_up(teacher, options.teacher), image_processor, paths, options, accelerator)
-    own = range(accelerator.process_index, maker.count, accelerator.num_processes)
+    own = options.storage.job.pick(range(maker.count))[accelerator.process_index :: accelerator.num_processes]
     stop = StopAtStep(accelerator)
     for number in tqdm(own, desc="shards", disable=not accelerator.is_main_process):
         if finished_shard(output, number) is None:
@@ -175,10 +182,19 @@ def compute_shards(options: CacheOptions, accelerator: Accelerator) -> TeacherCa
             sys.exit(128 + stop.number)
     stop.restore()
     accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        records = [json.loads(record_path(output, n).read_text(encoding="utf-8")) for n in range(maker.count)]
-        write_json(output / MANIFEST, {"complete": True, "setting": setting, "shards": records})
+    missing = [n for n in range(maker.count) if not record_path(output, n).is_file()]
+    if accelerator.is_main_process and not missing:
+        write_manifest(output, setting, maker.count)
     accelerator.wait_for_everyone()
+    if missing:
+        logger.info(
+            "%d of %d shards are there. The others are of other jobs; `spar-hf verify %s` says which.",
+            maker.count - len(missing),
+            maker.count,
+            output,
+        )
+        end_run(accelerator)
+        return None
     cache = TeacherCache.open(output, model=model, window_size=teacher.window_size, stride=teacher.stride)
     if accelerator.is_main_process:
         report(cache)
@@ -213,9 +229,10 @@ def make_setting(
     }
 
 
-def start_folder(output: Path, setting: dict[str, Any], accelerator: Accelerator) -> None:
+def start_folder(output: Path, setting: dict[str, Any], accelerator: Accelerator, alone: bool) -> None:
     """
-    Write the manifest of an unfinished cache, and remove what killed runs left half written.
+    Write the manifest of an unfinished cache, and remove what killed runs left half written, unless other jobs may be
+    writing.
 
     Raises:
         UsageError: the folder holds a cache of another setting.
@@ -226,10 +243,16 @@ def start_folder(output: Path, setting: dict[str, Any], accelerator: Accelerator
     accelerator.wait_for_everyone()  # all have compared the old manifest before it is replaced
     if accelerator.is_main_process:
         output.mkdir(parents=True, exist_ok=True)
-        for left in output.glob("*.partial*"):
+        for left in output.glob("*.partial*") if alone else ():
             left.unlink(missing_ok=True)
         write_json(output / MANIFEST, {"complete": False, "setting": setting, "shards": []})
     accelerator.wait_for_everyone()
+
+
+def write_manifest(output: Path, setting: dict[str, Any], count: int) -> None:
+    """Write the manifest of a cache whose shards are all there."""
+    records = [json.loads(record_path(output, number).read_text(encoding="utf-8")) for number in range(count)]
+    write_json(output / MANIFEST, {"complete": True, "setting": setting, "shards": records})
 
 
 def shard_path(output: Path, number: int) -> Path:
@@ -254,6 +277,35 @@ def finished_shard(output: Path, number: int) -> dict[str, Any] | None:
         logger.warning("%s", error)
         return None
     return found
+
+
+def verify_shards(output: Path) -> tuple[list[dict[str, Any]], list[str], dict[str, str]]:
+    """
+    Read all shards of a cache, whose manifest may say that it is unfinished.
+
+    Returns:
+        The records of those that are whole, the names of those that are missing, and why others are damaged, by name.
+
+    Raises:
+        MissingFiles: there is no cache.
+    """
+    setting = read_manifest(output)["setting"]
+    count = -(-len(setting["photos"]) * setting["views"] // setting["shard_maps"])
+    whole: list[dict[str, Any]] = []
+    missing: list[str] = []
+    damaged: dict[str, str] = {}
+    for number in range(count):
+        path, record = shard_path(output, number), record_path(output, number)
+        if not record.is_file() or not path.is_file():
+            missing.append(path.name)
+            continue
+        try:
+            found = json.loads(record.read_text(encoding="utf-8"))
+            check_shard(path, found)
+            whole.append(found)
+        except (ValueError, KeyError) as error:
+            damaged[path.name] = str(error)
+    return whole, missing, damaged
 
 
 class ShardMaker:
@@ -378,9 +430,9 @@ def reading_rate(read: Any, count: int) -> float:
     return count / (clock("cpu") - start)
 
 
-def main(args: list[str] | None = None) -> TeacherCache:
+def main(args: list[str] | None = None) -> TeacherCache | None:
     """
-    Make a cache as a command line says, by default that of this process, and return it.
+    Make a cache as a command line says, by default that of this process, and return it; `None` while other jobs make shards.
 
     Raises:
         UsageError: invalid options, models or images.

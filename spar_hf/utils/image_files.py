@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 
 from spar_hf.utils.errors import UsageError
 from spar_hf.utils.image_listing import describe, files_matching, report_passed_over, scan_folder
+from spar_hf.utils.remote_files import is_remote, remote_images, remote_stamp
 
 MAX_URL_NAME = 100  # characters of a file name for a URL, which may be as long as servers like
 URL_PREFIXES = ("http://", "https://", "data:image/")  # as in `read_image`, whose module imports torch
@@ -49,8 +50,10 @@ class InputImage:
 def stamp(image: InputImage) -> list[int] | str | None:
     """
     Size in bytes and time of the last change of an image's file, and the number of a chosen frame; hash of a URL; `None` for
-    a file that is gone.
+    a file that is gone. Of a file in a store, size and version.
     """
+    if is_remote(image.source):
+        return remote_stamp(image.source)
     if image.source.startswith(URL_PREFIXES):
         return hashlib.sha256(image.source.encode("utf-8", "surrogateescape")).hexdigest()[:16] + (
             "" if image.frame is None else f" {image.frame}"
@@ -190,7 +193,8 @@ def interruptible() -> Iterator[None]:
 
 def expand_argument(argument: str, exclude: Path | None = None) -> list[tuple[str, PurePosixPath]]:
     """
-    The images of one argument: a file, a URL, a folder (with sub-folders) or a pattern with `*`, `?`, `[…]` or `**`.
+    The images of one argument: a file, a URL, a folder (with sub-folders), a file or folder of a store (`s3://`, …) or a
+    pattern with `*`, `?`, `[…]` or `**`.
 
     Args:
         argument: as typed.
@@ -205,6 +209,8 @@ def expand_argument(argument: str, exclude: Path | None = None) -> list[tuple[st
     """
     if argument.startswith(URL_PREFIXES):
         return [(argument, PurePosixPath(url_to_file_name(argument)))]
+    if is_remote(argument):
+        return remote_images(argument)
     path = Path(argument)
     if path.is_dir():
         check_output_differs(path, exclude)
@@ -260,7 +266,7 @@ def find_images(
         try:
             for source, relative in expand_argument(argument, exclude):
                 relative = inside_folder(relative)
-                if source.startswith(URL_PREFIXES):
+                if source.startswith(URL_PREFIXES) or is_remote(source):
                     found.setdefault(source, (source, relative))
                     continue
                 # links to one file are several images, but a file that two arguments name is one

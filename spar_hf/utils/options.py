@@ -82,6 +82,9 @@ HELP = {
     "lr_scheduler_type": "Name of a Transformers schedule.",
     "resample": "How images are resized: bicubic (antialiased, which keeps more of the image) or bilinear (without "
     "antialiasing, as published).",
+    "shard": "For arrays of jobs: only every N-th shard from the I-th on, 0/8 to 7/8. A shard is an image, or a file of "
+    "Parquet or of a teacher cache. A job that is repeated makes only what is missing; `spar-hf verify` says what that is.",
+    "shard_range": "For arrays of jobs: only the shards from A to B - 1, from 0.",
     "threshold": "Pixels whose highest probability is below it become background.",
 }
 

@@ -67,6 +67,17 @@ def write_remote(url: str, data: bytes) -> None:
     store.pipe_file(path, data)
 
 
+def remote_stamp(url: str) -> str | None:
+    """Size and version of a file in a store, as far as the store tells; `None` for a file that is gone."""
+    store, path = open_store(url)
+    try:
+        found = store.info(path)
+    except FileNotFoundError:
+        return None
+    version = next((found[key] for key in ("ETag", "etag", "LastModified", "mtime", "created") if found.get(key)), "")
+    return f"{found.get('size')} {version}"
+
+
 def remote_images(url: str) -> list[tuple[str, PurePosixPath]]:
     """
     URL and relative path of every image file below a folder of a store, sorted, or of the one file.

@@ -270,13 +270,14 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a
 from spar_hf.batch.extractor import FeatureExtractor
 compute = FeatureExtractor.encode
 def counted(self, images):
-    if images[0].record["image"].endswith("12.png"):
+    if any(image.record["image"].endswith("12.png") for image in images):
         os.kill(os.getpid(), {int(number)})
         os.kill(os.getpid(), {int(number)})  # a launcher hands the signal on
     return compute(self, images)
 FeatureExtractor.encode = counted
 from spar_hf.cli.main import main
 sys.argv[1:] = ["features", {str(folder)!r}, "--output", {str(output)!r}, "--shard-size", "1000", "--shortest-edge", "32"]
+sys.argv += ["--batch-size", "4"]
 main()
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

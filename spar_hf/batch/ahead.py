@@ -1,0 +1,260 @@
+"""
+Many images through a model: worker processes read ahead of it, images of one size share a forward pass, and a thread writes.
+"""
+
+import errno
+import os
+import signal
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+
+from spar_hf.batch.extractor import same_size_groups
+from spar_hf.utils.image_files import DISK_ERRORS, InputImage, RunSummary
+
+HELD_BYTES = 256 * 2**20  # of images that wait for others of their size
+PREFETCH = 4  # images that a worker reads ahead
+
+
+@dataclass
+class Work:
+    """
+    What is done with an image.
+
+    Attributes:
+        read: reads an image; in the workers, so it must be picklable. What it returns has `pixel_values`
+            `(1, 3, height, width)`.
+        compute: takes what was read of images of one size, and returns a result for each.
+        write: takes the image, what was read, and the result; in a thread, one image at a time.
+        fail: takes an image that failed in any of these, and the reason; in that thread.
+        patch_size: of the model, in pixels.
+    """
+
+    read: Callable[[InputImage], Any]
+    compute: Callable[[list[Any]], Sequence[Any]]
+    write: Callable[[InputImage, Any, Any], None]
+    patch_size: int
+    fail: Callable[[InputImage, str], None] = lambda image, reason: None
+
+
+@dataclass
+class Unread:
+    """Why an image could not be read."""
+
+    reason: str
+
+
+class Images(Dataset):
+    """The images, read when they are asked for."""
+
+    def __init__(self, images: Sequence[InputImage], read: Callable[[InputImage], Any]):
+        self.images, self.read = images, read
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Any:
+        try:
+            return self.read(self.images[index])
+        except Exception as error:  # each decoder raises its own kind
+            return Unread(str(error) or type(error).__name__)
+
+
+def default_workers(images: int) -> int:
+    """Processes that read: up to four, one less than there are cores, and none for a few images."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return 0 if images < 8 else max(0, min(4, cores - 1))
+
+
+def leave_signals_to_the_main_process(worker: int) -> None:
+    """Ctrl-C reaches the whole group of processes; the main one ends its workers when it has written what it holds."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def as_it_is(item: Any) -> Any:
+    """What a `DataLoader` hands on: no tensors are made of it."""
+    return item
+
+
+class Buckets:
+    """
+    Images that wait for others of their size.
+
+    Args:
+        batch_size: images that share a forward pass.
+        patch_size: of the model, in pixels.
+    """
+
+    def __init__(self, batch_size: int, patch_size: int):
+        self.batch_size, self.patch_size = batch_size, patch_size
+        self.waiting: dict[torch.Size, list[tuple[InputImage, Any]]] = {}
+
+    def add(self, image: InputImage, item: Any) -> Iterator[list[tuple[InputImage, Any]]]:
+        """Take an image, and yield groups that are full, or the largest where too many images wait."""
+        shape = item.pixel_values.shape
+        self.waiting.setdefault(shape, []).append((image, item))
+        if len(self.waiting[shape]) == self.batch_size:
+            yield from self._take(shape)
+        held = [one.pixel_values.nbytes for group in self.waiting.values() for _, one in group]
+        if len(held) > 4 * self.batch_size or sum(held) > HELD_BYTES:
+            yield from self._take(max(self.waiting, key=lambda shape: len(self.waiting[shape])))
+
+    def rest(self) -> Iterator[list[tuple[InputImage, Any]]]:
+        """All groups that are left."""
+        for shape in list(self.waiting):
+            yield from self._take(shape)
+
+    def _take(self, shape: torch.Size) -> Iterator[list[tuple[InputImage, Any]]]:
+        group = self.waiting.pop(shape)
+        for places in same_size_groups([item for _, item in group], self.patch_size, self.batch_size):
+            yield [group[place] for place in places]
+
+
+class Run:
+    """
+    One run of [`process_ahead`].
+
+    Attributes:
+        summary: how many images were processed so far.
+    """
+
+    def __init__(self, work: Work, report: Callable[[str], None] | None, progress: Any):
+        self.work, self.report, self.progress = work, report, progress
+        self.summary = RunSummary()
+        self.writer = ThreadPoolExecutor(1)
+        self.pending: deque[tuple[InputImage, Future]] = deque()
+
+    def note_failure(self, source: str, reason: str) -> None:
+        """Count and report a failure."""
+        self.summary.failed.append((source, reason))
+        if self.report is not None:
+            # most messages contain the file's name; a data: URL is as long as its image
+            self.report(reason if source[:80] in reason else f"{source[:80]}: {reason}")
+
+    def fail(self, image: InputImage, reason: str) -> None:
+        """An image that failed: the progress goes on."""
+        self.note_failure(image.source, reason)
+        self.progress.update()
+        self.writer.submit(self.work.fail, image, reason).result()
+
+    def compute(self, group: list[tuple[InputImage, Any]], most_pending: int) -> None:
+        """Compute a group, one by one where that fails, and hand the results to the thread that writes."""
+        try:
+            results = self.work.compute([item for _, item in group])
+        except Exception as error:
+            if len(group) == 1:
+                self.fail(group[0][0], str(error) or type(error).__name__)
+                return
+            for one in group:  # perhaps out of memory together
+                self.compute([one], most_pending)
+            return
+        for (image, item), result in zip(group, results, strict=True):
+            self.pending.append((image, self.writer.submit(self.work.write, image, item, result)))
+        self.settle(most_pending)
+
+    def settle(self, most: int = 0) -> None:
+        """
+        Wait until at most `most` images are left to write.
+
+        Raises:
+            OSError: the disk is full or read-only.
+        """
+        while len(self.pending) > most:
+            image, future = self.pending.popleft()
+            try:
+                future.result()
+            except Exception as error:
+                if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+                    raise
+                self.fail(image, str(error) or type(error).__name__)
+            else:
+                self.summary.done += 1
+                self.progress.update()
+
+
+def process_ahead(
+    images: Sequence[InputImage],
+    work: Work,
+    is_done: Callable[[InputImage], bool] = lambda image: False,
+    report: Callable[[str], None] | None = None,
+    problems: Sequence[tuple[str, str]] = (),
+    progress_bar: bool = True,
+    workers: int | None = None,
+    batch_size: int = 8,
+) -> RunSummary:
+    """
+    Process every image, with a progress bar for several; an image that fails is reported and the others go on. Results come
+    in no fixed order. Memory is bounded, whatever the number of images.
+
+    Args:
+        images: the images.
+        work: what is done with each.
+        is_done, report, problems, progress_bar: as in [`~spar_hf.utils.image_files.process_images`].
+        workers: processes that read; 0 reads in this one. Default: [`default_workers`].
+        batch_size: images of one size that share a forward pass at most.
+
+    Returns:
+        [`RunSummary`]. Ctrl-C ends the run early, inside [`~spar_hf.utils.image_files.interruptible`] SIGTERM too; what was
+        computed is written.
+
+    Raises:
+        OSError: the disk is full or read-only, or a process that reads was killed.
+    """
+    start, todo = time.perf_counter(), [image for image in images if not is_done(image)]
+    interval = 0.1 if sys.stderr.isatty() else 30  # seconds; in a log file a line every half minute is enough
+    disable = not progress_bar or len(images) < 2
+    workers = default_workers(len(todo)) if workers is None else workers
+    with tqdm(total=len(todo), unit="image", disable=disable, mininterval=interval, file=sys.stderr) as progress:
+        run = Run(work, report, progress)
+        run.summary.skipped = len(images) - len(todo)
+        for source, reason in problems:
+            run.note_failure(source, reason)
+        buckets = Buckets(batch_size, work.patch_size)
+        try:
+            for image, item in zip(todo, read_in_order(todo, work.read, workers), strict=True):
+                if isinstance(item, Unread):
+                    run.fail(image, item.reason)
+                    continue
+                for group in buckets.add(image, item):
+                    run.compute(group, 2 * batch_size)
+            for group in buckets.rest():
+                run.compute(group, 2 * batch_size)
+            run.settle()
+        except KeyboardInterrupt as stop:
+            run.summary.signal = getattr(stop, "number", signal.SIGINT)
+            run.settle()
+        finally:
+            run.writer.shutdown(cancel_futures=True)
+    run.summary.seconds = time.perf_counter() - start
+    return run.summary
+
+
+def read_in_order(images: Sequence[InputImage], read: Callable[[InputImage], Any], workers: int) -> Iterator[Any]:
+    """
+    What `read` returns of each image, or [`Unread`].
+
+    Raises:
+        OSError: a worker was killed.
+    """
+    options: dict[str, Any] = {"batch_size": None, "collate_fn": as_it_is, "num_workers": workers}
+    if workers:
+        options |= {"prefetch_factor": PREFETCH, "worker_init_fn": leave_signals_to_the_main_process}
+    try:
+        yield from DataLoader(Images(images, read), **options)
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise OSError(
+            errno.ECHILD,
+            "A process that reads images was killed, perhaps for want of memory or of shared memory (/dev/shm). Use fewer "
+            "--workers; 0 reads in the main process",
+        ) from error
