@@ -30,6 +30,7 @@ READOUTS = "spar_hf/model/readouts.py"
 READOUT_BASE = "spar_hf/model/readout_base.py"
 CLIP = "spar_hf/model/readout_clip.py"
 DINOV2 = "spar_hf/model/readout_dinov2.py"
+RADIO = "spar_hf/model/readout_radio.py"
 TIPSV2 = "spar_hf/model/readout_tipsv2.py"
 TEXTS = "spar_hf/model/text_towers.py"
 BACKBONE = "spar_hf/model/backbone_spar.py"
@@ -159,6 +160,15 @@ def dinov2() -> None:
     registers(resolve("transformers.Dinov2WithRegistersModel")(CONFIGS["dinov2"]()))
 
 
+def radio() -> None:
+    model = resolve("transformers.RadioModel")(CONFIGS["radio"]())
+    has_modules(model, "embeddings.patch_projection", "embeddings.position_embedding", "embeddings.cls_register_token")
+    has_modules(model, "input_conditioner", "summary_idxs", "encoder.layer")
+    assert list(dict(model.encoder.named_children())) == ["layer"], "its encoder holds more than `layer`"
+    has_modules(model.encoder.layer[-1], "layer_scale2.lambda1")
+    assert all(hasattr(model.config, name) for name in ("num_summary_tokens", "num_cls_tokens", "summary_idxs"))
+
+
 def tipsv2() -> None:
     model = resolve("transformers.Tipsv2VisionModel")(CONFIGS["tipsv2"]())
     registers(model)
@@ -170,7 +180,7 @@ def tipsv2() -> None:
 
 def recorded_outputs() -> None:
     classes = {"siglip": "SiglipVisionModel", "maskclip": "CLIPVisionModel", "dinov3": "DINOv3ViTModel"}
-    classes |= {"tipsv2": "Tipsv2VisionModel", "dinov2": "Dinov2WithRegistersModel"}
+    classes |= {"tipsv2": "Tipsv2VisionModel", "dinov2": "Dinov2WithRegistersModel", "radio": "RadioModel"}
     for name in classes:
         model = resolve(f"transformers.{classes[name]}")(CONFIGS[name]())
         recorded = [part._can_record_outputs for part in model.modules() if getattr(part, "_can_record_outputs", None)]
@@ -394,6 +404,7 @@ CONTRACT = [
     Row("modules of MetaClip2VisionModel", CLIP, metaclip2),
     Row("modules of DINOv3ViTModel", READOUTS, dinov3),
     Row("modules of Dinov2WithRegistersModel", DINOV2, dinov2),
+    Row("modules of RadioModel", RADIO, radio),
     Row("modules of Tipsv2VisionModel", TIPSV2, tipsv2),
     Row(
         "container of DINOv3ViTModel: weights are renamed by the class that holds `layer`",

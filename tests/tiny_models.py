@@ -8,6 +8,7 @@ from transformers import (
     DINOv3ViTConfig,
     MetaClip2VisionConfig,
     PreTrainedTokenizerFast,
+    RadioConfig,
     Siglip2VisionConfig,
     SiglipTextConfig,
     SiglipVisionConfig,
@@ -28,6 +29,7 @@ CONFIGS = {
     "dinov3": lambda: DINOv3ViTConfig(**SHAPE, **GRID, num_register_tokens=4, pos_embed_rescale=2.0),
     "dinov3txt": lambda: DINOv3ViTConfig(**SHAPE, **GRID, num_register_tokens=4, pos_embed_rescale=2.0),
     "tipsv2": lambda: Tipsv2VisionConfig(**BLOCKS, **GRID, mlp_ratio=1.5),
+    "radio": lambda: RadioConfig(**BLOCKS, **GRID, mlp_ratio=1.5, max_img_size=64, num_registers=2),
     "dinov2": lambda: Dinov2WithRegistersConfig(**BLOCKS, **GRID, mlp_ratio=2, use_swiglu_ffn=True),
 }
 

@@ -18,8 +18,8 @@ BLOCK_PARTS = {
 }
 OTHER_PARTS = {
     "position_table": r"embeddings\.position_embedding",
-    "patch_embedding": r"embeddings\.patch_embeddings?\.",
-    "tokens": r"embeddings\.(class_embedding|cls_token|register_tokens)|pre_layrnorm",
+    "patch_embedding": r"embeddings\.patch_(embeddings?|projection)\.",
+    "tokens": r"embeddings\.(class_embedding|cls_token|register_tokens|cls_register_token)|pre_layrnorm",
     "readout": r"((post_)?layernorm|norm|head|visual_projection)\.",
 }
 ADAPTER_PARTS = ("qkv", "attention", "mlp")  # parts made of linear layers, which take adapters

@@ -13,6 +13,7 @@ from transformers import (
     DINOv3ViTModel,
     MetaClip2Model,
     MetaClip2VisionModelWithProjection,
+    RadioModel,
     Siglip2Model,
     Siglip2VisionModel,
     SiglipModel,
@@ -37,6 +38,7 @@ BACKBONE_SOURCES: dict[str, Any] = {
     "tipsv2": Tipsv2Model,
     "tipsv2_vision_model": Tipsv2VisionModel,
     "dinov2_with_registers": Dinov2WithRegistersModel,
+    "radio": RadioModel,
 }
 # fields of `SparConfig` that a family's published zero-shot segmentation sets, by model type
 PUBLISHED_SETTINGS: dict[str, dict[str, Any]] = {"tipsv2": {"templates": "tcl"}}
@@ -105,6 +107,9 @@ def read_backbone(
     ):  # both projections have the width of the top-level configuration
         source.config.vision_config.projection_dim = source.config.projection_dim
         source.config.text_config.projection_dim = source.config.projection_dim
+    if isinstance(source, RadioModel):
+        source.config.summary_idxs = source.summary_idxs.tolist()
+        del source.summary_idxs
     config = SparConfig(
         backbone_config=getattr(source.config, "vision_config", source.config),
         text_config=getattr(source.config, "text_config", None),

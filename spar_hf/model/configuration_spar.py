@@ -19,6 +19,7 @@ BACKBONE_READOUTS = {
     "dinov3_vit": ("dinov3", "dinov3txt"),
     "tipsv2_vision_model": ("tipsv2",),
     "dinov2_with_registers": ("dinov2",),
+    "radio": ("radio",),
 }
 READOUT_RESAMPLINGS = {
     "siglip": ("bicubic",),
@@ -29,6 +30,7 @@ READOUT_RESAMPLINGS = {
     "dinov3txt": ("rope",),
     "tipsv2": ("bilinear_antialias",),
     "dinov2": ("bicubic_antialias",),
+    "radio": ("bilinear_corner",),
 }
 # attribute of the backbone's or the text tower's configuration that holds the width of its output
 READOUT_WIDTHS = {
@@ -40,6 +42,7 @@ READOUT_WIDTHS = {
     "dinov3txt": "hidden_size",
     "tipsv2": "hidden_size",
     "dinov2": "hidden_size",
+    "radio": "hidden_size",
 }
 TEXT_WIDTHS = {
     "siglip_text_model": "projection_size",
@@ -66,21 +69,22 @@ class SparConfig(BackboneConfigMixin, PreTrainedConfig):
         backbone_config (`dict` or `PreTrainedConfig`, *optional*):
             Vision configuration of transformers: `siglip_vision_model` (SigLIP and fixed-resolution SigLIP2),
             `siglip2_vision_model` (NaFlex), `clip_vision_model`, `metaclip_2_vision_model`, `tipsv2_vision_model`,
-            `dinov3_vit` or `dinov2_with_registers`. Defaults to `SiglipVisionConfig()`.
+            `dinov3_vit`, `dinov2_with_registers` or `radio`. Defaults to `SiglipVisionConfig()`.
         text_config (`dict` or `PreTrainedConfig`, *optional*):
             Text configuration of transformers (`siglip_text_model`, `siglip2_text_model`, `clip_text_model`,
             `metaclip_2_text_model` or `tipsv2_text_model`). `None` makes a vision-only model.
         readout (`str`, *optional*):
             How dense features are read from the backbone (SPAR, section 3). The default follows from its family:
             `"siglip"` and `"naflex"` apply the attention-pooling head without its attention, `"maskclip"` the value path
-            of the last block, as do `"metaclip2"` and `"tipsv2"`, and `"dinov3"` and `"dinov2"` take the normalised patch
+            of the last block, as do `"metaclip2"` and `"tipsv2"`, and `"dinov3"`, `"dinov2"` and `"radio"` take the patch
             tokens. `"dinov3txt"` (the default of DINOv3 with a text tower) adds the vision head of dino.txt for the pooled
             embedding.
         position_resampling (`str`, *optional*):
             How positions are resampled to another grid. It belongs to the checkpoint, because it changes the features.
             `"bicubic"`: by target size, without antialiasing (SigLIP). `"bilinear_antialias"`: by target size, with it
             (NaFlex, TIPSv2), as does `"bicubic_antialias"` (DINOv2). `"bicubic_offset"`: by the scale factor
-            `(target + 0.1) / source` (MaskCLIP, MetaCLIP 2). `"rope"`: no table (DINOv3).
+            `(target + 0.1) / source` (MaskCLIP, MetaCLIP 2). `"bilinear_corner"`: to the size of the longer side, of which
+            the corner is taken (C-RADIO). `"rope"`: no table (DINOv3).
         position_extent (`int`, *optional*):
             Side in pixels of the image that the position table spans. `None`, as for all pre-trained checkpoints: the image
             itself, so the step in the table from patch to patch shrinks with the size of the image. With a number, this

@@ -164,7 +164,7 @@ class SparPreTrainedModel(PreTrainedModel):
         """
         Build a SPAR model from a pretrained backbone of transformers: the teacher of a distillation, or the baseline of an
         evaluation. SigLIP, SigLIP2 (fixed resolution and NaFlex), CLIP, OpenCLIP in transformers' format, MetaCLIP 2,
-        TIPSv2, DINOv3, DINOv2 with registers.
+        TIPSv2, DINOv3, DINOv2 with registers, C-RADIO.
 
         Args:
             pretrained_model_name_or_path (`str`):

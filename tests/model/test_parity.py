@@ -6,10 +6,20 @@ import math
 import pytest
 import torch
 from tiny_models import BLOCKS, SHAPE, randomise
-from transformers import MetaClip2Config, MetaClip2Model, Tipsv2Config, Tipsv2Model, XLMRobertaTokenizer
+from transformers import (
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersModel,
+    MetaClip2Config,
+    MetaClip2Model,
+    RadioConfig,
+    RadioModel,
+    Tipsv2Config,
+    Tipsv2Model,
+    XLMRobertaTokenizer,
+)
 from transformers.models.tipsv2.tokenization_tipsv2 import Tipsv2Tokenizer
 
-from spar_hf import SparForOpenVocabSegmentation, SparImageProcessorPil, SparProcessor
+from spar_hf import SparForOpenVocabSegmentation, SparImageProcessorPil, SparProcessor, SparVisionModel
 from spar_hf.model.prompts import embed_names
 
 PATCH = 14
@@ -132,3 +142,61 @@ def test_metaclip2_reads_texts_as_they_are_written(tmp_path):
     assert model.config.readout == "metaclip2" and model.config.projection_dim == 24
     plain = processor.tokenizer("ein hund", return_tensors="pt")["input_ids"]  # without padding
     close(model.get_text_features(ids).pooler_output[1:], source.get_text_features(plain).pooler_output)
+
+
+# --- features only ---
+
+
+def as_map(tokens, size):
+    return tokens.transpose(1, 2).unflatten(2, [side // PATCH for side in size])
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@torch.no_grad()
+def test_dinov2_with_registers_equals_transformers(gated, tmp_path):
+    torch.manual_seed(0)
+    settings = BLOCKS | {"image_size": 70, "patch_size": PATCH, "use_swiglu_ffn": gated}
+    source = randomise(Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**settings)))
+    source.save_pretrained(tmp_path)
+    model = SparVisionModel.from_backbone(str(tmp_path))
+    for size in [(70, 70), *SIZES]:
+        theirs = source(random_images(size), output_hidden_states=True)
+        found = model(random_images(size), output_pooled=True, output_hidden_states=True)
+        close(found.feature_map, as_map(theirs.last_hidden_state[:, 5:], size))  # after class and register tokens
+        close(found.pooler_output, theirs.pooler_output)
+        for ours, expected in zip(found.hidden_states, theirs.hidden_states, strict=True):
+            close(ours, expected)
+
+
+@pytest.mark.parametrize("summary", [[0, 1], [2]])
+@torch.no_grad()
+def test_radio_equals_transformers(summary, tmp_path):
+    torch.manual_seed(0)
+    settings = BLOCKS | {"image_size": 56, "patch_size": PATCH, "max_img_size": 140, "summary_idxs": summary}
+    source = randomise(RadioModel(RadioConfig(**settings)))
+    source.save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"do_normalize": False, "do_rescale": True}))
+    model = SparVisionModel.from_backbone(str(tmp_path))
+    for size in [(140, 140), *SIZES, (14, 210)]:  # the first is the native grid of positions
+        pixels = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(sum(size)))
+        theirs = source(pixels)
+        found = model(pixels, output_pooled=True)
+        close(found.feature_map, as_map(theirs.features, size))
+        close(found.pooler_output, theirs.summary)
+    model.save_pretrained(tmp_path / "spar")
+    again = SparVisionModel.from_pretrained(tmp_path / "spar")
+    close(again(pixels, output_pooled=True).pooler_output, theirs.summary)
+    assert SparImageProcessorPil.from_backbone(str(tmp_path)).image_std == (1.0, 1.0, 1.0)  # the model normalises
+
+
+@torch.no_grad()
+def test_radio_has_a_path_for_video_that_images_do_not_take(tmp_path):
+    torch.manual_seed(0)
+    settings = BLOCKS | {"patch_size": PATCH, "max_img_size": 56, "video_temporal_patch_size": 2}
+    source = randomise(RadioModel(RadioConfig(**settings)))
+    source.save_pretrained(tmp_path)
+    model = SparVisionModel.from_backbone(str(tmp_path))
+    pixels = torch.rand(1, 3, 56, 42)
+    close(model(pixels).feature_map, as_map(source(pixels).features, (56, 42)))
+    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    assert frozen == ["backbone.embeddings.video_patch_projection.weight"]

@@ -24,6 +24,7 @@ from transformers import (
     Dinov2WithRegistersModel,
     DINOv3ViTModel,
     MetaClip2VisionModel,
+    RadioModel,
     Siglip2VisionModel,
     SiglipVisionModel,
     Tipsv2VisionModel,
@@ -233,6 +234,7 @@ FAMILIES = {
     "dinov3txt": DINOv3ViTModel,
     "tipsv2": Tipsv2VisionModel,
     "dinov2": Dinov2WithRegistersModel,
+    "radio": RadioModel,
 }
 
 
