@@ -63,7 +63,7 @@ $(DOCS)/.installed: pyproject.toml
 
 # writes site/; needs no network once the packages are installed
 docs: $(DOCS)/.installed
-	$(DOCS)/bin/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict
 
 $(RELEASE)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(RELEASE)

@@ -1,0 +1,199 @@
+"""
+What the guides say is run, on small models and folders. `NOT_RUN` counts the blocks that are not, and why. The pages about
+deployment have a test of their own, `test_commands.py`.
+"""
+
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from doc_pages import PROJECT, ROOT, blocks, page_text, reasons, run_page
+from official_checkpoints import write_official
+from PIL import Image
+
+import spar_hf
+from spar_hf.cli.main import app
+
+PAGES = (
+    "docs/get_started",
+    "docs/sizes",
+    "docs/distil",
+    "docs/backbones",
+    "docs/measuring",
+    "docs/heads",
+    "docs/data",
+    "docs/checkpoints",
+    "docs/reproducibility",
+    "docs/faq",
+    "docs/concepts/teacher",
+    "docs/concepts/sampling",
+    "docs/concepts/geometry",
+    "docs/concepts/local_start",
+    "docs/concepts/scores",
+)
+ELSEWHERE = {
+    "deployment",
+    "export",
+    "runtime",
+    "serving",
+    "precision",
+    "masks",
+    "huge_images",
+    "many_images",
+    "benchmarks",
+    "spar-tiny-history",
+}
+NOT_RUN = {
+    "docs/distil": {"tests/distillation starts several processes": 1},
+    "docs/measuring": {
+        "needs PASCAL VOC; tests/evaluation reads small folders of its layout": 1,
+        "tests/training draws them from small folders": 1,
+    },
+    "docs/data": {"needs the hub": 1},
+    "docs/checkpoints": {"needs the hub; tests/conversion replaces it": 1},
+}
+PACKAGES = ("supervision", "trackio")  # recipes that need a package which the library does not
+# what runs in place of what is written: a tiny model, few steps, small images
+SUBSTITUTES = (
+    (r"google/siglip2-base-patch16-512", "my-model"),
+    (r"model=str\(spar_hf\.SPAR_TINY_BASE\)", 'model="my-model", workers=0'),
+    (r"(spar-hf segment )(?![^\n]*--model)", r"\1--model my-model --templates plain "),
+    (r"(spar-hf features )", r"\1--model my-model "),
+    (r"(spar-hf distill(?: \S+\.yaml)?)(?![^\n]*--dry_run)", r"\1 --workers 0 --picture_steps 0"),
+    (r"(--base base)", r"\1 --vision-act gelu"),
+    (
+        r"(spar-hf panoptic )",
+        r"\1--workers 0 --hidden_dim 16 --num_queries 5 --train_num_points 64 --decoder_layers 2 ",
+    ),
+    (r"(spar-hf probe )", r"\1--pixels 64 "),
+    (r"(--(?:eval_)?steps |\bsteps[=:] ?)\d+", r"\g<1>2"),
+    (r"(--shortest[_-]edge )\d+", r"\g<1>64"),
+    (r'("shortest_edge": edge|in \(192, 384\))', lambda found: found[0].replace("192, 384", "64, 96")),
+    (r"(base:sliding:)24", r"\g<1>16"),
+    (r"(--stride )96", r"\g<1>16"),
+)
+
+
+@pytest.fixture
+def folder(tmp_path, base_folder, image_folder, monkeypatch):
+    """What the pages expect: a model, an image, folders of images with and without masks, words, an official checkpoint."""
+    shutil.copytree(base_folder, tmp_path / "my-model")
+    shutil.copytree(image_folder, tmp_path / "photos")
+    shutil.copytree(image_folder, tmp_path / "data" / "images")
+    (tmp_path / "data" / "masks").mkdir()
+    rng = np.random.default_rng(0)
+    for path in (tmp_path / "data" / "images").iterdir():
+        with Image.open(path) as image:
+            mask = Image.fromarray(rng.integers(0, 3, (4, 5), dtype=np.uint8)).resize(
+                image.size, Image.Resampling.NEAREST
+            )
+        mask.save(tmp_path / "data" / "masks" / f"{path.stem}.png")
+    (tmp_path / "data" / "classes.txt").write_text("road\ncar\nsky\n")
+    shutil.copytree(tmp_path / "data", tmp_path / "held_out")
+    (tmp_path / "classes.txt").write_text("road\ncar, automobile\nsky\n")
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    Image.fromarray(pixels).resize((96, 72), Image.Resampling.BICUBIC).save(tmp_path / "street.jpg")
+    write_official(tmp_path, "siglip2")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_of_a_page(page, folder, monkeypatch):
+    assert run_page(page, monkeypatch, SUBSTITUTES) == sum(block.why is None for block in blocks(page)) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("package", ["", *PACKAGES])
+def test_recipes(package, folder, monkeypatch):
+    if package:
+        pytest.importorskip(package, reason=f"pip install {package} to run its recipe")
+        monkeypatch.setenv("TRACKIO_DIR", str(folder / "trackio"))
+    assert run_page("docs/recipes", monkeypatch, SUBSTITUTES, recipe=package or None) == (1 if package else 2)
+    if not package:
+        shapes = json.loads(Path("annotations", "polygons.json").read_text())["annotations"]
+        assert shapes and all(len(polygon) >= 6 for shape in shapes for polygon in shape["segmentation"])
+        assert all(abs(area_of(shape["segmentation"]) - shape["area"]) <= 0.5 * shape["area"] + 20 for shape in shapes)
+
+
+def area_of(polygons):
+    """Area of polygons in pixels, less that of their holes, by the shoelace formula; holes run the other way round."""
+    total = 0.0
+    for polygon in polygons:
+        x, y = np.array(polygon).reshape(-1, 2).T
+        total += float(np.dot(x, np.roll(y, -1)) - np.dot(y, np.roll(x, -1))) / 2
+    return abs(total)
+
+
+def test_recipes_are_short_and_known():
+    recipes = blocks("docs/recipes")
+    assert all(len(block.text.splitlines()) <= 30 for block in recipes)
+    assert {block.recipe for block in recipes} == {None, *PACKAGES} and not reasons("docs/recipes")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_what_is_not_run_is_known(page):
+    assert reasons(page) == NOT_RUN.get(page, {})
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").rglob("*.md")), ids=lambda page: page.name)
+def test_links_and_scripts_exist(page):
+    text = page.read_text(encoding="utf-8")
+    targets = [target.split("#")[0] for target in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in target]
+    assert [target for target in targets if target and not (page.parent / target).exists()] == []
+    assert [name for name in re.findall(r"training/[\w/]+\.(?:py|yaml)", text) if not (ROOT / name).exists()] == []
+
+
+def test_every_page_is_on_the_site():
+    site = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
+    pages = {
+        page for section in site["nav"] for entries in section.values() for one in entries for page in one.values()
+    }
+    written = {str(path.relative_to(ROOT / "docs")) for path in (ROOT / "docs").rglob("*.md")}
+    cards = {f"cards/{path.name}" for path in (ROOT / "model_cards").glob("*.md")}
+    assert pages == written | cards
+
+
+def test_the_site_loads_nothing_from_other_servers():
+    site = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
+    assert site["theme"]["font"] is False and not {"extra_javascript", "extra_css"} & site.keys()
+
+
+def test_every_page_with_commands_is_run_or_named():
+    pages = {str(path.relative_to(ROOT).with_suffix("")) for path in (ROOT / "docs").rglob("*.md")}
+    with_blocks = {page for page in pages if blocks(page)}
+    assert with_blocks - {*PAGES, "docs/recipes"} <= {f"docs/{name}" for name in ELSEWHERE}
+
+
+def test_every_public_name_has_a_reference():
+    written = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "docs" / "reference").glob("*.md"))
+    listed = {name.rpartition(".")[2] for name in re.findall(r"^::: (\S+)$", written, re.MULTILINE)}
+    assert set(spar_hf.__all__) - {"__version__"} <= listed
+
+
+def test_every_command_and_extra_is_listed():
+    commands = {command.name or command.callback.__name__ for command in app.registered_commands}
+    assert [name for name in sorted(commands) if f"`spar-hf {name}`" not in page_text("docs/reference/commands")] == []
+    extras = PROJECT["optional-dependencies"]
+    assert [name for name in extras if f"`{name}`" not in page_text("docs/get_started")] == []
+
+
+def test_questions_are_twenty_and_have_answers():
+    parts = re.split(r"^### .+$", page_text("docs/faq"), flags=re.MULTILINE)[1:]
+    assert len(parts) == 20 and all("```" in part for part in parts)
+
+
+def test_figures_are_what_their_programme_draws(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["figures.py", str(tmp_path)])
+    source = (ROOT / "docs" / "figures.py").read_text(encoding="utf-8")
+    exec(compile(source, "docs/figures.py", "exec"), {"__name__": "__main__"})
+    drawn = sorted(tmp_path.iterdir())
+    assert [path.name for path in drawn] == sorted(path.name for path in (ROOT / "docs" / "assets").iterdir())
+    assert all(path.read_bytes() == (ROOT / "docs" / "assets" / path.name).read_bytes() for path in drawn)
+    assert Path(tmp_path / "geometry.svg").read_text().count("window at") == 3
