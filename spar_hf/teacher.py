@@ -114,7 +114,7 @@ class SlidingWindowTeacher(nn.Module):
             raise ValueError(f"window_batch_size={window_batch_size} must be at least 1.")
         if not scales or not all(scale > 0 for scale in scales):
             raise ValueError(f"scales={tuple(scales)} must be one or more positive factors, for example (1.0, 0.5).")
-        self.model = model if dtype in (None, model.dtype) else copy_as(model, dtype)
+        self.model = model if dtype is None or dtype == model.dtype else copy_as(model, dtype)
         self.window_size, self.stride, self.window_batch_size = window_size, stride, window_batch_size
         self.scales, self.flip, self.dtype = tuple(map(float, scales)), flip, dtype
         self.compiled = torch.compile(self.features, dynamic=True) if compile else None

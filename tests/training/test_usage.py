@@ -21,6 +21,7 @@ SCRIPTS = {
     "demo": ((*OUTPUT, "--packaged", "false"), ("--images", NOWHERE), NOWHERE),
     "distill": ((*MODEL, *OUTPUT, "--images", NOWHERE), ("--steps", "-1"), "--steps -1 must be above 0"),
     "evaluate": (MODEL, ("--dataset", f"/{NOWHERE}"), NOWHERE),
+    "flicker": (OUTPUT, ("--data", f"/{NOWHERE}"), NOWHERE),
     "figures": ((*MODEL, "--dataset", NOWHERE, "--figure", "strides"), ("--runs", "a:single"), "--runs"),
     "linear_probe": ((*MODEL, *OUTPUT), PROBE, "`images/`"),
     "panoptic": ((*MODEL, *OUTPUT), ("--dataset", NOWHERE), "`images/`"),
@@ -36,7 +37,7 @@ WRONG = [(script, (*needed, *wrong), message) for script, (needed, wrong, messag
 COMPLETE = {
     name: SCRIPTS[name][1] for name in ("cache_teacher", "evaluate", "linear_probe", "panoptic", "pretrain_tiny")
 }
-COMPLETE |= {name: SCRIPTS[name][1] for name in ("generalisation", "presence")}
+COMPLETE |= {name: SCRIPTS[name][1] for name in ("flicker", "generalisation", "presence")}
 UNKNOWN = [
     (script, (*needed, *COMPLETE.get(script, ()), "--nonsense", "1"), "--nonsense")
     for script, (needed, _, _) in SCRIPTS.items()

@@ -71,7 +71,7 @@ class Squares:
 def test_workers_outlive_signals_to_the_group_and_end_with_the_loader():
     loader = DataLoader(Squares(), batch_size=None, num_workers=2, worker_init_fn=outlive_signals)
     items = iter(loader)
-    found = [next(items)]
+    found = [next(items), next(items)]  # both workers have started
     workers = [worker.pid for worker in items._workers]
     for number in (signal.SIGTERM, signal.SIGINT):
         # a signal that the parent sends would end them: send it as a scheduler does, from another process
