@@ -20,6 +20,8 @@ import spar_hf
 from spar_hf.cli.main import app
 
 PAGES = (
+    "README",
+    "docs/segment",
     "docs/get_started",
     "docs/sizes",
     "docs/distil",
@@ -49,6 +51,7 @@ ELSEWHERE = {
     "spar-tiny-history",
 }
 NOT_RUN = {
+    "docs/segment": {"tests/cli drives it in a browser": 1},
     "docs/distil": {"tests/distillation starts several processes": 1},
     "docs/measuring": {
         "needs PASCAL VOC; tests/evaluation reads small folders of its layout": 1,
@@ -142,7 +145,9 @@ def test_what_is_not_run_is_known(page):
     assert reasons(page) == NOT_RUN.get(page, {})
 
 
-@pytest.mark.parametrize("page", sorted((ROOT / "docs").rglob("*.md")), ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page", [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))], ids=lambda page: page.name
+)
 def test_links_and_scripts_exist(page):
     text = page.read_text(encoding="utf-8")
     targets = [target.split("#")[0] for target in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in target]
@@ -182,6 +187,10 @@ def test_every_command_and_extra_is_listed():
     assert [name for name in sorted(commands) if f"`spar-hf {name}`" not in page_text("docs/reference/commands")] == []
     extras = PROJECT["optional-dependencies"]
     assert [name for name in extras if f"`{name}`" not in page_text("docs/get_started")] == []
+
+
+def test_the_readme_is_a_screen_and_a_half():
+    assert len(page_text("README").splitlines()) <= 90
 
 
 def test_questions_are_twenty_and_have_answers():
