@@ -44,9 +44,11 @@ REVIEWED = {
     "dataset": "evaluate panoptic",
     "dtype": "features export",
     "eval_steps": "distill panoptic",
+    "folder": "handler verify",
     "holdout_every": "distill cache-teacher evaluate panoptic",
     "image_column": "distill evaluate",
     "images": "distill cache-teacher segment features verify",
+    "layers": "features pretrain",  # which blocks, how many blocks
     "learning_rate": "distill panoptic pretrain",
     "limit": "evaluate panoptic",
     "min_scale": "distill cache-teacher panoptic",

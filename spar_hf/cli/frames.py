@@ -1,8 +1,10 @@
 """Frames of animations and pages of TIFF files: which are chosen, and how they are read one after the other."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import PurePosixPath
+from typing import Any
 
 from PIL import Image
 
@@ -106,3 +108,35 @@ class ImageReader:
         if getattr(self._opened, "is_animated", False) and self._opened.format != "MPO":
             self.only_first = self.only_first or image.source
         return to_rgb(turn_upright(self._opened, self._name), self.image_range)
+
+
+@dataclass
+class ReadPicture:
+    """
+    An image that was read for the model and for its results.
+
+    Attributes:
+        image: in RGB.
+        pixel_values: normalised pixels `(1, 3, height, width)`.
+        original_size: height and width of `image`.
+        only_first: the file, if it has several frames of which just the first was read.
+    """
+
+    image: Image.Image
+    pixel_values: Any
+    original_size: tuple[int, int]
+    only_first: str
+
+
+@dataclass
+class ReadWithPixels:
+    """Reads an image of a run, in the processes that read ahead of the model."""
+
+    reader: ImageReader
+    prepare: Callable[[Any], Any]
+
+    def __call__(self, image: InputImage) -> ReadPicture:
+        picture = self.reader.read(image)
+        prepared = self.prepare(picture)
+        height, width = prepared.record["original_size"]
+        return ReadPicture(picture, prepared.pixel_values, (height, width), self.reader.only_first)

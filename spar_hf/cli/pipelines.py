@@ -9,6 +9,7 @@ from PIL import Image
 from transformers import pipeline
 
 from spar_hf.cli.reporting import quiet_loading
+from spar_hf.model.image_streams import EncodedImage
 from spar_hf.model.modeling_spar import SparForOpenVocabSegmentation
 from spar_hf.model.processing_spar import SparProcessor
 from spar_hf.model.segmentation import class_probabilities
@@ -112,7 +113,7 @@ def segment_with_heat(pipe, image: Image.Image, candidate_labels, heat: bool = F
 
     Args:
         pipe ([`OpenVocabSegmentationPipeline`]): from [`load_pipeline`].
-        image: in RGB, of any size.
+        image: in RGB, of any size, or encoded.
         candidate_labels: classes, as for the pipeline.
         heat: whether to compute heat maps.
         options: further options of the pipeline.
@@ -134,7 +135,7 @@ def segment_with_heat(pipe, image: Image.Image, candidate_labels, heat: bool = F
             raise ValueError("Heat maps are of one pass: leave them out with tiles (--tile).")
         return pipe(image, candidate_labels=candidate_labels, output="map", **options)
     seen = {name: options.pop(name) for name in ("size", "max_tokens") if name in options}
-    encoded = pipe.encode(image, **seen)
+    encoded = image if isinstance(image, EncodedImage) else pipe.encode(image, **seen)
     result = pipe(encoded, candidate_labels=candidate_labels, output="map", **options)
     if not heat:
         return result

@@ -1,6 +1,6 @@
 """`spar-hf segment`: masks from words."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -143,9 +143,7 @@ def segment_all(
     """
     from spar_hf.cli.result_files import merge_coco, write_results
 
-    def process(item: InputImage) -> None:
-        image = reader.read(item)
-        result = segment_image(image)
+    def write(item: InputImage, image: Any, result: dict[str, Any]) -> None:
         write_results(image, result, plan.paths[item], item, options.keep_background, heat_classes)
         if record is not None:
             record.add(item, list(plan.paths[item].values()))
@@ -168,11 +166,53 @@ def segment_all(
             check_class_list(plan.folder / "classes.txt", class_names)
         # the line number, from 0, is the pixel value in label maps
         write_text(plan.folder / "classes.txt", "".join(f"{name}\n" for name in class_names))
-    summary = process_images(images, process, done.__contains__, report_failure, plan.problems)
+    if options.tiles is None:
+        summary = segment_ahead(options, images, segment_image, reader, write, done, plan.problems)
+    else:  # an image is many passes: nothing is gained by reading ahead of it
+
+        def process(item: InputImage) -> None:
+            image = reader.read(item)
+            write(item, image, segment_image(image))
+
+        summary = process_images(images, process, done.__contains__, report_failure, plan.problems)
     if plan.folder is not None and "coco" in plan.formats:
         parts = [paths["coco"] for paths in plan.paths.values() if paths["coco"].is_file()]
         write_text(plan.folder / "annotations.json", json_text(merge_coco(parts)))
     return summary
+
+
+def segment_ahead(
+    options: SegmentOptions,
+    images: Sequence[InputImage],
+    segment_image: SegmentImage,
+    reader: "ImageReader",
+    write: Callable[[InputImage, Any, dict[str, Any]], None],
+    done: Collection[InputImage],
+    problems: Sequence[tuple[str, str]],
+) -> RunSummary:
+    """[`process_ahead`] with the pipeline: the vision tower here, decisions and files in the thread that writes."""
+    from spar_hf.batch.ahead import Work, process_ahead
+    from spar_hf.batch.extractor import ImagePreparation
+    from spar_hf.cli.frames import ReadPicture, ReadWithPixels
+
+    pipe = segment_image.args[0]  # type: ignore[attr-defined]
+    size = None if options.shortest_edge is None else {"shortest_edge": options.shortest_edge}
+    patch = pipe.model.config.patch_size
+    read = ReadWithPixels(reader, ImagePreparation(pipe.image_processor, patch, size, options.max_tokens))
+
+    def compute(items: list[ReadPicture]) -> list[Any]:
+        return pipe._encode(
+            [{"pixel_values": item.pixel_values, "original_size": item.original_size} for item in items]
+        )
+
+    def finish_image(image: InputImage, item: ReadPicture, encoded: Any) -> None:
+        reader.only_first = reader.only_first or item.only_first  # the reader of a worker is another one
+        write(image, item.image, segment_image(encoded))
+
+    # frames of an animation build on the one before, which one process has read
+    workers = 0 if options.frames is not None else options.workers
+    work = Work(read, compute, finish_image, patch)
+    return process_ahead(images, work, done.__contains__, report_failure, problems, True, workers, options.batch_size)
 
 
 def check_class_list(path: Path, names: list[str]) -> None:

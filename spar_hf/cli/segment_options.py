@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from spar_hf.cli.arguments import (
+    BatchSize,
     Device,
     ImageRange,
     Images,
@@ -19,6 +20,7 @@ from spar_hf.cli.arguments import (
     ShortestEdge,
     SkipExisting,
     Templates,
+    Workers,
 )
 from spar_hf.cli.huge import check_strip_options, parse_tile, writes_strips
 from spar_hf.utils.options import HELP
@@ -105,6 +107,8 @@ class SegmentOptions:
     shard_range: ShardRange = None
     skip_existing: SkipExisting = False
     device: Device = None
+    workers: Workers = None
+    batch_size: BatchSize = 4
     max_tokens: MaxTokens = None
     image_range: ImageRange = None
     max_pixels: MaxPixels = None

@@ -55,8 +55,9 @@ def verify(
         list[str] | None,
         typer.Argument(help="The images as they were named then. Without them only what is there can be checked."),
     ] = None,
-    merge: Annotated[
-        bool, typer.Option("--merge", help="If nothing is missing: write the index, manifest or COCO file of all jobs.")
+    finish: Annotated[
+        bool,
+        typer.Option("--finish", help="If nothing is missing: write the index, manifest or COCO file of all jobs."),
     ] = False,
     delete_damaged: Annotated[
         bool, typer.Option("--delete-damaged", help="Remove damaged files, so that the same commands make them anew.")
@@ -79,12 +80,12 @@ def verify(
         with exit_on_error():
             checker.delete(findings.damaged)
         say(f"{len(findings.damaged)} damaged files removed")
-    if merge and findings.complete and findings.listed:
+    if finish and findings.complete and findings.listed:
         with exit_on_error():
             say(checker.merge())
-    elif merge:
+    elif finish:
         say(
-            "not merged: " + ("name the images to say what should be there" if findings.complete else "see above"),
+            "not finished: " + ("name the images to say what should be there" if findings.complete else "see above"),
             err=True,
         )
     raise typer.Exit(0 if findings.complete else 1)

@@ -68,10 +68,10 @@ def test_features_by_jobs_are_those_of_one_run(base_folder, images, tmp_path, sh
     assert "3 missing" in run("verify", output, images, status=1)
     assert "2 done, 1 failed" in run(*job, "--shard", "2/3", status=1)
     assert "3 skipped" in run(*job, "--shard", "1/3")  # a repeated job changes nothing
-    text = run("verify", output, images, "--merge", status=1)
+    text = run("verify", output, images, "--finish", status=1)
     assert "8 images are whole, 1 missing" in text and "missing: broken" in text
     (images / "broken.png").unlink()
-    assert "8 images are whole" in run("verify", output, images, "--merge")
+    assert "8 images are whole" in run("verify", output, images, "--finish")
     index = "features.safetensors.index.json"
     found, expected = ({}, {}) if shards else (None, None)
     for folder, tensors in ((output, found), (tmp_path / "whole", expected)):
@@ -99,7 +99,7 @@ def test_masks_by_jobs(base_folder, images, tmp_path):
     assert "4 skipped" in run(*job, "--shard-range", "4:100")
     assert "8 skipped" in run(*job, "--skip-existing")  # of all jobs
     (output / "annotations.json").unlink()
-    assert "of 8 images" in run("verify", output, images, "--merge")
+    assert "of 8 images" in run("verify", output, images, "--finish")
     assert len(json.loads((output / "annotations.json").read_text())["images"]) == 8
     os.truncate(output / "c.map.png", 60)
     (output / "d.coco.json").unlink()
@@ -114,7 +114,7 @@ def test_a_teacher_cache_by_jobs(base_folder, image_folder, tmp_path):
     options += ["--views", "2", "--shard_maps", "2", "--holdout_every", "3"]
     expected = cache_teacher([*options, "--output", str(whole)])
     assert cache_teacher([*options, "--output", str(output), "--shard", "1/2"]) is None
-    text = run("verify", output, "--merge", status=1)
+    text = run("verify", output, "--finish", status=1)
     assert "2 shards are whole, 2 missing" in text and "maps-00000.safetensors" in text
     found = cache_teacher([*options, "--output", str(output), "--shard_range", "0:4"])  # also those of another job
     assert len(found) == len(expected) == 8
@@ -124,7 +124,7 @@ def test_a_teacher_cache_by_jobs(base_folder, image_folder, tmp_path):
     assert "damaged: maps-00002" in run("verify", output, "--delete-damaged", status=1)
     assert cache_teacher([*options, "--output", str(output), "--shard", "0/2"]) is not None
     manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "complete": False}))  # the last job was killed
-    assert "complete" in run("verify", output, "--merge")
+    assert "complete" in run("verify", output, "--finish")
     TeacherCache.open(output, model=AutoModel.from_pretrained(base_folder))
 
 
@@ -155,7 +155,7 @@ def test_parquet_of_jobs_is_one_data_set(base_folder, images, tmp_path, store):
     run(*job, "--shard", "1/2", status=1)
     assert "earlier run" in run(*job, status=2)
     assert "dtype float32, now float16" in run(*job, "--shard", "1/2", "--dtype", "float16", status=2)
-    text = run("verify", output, source, "--merge")
+    text = run("verify", output, source, "--finish")
     assert "9 images are whole, 1 of their images could not be processed" in text and "failed: broken" in text
     folder = ParquetFolder(output)
     assert [sorted(folder.check(name)[0]) for name in folder.files()] == [[0, 1], [2, 3], [4, 5], [6, 7], [8]]
