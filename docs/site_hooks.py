@@ -11,6 +11,17 @@ from mkdocs.structure.files import File, Files
 CARDS = Path(__file__).parents[1] / "model_cards"
 # as transformers writes references: [`SparVisionModel`], [`~spar_hf.teacher.copy_as`]
 REFERENCE = re.compile(r"\[(`~?[\w.]+`)\](?![\[(])")
+# and types of arguments: scales (`Sequence[float]`, *optional*, defaults to `(1.0,)`):
+ARGUMENT = re.compile(r"^( +\w+ \()(`.+)(\):)", re.MULTILINE)
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """The section of cards lists all of them, spar-tiny first."""
+    cards = sorted((path.stem for path in CARDS.glob("*.md")), key=lambda name: (name != "spar-tiny", name))
+    for section in config.nav or ():
+        if "Cards" in section:
+            section["Cards"] = [*({name: f"cards/{name}.md"} for name in cards), *section["Cards"]]
+    return config
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -30,9 +41,10 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 
 class PlainReferences(griffe.Extension):
-    """Names in docstrings without the brackets and the tilde of transformers."""
+    """Names in docstrings without the brackets and the tilde of transformers, and types without its marks."""
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
         """Called for each object that was read."""
         if obj.docstring is not None:
-            obj.docstring.value = REFERENCE.sub(lambda found: found[1].replace("~", ""), obj.docstring.value)
+            text = REFERENCE.sub(lambda found: found[1].replace("~", ""), obj.docstring.value)
+            obj.docstring.value = ARGUMENT.sub(lambda found: found[1] + re.sub("[`*]", "", found[2]) + found[3], text)
