@@ -184,8 +184,8 @@ def compute(
     )
     # one block would be one task
     rows = ray_data.from_arrow(table).repartition(-(-len(todo) // folder.manifest["shard_images"]))
-    # with other remote options than those of the actors, so that Ray does not make one stage of both
-    reading: dict[str, Any] = {"fn_kwargs": {"prepare": features.loaded.prepare}, "num_cpus": 1, "max_retries": 10}
+    # without other resources than those of the actors, Ray would make one stage of both
+    reading: dict[str, Any] = {"fn_kwargs": {"prepare": features.loaded.prepare}, "num_cpus": 1, "memory": 2**28}
     rows = rows.map_batches(prepare_batch, batch_size=8, **reading)
     rows = rows.map_batches(
         PreparedFeatures,
