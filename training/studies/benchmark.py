@@ -6,8 +6,8 @@ speed drifts does not decide the result.
 
     python training/studies/benchmark.py --output benchmark.json
     python training/studies/benchmark.py --random siglip2 --height 512 --width 1024 --repeats 3
+    python training/studies/benchmark.py --random siglip2 --stride 48 --teacher_dtype bf16 --teacher_compile
     python training/studies/benchmark.py --suite distill
-
     python training/studies/benchmark.py --suite deploy --camvid DATA/camvid/val --output deploy.json
 
 A suite is a module `benchmark_NAME.py` beside this file: with a `main(args)` of its own and its own options, or with
@@ -34,12 +34,13 @@ from tqdm.auto import tqdm
 from transformers import CLIPVisionConfig, DINOv3ViTConfig, SiglipVisionConfig
 
 from spar_hf import SPAR_TINY, SlidingWindowTeacher, SparConfig, SparVisionModel
+from spar_hf.distillation.options import TEACHER_DTYPES
 from spar_hf.utils.atomic import write_json
 from spar_hf.utils.checkpoints import check_replaceable
 from spar_hf.utils.devices import clock
 from spar_hf.utils.errors import UsageError, as_usage_errors, run_command
 from spar_hf.utils.fields import option
-from spar_hf.utils.options import HELP, parse_dataclasses, require_positive
+from spar_hf.utils.options import HELP, parse_dataclasses, require_one_of, require_positive
 
 logger = logging.getLogger("benchmark")
 
@@ -74,6 +75,12 @@ class Options(SuiteOptions):
     width: int = option(512, "Width of the test image in pixels.")
     stride: int = option(24, "Stride of the teacher.")
     window_batch_size: int = option(16, "Windows per forward pass of the teacher.")
+    teacher_dtype: str | None = option(None, f"Precision of the teacher: {', '.join(TEACHER_DTYPES)}.")
+    teacher_compile: bool = option(False, "Compile the teacher's encoder.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        require_one_of(self, "teacher_dtype", TEACHER_DTYPES)
 
 
 def seconds(work: Callable[[], object], device: str) -> float:
@@ -201,9 +208,17 @@ def rows(options: Options) -> list[dict]:
 
 @torch.no_grad()
 def vision_rows(model: SparVisionModel, options: Options) -> list[dict]:
-    """One pass over the bare layers, the teacher over its bare windows, and the teacher over one pass."""
+    """
+    One pass over the bare layers, the teacher over its bare windows, and the teacher over one pass. A teacher of another
+    precision is compared with the plain one: the relative error of its features, of all together.
+    """
     image = torch.randn(1, 3, options.height, options.width, device=options.device, dtype=model.dtype)
-    teacher = SlidingWindowTeacher(model, stride=options.stride, window_batch_size=options.window_batch_size)
+    plain = SlidingWindowTeacher(model, stride=options.stride, window_batch_size=options.window_batch_size)
+    teacher, agreement = plain, {}
+    if options.teacher_dtype or options.teacher_compile:
+        teacher = plain.sped_up(TEACHER_DTYPES.get(options.teacher_dtype), options.teacher_compile)
+        target = plain(image).feature_map
+        agreement["relative_error"] = float((teacher(image).feature_map - target).norm() / target.norm())
     plan = teacher.plan(options.height, options.width)
     windows = torch.randn(options.window_batch_size, 3, *plan.window, device=options.device, dtype=model.dtype)
 
@@ -225,11 +240,12 @@ def vision_rows(model: SparVisionModel, options: Options) -> list[dict]:
             "≤ 1.03",
             options,
         ),
-        compare(
+        agreement
+        | compare(
             f"teacher over its {len(plan)} bare windows, stride {options.stride}, {size}",
             lambda: teacher(image),
             bare_windows,
-            "≤ 1.10",
+            "≤ 0.55" if agreement else "≤ 1.10",
             options,
         ),
         compare(

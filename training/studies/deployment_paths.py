@@ -141,6 +141,7 @@ PATHS = {
     "eager, bf16 weights": DeploymentPath(partial(torch_path, dtype="bfloat16")),
     "eager, bf16 autocast": DeploymentPath(partial(torch_path, autocast=True)),
     "torch.compile fp32": DeploymentPath(partial(torch_path, compile=True)),
+    "torch.compile, bf16 weights": DeploymentPath(partial(torch_path, dtype="bfloat16", compile=True)),
     "torch.compile, bf16 autocast": DeploymentPath(partial(torch_path, compile=True, autocast=True)),
     "ONNX Runtime fp32": DeploymentPath(partial(onnx_path, dtype="fp32"), ("onnxruntime",), ("onnx", "fp32")),
     "ONNX Runtime int8": DeploymentPath(partial(onnx_path, dtype="int8"), ("onnxruntime",), ("onnx", "int8")),
