@@ -66,7 +66,7 @@ def test_an_average_of_unit_features_is_an_average_of_logits():
     mean = before = None
     for values in maps:
         unit = torch.nn.functional.normalize(values, dim=0)
-        logits = torch.einsum("nd,dhw->nhw", words, unit)
+        logits = torch.einsum("kd,dhw->khw", words, unit)
         if mean is None:
             mean = logits
         else:
@@ -74,7 +74,7 @@ def test_an_average_of_unit_features_is_an_average_of_logits():
             mean = weight * mean + (1 - weight) * logits
         before = unit
         found = average(frame(values)).feature_map
-    torch.testing.assert_close(torch.einsum("nd,dhw->nhw", words, found), mean, atol=1e-5, rtol=0)
+    torch.testing.assert_close(torch.einsum("kd,dhw->khw", words, found), mean, atol=1e-5, rtol=0)
 
 
 def test_what_moves_takes_its_average_along():
