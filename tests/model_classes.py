@@ -31,6 +31,7 @@ TEXTS: dict[str, Any] = {
     "metaclip2": lambda: MetaClip2TextConfig(**SHAPE, **WORDS, projection_dim=24),
     "dinov3txt": lambda: CLIPTextConfig(**SHAPE, **WORDS, projection_dim=64),
     "tipsv2": lambda: Tipsv2TextConfig(**SHAPE, **WORDS),
+    "radiotext": lambda: SiglipTextConfig(**SHAPE, **WORDS, projection_size=24),
 }
 
 

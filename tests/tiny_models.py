@@ -18,6 +18,7 @@ from transformers import (
 from spar_hf import SparConfig
 
 SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+HEAD = {"text_head_size": 24, "text_head_hidden": 40, "text_head_layers": 1, "text_head_token": 0}
 BLOCKS = {key: value for key, value in SHAPE.items() if key != "intermediate_size"}
 GRID = {"image_size": 32, "patch_size": 8}
 # a backbone config for each read-out
@@ -30,6 +31,7 @@ CONFIGS = {
     "dinov3txt": lambda: DINOv3ViTConfig(**SHAPE, **GRID, num_register_tokens=4, pos_embed_rescale=2.0),
     "tipsv2": lambda: Tipsv2VisionConfig(**BLOCKS, **GRID, mlp_ratio=1.5),
     "radio": lambda: RadioConfig(**BLOCKS, **GRID, mlp_ratio=1.5, max_img_size=64, num_registers=2),
+    "radiotext": lambda: RadioConfig(**BLOCKS, **GRID, mlp_ratio=1.5, max_img_size=64, num_registers=2, **HEAD),
     "dinov2": lambda: Dinov2WithRegistersConfig(**BLOCKS, **GRID, mlp_ratio=2, use_swiglu_ffn=True),
 }
 

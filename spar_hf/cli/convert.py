@@ -11,12 +11,16 @@ from spar_hf.utils.errors import PATH_ERRORS
 from spar_hf.utils.options import HELP
 
 Checkpoint = Annotated[Path, typer.Argument(help="Official checkpoint: .ckpt, .pt, .pth or .safetensors.")]
-Family = StrEnum("Family", ["siglip2", "openclip", "dinov3txt"])  # as in `spar_hf.conversion`, which imports torch
+# as in `spar_hf.conversion`, which imports torch
+Family = StrEnum("Family", ["siglip2", "openclip", "dinov3txt", "radio"])
 Base = Annotated[str, typer.Option(help="Hub id or folder of the base model in the format of transformers.")]
 Output = Annotated[Path, typer.Option(help="Folder to write.")]
 Tokenizer = Annotated[
     str | None,
-    typer.Option(help="Tokenizer for a base without one (dinov3txt: CLIP's, e.g. openai/clip-vit-base-patch16)."),
+    typer.Option(
+        help="Tokenizer for a base without one (dinov3txt: CLIP's, e.g. openai/clip-vit-base-patch16). radio: the SigLIP2 "
+        "model that was the teacher, for its text tower too."
+    ),
 ]
 TextHeads = Annotated[
     int | None, typer.Option(help="Attention heads of the text tower (dinov3txt: 20 in the published ViT-L).", min=1)
@@ -29,6 +33,7 @@ VisionAct = Annotated[
     str | None,
     typer.Option(help="Activation of SigLIP's vision tower: gelu or gelu_pytorch_tanh (see the model card)."),
 ]
+Adaptor = Annotated[str, typer.Option(help="radio: name or number of the head whose teacher has the text tower.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", "--force", help=HELP["overwrite"])]
 
 
@@ -42,6 +47,7 @@ def convert(
     image_mean: ImageMean = None,
     image_std: ImageStd = None,
     vision_act: VisionAct = None,
+    adaptor: Adaptor = "siglip2-g",
     overwrite: Overwrite = False,
     push: Annotated[
         str | None, typer.Option(help="OWNER/NAME: also upload the folder to this repository on the hub, with a card.")
@@ -66,6 +72,7 @@ def convert(
             image_mean=None if image_mean is None else list(image_mean),
             image_std=None if image_std is None else list(image_std),
             vision_act=vision_act,
+            adaptor=adaptor,
             force=overwrite,
         )
     say(report)

@@ -6,23 +6,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, DINOv3ViTModel
+from transformers import AutoTokenizer
 
 from spar_hf.model.backbone_sources import load_source_config
 from spar_hf.model.configuration_spar import SparConfig
 from spar_hf.model.image_processing_spar import SparImageProcessorPil
 from spar_hf.model.modeling_spar import SparForOpenVocabSegmentation, SparVisionModel
 from spar_hf.model.processing_spar import SparProcessor, published_tokenizer
+from spar_hf.model.text_towers import TEXT_MODELS
 from spar_hf.utils.atomic import writing_folder
 from spar_hf.utils.errors import UsageError
 from spar_hf.utils.locks import locked
 
-from . import dinov3txt, openclip, siglip2
+from . import dinov3txt, openclip, radio, siglip2
 from .checkpoint_tensors import CheckpointTensors, read_tensors
 
 DINOV3_BACKBONE = "visual_model.backbone."  # prefix of its tensors in a checkpoint of dino.txt
-# modules, each with MODEL_TYPES, VISION_SETTINGS, TEXT_SETTINGS, rename, dense_features and text_features
-FAMILIES: dict[str, Any] = {"siglip2": siglip2, "openclip": openclip, "dinov3txt": dinov3txt}
+# modules, each with MODEL_TYPES, VISION_SETTINGS, TEXT_SETTINGS, rename, dense_features and text_features; where weights
+# are those of the base, load_base and features_on instead of dense_features
+FAMILIES: dict[str, Any] = {"siglip2": siglip2, "openclip": openclip, "dinov3txt": dinov3txt, "radio": radio}
 TOLERANCE = 1e-4  # largest allowed difference of features in float32
 
 
@@ -64,6 +66,7 @@ def convert(
     vision_act: str | None = None,
     image_mean: list[float] | None = None,
     image_std: list[float] | None = None,
+    adaptor: str = "siglip2-g",
     force: bool = False,
 ) -> ConversionReport:
     """
@@ -75,17 +78,21 @@ def convert(
 
     Args:
         checkpoint: `.ckpt`, `.pt`, `.pth` or `.safetensors`.
-        family: `"siglip2"` (fixed resolution), `"openclip"` (CLIP with MaskCLIP read-out) or `"dinov3txt"`.
+        family: `"siglip2"` (fixed resolution), `"openclip"` (CLIP with MaskCLIP read-out), `"dinov3txt"` or `"radio"`
+            (C-RADIO with the head of its SigLIP2 teacher).
         base: hub id or folder of the same architecture in the format of transformers. It determines the number of heads,
             activation, image size, image statistics and tokenizer. For `"dinov3txt"` a DINOv3 model; its weights are used
-            for the backbone if the checkpoint contains only the vision head and text tower of dino.txt.
+            for the backbone if the checkpoint contains only the vision head and text tower of dino.txt. For `"radio"` a
+            C-RADIO model, whose weights are the backbone's.
         output: the folder to write.
-        tokenizer: hub id or folder, for a base without tokenizer (that of CLIP, for `"dinov3txt"`).
+        tokenizer: hub id or folder, for a base without tokenizer (that of CLIP, for `"dinov3txt"`). For `"radio"` the
+            SigLIP2 model that was the teacher (`google/siglip2-giant-opt-patch16-384`): its text tower is used too.
         text_heads: number of attention heads of the text tower, for `"dinov3txt"` (20 in the published ViT-L).
         vision_act: activation of SigLIP's vision tower, `"gelu"` or `"gelu_pytorch_tanh"`. The configurations on the hub say
             `"gelu_pytorch_tanh"` for all sizes, but timm uses `"gelu"` for the ViT-B (verified; the default for this size)
             and `"gelu_pytorch_tanh"` for SO400M. For all other sizes this option is required.
         image_mean, image_std: per channel, if the checkpoint was trained with other statistics than its base.
+        adaptor: name or number of the head, for `"radio"`.
         force: replace `output` if it exists.
 
     Raises:
@@ -101,11 +108,14 @@ def convert(
         raise UsageError(f"Family {family!r} is unknown; use one of {', '.join(FAMILIES)}.")
     with locked(output.with_name(f".{output.name}.lock"), str(output)):
         check_output(output, force)  # another process may have written it since
-        tensors, source = read_source(checkpoint, family)
-        backbone_from_base = family == "dinov3txt" and not any(name.startswith(DINOV3_BACKBONE) for name in tensors)
+        tensors, source = read_source(checkpoint, family, adaptor)
+        whole = family != "radio" and any(name.startswith(DINOV3_BACKBONE) for name in tensors)
+        backbone_from_base = family in ("dinov3txt", "radio") and not whole
+        config = build_config(family, base, source, tokenizer, text_heads, vision_act, adaptor)
         if backbone_from_base:
             add_backbone(source, base)
-        config = build_config(family, base, source, tokenizer, text_heads, vision_act)
+        if family == "radio":
+            add_text_tower(source, tokenizer)
         model = SparForOpenVocabSegmentation(config).eval()
         load_renamed(model, source, checkpoint)
         processor = build_processor(family, base, tokenizer, config, image_mean, image_std)
@@ -114,7 +124,8 @@ def convert(
         with writing_folder(output) as temporary:
             model.save_pretrained(temporary)
             processor.save_pretrained(temporary)
-            report.differences = compare(temporary, family, tensors, base if backbone_from_base else None)
+            references = (base if backbone_from_base else None, tokenizer if family == "radio" else None, adaptor)
+            report.differences = compare(temporary, family, tensors, *references)
             wrong = {name: value for name, value in report.differences.items() if not value < TOLERANCE}  # also NaN
             if wrong:
                 raise RuntimeError(
@@ -124,7 +135,9 @@ def convert(
     return report
 
 
-def read_source(checkpoint: Path, family: str) -> tuple[dict[str, torch.Tensor], CheckpointTensors]:
+def read_source(
+    checkpoint: Path, family: str, adaptor: str = "siglip2-g"
+) -> tuple[dict[str, torch.Tensor], CheckpointTensors]:
     """
     The tensors of a checkpoint by their old names, and renamed.
 
@@ -133,7 +146,7 @@ def read_source(checkpoint: Path, family: str) -> tuple[dict[str, torch.Tensor],
     """
     tensors = read_tensors(checkpoint)
     source = CheckpointTensors(tensors)
-    FAMILIES[family].rename(source)
+    FAMILIES[family].rename(source, *([adaptor] if family == "radio" else []))
     used = {name: tensor for name, tensor in tensors.items() if name not in source.skipped}
     if spoiled := [name for name, tensor in used.items() if not tensor.isfinite().all()]:
         raise UsageError(
@@ -169,6 +182,14 @@ def add_backbone(source: CheckpointTensors, base: str) -> None:
     source.missing = [name for name in source.missing if not name.startswith(DINOV3_BACKBONE)]
 
 
+def add_text_tower(source: CheckpointTensors, name: str | None) -> None:
+    """Take the weights of a text tower from the model it belongs to; not the scale, which is of that model's own loss."""
+    config = load_source_config(str(name)).text_config
+    text_model = TEXT_MODELS[config.model_type].from_pretrained(name, dtype=torch.float32)
+    source.renamed |= {f"text_model.{key}": tensor for key, tensor in text_model.state_dict().items()}
+    source.renamed["logit_scale"] = torch.zeros(1)
+
+
 def is_spar_folder(folder: Path) -> bool:
     """Whether a folder contains a SPAR model."""
     config = folder / "config.json"
@@ -176,7 +197,13 @@ def is_spar_folder(folder: Path) -> bool:
 
 
 def build_config(
-    family: str, base: str, source: CheckpointTensors, tokenizer: str | None, heads: int | None, vision_act: str | None
+    family: str,
+    base: str,
+    source: CheckpointTensors,
+    tokenizer: str | None,
+    heads: int | None,
+    vision_act: str | None,
+    adaptor: str,
 ) -> SparConfig:
     """The configuration of the base, with the settings of the family's published code."""
     layout, base_config = FAMILIES[family], load_source_config(base)
@@ -186,6 +213,15 @@ def build_config(
             f"{', '.join(layout.MODEL_TYPES)}."
         )
     vision = getattr(base_config, "vision_config", base_config).to_dict() | layout.VISION_SETTINGS
+    if family == "radio":
+        text_config = None if tokenizer is None else getattr(load_source_config(tokenizer), "text_config", None)
+        if text_config is None:
+            raise UsageError(
+                "The text tower of --family radio is that of its teacher, SigLIP2. Pass the model with --tokenizer "
+                "google/siglip2-giant-opt-patch16-384."
+            )
+        vision |= radio.head_settings(source.renamed, adaptor)
+        return SparConfig(backbone_config=vision, text_config=text_config.to_dict(), dtype="float32")
     if family == "dinov3txt":
         if tokenizer is None or heads is None:
             raise UsageError(
@@ -261,7 +297,7 @@ def build_processor(
     family: str, base: str, tokenizer: str | None, config: SparConfig, mean: list[float] | None, std: list[float] | None
 ) -> SparProcessor:
     """The processor of the base, with the published text preprocessing and the given image statistics."""
-    if family == "dinov3txt":
+    if family in ("dinov3txt", "radio"):
         text = published_tokenizer(AutoTokenizer.from_pretrained(tokenizer), config.text_config)
         processor = SparProcessor(SparImageProcessorPil.from_backbone(base), text)
     else:
@@ -274,7 +310,14 @@ def build_processor(
 
 
 @torch.no_grad()
-def compare(folder: Path, family: str, tensors: dict[str, torch.Tensor], base: str | None) -> dict[str, float]:
+def compare(
+    folder: Path,
+    family: str,
+    tensors: dict[str, torch.Tensor],
+    base: str | None,
+    text_model: str | None = None,
+    adaptor: str = "siglip2-g",
+) -> dict[str, float]:
     """
     Compare the folder, loaded again, with the reference implementation on random pixels and token ids.
 
@@ -282,7 +325,9 @@ def compare(folder: Path, family: str, tensors: dict[str, torch.Tensor], base: s
         folder: the converted model.
         family: has the reference implementation.
         tensors: of the checkpoint, by their old names.
-        base: DINOv3 model if the backbone's weights come from it; transformers' own implementation is the reference then.
+        base: model that the backbone's weights come from; transformers' own implementation is the reference then.
+        text_model: model that the text tower comes from; likewise.
+        adaptor: of a C-RADIO head.
 
     Returns:
         Largest absolute difference of feature maps, at the native size and two others, of image and of text embeddings.
@@ -292,14 +337,14 @@ def compare(folder: Path, family: str, tensors: dict[str, torch.Tensor], base: s
     tensors = {name: value.float() for name, value in tensors.items()}
     generator = torch.Generator().manual_seed(0)
     patch, side = config.patch_size, config.image_size // config.patch_size
+    backbone = None if base is None else layout.load_base(base)
     differences = {}
     for rows, columns in ((side, side), (side + 2, side // 2 + 1), (side // 2 + 1, 2 * side)):
         pixels = torch.randn(1, 3, rows * patch, columns * patch, generator=generator)
-        if base is None:
+        if backbone is None:
             expected = layout.dense_features(tensors, pixels, config)
         else:
-            tokens = DINOv3ViTModel.from_pretrained(base, dtype=torch.float32).eval()(pixels).last_hidden_state
-            expected = tokens[:, -rows * columns :].transpose(1, 2).unflatten(2, (rows, columns))
+            expected = layout.features_on(backbone, tensors, pixels, adaptor)
         found = model.vision_model(pixels).feature_map
         differences[f"features {rows * patch}×{columns * patch}"] = float((found - expected).abs().max())
     if hasattr(layout, "pooled_features") and base is None:
@@ -311,6 +356,11 @@ def compare(folder: Path, family: str, tensors: dict[str, torch.Tensor], base: s
     ids = torch.randint(3, end, (3, text.max_position_embeddings), generator=generator)
     if text.model_type == "clip_text_model":  # pooled at the end token, the last one of CLIP's vocabularies
         ids[:, -3:] = end
-    expected = layout.text_features(tensors, ids, config)
+    if text_model is None:
+        expected = layout.text_features(tensors, ids, config)
+    else:
+        expected = (
+            TEXT_MODELS[text.model_type].from_pretrained(text_model, dtype=torch.float32).eval()(ids).pooler_output
+        )
     differences["texts"] = float((model.get_text_features(ids).pooler_output - expected).abs().max())
     return differences

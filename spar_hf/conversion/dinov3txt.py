@@ -1,9 +1,11 @@
 """DINOv3.txt in the naming of the dinov3 code: `visual_model.backbone.*`, `visual_model.head.*`, `text_model.*`."""
 
 import math
+from typing import Any
 
 import torch
 from torch.nn.functional import gelu, silu
+from transformers import DINOv3ViTModel
 
 from .checkpoint_tensors import CheckpointTensors
 from .reference_layers import Tensors, attention, dense, mlp, norm, patches
@@ -113,6 +115,18 @@ def dense_features(tensors: Tensors, pixels: torch.Tensor, config) -> torch.Tens
     """Reference feature map `(batch, dim, height / patch, width / patch)`: patch tokens after the last norm."""
     x, grid = tokens(tensors, pixels, config)
     return x[:, -grid[0] * grid[1] :].transpose(1, 2).unflatten(2, grid)
+
+
+def load_base(base: str) -> DINOv3ViTModel:
+    """The base as transformers runs it."""
+    return DINOv3ViTModel.from_pretrained(base, dtype=torch.float32).eval()
+
+
+def features_on(backbone: DINOv3ViTModel, tensors: Tensors, pixels: torch.Tensor, adaptor: str) -> torch.Tensor:
+    """Reference feature map where the backbone's weights are those of the base: its patch tokens."""
+    size: Any = backbone.config.patch_size
+    grid = [side // size for side in pixels.shape[-2:]]
+    return backbone(pixels).last_hidden_state[:, -grid[0] * grid[1] :].transpose(1, 2).unflatten(2, grid)
 
 
 def pooled_features(tensors: Tensors, pixels: torch.Tensor, config) -> torch.Tensor:

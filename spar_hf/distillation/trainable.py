@@ -20,7 +20,7 @@ OTHER_PARTS = {
     "position_table": r"embeddings\.position_embedding",
     "patch_embedding": r"embeddings\.patch_(embeddings?|projection)\.",
     "tokens": r"embeddings\.(class_embedding|cls_token|register_tokens|cls_register_token)|pre_layrnorm",
-    "readout": r"((post_)?layernorm|norm|head|visual_projection)\.",
+    "readout": r"((post_)?layernorm|norm|head|text_head|visual_projection)\.",
 }
 ADAPTER_PARTS = ("qkv", "attention", "mlp")  # parts made of linear layers, which take adapters
 

@@ -15,7 +15,7 @@ from torch.export import Dim
 from spar_hf.export.sources import Source, Words
 
 TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
-READOUT_PARTS = ("head", "visual_projection")  # of backbones, after their last norm
+READOUT_PARTS = ("head", "text_head", "visual_projection")  # of backbones, after their last norm
 MAX_SIDE = 16_384  # pixels; the bound that a traced graph states for height and width
 
 

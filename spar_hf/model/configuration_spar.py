@@ -19,7 +19,7 @@ BACKBONE_READOUTS = {
     "dinov3_vit": ("dinov3", "dinov3txt"),
     "tipsv2_vision_model": ("tipsv2",),
     "dinov2_with_registers": ("dinov2",),
-    "radio": ("radio",),
+    "radio": ("radio", "radiotext"),
 }
 READOUT_RESAMPLINGS = {
     "siglip": ("bicubic",),
@@ -31,6 +31,7 @@ READOUT_RESAMPLINGS = {
     "tipsv2": ("bilinear_antialias",),
     "dinov2": ("bicubic_antialias",),
     "radio": ("bilinear_corner",),
+    "radiotext": ("bilinear_corner",),
 }
 # attribute of the backbone's or the text tower's configuration that holds the width of its output
 READOUT_WIDTHS = {
@@ -43,6 +44,7 @@ READOUT_WIDTHS = {
     "tipsv2": "hidden_size",
     "dinov2": "hidden_size",
     "radio": "hidden_size",
+    "radiotext": "text_head_size",
 }
 TEXT_WIDTHS = {
     "siglip_text_model": "projection_size",
@@ -78,7 +80,7 @@ class SparConfig(BackboneConfigMixin, PreTrainedConfig):
             `"siglip"` and `"naflex"` apply the attention-pooling head without its attention, `"maskclip"` the value path
             of the last block, as do `"metaclip2"` and `"tipsv2"`, and `"dinov3"`, `"dinov2"` and `"radio"` take the patch
             tokens. `"dinov3txt"` (the default of DINOv3 with a text tower) adds the vision head of dino.txt for the pooled
-            embedding.
+            embedding, `"radiotext"` (of C-RADIO with one) applies the head of its SigLIP2 teacher to every patch.
         position_resampling (`str`, *optional*):
             How positions are resampled to another grid. It belongs to the checkpoint, because it changes the features.
             `"bicubic"`: by target size, without antialiasing (SigLIP). `"bilinear_antialias"`: by target size, with it
@@ -178,7 +180,13 @@ class SparConfig(BackboneConfigMixin, PreTrainedConfig):
 
         self.check_position_extent()
 
-        width = getattr(self.backbone_config, READOUT_WIDTHS[self.readout])
+        attribute = READOUT_WIDTHS[self.readout]
+        width = getattr(self.backbone_config, attribute, None)
+        if width is None:
+            raise ValueError(
+                f"The read-out {self.readout!r} needs a head, and `backbone_config` has no `{attribute}`. "
+                "`spar-hf convert --family radio` makes a model with one."
+            )
         self.projection_dim = width if self.projection_dim is None else self.projection_dim
         if self.projection_dim != width:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""C-RADIO: dense features of one encoder that was distilled from several."""
+"""C-RADIO: dense features of one encoder that was distilled from several, also in the space of a text tower."""
 
 from typing import Any
 
@@ -73,3 +73,52 @@ class RadioReadout(Readout, RadioModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         embeddings: Any = self.embeddings
         embeddings.patch_projection = value
+
+
+class TextHead(nn.Module):
+    """
+    The head that maps a class token to the image embedding of a teacher with a text tower: a residual MLP with norms.
+    Weight names are those of the published adaptors (`head_mlp`).
+    """
+
+    def __init__(self, config: Any):
+        super().__init__()
+        hidden = config.text_head_hidden
+
+        def layer(width: int) -> nn.Sequential:
+            return nn.Sequential(nn.LayerNorm(hidden), nn.GELU(), nn.Linear(hidden, width))
+
+        self.fc1 = nn.Linear(config.hidden_size, hidden)
+        self.blocks = nn.ModuleList([layer(hidden) for _ in range(config.text_head_layers)])
+        self.final = layer(config.text_head_size)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        tokens = self.fc1(tokens)
+        for block in self.blocks:
+            tokens = tokens + block(tokens)
+        return self.final(tokens)
+
+
+class RadioTextReadout(RadioReadout):
+    """
+    C-RADIO with the head of its SigLIP2 teacher, applied to every patch as it is to a class token: dense features in the
+    space of SigLIP2's texts. The pooled embedding is the head's of its own class token.
+
+    `text_head_size`, `text_head_hidden`, `text_head_layers` and `text_head_token` of the backbone's configuration are the
+    widths of its output and of its layers, their number, and the class token. `spar-hf convert --family radio` sets them.
+
+    Source: `siglip2-g` adaptor of C-RADIOv4; RADSeg (arXiv 2511.19704) applies it to patches.
+    """
+
+    def __init__(self, config: RadioConfig):
+        super().__init__(config)
+        self.text_head = TextHead(config)
+        self.post_init()
+
+    def encode(self, hidden_states: torch.Tensor, grid: tuple[int, int], **kwargs):
+        last_hidden_state, features, pool_input = super().encode(hidden_states, grid, **kwargs)
+        return last_hidden_state, self.text_head(features), pool_input
+
+    def pool(self, pool_input: torch.Tensor) -> torch.Tensor:
+        config: Any = self.config
+        return self.text_head(pool_input[:, config.text_head_token])

@@ -24,7 +24,7 @@ from .positions import resample_positions
 from .readout_base import Readout
 from .readout_clip import MaskClipReadout, MetaClip2Readout
 from .readout_dinov2 import Dinov2Readout
-from .readout_radio import RadioReadout
+from .readout_radio import RadioReadout, RadioTextReadout
 from .readout_tipsv2 import Tipsv2Readout
 
 
@@ -218,4 +218,5 @@ READOUTS: dict[str, Any] = {
     "tipsv2": Tipsv2Readout,
     "dinov2": Dinov2Readout,
     "radio": RadioReadout,
+    "radiotext": RadioTextReadout,
 }

@@ -235,6 +235,7 @@ FAMILIES = {
     "tipsv2": Tipsv2VisionModel,
     "dinov2": Dinov2WithRegistersModel,
     "radio": RadioModel,
+    "radiotext": RadioModel,
 }
 
 
