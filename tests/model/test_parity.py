@@ -95,6 +95,20 @@ def test_tipsv2_does_not_read_padding(tipsv2):
 
 
 @torch.no_grad()
+def test_tipsv2_texts_are_exported_with_their_padding(tipsv2):
+    """What is padding is decided in the graph, for any number of texts."""
+    _, model = tipsv2
+    graph = torch.nn.Module()
+    graph.model, graph.forward = model, lambda input_ids: model.get_text_features(input_ids).pooler_output
+    ids = torch.randint(1, 40, (5, 12), generator=torch.Generator().manual_seed(0))
+    names = {"input_ids": {0: torch.export.Dim("names", min=1, max=100)}}
+    program = torch.export.export(graph, (), kwargs={"input_ids": ids}, dynamic_shapes=names).module()
+    ids[0, 5:], ids[1, 9:], ids[4, 1:] = 0, 0, 0
+    for some in (ids, ids[:1], ids[:3]):
+        close(program(input_ids=some), model.get_text_features(some).pooler_output)
+
+
+@torch.no_grad()
 def test_tipsv2_is_prepared_as_published(tipsv2, tmp_path):
     """Lower case with punctuation, padding on the right, pixels from 0 to 1, its templates, the inverse temperature."""
     source, model = tipsv2
