@@ -39,7 +39,7 @@ TRAININGS = {
 }
 # names whose help differs between commands, which were read beside one another: details differ, the meaning does not
 REVIEWED = {
-    "base": "convert app",
+    "base": "convert app doctor",
     "batch_size": "probe pretrain segment features",
     "dataset": "evaluate panoptic",
     "dtype": "features export",
@@ -52,13 +52,13 @@ REVIEWED = {
     "learning_rate": "distill panoptic pretrain",
     "limit": "evaluate panoptic",
     "min_scale": "distill cache-teacher panoptic",
-    "model": "distill cache-teacher evaluate probe panoptic segment features bake export app space",
-    "output": "distill cache-teacher evaluate probe panoptic pretrain segment features bake convert export space",
+    "model": "distill cache-teacher evaluate probe panoptic segment features bake export app space doctor env",
+    "output": "distill cache-teacher evaluate probe panoptic pretrain segment features bake convert export space doctor",
     "seed": "distill cache-teacher probe panoptic pretrain",
     "shortest_edge": "evaluate probe panoptic segment features",
     "split": "distill evaluate",
     "steps": "distill probe panoptic pretrain",
-    "stride": "distill cache-teacher probe features",
+    "stride": "distill cache-teacher probe features doctor",
     "window_size": "distill cache-teacher evaluate pretrain features",
     "words": "distill export",
 }

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from spar_hf.cli.arguments import Device
 from spar_hf.cli.convert import Family, TextHeads, Tokenizer, VisionAct
 from spar_hf.cli.reporting import exit_on_error, quiet_transformers, say
 from spar_hf.utils.errors import PATH_ERRORS
@@ -20,7 +21,7 @@ def doctor(
     model: Annotated[
         str, typer.Argument(help="Folder or hub id of a model or backbone, or an official checkpoint (a file).")
     ],
-    family: Annotated[Family | None, typer.Option(help="Family of a checkpoint.")] = None,
+    family: Annotated[Family | None, typer.Option(help="Family of the checkpoint.")] = None,
     base: Annotated[str | None, typer.Option(help="Base model of a checkpoint, as for convert.")] = None,
     tokenizer: Tokenizer = None,
     text_heads: TextHeads = None,
@@ -30,7 +31,7 @@ def doctor(
         typer.Option(help="Folder of PASCAL VOC 2012: mIoU on its first 100 images, beside the published one."),
     ] = None,
     stride: Annotated[int, typer.Option(help="Step of the teacher in pixels.", min=1)] = 24,
-    device: Annotated[str | None, typer.Option(help="Device. Default: a GPU if there is one.")] = None,
+    device: Device = None,
     output: Annotated[Path | None, typer.Option(help="File for the report: .md or .json.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help=HELP["overwrite"])] = False,
 ) -> None:

@@ -42,7 +42,7 @@ class FrameAverage:
     >>> segment, average = pipeline("open-vocab-segmentation"), FrameAverage(smoothing=0.6)
     >>> frames = [Image.new("RGB", (96, 64), colour) for colour in ("skyblue", "lightblue")]
     >>> [average(segment.encode(frame)).feature_map.shape for frame in frames]
-    [torch.Size([192, 4, 6]), torch.Size([192, 4, 6])]
+    [torch.Size([192, 24, 36]), torch.Size([192, 24, 36])]
     ```"""
 
     def __init__(self, smoothing: float = 0.6, motion: int = 1, scene_cut: float = SCENE_CUT):
