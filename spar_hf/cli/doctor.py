@@ -30,7 +30,7 @@ def doctor(
         Path | None,
         typer.Option(help="Folder of PASCAL VOC 2012: mIoU on its first 100 images, beside the published one."),
     ] = None,
-    stride: Annotated[int, typer.Option(help="Step of the teacher in pixels.", min=1)] = 24,
+    stride: Annotated[int | None, typer.Option(help=HELP["teacher_stride"], min=1)] = None,
     device: Device = None,
     output: Annotated[Path | None, typer.Option(help="File for the report: .md or .json.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help=HELP["overwrite"])] = False,

@@ -38,7 +38,7 @@ class Subject:
     vision: SparVisionModel
     towers: SparForOpenVocabSegmentation | None
     processor: Any
-    stride: int = 24
+    stride: int
 
     @property
     def native(self) -> int:

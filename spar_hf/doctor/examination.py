@@ -17,6 +17,7 @@ from spar_hf.doctor.findings import FAILED, NOTE, OK, Finding, Report, device_na
 from spar_hf.model.modeling_spar import SparForOpenVocabSegmentation, SparVisionModel
 from spar_hf.model.processing_spar import SparProcessor
 from spar_hf.utils.errors import MissingFiles, UsageError, as_usage_errors
+from spar_hf.windows import default_stride
 
 VOC_IMAGES = 100
 # read-out, image size of the base, layers: backbone of the published rows
@@ -38,7 +39,7 @@ class DoctorOptions:
         family, base: of a checkpoint, as for [`convert`].
         conversion: further keywords of [`convert`], such as `tokenizer` and `text_heads`.
         voc: folder of PASCAL VOC 2012 as published (`VOCdevkit` or `VOC2012`), for mIoU on its first images.
-        stride: step of the teacher in pixels.
+        stride: step of the teacher in pixels. Default: one and a half patches.
         device: where the model runs; by default a GPU if there is one.
 
     Raises:
@@ -50,7 +51,7 @@ class DoctorOptions:
     base: str | None = None
     conversion: dict[str, Any] | None = None
     voc: Path | None = None
-    stride: int = 24
+    stride: int | None = None
     device: str | None = None
 
     def __post_init__(self):
@@ -63,7 +64,7 @@ class DoctorOptions:
             raise UsageError(f"{self.model} is no checkpoint file: --family and --base belong to one.")
         if self.voc is not None and not self.voc.is_dir():
             raise MissingFiles(f"--voc {self.voc} is no folder.")
-        if self.stride < 1:
+        if self.stride is not None and self.stride < 1:
             raise UsageError(f"--stride {self.stride} must be at least 1.")
 
 
@@ -170,7 +171,7 @@ def folder_of(
         yield str(output)
 
 
-def load_subject(folder: str, device: torch.device, stride: int) -> Subject:
+def load_subject(folder: str, device: torch.device, stride: int | None = None) -> Subject:
     """
     A model in float32 on a device.
 
@@ -184,9 +185,14 @@ def load_subject(folder: str, device: torch.device, stride: int) -> Subject:
             if "text tower" not in str(error):
                 raise
             vision = SparVisionModel.from_backbone(folder, dtype=torch.float32).to(device).eval()
-            return Subject(vision, None, None, min(stride, vision.config.image_size))
+            return Subject(vision, None, None, stride_of(vision, stride))
         processor = SparProcessor.from_backbone(folder)
-    return Subject(towers.vision_model, towers, processor, min(stride, towers.config.image_size))
+    return Subject(towers.vision_model, towers, processor, stride_of(towers.vision_model, stride))
+
+
+def stride_of(vision: SparVisionModel, stride: int | None) -> int:
+    """The step of the teacher that is asked for, or else its default; at most a window."""
+    return min(default_stride(vision.config.patch_size) if stride is None else stride, vision.config.image_size)
 
 
 def check_voc(subject: Subject, folder: str, voc: Path) -> Iterator[Finding]:

@@ -8,9 +8,10 @@ import pytest
 import torch
 from official_checkpoints import MAKERS, write_official
 from PIL import Image
+from tiny_models import CONFIGS, randomise
 from typer.testing import CliRunner
 
-from spar_hf import SPAR_TINY_BASE, SparForOpenVocabSegmentation, SparVisionModel
+from spar_hf import SPAR_TINY_BASE, SparConfig, SparForOpenVocabSegmentation, SparVisionModel
 from spar_hf.cli.main import app
 from spar_hf.doctor.checks import check_backbone, check_resolution, check_teacher, check_weights, check_words
 from spar_hf.doctor.examination import DoctorOptions, check_voc, examine, findings_of, load_subject
@@ -25,7 +26,7 @@ def statuses(check, subject):
 @pytest.fixture
 def subject(base_folder):
     """A tiny random SigLIP pair."""
-    return load_subject(str(base_folder), torch.device("cpu"), stride=24)
+    return load_subject(str(base_folder), torch.device("cpu"))
 
 
 @pytest.mark.parametrize("name", MAKERS)
@@ -39,6 +40,16 @@ def test_an_official_checkpoint_is_converted_and_passes(name, tmp_path):
         assert float(found[check].found) < 1e-4
     assert sum("conversion equals the published formulae" in check for check in found) >= 4
     assert not (tmp_path / "converted").exists()
+
+
+@pytest.mark.parametrize("readout", CONFIGS)
+def test_every_read_out_passes(readout, tmp_path):
+    config = SparConfig(backbone_config=CONFIGS[readout](), readout=readout)
+    randomise(SparVisionModel(config)).save_pretrained(tmp_path)
+    report = examine(DoctorOptions(model=str(tmp_path), device="cpu"))
+    assert not report.failed, report.markdown()
+    skipped = [finding.check for finding in report.findings if finding.status == "skipped"]
+    assert skipped == (["layers equal transformers' own", "words"] if readout == "naflex" else ["words"])
 
 
 def test_the_embedded_base_passes_and_its_words_fit(tmp_path):
@@ -166,4 +177,4 @@ def test_a_folder_that_is_no_model_is_one_line(tmp_path):
 
 
 def test_two_towers_load_as_they_are(base_folder):
-    assert isinstance(load_subject(str(base_folder), torch.device("cpu"), 24).towers, SparForOpenVocabSegmentation)
+    assert isinstance(load_subject(str(base_folder), torch.device("cpu")).towers, SparForOpenVocabSegmentation)
