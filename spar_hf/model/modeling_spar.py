@@ -294,9 +294,7 @@ class SparVisionModel(SparPreTrainedModel):
         height, width = (side // self.config.patch_size for side in padded.shape[-2:])
         extent = self.config.position_extent and self.config.position_extent // self.config.patch_size
         hidden_states = self.backbone.embed(padded, self.config.position_resampling, extent)
-        if (
-            hidden_states.dtype in HALVES
-        ):  # rounding the sum after every block is most of the error, see docs/precision.md
+        if hidden_states.dtype in HALVES:  # the sum over blocks is not rounded after each, see docs/precision.md
             hidden_states = hidden_states.float()
         last_hidden_state, features, pool_input = self.backbone.encode(hidden_states, (height, width), **kwargs)
         return SparVisionModelOutput(

@@ -3,6 +3,8 @@
 import base64
 import http.client
 import json
+import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -14,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+from doc_pages import blocks, page_text
 from launching import ENVIRONMENT, TRAINING
 from PIL import Image
 
@@ -131,6 +134,26 @@ def test_bad_requests_get_one_line(server, body):
     status, answer = server.ask(body)
     assert status == 400 and set(answer) == {"error"}, answer
     assert answer["error"].count("\n") == 0 and len(answer["error"]) < 400 and "\x1b" not in answer["error"]
+
+
+def test_the_guide_names_options_and_clients_that_work(server, picture, tmp_path, monkeypatch):
+    written = [block.text.replace(":8000", f":{server.port}") for block in blocks("docs/serving")]
+    (start,) = [text for text in written if text.startswith("python docs/serving/serve_app.py")]
+    fields = re.findall(
+        r"^    (\w+): .*= option\(", (ROOT / "docs" / "serving" / "serve_app.py").read_text(), re.MULTILINE
+    )
+    assert set(re.findall(r"--(\w+)", start)) <= set(fields)
+    assert set(re.findall(r"`--(\w+)`", page_text("docs/serving"))) <= set(fields)
+    monkeypatch.chdir(tmp_path)
+    picture.save("street.jpg")
+    (program,) = [text for text in written if "import urllib" in text]
+    found = {}
+    exec(program, found)
+    assert {"label", "score", "mask"} == set(found["segments"][0])
+    (command,) = [text for text in written if text.startswith("curl")]
+    if shutil.which("curl"):
+        said = subprocess.run(command, shell=True, check=True, capture_output=True, text=True).stdout
+        assert json.loads(said)["labels"] == ["road", "sky"]
 
 
 def test_other_paths_and_methods_are_refused(server):

@@ -30,6 +30,7 @@ SCRIPTS = {
     "seams": (("--images", NOWHERE), ("--tile", "64", "--overlaps", "48"), "--overlaps"),
     "quality_cost": ((*MODEL, *OUTPUT, "--images", NOWHERE, "--dataset", NOWHERE), ("--steps", "0"), "--steps"),
     "serving_load": ((), ("--concurrency", "0"), "--concurrency"),
+    "huge_memory": ((), ("--side", "1"), "--side"),
     "generalisation": ((*MODEL, *OUTPUT), ("--data", f"/{NOWHERE}"), NOWHERE),
 }
 WRONG = [(script, (*needed, *wrong), message) for script, (needed, wrong, message) in SCRIPTS.items()]

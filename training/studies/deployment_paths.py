@@ -67,7 +67,9 @@ def as_run(model: Any, autocast: bool = False, compile: bool = False) -> Run:
     """A function on arrays."""
     import torch
 
-    forward = torch.compile(model, fullgraph=True, dynamic=True) if compile else model
+    from spar_hf import compile_model
+
+    forward = compile_model(model, fullgraph=True) if compile else model
 
     @torch.no_grad()
     def run(pixels: np.ndarray) -> np.ndarray:
