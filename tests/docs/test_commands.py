@@ -9,14 +9,17 @@ import numpy as np
 import pytest
 from doc_pages import blocks, reasons, run_page
 from PIL import Image
+from tiny_models import SHAPE, make_tokenizer, randomise, tiny_config
+from transformers import SiglipVisionConfig
 
+from spar_hf import SparForOpenVocabSegmentation, SparImageProcessorPil, SparProcessor
 from spar_hf.export import exporting, verification
 
 # pages whose commands run in one folder, one page after another: what the first writes, the next one reads
 GROUPS = (("export", "runtime"), ("deployment",), ("precision",))
 PAGES = ("export", "runtime", "deployment", "precision", "serving")
 NOT_RUN = {
-    "runtime": {"needs npm's registry": 1, "runs until it is stopped": 1},
+    "runtime": {"needs npm's registry": 1, "tests/runtime opens the page": 1},
     "deployment": {"needs a GPU": 1, "needs Docker": 1},
     "precision": {"tests/distillation trains": 1},
     "serving": {"tests/serving runs it": 4, "needs Docker": 1},
@@ -26,15 +29,24 @@ NOT_RUN = {
 SUBSTITUTES = (
     (r"(--suite deploy)", r"\1 --tiny --repeats 1 --threads 1 --models spar-tiny --sizes 48x64 --paths 'eager fp32'"),
     (r"compile_model\((\S+)\)", r'compile_model(\1, backend="eager")'),
-    (r"(--head logits|--format web)", r"\1 --words @classes.txt"),
-    (r" --vendor \S+", ""),
+    (r"--head logits --dtype \S+", "--head logits --words @classes.txt"),
 )
 
 
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A saved two-tower model with one block, which is traced faster than two."""
+    folder = tmp_path_factory.mktemp("model")
+    vision = SiglipVisionConfig(image_size=64, **{**SHAPE, "num_hidden_layers": 1})
+    randomise(SparForOpenVocabSegmentation(tiny_config(backbone_config=vision))).save_pretrained(folder)
+    SparProcessor(SparImageProcessorPil(size={"shortest_edge": 80}), make_tokenizer()).save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
-def folder(tmp_path, base_folder, monkeypatch):
+def folder(tmp_path, model, monkeypatch):
     """What the pages expect: a model, images, words."""
-    shutil.copytree(base_folder, tmp_path / "my-model")
+    shutil.copytree(model, tmp_path / "my-model")
     pixels = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)
     image = Image.fromarray(pixels).resize((96, 72), Image.Resampling.BICUBIC)
     for name in ("street.jpg", "street.png", "a.jpg", "b.jpg"):
