@@ -15,6 +15,7 @@ from spar_hf.export.graphs import DenseGraph, TextGraph, quiet
 from spar_hf.export.options import DECIDING, FORMATS
 from spar_hf.export.sources import Source, Words
 from spar_hf.export.verification import Runner, Written
+from spar_hf.runtime.engines import kept_signal_stack, openvino_core
 
 # Without a hint, OpenVINO computes in bfloat16 on processors that are fast at it, and labels change. fp16 halves the file:
 # weights are stored in half precision and used in float32, as few processors compute in it.
@@ -59,7 +60,7 @@ def read(graph: onnx.ModelProto) -> openvino.Model:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         onnx_format.save(graph, path)
-        return openvino.Core().read_model(path).clone()  # weights are read from the file until they are copied
+        return openvino_core().read_model(path).clone()  # weights are read from the file until they are copied
 
 
 def name_precision(model: openvino.Model, dtype: str) -> None:
@@ -88,7 +89,7 @@ def compress(model: openvino.Model, excluded: list[str]) -> openvino.Model:
     import nncf
 
     present = {node.get_friendly_name() for node in model.get_ordered_ops()}
-    with quiet():
+    with quiet(), kept_signal_stack():  # nncf makes cores of its own
         scope = nncf.IgnoredScope(names=[name for name in excluded if name in present])
         return nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT8_ASYM, ignored_scope=scope)
 
@@ -101,7 +102,7 @@ def save(model: openvino.Model, path: Path, dtype: str) -> None:
 
 def load(model: Path | openvino.Model) -> Runner:
     """A function that runs a graph on the CPU, in the precision that the graph names."""
-    core = openvino.Core()
+    core = openvino_core()
     read = core.read_model(model) if isinstance(model, Path) else model
     hint = str(read.get_rt_info(["runtime_options", HINT]).value)
     compiled = core.compile_model(read, "CPU", {HINT: hint})

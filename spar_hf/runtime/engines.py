@@ -1,5 +1,11 @@
 """Graphs run by ONNX Runtime or OpenVINO on a CPU."""
 
+import contextlib
+import ctypes
+import functools
+import gc
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +88,7 @@ def open_openvino(graph: Graph, path: Path, threads: int | None, dtype: str) -> 
     settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": HINTS.get(dtype, "f32")}
     if threads is not None:
         settings["INFERENCE_NUM_THREADS"] = threads
-    model = graph.compiled = openvino.Core().compile_model(path, "CPU", settings)
+    model = graph.compiled = openvino_core().compile_model(path, "CPU", settings)
     graph.inputs = tuple(port.get_any_name() for port in model.inputs)
     graph.outputs = tuple(port.get_any_name() for port in model.outputs)
 
@@ -91,3 +97,44 @@ def open_openvino(graph: Graph, path: Path, threads: int | None, dtype: str) -> 
         return {port.get_any_name(): np.array(found[port]) for port in model.outputs}
 
     return run
+
+
+@functools.cache
+def openvino_core() -> Any:
+    """
+    The one `openvino.Core` of the process, which is never freed.
+
+    On Linux, a core's CPU plugin gives the thread an alternate stack for signals. A plugin that is freed before a younger one
+    leaves the address of freed memory behind, and the next signal that Python handles, such as Ctrl-C or the end of a child
+    process, would end the process (seen with OpenVINO 2026.4).
+    """
+    import openvino
+
+    core = openvino.Core()
+    core.get_property("CPU", "FULL_DEVICE_NAME")  # loads the plugin
+    return core
+
+
+class _SignalStack(ctypes.Structure):
+    """`stack_t` of Linux."""
+
+    _fields_ = [("address", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t)]
+
+
+def signal_stack() -> _SignalStack:
+    """The alternate stack of this thread for signals; address `None` if it has none. Linux only."""
+    stack = _SignalStack()
+    ctypes.CDLL(None).sigaltstack(None, ctypes.byref(stack))
+    return stack
+
+
+@contextlib.contextmanager
+def kept_signal_stack() -> Iterator[None]:
+    """Free the cores of OpenVINO that others made in the block, and give this thread its stack for signals back."""
+    before = signal_stack() if sys.platform == "linux" else None
+    try:
+        yield
+    finally:
+        gc.collect()
+        if before is not None:
+            ctypes.CDLL(None).sigaltstack(ctypes.byref(before), None)

@@ -26,7 +26,7 @@ pytest.importorskip("ray", reason="the deployment needs Ray (extra serve)")
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 WORDS = ["road", "sky"]
-LIMITS = {"max_megabytes": 1, "max_megapixels": 4, "max_names": 40, "body_seconds": 2, "max_waiting": 8}
+LIMITS = {"max_megabytes": 1, "max_megapixels": 4, "max_names": 40, "body_seconds": 6, "max_waiting": 8}
 
 
 class Server:
@@ -165,7 +165,10 @@ def test_other_paths_and_methods_are_refused(server):
 def test_large_requests_are_refused_without_being_read(server):
     large = bytes(2**20 + 1)
     assert server.ask(large, "image/png", "/?candidate_labels=road;sky")[0] == 400  # within the limit of base64
-    assert server.ask(bytes(2**21))[0] == 413
+    try:
+        assert server.ask(bytes(2**21))[0] == 413
+    except (BrokenPipeError, ConnectionResetError):
+        pass  # the answer came, and the connection was closed, before all was sent
     assert server.ask(None, headers={"content-length": str(2**40)}, method="POST")[0] == 413
 
     def endless():
