@@ -103,27 +103,34 @@ def heat_picture(image: Image.Image, heat: np.ndarray, title: str) -> Image.Imag
 
 
 def _with_legend(picture: Image.Image, entries: Sequence[tuple[str, np.ndarray | None]]) -> Image.Image:
-    """Add a legend below the picture: a colour, if any, and a text for each entry, in as many rows as needed."""
+    """Add a legend below the picture."""
     if not entries:
         return picture
-    size = max(11, picture.width // 45)
+    strip = legend_strip(picture.width, entries)
+    sheet = Image.new("RGB", (picture.width, picture.height + strip.height), "white")
+    sheet.paste(picture)
+    sheet.paste(strip, (0, picture.height))
+    return sheet
+
+
+def legend_strip(width: int, entries: Sequence[tuple[str, np.ndarray | None]]) -> Image.Image:
+    """A legend of a width in pixels: a colour, if any, and a text for each entry, in as many rows as needed."""
+    size = max(11, width // 45)
     pad = size // 2
     boxes, x, y = [], pad, pad
     for text, colour in entries:
         font = font_for(text, size)
         indent = 0 if colour is None else size + pad // 2
-        width = int(font.getlength(text)) + indent + size + pad // 2
-        if x > pad and x + width > picture.width:
+        room = int(font.getlength(text)) + indent + size + pad // 2
+        if x > pad and x + room > width:
             x, y = pad, y + size + pad
         boxes.append((x, y, indent, text, font, colour))
-        x += width
-    sheet = Image.new("RGB", (picture.width, picture.height + y + size + 2 * pad), "white")
-    sheet.paste(picture)
-    draw = ImageDraw.Draw(sheet)
+        x += room
+    strip = Image.new("RGB", (width, y + size + 2 * pad), "white")
+    draw = ImageDraw.Draw(strip)
     for x, y, indent, text, font, colour in boxes:
-        top = picture.height + y
         if colour is not None:
-            draw.rectangle((x, top, x + size, top + size), fill=tuple(int(c) for c in colour))
+            draw.rectangle((x, y, x + size, y + size), fill=tuple(int(c) for c in colour))
         # letters of all fonts stand in the middle of the row
-        draw.text((x + indent, top + size // 2), text, fill="black", font=font, anchor="lm")
-    return sheet
+        draw.text((x + indent, y + size // 2), text, fill="black", font=font, anchor="lm")
+    return strip

@@ -92,6 +92,13 @@ class SegmentOptions:
             "each file."
         ),
     ] = None
+    smoothing: Annotated[
+        float,
+        typer.Option(help="For videos: weight of earlier frames, so that masks do not flicker; 0 for none.", min=0),
+    ] = 0.6
+    every: Annotated[
+        int, typer.Option(help="For videos: segment every Nth frame; those between get its masks.", min=1)
+    ] = 1
     tile: Annotated[
         int | None,
         typer.Option(

@@ -83,8 +83,6 @@ def open_onnxruntime(graph: Graph, path: Path, threads: int | None, dtype: str) 
 
 def open_openvino(graph: Graph, path: Path, threads: int | None, dtype: str) -> Any:
     """As [`open_onnxruntime`]."""
-    import openvino
-
     settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": HINTS.get(dtype, "f32")}
     if threads is not None:
         settings["INFERENCE_NUM_THREADS"] = threads
@@ -104,9 +102,9 @@ def openvino_core() -> Any:
     """
     The one `openvino.Core` of the process, which is never freed.
 
-    On Linux, a core's CPU plugin gives the thread an alternate stack for signals. A plugin that is freed before a younger one
-    leaves the address of freed memory behind, and the next signal that Python handles, such as Ctrl-C or the end of a child
-    process, would end the process (seen with OpenVINO 2026.4).
+    On Linux, a core's CPU plugin gives the thread an alternate stack for signals. A plugin that is freed before a younger
+    one leaves the address of freed memory behind, and the next signal that Python handles, such as Ctrl-C or the end of a
+    child process, would end the process (seen with OpenVINO 2026.4).
     """
     import openvino
 

@@ -17,6 +17,7 @@ from doc_pages import PROJECT, ROOT, blocks, page_text, reasons, run_page
 from official_checkpoints import write_official
 from PIL import Image
 from transformers import pipeline
+from videos import write_clip
 
 import spar_hf
 from spar_hf.cli.main import app
@@ -36,6 +37,7 @@ PAGES = (
     "docs/faq",
     "docs/masks",
     "docs/huge_images",
+    "docs/video",
     "docs/concepts/teacher",
     "docs/concepts/sampling",
     "docs/concepts/geometry",
@@ -55,6 +57,7 @@ NOT_RUN = {
         "tests/training draws them from small folders": 1,
     },
     "docs/data": {"needs the hub": 1},
+    "docs/video": {"needs CamVid": 1},
     "docs/checkpoints": {"needs the hub; tests/conversion replaces it": 1},
 }
 PACKAGES = ("supervision", "trackio")  # recipes that need a package which the library does not
@@ -118,6 +121,8 @@ def given(folder):
 @pytest.mark.parametrize("page", PAGES)
 def test_commands_of_a_page(page, folder, monkeypatch):
     names = given(folder) if page in ("docs/masks", "docs/huge_images") else None
+    if page == "docs/video":
+        write_clip(folder / "clip.mp4")
     assert run_page(page, monkeypatch, SUBSTITUTES, names) == sum(block.why is None for block in blocks(page)) > 0
 
 
