@@ -8,9 +8,11 @@ LOWEST := .venv-lowest
 DOCS := .venv-docs
 RELEASE := .venv-release
 TORCH := torch==2.13.0
-RUN := -m pytest -n 2 -m "not network and not gpu"
+RUN := -m pytest -n 2 --dist loadgroup -m "not network and not gpu"
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
+# commands that tests start: two of them at a time share two cores
+tests lowest: export OMP_NUM_THREADS = 1
 
 .PHONY: test tests lint bounds lowest demo docs release clean
 

@@ -2,6 +2,7 @@
 
 import logging
 import os
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -16,6 +17,20 @@ from transformers import PreTrainedTokenizerFast, pipeline
 from spar_hf import SparForOpenVocabSegmentation, SparImageProcessorPil, SparProcessor
 
 torch.set_num_threads(1)  # two workers share two cores
+
+
+# rooms whose tests share what takes long to make, such as exports or a running server: each room runs in one process
+SHARED = ("batch/test_ray_engine", "docs/test_commands", "export/", "runtime/", "serving/", "test_wheel")
+
+
+def pytest_collection_modifyitems(items):
+    """Slow tests first, so that no process waits for the other's last one; and rooms of `SHARED` together."""
+    for item in items:
+        path = item.path.relative_to(Path(__file__).parent).as_posix()
+        for room in SHARED:
+            if path.startswith(room):
+                item.add_marker(pytest.mark.xdist_group(room))
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 @pytest.fixture(autouse=True)

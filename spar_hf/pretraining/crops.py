@@ -124,11 +124,15 @@ class CropBatches(Dataset):
     Item i is batch i: a list with pixels and labels of every set. It depends on the seed and i, whatever the worker.
 
     The sets share the `batch_size` crops of a batch by their weights; each gets at least one. Crops have `window` × `window`
-    pixels.
+    pixels. With `paste_probability`, crops get classes of others ([`paste_classes`]) and other backgrounds
+    ([`change_background`]).
     """
 
-    def __init__(self, sets: list[CropSet], batch_size: int, window: int, steps: int, seed: int):
+    def __init__(
+        self, sets: list[CropSet], batch_size: int, window: int, steps: int, seed: int, paste_probability: float = 0.0
+    ):
         self.sets, self.window, self.steps, self.seed = sets, window, steps, seed
+        self.paste_probability = paste_probability
         total = sum(s.weight for s in sets)
         self.counts = [max(1, round(batch_size * s.weight / total)) for s in sets]
 
@@ -136,14 +140,20 @@ class CropBatches(Dataset):
         return self.steps
 
     def __getitem__(self, step: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        rng = random.Random(f"{self.seed}-{step}")
+        rng, paste = random.Random(f"{self.seed}-{step}"), self.paste_probability
         groups = []
         for crop_set, count in zip(self.sets, self.counts, strict=True):
             crops = [crop_set.cut(rng, self.window) for _ in range(count)]
             pixels, labels = (torch.stack(parts) for parts in zip(*crops, strict=True))
             if crop_set.masks is not None and rng.random() < 0.3:
                 pixels, labels = paste_box(pixels, labels, rng)
+            elif crop_set.masks is not None and paste and rng.random() < paste:
+                pixels, labels = paste_classes(pixels, labels, crop_set.unnamed, rng)
             groups.append((pixels, labels))
+        for number, crop_set in enumerate(self.sets):
+            if crop_set.unnamed is not None and paste and rng.random() < paste:
+                others = torch.cat([group[0] for k, group in enumerate(groups) if k != number] or [groups[number][0]])
+                groups[number] = change_background(*groups[number], crop_set.unnamed, others, rng)
         return groups
 
 
@@ -157,6 +167,48 @@ def paste_box(pixels: torch.Tensor, labels: torch.Tensor, rng: random.Random) ->
     rows = slice(top * scale, (top + height) * scale)
     columns = slice(left * scale, (left + width) * scale)
     pixels[:, :, rows, columns] = pixels.roll(1, 0)[:, :, rows, columns]
+    return pixels, labels
+
+
+def paste_classes(
+    pixels: torch.Tensor, labels: torch.Tensor, unnamed: int | None, rng: random.Random
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    ClassMix (Olsson et al., 2021): every crop gets the pixels of half of the classes of its neighbour in the batch, at least
+    one, where they lie there. Ignored pixels and those of the class `unnamed` are not pasted.
+
+    Args:
+        pixels: `(crops, 3, height, width)`.
+        labels: `(crops, height / LABEL_GRID, width / LABEL_GRID)`.
+        unnamed: class of the pixels that belong to none of the others.
+        rng: chooses the classes.
+    """
+    given, mask = labels.roll(1, 0), torch.zeros_like(labels, dtype=torch.bool)
+    for crop, donor in enumerate(given):
+        present = [label for label in donor.unique().tolist() if label not in (IGNORE_INDEX, unnamed)]
+        chosen = rng.sample(present, (len(present) + 1) // 2)
+        mask[crop] = torch.isin(donor, torch.tensor(chosen, dtype=donor.dtype))
+    seen = mask.repeat_interleave(LABEL_GRID, 1).repeat_interleave(LABEL_GRID, 2)  # (crops, height, width)
+    return torch.where(seen[:, None], pixels.roll(1, 0), pixels), torch.where(mask, given, labels)
+
+
+def change_background(
+    pixels: torch.Tensor, labels: torch.Tensor, unnamed: int, others: torch.Tensor, rng: random.Random
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Put half of the crops before another background: what belongs to no class, and ignored pixels, become those of a crop
+    of another set, and are ignored, since that one may show the same classes.
+
+    Args:
+        pixels, labels, unnamed, rng: as for [`paste_classes`].
+        others: crops of other sets `(others, 3, height, width)`.
+    """
+    pixels, labels = pixels.clone(), labels.clone()
+    for crop in rng.sample(range(len(pixels)), len(pixels) // 2):
+        rest = (labels[crop] == unnamed) | (labels[crop] == IGNORE_INDEX)
+        seen = rest.repeat_interleave(LABEL_GRID, 0).repeat_interleave(LABEL_GRID, 1)
+        pixels[crop] = torch.where(seen, others[rng.randrange(len(others))], pixels[crop])
+        labels[crop][rest] = IGNORE_INDEX
     return pixels, labels
 
 

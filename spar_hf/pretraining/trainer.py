@@ -123,7 +123,7 @@ def train_towers(
     accelerator, training, seed = run.accelerator, options.training, options.run.seed
     trained = [p for p in towers.parameters() if p.requires_grad]
     window = accelerator.unwrap_model(towers).model.config.image_size
-    batches = CropBatches(sets, training.batch_size, window, training.steps, seed)
+    batches = CropBatches(sets, training.batch_size, window, training.steps, seed, training.paste_probability)
     loader = DataLoader(
         batches,
         batch_size=None,

@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, BertConfig, BertModel, PreTrainedTokeniz
 from spar_hf import SparForOpenVocabSegmentation
 from spar_hf.model.prompts import embed_names
 from spar_hf.pretraining import trainer
-from spar_hf.pretraining.crops import CropSet, load_sets
+from spar_hf.pretraining.crops import CropBatches, CropSet, change_background, load_sets, paste_classes
 from spar_hf.pretraining.losses import FOREIGN, draw_prompts, pixel_loss
 from spar_hf.pretraining.model import build_model
 from spar_hf.pretraining.options import NewModelOptions, TrainingOptions
@@ -306,3 +306,55 @@ def test_even_classes__images_are_drawn_by_class():
 
     assert share_of_the_last(spec) == pytest.approx(1 / 10, abs=0.02)
     assert share_of_the_last({**spec, "even_classes": True}) == pytest.approx(2 / 3, abs=0.03)
+
+
+def crops_of_classes():
+    """Three crops of 16 px of random classes 0 to 3 and ignored ones; a pixel's colour tells its crop."""
+    labels = torch.tensor(np.random.default_rng(0).choice([0, 1, 2, 3, 255], (3, 4, 4)))
+    pixels = torch.arange(3.0)[:, None, None, None].expand(3, 3, 16, 16).clone()
+    return pixels, labels
+
+
+def test_pasted_classes_are_whole_and_their_pixels_come_along():
+    pixels, labels = crops_of_classes()
+    found, new = paste_classes(pixels, labels, 0, random.Random(1))
+    for crop in range(3):
+        donor = (crop - 1) % 3
+        pasted = {int(label) for label in labels[donor].unique()} - {0, 255}
+        chosen = {label for label in pasted if (new[crop] == label)[labels[donor] == label].all()}
+        assert chosen and len(pasted) // 2 <= len(chosen)
+        for row in range(16):
+            for column in range(16):
+                here = labels[donor, row // 4, column // 4]
+                source = found[crop, 0, row, column]
+                assert source in (crop, donor)
+                if source == donor:  # a class of the donor, at its place
+                    assert int(here) in pasted and new[crop, row // 4, column // 4] == here
+                else:
+                    assert new[crop, row // 4, column // 4] == labels[crop, row // 4, column // 4]
+    taken = [(found[crop, 0] == (crop - 1) % 3).float().mean() for crop in range(3)]
+    assert all(0 < share < 1 for share in taken)
+
+
+def test_another_background_is_ignored_and_leaves_the_classes():
+    pixels, labels = crops_of_classes()
+    others = torch.full((2, 3, 16, 16), 9.0)
+    found, new = change_background(pixels, labels, 0, others, random.Random(0))
+    changed = [crop for crop in range(3) if not torch.equal(new[crop], labels[crop])]
+    assert len(changed) == 1
+    for crop in range(3):
+        rest = (labels[crop] == 0) | (labels[crop] == 255)
+        seen = rest.repeat_interleave(4, 0).repeat_interleave(4, 1)
+        replaced = seen if crop in changed else torch.zeros_like(seen)
+        assert torch.equal(found[crop, 1], torch.where(replaced, 9.0, float(crop)))
+        assert torch.equal(new[crop], torch.where(rest & (crop in changed), 255, labels[crop]))
+
+
+def test_batches_with_pasted_classes_hold_no_other_labels(world):
+    recipe = yaml.safe_load((world / "recipe.yaml").read_text())
+    sets = load_sets(world, recipe)
+    plain, pasted = (CropBatches(sets, 8, 32, 20, 0, probability) for probability in (0.0, 1.0))
+    same = [torch.equal(plain[i][0][0], pasted[i][0][0]) for i in range(20)]
+    assert not all(same)
+    for pixels, labels in (group for i in range(20) for group in pasted[i][:1]):
+        assert pixels.shape[1:] == (3, 32, 32) and set(labels.unique().tolist()) <= {0, 1, 2, 255}
