@@ -14,21 +14,42 @@ SMALLEST_SHARE = 0.005  # of a class in a legend; less would be written as 0 %
 HEAT = np.array([(0, 0, 4), (81, 18, 124), (183, 55, 121), (252, 137, 97), (252, 253, 191)])
 
 
+# Any two of these, and grey, differ by at least 20 CIE76 for people with normal sight, deuteranopia and protanopia
+# (simulated with the matrices of Machado et al. 2009): tests/cli/test_overlays.py. `labels.js` of the web export has them
+# too.
+FIRST_COLOURS = (
+    (242, 140, 0),
+    (0, 64, 140),
+    (242, 242, 0),
+    (115, 191, 242),
+    (115, 0, 0),
+    (140, 115, 255),
+    (38, 255, 242),
+    (166, 217, 166),
+    (191, 115, 89),
+    (89, 0, 255),
+    (140, 89, 0),
+    (115, 0, 64),
+)
+
+
 def palette(classes: int, background: int = -1) -> np.ndarray:
     """
-    Distinct RGB colours for classes: `(classes, 3)` uint8. Hues are spaced by the golden ratio, brightness alternates; the
-    class `background` is grey.
+    Distinct RGB colours for classes: `(classes, 3)` uint8. The first 12 can be told apart with the common kinds of colour
+    blindness; of the others, hues are spaced by the golden ratio and brightness alternates. The class `background` is grey.
 
     Example:
 
     ```python
     >>> palette(3, background=2).tolist()
-    [[255, 38, 38], [82, 117, 204], [140, 140, 140]]
+    [[242, 140, 0], [0, 64, 140], [140, 140, 140]]
     ```"""
-    colours = [
-        colorsys.hsv_to_rgb(i * 0.618034 % 1, (0.85, 0.6)[i % 2], (1.0, 0.8, 0.95)[i % 3]) for i in range(classes)
+    more = [
+        colorsys.hsv_to_rgb(i * 0.618034 % 1, (0.85, 0.6)[i % 2], (1.0, 0.8, 0.95)[i % 3])
+        for i in range(len(FIRST_COLOURS), classes)
     ]
-    table = (np.array(colours).reshape(-1, 3) * 255).round().astype(np.uint8)
+    table = np.concatenate([np.reshape(FIRST_COLOURS, (-1, 3)), np.reshape(more, (-1, 3)) * 255])[:classes]
+    table = table.round().astype(np.uint8)
     if background >= 0:
         table[background] = GREY
     return table

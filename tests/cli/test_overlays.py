@@ -71,6 +71,28 @@ def test_colours_differ():
     assert len({tuple(colour) for colour in palette(60)}) == 60
 
 
+# Machado, Oliveira and Fernandes 2009, severity 1.0: for linear RGB
+SIGHTS = {
+    "normal": np.eye(3),
+    "protanopia": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "deuteranopia": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
+}
+
+
+@pytest.mark.parametrize("sight", SIGHTS)
+def test_the_first_12_colours_and_grey_can_be_told_apart_by_the_colour_blind(sight):
+    rgb = np.concatenate([palette(12), [GREY]]) / 255
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    linear = (linear @ np.transpose(SIGHTS[sight])).clip(0, 1)
+    # CIE 1976 L*a*b* under D65
+    to_xyz = [[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750], [0.0193339, 0.1191920, 0.9503041]]
+    ratio = linear @ np.transpose(to_xyz) / [0.95047, 1.0, 1.08883]
+    f = np.where(ratio > (6 / 29) ** 3, np.cbrt(ratio), ratio * (29 / 6) ** 2 / 3 + 4 / 29)
+    lab = np.stack([116 * f[:, 1] - 16, 500 * (f[:, 0] - f[:, 1]), 200 * (f[:, 1] - f[:, 2])], axis=1)
+    difference = np.linalg.norm(lab[:, None] - lab, axis=2)  # CIE76
+    assert difference[np.triu_indices(13, 1)].min() >= 20
+
+
 def test_a_map_of_another_size_is_refused():
     with pytest.raises(ValueError, match="10×20"):
         overlay(Image.new("RGB", (30, 40)), np.zeros((20, 10), int), ["sky"])

@@ -3,9 +3,16 @@
 
 const GREY = [140, 140, 140]; // of the background
 
-// Distinct colours: hues spaced by the golden ratio, brightness alternates.
+// Any two, and grey, differ for people with normal sight, deuteranopia and protanopia: those of spar_hf/cli/overlays.py.
+const FIRST_COLOURS = [
+  [242, 140, 0], [0, 64, 140], [242, 242, 0], [115, 191, 242], [115, 0, 0], [140, 115, 255],
+  [38, 255, 242], [166, 217, 166], [191, 115, 89], [89, 0, 255], [140, 89, 0], [115, 0, 64],
+];
+
+// Distinct colours; of those after the first 12, hues are spaced by the golden ratio and brightness alternates.
 export function palette(classes, background) {
-  const colours = Array.from({ length: classes }, (_, i) => colour((i * 0.618034) % 1, [0.85, 0.6][i % 2], [1, 0.8, 0.95][i % 3]));
+  const more = (i) => colour((i * 0.618034) % 1, [0.85, 0.6][i % 2], [1, 0.8, 0.95][i % 3]);
+  const colours = Array.from({ length: classes }, (_, i) => FIRST_COLOURS[i] ?? more(i));
   if (background >= 0) colours[background] = GREY;
   return colours;
 }
