@@ -21,7 +21,7 @@ from spar_hf.utils.atomic import write_atomically, write_json
 from spar_hf.utils.errors import UsageError
 from spar_hf.utils.options import earlier_names
 
-SUMS = ("confusion", "boundary", "nanoseconds")
+SUMS = ("confusion", "boundary", "nanoseconds", "flicker")
 # settings that change neither counts nor times; the mixed precision that was used has an entry of its own
 FREE_SETTINGS = {"--output", "--card_folder", "--save_seconds", "--overwrite", "--max_pixels", "--mixed_precision"}
 FREE_SETTINGS |= {"--compare"}
@@ -38,6 +38,8 @@ class Counts:
         confusion: see `iou.count_pixels`; `(runs, classes, classes)` int64.
         boundary: see `iou.count_boundaries`; `(runs, 3, classes)` int64.
         nanoseconds: of the vision forward and in total; `(runs, 2)` int64.
+        flicker: pixels that stand still from the image before to a counted one, and those of them that change their class;
+            `(runs, 2)` int64.
         memory: largest peak memory of an image in bytes, -1 if it was not measured; `(runs,)` int64.
     """
 
@@ -46,6 +48,7 @@ class Counts:
         self.confusion = np.zeros((runs, classes, classes), np.int64)
         self.boundary = np.zeros((runs, 3, classes), np.int64)
         self.nanoseconds = np.zeros((runs, 2), np.int64)
+        self.flicker = np.zeros((runs, 2), np.int64)
         self.memory = np.full(runs, -1, np.int64)
 
     def add(
@@ -111,7 +114,8 @@ class Counts:
         """
         try:
             with np.load(path, allow_pickle=False) as stored:
-                arrays = {name: stored[name] for name in ("done", *SUMS, "memory")}
+                known = [name for name in ("done", *SUMS, "memory") if name in stored or name != "flicker"]
+                arrays = {name: stored[name] for name in known}  # earlier versions counted no flicker
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:  # a cut file raises the last two
             raise UsageError(
                 f"{path} holds no counts ({error}). Delete it; its images will be measured again."

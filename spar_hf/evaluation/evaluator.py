@@ -25,6 +25,7 @@ from spar_hf.data.segmentation_sets import SegmentationSet, check_readable
 from spar_hf.evaluation.candidates import Candidate, first_given, load_candidates
 from spar_hf.evaluation.counts import FREE_SETTINGS, Counts, PartialCounts, check_same_settings
 from spar_hf.evaluation.dataset import open_with_words
+from spar_hf.evaluation.flicker import count_changes
 from spar_hf.evaluation.inference import Prediction, predict
 from spar_hf.evaluation.options import EvaluationOptions
 from spar_hf.evaluation.protocols import find_protocol
@@ -102,8 +103,11 @@ def measure_all(
     partial_counts = prepare_counts(data, output, settings, accelerator)
     dilation_ratio = first_given(options.run.dilation_ratio, common.dilation_ratio) if options.run.boundary else None
     predictor = Predictor(runs, candidates, vocabulary, accelerator, options.run.window_batch_size, options.run.warmup)
-    counts = count_images(data, predictor, partial_counts, dilation_ratio, options.output.save_seconds)
-    report = make_report(data, vocabulary, runs, candidates, counts, scored, options.run.boundary, accelerator)
+    measured = {"boundary": options.run.boundary, "flicker": options.run.flicker}
+    counts = count_images(
+        data, predictor, partial_counts, dilation_ratio, options.output.save_seconds, options.run.flicker
+    )
+    report = make_report(data, vocabulary, runs, candidates, counts, scored, measured, accelerator)
     report |= {"options": options.flat, "settings": settings}
     if accelerator.is_main_process:
         write_report(report, output, options.output.card_folder, console)
@@ -149,6 +153,8 @@ def measurement_settings(
     settings["files"] = {name: model_files(folder) for name, folder in folders.items()}
     settings["mixed precision"] = accelerator.mixed_precision
     settings["device"] = accelerator.device.type
+    if not options.get("flicker"):  # earlier versions did not measure it
+        settings.pop("--flicker", None)
     if options.get("threshold") and options.get("protocol") is None:
         settings["scores"] = "classes"  # earlier versions compared the softmax over names with it
     return json.loads(json.dumps(settings))
@@ -233,6 +239,7 @@ def count_images(
     partial_counts: PartialCounts | None,
     dilation_ratio: float | None,
     save_seconds: float,
+    flicker: bool = False,
 ) -> Counts:
     """
     Count all images that were not counted before, each process its share.
@@ -243,6 +250,7 @@ def count_images(
         partial_counts: where counts are kept on disk.
         dilation_ratio: width of boundaries; `None` does not count them.
         save_seconds: time between two writes.
+        flicker: whether flicker is counted; each process takes images that follow one another.
 
     Returns:
         The counts of all images, on every process.
@@ -250,12 +258,23 @@ def count_images(
     accelerator, size = predictor.accelerator, (len(predictor.runs), len(data.labels))
     earlier = Counts(*size) if partial_counts is None else partial_counts.earlier(*size)
     left = sorted(set(range(len(data))) - set(earlier.done.tolist()))
-    share = left[accelerator.process_index :: accelerator.num_processes]
-    counts, saved = Counts(*size), time.monotonic()
+    process, processes = accelerator.process_index, accelerator.num_processes
+    share = left[process::processes]
+    if flicker:
+        share = left[len(left) * process // processes : len(left) * (process + 1) // processes]
+    counts, saved, before = Counts(*size), time.monotonic(), None
     for number in tqdm(share, desc="images", disable=not accelerator.is_main_process):
+        if flicker and number and (before is None or before[0] != number - 1):
+            image, _ = data.read(number - 1)  # another process or an earlier start has counted it
+            before = number - 1, image, [prediction.label_map.numpy() for prediction, _ in predictor(image)]
         image, reference = data.read(number)
         found = predictor(image)
         predictions = [prediction for prediction, _ in found]
+        maps = [prediction.label_map.numpy() for prediction in predictions]
+        if flicker and before is not None:
+            still, changed = count_changes(before[1], image, list(zip(before[2], maps, strict=True)))
+            counts.flicker += [(still, pixels) for pixels in changed]
+        before = number, image, maps
         counts.add(number, reference, predictions, dilation_ratio, data.ignore_index)
         for i, (_, memory) in enumerate(found):
             counts.note_memory(i, memory)

@@ -1,9 +1,37 @@
 """Flicker of label maps: pixels that change their class from one frame to the next although the image does not change."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from PIL import Image
 
 TOLERANCE = 8  # levels of 255, about what noise and JPEG change
+
+
+def count_changes(
+    before: Image.Image, image: Image.Image, maps: Sequence[tuple[np.ndarray, np.ndarray]], tolerance: int = TOLERANCE
+) -> tuple[int, list[int]]:
+    """
+    Count pixels that stand still between two frames, and those of them that change their class.
+
+    Args:
+        before, image: the frames, of any mode; of different sizes no pixel stands still.
+        maps: pairs of label maps `(height, width)` of the two frames.
+        tolerance: as for [`Flicker`].
+
+    Example:
+
+    ```python
+    >>> grey, black = Image.new("L", (2, 1), 100), Image.new("L", (2, 1))
+    >>> maps = [(np.array([[0, 1]]), np.array([[0, 0]]))]
+    >>> count_changes(grey, grey, maps), count_changes(grey, black, maps)
+    ((2, [1]), (0, [0]))
+    ```"""
+    if before.size != image.size:
+        return 0, [0 for _ in maps]
+    pixels, earlier = (np.asarray(frame.convert("RGB")).astype(np.int16) for frame in (image, before))
+    still = np.abs(pixels - earlier).max(-1) <= tolerance
+    return int(still.sum()), [int((still & (then != now)).sum()) for then, now in maps]
 
 
 class Flicker:
@@ -28,7 +56,7 @@ class Flicker:
 
     def __init__(self, tolerance: int = TOLERANCE):
         self.tolerance, self.still, self.changed = tolerance, 0, 0
-        self._before: tuple[np.ndarray, np.ndarray] | None = None
+        self._before: tuple[Image.Image, np.ndarray] | None = None
 
     def add(self, image: Image.Image, label_map: np.ndarray) -> None:
         """
@@ -41,14 +69,12 @@ class Flicker:
         Raises:
             ValueError: image and label map differ in size.
         """
-        pixels = np.asarray(image.convert("RGB")).astype(np.int16)
-        if pixels.shape[:2] != label_map.shape:
-            raise ValueError(f"The label map is {label_map.shape}, height first, but the image {pixels.shape[:2]}.")
-        if self._before is not None and self._before[0].shape == pixels.shape:
-            still = np.abs(pixels - self._before[0]).max(-1) <= self.tolerance
-            self.still += int(still.sum())
-            self.changed += int((still & (label_map != self._before[1])).sum())
-        self._before = pixels, label_map
+        if label_map.shape != (image.height, image.width):
+            raise ValueError(f"The label map is {label_map.shape}, height first, but the image {image.size[::-1]}.")
+        if self._before is not None:
+            still, (changed,) = count_changes(self._before[0], image, [(self._before[1], label_map)], self.tolerance)
+            self.still, self.changed = self.still + still, self.changed + changed
+        self._before = image, label_map
 
     @property
     def value(self) -> float:

@@ -182,6 +182,11 @@ class MeasurementOptions:
     window_batch_size: int = option(16, HELP["window_batch_size"])
     mixed_precision: str | None = option(None, HELP["mixed_precision"])
     boundary: bool = option(True, "Measure boundary IoU as well.")
+    flicker: bool = option(
+        False,
+        "For the frames of a video, in the order of their names: measure flicker, the share of the pixels that change their "
+        "class from one frame to the next although the image stands still there.",
+    )
     dilation_ratio: float | None = option(None, "Width of boundaries as a share of the image diagonal. Default: 0.02.")
     warmup: bool = option(
         True,

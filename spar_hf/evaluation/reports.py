@@ -38,7 +38,7 @@ def make_report(
     candidates: dict[str, Candidate],
     counts: Counts,
     scored: Sequence[int],
-    boundary: bool,
+    measured: dict[str, bool],
     accelerator: Accelerator,
 ) -> dict[str, Any]:
     """
@@ -51,17 +51,20 @@ def make_report(
         candidates: the models by name.
         counts: of all images.
         scored: numbers of the classes that are averaged over.
-        boundary: whether boundaries were counted.
+        measured: whether `boundary` and `flicker` were counted.
         accelerator: of the measurement.
     """
     labels, device, table = vocabulary.labels, accelerator.device, []
     for i, run in enumerate(runs):
         seconds = counts.nanoseconds[i] / 1e9 / len(data)
-        boundaries = counts.boundary[i] if boundary else None
+        boundaries = counts.boundary[i] if measured["boundary"] else None
         row = make_row(run, counts.confusion[i], boundaries, seconds, int(counts.memory[i]), labels, scored)
         candidate = candidates[run.model]
         how: dict[str, Any] = {"patch_size": candidate.model.config.patch_size, "resize": candidate.resize or None}
         how |= {"resample": candidate.resample, "window_size": candidate.window_size}
+        if measured["flicker"]:
+            still, changed = counts.flicker[i].tolist()
+            row["flicker"] = changed / still if still else float("nan")
         table.append(row | how | asdict(candidate.rules))
     single = next((row for row in table if row["stride"] is None), None)
     for row in table:
@@ -262,7 +265,8 @@ def show(report: dict[str, Any], console: Console) -> None:
     for heading in ("model", "inference"):
         table.add_column(heading)
     units = ("mIoU\n%", "bound.\nIoU %", "pixel\nacc. %", "vision\ns", "total\ns", "vision\ntime", "peak\nMB")
-    for heading in units:
+    flicker = any("flicker" in row for row in report["runs"])
+    for heading in (*units, *(["flicker\n%"] if flicker else [])):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in report["runs"]:
         memory = row["peak_memory_bytes"]
@@ -276,6 +280,7 @@ def show(report: dict[str, Any], console: Console) -> None:
             digits(row["total_seconds"]),
             "" if row["time_ratio"] is None else f"{digits(row['time_ratio'])} ×",
             "" if memory is None else f"{memory / 2**20:.0f}",
+            *([percent(row.get("flicker"))] if flicker else []),
         )
     console.print(table)
     for gap in report["gaps"]:

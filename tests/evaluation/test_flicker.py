@@ -1,12 +1,20 @@
 """Flicker counts pixels that stand still and change their class."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from transformers import pipeline
 
+import spar_hf  # noqa: F401  # registers the pipeline
+from spar_hf.data.segmentation_sets import open_folder
+from spar_hf.evaluation.command import main
+from spar_hf.evaluation.evaluator import count_images
 from spar_hf.evaluation.flicker import Flicker
+from spar_hf.evaluation.inference import Prediction
 
 
 def test_against_a_plain_count():
@@ -33,3 +41,63 @@ def test_sequences_of_other_sizes_begin_anew_and_nothing_is_no_number():
     assert math.isnan(flicker.value)
     with pytest.raises(ValueError, match="label map"):
         flicker.add(Image.new("RGB", (5, 3)), np.ones((5, 3), int))
+
+
+def test_evaluate_counts_it_over_frames_however_they_are_shared_out(tmp_path, checkpoint):
+    folder, rng = tmp_path / "clip", np.random.default_rng(0)
+    for name in ("images", "masks"):
+        (folder / name).mkdir(parents=True)
+    (folder / "classes.txt").write_text("cat\ndog\ngrass\n")
+    frame = rng.integers(0, 256, (66, 90, 3))
+    for number in range(6):  # a moving strip of noise; the last frames are of another size
+        if number == 4:
+            frame = frame[:, :80]
+        frame = frame.copy()
+        frame[:, 10 * number : 10 * number + 20] = rng.integers(0, 256, (66, 20, 3))
+        Image.fromarray(frame.astype(np.uint8)).save(folder / "images" / f"{number:02}.png")
+        Image.fromarray(np.zeros(frame.shape[:2], np.uint8)).save(folder / "masks" / f"{number:02}.png")
+    model = checkpoint("base")
+    arguments = [
+        "--dataset",
+        str(folder),
+        "--model",
+        str(model),
+        "--shortest_edge",
+        "64",
+        "--no_boundary",
+        "--no_warmup",
+    ]
+    report = main([*arguments, "--flicker"])
+
+    segment, flicker = pipeline("open-vocab-segmentation", model=str(model)), Flicker()
+    for path in sorted((folder / "images").iterdir()):
+        image = Image.open(path)
+        labels = ["cat", "dog", "grass"]
+        found = segment(image, candidate_labels=labels, size={"shortest_edge": 64}, output="map")
+        flicker.add(image, found["map"])
+    assert 0 < flicker.changed < flicker.still
+    assert report["runs"][0]["flicker"] == flicker.value
+    assert "flicker" not in main(arguments)["runs"][0]
+
+    data = open_folder(folder)
+
+    class Repeat:  # of the model of a run: label maps that depend on the image alone
+        runs = [None]
+
+        def __init__(self, process, processes):
+            self.accelerator = SimpleNamespace(
+                process_index=process, num_processes=processes, is_main_process=False, device=torch.device("cpu")
+            )
+            self.accelerator.reduce = lambda counts, how: counts
+            self.accelerator.gather = lambda peaks: peaks
+
+        def __call__(self, image):
+            return [(Prediction(torch.from_numpy(np.asarray(image)[..., 0] % 3).long(), 0.0, 0.0), None)]
+
+    def counts(process, processes):
+        return count_images(data, Repeat(process, processes), None, None, 30, flicker=True).flicker
+
+    whole = counts(0, 1)
+    assert whole[0, 1] > 0
+    for processes in (2, 3, 6):
+        np.testing.assert_array_equal(sum(counts(i, processes) for i in range(processes)), whole)
