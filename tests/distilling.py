@@ -39,11 +39,11 @@ class Launcher:
     def __init__(self, base, images):
         self.data = base, images
 
-    def start(self, output, *options, config=None, script=TRAINING / "distill.py", **environment):
+    def start(self, output, *options, config=None, script=TRAINING / "distill.py", launch=(), **environment):
         command = [sys.executable]
         if config:
             command += ["-m", "accelerate.commands.launch", "--config_file", str(TRAINING / "configs" / config)]
-            command += ["--main_process_port", "0", "--mixed_precision", "no"]
+            command += ["--main_process_port", "0", "--mixed_precision", "no", *launch]
         command += [*map(str, script if isinstance(script, tuple) else (script,)), "--output", str(output)]
         command += ["--model", str(self.data[0]), "--images", str(self.data[1])]
         return subprocess.Popen(

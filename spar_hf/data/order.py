@@ -10,7 +10,8 @@ import itertools
 import random
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import PurePath
 from typing import Any, Protocol
 
@@ -179,9 +180,16 @@ class MapOrder(Sampler):
         seed: of the order.
         process: number of this process.
         processes: how many there are.
-        start: `after` of the last sample of an interrupted run.
+        start: `after` of the last sample of an interrupted run, or what [`MapOrder.share`] makes of those of all processes.
         shuffle: `False` keeps the order of the images in every epoch.
-    """
+
+    Example:
+
+    ```python
+    >>> images, _ = split_images([Files([f"{i}.jpg" for i in range(6)])], exclude=[], holdout_every=0)
+    >>> [sample.index for sample in itertools.islice(MapOrder(images, 0, process=1, processes=2), 3)]
+    [1, 3, 5]
+    ```"""
 
     def __init__(
         self,
@@ -196,20 +204,50 @@ class MapOrder(Sampler):
         self.images, self.seed, self.process, self.processes = images, seed, process, processes
         self.start = start or [0]
 
+    @staticmethod
+    def share(after: list[list[int]], processes: int) -> list[int]:
+        """
+        Where each of another number of processes starts. First come the samples that some of the earlier processes had not
+        reached yet, since images that cannot be read put others ahead; then the stream goes on. So each is seen once.
+
+        Args:
+            after: of the last sample of each earlier process.
+            processes: how many there are now.
+
+        Example:
+
+        ```python
+        >>> MapOrder.share([[3], [1]], 1)  # 0, 2 and 4 were seen, and 1: left are 3 and 5, and all from 6 on
+        [0, 6, 3, 5]
+        ```"""
+        (_, first, *left), earlier = [*after[0], 0] if len(after[0]) == 1 else after[0], len(after)
+        turns = [turn for turn, *_ in after]
+        end = max(max(turns) * earlier, len(left))
+        missed = [place for place in range(min(turns) * earlier, end) if place // earlier >= turns[place % earlier]]
+        return [0, first + end - len(left), *(index_at(place, first, left) for place in missed)]
+
     def __iter__(self) -> Iterator[Sample]:
         order = ShuffledStream(len(self.images), f"order-{self.seed}")
-        for turn in itertools.count(self.start[0]):
-            index = turn * self.processes + self.process
+        begun, *shared = self.start
+        first, *left = shared or [0]
+        for turn in itertools.count(begun):
+            index = index_at(turn * self.processes + self.process, first, left)
             number = order[index] if self.shuffle else index % len(self.images)
-            yield self.images.sample(number, index, [turn + 1])
+            yield self.images.sample(number, index, [turn + 1, *shared])
+
+
+def index_at(place: int, first: int, left: list[int]) -> int:
+    """The number at a place of the samples `left`, `first`, `first + 1`, …"""
+    return left[place] if place < len(left) else first + place - len(left)
 
 
 class StreamOrder(Sampler):
     """
     The endless stream of an iterable table. Every epoch shuffles the shards, and the images within a buffer, if asked to.
 
-    Each process takes its own shards if their number is a multiple of the number of processes, otherwise every n-th image. A
-    resumed run reads the interrupted epoch from its beginning without decoding, because only that restores the buffer.
+    Each process takes its own shards of an epoch if their number is a multiple of the number of processes, otherwise every
+    n-th image. One whose shards hold fewer images begins its next epoch earlier, so that none waits.
+    A resumed run reads the interrupted epoch from its beginning without decoding, because only that restores the buffer.
 
     Args:
         table: iterable data set, see `open_sources`.
@@ -217,7 +255,8 @@ class StreamOrder(Sampler):
         seed: of the order.
         process: number of this process.
         processes: how many there are.
-        start: `after` of the last sample of an interrupted run.
+        start: `after` of the last sample of an interrupted run, or what [`StreamOrder.share`] makes of those of all
+            processes.
 
     Raises:
         UsageError: the stream has no image for this process.
@@ -232,8 +271,33 @@ class StreamOrder(Sampler):
         self.plain, self.options = table, options
         if options.shuffle:
             table = table.shuffle(seed=seed, buffer_size=options.shuffle_buffer)
-        self.table = split_dataset_by_node(table, process, processes)
+        self.part_of = partial(split_dataset_by_node, table)
         self.process, self.processes, self.start = process, processes, start or [0, 0]
+
+    @staticmethod
+    def share(after: list[list[int]], process: int, processes: int) -> list[int]:
+        """
+        Where one of another number of processes starts. What each of the earlier ones had left of the epochs until the last
+        one begun is read by one process, in the order it had; then the stream is split anew. So each image is seen once an
+        epoch.
+
+        Args:
+            after: of the last sample of each earlier process.
+            process: number of this process.
+            processes: how many there are now.
+
+        Example:
+
+        ```python
+        >>> StreamOrder.share([[4, 7], [4, 8]], 0, 1)  # epoch 5; before it parts 0 and 1 of 2 of epoch 4, from 7 and 8 on
+        [5, 0, 4, 0, 2, 7, 4, 1, 2, 8]
+        ```"""
+        end = max(epoch for epoch, *_ in after) + 1
+        unfinished = []
+        for number, (begun, taken, *earlier) in enumerate(after):
+            unfinished += [*parts_of(earlier), (begun, number, len(after), taken)]
+            unfinished += [(epoch, number, len(after), 0) for epoch in range(begun + 1, end)]
+        return [end, 0, *itertools.chain.from_iterable(sorted(unfinished)[process::processes])]
 
     def read(self, row: dict[str, Any]) -> tuple[Any, str, bool]:
         """A row's image, its name, and whether it is held out: by its checksum, because a stream has no fixed positions."""
@@ -250,22 +314,38 @@ class StreamOrder(Sampler):
             if held_out and not is_excluded(name, self.options.exclude):
                 yield Sample(number, name, source, [])
 
+    def samples(self, epoch: int, part: int, parts: int, taken: int) -> Iterator[tuple[int, Sample]]:
+        """The training images of one of the parts of an epoch, but for its first `taken` rows, with the rows until then."""
+        table = self.part_of(part, parts)
+        table.set_epoch(epoch)
+        for number, row in enumerate(table):
+            source, name, held_out = self.read(row)
+            if held_out or is_excluded(name, self.options.exclude):
+                continue
+            # the length of a stream is unknown, so each epoch gets 2 ** 40 numbers: more than any stream needs
+            index = (epoch << 40) + number * parts + part
+            if number >= taken:
+                yield number + 1, Sample(index, name, source, [])
+
     def __iter__(self) -> Iterator[Sample]:
-        epoch, taken = self.start
-        for epoch in itertools.count(self.start[0]):
-            self.table.set_epoch(epoch)
-            found = False
-            for number, row in enumerate(self.table):
-                source, name, held_out = self.read(row)
-                if held_out or is_excluded(name, self.options.exclude):
-                    continue
+        begun, taken, *earlier = self.start
+        unfinished = parts_of(earlier)
+        for i, (epoch, part, parts, read) in enumerate(unfinished):
+            later = [*itertools.chain.from_iterable(unfinished[i + 1 :])]
+            for rows, sample in self.samples(epoch, part, parts, read):
+                yield replace(sample, after=[begun, taken, epoch, part, parts, rows, *later])
+        for epoch in itertools.count(begun):
+            found = taken > 0
+            for rows, sample in self.samples(epoch, self.process, self.processes, taken):
                 found = True
-                if number >= taken:
-                    # the length of a stream is unknown, so each epoch gets 2 ** 40 numbers: more than any stream needs
-                    index = (epoch << 40) + number * self.processes + self.process
-                    yield Sample(index, name, source, [epoch, number + 1])
+                yield replace(sample, after=[epoch, rows])
             if not found:
                 raise UsageError(
                     "The stream has no image to train on for this process; check --images, --exclude, --holdout_every."
                 )
             taken = 0
+
+
+def parts_of(numbers: list[int]) -> list[tuple[int, int, int, int]]:
+    """The parts of epochs in a list of their numbers: epoch, part, how many parts, rows that were read."""
+    return [(*numbers[i : i + 4],) for i in range(0, len(numbers), 4)]  # type: ignore[misc]

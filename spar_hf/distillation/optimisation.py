@@ -72,6 +72,14 @@ class Optimisation:
         """Of the next step."""
         return self.schedule.get_last_lr()[0]
 
+    def continue_schedule(self, processes: int) -> None:
+        """
+        Go on from the checkpoint of so many processes, which lies between two optimizer steps: accelerate counts images per
+        process, and steps of the schedule times processes.
+        """
+        self.accelerator.step, schedule = 0, self.schedule.scheduler
+        schedule.last_epoch = schedule.last_epoch * self.accelerator.num_processes // processes
+
     def step(self, loss: torch.Tensor, is_bad: Callable[[Any], bool] = lambda norm: False) -> bool:
         """
         Back-propagate a loss. Call it within `accelerator.accumulate`.

@@ -23,6 +23,7 @@ from accelerate.utils import broadcast, broadcast_object_list, gather_object
 from PIL import Image
 from rich.console import Console
 
+from spar_hf.data.order import MapOrder, StreamOrder
 from spar_hf.data.sources import open_sources
 from spar_hf.data.training_images import LoadedSample, SkippedList
 from spar_hf.distillation.dry_run import show_options
@@ -77,7 +78,12 @@ class Distillation:
         )
         self.is_main, self.device = self.accelerator.is_main_process, self.accelerator.device
         self.training_run = TrainingRun(
-            self.accelerator, options.run, options.settings, options.with_current_names, options.folders
+            self.accelerator,
+            options.run,
+            options.settings,
+            options.with_current_names,
+            options.folders,
+            per_process="gradient_accumulation_steps",
         )
         self.state = self.training_run.state
         try:
@@ -94,7 +100,7 @@ class Distillation:
         texts = self.models.embed_words(optimisation.words, self.device) if optimisation.words else None
         if options.student.student:
             self.models.start_from(options.student.student)
-        start = None if self.state is None else self.state["after"][self.accelerator.process_index]
+        start = None if self.state is None else self._own_start(self.state["after"])
         names = image_names(sources, options.images, options.teacher.teacher_cache)
         self.stream = open_stream(
             sources,
@@ -146,6 +152,14 @@ class Distillation:
         return None if run.stopped else self.options.folders[-1]
 
     # The steps of the constructor
+
+    def _own_start(self, after: list[list[int]]) -> list[int]:
+        """Where this process goes on in the stream, from where the processes of the checkpoint stopped."""
+        process, processes = self.accelerator.process_index, self.accelerator.num_processes
+        if len(after) == processes:
+            return after[process]
+        streaming = self.options.images.streaming
+        return StreamOrder.share(after, process, processes) if streaming else MapOrder.share(after, processes)
 
     def _make_student(self) -> Student:
         """The student with its positions prepared, on its device, sharing frozen weights with the teacher."""
@@ -216,6 +230,8 @@ class Distillation:
         """Trackers, the state of the checkpoint that is resumed, and the files that a run starts with."""
         self.training_run.track("spar-distillation", self._record())
         self.training_run.begin(self.steps, self.stream.names)
+        if self.state is not None:
+            self.optimisation.continue_schedule(self.state["processes"])
         if self.is_main:
             recipe = self.options.flat | {"resume": False, "overwrite": False, "allow_changed_data": False}
             write_text(self.output / "recipe.yaml", yaml.safe_dump(recipe, sort_keys=False))
@@ -226,7 +242,11 @@ class Distillation:
         if step >= self.steps:
             return
         # sum of the losses since the last row of the log, in this process
-        running = 0.0 if self.state is None else self.state["running"][accelerator.process_index]
+        running = (
+            0.0
+            if self.state is None
+            else own_loss(self.state["running"], accelerator.process_index, accelerator.num_processes)
+        )
         progress = SpeedMeter(step, self.steps, self.images_per_step, self.device, show=self.is_main)
         loader = self.stream.loader(self.options.images.workers, self.options.optimisation.seed)
         before = running
@@ -355,6 +375,11 @@ class Distillation:
         for folder in self.options.folders:
             finish_folder(folder, self._record(), self.options.flat, pictures)
         logger.info("%d images could not be read (skipped.jsonl).", self.skipped.count())
+
+
+def own_loss(losses: list[float], process: int, processes: int) -> float:
+    """The sum of losses that a process goes on with; their mean where there were more or fewer processes."""
+    return losses[process] if len(losses) == processes else sum(losses) / len(losses)
 
 
 def main(args: list[str] | None = None) -> Path | None:

@@ -102,6 +102,7 @@ def earlier_state(
     upgrade: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
     results: Sequence[Path] = (),
     overwrite: bool = False,
+    per_process: str | None = None,
 ) -> dict[str, Any] | None:
     """
     The `state` of the last complete checkpoint of a resumed run; `None` for a new run.
@@ -115,6 +116,8 @@ def earlier_state(
         results: what a run writes in the end, which a new run would replace.
         overwrite: whether a new run may replace an earlier one. Its checkpoints are removed once all options are checked,
             see [`TrainingRun.begin`]; its results stay until the first new ones are written.
+        per_process: option that counts the images per process and step, of a run that any number of processes can go on
+            with if the images per step stay the same.
 
     Raises:
         MissingFiles: there is no checkpoint to resume from.
@@ -137,14 +140,42 @@ def earlier_state(
     if "settings" not in state or "processes" not in state:
         raise UsageError(f"The checkpoints in {output} are of an earlier version, which did not say how it ran.")
     then = state["settings"] if upgrade is None else upgrade(state["settings"])
-    if changed := differences(then, settings):
+    compared = settings
+    if per_process is not None and state["processes"] != processes:
+        check_images_per_step(per_process, then[per_process], state["processes"], settings[per_process], processes)
+        compared = settings | {per_process: then[per_process]}
+    if changed := differences(then, compared):
         raise UsageError(f"--resume goes on with the same options, but {changed}. Write another run to another folder.")
-    if state["processes"] != processes:
+    if per_process is None and state["processes"] != processes:
         raise UsageError(
             f"The run had {state['processes']} processes and now has {processes}: images would be seen twice or never. "
             "Launch as many as before."
         )
     return state
+
+
+def check_images_per_step(name: str, then: int, processes_then: int, now: int, processes: int) -> None:
+    """
+    Args:
+        name: option that counts the images per process and step; `then` and `now` are its values.
+        processes_then, processes: how many processes there were and are.
+
+    Raises:
+        UsageError: a run on another number of processes would have other steps.
+
+    Example:
+
+    ```python
+    >>> check_images_per_step("batch_size", then=4, processes_then=2, now=8, processes=1)
+    ```"""
+    images = then * processes_then
+    if now * processes == images:
+        return
+    remedy = f"give --{name} {images // processes}" if images % processes == 0 else f"launch {processes_then}"
+    raise UsageError(
+        f"The run had {images} images per step, from {processes_then} processes with --{name} {then}, and goes on with as "
+        f"many. You launched {processes} with --{name} {now}: {remedy}."
+    )
 
 
 def check_replaceable(results: Iterable[Path], overwrite: bool = False) -> None:

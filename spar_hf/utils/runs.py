@@ -213,6 +213,7 @@ class TrainingRun:
         settings: options that a resumed run must share, see [`settings_of`].
         upgrade: see [`earlier_state`].
         results: what the run writes in the end; the last one is named in its last message.
+        per_process: see [`earlier_state`].
 
     Attributes:
         state: what the checkpoint of a resumed run kept; `None` for a new run.
@@ -234,6 +235,7 @@ class TrainingRun:
         settings: dict[str, Any],
         upgrade: Callable[[dict[str, Any]], dict[str, Any]],
         results: Sequence[Path],
+        per_process: str | None = None,
     ):
         self.accelerator, self.options, self.output = accelerator, options, Path(options.output)
         self.settings = settings | {"mixed_precision": accelerator.mixed_precision}
@@ -241,7 +243,8 @@ class TrainingRun:
         resume, overwrite, processes = options.resume, options.overwrite, accelerator.num_processes
         with contextlib.ExitStack() as exits:
             exits.enter_context(RunFolder(accelerator, self.output))
-            self.state = earlier_state(self.output, resume, self.settings, processes, upgrade, results, overwrite)
+            given = (processes, upgrade, results, overwrite, per_process)
+            self.state = earlier_state(self.output, resume, self.settings, *given)
             self.step: int = 0 if self.state is None else self.state["step"]
             self.exits = exits.pop_all()
 

@@ -1,6 +1,8 @@
 """The order of training images, and the hold-out rule."""
 
+import json
 import random
+from itertools import islice
 
 import numpy as np
 import pytest
@@ -70,3 +72,28 @@ def test_map_order__processes_share_one_stream():
     assert first(4, start=alone[7].after) == alone[8:]
     assert len({sample.name for sample in alone[:7]}) == 7
     assert np.diff([sample.after[0] for sample in alone]).tolist() == [1] * 11
+
+
+@pytest.mark.parametrize("changes", [(2, 1), (1, 3), (4, 2, 3, 1)])
+@pytest.mark.parametrize("unread", [set(), {0, 2, 4, 9, 12, 13, 21}])
+def test_map_order__another_number_of_processes_sees_what_is_left(changes, unread):
+    """Simulated runs whose number of processes changes twice; the numbers in `unread` are of images that cannot be read."""
+    images, _ = split_images([Files([f"{i}.jpg" for i in range(7)])], exclude=[], holdout_every=0)
+    expected = {sample.index: sample.name for sample in islice(MapOrder(images, 3, 0, 1), 200)}
+    seen, after = {}, [[0]] * changes[0]
+    for stage, processes in enumerate(changes):
+        start = after if len(after) == processes else [MapOrder.share(after, processes)] * processes
+        after = []
+        for process in range(processes):
+            stream = iter(MapOrder(images, 3, process, processes, start[process]))
+            count, last = 0, start[process]
+            while count < 3 + stage:  # equally many readable images in each process
+                sample = next(stream)
+                assert sample.index not in seen
+                seen[sample.index], last = sample.name, sample.after
+                count += sample.index not in unread
+            after.append(json.loads(json.dumps(last)))  # as a checkpoint keeps it
+    rest = [sample.index for sample in islice(MapOrder(images, 3, 0, 1, MapOrder.share(after, 1)), 30)]
+    assert rest == sorted(rest) and not seen.keys() & set(rest)
+    assert seen.keys() | set(rest) == set(range(max(rest) + 1))  # no number is missing, so no image in any epoch
+    assert all(expected[index] == name for index, name in seen.items())

@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import json
 import logging
 import tarfile
 
@@ -113,6 +114,52 @@ def test_streams_are_split_among_processes_and_leave_held_out_images(tmp_path):
     first = [{sample.name for sample in samples} for samples in epoch]
     assert not first[0] & first[1] and not held_out & (first[0] | first[1])
     assert len(held_out | first[0] | first[1]) == 20
+
+
+@pytest.fixture
+def uneven(tmp_path):
+    """A stream of two shards with 5 and 2 images, none of them held out."""
+    shards = [
+        write(tmp_path / f"{s}.tar", [(f"{s}-{i}.jpg", 20 * s + i) for i in range(n)]) for s, n in ((0, 5), (1, 2))
+    ]
+    options = ImageOptions(images=shards, streaming=True, holdout_every=10**9, shuffle_buffer=3)
+    return open_sources(options)[0], options
+
+
+def take(table, options, process, processes, start, count):
+    return list(itertools.islice(StreamOrder(table, options, 0, process, processes, start), count))
+
+
+def by_epoch(samples):
+    """Names of the images seen in each epoch, in the order they were seen."""
+    epochs = {}
+    for sample in samples:
+        epochs.setdefault(sample.index >> 40, []).append(sample.name)
+    return epochs
+
+
+def test_uneven_shards__each_process_begins_its_epochs_when_it_is_ready(uneven):
+    first, second = (by_epoch(take(*uneven, process, 2, None, 40)) for process in (0, 1))
+    assert {len(first[epoch]) for epoch in range(5)} == {2, 5}  # shards change their process from epoch to epoch
+    for epoch in range(5):
+        assert len(set(first[epoch] + second[epoch])) == len(first[epoch] + second[epoch]) == 7
+
+
+@pytest.mark.parametrize(("before", "changes"), [((3, 1), [1]), ((3, 3), [3]), ((2, 1), [1, 3]), ((4,), [2, 1])])
+def test_a_stream_on_another_number_of_processes_sees_every_image_once_an_epoch(uneven, before, changes):
+    """Also those of an epoch that one process had finished and another had not, and after a second change."""
+    runs = [take(*uneven, process, len(before), None, count) for process, count in enumerate(before)]
+    seen = [sample for run in runs for sample in run]
+    for number, processes in enumerate(changes):
+        begun = [json.loads(json.dumps(run[-1].after)) for run in runs]  # as a checkpoint keeps it
+        starts = [StreamOrder.share(begun, process, processes) for process in range(processes)]
+        count = 2 if number + 1 < len(changes) else 30
+        runs = [take(*uneven, process, processes, start, count) for process, start in enumerate(starts)]
+        seen += [sample for run in runs for sample in run]
+    assert len({sample.index for sample in seen}) == len(seen)
+    epochs = by_epoch(seen)
+    for epoch in range(4):
+        assert len(set(epochs[epoch])) == len(epochs[epoch]) == 7
 
 
 def test_several_columns_of_a_table(tmp_path, caplog):

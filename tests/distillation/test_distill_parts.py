@@ -165,6 +165,7 @@ def test_recipes__preset_then_yaml_then_command_line(tmp_path):
         ("one_gpu", "NO", False, 1),
         ("multi_gpu", "MULTI_GPU", False, 2),
         ("fsdp", "FSDP", False, 2),
+        ("hsdp", "FSDP", False, 4),
     ],
 )
 def test_accelerate_reads_the_configurations(name, kind, cpu, processes):
@@ -173,6 +174,8 @@ def test_accelerate_reads_the_configurations(name, kind, cpu, processes):
     assert (found.use_cpu or found.cpu, found.num_processes) == (cpu, processes)
     assert (bool(found.multi_gpu), bool(found.use_fsdp)) == (kind == "MULTI_GPU", kind == "FSDP")
     assert kind != "FSDP" or str(found.fsdp_version) == "2"
+    replicas, shards = int(found.parallelism_config_dp_replicate_size), int(found.parallelism_config_dp_shard_size)
+    assert (bool(found.use_parallelism_config), replicas * shards) == ((True, 4) if name == "hsdp" else (False, 1))
 
 
 PARTS = {

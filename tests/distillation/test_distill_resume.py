@@ -1,13 +1,16 @@
 """The distillation script as processes: killed, on two of them, sharded over them. They are slow to start, so few."""
 
+import shutil
 import signal
 import time
 
 import pytest
 import torch
-from distilling import Launcher, curve, distil
+from distilling import Launcher, curve, distil, log_of
 from launching import TRAINING, signal_all
 from transformers import AutoModel
+
+from spar_hf.utils.errors import UsageError
 
 pytestmark = pytest.mark.slow
 
@@ -79,6 +82,8 @@ def test_a_run_killed_while_writing_resumes_to_the_last_bit(launcher, whole, tmp
     ]
     with (output / "log.jsonl").open("a") as log:  # what else a kill can leave behind
         log.write('{"step": 8, "lo')
+    if processes == 2:
+        shutil.copytree(output, tmp_path / "fewer")
     options = (*SETTING, *accumulate(processes), "--resume")
     resume = launcher.finish if config else lambda output, *options, config: distil(*launcher.data, output, *options)
     found = resume(output, *options, config=config)
@@ -87,6 +92,20 @@ def test_a_run_killed_while_writing_resumes_to_the_last_bit(launcher, whole, tmp
     weights, resumed = (AutoModel.from_pretrained(folder).state_dict() for folder in (whole[processes], found))
     assert all(torch.equal(resumed[name], weight) for name, weight in weights.items())
     assert sorted(path.name for path in output.glob("*checkpoint-*")) == ["checkpoint-6", "checkpoint-7"]
+    if processes == 2:
+        check_one_process_goes_on(launcher, whole[2], tmp_path / "fewer")
+
+
+def check_one_process_goes_on(launcher, whole, output):
+    """One process resumes a run of two, with the same images in each of its steps and the same learning rates."""
+    with pytest.raises(UsageError, match=r"4 images per step, from 2 .*--gradient_accumulation_steps 4\."):
+        distil(*launcher.data, output, *SETTING, *accumulate(2), "--resume")
+    found = distil(*launcher.data, output, *SETTING, *accumulate(1), "--resume")
+    rows, expected = log_of(output), log_of(whole.parent)
+    assert [row["step"] for row in rows] == list(range(1, 9))
+    for name in ("loss", "learning_rate"):
+        assert [row[name] for row in rows] == pytest.approx([row[name] for row in expected], rel=1e-3)
+    assert_same_weights(found, whole, launcher.data[0])
 
 
 def assert_same_weights(found, expected, base):
@@ -136,4 +155,16 @@ def test_a_sharded_student_is_the_same_and_a_plain_folder(launcher, whole, base_
     options = (*SETTING, *accumulate(2), "--save_steps", 3)
     found = launcher.finish(tmp_path / "run", *options, config="fsdp.yaml", script=script, **device)
     assert list((tmp_path / "run" / "checkpoint-6").glob("pytorch_model_fsdp_0/*.distcp"))  # it was sharded
+    assert_same_weights(found, whole[2], base_folder)
+
+
+@pytest.mark.slow
+def test_replicas_of_a_sharded_student_train_as_one(launcher, whole, base_folder, tmp_path):
+    """HSDP: two replicas, each in two shards. The config is of two machines; all four processes run on this one."""
+    (tmp_path / "shard_on_cpu.py").write_text(SHARD_ON_CPU)
+    script = (tmp_path / "shard_on_cpu.py", TRAINING / "distill.py")
+    device = {"ACCELERATE_USE_CPU": "false", "ACCELERATE_TORCH_DEVICE": "cpu"}
+    options = (*SETTING, "--gradient_accumulation_steps", 1, "--save_steps", 3)
+    here = ("--num_machines", "1")
+    found = launcher.finish(tmp_path / "run", *options, config="hsdp.yaml", launch=here, script=script, **device)
     assert_same_weights(found, whole[2], base_folder)
