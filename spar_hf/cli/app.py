@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from spar_hf.cli.arguments import Device, Model
-from spar_hf.cli.reporting import exit_on_error
+from spar_hf.cli.reporting import exit_on_error, say
 
 
 def serve(
@@ -25,4 +25,6 @@ def serve(
     with exit_on_error(usage=(), failure=(ImportError, ValueError, OSError, RuntimeError)):
         from spar_hf.cli.web_page import build_page, launch_page
 
-        launch_page(build_page(model, base, device), host, port, open_browser)
+        say("Loading the model.", err=True)
+        page = build_page(model, base, device)
+        launch_page(page, host, port, open_browser, say=lambda address: say(f"{address}  (Ctrl-C stops it)"))

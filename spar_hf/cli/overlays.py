@@ -1,10 +1,10 @@
 """Label maps drawn over their images with a legend, and heat maps of one class."""
 
 import colorsys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFilter
 
 from spar_hf.cli.fonts import font_for
 
@@ -62,6 +62,10 @@ def overlay(
     opacity: float = 0.55,
     legend: bool = True,
     background: int = -1,
+    colours: np.ndarray | None = None,
+    shown: Sequence[int] | None = None,
+    outlines: bool = False,
+    names: bool = False,
 ) -> Image.Image:
     """
     Draw a label map over its image, with thin white borders between classes and a legend below.
@@ -73,6 +77,10 @@ def overlay(
         opacity: of the colours, 0 to 1.
         legend: whether to add the legend.
         background: number of a class that is not painted, and stands last in the legend; -1 for none.
+        colours: of the classes, `(classes, 3)` uint8; by default those of [`palette`].
+        shown: numbers of the classes to paint; by default all.
+        outlines: whether to draw outlines in the colours of the classes, in place of filling them.
+        names: whether to write the names of the classes into their regions, where there is room.
 
     Raises:
         ValueError: label map and image differ in size.
@@ -87,22 +95,85 @@ def overlay(
         raise ValueError(
             f"The label map is {label_map.shape[1]}×{label_map.shape[0]} but the image {image.width}×{image.height}."
         )
-    colours = palette(len(labels), background)
-    rgb = image.convert("RGB")
-    # blended by Pillow in 8 bits: in floats an image of 50 megapixels takes gigabytes
-    mixed = np.array(Image.blend(rgb, Image.fromarray(colours[label_map]), opacity))
+    if colours is None:
+        colours = palette(len(labels), background)
+    painted = np.full(len(labels), shown is None)
+    painted[[] if shown is None else list(shown)] = True
     if background >= 0:
-        np.copyto(mixed, np.asarray(rgb), where=(label_map == background)[:, :, None])
-    border = np.zeros(label_map.shape, bool)
-    border[:, 1:] |= label_map[:, 1:] != label_map[:, :-1]
-    border[1:] |= label_map[1:] != label_map[:-1]
-    mixed[border] = 255
+        painted[background] = False
+    # what is not painted is one region; the background is one already
+    regions = label_map if shown is None else np.where(painted[label_map], label_map, -1)
+    rgb = image.convert("RGB")
+    edge = np.zeros(label_map.shape, bool)
+    edge[:, 1:] |= regions[:, 1:] != regions[:, :-1]
+    edge[1:] |= regions[1:] != regions[:-1]
+    if outlines:
+        mixed = np.array(rgb)
+        width = 2 * max(1, max(rgb.size) // 400) + 1
+        edge = np.asarray(Image.fromarray(edge).convert("L").filter(ImageFilter.MaxFilter(width))) > 0
+        edge &= painted[label_map]
+        mixed[edge] = colours[label_map[edge]]
+    else:
+        # blended by Pillow in 8 bits: in floats an image of 50 megapixels takes gigabytes
+        mixed = np.array(Image.blend(rgb, Image.fromarray(colours[label_map]), opacity))
+        if not painted.all():
+            np.copyto(mixed, np.asarray(rgb), where=~painted[label_map][:, :, None])
+        mixed[edge] = 255
     picture = Image.fromarray(mixed)
+    if names:
+        _write_names(picture, label_map, labels, np.flatnonzero(painted).tolist())
     if not legend:
         return picture
     areas = np.bincount(label_map.ravel(), minlength=len(labels)) / label_map.size
     order = sorted(np.flatnonzero(areas >= SMALLEST_SHARE).tolist(), key=lambda i: (i == background, -areas[i]))
     return _with_legend(picture, [(f"{labels[i]} {areas[i]:.0%}", colours[i]) for i in order])
+
+
+def _write_names(picture: Image.Image, label_map: np.ndarray, labels: Sequence[str], classes: Sequence[int]) -> None:
+    """Write the name of each class where it has most room, in white with a black rim; no name covers another one."""
+    size = max(12, picture.width // 32)  # legible on a phone
+    draw, taken = ImageDraw.Draw(picture), list[tuple[float, ...]]()
+    for index, x, y in name_places(label_map, classes):
+        font = font_for(labels[index], size)
+        half = min(font.getlength(labels[index]), picture.width) / 2 + size / 4
+        x = min(max(x, half), picture.width - half)
+        box = (x - half, y - size * 0.75, x + half, y + size * 0.75)
+        if any(box[0] < b[2] and b[0] < box[2] and box[1] < b[3] and b[1] < box[3] for b in taken):
+            continue
+        taken.append(box)
+        rim = max(1, size // 8)
+        draw.text((x, y), labels[index], fill="white", font=font, anchor="mm", stroke_width=rim, stroke_fill="black")
+
+
+def name_places(label_map: np.ndarray, classes: Sequence[int]) -> Iterator[tuple[int, float, float]]:
+    """
+    Where names of classes can stand: number of the class, x and y in pixels, those with most pixels first. It is the point
+    inside that is farthest from what is not the class, found on a grid of at most 160 points a side. Classes without room
+    are left out.
+
+    Example:
+
+    ```python
+    >>> label_map = np.zeros((40, 60), int)
+    >>> label_map[:, 40:] = 1
+    >>> list(name_places(label_map, [0, 1]))
+    [(0, 19.0, 19.0), (1, 49.0, 19.0)]
+    ```"""
+    step = -(-max(label_map.shape) // 160)
+    small = label_map[step // 2 :: step, step // 2 :: step]
+    for index in sorted(classes, key=lambda index: -np.count_nonzero(small == index)):
+        inside = np.pad(small == index, 1)
+        rounds = 0
+        while True:
+            core = inside[1:-1, 1:-1] & inside[:-2, 1:-1] & inside[2:, 1:-1] & inside[1:-1, :-2] & inside[1:-1, 2:]
+            if not core.any():
+                break
+            inside, rounds = np.pad(core, 1), rounds + 1
+        if rounds:
+            points = np.argwhere(inside[1:-1, 1:-1])
+            # several points may be as far from the edge: the one nearest to their middle
+            y, x = points[((points - points.mean(0)) ** 2).sum(1).argmin()] * step + step // 2
+            yield index, float(x), float(y)
 
 
 def heat_picture(image: Image.Image, heat: np.ndarray, title: str) -> Image.Image:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from transformers import pipeline
@@ -69,7 +70,7 @@ def sliding_window_model(model: str | None) -> str | None:
     return SPAR_TINY_BASE if model in (None, SPAR_TINY) else model
 
 
-def segment_timed(pipe, image: Image.Image, candidate_labels, **options) -> dict[str, Any]:
+def segment_timed(pipe, image: Image.Image, candidate_labels, heat: bool = False, **options) -> dict[str, Any]:
     """
     Segment an image and measure the time, in all and of the vision tower alone.
 
@@ -77,6 +78,7 @@ def segment_timed(pipe, image: Image.Image, candidate_labels, **options) -> dict
         pipe ([`OpenVocabSegmentationPipeline`]): from [`load_pipeline`].
         image: of any size.
         candidate_labels: classes, as for the pipeline.
+        heat: whether to add heat maps of all classes, as [`segment_with_heat`]; they count in no time.
         options: further options of the pipeline.
 
     Returns:
@@ -98,13 +100,16 @@ def segment_timed(pipe, image: Image.Image, candidate_labels, **options) -> dict
 
     vision = pipe.model.vision_model
     hooks = [vision.register_forward_pre_hook(note_time), vision.register_forward_hook(note_time)]
+    seen = {name: options.pop(name) for name in ("size", "max_tokens") if name in options}
     start = clock(pipe.device)
     try:
-        result = pipe(image, candidate_labels=candidate_labels, output="map", **options)
+        encoded = pipe.encode(image, **seen)
+        result = pipe(encoded, candidate_labels=candidate_labels, output="map", **options)
     finally:
         for hook in hooks:
             hook.remove()
-    return {**result, "forward_seconds": times[-1] - times[0], "seconds": clock(pipe.device) - start}
+    result |= {"forward_seconds": times[-1] - times[0], "seconds": clock(pipe.device) - start}
+    return {**result, "heat": _heat(pipe, encoded, candidate_labels, options)} if heat else result
 
 
 def segment_with_heat(pipe, image: Image.Image, candidate_labels, heat: bool = False, **options) -> dict[str, Any]:
@@ -137,8 +142,11 @@ def segment_with_heat(pipe, image: Image.Image, candidate_labels, heat: bool = F
     seen = {name: options.pop(name) for name in ("size", "max_tokens") if name in options}
     encoded = image if isinstance(image, EncodedImage) else pipe.encode(image, **seen)
     result = pipe(encoded, candidate_labels=candidate_labels, output="map", **options)
-    if not heat:
-        return result
+    return {**result, "heat": _heat(pipe, encoded, candidate_labels, options)} if heat else result
+
+
+def _heat(pipe, encoded: EncodedImage, candidate_labels, options: dict[str, Any]) -> np.ndarray:
+    """Heat maps of all classes, as [`segment_with_heat`] describes them."""
     words = {name: value for name, value in options.items() if name in ("templates", "background", "refine")}
     grid = pipe(encoded, candidate_labels=candidate_labels, output="logits", **words)
     logits = torch.from_numpy(grid["logits"])
@@ -148,4 +156,4 @@ def segment_with_heat(pipe, image: Image.Image, candidate_labels, heat: bool = F
     size = tuple(min(side, max(math.ceil(side * scale), patches)) for side, patches in sides)
     where = (grid["patch_size"], grid["working_size"], size)
     _, probabilities = class_probabilities(logits, torch.from_numpy(grid["name_to_class"]), *where)
-    return {**result, "heat": (probabilities * 255).round_().to(torch.uint8).numpy()}
+    return (probabilities * 255).round_().to(torch.uint8).numpy()

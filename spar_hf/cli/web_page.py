@@ -1,44 +1,54 @@
 """The web page of `spar-hf app`: drop an image, type words and see masks, of one pass and of the sliding window."""
 
-import html
+import importlib.util
 import os
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image
+from spar_hf.cli.web_inputs import MAX_UPLOAD, NOT_UPLOADED, upload_folder
+from spar_hf.cli.web_segmentation import (
+    Results,
+    Segmenters,
+    default_edge,
+    draw_again,
+    file_handler,
+    largest_edge,
+    point_handler,
+    segmentation_handler,
+)
+from spar_hf.cli.web_view import FILES, STYLE
 
-from spar_hf.cli.overlays import overlay, palette
-from spar_hf.cli.pipelines import load_pipeline, segment_timed, sliding_window_model
-from spar_hf.cli.result_files import presence_by_label
-from spar_hf.cli.web_inputs import MAX_UPLOAD, NOT_UPLOADED, alert, read_upload, read_words, upload_folder
-from spar_hf.model.background import MEANING_TEMPLATES
-from spar_hf.model.prompts import Vocabulary, unknown_names
-from spar_hf.model.vocabularies import ANCHOR_WORDS, STUFF_WORDS
-
-DISPLAY_EDGE = 1280  # longer side in pixels of the pictures on the page; masks are computed at the size of the image
 # limits on what one visitor can ask of the computer that serves the page, beside those of `web_inputs`
-MAX_SECONDS = 300  # for a sliding window
 MAX_WAITING = 16  # requests in the queue
-NAMES_AT_ONCE = 16  # embedded between two reports of progress
+MAX_SESSIONS = 32  # visitors whose last result is kept, up to about 30 MB each
+SESSION_SECONDS = 3600  # after the last request of a visitor
 WORDS = "sky; building; tree, vegetation; road, pavement; person; car"
-STYLE = """
-.spar-legend { width: 100%; border: 0 !important; border-collapse: collapse; font-variant-numeric: tabular-nums; }
-.spar-legend tr { border: 0 !important; }
-.spar-legend td, .spar-legend th {
-  padding: .3rem .6rem; border: 0; border-bottom: 1px solid var(--border-color-primary); text-align: right; }
-.spar-legend td:first-child, .spar-legend th:first-child { text-align: left; }
-.spar-legend .swatch {
-  display: inline-block; width: .9em; height: .9em; margin-right: .5em; border-radius: 3px; vertical-align: -.08em; }
-.spar-legend .bar { display: inline-block; width: 5em; height: .5em; margin-left: .5em; border-radius: 3px;
-  overflow: hidden; background: var(--border-color-primary); text-align: left; }
-.spar-legend .bar span { display: block; height: 100%; background: var(--color-accent); }
-.spar-note { opacity: .7; font-size: .9em; }
-.spar-error { padding: .7rem 1rem; border-left: 4px solid #c2410c; border-radius: 4px; background: #c2410c1a; }
-"""
+# images inside installed packages, and words for what they show; those of Gradio are always there
+EXAMPLES = [
+    ("sklearn.datasets", "images/china.jpg", "building, temple; sky; tree; stairs; person; pavement"),
+    ("skimage.data", "coffee.png", "cup; spoon; table"),
+    ("sklearn.datasets", "images/flower.jpg", "flower; grass, leaves"),
+    ("gradio", "media_assets/images/lion.jpg", "lion, animal; rock"),
+    ("gradio", "media_assets/images/tower.jpg", "tower; sky; tree"),
+]
+DOWNLOADS = {
+    "labels": "Label PNG",
+    "overlay": "Overlay PNG",
+    "json": "JSON",
+    "coco": "COCO",
+    "mask": "Mask of the class",
+}
+# on a narrow screen the results are below the fold
+SCROLL = """() => {
+  if (window.innerWidth < 768) document.getElementById("spar-results").scrollIntoView();
+}"""
+# a file that was made on a click is downloaded by a second, hidden button, once the page knows its address
+FETCH = """() => setTimeout(() => {
+  const link = document.querySelector("#spar-file a, a#spar-file, #spar-file");
+  if (link) link.click();
+}, 150)"""
 
 
 def import_gradio():
@@ -57,69 +67,6 @@ def import_gradio():
     return gradio
 
 
-def unknown_note(tokenizer: Any, vocabulary: Vocabulary) -> str:
-    """A note in HTML about names whose characters the tokenizer does not know, if any."""
-    unknown = unknown_names(tokenizer, vocabulary.all_names)
-    text = f"The model does not know the characters of {', '.join(unknown[:5])}, so the masks may be wrong."
-    return f'<p class="spar-note">{html.escape(text)}</p>' if unknown else ""
-
-
-def legend(results: Sequence[tuple[str, dict[str, Any]]]) -> str:
-    """
-    An HTML table with a row per class that was found, the background last: colour and, for every method, share of the image,
-    mean probability and presence, if computed. Classes that no method found follow in one line.
-
-    Args:
-        results: name of each method and its result from [`segment_timed`].
-    """
-    first = max((result for _, result in results), key=lambda result: len(result["labels"]))
-    labels, background = first["labels"], first["background"]
-    colours = palette(len(labels), background)
-    presences = [presence_by_label(result) if "presence" in result else None for _, result in results]
-    head = "".join(
-        f"<th>{html.escape(method)}: share</th><th>probability</th>" + ("" if presence is None else "<th>presence</th>")
-        for (method, _), presence in zip(results, presences, strict=True)
-    )
-    shares = [np.bincount(result["map"].ravel(), minlength=len(labels)) / result["map"].size for _, result in results]
-    rows, absent = [], []
-    for i in sorted(range(len(labels)), key=lambda i: (i == background, -shares[0][i])):
-        if not any(share[i] for share in shares):
-            seen = "" if not presences[0] else f" (presence {presences[0].get(labels[i], 0):.2f})"
-            absent += [] if i == background else [html.escape(labels[i]) + seen]
-            continue
-        cells = ""
-        for (_, result), share, presence in zip(results, shares, presences, strict=True):
-            score = result["scores"][i] if share[i] else 0
-            bar = f'<span class="bar"><span style="width: {score:.0%}"></span></span>'
-            cells += f"<td>{share[i]:.1%}</td><td>{score:.2f}{bar}</td>" if share[i] else "<td>–</td><td>–</td>"
-            if presence is not None:
-                cells += f"<td>{presence[labels[i]]:.2f}</td>" if labels[i] in presence else "<td>–</td>"
-        swatch = f'<span class="swatch" style="background: rgb{tuple(int(c) for c in colours[i])}"></span>'
-        rows.append(f"<tr><td>{swatch}{html.escape(labels[i])}</td>{cells}</tr>")
-    missing = f'<p class="spar-note">Not found: {", ".join(absent)}.</p>' if absent else ""
-    return (
-        f'<table class="spar-legend"><thead><tr><th>class</th>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
-        f'{missing}<p class="spar-note">Share of the image’s pixels; probability averaged over the pixels of the class.</p>'
-    )
-
-
-def picture(image: Image.Image, result: dict[str, Any]) -> Image.Image:
-    """Overlay of the masks, reduced to the size that the page shows."""
-    label_map = result["map"]
-    scale = DISPLAY_EDGE / max(image.size)
-    if scale < 1:
-        size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-        image = image.resize(size, Image.Resampling.LANCZOS)
-        label_map = np.asarray(Image.fromarray(label_map.astype(np.int32)).resize(size, Image.Resampling.NEAREST))
-    return overlay(image, label_map, result["labels"], legend=False, background=result["background"])
-
-
-def time_line(result: dict[str, Any], first: dict[str, Any] | None = None) -> str:
-    """Run times of a method as text, and their ratio to those of the first method."""
-    ratio = "" if first is None else f", {result['forward_seconds'] / first['forward_seconds']:.1f} × one pass"
-    return f"**{result['forward_seconds']:.2f} s** vision forward{ratio} · {result['seconds']:.2f} s in total"
-
-
 @dataclass
 class Controls:
     """The input components of the page."""
@@ -136,47 +83,14 @@ class Controls:
 
 
 @dataclass
-class Results:
-    """The output components of the page."""
+class Look:
+    """The components below the pictures: how masks are drawn, and downloads."""
 
-    message: Any
-    one_pass_picture: Any
-    one_pass_time: Any
-    window_column: Any
-    window_picture: Any
-    window_time: Any
-    table: Any
-
-
-class Segmenters:
-    """
-    The two pipelines that the page compares.
-
-    Attributes:
-        one_pass: loaded and, unless told otherwise, warmed up at once, so that the first image's time excludes
-            initialisation.
-    """
-
-    def __init__(self, model: str | None, base: str | None, device: str | None, warm_up: bool = True):
-        self.window_model, self.device = base or sliding_window_model(model), device
-        self.one_pass = load_pipeline(model, device)
-        if warm_up:
-            segment_timed(self.one_pass, Image.new("RGB", (64, 64)), ["image"], background="auto")
-        self.window: Any = None
-
-    def sliding_window(self, stride: int, progress: Callable[[int, int], None]):
-        """
-        The pipeline of the sliding window, loaded on first use.
-
-        Args:
-            stride: in pixels.
-            progress: called with the number of windows done and the number of all; an error that it raises ends the work.
-        """
-        if self.window is None:
-            self.window = load_pipeline(self.window_model, self.device, stride=stride)
-        vision = self.window.model.vision_model
-        vision.stride, vision.progress = stride, progress
-        return self.window
+    opacity: Any
+    outlines: Any
+    names: Any
+    buttons: dict[str, Any]
+    file: Any
 
 
 def build_page(
@@ -215,23 +129,23 @@ def build_page(
         with gr.Row():
             with gr.Column(scale=1, min_width=320):
                 controls = add_controls(gr, segmenters.one_pass, stride)
-            with gr.Column(scale=2, min_width=480):
-                results = add_results(gr)
+            with gr.Column(scale=2, min_width=320, elem_id="spar-results"):
+                results, look = add_results(gr)
         run = segmentation_handler(gr, segmenters, results)
-        connect(gr, run if on_gpu is None else on_gpu(run), controls, results)
+        connect(gr, run if on_gpu is None else on_gpu(run), controls, results, look)
     # every request waits in the queue: without `api_open=False`, requests of scripts would run beside it
     page.queue(max_size=MAX_WAITING, default_concurrency_limit=1, api_open=False)
     return page
 
 
-def default_edge(one_pass) -> int:
-    """Shorter side of the checkpoint's working size in pixels."""
-    return (one_pass.image_processor.size or {}).get("shortest_edge") or 672
-
-
-def largest_edge(one_pass) -> int:
-    """Largest shorter side of the working size that the page offers, in pixels."""
-    return max(1024, default_edge(one_pass))
+def packaged(package: str, name: str) -> str | None:
+    """Path of a file of an installed package, if there is one; the package is not imported."""
+    try:
+        found = importlib.util.find_spec(package)
+    except ModuleNotFoundError:
+        return None
+    path = None if found is None or found.origin is None else Path(found.origin).parent / name
+    return str(path) if path is not None and path.is_file() else None
 
 
 def add_controls(gr, one_pass, stride: int) -> Controls:
@@ -252,7 +166,7 @@ def add_controls(gr, one_pass, stride: int) -> Controls:
     image.async_move_resource_to_block_cache = refuse_urls
     threshold_info = "Pixels whose highest probability is below it become background."
     presence_info = "Leaves out classes that are less likely to be in the image at all. 0: not computed."
-    return Controls(
+    controls = Controls(
         image=image,
         words=gr.Textbox(
             WORDS,
@@ -272,11 +186,14 @@ def add_controls(gr, one_pass, stride: int) -> Controls:
         min_presence=gr.Slider(0, 1, 0, step=0.01, label="Minimum presence", info=presence_info),
         button=gr.Button("Segment", variant="primary"),
     )
+    found = [[path, words] for package, name, words in EXAMPLES if (path := packaged(package, name))]
+    gr.Examples(found, [controls.image, controls.words], label="Examples", api_visibility="private")
+    return controls
 
 
-def add_results(gr) -> Results:
-    """Add the pictures, times and legend to the page; the column of the sliding window is hidden at first."""
-    buttons = ["download", "fullscreen"]
+def add_results(gr) -> tuple[Results, Look]:
+    """Add pictures, times, legend, controls of the drawing and downloads to the page, the last two hidden at first."""
+    buttons = ["fullscreen"]
     message = gr.HTML(visible=False, padding=False)
     with gr.Row():
         with gr.Column(min_width=240):
@@ -285,118 +202,69 @@ def add_results(gr) -> Results:
         with gr.Column(min_width=240, visible=False) as window_column:
             window_picture = gr.Image(label="Sliding window", interactive=False, buttons=buttons)
             window_time = gr.Markdown()
+    with gr.Column(visible=False) as column:
+        point = gr.Markdown()
+        classes = gr.CheckboxGroup([], label="Classes in the picture")
+        opacity = gr.Slider(0, 1, 0.55, step=0.05, label="Opacity")
+        with gr.Row():
+            outlines = gr.Checkbox(False, label="Outlines only", min_width=160)
+            names = gr.Checkbox(True, label="Names in the regions", min_width=160)
+        with gr.Row():
+            chosen = gr.Dropdown([], label="One class", info="For its heat map and its mask.", min_width=160)
+            heat = gr.Checkbox(False, label="Heat map of the class", min_width=160)
     table = gr.HTML(padding=False)
-    return Results(message, one_pass_picture, one_pass_time, window_column, window_picture, window_time, table)
+    with gr.Column(visible=False) as downloads:
+        gr.Markdown("**Download** in the size of the image")
+        with gr.Row():
+            files = {kind: gr.Button(DOWNLOADS[kind], size="sm", min_width=110) for kind in FILES}
+        file = gr.DownloadButton(elem_id="spar-file")  # not shown: see STYLE
+    session: Any = gr.State(time_to_live=SESSION_SECONDS)
+    colours: Any = gr.State({})
+    shown = (message, one_pass_picture, one_pass_time, window_column, window_picture, window_time, table)
+    results = Results(*shown, column, downloads, classes, chosen, heat, point, session, colours)
+    return results, Look(opacity, outlines, names, files, file)
 
 
-def connect(gr, run: Callable[..., Any], controls: Controls, results: Results) -> None:
-    """Connect the controls to the results of `run`."""
+def connect(gr, run: Callable[..., Any], controls: Controls, results: Results, look: Look) -> None:
+    """Connect the controls to the results of `run`, and the controls of the drawing to the pictures."""
     controls.compare.change(lambda on: gr.Slider(visible=on), controls.compare, controls.stride, show_progress="hidden")
+    start = [controls.button.click, controls.words.submit]
+    gr.on(start, None, js=SCROLL)
+    given = [component for name, component in vars(controls).items() if name != "button"]
     gr.on(
-        [controls.button.click, controls.words.submit],
+        start,
         run,
-        [component for name, component in vars(controls).items() if name != "button"],
+        [*given, look.opacity, look.outlines, look.names, results.colours],
         list(vars(results).values()),
+        show_progress_on=results.one_pass_picture,  # on all components it would be said many times
     )
-
-
-def segmentation_handler(gr, segmenters: Segmenters, results: Results) -> Callable[..., Iterator[list[Any]]]:
-    """
-    The function behind the button: yields the result of one pass, then that of the sliding window if asked for. All that it
-    takes and yields can be pickled, since ZeroGPU calls it in another process.
-    """
-    names = list(vars(results))
-
-    def outputs(**shown: Any) -> list[Any]:
-        """A value for each component of the results, in their order; those not named stay as they are."""
-        return [shown.get(name, gr.skip()) for name in names]
-
-    def run(
-        path: str | None,
-        words: str,
-        shortest_edge: int,
-        threshold: float,
-        compare: bool,
-        stride: int,
-        surround: bool,
-        min_presence: float,
-        progress=gr.Progress(),  # noqa: B008 - Gradio recognises it by its default
-    ) -> Iterator[list[Any]]:
-        try:
-            progress(0, desc="reading the image")
-            vocabulary = read_words(words)
-            image = read_upload(path)
-            edge = min(int(shortest_edge), largest_edge(segmenters.one_pass))
-            background = "auto" if surround else None
-            options = {"size": {"shortest_edge": edge}, "threshold": float(threshold), "background": background}
-            if min_presence:
-                options |= {"presence": True, "min_presence": float(min_presence)}
-            embed_words(segmenters.one_pass, vocabulary, background, bool(min_presence), progress)
-            progress(0, desc="one pass")
-            first = segment_timed(segmenters.one_pass, image, vocabulary, **options)
-            note = unknown_note(segmenters.one_pass.tokenizer, vocabulary)
-            yield outputs(
-                one_pass_picture=picture(image, first),
-                one_pass_time=time_line(first),
-                message=gr.update(value=note, visible=bool(note)),
-                table=legend([("one pass", first)]),
-                window_column=gr.update(visible=bool(compare)),
-                window_picture=None,
-                window_time="",
-            )
-            if not compare:
-                return
-            progress(0, desc="loading the sliding window")
-            window = segmenters.sliding_window(max(1, int(stride)), limited(progress))
-            embed_words(window, vocabulary, background, bool(min_presence), progress)
-            second = segment_timed(window, image, vocabulary, **options)
-        except (ValueError, OSError, RuntimeError) as error:
-            # shown in the page, since Gradio's own errors cover the results
-            yield outputs(message=gr.update(value=alert(error), visible=True))
-            return
-        yield outputs(
-            window_picture=picture(image, second),
-            window_time=time_line(second, first),
-            table=legend([("one pass", first), ("sliding window", second)]),
+    drawn = [results.classes, look.opacity, look.outlines, look.names, results.heat, results.chosen]
+    gr.on(
+        [component.input for component in drawn],  # of the visitor: a new result draws its pictures itself
+        draw_again,
+        [results.session, *drawn],
+        [results.one_pass_picture, results.window_picture],
+        trigger_mode="always_last",
+        show_progress="hidden",
+        api_visibility="private",
+    )
+    for number, picture in enumerate((results.one_pass_picture, results.window_picture)):
+        picture.select(
+            point_handler(gr, number),
+            results.session,
+            results.point,
+            show_progress="hidden",
+            api_visibility="private",
         )
-
-    return run
-
-
-def embed_words(
-    pipe: Any, vocabulary: Vocabulary, background: str | None, presence: bool, progress: Callable[..., Any]
-) -> None:
-    """
-    Embed the words that a pipeline has not embedded yet, and report how many are done: a thousand take a minute. Background
-    and presence compare the bare words with common ones first.
-    """
-    pipe.texts.refresh()
-
-    def embed(words: Sequence[str], templates: Any, what: str) -> None:
-        for start in range(0, len(words), NAMES_AT_ONCE):
-            progress((start, len(words)), desc=what, unit="words")
-            some = tuple(words[start : start + NAMES_AT_ONCE])
-            pipe.text_embeds(Vocabulary(some[:1], (some,)), templates, check_weights=False)
-
-    if background is not None or presence:
-        common = dict.fromkeys([*vocabulary.all_names, *STUFF_WORDS, *ANCHOR_WORDS])
-        embed(list(common), MEANING_TEMPLATES, "comparing with common words")
-    embed(pipe.classes(vocabulary, background)[0].all_names, None, "embedding words")
-
-
-def limited(progress: Callable[..., Any]) -> Callable[[int, int], None]:
-    """Reports the windows done, and raises `TimeoutError` when they take too long."""
-    end = time.monotonic() + MAX_SECONDS
-
-    def report(done: int, total: int) -> None:
-        if time.monotonic() > end:
-            raise TimeoutError(
-                f"The sliding window was stopped after {MAX_SECONDS} s, {done} of {total} windows. Take a larger stride or "
-                "a lower working resolution."
-            )
-        progress((done, total), desc="sliding window", unit="windows")
-
-    return report
+    for kind, button in look.buttons.items():
+        made = button.click(
+            file_handler(gr, kind),
+            [results.session, *drawn],
+            [look.file, results.message],
+            show_progress="minimal",
+            api_visibility="private",
+        )
+        made.then(None, js=FETCH)
 
 
 def launch_page(
@@ -405,6 +273,7 @@ def launch_page(
     port: int | None = None,
     open_browser: bool = False,
     wait: bool = True,
+    say: Callable[[str], None] | None = None,
 ) -> str:
     """
     Serve the page without contacting any other computer, not even for fonts or scripts.
@@ -415,6 +284,7 @@ def launch_page(
         port: the first free one from 7860 on by default.
         open_browser: whether to open the page in the browser.
         wait: whether to serve until the process is stopped.
+        say: called with the URL as soon as the page answers.
 
     Returns:
         URL of the page.
@@ -427,9 +297,10 @@ def launch_page(
         server_name=host,
         server_port=port,
         inbrowser=open_browser,
-        prevent_thread_lock=not wait,
-        quiet=not wait,
+        prevent_thread_lock=True,
+        quiet=True,  # no advice to make the page public
         share=False,
+        state_session_capacity=MAX_SESSIONS,
         ssr_mode=False,
         footer_links=[],
         max_file_size=MAX_UPLOAD,
@@ -437,4 +308,8 @@ def launch_page(
         # system fonts: the fonts of Gradio's themes are downloaded
         theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
     )
+    if say is not None:
+        say(address)
+    if wait:
+        page.block_thread()
     return address

@@ -34,6 +34,31 @@ def test_the_background_is_not_painted_and_stands_last_in_the_legend():
     assert 0 < road < grey
 
 
+def test_only_the_classes_shown_are_painted_in_the_colours_given():
+    image = Image.new("RGB", (90, 60), (100, 110, 120))
+    label_map = np.zeros((60, 90), int)
+    label_map[:, 30:60], label_map[:, 60:] = 1, 2
+    colours = np.array([[1, 2, 3], [250, 0, 0], [0, 250, 0]], np.uint8)
+    given = {"colours": colours, "shown": [1], "legend": False}
+    filled = np.asarray(overlay(image, label_map, ["a", "b", "c"], opacity=1, **given))
+    assert (filled[:, 31:60] == colours[1]).all()
+    assert (filled[:, :30] == (100, 110, 120)).all() and (filled[:, 61:] == (100, 110, 120)).all()
+    lines = np.asarray(overlay(image, label_map, ["a", "b", "c"], outlines=True, **given))
+    assert (lines[:, 35:55] == (100, 110, 120)).all() and (lines[:, :30] == (100, 110, 120)).all()
+    assert (lines[:, 30] == colours[1]).all() and (lines[:, 59] == colours[1]).all()
+
+
+def test_a_name_is_written_inside_its_region_only():
+    image = Image.new("RGB", (400, 100), (100, 110, 120))
+    label_map = np.zeros((100, 400), int)
+    label_map[:, 200:], label_map[50, 100] = 1, 2  # the last has no room for a name
+    given = {"opacity": 0.0, "legend": False}
+    plain, named = (np.asarray(overlay(image, label_map, ["sky", "road", "bird"], names=n, **given)) for n in (0, 1))
+    changed = (plain != named).any(2)
+    assert changed[30:70, 70:130].any() and changed[30:70, 270:330].any()
+    assert not changed[:, 150:250].any() and not changed[:20].any() and not changed[80:].any()
+
+
 def test_a_legend_has_no_class_of_0_percent():
     label_map = np.zeros((100, 100), int)
     label_map[0, :40] = 1

@@ -1,6 +1,9 @@
 """The web page over HTTP and in a real browser: masks and a legend from an image and words, and no other computer asked."""
 
 import http.server
+import importlib.util
+import io
+import json
 import random
 import re
 import shutil
@@ -12,9 +15,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from spar_hf.cli import web_page
-from spar_hf.cli.pipelines import load_pipeline
-from spar_hf.cli.web_page import legend, picture
+from spar_hf.cli import web_page, web_segmentation
+from spar_hf.cli.overlays import palette
+from spar_hf.cli.pipelines import load_pipeline, segment_timed
+from spar_hf.cli.web_view import colours_of, for_display, legend
 from spar_hf.model.prompts import Vocabulary
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of pandas, in Gradio's queue
@@ -46,18 +50,18 @@ def test_the_legend_shows_the_background_in_grey_and_last_and_presence_if_comput
     rows = [re.sub("<[^>]*>", " ", row).split() for row in re.findall(r"<tr.*?</tr>", text)]
     assert [row[0] for row in rows] == ["class", "sky", "background"]
     assert rows[1][-1] == "0.90" and rows[2][-1] == "–" and "rgb(140, 140, 140)" in text
-    assert "Not found: &lt;i&gt;dog&lt;/i&gt; (presence 0.03)" in text
+    assert "1 class not found</summary>&lt;i&gt;dog&lt;/i&gt; (presence 0.03)</details>" in text
 
 
 def test_the_page_reports_how_many_words_are_embedded(monkeypatch):
     pipe, said = load_pipeline(), []
-    monkeypatch.setattr(web_page, "NAMES_AT_ONCE", 20)
+    monkeypatch.setattr(web_segmentation, "NAMES_AT_ONCE", 20)
     embed, embedded = pipe.model.get_text_features, []
     monkeypatch.setattr(
         pipe.model, "get_text_features", lambda ids, **given: embedded.append(len(said)) or embed(ids, **given)
     )
     vocabulary = Vocabulary.parse(["zeppelin hangar", "dog"])
-    web_page.embed_words(pipe, vocabulary, "auto", True, lambda done, desc, unit: said.append((done, desc)))
+    web_segmentation.embed_words(pipe, vocabulary, "auto", True, lambda done, desc, unit: said.append((done, desc)))
     steps = [done for done, _ in said]
     assert steps[0][0] == 0 and len(steps) > 1 and len({desc for _, desc in said}) == 2
     assert embedded and min(embedded) > 0  # nothing is embedded before something is said
@@ -75,20 +79,39 @@ def test_the_page_says_what_it_does_from_the_first_moment(monkeypatch):
     def fail(*_):
         raise ValueError(f"after {len(said)}")
 
-    monkeypatch.setattr(web_page, "read_words", fail)
-    results = web_page.Results("message", "picture", "time", "column", "window_picture", "window_time", "table")
-    run = web_page.segmentation_handler(gr, None, results)
-    (shown,) = run(None, "", 64, 0, False, 96, True, 0, progress=lambda done, desc: said.append(desc))
+    monkeypatch.setattr(web_segmentation, "read_words", fail)
+    results = web_segmentation.Results(*web_segmentation.Results.__dataclass_fields__)
+    run = web_segmentation.segmentation_handler(gr, None, results)
+    given = (None, "", 64, 0, False, 96, True, 0, 0.5, False, True, {})
+    (shown,) = run(*given, progress=lambda done, desc: said.append(desc))
     assert len(said) == 1 and "after 1" in str(shown)
 
 
 def test_large_pictures_are_reduced_together_with_their_masks():
     label_map = np.zeros((2000, 3000), np.int32)
     label_map[:, 1500:] = 1
-    shown = picture(Image.new("RGB", (3000, 2000)), result_of(label_map, ["left", "right"], [1, 1]))
-    assert shown.size == (1280, 853)
-    left, right = shown.getpixel((300, 400)), shown.getpixel((900, 400))
-    assert left != right and left == shown.getpixel((630, 10)) and right == shown.getpixel((650, 840))
+    image, small = for_display(Image.new("RGB", (3000, 2000)), label_map)
+    assert image.size == (1280, 853) and small.shape == (853, 1280)
+    assert (small[:, :639] == 0).all() and (small[:, 641:] == 1).all()
+
+
+def test_a_word_keeps_its_colour_whatever_stands_beside_it():
+    street = result_of([[0, 0, 0], [1, 1, 2]], ["road", "car", "sky", "dog"], [1, 1, 1, 0])
+    colours, known = colours_of(street, {})
+    assert (colours[:3] == palette(3)).all()
+    other = result_of([[2, 2, 1], [2, 0, 3]], ["Sky", "cat", "rest", "Car"], [1, 1, 1, 1]) | {"background": 2}
+    again, known = colours_of(other, known)
+    assert (again[0] == colours[2]).all() and (again[3] == colours[1]).all()
+    assert again[1].tolist() == palette(4)[3].tolist() and again[2].tolist() == [140, 140, 140]
+    assert known == {"road": 0, "car": 1, "sky": 2, "cat": 3}
+
+
+def test_absent_classes_are_folded_away():
+    labels = ["sky", *(f"thing {i}" for i in range(149))]
+    text = legend([("one pass", result_of([[0, 0]], labels, [0.9] + [0.0] * 149))])
+    assert text.count("<tr>") == 2
+    folded = re.search(r"<details[^>]*><summary>149 classes not found</summary>(.*?)</details>", text)
+    assert folded and folded[1].split(", ") == labels[1:]
 
 
 def test_without_gradio_the_command_names_the_extra(monkeypatch):
@@ -121,11 +144,12 @@ def test_the_page_over_http_answers_twice_and_reports_errors_as_text(address, tm
     client = Client(address, verbose=False)
 
     def run(source, words="road; <b>sky</b>"):
-        job = client.submit(source and handle_file(source), words, 64, 0, True, 96, True, 0, api_name="/run")
+        look = (0.5, False, True)
+        job = client.submit(source and handle_file(source), words, 64, 0, True, 96, True, 0, *look, api_name="/run")
         job.result()
         return job.outputs()
 
-    (_, picture, time, window_picture, _, table), (*_, window_time, both) = run(image)
+    (_, picture, time, window_picture, _, table, *_), (_, _, _, _, window_time, both, *_) = run(image)
     assert Image.open(picture).size == (64, 48) and window_picture is None and "vision forward" in time
     assert "one pass: share" in table and "&lt;b&gt;sky" in table and "sliding window" not in table
     assert "× one pass" in window_time and "sliding window: share" in both
@@ -149,7 +173,7 @@ class Attacker:
 
     def join(self, image, words="road; sky", edge=64, session="attacker"):
         body = {
-            "data": [image, words, edge, 0, False, 96, True, 0],
+            "data": [image, words, edge, 0, False, 96, True, 0, 0.5, False, True, None],
             "fn_index": self.function,
             "session_hash": session,
             "trigger_id": None,
@@ -233,7 +257,9 @@ def test_an_attacker_reads_no_file_and_reaches_no_service(address, tmp_path, pri
         assert "vision forward" in attacker.post({"path": uploaded, "meta": {"_type": "gradio.FileData"}})
         for path in (secret, outside, Path("/etc/passwd")):
             assert httpx.get(f"{attacker.root}/file={path}").status_code in (403, 404)
-        direct = httpx.post(f"{attacker.root}/run/run", json={"data": [None, "road", 64, 0, False, 96, True, 0]})
+        direct = httpx.post(
+            f"{attacker.root}/run/run", json={"data": [None, "road", 64, 0, False, 96, True, 0, 0.5, False, True]}
+        )
         assert direct.status_code != 200  # nothing runs beside the queue
     finally:
         outside.unlink()
@@ -265,7 +291,7 @@ def test_uploads_words_and_the_queue_are_limited(address, tmp_path, monkeypatch)
         go_on.wait(30)
         raise ValueError("slow")
 
-    monkeypatch.setattr(web_page, "read_upload", slow)
+    monkeypatch.setattr(web_segmentation, "read_upload", slow)
     try:
         attacker.join(mine)
         assert started.wait(20)
@@ -276,15 +302,15 @@ def test_uploads_words_and_the_queue_are_limited(address, tmp_path, monkeypatch)
 
 
 def test_a_sliding_window_that_takes_too_long_is_stopped(monkeypatch):
-    report = web_page.limited(lambda *args, **kwargs: None)
+    report = web_segmentation.limited(lambda *args, **kwargs: None)
     report(1, 100)
-    monkeypatch.setattr(web_page.time, "monotonic", lambda: float("inf"))
+    monkeypatch.setattr(web_segmentation.time, "monotonic", lambda: float("inf"))
     with pytest.raises(TimeoutError, match="1 of 100 windows"):
         report(1, 100)
 
 
 @pytest.fixture
-def tab(address):
+def browser():
     pytest.importorskip("playwright", reason="the browser is driven by playwright (extra dev)")
     if CHROMIUM is None:
         pytest.skip("no Chromium is installed")
@@ -292,12 +318,102 @@ def tab(address):
 
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        tab = browser.new_page()
-        tab.set_default_timeout(90_000)
-        tab.goto(address)
-        tab.get_by_role("button", name="Segment").wait_for()
-        yield tab
+        yield browser
         browser.close()
+
+
+def open_tab(browser, address, **options):
+    tab = browser.new_page(**options)
+    tab.set_default_timeout(90_000)
+    tab.goto(address)
+    tab.get_by_role("button", name="Segment").wait_for()
+    return tab
+
+
+@pytest.fixture
+def tab(address, browser):
+    return open_tab(browser, address)
+
+
+@pytest.fixture
+def phone(address, browser):
+    return open_tab(browser, address, viewport={"width": 390, "height": 844}, is_mobile=True, has_touch=True)
+
+
+def shown_picture(tab, change):
+    """The picture of one pass after a change of the controls."""
+    image = tab.locator("#spar-results .image-frame img").first
+    before = image.get_attribute("src")
+    change()
+    tab.wait_for_function(
+        "before => document.querySelector('#spar-results .image-frame img').src != before", arg=before
+    )
+    return Image.open(io.BytesIO(httpx.get(image.get_attribute("src")).content)).convert("RGB")
+
+
+def saved_file(tab, name, folder):
+    with tab.expect_download() as download:
+        tab.get_by_role("button", name=name, exact=True).click()
+    path = folder / download.value.suggested_filename
+    download.value.save_as(path)
+    return path
+
+
+def view_and_downloads(tab, image, folder):
+    """How the masks are drawn is up to the visitor, and each download is what the command would write."""
+    original = Image.open(image).convert("RGB")
+    assert not tab.locator("#spar-file").is_visible()
+    opacity = tab.get_by_label("number input for Opacity")
+
+    def without_colour():
+        tab.get_by_label("Names in the regions").uncheck()
+        tab.get_by_label("Outlines only").check()
+        tab.get_by_role("checkbox", name="flower", exact=True).uncheck()
+
+    path = saved_file(tab, "Label PNG", folder)
+    labels = Image.open(path)
+    classes = ["flower", "grass", "airplane", "background"]
+    expected = segment_timed(
+        load_pipeline(), original, ["flower, blossom", "grass, leaves", "airplane"], size={"shortest_edge": 336},
+        background="auto",
+    )  # fmt: skip
+    assert labels.mode == "P" and (np.asarray(labels) == expected["map"]).all() and expected["labels"] == classes
+    mask = np.asarray(Image.open(saved_file(tab, "Mask of the class", folder)))
+    found = np.bincount(expected["map"].ravel(), minlength=4)[:3].argmax()
+    assert ((mask == 255) == (expected["map"] == found)).all() and set(np.unique(mask)) == {0, 255}
+    content = json.loads(saved_file(tab, "JSON", folder).read_text())
+    assert content["labels"] == classes and content["image"] == "flower.jpg" and content["width"] == 640
+    assert Image.open(saved_file(tab, "Overlay PNG", folder)).size == (640, 427)
+    if importlib.util.find_spec("pycocotools"):
+        coco = json.loads(saved_file(tab, "COCO", folder).read_text())
+        assert coco["annotations"][0]["area"] == int((expected["map"] == 0).sum())
+
+    shown_picture(tab, without_colour)
+    heat = shown_picture(tab, tab.get_by_label("Heat map of the class").check)
+    assert heat.height > 427  # with its scale
+    plain = shown_picture(tab, tab.get_by_label("Heat map of the class").uncheck)
+    inside = np.asarray(expected["map"] == 0)
+    difference = np.abs(np.asarray(plain, int) - np.asarray(original, int)).max(2)
+    assert np.median(difference[inside]) < 16  # neither painted nor, but for noise of compression, changed
+    tab.locator("#spar-results .image-frame img").first.click()
+    tab.get_by_text("where you clicked").wait_for()
+    tab.get_by_label("Outlines only").uncheck()
+    opacity.fill("1")
+
+
+def test_on_a_phone_the_page_fits_and_goes_to_the_result(phone):
+    phone.get_by_role("button", name="Segment").click()
+    phone.get_by_role("alert").wait_for()
+    phone.wait_for_function("document.getElementById('spar-results').getBoundingClientRect().top < 400")
+    assert phone.evaluate("document.documentElement.scrollWidth") <= 390
+    phone.locator("table tr", has_text="tower; sky; tree").first.click()
+    phone.locator(".image-frame img").first.wait_for()
+    phone.get_by_label("number input for Working resolution").fill("128")
+    phone.evaluate("scrollTo(0, 0)")
+    phone.get_by_role("button", name="Segment").click()
+    phone.locator(".spar-legend").get_by_text("sky").wait_for()
+    phone.wait_for_function("document.getElementById('spar-results').getBoundingClientRect().top < 400")
+    assert phone.evaluate("document.documentElement.scrollWidth") <= 390
 
 
 def test_words_and_a_real_image_give_masks_and_legend(tab, address, tmp_path):
@@ -335,6 +451,8 @@ def test_words_and_a_real_image_give_masks_and_legend(tab, address, tmp_path):
     assert re.search(r"\d\.\d\d s vision forward", tab.locator("body").inner_text())
     one_pass = tab.locator(".image-frame img").last
     assert one_pass.evaluate("image => [image.naturalWidth, image.naturalHeight]") == [640, 427]
+
+    view_and_downloads(tab, image, tmp_path)
 
     tab.get_by_label("Compare with the sliding window").check()
     tab.get_by_label("number input for Stride of the window").fill("96")
