@@ -1,12 +1,13 @@
 # make test: lint and tests. make demo: the main job on real images. make lowest: tests with the lower bounds of all
-# dependencies. make docs: the site. make release: the archives, tried in an empty environment. Each installs into an
-# environment of its own first; a CPU is enough.
+# dependencies. make docs: the site. make notebooks: docs/notebooks with new outputs. make release: the archives, tried in
+# an empty environment. Each installs into an environment of its own first; a CPU is enough.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 LOWEST := .venv-lowest
 DOCS := .venv-docs
 RELEASE := .venv-release
+NOTEBOOKS := .venv-notebooks
 TORCH := torch==2.13.0
 RUN := -m pytest -n 2 --dist loadgroup -m "not network and not gpu"
 export HF_HUB_OFFLINE = 1
@@ -14,7 +15,7 @@ export TOKENIZERS_PARALLELISM = false
 # commands that tests start: two of them at a time share two cores
 tests lowest: export OMP_NUM_THREADS = 1
 
-.PHONY: test tests lint bounds lowest demo docs release clean
+.PHONY: test tests lint bounds lowest demo docs notebooks release clean
 
 # torch first and by version: the newest one of the registry would bring gigabytes of CUDA along
 $(VENV)/.installed: pyproject.toml
@@ -67,6 +68,17 @@ $(DOCS)/.installed: pyproject.toml
 docs: $(DOCS)/.installed
 	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict
 
+$(NOTEBOOKS)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(NOTEBOOKS)
+	$(NOTEBOOKS)/bin/python -m pip install --quiet --upgrade pip
+	$(NOTEBOOKS)/bin/python -m pip install --quiet $(TORCH)
+	$(NOTEBOOKS)/bin/python -m pip install --quiet -e '.[demo,onnx]' --group notebooks
+	touch $@
+
+# runs docs/notebooks and keeps their outputs; needs no network once the packages are installed
+notebooks: $(NOTEBOOKS)/.installed
+	$(NOTEBOOKS)/bin/python docs/run_notebooks.py
+
 $(RELEASE)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(RELEASE)
 	$(RELEASE)/bin/python -m pip install --quiet --upgrade pip
@@ -81,4 +93,4 @@ release: $(RELEASE)/.installed
 	$(RELEASE)/bin/python tests/wheel_smoke.py dist/*.whl $(TORCH)
 
 clean:
-	rm -rf $(VENV) $(LOWEST) $(DOCS) $(RELEASE) build dist demo site
+	rm -rf $(VENV) $(LOWEST) $(DOCS) $(RELEASE) $(NOTEBOOKS) build dist demo site

@@ -9,7 +9,9 @@ import shutil
 import sys
 from pathlib import Path
 
+import datasets
 import numpy as np
+import pandas
 import pytest
 import tifffile
 import yaml
@@ -38,6 +40,8 @@ PAGES = (
     "docs/masks",
     "docs/huge_images",
     "docs/video",
+    "docs/many_images",
+    "docs/scale",
     "docs/concepts/teacher",
     "docs/concepts/sampling",
     "docs/concepts/geometry",
@@ -46,7 +50,6 @@ PAGES = (
 )
 ELSEWHERE = {"deployment", "export", "runtime", "serving", "precision"}  # test_commands.py runs them
 RECORDS = {"benchmarks", "spar-tiny-history"}  # what was run on data that is not here
-NOT_YET = {"many_images"}  # no test runs its commands
 NOT_RUN = {
     "docs/masks": {"tests/training runs the study on small folders": 1, "it writes into the package": 1},
     "docs/benchmarks": {"needs the benchmarks; tests/evaluation and tests/data read small folders of their layouts": 1},
@@ -58,6 +61,8 @@ NOT_RUN = {
     },
     "docs/data": {"needs the hub": 1},
     "docs/video": {"needs CamVid": 1},
+    "docs/many_images": {"tests/batch runs it on a local Ray, and kills a worker and the driver": 1},
+    "docs/scale": {"several minutes; tests/training runs it on a few images": 1},
     "docs/checkpoints": {"needs the hub; tests/conversion replaces it": 1},
 }
 PACKAGES = ("supervision", "trackio")  # recipes that need a package which the library does not
@@ -83,6 +88,13 @@ SUBSTITUTES = (
     (r"--tile 768 --tile-overlap 192", "--tile 64 --tile-overlap 16"),
     (r'"size": 768, "overlap": 192', '"size": 64, "overlap": 16'),
     (r"words, 768\)", "words, 64)"),
+    (r"--layers 3,6,9,features", "--layers 0,1,features"),
+    (r"--model BASE", "--model my-model --window_size 64 --stride 32 --holdout_every 3"),
+    (r"\$SLURM_ARRAY_TASK_ID/64", "0/1"),
+    (r"photos --labels ade20k", 'photos --labels "road; car; sky"'),  # the tiny tokenizer does not know all its names
+    (r"\(768, 42, 56\)", "(32, 30, 40)"),
+    (r'SparFeatures\(size=448, layers="6,features"\)', 'SparFeatures("my-model", size=64, layers="1,features")'),
+    (r", num_proc=2", ""),  # a pool of processes, each with a model
 )
 
 
@@ -118,10 +130,29 @@ def given(folder):
     return names | {"image": Image.fromarray(array), "words": ["road", "car", "sky"], "zarr_array": array}
 
 
+class Engine:
+    """What Ray Data and Spark do with a callable, in this process: tests/batch has a real Ray."""
+
+    def __init__(self, folder):
+        self.columns = {"image": [path.read_bytes() for path in sorted((folder / "photos").iterdir())]}
+
+    def map_batches(self, kind, fn_constructor_kwargs, num_gpus):
+        found = kind("my-model", **fn_constructor_kwargs)(self.columns)
+        assert not any(found["error"]) and len(found["map"]) == len(self.columns["image"])
+
+    def mapInPandas(self, function, schema):
+        (found,) = function(iter([pandas.DataFrame(self.columns)]))
+        assert not any(found["error"]) and set(schema) <= set(found.columns)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES)
 def test_commands_of_a_page(page, folder, monkeypatch):
     names = given(folder) if page in ("docs/masks", "docs/huge_images") else None
+    if page == "docs/many_images":
+        engine = Engine(folder)
+        names = {"dataset": datasets.Dataset.from_dict(engine.columns), "images": engine, "frame": engine}
+        names["schema"] = ["features", "layer_1", "shape", "error"]
     if page == "docs/video":
         write_clip(folder / "clip.mp4")
     assert run_page(page, monkeypatch, SUBSTITUTES, names) == sum(block.why is None for block in blocks(page)) > 0
@@ -187,7 +218,7 @@ def test_the_site_loads_nothing_from_other_servers():
 def test_every_page_with_commands_is_run_or_named():
     pages = {str(path.relative_to(ROOT).with_suffix("")) for path in (ROOT / "docs").rglob("*.md")}
     with_blocks = {page for page in pages if blocks(page)}
-    assert with_blocks - {*PAGES, "docs/recipes"} == {f"docs/{name}" for name in ELSEWHERE | RECORDS | NOT_YET}
+    assert with_blocks - {*PAGES, "docs/recipes"} == {f"docs/{name}" for name in ELSEWHERE | RECORDS}
 
 
 def test_every_public_name_has_a_reference():

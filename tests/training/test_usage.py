@@ -27,6 +27,7 @@ SCRIPTS = {
     "panoptic": ((*MODEL, *OUTPUT), ("--dataset", NOWHERE), "`images/`"),
     "presence": (OUTPUT, ("--data", f"/{NOWHERE}"), NOWHERE),
     "pretrain_tiny": (OUTPUT, ("--data", NOWHERE), "`images/`"),
+    "scale": ((), ("--gpus", "0"), "--gpus"),
     "seams": (("--images", NOWHERE), ("--tile", "64", "--overlaps", "48"), "--overlaps"),
     "quality_cost": ((*MODEL, *OUTPUT, "--images", NOWHERE, "--dataset", NOWHERE), ("--steps", "0"), "--steps"),
     "serving_load": ((), ("--concurrency", "0"), "--concurrency"),
