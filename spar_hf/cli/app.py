@@ -23,8 +23,8 @@ def serve(
 ) -> None:
     """Serve a web page: drop an image, type words, see masks; one pass beside the sliding window."""
     with exit_on_error(usage=(), failure=(ImportError, ValueError, OSError, RuntimeError)):
+        say("Loading the model.", err=True)  # imports take seconds
         from spar_hf.cli.web_page import build_page, launch_page
 
-        say("Loading the model.", err=True)
         page = build_page(model, base, device)
         launch_page(page, host, port, open_browser, say=lambda address: say(f"{address}  (Ctrl-C stops it)"))

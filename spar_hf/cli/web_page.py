@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from spar_hf.cli.web_hover import HOVER, HOVER_STYLE
 from spar_hf.cli.web_inputs import MAX_UPLOAD, NOT_UPLOADED, upload_folder
 from spar_hf.cli.web_segmentation import (
     Results,
@@ -27,7 +28,7 @@ SESSION_SECONDS = 3600  # after the last request of a visitor
 WORDS = "sky; building; tree, vegetation; road, pavement; person; car"
 # images inside installed packages, and words for what they show; those of Gradio are always there
 EXAMPLES = [
-    ("sklearn.datasets", "images/china.jpg", "building, temple; sky; tree; stairs; person; pavement"),
+    ("sklearn.datasets", "images/china.jpg", "building, temple; sky; tree; water, lake"),
     ("skimage.data", "coffee.png", "cup; spoon; table"),
     ("sklearn.datasets", "images/flower.jpg", "flower; grass, leaves"),
     ("gradio", "media_assets/images/lion.jpg", "lion, animal; rock"),
@@ -197,10 +198,12 @@ def add_results(gr) -> tuple[Results, Look]:
     message = gr.HTML(visible=False, padding=False)
     with gr.Row():
         with gr.Column(min_width=240):
-            one_pass_picture = gr.Image(label="One pass", interactive=False, buttons=buttons)
+            one_pass_picture = gr.Image(label="One pass", elem_id="spar-picture-0", interactive=False, buttons=buttons)
             one_pass_time = gr.Markdown()
         with gr.Column(min_width=240, visible=False) as window_column:
-            window_picture = gr.Image(label="Sliding window", interactive=False, buttons=buttons)
+            window_picture = gr.Image(
+                label="Sliding window", elem_id="spar-picture-1", interactive=False, buttons=buttons
+            )
             window_time = gr.Markdown()
     with gr.Column(visible=False) as column:
         point = gr.Markdown()
@@ -218,10 +221,11 @@ def add_results(gr) -> tuple[Results, Look]:
         with gr.Row():
             files = {kind: gr.Button(DOWNLOADS[kind], size="sm", min_width=110) for kind in FILES}
         file = gr.DownloadButton(elem_id="spar-file")  # not shown: see STYLE
+    hover = gr.HTML(elem_id="spar-map")
     session: Any = gr.State(time_to_live=SESSION_SECONDS)
     colours: Any = gr.State({})
     shown = (message, one_pass_picture, one_pass_time, window_column, window_picture, window_time, table)
-    results = Results(*shown, column, downloads, classes, chosen, heat, point, session, colours)
+    results = Results(*shown, column, downloads, classes, chosen, heat, point, hover, session, colours)
     return results, Look(opacity, outlines, names, files, file)
 
 
@@ -304,7 +308,8 @@ def launch_page(
         ssr_mode=False,
         footer_links=[],
         max_file_size=MAX_UPLOAD,
-        css=STYLE,
+        css=STYLE + HOVER_STYLE,
+        js=HOVER,
         # system fonts: the fonts of Gradio's themes are downloaded
         theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
     )

@@ -9,6 +9,7 @@ from typing import Any
 from PIL import Image
 
 from spar_hf.cli.pipelines import load_pipeline, segment_timed, sliding_window_model
+from spar_hf.cli.web_hover import hover_maps
 from spar_hf.cli.web_inputs import alert, read_upload, read_words
 from spar_hf.cli.web_view import Shown, View, colours_of, legend, picture, there, write_file
 from spar_hf.model.background import MEANING_TEMPLATES
@@ -37,6 +38,7 @@ class Results:
     chosen: Any
     heat: Any
     point: Any
+    hover: Any
     session: Any
     colours: Any
 
@@ -152,6 +154,7 @@ def segmentation_handler(gr, segmenters: Segmenters, results: Results) -> Callab
                 chosen=gr.update(choices=labels, value=(found or labels)[0]),
                 heat=False,
                 point="",
+                hover=hover_maps(shown),
                 session=shown,
                 colours=known,
             )
@@ -172,6 +175,7 @@ def segmentation_handler(gr, segmenters: Segmenters, results: Results) -> Callab
                     colours_of(max(first, second, key=lambda result: len(result["labels"])), known)[0],
                 ),
                 classes=gr.update(choices=found, value=found),
+                hover=hover_maps(shown),
                 session=shown,
                 colours=known,
             )

@@ -1,5 +1,6 @@
 """The web page over HTTP and in a real browser: masks and a legend from an image and words, and no other computer asked."""
 
+import contextlib
 import http.server
 import importlib.util
 import io
@@ -130,8 +131,11 @@ def address():
     pytest.importorskip("gradio", reason="the page needs Gradio (extra app)")
     from spar_hf.cli.web_page import build_page, launch_page
 
-    page = build_page()
-    yield launch_page(page, wait=False)
+    page, said, printed = build_page(), [], io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        url = launch_page(page, wait=False, say=said.append)
+    assert said == [url] and not printed.getvalue()  # no advice to make the page public
+    yield url
     page.close(verbose=False)
 
 
@@ -363,13 +367,6 @@ def view_and_downloads(tab, image, folder):
     """How the masks are drawn is up to the visitor, and each download is what the command would write."""
     original = Image.open(image).convert("RGB")
     assert not tab.locator("#spar-file").is_visible()
-    opacity = tab.get_by_label("number input for Opacity")
-
-    def without_colour():
-        tab.get_by_label("Names in the regions").uncheck()
-        tab.get_by_label("Outlines only").check()
-        tab.get_by_role("checkbox", name="flower", exact=True).uncheck()
-
     path = saved_file(tab, "Label PNG", folder)
     labels = Image.open(path)
     classes = ["flower", "grass", "airplane", "background"]
@@ -388,17 +385,26 @@ def view_and_downloads(tab, image, folder):
         coco = json.loads(saved_file(tab, "COCO", folder).read_text())
         assert coco["annotations"][0]["area"] == int((expected["map"] == 0).sum())
 
-    shown_picture(tab, without_colour)
+    # one by one: each change draws the picture anew
+    shown_picture(tab, tab.get_by_label("Names in the regions").uncheck)
+    shown_picture(tab, tab.get_by_label("Outlines only").check)
+    shown_picture(tab, tab.get_by_role("checkbox", name="flower", exact=True).uncheck)
     heat = shown_picture(tab, tab.get_by_label("Heat map of the class").check)
     assert heat.height > 427  # with its scale
     plain = shown_picture(tab, tab.get_by_label("Heat map of the class").uncheck)
     inside = np.asarray(expected["map"] == 0)
     difference = np.abs(np.asarray(plain, int) - np.asarray(original, int)).max(2)
     assert np.median(difference[inside]) < 16  # neither painted nor, but for noise of compression, changed
-    tab.locator("#spar-results .image-frame img").first.click()
+    picture = tab.locator("#spar-picture-0 img")
+    picture.hover()
+    tab.locator("#spar-tip").wait_for()
+    name, probability = tab.locator("#spar-tip").inner_text().split(", ")
+    assert name == classes[expected["map"][427 // 2, 640 // 2]] and 0 < float(probability) <= 1
+    picture.click()
     tab.get_by_text("where you clicked").wait_for()
-    tab.get_by_label("Outlines only").uncheck()
-    opacity.fill("1")
+    shown_picture(tab, tab.get_by_role("checkbox", name="flower", exact=True).check)
+    shown_picture(tab, tab.get_by_label("Outlines only").uncheck)
+    shown_picture(tab, lambda: tab.get_by_label("number input for Opacity").fill("0.1"))
 
 
 def test_on_a_phone_the_page_fits_and_goes_to_the_result(phone):
