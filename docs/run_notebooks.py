@@ -4,8 +4,8 @@ Runs the notebooks of `docs/notebooks/` and keeps their outputs. `make notebooks
     python docs/run_notebooks.py
     python docs/run_notebooks.py docs/notebooks/dense_features.ipynb
 
-Each runs in a fresh kernel and an empty folder, offline, without progress bars. A notebook is only written if every cell
-ran, nothing was printed to the error stream, and its pictures are small.
+Each runs in a fresh kernel and an empty folder, offline. Progress bars are not kept. A notebook is only written if every
+cell ran, nothing was printed to the error stream, and its pictures are small.
 """
 
 import json
@@ -23,12 +23,8 @@ from nbclient import NotebookClient
 FOLDER = Path(__file__).parent / "notebooks"
 SECONDS = 1800  # for one cell, on a busy computer too
 LARGEST = 300_000  # bytes of a notebook, most of them pictures
-SETTINGS = {  # of the kernel
-    "HF_HUB_OFFLINE": "1",
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    "TQDM_DISABLE": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-}
+WIDGET = "application/vnd.jupyter.widget-view+json"  # a progress bar: nothing without its process
+SETTINGS = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}  # of the kernel
 QUIET = ["--IPKernelApp.log_level=40"]  # it warns that other users of the computer could read along
 logger = logging.getLogger(__name__)
 
@@ -49,6 +45,8 @@ def run(path: Path) -> Any:
     book.metadata = {"kernelspec": book.metadata["kernelspec"], "language_info": {"name": "python"}}
     for cell in book.cells:
         cell.metadata = {}
+        if "outputs" in cell:
+            cell.outputs = [output for output in cell.outputs if WIDGET not in output.get("data", {})]
         noise = [output.text for output in cell.get("outputs", []) if output.get("name") == "stderr"]
         if noise:
             raise ValueError(f"{path.name} prints to the error stream: {''.join(noise)}")

@@ -43,6 +43,7 @@ def test_it_is_a_notebook_that_ran_in_order_without_errors(path):
     assert len(set(names)) == len(names) and all(re.fullmatch(r"[\w-]{1,64}", name) for name in names)
     assert [cell["execution_count"] for cell, _ in code(book)] == list(range(1, len(code(book)) + 1))
     assert {output["output_type"] for output in outputs(book)} <= {"stream", "display_data", "execute_result"}
+    assert {kind for output in outputs(book) for kind in output.get("data", {})} == {"image/jpeg", "text/plain"}
     assert {output["name"] for output in outputs(book) if output["output_type"] == "stream"} == {"stdout"}
     assert "".join(book["cells"][0]["source"]).startswith("# ")
 
