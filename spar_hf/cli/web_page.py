@@ -28,7 +28,7 @@ SESSION_SECONDS = 3600  # after the last request of a visitor
 WORDS = "sky; building; tree, vegetation; road, pavement; person; car"
 # images inside installed packages, and words for what they show; those of Gradio are always there
 EXAMPLES = [
-    ("sklearn.datasets", "images/china.jpg", "building, temple; sky; tree; water, lake"),
+    ("sklearn.datasets", "images/china.jpg", "building, temple; sky; tree"),
     ("skimage.data", "coffee.png", "cup; spoon; table"),
     ("sklearn.datasets", "images/flower.jpg", "flower; grass, leaves"),
     ("gradio", "media_assets/images/lion.jpg", "lion, animal; rock"),
