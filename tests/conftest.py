@@ -23,6 +23,7 @@ torch.set_num_threads(1)  # two workers share two cores
 SHARED = ("batch/test_ray_engine", "docs/test_commands", "export/", "runtime/", "serving/", "test_wheel")
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items):
     """Slow tests first, so that no process waits for the other's last one; and rooms of `SHARED` together."""
     for item in items:
