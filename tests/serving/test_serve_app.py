@@ -139,7 +139,9 @@ def test_bad_requests_get_one_line(server, body):
 
 def test_the_guide_names_options_and_clients_that_work(server, picture, tmp_path, monkeypatch):
     written = [block.text.replace(":8000", f":{server.port}") for block in blocks("docs/serving")]
-    (start,) = [line for text in written for line in text.splitlines() if line.startswith("python docs/serving/serve_app")]
+    (start,) = [
+        line for text in written for line in text.splitlines() if line.startswith("python docs/serving/serve_app")
+    ]
     fields = re.findall(
         r"^    (\w+): .*= option\(", (ROOT / "docs" / "serving" / "serve_app.py").read_text(), re.MULTILINE
     )
