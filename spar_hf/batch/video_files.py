@@ -49,12 +49,12 @@ class VideoReader:
 
     def __init__(self, path: Path):
         av = import_av()
-        self.path, self._errors = path, (av.error.FFmpegError, av.error.InvalidDataError)
+        self.path, self._error = path, av.error.FFmpegError
         try:
             self.container = av.open(str(path))
-        except FileNotFoundError as error:
-            raise FileNotFoundError(f"There is no file {path}.") from error
-        except self._errors as error:
+        except OSError as error:  # no such file, no right to read it
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        except self._error as error:
             raise ValueError(f"{path} is no video that FFmpeg reads, or damaged: {error.strerror}.") from error
         if not self.container.streams.video:
             self.container.close()
@@ -62,10 +62,10 @@ class VideoReader:
         self.video = self.container.streams.video[0]
         self.video.thread_type = "AUTO"
         self.rate = self.video.average_rate or self.video.guessed_rate
-        seconds = self.container.duration
-        self.seconds = seconds / av.time_base if seconds else None
-        known = self.seconds is not None and self.rate
-        self.frames = self.video.frames or (round(self.seconds * self.rate) if known else None)  # type: ignore[operator]
+        self.seconds = self.container.duration / av.time_base if self.container.duration else None
+        self.frames = self.video.frames or None
+        if self.frames is None and self.seconds and self.rate:
+            self.frames = round(self.seconds * self.rate)
 
     def __enter__(self) -> "VideoReader":
         return self
@@ -78,7 +78,8 @@ class VideoReader:
         The packets of pictures and sound in the order of the file, of pictures as lists of frames.
 
         Returns:
-            An iterator over pairs: a list of frames of PyAV and `None`, or `None` and a packet of sound.
+            An iterator over pairs: a list of frames of PyAV and `None`, or `None` and a packet of sound. The last packet of
+            a stream of sound is empty.
 
         Raises:
             ValueError: the file is damaged.
@@ -90,9 +91,9 @@ class VideoReader:
                     frames = packet.decode()
                     count += len(frames)
                     yield frames, None
-                elif packet.dts is not None:
+                else:
                     yield None, packet
-        except self._errors as error:
+        except self._error as error:
             raise ValueError(f"{self.path} is damaged after frame {count}: {error.strerror}.") from error
 
 
@@ -102,6 +103,16 @@ def upright(frame: Any) -> Image.Image:
     image = frame.to_image()
     turn = turns.get(round(frame.rotation) % 360)
     return image if turn is None else image.transpose(turn)
+
+
+def check_video_output(output: Path) -> None:
+    """
+    Raises:
+        UsageError: the file has another suffix, or is a folder.
+    """
+    if output.suffix.lower() not in VIDEO_OUTPUTS or output.is_dir():
+        suffixes = f"{', '.join(VIDEO_OUTPUTS[:-1])} or {VIDEO_OUTPUTS[-1]}"
+        raise UsageError(f"--output {output} must be a file that ends in {suffixes}.")
 
 
 def repaint_video(
@@ -124,12 +135,11 @@ def repaint_video(
         Notes on what was changed beside the pictures.
 
     Raises:
-        UsageError: `output` has another suffix.
+        UsageError: as [`check_video_output`].
         ValueError: the source is damaged, or has no frames.
         OSError: the disk is full or read-only.
     """
-    if output.suffix.lower() not in VIDEO_OUTPUTS:
-        raise UsageError(f"--output {output} must end in {', '.join(VIDEO_OUTPUTS[:-1])} or {VIDEO_OUTPUTS[-1]}.")
+    check_video_output(output)
     notes: list[str] = []
 
     def write(temporary: Path) -> None:
@@ -205,8 +215,9 @@ class _Sound:
 
     def add(self, packet: Any) -> None:
         if self.copied:
-            packet.stream = self.stream
-            self.target.mux(packet)
+            if packet.dts is not None:  # not the empty packet at the end
+                packet.stream = self.stream
+                self.target.mux(packet)
             return
         for frame in packet.decode():
             self.target.mux(self.stream.encode(frame))

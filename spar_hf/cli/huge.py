@@ -1,17 +1,14 @@
 """`spar-hf segment --tile` with a label map as output: images larger than memory."""
 
-import signal
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import typer
-from tqdm.auto import tqdm
 
-from spar_hf.cli.reporting import exit_on_error, say
+from spar_hf.cli.reporting import exit_on_error, say, work_bar
 from spar_hf.utils.errors import UsageError
-from spar_hf.utils.image_files import InputImage, check_inputs_kept, find_images, interruptible
+from spar_hf.utils.image_files import InputImage, check_inputs_kept, find_images
 
 MAP_SUFFIXES = (".tif", ".tiff", ".npy")  # as in `spar_hf.batch.huge_images`, which imports torch
 
@@ -106,23 +103,14 @@ def segment_to_map(
         pipe(Image.new("RGB", (32, 32)), candidate_labels=vocabulary, output="map", **given)
     if hint := single_class_hint(labels, vocabulary):
         say(f"note: {hint}", err=True)
-    interval = 0.1 if sys.stderr.isatty() else 30  # seconds between lines of a log file
-    try:
-        with (
-            exit_on_error(usage=(), failure=(ValueError, OSError, RuntimeError)),
-            interruptible(),
-            tqdm(unit="tile", file=sys.stderr, mininterval=interval) as bar,
-        ):
+    with exit_on_error(usage=(), failure=(ValueError, OSError, RuntimeError)), work_bar("tile", "label map") as bar:
 
-            def progress(done: int, tiles: int) -> None:
-                bar.total = tiles
-                bar.update(done - bar.n)
+        def progress(done: int, tiles: int) -> None:
+            bar.total = tiles
+            bar.update(done - bar.n)
 
-            options = {**given, **reading, "colours": palette, "progress": progress}
-            found = segment_huge(pipe, image.source, output, vocabulary, **options)
-    except KeyboardInterrupt as stop:
-        say("interrupted; no label map is written", err=True)
-        raise typer.Exit(128 + getattr(stop, "number", signal.SIGINT)) from None
+        options = {**given, **reading, "colours": palette, "progress": progress}
+        found = segment_huge(pipe, image.source, output, vocabulary, **options)
     show_counts(found.labels, found.pixels, found.scores, found.background)
     say(f"written: {output}")
     raise typer.Exit(0)

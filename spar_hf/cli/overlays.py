@@ -196,10 +196,12 @@ def heat_picture(image: Image.Image, heat: np.ndarray, title: str) -> Image.Imag
 
 def _with_legend(picture: Image.Image, entries: Sequence[tuple[str, np.ndarray | None]]) -> Image.Image:
     """Add a legend below the picture."""
-    if not entries:
-        return picture
-    strip = legend_strip(picture.width, entries)
-    sheet = Image.new("RGB", (picture.width, picture.height + strip.height), "white")
+    return put_below(picture, legend_strip(picture.width, entries)) if entries else picture
+
+
+def put_below(picture: Image.Image, strip: Image.Image) -> Image.Image:
+    """A picture with a strip of its width below."""
+    sheet = Image.new("RGB", (picture.width, picture.height + strip.height))
     sheet.paste(picture)
     sheet.paste(strip, (0, picture.height))
     return sheet

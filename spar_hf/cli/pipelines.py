@@ -100,7 +100,7 @@ def segment_timed(pipe, image: Image.Image, candidate_labels, heat: bool = False
 
     vision = pipe.model.vision_model
     hooks = [vision.register_forward_pre_hook(note_time), vision.register_forward_hook(note_time)]
-    seen = {name: options.pop(name) for name in ("size", "max_tokens") if name in options}
+    seen = encoding_options(options)
     start = clock(pipe.device)
     try:
         encoded = pipe.encode(image, **seen)
@@ -139,10 +139,15 @@ def segment_with_heat(pipe, image: Image.Image, candidate_labels, heat: bool = F
         if heat:
             raise ValueError("Heat maps are of one pass: leave them out with tiles (--tile).")
         return pipe(image, candidate_labels=candidate_labels, output="map", **options)
-    seen = {name: options.pop(name) for name in ("size", "max_tokens") if name in options}
+    seen = encoding_options(options)
     encoded = image if isinstance(image, EncodedImage) else pipe.encode(image, **seen)
     result = pipe(encoded, candidate_labels=candidate_labels, output="map", **options)
     return {**result, "heat": _heat(pipe, encoded, candidate_labels, options)} if heat else result
+
+
+def encoding_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Take those options out that `pipe.encode` has; the others are for the pipeline's call with an encoded image."""
+    return {name: options.pop(name) for name in ("size", "max_tokens") if name in options}
 
 
 def _heat(pipe, encoded: EncodedImage, candidate_labels, options: dict[str, Any]) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Messages and exit status of the commands."""
 
 import contextlib
+import signal
 import sys
 from collections.abc import Iterator
 from typing import NoReturn
@@ -9,7 +10,7 @@ import typer
 from tqdm.auto import tqdm
 
 from spar_hf.utils.errors import is_refusal
-from spar_hf.utils.image_files import RunSummary
+from spar_hf.utils.image_files import RunSummary, interruptible
 from spar_hf.utils.terminal import printable
 
 Errors = type[Exception] | tuple[type[Exception], ...]
@@ -55,6 +56,25 @@ def report_failure(message: str) -> None:
     """Print a line about an image that failed above the progress bar."""
     with tqdm.external_write_mode(file=sys.stderr):
         say(f"error: {' '.join(message.split())}", err=True, colour="red")
+
+
+@contextlib.contextmanager
+def work_bar(unit: str, result: str, total: int | None = None) -> Iterator[tqdm]:
+    """
+    A progress bar around a block that writes one result. Ctrl-C and SIGTERM say that the result was not written, and exit.
+
+    Args:
+        unit: what is counted, such as `"tile"`.
+        result: what the block writes.
+        total: how many there are, if that is known.
+    """
+    interval = 0.1 if sys.stderr.isatty() else 30  # seconds between lines of a log file
+    try:
+        with interruptible(), tqdm(total=total, unit=unit, file=sys.stderr, mininterval=interval) as bar:
+            yield bar
+    except KeyboardInterrupt as stop:
+        say(f"interrupted; no {result} is written", err=True)
+        raise typer.Exit(128 + getattr(stop, "number", signal.SIGINT)) from None
 
 
 def finish(summary: RunSummary, line: str | None = None) -> NoReturn:

@@ -11,7 +11,7 @@ from spar_hf.cli.reporting import exit_on_error, finish, report_failure, say
 from spar_hf.cli.result_paths import ResultPlan, parse_formats, plan_results
 from spar_hf.cli.result_record import ResultRecord
 from spar_hf.cli.segment_options import SegmentOptions
-from spar_hf.cli.video import is_video, segment_video
+from spar_hf.cli.video import is_video, refuse_video_options, segment_video
 from spar_hf.utils.atomic import write_text
 from spar_hf.utils.errors import UsageError
 from spar_hf.utils.image_files import InputImage, RunSummary, interruptible, process_images
@@ -32,10 +32,12 @@ def segment(options: SegmentOptions) -> None:
     from spar_hf.cli.frames import ImageReader
     from spar_hf.cli.labels import parse_background, single_class_hint
 
-    if options.max_pixels is not None:
-        Image.MAX_IMAGE_PIXELS = options.max_pixels
     if is_video(options.output) or any(map(is_video, options.images)):
         segment_video(options)
+    with exit_on_error():
+        refuse_video_options(options)
+    if options.max_pixels is not None:
+        Image.MAX_IMAGE_PIXELS = options.max_pixels
     if writes_strips(options.output):
         given = ("background", "threshold", "min_area", "templates", "max_tokens", "max_pixels", "image_range")
         settings = {"tile": options.tiles, **{name: getattr(options, name) for name in given}}

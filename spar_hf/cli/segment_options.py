@@ -23,6 +23,7 @@ from spar_hf.cli.arguments import (
     Workers,
 )
 from spar_hf.cli.huge import check_strip_options, parse_tile, writes_strips
+from spar_hf.cli.video import SMOOTHING
 from spar_hf.utils.options import HELP
 from spar_hf.utils.shards import ShardChoice
 
@@ -95,7 +96,7 @@ class SegmentOptions:
     smoothing: Annotated[
         float,
         typer.Option(help="For videos: weight of earlier frames, so that masks do not flicker; 0 for none.", min=0),
-    ] = 0.6
+    ] = SMOOTHING
     every: Annotated[
         int, typer.Option(help="For videos: segment every Nth frame; those between get its masks.", min=1)
     ] = 1

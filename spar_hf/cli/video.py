@@ -1,32 +1,23 @@
 """`spar-hf segment clip.mp4`: a video with masks over its frames."""
 
-import signal
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
-from tqdm.auto import tqdm
 
-from spar_hf.cli.reporting import exit_on_error, say
+from spar_hf.cli.reporting import exit_on_error, say, work_bar
 from spar_hf.utils.errors import UsageError
-from spar_hf.utils.image_files import interruptible
 
 if TYPE_CHECKING:
     from spar_hf.cli.segment_options import SegmentOptions
 
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg")
+SMOOTHING = 0.6  # that of `FrameAverage`, which imports torch
 LEGEND_CLASSES = 24  # a legend of more hides the video
 NOT_FOR_VIDEOS = (
-    "keep_background",
-    "presence",
-    "min_presence",
-    "heatmap",
-    "map_output",
-    "frames",
-    "tile",
-    "tile_overlap",
+    *("keep_background", "presence", "min_presence", "heatmap", "map_output", "frames", "tile", "tile_overlap"),
+    *("image_range", "max_pixels"),
 )
 
 
@@ -50,12 +41,11 @@ def check_video_options(options: "SegmentOptions") -> None:
     Raises:
         UsageError: several inputs, an output that is no video, or an option for images.
     """
-    from spar_hf.batch.video_files import VIDEO_OUTPUTS
+    from spar_hf.batch.video_files import check_video_output
 
     if len(options.images) != 1:
         raise UsageError(f"A video is segmented by itself, not with others: name one input, not {len(options.images)}.")
-    if options.output.suffix.lower() not in VIDEO_OUTPUTS or options.output.is_dir():
-        raise UsageError(f"--output {options.output} must be a file that ends in {', '.join(VIDEO_OUTPUTS)}.")
+    check_video_output(options.output)
     names = {"map_output": "--map"}
     given = [names.get(name, f"--{name.replace('_', '-')}") for name in NOT_FOR_VIDEOS if getattr(options, name)]
     given += ["--format"] if options.formats != "overlay" else []
@@ -65,6 +55,15 @@ def check_video_options(options: "SegmentOptions") -> None:
     source = Path(options.images[0])
     if source.exists() and options.output.exists() and source.samefile(options.output):
         raise UsageError(f"--output {options.output} is the input.")
+
+
+def refuse_video_options(options: "SegmentOptions") -> None:
+    """
+    Raises:
+        UsageError: an option for videos is given with images.
+    """
+    if options.every != 1 or options.smoothing != SMOOTHING:
+        raise UsageError("--every and --smoothing are for a video, such as clip.mp4; leave them out for images.")
 
 
 def segment_video(options: "SegmentOptions") -> NoReturn:
@@ -89,17 +88,11 @@ def segment_video(options: "SegmentOptions") -> NoReturn:
             painter.segment(pipe.encode(Image.new("RGB", (32, 32))))
         if hint := single_class_hint(options.labels, vocabulary):
             say(f"note: {hint}", err=True)
-        interval = 0.1 if sys.stderr.isatty() else 30  # seconds between lines of a log file
-        try:
-            with (
-                exit_on_error(usage=UsageError, failure=(ValueError, OSError, RuntimeError)),
-                interruptible(),
-                tqdm(total=reader.frames, unit="frame", file=sys.stderr, mininterval=interval) as bar,
-            ):
-                notes = repaint_video(reader, options.output, painter, bar.update)
-        except KeyboardInterrupt as stop:
-            say("interrupted; no video is written", err=True)
-            raise typer.Exit(128 + getattr(stop, "number", signal.SIGINT)) from None
+        with (
+            exit_on_error(usage=UsageError, failure=(ValueError, OSError, RuntimeError)),
+            work_bar("frame", "video", reader.frames) as bar,
+        ):
+            notes = repaint_video(reader, options.output, painter, bar.update)
     for note in notes:
         say(f"note: {note}", err=True)
     show_counts(painter.labels, painter.pixels, painter.scores, painter.background)
@@ -125,10 +118,11 @@ class FramePainter:
     """
 
     def __init__(self, pipe: Any, vocabulary: Any, rules: dict[str, Any], options: "SegmentOptions"):
+        from spar_hf.cli.pipelines import encoding_options
         from spar_hf.model.video import FrameAverage
 
         given = {name: value for name, value in rules.items() if value is not None}
-        self.reading = {name: given.pop(name) for name in ("size", "max_tokens") if name in given}
+        self.reading = encoding_options(given)
         self.pipe, self.given = pipe, {**given, "candidate_labels": vocabulary, "output": "map"}
         self.average = FrameAverage(options.smoothing)
         self.every, self.seen, self.chosen = options.every, 0, 0
@@ -146,9 +140,8 @@ class FramePainter:
     def __call__(self, frame: Any) -> Any:
         """The frame with its masks; one that is not segmented gets those of the last one that was."""
         import numpy as np
-        from PIL import Image
 
-        from spar_hf.cli.overlays import legend_strip, overlay, palette
+        from spar_hf.cli.overlays import legend_strip, overlay, palette, put_below
 
         if self.seen % self.every == 0:
             self._found = self.segment(self.average(self.pipe.encode(frame, **self.reading)))
@@ -164,10 +157,7 @@ class FramePainter:
         if self._legend is None:
             colours = palette(len(self.labels), self.background)
             self._legend = legend_strip(frame.width, list(zip(self.labels, colours, strict=True)))
-        sheet = Image.new("RGB", (frame.width, frame.height + self._legend.height))
-        sheet.paste(picture)
-        sheet.paste(self._legend, (0, frame.height))
-        return sheet
+        return put_below(picture, self._legend)
 
     @property
     def scores(self) -> list[float]:

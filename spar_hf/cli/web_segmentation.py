@@ -137,26 +137,11 @@ def segmentation_handler(gr, segmenters: Segmenters, results: Results) -> Callab
             first = segment_timed(segmenters.one_pass, image, vocabulary, heat=True, **options)
             note = unknown_note(segmenters.one_pass.tokenizer, vocabulary)
             view = View(None, float(opacity), bool(outlines), bool(names_shown))
-            colours, known = colours_of(first, known or {})
-            shown = [Shown.make("one pass", str(path), image, first, colours)]
-            found, labels = shown[0].found(), list(first["labels"])
+            values = one_pass_values(gr, str(path), image, first, view, known or {})
             yield outputs(
-                one_pass_picture=picture(shown[0], view),
-                one_pass_time=time_line(first),
+                **values,
                 message=gr.update(value=note, visible=bool(note)),
-                table=legend([("one pass", first)], colours),
                 window_column=gr.update(visible=bool(compare)),
-                window_picture=None,
-                window_time="",
-                look=gr.update(visible=True),
-                downloads=gr.update(visible=True),
-                classes=gr.update(choices=found, value=found),
-                chosen=gr.update(choices=labels, value=(found or labels)[0]),
-                heat=False,
-                point="",
-                hover=hover_maps(shown),
-                session=shown,
-                colours=known,
             )
             if not compare:
                 return
@@ -164,25 +149,62 @@ def segmentation_handler(gr, segmenters: Segmenters, results: Results) -> Callab
             window = segmenters.sliding_window(max(1, int(stride)), limited(progress))
             embed_words(window, vocabulary, background, bool(min_presence), progress)
             second = segment_timed(window, image, vocabulary, heat=True, **options)
-            colours, known = colours_of(second, known)
-            shown.append(Shown.make("sliding window", str(path), image, second, colours))
-            found = list(dict.fromkeys([*found, *shown[1].found()]))
-            yield outputs(
-                window_picture=picture(shown[1], view),
-                window_time=time_line(second, first),
-                table=legend(
-                    [("one pass", first), ("sliding window", second)],
-                    colours_of(max(first, second, key=lambda result: len(result["labels"])), known)[0],
-                ),
-                classes=gr.update(choices=found, value=found),
-                hover=hover_maps(shown),
-                session=shown,
-                colours=known,
-            )
+            yield outputs(**window_values(gr, image, first, second, view, **values))
         except ERRORS as error:
             yield outputs(message=gr.update(value=alert(error), visible=True))
 
     return run
+
+
+def one_pass_values(
+    gr, path: str, image: Image.Image, first: dict[str, Any], view: View, known: dict[str, int]
+) -> dict[str, Any]:
+    """The values of the components that show one pass; `known` are the colours of all words so far."""
+    colours, known = colours_of(first, known)
+    shown = Shown.make("one pass", path, image, first, colours)
+    found, labels = shown.found(), list(first["labels"])
+    return {
+        "one_pass_picture": picture(shown, view),
+        "one_pass_time": time_line(first),
+        "table": legend([("one pass", first)], colours),
+        "window_picture": None,
+        "window_time": "",
+        "look": gr.update(visible=True),
+        "downloads": gr.update(visible=True),
+        "classes": gr.update(choices=found, value=found),
+        "chosen": gr.update(choices=labels, value=(found or labels)[0]),
+        "heat": False,
+        "point": "",
+        "hover": hover_maps([shown]),
+        "session": [shown],
+        "colours": known,
+    }
+
+
+def window_values(
+    gr,
+    image: Image.Image,
+    first: dict[str, Any],
+    second: dict[str, Any],
+    view: View,
+    session: list[Shown],
+    colours: dict[str, int],
+    **others: Any,
+) -> dict[str, Any]:
+    """The values of the components that show the sliding window, `second`, beside those of one pass, `first`."""
+    own, known = colours_of(second, colours)
+    session = [*session, Shown.make("sliding window", session[0].upload, image, second, own)]
+    found = list(dict.fromkeys(label for one in session for label in one.found()))
+    longest = max(first, second, key=lambda result: len(result["labels"]))
+    return {
+        "window_picture": picture(session[1], view),
+        "window_time": time_line(second, first),
+        "table": legend([("one pass", first), ("sliding window", second)], colours_of(longest, known)[0]),
+        "classes": gr.update(choices=found, value=found),
+        "hover": hover_maps(session),
+        "session": session,
+        "colours": known,
+    }
 
 
 def view_of(

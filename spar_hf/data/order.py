@@ -348,4 +348,4 @@ class StreamOrder(Sampler):
 
 def parts_of(numbers: list[int]) -> list[tuple[int, int, int, int]]:
     """The parts of epochs in a list of their numbers: epoch, part, how many parts, rows that were read."""
-    return [(*numbers[i : i + 4],) for i in range(0, len(numbers), 4)]  # type: ignore[misc]
+    return list(zip(numbers[0::4], numbers[1::4], numbers[2::4], numbers[3::4], strict=True))

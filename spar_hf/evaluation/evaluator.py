@@ -270,11 +270,12 @@ def count_images(
         image, reference = data.read(number)
         found = predictor(image)
         predictions = [prediction for prediction, _ in found]
-        maps = [prediction.label_map.numpy() for prediction in predictions]
-        if flicker and before is not None:
-            still, changed = count_changes(before[1], image, list(zip(before[2], maps, strict=True)))
-            counts.flicker += [(still, pixels) for pixels in changed]
-        before = number, image, maps
+        if flicker:
+            maps = [prediction.label_map.numpy() for prediction in predictions]
+            if before is not None:
+                still, changed = count_changes(before[1], image, list(zip(before[2], maps, strict=True)))
+                counts.flicker += [(still, pixels) for pixels in changed]
+            before = number, image, maps
         counts.add(number, reference, predictions, dilation_ratio, data.ignore_index)
         for i, (_, memory) in enumerate(found):
             counts.note_memory(i, memory)

@@ -5,6 +5,7 @@ import ctypes
 import functools
 import gc
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -97,7 +98,9 @@ def open_openvino(graph: Graph, path: Path, threads: int | None, dtype: str) -> 
     return run
 
 
-@functools.cache
+_core_lock = threading.Lock()
+
+
 def openvino_core() -> Any:
     """
     The one `openvino.Core` of the process, which is never freed.
@@ -106,6 +109,12 @@ def openvino_core() -> Any:
     one leaves the address of freed memory behind, and the next signal that Python handles, such as Ctrl-C or the end of a
     child process, would end the process (seen with OpenVINO 2026.4).
     """
+    with _core_lock:  # two threads would make two, and free one
+        return _make_core()
+
+
+@functools.cache
+def _make_core() -> Any:
     import openvino
 
     core = openvino.Core()

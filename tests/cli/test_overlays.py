@@ -1,11 +1,15 @@
 """Overlays, legends with their fonts, and heat maps."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 from PIL import Image, ImageFont
 
+import spar_hf
 from spar_hf.cli import fonts
-from spar_hf.cli.overlays import GREY, heat_picture, overlay, palette
+from spar_hf.cli.overlays import FIRST_COLOURS, GREY, heat_picture, overlay, palette
 
 
 def test_overlay_mixes_colours_and_draws_a_border_and_legend():
@@ -121,3 +125,10 @@ def test_the_first_12_colours_and_grey_can_be_told_apart_by_the_colour_blind(sig
 def test_a_map_of_another_size_is_refused():
     with pytest.raises(ValueError, match="10×20"):
         overlay(Image.new("RGB", (30, 40)), np.zeros((20, 10), int), ["sky"])
+
+
+def test_the_web_export_has_the_same_first_colours():
+    script = (Path(spar_hf.__file__).parent / "export" / "web" / "labels.js").read_text(encoding="utf-8")
+    listed = re.search(r"FIRST_COLOURS = \[(.*?)\];", script, re.DOTALL)[1]
+    found = [tuple(map(int, colour)) for colour in re.findall(r"\[(\d+), (\d+), (\d+)\]", listed)]
+    assert found == list(FIRST_COLOURS)

@@ -10,6 +10,8 @@ from videos import COLOURS, TIMES, write_clip
 from spar_hf.batch.video_files import VideoReader, repaint_video
 from spar_hf.cli.main import app
 from spar_hf.cli.overlays import legend_strip, palette
+from spar_hf.cli.video import SMOOTHING
+from spar_hf.model.video import FrameAverage
 
 
 def read_clip(path):
@@ -145,6 +147,9 @@ def test_wrong_use_is_refused_before_a_model_is_loaded(tmp_path):
         ([clip], out, ["--format", "json"], 2, "--format"),
         ([clip], out, ["--smoothing", "1"], 2, "smoothing"),
         ([clip], out, ["--every", "0"], 2, "every"),
+        ([clip], out, ["--max-pixels", "100"], 2, "--max-pixels"),
+        ([picture], tmp_path / "masks.png", ["--every", "2"], 2, "--every"),
+        ([picture], tmp_path / "masks.png", ["--smoothing", "0"], 2, "--smoothing"),
         ([tmp_path / "none.mp4"], out, [], 1, "none.mp4"),
         ([sound], out, [], 1, "no pictures"),
     ):
@@ -159,3 +164,7 @@ def test_a_legend_has_the_colours_of_the_masks():
     assert strip.shape[1] == 200
     for colour in palette(2):
         assert (strip == colour).all(-1).sum() > 50
+
+
+def test_the_default_weight_of_the_past_is_that_of_python():
+    assert FrameAverage().smoothing == SMOOTHING
