@@ -81,7 +81,7 @@ class TrainingOptions:
         None, "Finished model of this command to train further; its sizes and words stay as they are."
     )
     steps: int = option(4000, HELP["steps"])
-    batch_size: int = option(24, "Crops per step.")
+    batch_size: int = option(24, "Crops per step and process.")
     learning_rate: float = option(6e-4, HELP["learning_rate"])
     weight_decay: float = option(0.05, HELP["weight_decay"])
     warmup_steps: int = option(200, "Steps of linear warm-up.")

@@ -118,16 +118,22 @@ def train_towers(
     options: PretrainingOptions,
     run: TrainingRun,
 ) -> None:
-    """Train `prepared` (towers, optimizer, schedule) until the last step or a signal."""
+    """
+    Train `prepared` (towers, optimizer, schedule) until the last step or a signal.
+
+    Each process draws batches of its own: process r of n takes batch `step * n + r`. So a step sees `batch_size` crops per
+    process, and one process sees the batches it always saw.
+    """
     towers, optimizer, schedule = prepared
     accelerator, training, seed = run.accelerator, options.training, options.run.seed
     trained = [p for p in towers.parameters() if p.requires_grad]
     window = accelerator.unwrap_model(towers).model.config.image_size
-    batches = CropBatches(sets, training.batch_size, window, training.steps, seed, training.paste_probability)
+    count, rank = accelerator.num_processes, accelerator.process_index
+    batches = CropBatches(sets, training.batch_size, window, training.steps * count, seed, training.paste_probability)
     loader = DataLoader(
         batches,
         batch_size=None,
-        sampler=range(run.step, training.steps),
+        sampler=range(run.step * count + rank, training.steps * count, count),
         num_workers=options.run.workers,
         worker_init_fn=outlive_signals,
     )
@@ -140,12 +146,14 @@ def train_towers(
             loss, parts = step_loss(towers, tokenizer, sets, groups, training, rng, accelerator.device)
         accelerator.backward(loss)
         norm = accelerator.clip_grad_norm_(trained, 1.0)
-        if not run.bad_steps.is_bad(step + 1, float(loss.detach()), norm) or accelerator.scaler is not None:
+        mean = float(accelerator.reduce(loss.detach(), "mean"))  # all processes decide alike
+        if not run.bad_steps.is_bad(step + 1, mean, norm) or accelerator.scaler is not None:
             optimizer.step()
         schedule.step()
         optimizer.zero_grad()
         if step % 20 == 0:
-            row = {"step": step, "loss": float(loss.detach()), **{name: float(part) for name, part in parts.items()}}
+            parts = accelerator.reduce(parts, "mean")
+            row = {"step": step, "loss": mean, **{name: float(part) for name, part in parts.items()}}
             run.log.write({**row, "seconds": round(clock(accelerator.device) - start, 1)})
             bar.set_postfix(loss=f"{row['loss']:.3f}")
         if run.after_step(step + 1, bad_steps=run.bad_steps.state):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
 from interrupting import at_call
 from PIL import Image
 from safetensors.torch import load_file
@@ -103,6 +104,17 @@ def test_a_set_whose_pixels_are_all_ignored_adds_nothing(world):
     row = json.loads((world / "run" / "log.jsonl").read_text().splitlines()[0])
     assert row["set0"] == 0 and row["set1"] > 0
     assert all(t.isfinite().all() for t in SparForOpenVocabSegmentation.from_pretrained(folder).state_dict().values())
+
+
+def test_each_process_draws_batches_of_its_own(world, monkeypatch):
+    """Otherwise more processes would only compute the same step again."""
+    drawn, whole = [], CropBatches.__getitem__
+    monkeypatch.setattr(CropBatches, "__getitem__", lambda self, number: drawn.append(number) or whole(self, number))
+    monkeypatch.setattr(Accelerator, "num_processes", 2)
+    for rank in (0, 1):
+        monkeypatch.setattr(Accelerator, "process_index", rank)
+        main(arguments(world, world / f"run{rank}", **SMALL, steps=2))
+    assert drawn == [0, 2, 1, 3]
 
 
 @pytest.mark.slow
