@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 
 from spar_hf.batch.extractor import same_size_groups
 from spar_hf.utils.image_files import DISK_ERRORS, InputImage, RunSummary
+from spar_hf.utils.processes import ALONE, Processes, in_units
 
 HELD_BYTES = 256 * 2**20  # of images that wait for others of their size
 PREFETCH = 4  # images that a worker reads ahead
@@ -53,7 +54,7 @@ class Unread:
 
 
 class Images(Dataset):
-    """The images, read when they are asked for."""
+    """The images with their positions, read when they are asked for."""
 
     def __init__(self, images: Sequence[InputImage], read: Callable[[InputImage], Any]):
         self.images, self.read = images, read
@@ -61,11 +62,11 @@ class Images(Dataset):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, index: int) -> Any:
+    def __getitem__(self, position: int) -> tuple[int, Any]:
         try:
-            return self.read(self.images[index])
+            return position, self.read(self.images[position])
         except Exception as error:  # each decoder raises its own kind
-            return Unread(str(error) or type(error).__name__)
+            return position, Unread(str(error) or type(error).__name__)
 
 
 def default_workers(images: int) -> int:
@@ -161,6 +162,16 @@ class Run:
             self.pending.append((image, self.writer.submit(self.work.write, image, item, result)))
         self.settle(most_pending)
 
+    def left_over(
+        self, positions: Iterable[int], images: Sequence[InputImage], is_done: Callable[[InputImage], bool]
+    ) -> Iterator[int]:
+        """Those of the positions whose images are not done; the others are counted."""
+        for position in positions:
+            if is_done(images[position]):
+                self.summary.skipped += 1
+            else:
+                yield position
+
     def settle(self, most: int = 0) -> None:
         """
         Wait until at most `most` images are left to write.
@@ -190,6 +201,8 @@ def process_ahead(
     progress_bar: bool = True,
     workers: int | None = None,
     batch_size: int = 8,
+    units: Sequence[Iterable[int]] | None = None,
+    processes: Processes = ALONE,
 ) -> RunSummary:
     """
     Process every image, with a progress bar for several; an image that fails is reported and the others go on. Results come
@@ -198,33 +211,45 @@ def process_ahead(
     Args:
         images: the images.
         work: what is done with each.
-        is_done, report, problems, progress_bar: as in [`~spar_hf.utils.image_files.process_images`].
+        is_done, report, problems: as in [`~spar_hf.utils.image_files.process_images`].
+        progress_bar: whether the first of the processes shows progress.
         workers: processes that read; 0 reads in this one. Default: [`default_workers`].
         batch_size: images of one size that share a forward pass at most.
+        units: positions of images that one process takes together. Default: `batch_size` images each.
+        processes: those that share the images, see [`Processes.hand_out`]. Each calls this with the same images and units.
 
     Returns:
-        [`RunSummary`]. Ctrl-C ends the run early, inside [`~spar_hf.utils.image_files.interruptible`] SIGTERM too; what was
-        computed is written.
+        [`RunSummary`] of this process. Ctrl-C ends the run early, inside [`~spar_hf.utils.image_files.interruptible`]
+        SIGTERM too; what was computed is written.
 
     Raises:
         OSError: the disk is full or read-only, or a process that reads was killed.
     """
-    start, todo = time.perf_counter(), [image for image in images if not is_done(image)]
+    start, units = time.perf_counter(), in_units(len(images), batch_size) if units is None else units
+    count = sum(len(list(unit)) for unit in units)
     interval = 0.1 if sys.stderr.isatty() else 30  # seconds; in a log file a line every half minute is enough
-    disable = not progress_bar or len(images) < 2
-    workers = default_workers(len(todo)) if workers is None else workers
-    with tqdm(total=len(todo), unit="image", disable=disable, mininterval=interval, file=sys.stderr) as progress:
+    shown = progress_bar and processes.index == 0 and count > 1
+    todo: Iterable[int]
+    if processes.count == 1:
+        todo = [position for unit in units for position in unit if not is_done(images[position])]
+        skipped, total = count - len(todo), len(todo)
+    else:  # how many there are is known at the end
+        todo, skipped, total = processes.hand_out(units), 0, None
+    workers = default_workers(count if total is None else total) if workers is None else workers
+    with tqdm(total=total, unit="image", disable=not shown, mininterval=interval, file=sys.stderr) as progress:
         run = Run(work, report, progress)
-        run.summary.skipped = len(images) - len(todo)
+        run.summary.skipped = skipped
         for source, reason in problems:
             run.note_failure(source, reason)
         buckets = Buckets(batch_size, work.patch_size)
+        if total is None:
+            todo = run.left_over(todo, images, is_done)
         try:
-            for image, item in zip(todo, read_in_order(todo, work.read, workers), strict=True):
+            for position, item in read_in_order(images, todo, work.read, workers):
                 if isinstance(item, Unread):
-                    run.fail(image, item.reason)
+                    run.fail(images[position], item.reason)
                     continue
-                for group in buckets.add(image, item):
+                for group in buckets.add(images[position], item):
                     run.compute(group, 2 * batch_size)
             for group in buckets.rest():
                 run.compute(group, 2 * batch_size)
@@ -238,14 +263,17 @@ def process_ahead(
     return run.summary
 
 
-def read_in_order(images: Sequence[InputImage], read: Callable[[InputImage], Any], workers: int) -> Iterator[Any]:
+def read_in_order(
+    images: Sequence[InputImage], todo: Iterable[int], read: Callable[[InputImage], Any], workers: int
+) -> Iterator[tuple[int, Any]]:
     """
-    What `read` returns of each image, or [`Unread`].
+    The positions in `todo`, which are asked for as workers become free, and what `read` returns of each image, or
+    [`Unread`].
 
     Raises:
         OSError: a worker was killed.
     """
-    options: dict[str, Any] = {"batch_size": None, "collate_fn": as_it_is, "num_workers": workers}
+    options: dict[str, Any] = {"sampler": todo, "batch_size": None, "collate_fn": as_it_is, "num_workers": workers}
     if workers:
         options |= {"prefetch_factor": PREFETCH, "worker_init_fn": leave_signals_to_the_main_process}
     try:

@@ -1,13 +1,10 @@
 """Dense features of many images as safetensors: one file per image, or shards with an index. Used by `spar-hf features`."""
 
-import contextlib
 import json
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -18,9 +15,9 @@ from spar_hf.batch.extractor import KEY, FeatureExtractor, PreparedImage
 from spar_hf.utils.atomic import write_atomically, write_json
 from spar_hf.utils.errors import UsageError
 from spar_hf.utils.image_files import InputImage, result_path, stamp
+from spar_hf.utils.processes import Processes
 from spar_hf.utils.texts import storable
 
-Part = TypeVar("Part")
 INDEX = "features.safetensors.index.json"
 
 
@@ -191,54 +188,6 @@ def open_shards(output: Path, settings: dict[str, Any]) -> list[tuple[Path, list
     """The shards with names of tensors and metadata, in the order of the runs that wrote them; see [`check_settings`]."""
     shards = [(shard, *check_settings(shard, settings)) for shard in list_shards(output)]
     return sorted(shards, key=lambda shard: int(shard[2].get("round", 0)))
-
-
-@dataclass(frozen=True)
-class Processes:
-    """
-    This process among those that `accelerate launch` started.
-
-    Attributes:
-        index: of this process, from 0.
-        count: number of processes.
-        device: of this process; `None` leaves the choice to the caller.
-        wait: waits until every process has called it.
-    """
-
-    index: int = 0
-    count: int = 1
-    device: str | None = None
-    wait: Callable[[], None] = lambda: None
-
-    def share(self, images: Sequence[Part]) -> Sequence[Part]:
-        """
-        The images of this process: every `count`-th one, independent of what exists already.
-
-        Example:
-
-        ```python
-        >>> Processes(index=1, count=2).share("abcde")
-        'bd'
-        ```"""
-        return images[self.index :: self.count]
-
-
-@contextlib.contextmanager
-def launched_processes() -> Iterator[Processes]:
-    """Join the processes that `accelerate launch` started. A single process needs no accelerate."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield Processes()
-        return
-    from accelerate import PartialState
-
-    # without an accelerator, PartialState only joins the other processes if `cpu` is set
-    cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true") or not torch.accelerator.is_available()
-    # a process with small images waits long for the others; the default timeout is minutes
-    state = PartialState(cpu=cpu, timeout=timedelta(days=7))
-    try:
-        yield Processes(state.process_index, state.num_processes, str(state.device), state.wait_for_everyone)
-    finally:
-        state.destroy_process_group()
 
 
 def open_writer(

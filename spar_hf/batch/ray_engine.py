@@ -22,7 +22,6 @@ from spar_hf.batch.extractor import ImagePreparation, PreparedImage
 from spar_hf.batch.parquet_files import ParquetFolder, feature_schema
 from spar_hf.utils.errors import UsageError
 from spar_hf.utils.image_files import InputImage, RunSummary, stamp
-from spar_hf.utils.remote_files import is_remote
 from spar_hf.utils.texts import storable
 
 OWN = ("id", "image", "source", "stamp")  # columns of a row that are not of [`SparFeatures`]
@@ -195,7 +194,7 @@ def compute(
         num_cpus=None if gpus else 1,
         num_gpus=1 if gpus else None,
     )
-    where = {"path": folder.root, "filesystem": folder.store} if is_remote(folder.output) else {"path": folder.root}
+    where = {"path": folder.root, "filesystem": folder.store} if folder.is_remote else {"path": folder.root}
     rows.write_parquet(**where, compression="zstd", write_page_checksum=True)
 
 

@@ -30,7 +30,8 @@ def as_command(kind: type[Options]) -> Callable[[Callable[[Options], None]], Cal
 
 
 Images = Annotated[
-    list[str], typer.Argument(help='Images: files, folders (with sub-folders), patterns ("in/*.jpg") and URLs.')
+    list[str],
+    typer.Argument(help='Images: files, folders (with sub-folders), patterns ("in/*.jpg"), tar files and URLs.'),
 ]
 Model = Annotated[
     str | None, typer.Option(help="Folder or hub id of a two-tower model. Default: the embedded spar-tiny.")

@@ -1,4 +1,4 @@
-"""`spar-hf features`: dense features of images as safetensors or Parquet."""
+"""`spar-hf features`: dense features of images as safetensors, Parquet or WebDataset shards."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -21,19 +21,18 @@ from spar_hf.cli.arguments import (
     Workers,
     as_command,
 )
+from spar_hf.cli.parts import PARQUET, check_store, open_parts, part_suffix
 from spar_hf.cli.reporting import exit_on_error, finish, quiet_transformers, report_failure
 from spar_hf.utils.errors import UsageError
 from spar_hf.utils.image_files import InputImage, RunSummary, find_images, interruptible, process_images
 from spar_hf.utils.options import HELP
+from spar_hf.utils.processes import Processes, launched_processes
 from spar_hf.utils.remote_files import is_remote
 from spar_hf.utils.shards import ShardChoice
 
 if TYPE_CHECKING:
     from spar_hf.batch.callables import SparFeatures
-    from spar_hf.batch.features import Processes
     from spar_hf.batch.parquet_files import ParquetFolder
-
-PARQUET = ".parquet"  # as in `spar_hf.batch.parquet_files`, which imports torch
 
 
 @dataclass(kw_only=True)
@@ -52,8 +51,8 @@ class FeatureOptions:
     output: Annotated[
         str,
         typer.Option(
-            help="Folder to write, with the sub-folders of the input; or DIR.parquet, a folder of Parquet files, also in a "
-            "store: s3://bucket/DIR.parquet."
+            help="Folder to write, with the sub-folders of the input; or a folder of files with many images each: "
+            "DIR.parquet, or DIR.tar for WebDataset shards, also in a store: s3://bucket/DIR.parquet."
         ),
     ]
     model: Annotated[
@@ -88,7 +87,7 @@ class FeatureOptions:
         float | None,
         typer.Option(help="Write shards of about this many MB and an index instead of a file per image.", min=0.001),
     ] = None
-    shard_images: Annotated[int, typer.Option(help="Images in a Parquet file.", min=1)] = 100
+    shard_images: Annotated[int, typer.Option(help="Images in a file of DIR.parquet or DIR.tar.", min=1)] = 100
     shard: Shard = None
     shard_range: ShardRange = None
     skip_existing: SkipExisting = False
@@ -115,21 +114,20 @@ class FeatureOptions:
         self.skip_existing = self.skip_existing or self.job.is_part
         if self.engine not in ("local", "ray"):
             raise UsageError(f"--engine {self.engine!r} must be local or ray.")
-        if self.engine == "ray" and not self.to_parquet:
+        if self.engine == "ray" and part_suffix(self.output) != PARQUET:
             raise UsageError(f"--engine ray writes Parquet: --output {self.output.rstrip('/')}{PARQUET}.")
         if self.engine == "local" and self.address is not None:
             raise UsageError("--address is that of a Ray cluster: add --engine ray.")
-        if self.to_parquet and self.shard_size is not None:
-            raise UsageError("--shard-size is for safetensors; the size of Parquet files is --shard-images.")
-        if is_remote(self.output) and not self.to_parquet:
-            raise UsageError(f"Stores are written in Parquet: name it {self.output.rstrip('/')}/features{PARQUET}.")
+        if self.to_parts and self.shard_size is not None:
+            raise UsageError("--shard-size is for safetensors; the size of files with many images is --shard-images.")
+        check_store(self.output, f"features{PARQUET}")
         if not is_remote(self.output) and self.folder.is_file():
             raise UsageError(f"--output {self.output} is a file; features need a folder.")
 
     @property
-    def to_parquet(self) -> bool:
-        """Whether the output is a folder of Parquet files."""
-        return self.output.rstrip("/").endswith(PARQUET)
+    def to_parts(self) -> bool:
+        """Whether the output is a folder of files with many images each."""
+        return part_suffix(self.output) is not None
 
     @property
     def folder(self) -> Path:
@@ -161,27 +159,27 @@ def features(options: FeatureOptions) -> None:
     Write the dense features of images. Exit status: 0 success, 1 something failed, 2 wrong usage, 130 Ctrl-C, 143 SIGTERM;
     what was computed until then is written.
 
-    Several processes share the images: accelerate launch -m spar_hf.cli.main features …
+    Several processes share the images, each taking the next ones that nobody has taken: accelerate launch -m
+    spar_hf.cli.main features …
     """
     with exit_on_error(failure=()):
         found, problems = find_images(options.images, exclude=None if is_remote(options.output) else options.folder)
-    if not found or not (options.to_parquet or options.job.pick(found)):  # nothing to load a model for
+    if not found or not (options.to_parts or options.job.pick(found)):  # nothing to load a model for
         finish(process_images((), lambda image: None, report=report_failure, problems=problems), "0 done")
 
-    from spar_hf.batch.features import launched_processes
     from spar_hf.model.image_input import set_pixel_limit
 
     set_pixel_limit(options.max_pixels)
     quiet_transformers()
     with launched_processes() as processes:
-        run = write_parquet if options.to_parquet else write_safetensors
+        run = write_parts if options.to_parts else write_safetensors
         summary = run(options, found, problems if processes.index == 0 else (), processes)
     several = processes.count > 1
     finish(summary, f"process {processes.index + 1} of {processes.count}: {summary}" if several else str(summary))
 
 
 def write_safetensors(
-    options: FeatureOptions, found: Sequence[InputImage], problems: Sequence[tuple[str, str]], processes: "Processes"
+    options: FeatureOptions, found: Sequence[InputImage], problems: Sequence[tuple[str, str]], processes: Processes
 ) -> RunSummary:
     """Write files of safetensors, one per image or shards with an index."""
     from spar_hf.batch.ahead import process_ahead
@@ -193,18 +191,19 @@ def write_safetensors(
     with exit_on_error(failure=()):
         how = (options.shard_size, options.skip_existing, processes, options.job.number)
         writer = open_writer(options.folder, extract.settings, *how)
-        share = processes.share(options.job.pick(found))
-        done = {image for image in share if options.skip_existing and writer.is_done(image)}
+        images = options.job.pick(found)
+        # other settings are refused before anything is written, by the process that sees them
+        done = {image for image in processes.share(images) if options.skip_existing and writer.is_done(image)}
     with exit_on_error(usage=(), failure=OSError), interruptible():
         summary = process_ahead(
-            share,
+            images,
             feature_work(extract, writer),
-            done.__contains__,
+            lambda image: image in done or (processes.count > 1 and options.skip_existing and writer.is_done(image)),
             report_failure,
             problems,
-            progress_bar=processes.index == 0,
             workers=options.workers,
             batch_size=options.batch_size,
+            processes=processes,
         )
         writer.close()
         if summary.interrupted:  # the other processes may go on, or end at any time: nobody waits for them
@@ -231,34 +230,43 @@ def write_on_ray(
     return summary
 
 
-def write_parquet(
-    options: FeatureOptions, found: Sequence[InputImage], problems: Sequence[tuple[str, str]], processes: "Processes"
+def write_parts(
+    options: FeatureOptions, found: Sequence[InputImage], problems: Sequence[tuple[str, str]], processes: Processes
 ) -> RunSummary:
-    """Write Parquet files of `--shard-images` images each."""
+    """Write files of `--shard-images` images each: Parquet or WebDataset shards."""
     from spar_hf.batch.ahead import process_ahead
-    from spar_hf.batch.parquet_files import ParquetFolder, open_parquet, parquet_work
+    from spar_hf.batch.parquet_files import ParquetFolder, parquet_writer
+    from spar_hf.batch.part_files import open_features_for, part_work
+    from spar_hf.batch.tar_files import TarFolder, check_dtype, tar_features
 
     with exit_on_error():
-        folder = ParquetFolder(options.output)
-        shared = options.skip_existing or processes.count > 1
-        given = (options.shard_images, shared, options.of_extractor(processes.device))
-        features, writer = open_parquet(folder, found, *given)
+        folder = open_parts(options.output)
+        if isinstance(folder, TarFolder):
+            check_dtype(options.dtype)
+        processes.wait()  # all have seen what is there before one writes
+        given = (options.shard_images, options.skip_existing, options.of_extractor(processes.device))
+        features = open_features_for(folder, found, *given)
         if options.engine == "ray":
+            assert isinstance(folder, ParquetFolder)
             return write_on_ray(options, found, folder, features)
-        numbers = processes.share(options.job.pick(range(folder.count)))
-        share = [found[i] for number in numbers for i in folder.images_of(number)]
-        done = {image for image in share if writer.is_done(image)}
+        if isinstance(folder, TarFolder):
+            writer = tar_features(folder, features, found)
+        else:
+            assert isinstance(folder, ParquetFolder)
+            writer = parquet_writer(folder, features, found)
+        units = [folder.images_of(number) for number in options.job.pick(range(folder.count))]
     with exit_on_error(usage=(), failure=OSError), interruptible():
         try:
             summary = process_ahead(
-                share,
-                parquet_work(features, writer),
-                done.__contains__,
+                found,
+                part_work(features, writer),
+                writer.is_done,
                 report_failure,
                 problems,
-                progress_bar=processes.index == 0,
                 workers=options.workers,
                 batch_size=options.batch_size,
+                units=units,
+                processes=processes,
             )
         finally:
             writer.close()

@@ -1,21 +1,19 @@
 """`spar-hf segment`: masks from words."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spar_hf.cli.arguments import as_command
 from spar_hf.cli.huge import segment_to_map, writes_strips
 from spar_hf.cli.reporting import exit_on_error, finish, report_failure, say
 from spar_hf.cli.result_paths import ResultPlan, parse_formats, plan_results
-from spar_hf.cli.result_record import ResultRecord
+from spar_hf.cli.result_sinks import FileSink, ShardSink
 from spar_hf.cli.segment_options import SegmentOptions
 from spar_hf.cli.video import is_video, refuse_video_options, segment_video
-from spar_hf.utils.atomic import write_text
 from spar_hf.utils.errors import UsageError
 from spar_hf.utils.image_files import InputImage, RunSummary, interruptible, process_images
-from spar_hf.utils.texts import json_text, read_text
+from spar_hf.utils.processes import Processes, launched_processes
 
 if TYPE_CHECKING:
     from spar_hf.cli.frames import ImageReader
@@ -26,41 +24,59 @@ SegmentImage = Callable[..., dict[str, Any]]  # image -> the pipeline's `output=
 
 @as_command(SegmentOptions)
 def segment(options: SegmentOptions) -> None:
-    """Segment images by words. Exit status: 0 success, 1 something failed, 2 wrong usage."""
+    """
+    Segment images by words. Exit status: 0 success, 1 something failed, 2 wrong usage.
+
+    Several processes share the images: accelerate launch -m spar_hf.cli.main segment …
+    """
     from PIL import Image
 
-    from spar_hf.cli.frames import ImageReader
-    from spar_hf.cli.labels import parse_background, single_class_hint
-
-    if is_video(options.output) or any(map(is_video, options.images)):
+    if is_video(options.path) or any(map(is_video, options.images)):
         segment_video(options)
     with exit_on_error():
         refuse_video_options(options)
     if options.max_pixels is not None:
         Image.MAX_IMAGE_PIXELS = options.max_pixels
-    if writes_strips(options.output):
+    if writes_strips(options.path):
         given = ("background", "threshold", "min_area", "templates", "max_tokens", "max_pixels", "image_range")
         settings = {"tile": options.tiles, **{name: getattr(options, name) for name in given}}
-        segment_to_map(options.images, options.labels, options.output, options.model, options.device, settings)
+        segment_to_map(options.images, options.labels, options.path, options.model, options.device, settings)
     plan, vocabulary = plan_work(options)
-    own = options.job.pick(plan.images)
-    if not own:  # nothing to load a model for
+    if not (plan.images if options.to_shards else options.job.pick(plan.images)):  # nothing to load a model for
         finish(process_images((), lambda image: None, report=report_failure, problems=plan.problems))
+    with launched_processes() as processes:
+        summary = segment_plan(options, plan, vocabulary, processes)
+    several = processes.count > 1
+    line = f"process {processes.index + 1} of {processes.count}: {summary}" if several else str(summary)
+    finish(summary, line if several or plan.several or summary.skipped else None)
+
+
+def segment_plan(
+    options: SegmentOptions, plan: ResultPlan, vocabulary: "Vocabulary", processes: Processes
+) -> RunSummary:
+    """Load the model and segment the images of this process."""
+    from PIL import Image
+
+    from spar_hf.cli.frames import ImageReader
+    from spar_hf.cli.labels import parse_background, single_class_hint
+
     rules = options.rules(parse_background(options.background, vocabulary))
     asked = {**rules, **options.presences, "tile": options.tiles, "heat": "heatmap" in plan.formats}
-    segment_image, pipe = load_segmenter(options.model, options.device, vocabulary, asked)
+    segment_image, pipe = load_segmenter(options.model, options.device or processes.device, vocabulary, asked)
     with exit_on_error(failure=()):  # wrong words or options are reported once, not for every image
         probe = segment_image(Image.new("RGB", (32, 32)))
         heat_classes = class_numbers(options.heatmap, probe) if options.heatmap else None
-    if hint := single_class_hint(options.labels, vocabulary):
+    if (hint := single_class_hint(options.labels, vocabulary)) and processes.index == 0:
         say(f"note: {hint}", err=True)
     reader = ImageReader(options.image_range)
     with exit_on_error(failure=OSError), interruptible():
-        record = open_record(options, plan, pipe, vocabulary, rules)
-        summary = segment_all(options, plan, own, segment_image, probe["labels"], record, reader, heat_classes)
+        settings = result_settings(options, pipe, vocabulary, rules)
+        open_sink = ShardSink if options.to_shards else FileSink
+        sink = open_sink(options, plan, settings, probe["labels"], processes, heat_classes)
+        summary = segment_all(options, plan, sink, segment_image, reader, processes)
     if reader.only_first:
         say(f"note: {reader.only_first} has several frames or pages; the first was taken (see --frames).", err=True)
-    finish(summary, str(summary) if plan.several or summary.skipped else None)
+    return summary
 
 
 def plan_work(options: SegmentOptions) -> tuple[ResultPlan, "Vocabulary"]:
@@ -69,8 +85,8 @@ def plan_work(options: SegmentOptions) -> tuple[ResultPlan, "Vocabulary"]:
     from spar_hf.cli.result_files import coco_encoder
 
     with exit_on_error(usage=(ValueError, ImportError, OSError)):
-        formats = parse_formats(options.formats + (",heatmap" if options.heatmap else ""))
-        plan = plan_results(options.images, options.output, formats, options.map_output, options.frames)
+        formats = parse_formats(options.chosen_formats + (",heatmap" if options.heatmap else ""))
+        plan = plan_results(options.images, options.path, formats, options.map_output, options.frames)
         vocabulary = read_labels(options.labels)
         if "coco" in plan.formats:
             coco_encoder()
@@ -102,19 +118,15 @@ def load_segmenter(
     return partial(segment_with_heat, pipe, candidate_labels=vocabulary, **given), pipe
 
 
-def open_record(
-    options: SegmentOptions, plan: ResultPlan, pipe: Any, vocabulary: "Vocabulary", rules: dict[str, Any]
-) -> ResultRecord | None:
+def result_settings(
+    options: SegmentOptions, pipe: Any, vocabulary: "Vocabulary", rules: dict[str, Any]
+) -> dict[str, Any]:
     """
-    The record of settings in the output folder. A single file gets one beside it only with `--skip-existing`, which could
-    not tell otherwise how the file was made. New options have an entry only if they are used, so that records of earlier
+    What results depend on beside the image. New options have an entry only if they are used, so that records of earlier
     versions stay valid.
     """
     from spar_hf.batch.callables import pipeline_fingerprint
 
-    if plan.folder is None and not options.skip_existing:
-        return None
-    folder = next(iter(next(iter(plan.paths.values())).values())).parent if plan.folder is None else plan.folder
     new = {**options.presences, "keep_background": options.keep_background, "heatmap": options.heatmap}
     new["tile"] = options.tiles
     settings = {
@@ -125,75 +137,66 @@ def open_record(
     }
     if len(vocabulary.all_names) > len(vocabulary.labels) or rules["background"] == "auto":
         settings["scores"] = "softmax over classes"  # earlier versions took it over all names
-    return ResultRecord(folder, settings, trust_unknown=plan.folder is not None, job=options.job.name)
+    return settings
 
 
 def segment_all(
     options: SegmentOptions,
     plan: ResultPlan,
-    images: Sequence[InputImage],
+    sink: FileSink | ShardSink,
     segment_image: SegmentImage,
-    class_names: list[str],
-    record: ResultRecord | None,
     reader: "ImageReader",
-    heat_classes: list[int] | None,
+    processes: Processes,
 ) -> RunSummary:
     """
-    Segment the images of this job and write their results; a folder also gets `classes.txt` and, for COCO,
-    `annotations.json`.
+    Segment the images of this job that this process takes, and write their results.
 
     Raises:
-        UsageError: a continued run finds results for other classes, of other settings or another model.
         OSError: the disk is full or read-only.
     """
-    from spar_hf.cli.result_files import merge_coco, write_results
 
     def write(item: InputImage, image: Any, result: dict[str, Any]) -> None:
-        write_results(image, result, plan.paths[item], item, options.keep_background, heat_classes)
-        if record is not None:
-            record.add(item, list(plan.paths[item].values()))
+        sink.write(item, image, result)
         if not plan.several:
             show_classes(result)
-            for path in plan.paths[item].values():
+            for path in [options.output] if options.to_shards else plan.paths[item].values():
                 say(f"written: {path}")
 
-    done = set()
-    if options.skip_existing and record is not None:  # other settings are refused before anything is written
-        done = {item for item in images if record.is_done(item, list(plan.paths[item].values()))}
-        if record.trusted:
-            say(
-                f"note: {record.trusted} results in {record.folder} are of a version that kept no record of its settings; "
-                "they are kept unchecked.",
-                err=True,
-            )
-    if plan.folder is not None:
-        if options.skip_existing:
-            check_class_list(plan.folder / "classes.txt", class_names)
-        # the line number, from 0, is the pixel value in label maps
-        write_text(plan.folder / "classes.txt", "".join(f"{name}\n" for name in class_names))
-    if options.tiles is None:
-        summary = segment_ahead(options, images, segment_image, reader, write, done, plan.problems)
-    else:  # an image is many passes: nothing is gained by reading ahead of it
-
-        def process(item: InputImage) -> None:
+    def process(item: InputImage) -> None:
+        try:
             image = reader.read(item)
-            write(item, image, segment_image(image))
+            result = segment_image(image)
+        except Exception as error:
+            sink.fail(item, str(error) or type(error).__name__)
+            raise
+        write(item, image, result)
 
-        summary = process_images(images, process, done.__contains__, report_failure, plan.problems)
-    if plan.folder is not None and "coco" in plan.formats:
-        parts = [paths["coco"] for paths in plan.paths.values() if paths["coco"].is_file()]
-        write_text(plan.folder / "annotations.json", json_text(merge_coco(parts)))
+    problems = plan.problems if processes.index == 0 else []
+    try:
+        if options.tiles is None:
+            summary = segment_ahead(options, sink, segment_image, reader, write, problems, processes)
+        else:  # an image is many passes: nothing is gained by reading ahead of it
+            images: Iterable[InputImage] = (sink.images[i] for i in processes.hand_out(sink.units))
+            images = images if processes.count > 1 else list(images)
+            summary = process_images(images, process, sink.is_done, report_failure, problems, processes.index == 0)
+    finally:
+        sink.close()
+    if not summary.interrupted:  # the other processes may go on, or end at any time: nobody waits for them
+        processes.wait()
+    sink.finish()
+    if not summary.interrupted:
+        processes.wait()  # a process that exits with status 1 makes the launcher stop the others
     return summary
 
 
 def segment_ahead(
     options: SegmentOptions,
-    images: Sequence[InputImage],
+    sink: FileSink | ShardSink,
     segment_image: SegmentImage,
     reader: "ImageReader",
     write: Callable[[InputImage, Any, dict[str, Any]], None],
-    done: Collection[InputImage],
     problems: Sequence[tuple[str, str]],
+    processes: Processes,
 ) -> RunSummary:
     """[`process_ahead`] with the pipeline: the vision tower here, decisions and files in the thread that writes."""
     from spar_hf.batch.ahead import Work, process_ahead
@@ -216,20 +219,9 @@ def segment_ahead(
 
     # frames of an animation build on the one before, which one process has read
     workers = 0 if options.frames is not None else options.workers
-    work = Work(read, compute, finish_image, patch)
-    return process_ahead(images, work, done.__contains__, report_failure, problems, True, workers, options.batch_size)
-
-
-def check_class_list(path: Path, names: list[str]) -> None:
-    """
-    Raises:
-        UsageError: the folder contains results for other classes.
-    """
-    if path.is_file() and read_text(path).split("\n") != [*names, ""]:
-        raise UsageError(
-            f"{path.parent} contains results for other classes ({path.name}). Name another --output, or omit "
-            "--skip-existing to replace all results."
-        )
+    work = Work(read, compute, finish_image, patch, sink.fail)
+    given = (report_failure, problems, True, workers, options.batch_size, sink.units, processes)
+    return process_ahead(sink.images, work, sink.is_done, *given)
 
 
 def show_classes(result: dict[str, Any]) -> None:

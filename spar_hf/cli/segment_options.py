@@ -23,8 +23,11 @@ from spar_hf.cli.arguments import (
     Workers,
 )
 from spar_hf.cli.huge import check_strip_options, parse_tile, writes_strips
+from spar_hf.cli.parts import TAR, part_suffix
 from spar_hf.cli.video import SMOOTHING
+from spar_hf.utils.errors import UsageError
 from spar_hf.utils.options import HELP
+from spar_hf.utils.remote_files import is_remote
 from spar_hf.utils.shards import ShardChoice
 
 
@@ -35,6 +38,8 @@ class SegmentOptions:
 
     Attributes:
         tiles: size and overlap of tiles, as the pipeline takes them.
+        path: the output as a local path.
+        to_shards: whether the output is a folder of WebDataset shards.
 
     Raises:
         UsageError: an overlap without tiles, or what does not go with a label map that is written strip by strip.
@@ -43,17 +48,22 @@ class SegmentOptions:
     images: Images
     labels: Labels
     output: Annotated[
-        Path, typer.Option(help="File for one image, or a folder for several, with the sub-folders of the input.")
+        str,
+        typer.Option(
+            help="File for one image, or a folder for several, with the sub-folders of the input; or DIR.tar, a folder of "
+            "WebDataset shards with many images each, also in a store: s3://bucket/DIR.tar."
+        ),
     ]
     formats: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--format",
             help="overlay (masks over the image), map (class numbers as PNG: 8-bit palette indices, 16 bits above 256 "
             "classes; read it with Pillow), coco (run-length masks, needs the extra coco), json (label, score, share and "
-            "box per class), heatmap (probability, a picture per class found); several separated by commas.",
+            "box per class), heatmap (probability, a picture per class found); several separated by commas. "
+            "Default: overlay; in DIR.tar map,json.",
         ),
-    ] = "overlay"
+    ] = None
     model: Model = None
     templates: Templates = None
     shortest_edge: ShortestEdge = None
@@ -111,6 +121,7 @@ class SegmentOptions:
     tile_overlap: Annotated[
         int | None, typer.Option(help="Overlap of neighbouring tiles in pixels. Default: a quarter of a tile.", min=0)
     ] = None
+    shard_images: Annotated[int, typer.Option(help="Images in a shard of DIR.tar.", min=1)] = 100
     shard: Shard = None
     shard_range: ShardRange = None
     skip_existing: SkipExisting = False
@@ -121,21 +132,35 @@ class SegmentOptions:
     image_range: ImageRange = None
     max_pixels: MaxPixels = None
     tiles: dict[str, int] | None = field(init=False)
+    path: Path = field(init=False)
+    to_shards: bool = field(init=False)
     job: ShardChoice = field(init=False)
 
     def __post_init__(self):
         self.tiles = parse_tile(self.tile, self.tile_overlap)
         self.job = ShardChoice(self.shard, self.shard_range)
         self.skip_existing = self.skip_existing or self.job.is_part
-        if writes_strips(self.output):
+        self.path, self.to_shards = Path(self.output), part_suffix(self.output) == TAR
+        if not self.to_shards and (is_remote(self.output) or part_suffix(self.output) is not None):
+            raise UsageError(f"--output {self.output}: masks are written to files, or to a folder of shards, DIR{TAR}.")
+        if self.to_shards and (self.heatmap or self.map_output or "heatmap" in self.chosen_formats):
+            raise UsageError(
+                f"--output {self.output}: leave out heat maps and --map, which are files beside one image."
+            )
+        if writes_strips(self.path):
             self._check_strips()
+
+    @property
+    def chosen_formats(self) -> str:
+        """The formats, or those that suit the output."""
+        return self.formats or ("map,json" if self.to_shards else "overlay")
 
     def _check_strips(self) -> None:
         """Refuse options that need an image in memory."""
         others = ("shortest_edge", "keep_background", "presence", "min_presence", "refine", "heatmap", "frames")
         given = {f"--{name.replace('_', '-')}": getattr(self, name) for name in (*others, "skip_existing")}
-        given |= {"--map": self.map_output, "--format": self.formats not in ("overlay", "map")}
-        check_strip_options(self.tiles, self.output, given)
+        given |= {"--map": self.map_output, "--format": self.chosen_formats not in ("overlay", "map")}
+        check_strip_options(self.tiles, self.path, given)
 
     def rules(self, background: str | None) -> dict[str, Any]:
         """How the pipeline finds the classes, under the names that records of settings have always had."""

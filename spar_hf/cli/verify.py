@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from spar_hf.cli.parts import open_parts, part_suffix
 from spar_hf.cli.reporting import exit_on_error, say
 from spar_hf.cli.result_paths import FORMATS
 from spar_hf.cli.result_record import read_entries, record_files
@@ -134,8 +135,8 @@ def checker_of(folder: str) -> Checker:
     Raises:
         MissingFiles: no such folder, or no results in it.
     """
-    if is_remote(folder) or folder.rstrip("/").endswith(".parquet"):
-        return ParquetChecker(folder)
+    if is_remote(folder) or part_suffix(folder) is not None:
+        return PartChecker(folder)
     path = Path(folder)
     if (path / "manifest.json").is_file():
         return CacheChecker(folder)
@@ -146,22 +147,20 @@ def checker_of(folder: str) -> Checker:
     raise MissingFiles(f"{folder} holds no results of features, segment or cache-teacher.")
 
 
-class ParquetChecker(Checker):
-    """Features in Parquet: every file is read, with its checksums; every number of an image must be there once."""
+class PartChecker(Checker):
+    """Files with many images each: every one is read, with its checksums; every number of an image must be there once."""
 
     def __init__(self, folder: str):
-        from spar_hf.batch.parquet_files import ParquetFolder
-
         super().__init__(folder)
-        self.parquet = ParquetFolder(folder)
-        if not self.parquet.manifest:
-            raise MissingFiles(f"{folder} holds no features in Parquet.")
+        self.parts = open_parts(folder)
+        if not self.parts.manifest:
+            raise MissingFiles(f"{folder} holds no {self.parts.kind}.")
 
     def check(self, names: list[str] | None) -> Findings:
-        findings, seen = Findings("features in Parquet", "images"), set[int]()
-        for file in self.parquet.files():
+        findings, seen = Findings(self.parts.kind, "images"), set[int]()
+        for file in self.parts.files():
             try:
-                numbers, failed = self.parquet.check(file)
+                numbers, failed = self.parts.check(file)
             except ValueError as error:
                 findings.damaged[file] = str(error)
                 continue
@@ -171,8 +170,8 @@ class ParquetChecker(Checker):
             seen |= set(numbers)
             findings.failed += failed
         findings.whole = len(seen)
-        gone = sorted(set(range(self.parquet.manifest["images"])) - seen)
-        named = names is not None and len(names) == self.parquet.manifest["images"]
+        gone = sorted(set(range(self.parts.manifest["images"])) - seen)
+        named = names is not None and len(names) == self.parts.manifest["images"]
         label = {i: names[i] for i in gone} if named and names else {}
         findings.missing = [f"image {i} {label.get(i, '')}".strip() for i in gone]
         return findings
@@ -182,7 +181,7 @@ class ParquetChecker(Checker):
 
     def delete(self, damaged: Iterable[str]) -> None:
         for name in damaged:
-            self.parquet.delete(name)
+            self.parts.delete(name)
 
 
 class FeatureChecker(Checker):

@@ -45,16 +45,16 @@ def check_video_options(options: "SegmentOptions") -> None:
 
     if len(options.images) != 1:
         raise UsageError(f"A video is segmented by itself, not with others: name one input, not {len(options.images)}.")
-    check_video_output(options.output)
+    check_video_output(options.path)
     names = {"map_output": "--map"}
     given = [names.get(name, f"--{name.replace('_', '-')}") for name in NOT_FOR_VIDEOS if getattr(options, name)]
-    given += ["--format"] if options.formats != "overlay" else []
+    given += ["--format"] if options.chosen_formats != "overlay" else []
     given += ["--shard"] if options.job.is_part else ["--skip-existing"] if options.skip_existing else []
     if given:
         raise UsageError(f"Leave out {', '.join(given)}: the result of a video is a video with masks over it.")
     source = Path(options.images[0])
-    if source.exists() and options.output.exists() and source.samefile(options.output):
-        raise UsageError(f"--output {options.output} is the input.")
+    if source.exists() and options.path.exists() and source.samefile(options.path):
+        raise UsageError(f"--output {options.path} is the input.")
 
 
 def refuse_video_options(options: "SegmentOptions") -> None:
@@ -92,12 +92,12 @@ def segment_video(options: "SegmentOptions") -> NoReturn:
             exit_on_error(usage=UsageError, failure=(ValueError, OSError, RuntimeError)),
             work_bar("frame", "video", reader.frames) as bar,
         ):
-            notes = repaint_video(reader, options.output, painter, bar.update)
+            notes = repaint_video(reader, options.path, painter, bar.update)
     for note in notes:
         say(f"note: {note}", err=True)
     show_counts(painter.labels, painter.pixels, painter.scores, painter.background)
     say(f"{painter.seen} frames, {painter.chosen} of them segmented, {painter.average.cuts} scene cuts")
-    say(f"written: {options.output}")
+    say(f"written: {options.path}")
     raise typer.Exit(0)
 
 

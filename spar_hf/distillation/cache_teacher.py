@@ -57,6 +57,7 @@ from spar_hf.utils.options import (
     require_one_of,
     require_positive,
 )
+from spar_hf.utils.processes import Processes, waiting
 from spar_hf.utils.runs import RunFolder, end_run, start_accelerator
 from spar_hf.utils.shards import ShardChoice
 
@@ -143,8 +144,8 @@ def choose_images(options: ImageSelection) -> list[Path]:
 
 def make_cache(options: CacheOptions) -> TeacherCache | None:
     """
-    Compute what is missing of a cache, every process its share of the shards of this job; all processes return the open
-    cache, or `None` while shards of other jobs are missing.
+    Compute what is missing of a cache, every process the next shard of this job that nobody has taken; all processes return
+    the open cache, or `None` while shards of other jobs are missing.
 
     Raises:
         UsageError: options or files that do not fit, or a cache of another setting in the folder.
@@ -172,16 +173,21 @@ def compute_shards(options: CacheOptions, accelerator: Accelerator) -> TeacherCa
 
     teacher.to(accelerator.device)
     maker = ShardMaker(sped_up(teacher, options.teacher), image_processor, paths, options, accelerator)
-    own = options.storage.job.pick(range(maker.count))[accelerator.process_index :: accelerator.num_processes]
+    own = options.storage.job.pick(range(maker.count))
+    wait = waiting(accelerator.wait_for_everyone)
+    processes = Processes(accelerator.process_index, accelerator.num_processes, wait=wait)
     stop = StopAtStep(accelerator)
-    for number in tqdm(own, desc="shards", disable=not accelerator.is_main_process):
+    taken = processes.hand_out([[number] for number in own])
+    alone = processes.count == 1
+    bar = {"desc": "shards", "total": len(own) if alone else None, "disable": not accelerator.is_main_process}
+    for number in tqdm(taken, **bar):
         if finished_shard(output, number) is None:
             maker.make(number)
         if stop.first is not None:  # the other processes have other shards: they are not waited for
             logger.info("Stopped after a shard. Go on with the same command.")
             sys.exit(128 + stop.number)
     stop.restore()
-    accelerator.wait_for_everyone()
+    processes.wait()
     missing = [n for n in range(maker.count) if not record_path(output, n).is_file()]
     if accelerator.is_main_process and not missing:
         write_manifest(output, setting, maker.count)

@@ -121,6 +121,8 @@ def run_command(main: Callable[[], object]) -> None:
     except NotFinite as error:
         exit_with(1, str(error))
     except OSError as error:
+        if error.errno == errno.ECHILD:  # another process of the run has ended
+            exit_with(1, str(error))
         if error.errno not in DISK_ERRORS:
             raise
         exit_with(1, f"{error}. What was complete before is kept; make room and run the command again.")

@@ -16,7 +16,7 @@ import threading
 import time
 import urllib.parse
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
@@ -24,7 +24,8 @@ from tqdm.auto import tqdm
 
 from spar_hf.utils.errors import UsageError
 from spar_hf.utils.image_listing import describe, files_matching, report_passed_over, scan_folder
-from spar_hf.utils.remote_files import is_remote, remote_images, remote_stamp
+from spar_hf.utils.remote_files import is_remote, remote_images, remote_stamp, tar_images
+from spar_hf.utils.tar_images import is_tar
 
 MAX_URL_NAME = 100  # characters of a file name for a URL, which may be as long as servers like
 URL_PREFIXES = ("http://", "https://", "data:image/")  # as in `read_image`, whose module imports torch
@@ -194,7 +195,8 @@ def interruptible() -> Iterator[None]:
 def expand_argument(argument: str, exclude: Path | None = None) -> list[tuple[str, PurePosixPath]]:
     """
     The images of one argument: a file, a URL, a folder (with sub-folders), a file or folder of a store (`s3://`, …) or a
-    pattern with `*`, `?`, `[…]` or `**`.
+    pattern with `*`, `?`, `[…]` or `**`. A tar file has the images in it, and so have the tar files of a folder or pattern
+    without images.
 
     Args:
         argument: as typed.
@@ -216,6 +218,8 @@ def expand_argument(argument: str, exclude: Path | None = None) -> list[tuple[st
         check_output_differs(path, exclude)
         root = path
         images, others = scan_folder(path, exclude)
+    elif path.is_file() and is_tar(argument):
+        return tar_images([argument])
     elif path.exists() or path.is_symlink():
         return [(argument, PurePosixPath(path.name))]
     elif glob.has_magic(argument):
@@ -227,6 +231,9 @@ def expand_argument(argument: str, exclude: Path | None = None) -> list[tuple[st
             f"{argument[:200]!r} is neither a file, a folder nor a URL (http://, https:// or data:image/). Check the "
             "spelling and, for a relative path, the working directory."
         )
+    if not images and others.get(".tar"):
+        shards = path.rglob("*.tar") if path.is_dir() else map(Path, glob.glob(argument, recursive=True))
+        return tar_images(sorted(str(shard) for shard in shards if is_tar(str(shard)) and shard.is_file()))
     if not images:
         where = f"{argument} contains no image" if path.is_dir() else f"No image matches {argument!r}"
         raise FileNotFoundError(f"{where}" + (f", but {describe(others)}." if others else "."))
@@ -326,7 +333,7 @@ def check_inputs_kept(targets: Iterable[Path], images: Sequence[InputImage]) -> 
 
 
 def process_images(
-    images: Sequence[InputImage],
+    images: Iterable[InputImage],
     process: Callable[[InputImage], None],
     is_done: Callable[[InputImage], bool] = lambda image: False,
     report: Callable[[str], None] | None = None,
@@ -337,7 +344,7 @@ def process_images(
     Process every image, with a progress bar for several; an image that fails is reported and the others go on.
 
     Args:
-        images: the images.
+        images: the images; of an iterator the next one is asked for when the one before is done.
         process: processes one image.
         is_done: whether an image can be skipped.
         report: receives a line about every failure as it happens.
@@ -370,7 +377,7 @@ def process_images(
     for source, message in problems:
         fail(source, message)
     interval = 0.1 if sys.stderr.isatty() else 30  # seconds; in a log file a line every half minute is enough
-    disable = not progress_bar or len(images) < 2
+    disable = not progress_bar or (isinstance(images, Sized) and len(images) < 2)
     with tqdm(images, unit="image", disable=disable, mininterval=interval, file=sys.stderr) as progress:
         try:
             for image in progress:

@@ -7,11 +7,14 @@ with torch; the driver of a store is a package of its own, such as s3fs, which f
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
 from spar_hf.utils.errors import MissingFiles, UsageError
 from spar_hf.utils.image_listing import is_image_name
+from spar_hf.utils.tar_images import SCHEME as TAR_SCHEME
+from spar_hf.utils.tar_images import Member, images_in_tar, is_tar
 
 NOT_STORES = ("http", "https", "data")
 SCHEME = re.compile(r"([a-z][a-z0-9+.-]+)://", re.IGNORECASE)  # two letters at least: C:// is a drive
@@ -50,11 +53,18 @@ def open_store(url: str) -> tuple[Any, str]:
 
 def read_remote(url: str) -> bytes:
     """
-    The bytes of a file in a store.
+    The bytes of a file in a store, or of an image in a tar file, see [`Member`].
 
     Raises:
         OSError: it is not there, or the connection broke.
     """
+    if url.startswith(TAR_SCHEME):
+        member = Member.parse(url)
+        store, path = open_store(member.shard)
+        data = store.cat_file(path, start=member.offset, end=member.offset + member.size)
+        if len(data) != member.size:
+            raise OSError(f"{member.shard} ends within {member.name}: it was cut or changed.")
+        return data
     store, path = open_store(url)
     with store.open(path, "rb") as file:
         return file.read()
@@ -68,7 +78,14 @@ def write_remote(url: str, data: bytes) -> None:
 
 
 def remote_stamp(url: str) -> str | None:
-    """Size and version of a file in a store, as far as the store tells; `None` for a file that is gone."""
+    """
+    Size and version of a file in a store, as far as the store tells; `None` for a file that is gone. Of an image in a tar
+    file, its place and those of the tar file.
+    """
+    if url.startswith(TAR_SCHEME):
+        member = Member.parse(url)
+        whole = remote_stamp(member.shard)
+        return None if whole is None else f"{member.offset}+{member.size} {whole}"
     store, path = open_store(url)
     try:
         found = store.info(path)
@@ -80,10 +97,12 @@ def remote_stamp(url: str) -> str | None:
 
 def remote_images(url: str) -> list[tuple[str, PurePosixPath]]:
     """
-    URL and relative path of every image file below a folder of a store, sorted, or of the one file.
+    URL and relative path of every image file below a folder of a store, sorted, or of the one file. A tar file, or a folder
+    with tar files and no image, has the images in them.
 
     Raises:
         MissingFiles: there is no image.
+        UsageError: a tar file cannot be read.
 
     Example:
 
@@ -94,10 +113,32 @@ def remote_images(url: str) -> list[tuple[str, PurePosixPath]]:
     ```"""
     store, root = open_store(url)
     if store.isfile(root):
-        return [(url, PurePosixPath(PurePosixPath(root).name))]
-    found = sorted(path for path in (store.find(root) if store.exists(root) else ()) if is_image_name(path))
+        return tar_images([url]) if is_tar(root) else [(url, PurePosixPath(PurePosixPath(root).name))]
+    files = sorted(store.find(root) if store.exists(root) else ())
+    found = [path for path in files if is_image_name(path)]
     relative = [PurePosixPath(path).relative_to(root) for path in found]
     images = [path for path in relative if not any(part.startswith(".") for part in path.parts)]
+    shards = [] if images else [path for path in files if is_tar(path)]
+    if shards:
+        return tar_images([f"{url.rstrip('/')}/{PurePosixPath(path).relative_to(root)}" for path in shards])
     if not images:
         raise MissingFiles(f"{url} contains no image, or does not exist.")
     return [(f"{url.rstrip('/')}/{path}", path) for path in images]
+
+
+def tar_images(shards: Sequence[str]) -> list[tuple[str, PurePosixPath]]:
+    """
+    URL and path of every image in tar files, on disk or in a store, see [`images_in_tar`].
+
+    Raises:
+        MissingFiles: there is no image in them.
+        UsageError: a file is no tar file.
+    """
+    found: list[tuple[str, PurePosixPath]] = []
+    for shard in shards:
+        store, path = open_store(shard)
+        with store.open(path, "rb") as file:
+            found += images_in_tar(shard, file)
+    if not found:
+        raise MissingFiles(f"{shards[0]} contains no image." if len(shards) == 1 else "The tar files contain no image.")
+    return found

@@ -1,0 +1,231 @@
+"""
+Results of many images in a folder of files with a fixed number of images each, locally or in a store (`s3://`, …): what
+Parquet and WebDataset shards share.
+
+Which images a file holds follows from the list of images alone, so that any job can make any file, and a file that exists
+needs not be made again. Files are written under a temporary name and appear when they are complete.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from spar_hf.batch.ahead import Work
+from spar_hf.batch.callables import SparFeatures
+from spar_hf.batch.extractor import PreparedImage
+from spar_hf.batch.features import ReadSource
+from spar_hf.utils.errors import UsageError
+from spar_hf.utils.folders import Folder
+from spar_hf.utils.image_files import InputImage, stamp
+from spar_hf.utils.texts import json_text, storable
+
+MANIFEST = "spar-hf.json"
+
+
+class PartFolder(Folder):
+    """
+    A folder of files `part-00000`, …: the N-th holds the images from N × `shard_images` on. `spar-hf.json` states settings
+    and images.
+
+    Args:
+        url: folder or URL of one.
+
+    Attributes:
+        manifest: `settings`, number of `images`, `shard_images` and a hash of the `names`; empty before the first run.
+        suffix: of the files.
+        kind: what the files are, for messages.
+    """
+
+    suffix: str
+    kind: str
+
+    def __init__(self, url: str | os.PathLike):
+        super().__init__(url)
+        self.manifest: dict[str, Any] = {}
+        if self.size(MANIFEST) is not None:
+            self.manifest = json.loads(self.read(MANIFEST))
+
+    def file(self, number: int) -> str:
+        """Name of a file."""
+        return f"part-{number:05d}{self.suffix}"
+
+    @property
+    def count(self) -> int:
+        """Number of files when all are there."""
+        return -(-self.manifest["images"] // self.manifest["shard_images"])
+
+    def images_of(self, number: int) -> range:
+        """The numbers of the images in a file."""
+        size = self.manifest["shard_images"]
+        return range(number * size, min((number + 1) * size, self.manifest["images"]))
+
+    def begin(self, settings: Mapping[str, Any], names: Sequence[str], shard_images: int, may_exist: bool) -> None:
+        """
+        State what is written, or compare it with what was stated when this object was made.
+
+        Args:
+            settings: all that the results depend on beside the images.
+            names: of all images, in their order.
+            shard_images: images in a file.
+            may_exist: whether the files of an earlier run or another job are kept.
+
+        Raises:
+            UsageError: the folder holds files of another run, of other settings or other images.
+        """
+        digest = hashlib.sha256("\n".join(map(storable, names)).encode()).hexdigest()
+        stated = {"settings": settings, "images": len(names), "shard_images": shard_images, "names": digest}
+        stated = json.loads(json_text(stated))
+        if self.manifest and not may_exist:
+            raise UsageError(
+                f"{self.url} has results of an earlier run. Use --skip-existing to continue it, or name another folder."
+            )
+        if self.manifest and self.manifest != stated:
+            then, now = ({**one["settings"], **one, "settings": ""} for one in (self.manifest, stated))
+            differing = [name for name in {**then, **now} if then.get(name) != now.get(name)]
+            said = "; ".join(f"{name} {str(then.get(name))[:80]}, now {str(now.get(name))[:80]}" for name in differing)
+            raise UsageError(f"{self.url} holds results of other images or settings ({said}). Name another folder.")
+        self.manifest = stated
+        self.write(MANIFEST, json_text(stated, indent=1).encode())
+
+    def files(self) -> list[str]:
+        """Names of the files that are there."""
+        return [name for name in self.names() if name.endswith(self.suffix) and not name.startswith(".")]
+
+    def is_done(self, number: int) -> bool:
+        """Whether a file is there and complete. Its contents are not read."""
+        raise NotImplementedError
+
+    def check(self, name: str) -> tuple[list[int], list[tuple[str, str]]]:
+        """
+        Read all of a file.
+
+        Returns:
+            The numbers of its images; name and error of each that failed.
+
+        Raises:
+            ValueError: it is damaged.
+        """
+        raise NotImplementedError
+
+    def finish(self, part: "OpenPart", number: int) -> None:
+        """Make a file whose rows have all been added one of the folder."""
+        self.put(part.complete(), self.file(number))
+
+
+class OpenPart:
+    """
+    A file that is being written, in a folder of its own below `beside`, or of the system for `None`.
+
+    Attributes:
+        rows: number of those added.
+    """
+
+    suffix: str
+
+    def __init__(self, beside: Path | None):
+        self.folder = tempfile.TemporaryDirectory(prefix=".partial-", dir=beside)
+        self.path, self.rows = Path(self.folder.name, f"part{self.suffix}"), 0
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Write a row, or keep it for a while."""
+        raise NotImplementedError
+
+    def complete(self) -> Path:
+        """Write what is left, and close the file."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Close the file."""
+        raise NotImplementedError
+
+    def drop(self) -> None:
+        """Remove what is left of it."""
+        with contextlib.suppress(OSError, ValueError):
+            self.close()
+        self.folder.cleanup()
+
+
+class PartWriter:
+    """
+    Writes rows to the files of a folder. A file appears when all its rows have been added, in any order; one that lacks rows
+    at the end is dropped, and made by the next run.
+
+    Args:
+        folder: that [`PartFolder.begin`] was called on.
+        open_part: starts a file, see [`OpenPart`].
+        images: all images of the folder, also those of other jobs.
+    """
+
+    def __init__(self, folder: PartFolder, open_part: Callable[[Path | None], OpenPart], images: Sequence[InputImage]):
+        self.folder, self.open_part = folder, open_part
+        self.numbers = {image: number for number, image in enumerate(images)}
+        self.done: dict[int, bool] = {}
+        self.open: dict[int, OpenPart] = {}
+
+    def is_done(self, image: InputImage) -> bool:
+        """Whether the file of an image is there. It is compared with its images when it is made, not later."""
+        number = self.numbers[image] // self.folder.manifest["shard_images"]
+        if number not in self.done:
+            self.done[number] = self.folder.is_done(number)
+        return self.done[number]
+
+    def add(self, image: InputImage, row: Mapping[str, Any]) -> None:
+        """Write the row of an image, one that failed too: its `error` says why."""
+        identity = self.numbers[image]
+        number = identity // self.folder.manifest["shard_images"]
+        if number not in self.open:
+            self.open[number] = self.open_part(None if self.folder.is_remote else Path(self.folder.url))
+        part = self.open[number]
+        own = {"id": identity, "image": storable(image.name), "source": storable(image.source)}
+        part.add({**own, "stamp": json.dumps(stamp(image)), **row})
+        part.rows += 1
+        if part.rows == len(self.folder.images_of(number)):
+            del self.open[number]
+            self.folder.finish(part, number)
+            part.drop()
+
+    def close(self) -> None:
+        """Drop what is not complete."""
+        for part in self.open.values():
+            part.drop()
+        self.open = {}
+
+
+def open_features_for(
+    folder: PartFolder, images: Sequence[InputImage], shard_images: int, may_exist: bool, options: Mapping[str, Any]
+) -> SparFeatures:
+    """
+    Load the model, and open the folder for its features.
+
+    Args:
+        folder: to write.
+        images: all images, also those of other jobs.
+        shard_images, may_exist: see [`PartFolder.begin`].
+        options: of [`FeatureExtractor`].
+
+    Raises:
+        ValueError: what [`FeatureExtractor`] and [`PartFolder.begin`] refuse.
+    """
+    options = dict(options)
+    edge = options.pop("shortest_edge", None)
+    features = SparFeatures(**options, size=None if edge is None else {"shortest_edge": edge})
+    features.start()
+    folder.begin(features.settings, [image.name for image in images], shard_images, may_exist)
+    return features
+
+
+def part_work(features: SparFeatures, writer: PartWriter) -> Work:
+    """What [`process_ahead`] does to write rows of features: an image that failed is a row too."""
+
+    def write(image: InputImage, prepared: PreparedImage, row: dict[str, Any]) -> None:
+        writer.add(image, {**row, "error": ""})
+
+    def fail(image: InputImage, reason: str) -> None:
+        writer.add(image, {**features.error_values, "error": reason})
+
+    return Work(ReadSource(features.loaded.prepare), features.encode, write, features.patch_size, fail)
