@@ -105,16 +105,27 @@ class RecordList(logging.Handler):
         self.messages.append(record.getMessage())
 
 
-@pytest.fixture
-def transformers_log():
-    """What transformers logs at WARNING or above during the test, also what it says only once per process."""
+def warned(library: str):
+    """What a library logs at WARNING or above during the test, also what it says only once per process."""
     from transformers.utils.logging import warning_once
 
     warning_once.cache_clear()
-    handler, logger = RecordList(), logging.getLogger("transformers")
+    handler, logger = RecordList(), logging.getLogger(library)
     level = logger.level
     logger.setLevel(logging.WARNING)  # a command of ours run before in this process has silenced it
     logger.addHandler(handler)
     yield handler.messages
     logger.removeHandler(handler)
     logger.setLevel(level)
+
+
+@pytest.fixture
+def transformers_log():
+    """Warnings of transformers."""
+    yield from warned("transformers")
+
+
+@pytest.fixture
+def own_log():
+    """Warnings of this library."""
+    yield from warned("spar_hf")

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 from typer.testing import CliRunner
 
 from spar_hf.cli.main import app
@@ -115,7 +116,10 @@ def run_shell(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def check_installation(arguments: list[str]) -> None:
-    """Packages of the library have the extras that are named; others are installed here in that version."""
+    """
+    Packages of the library have the extras that are named; others are installed here in that version, or in an older one,
+    as where the lower bounds are tested.
+    """
     for argument in arguments:
         if argument.startswith("-") or argument.startswith(".") or os.sep in argument:
             continue
@@ -123,4 +127,6 @@ def check_installation(arguments: list[str]) -> None:
         if canonicalize_name(wanted.name) == PROJECT["name"]:
             assert wanted.extras <= PROJECT["optional-dependencies"].keys(), argument
         else:
-            assert wanted.specifier.contains(version(wanted.name).split("+")[0]), argument
+            found = version(wanted.name).split("+")[0]
+            newer = [pin.version for pin in wanted.specifier if Version(pin.version) > Version(found)]
+            assert wanted.specifier.contains(found) or newer, argument

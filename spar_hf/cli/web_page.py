@@ -134,6 +134,7 @@ def build_page(
                 results, look = add_results(gr)
         run = segmentation_handler(gr, segmenters, results)
         connect(gr, run if on_gpu is None else on_gpu(run), controls, results, look)
+        page.load(None, js=HOVER)
     # every request waits in the queue: without `api_open=False`, requests of scripts would run beside it
     page.queue(max_size=MAX_WAITING, default_concurrency_limit=1, api_open=False)
     return page
@@ -309,7 +310,6 @@ def launch_page(
         footer_links=[],
         max_file_size=MAX_UPLOAD,
         css=STYLE + HOVER_STYLE,
-        js=HOVER,
         # system fonts: the fonts of Gradio's themes are downloaded
         theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
     )
