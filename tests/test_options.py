@@ -55,6 +55,7 @@ REVIEWED = {
     "model": "distill cache-teacher evaluate probe panoptic segment features bake export app space doctor env",
     "output": "distill cache-teacher evaluate probe panoptic pretrain segment features bake convert export space doctor",
     "seed": "distill cache-teacher probe panoptic pretrain",
+    "shard_images": "segment features",
     "shortest_edge": "evaluate probe panoptic segment features",
     "split": "distill evaluate",
     "steps": "distill probe panoptic pretrain",
