@@ -403,8 +403,9 @@ class SparSegmenter(BatchCallable):
             for image in images
         ]
         rows = []
-        for image, encoded in zip(images, self.loaded._encode(items), strict=True):
-            result = self.segment(self.loaded, encoded)
+        with self.loaded.texts.unchanged():  # else all weights of the text tower would be read for every image
+            results = [self.segment(self.loaded, encoded) for encoded in self.loaded._encode(items)]
+        for image, result in zip(images, results, strict=True):
             row: Columns = {name: result[name] for name in ("labels", "scores", "background")}
             row |= {"map": png(result)} if self.masks == "png" else {"masks": coco(result)}
             row |= {name: image.record[name] for name in ("original_size", "working_size")}

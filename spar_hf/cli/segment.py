@@ -1,7 +1,9 @@
 """`spar-hf segment`: masks from words."""
 
+import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spar_hf.cli.arguments import as_command
@@ -38,7 +40,7 @@ def segment(options: SegmentOptions) -> None:
     if options.max_pixels is not None:
         Image.MAX_IMAGE_PIXELS = options.max_pixels
     if writes_strips(options.path):
-        given = ("background", "threshold", "min_area", "templates", "max_tokens", "max_pixels", "image_range")
+        given = ("background", "threshold", "min_area", "templates", "support", "max_tokens", "max_pixels", "image_range")
         settings = {"tile": options.tiles, **{name: getattr(options, name) for name in given}}
         segment_to_map(options.images, options.labels, options.path, options.model, options.device, settings)
     plan, vocabulary = plan_work(options)
@@ -62,7 +64,8 @@ def segment_plan(
 
     rules = options.rules(parse_background(options.background, vocabulary))
     asked = {**rules, **options.presences, "tile": options.tiles, "heat": "heatmap" in plan.formats}
-    segment_image, pipe = load_segmenter(options.model, options.device or processes.device, vocabulary, asked)
+    device = options.device or processes.device
+    segment_image, pipe = load_segmenter(options.model, device, vocabulary, asked, options.support)
     with exit_on_error(failure=()):  # wrong words or options are reported once, not for every image
         probe = segment_image(Image.new("RGB", (32, 32)))
         heat_classes = class_numbers(options.heatmap, probe) if options.heatmap else None
@@ -107,13 +110,13 @@ def class_numbers(labels: Sequence[str], result: dict[str, Any]) -> list[int]:
 
 
 def load_segmenter(
-    model: str | None, device: str | None, vocabulary: Any, options: dict[str, Any]
+    model: str | None, device: str | None, vocabulary: Any, options: dict[str, Any], support: Path | None = None
 ) -> tuple[SegmentImage, Any]:
     """Load the pipeline: as a function of an image, and itself."""
     from spar_hf.cli.pipelines import load_pipeline, segment_with_heat
 
     with exit_on_error():
-        pipe = load_pipeline(model, device)
+        pipe = load_pipeline(model, device, support=support)
     given = {name: value for name, value in options.items() if value is not None}
     return partial(segment_with_heat, pipe, candidate_labels=vocabulary, **given), pipe
 
@@ -129,6 +132,8 @@ def result_settings(
 
     new = {**options.presences, "keep_background": options.keep_background, "heatmap": options.heatmap}
     new["tile"] = options.tiles
+    if options.support is not None:
+        new["support"] = hashlib.sha256(options.support.read_bytes()).hexdigest()[:20]
     settings = {
         "labels": dict(zip(vocabulary.labels, vocabulary.names, strict=True)),
         **{name: value or None for name, value in {**rules, "image_range": options.image_range}.items()},
@@ -221,7 +226,8 @@ def segment_ahead(
     workers = 0 if options.frames is not None else options.workers
     work = Work(read, compute, finish_image, patch, sink.fail)
     given = (report_failure, problems, True, workers, options.batch_size, sink.units, processes)
-    return process_ahead(sink.images, work, sink.is_done, *given)
+    with pipe.texts.unchanged():  # else all weights of the text tower would be read for every image
+        return process_ahead(sink.images, work, sink.is_done, *given)
 
 
 def show_classes(result: dict[str, Any]) -> None:

@@ -73,6 +73,18 @@ def test_embeddings_are_forgotten_when_the_text_tower_changes(cache, two_towers,
     assert not torch.allclose(after, before)
 
 
+def test_changes_are_looked_for_before_and_after_a_block_that_excludes_them(cache, two_towers):
+    weight = next(p for name, p in two_towers.text_model.named_parameters() if name.endswith("fc1.weight"))
+    first = cache.get(["road"], "plain")
+    weight.data[0] += 1
+    with cache.unchanged():
+        second = cache.get(["road"], "plain")
+        assert not torch.allclose(second, first)
+        weight.data[0] += 1
+        assert torch.equal(cache.get(["road"], "plain"), second)
+    assert not torch.allclose(cache.get(["road"], "plain"), second)
+
+
 def test_training_the_vision_tower_forgets_nothing(cache, prompts_run, two_towers):
     cache.get(["road"], "plain")
     with torch.no_grad():
