@@ -14,6 +14,7 @@ from spar_hf.cli.result_paths import FORMATS
 from spar_hf.cli.result_record import read_entries, record_files
 from spar_hf.utils.atomic import write_text
 from spar_hf.utils.errors import MissingFiles, UsageError
+from spar_hf.utils.folders import Folder
 from spar_hf.utils.image_files import find_images
 from spar_hf.utils.remote_files import is_remote
 from spar_hf.utils.texts import json_text, storable
@@ -135,11 +136,11 @@ def checker_of(folder: str) -> Checker:
     Raises:
         MissingFiles: no such folder, or no results in it.
     """
+    if part_suffix(folder) is None and Folder(folder).size("manifest.json") is not None:
+        return CacheChecker(folder)
     if is_remote(folder) or part_suffix(folder) is not None:
         return PartChecker(folder)
     path = Path(folder)
-    if (path / "manifest.json").is_file():
-        return CacheChecker(folder)
     if path.is_dir() and record_files(path):
         return ResultChecker(folder)
     if path.is_dir() and next(path.rglob("*.safetensors"), None):
@@ -272,10 +273,14 @@ class ResultChecker(Checker):
 class CacheChecker(Checker):
     """A teacher cache: the checksum of every shard is compared."""
 
+    def __init__(self, folder: str):
+        super().__init__(folder)
+        self.files = Folder(folder)
+
     def check(self, names: list[str] | None) -> Findings:
         from spar_hf.distillation.cache_teacher import verify_shards
 
-        whole, missing, damaged = verify_shards(self.folder)
+        whole, missing, damaged = verify_shards(self.files)
         skipped = [(entry["image"], entry["reason"]) for shard in whole for entry in shard["skipped"]]
         return Findings("teacher cache", "shards", len(whole), missing, damaged, skipped)
 
@@ -283,6 +288,10 @@ class CacheChecker(Checker):
         from spar_hf.distillation.cache_teacher import verify_shards, write_manifest
         from spar_hf.distillation.teacher_cache import read_manifest
 
-        count = len(verify_shards(self.folder)[0])
-        write_manifest(self.folder, read_manifest(self.folder)["setting"], count)
+        count = len(verify_shards(self.files)[0])
+        write_manifest(self.files, read_manifest(self.files.url)["setting"], count)
         return "manifest written: the cache is complete"
+
+    def delete(self, damaged: Iterable[str]) -> None:
+        for name in damaged:
+            self.files.delete(name)

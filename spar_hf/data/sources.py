@@ -2,7 +2,7 @@
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from spar_hf.data.reading import ReadingOptions
@@ -12,11 +12,13 @@ from spar_hf.utils.fields import option, required
 from spar_hf.utils.image_listing import IMAGE_SUFFIXES, describe, images_under, scan_folder
 from spar_hf.utils.model_cards import short_name
 from spar_hf.utils.options import HELP, require_not_negative, require_positive
+from spar_hf.utils.remote_files import is_remote, remote_images
 from spar_hf.utils.texts import read_text
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp")
 NAME_COLUMNS = ("__key__", "file_name")
 SHARDS = {".tar": "webdataset", ".parquet": "parquet", ".arrow": "arrow"}
+TABLES = (".parquet", ".arrow")
 
 
 @dataclass(kw_only=True)
@@ -25,7 +27,8 @@ class ImageSelection(ReadingOptions):
 
     images: list[str] = required(
         "Images without labels: folders, lists (.txt, one path per line), Hugging Face data sets (a folder of "
-        "save_to_disk, .arrow and .parquet files, hub ids), WebDataset shards (.tar). A source named twice counts twice."
+        "save_to_disk, .arrow and .parquet files, hub ids), WebDataset shards (.tar); also in stores (s3://bucket/photos). "
+        "A source named twice counts twice."
     )
     exclude: list[str] = option([], HELP["exclude"])
     holdout_every: int = option(
@@ -177,11 +180,14 @@ def image_entry(row: dict[str, Any], columns: list[str]) -> bytes | str | None:
 
 def list_files(entry: str) -> list[str] | None:
     """
-    Paths of the images in a folder or in a list (relative to the list); `None` if `entry` is something else.
+    Paths of the images in a folder or in a list (relative to the list), or URLs of those in a store; `None` if `entry` is
+    something else.
 
     Raises:
         MissingFiles: the list does not exist or is empty, or the folder holds nothing that can be read.
     """
+    if is_remote(entry):
+        return None if PurePosixPath(entry).suffix in TABLES else [url for url, _ in remote_images(entry)]
     path = Path(entry)
     if path.suffix == ".txt":
         if not path.is_file():
@@ -216,7 +222,7 @@ def list_shards(entry: str) -> list[str]:
     """
     path = Path(entry)
     if path.suffix in SHARDS:
-        if not path.is_file():
+        if not is_remote(entry) and not path.is_file():
             raise MissingFiles(f"There is no file {entry}.")
         return [entry]
     if not path.is_dir() or is_saved_table(path):

@@ -15,6 +15,7 @@ from spar_hf.data.augmentation import Views, draw_crop, view_generator
 from spar_hf.data.order import Sample
 from spar_hf.model.image_input import ImageRange, open_image, set_pixel_limit, to_rgb, turn_upright
 from spar_hf.utils.checkpoints import cut_log
+from spar_hf.utils.remote_files import is_remote, read_remote
 
 logger = logging.getLogger(__name__)
 
@@ -126,6 +127,8 @@ class TrainingImages(Dataset):
     def read(self, sample: Sample) -> Image.Image:
         """The upright RGB image of a sample. Raises whatever its decoder raises if it cannot be read."""
         source = sample.source
+        if isinstance(source, str) and is_remote(source):  # named by --images; what a row names is never fetched
+            source = read_remote(source)
         if isinstance(source, tuple):
             source = self.sources[source[0]].source(source[1])
         if source is None:

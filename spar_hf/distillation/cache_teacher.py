@@ -15,7 +15,6 @@ then is the published training, which runs the teacher once.
 import datetime
 import json
 import logging
-import os
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
-from safetensors.torch import save_file
+from safetensors.torch import save
 from tqdm.auto import tqdm
 
 from spar_hf import SlidingWindowTeacher, SparImageProcessorPil, SparVisionModel
@@ -40,15 +39,18 @@ from spar_hf.distillation.teacher_cache import (
     check_setting,
     check_shard,
     read_manifest,
+    read_source,
     sha256,
+    source_name,
 )
 from spar_hf.model.fingerprints import vision_fingerprint
 from spar_hf.model.image_input import read_rgb, set_pixel_limit
-from spar_hf.utils.atomic import write_atomically, write_json
+from spar_hf.utils.atomic import finite_json
 from spar_hf.utils.checkpoints import StopAtStep
 from spar_hf.utils.devices import clock
 from spar_hf.utils.errors import NotFinite, UsageError, as_usage_errors
 from spar_hf.utils.fields import option, required
+from spar_hf.utils.folders import Folder
 from spar_hf.utils.options import (
     HELP,
     PRECISIONS,
@@ -58,8 +60,10 @@ from spar_hf.utils.options import (
     require_positive,
 )
 from spar_hf.utils.processes import Processes, waiting
+from spar_hf.utils.remote_files import is_remote
 from spar_hf.utils.runs import RunFolder, end_run, start_accelerator
 from spar_hf.utils.shards import ShardChoice
+from spar_hf.utils.texts import json_text
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +72,7 @@ logger = logging.getLogger(__name__)
 class StorageOptions:
     """What is stored where."""
 
-    output: str = required("Folder to write the cache to.")
+    output: str = required("Folder to write the cache to, also in a store: s3://bucket/cache.")
     preset: str | None = option(None, HELP_PRESET)
     views: int = option(1, "Augmented views per image.")
     shard_maps: int = option(16, "Maps per shard: at most these are computed again after a kill.")
@@ -125,9 +129,9 @@ class CacheOptions(ComposedOptions):
         return {name: value for name, value in with_preset(values).items() if name in known or name in values}
 
 
-def choose_images(options: ImageSelection) -> list[Path]:
+def choose_images(options: ImageSelection) -> list[str]:
     """
-    The images that distillation with the same options would train on.
+    Paths and URLs of the images that distillation with the same options would train on.
 
     Raises:
         UsageError: none is left, or something else than folders and lists is named.
@@ -136,10 +140,12 @@ def choose_images(options: ImageSelection) -> list[Path]:
     for entry in options.images:
         paths = list_files(entry)
         if paths is None:
-            raise UsageError(f"--images {entry}: a cache is made of folders of images and of lists (.txt) of them.")
+            raise UsageError(
+                f"--images {entry}: a cache is made of folders of images, on disk or in stores, and of lists (.txt) of them."
+            )
         sources.append(Files(paths))
     train, _ = split_images(sources, options.exclude, options.holdout_every)
-    return [Path(train.name(i)) for i in range(len(train))]
+    return [train.name(i) for i in range(len(train))]
 
 
 def make_cache(options: CacheOptions) -> TeacherCache | None:
@@ -153,6 +159,8 @@ def make_cache(options: CacheOptions) -> TeacherCache | None:
     storage = options.storage
     patient = InitProcessGroupKwargs(timeout=datetime.timedelta(days=7))  # processes wait for the slowest at the end
     accelerator = start_accelerator(storage.mixed_precision, kwargs_handlers=[patient])
+    if is_remote(storage.output):  # stores have no locks
+        return compute_shards(options, accelerator)
     # jobs of an array write to one folder: the lock is that of the job
     job, output = storage.job, Path(storage.output)
     with RunFolder(accelerator, output / f"job-{job.name}" if job.is_part else output, file=job.is_part):
@@ -161,14 +169,14 @@ def make_cache(options: CacheOptions) -> TeacherCache | None:
 
 def compute_shards(options: CacheOptions, accelerator: Accelerator) -> TeacherCache | None:
     """What [`make_cache`] does while the folder is locked."""
-    output = Path(options.storage.output)
+    output = Folder(options.storage.output)
     paths = choose_images(options.images)
     set_pixel_limit(options.images.max_pixels)
     with as_usage_errors():
         model = SparVisionModel.from_backbone(options.teacher.model)
         image_processor = SparImageProcessorPil.from_backbone(options.teacher.model)
     teacher = make_teacher(model, options.teacher)
-    setting = make_setting(options, teacher, image_processor, paths, accelerator.mixed_precision)
+    setting = make_setting(options, output, teacher, image_processor, paths, accelerator.mixed_precision)
     start_folder(output, setting, accelerator, alone=not options.storage.job.is_part)
 
     teacher.to(accelerator.device)
@@ -188,7 +196,8 @@ def compute_shards(options: CacheOptions, accelerator: Accelerator) -> TeacherCa
             sys.exit(128 + stop.number)
     stop.restore()
     processes.wait()
-    missing = [n for n in range(maker.count) if not record_path(output, n).is_file()]
+    there = set(output.names())
+    missing = [n for n in range(maker.count) if record_name(n) not in there]
     if accelerator.is_main_process and not missing:
         write_manifest(output, setting, maker.count)
     accelerator.wait_for_everyone()
@@ -197,11 +206,11 @@ def compute_shards(options: CacheOptions, accelerator: Accelerator) -> TeacherCa
             "%d of %d shards are there. The others are of other jobs; `spar-hf verify %s` says which.",
             maker.count - len(missing),
             maker.count,
-            output,
+            output.url,
         )
         end_run(accelerator)
         return None
-    cache = TeacherCache.open(output, model=model, window_size=teacher.window_size, stride=teacher.stride)
+    cache = TeacherCache.open(output.url, model=model, window_size=teacher.window_size, stride=teacher.stride)
     if accelerator.is_main_process:
         report(cache)
     end_run(accelerator)
@@ -210,13 +219,13 @@ def compute_shards(options: CacheOptions, accelerator: Accelerator) -> TeacherCa
 
 def make_setting(
     options: CacheOptions,
+    output: Folder,
     teacher: SlidingWindowTeacher,
     image_processor: SparImageProcessorPil,
-    paths: list[Path],
+    paths: list[str],
     mixed_precision: str,
 ) -> dict[str, Any]:
     """What the manifest states: first what distillation compares, then what the views follow from."""
-    output = Path(options.storage.output).resolve()
     return {
         "model": vision_fingerprint(teacher.model),
         "window_size": teacher.window_size,
@@ -225,7 +234,7 @@ def make_setting(
         "teacher_dtype": options.teacher.teacher_dtype,
         "image_mean": list(image_processor.image_mean),
         "image_std": list(image_processor.image_std),
-        "photos": [os.path.relpath(path.resolve(), output) for path in paths],  # the key of version 0.1
+        "photos": [source_name(path, output) for path in paths],  # the key of version 0.1
         "views": options.storage.views,
         **asdict(options.views),
         "seed": options.storage.seed,
@@ -235,7 +244,7 @@ def make_setting(
     }
 
 
-def start_folder(output: Path, setting: dict[str, Any], accelerator: Accelerator, alone: bool) -> None:
+def start_folder(output: Folder, setting: dict[str, Any], accelerator: Accelerator, alone: bool) -> None:
     """
     Write the manifest of an unfinished cache, and remove what killed runs left half written, unless other jobs may be
     writing.
@@ -243,49 +252,54 @@ def start_folder(output: Path, setting: dict[str, Any], accelerator: Accelerator
     Raises:
         UsageError: the folder holds a cache of another setting.
     """
-    if (output / MANIFEST).is_file():
-        stored = asdict(Views()) | read_manifest(output)["setting"]  # an earlier version drew views as the defaults say
-        check_setting(output, stored, setting)
+    if output.size(MANIFEST) is not None:
+        stored = (
+            asdict(Views()) | read_manifest(output.url)["setting"]
+        )  # an earlier version drew views as the defaults say
+        check_setting(output.url, stored, setting)
     accelerator.wait_for_everyone()  # all have compared the old manifest before it is replaced
     if accelerator.is_main_process:
-        output.mkdir(parents=True, exist_ok=True)
-        for left in output.glob("*.partial*") if alone else ():
+        for left in [] if output.is_remote or not alone else Path(output.url).glob("*.partial*"):
             left.unlink(missing_ok=True)
-        write_json(output / MANIFEST, {"complete": False, "setting": setting, "shards": []})
+        write_record(output, MANIFEST, {"complete": False, "setting": setting, "shards": []})
     accelerator.wait_for_everyone()
 
 
-def write_manifest(output: Path, setting: dict[str, Any], count: int) -> None:
+def write_record(output: Folder, name: str, value: Any) -> None:
+    """Write a manifest or the record of a shard."""
+    output.write(name, json_text(finite_json(value), indent=2).encode())
+
+
+def write_manifest(output: Folder, setting: dict[str, Any], count: int) -> None:
     """Write the manifest of a cache whose shards are all there."""
-    records = [json.loads(record_path(output, number).read_text(encoding="utf-8")) for number in range(count)]
-    write_json(output / MANIFEST, {"complete": True, "setting": setting, "shards": records})
+    records = [json.loads(output.read(record_name(number))) for number in range(count)]
+    write_record(output, MANIFEST, {"complete": True, "setting": setting, "shards": records})
 
 
-def shard_path(output: Path, number: int) -> Path:
+def shard_name(number: int) -> str:
     """The file of a shard."""
-    return output / f"maps-{number:05d}.safetensors"
+    return f"maps-{number:05d}.safetensors"
 
 
-def record_path(output: Path, number: int) -> Path:
+def record_name(number: int) -> str:
     """The file that describes a shard; it is written last."""
-    return output / f"{shard_path(output, number).name}.json"
+    return f"{shard_name(number)}.json"
 
 
-def finished_shard(output: Path, number: int) -> dict[str, Any] | None:
-    """The record of a shard that is on disk and undamaged."""
-    record = record_path(output, number)
-    if not record.is_file():
+def finished_shard(output: Folder, number: int) -> dict[str, Any] | None:
+    """The record of a shard that is there and undamaged."""
+    if output.size(record_name(number)) is None:
         return None
-    found = json.loads(record.read_text(encoding="utf-8"))
+    found = json.loads(output.read(record_name(number)))
     try:
-        check_shard(output / found["file"], found)
+        check_shard(output, found)
     except UsageError as error:
         logger.warning("%s", error)
         return None
     return found
 
 
-def verify_shards(output: Path) -> tuple[list[dict[str, Any]], list[str], dict[str, str]]:
+def verify_shards(output: Folder) -> tuple[list[dict[str, Any]], list[str], dict[str, str]]:
     """
     Read all shards of a cache, whose manifest may say that it is unfinished.
 
@@ -295,22 +309,23 @@ def verify_shards(output: Path) -> tuple[list[dict[str, Any]], list[str], dict[s
     Raises:
         MissingFiles: there is no cache.
     """
-    setting = read_manifest(output)["setting"]
+    setting = read_manifest(output.url)["setting"]
     count = -(-len(setting["photos"]) * setting["views"] // setting["shard_maps"])
     whole: list[dict[str, Any]] = []
     missing: list[str] = []
     damaged: dict[str, str] = {}
+    there = set(output.names())
     for number in range(count):
-        path, record = shard_path(output, number), record_path(output, number)
-        if not record.is_file() or not path.is_file():
-            missing.append(path.name)
+        name = shard_name(number)
+        if not {name, record_name(number)} <= there:
+            missing.append(name)
             continue
         try:
-            found = json.loads(record.read_text(encoding="utf-8"))
-            check_shard(path, found)
+            found = json.loads(output.read(record_name(number)))
+            check_shard(output, found)
             whole.append(found)
         except (ValueError, KeyError) as error:
-            damaged[path.name] = str(error)
+            damaged[name] = str(error)
     return whole, missing, damaged
 
 
@@ -322,7 +337,7 @@ class ShardMaker:
     Args:
         teacher: on its device.
         image_processor: normalises images.
-        paths: the images.
+        paths: paths and URLs of the images.
         options: of the cache.
         accelerator: of the run.
     """
@@ -331,12 +346,12 @@ class ShardMaker:
         self,
         teacher: SlidingWindowTeacher,
         image_processor: SparImageProcessorPil,
-        paths: list[Path],
+        paths: list[str],
         options: CacheOptions,
         accelerator: Accelerator,
     ):
         self.teacher, self.image_processor, self.paths = teacher, image_processor, paths
-        self.options, self.accelerator, self.output = options, accelerator, Path(options.storage.output)
+        self.options, self.accelerator, self.output = options, accelerator, Folder(options.storage.output)
         self.maps = len(paths) * options.storage.views
         self.count = -(-self.maps // options.storage.shard_maps)
 
@@ -351,25 +366,26 @@ class ShardMaker:
             try:
                 entry, feature_map = self.make_map(path, index)
             except UnreadableImage as error:
-                skipped.append({"image": str(path), "reason": str(error)})
+                skipped.append({"image": path, "reason": str(error)})
                 continue
             maps[str(len(entries))] = feature_map
             entries.append(entry)
-        path = shard_path(self.output, number)
+        data = save(maps)
         # workers outlive a launcher that is killed, and may write the same shard: each has a temporary file of its own
-        write_atomically(path, lambda temporary: save_file(maps, temporary))
+        self.output.write(shard_name(number), data)
         record = {
-            "file": path.name,
-            "sha256": sha256(path),
-            "bytes": path.stat().st_size,
+            "file": shard_name(number),
+            "sha256": sha256(data),
+            "bytes": len(data),
             "values": sum(feature_map.numel() for feature_map in maps.values()),
             "maps": entries,
+            "map_sha256": [sha256(maps[str(row)].view(torch.uint8).numpy().tobytes()) for row in range(len(entries))],
             "skipped": skipped,
         }
-        write_json(record_path(self.output, number), record)
+        write_record(self.output, record_name(number), record)
         return record
 
-    def make_map(self, path: Path, index: int) -> tuple[dict[str, Any], torch.Tensor]:
+    def make_map(self, path: str, index: int) -> tuple[dict[str, Any], torch.Tensor]:
         """
         The entry of a view in the shard's record, and the teacher's map of it: `(dim, height / patch, width / patch)`
         bfloat16.
@@ -379,11 +395,11 @@ class ShardMaker:
             NotFinite: the features are no numbers.
         """
         try:
-            image = read_rgb(path, self.options.images.image_range, urls=False)
-            size, digest = path.stat().st_size, sha256(path)
+            data = read_source(path)
+            image = read_rgb(data if is_remote(path) else Path(path), self.options.images.image_range, urls=False)
         except Exception as error:  # each decoder raises its own kind, and no file may end the work of hours
             raise UnreadableImage(str(error)) from error
-        key = str(path) if self.options.views.fixed_views else index
+        key = path if self.options.views.fixed_views else index
         teacher, generator = self.teacher, view_generator(self.options.storage.seed, key)
         crop = draw_crop(image.size, teacher.window_size, teacher.config.patch_size, self.options.views, generator)
         pixels = self.image_processor(crop.apply(image), do_resize=False, return_tensors="pt")["pixel_values"]
@@ -393,8 +409,8 @@ class ShardMaker:
             raise NotFinite(
                 f"The teacher's features of {path} are not finite. Use another --mixed_precision or --teacher_dtype."
             )
-        relative = os.path.relpath(path.resolve(), self.output.resolve())
-        entry = {"image": relative, "bytes": size, "sha256": digest, "crop": crop.record}
+        name = source_name(path, self.output)
+        entry = {"image": name, "bytes": len(data), "sha256": sha256(data), "crop": crop.record}
         return entry, features[0].to("cpu", torch.bfloat16).contiguous()
 
 

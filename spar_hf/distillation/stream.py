@@ -5,7 +5,6 @@ import logging
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -145,7 +144,7 @@ def open_stream(
     cache = TeacherCache.open(
         teacher_cache, model=teacher.model, window_size=teacher.window_size, stride=teacher.stride
     )
-    check_setting(Path(teacher_cache), cache.setting, {"image_range": options.image_range})
+    check_setting(teacher_cache, cache.setting, {"image_range": options.image_range})
     cached = CachedImages(cache, held_out)
     stored = Views(**{name: cache.setting[name] for name in asdict(views) if name in cache.setting})
     order = MapOrder(cached, seed, process, processes, start, options.shuffle)
@@ -186,9 +185,7 @@ def cached_names(teacher_cache: str | None) -> list[str]:
     """Names of the images in a teacher cache, once for each of their views."""
     if teacher_cache is None:
         return []
-    return [
-        f"cached {entry['image']}" for shard in read_manifest(Path(teacher_cache))["shards"] for entry in shard["maps"]
-    ]
+    return [f"cached {entry['image']}" for shard in read_manifest(teacher_cache)["shards"] for entry in shard["maps"]]
 
 
 def draw_samples(listing: SampleList, count: int, seed: int) -> list[Sample]:

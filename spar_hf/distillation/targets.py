@@ -1,7 +1,6 @@
 """Targets of the student: the full teacher, a sample of its windows, or maps that were computed before."""
 
 import random
-from pathlib import Path
 
 import torch
 from torch.utils.data import Dataset
@@ -11,7 +10,7 @@ from spar_hf.data.order import Sample
 from spar_hf.data.training_images import LoadedSample
 from spar_hf.distillation.models import sped_up
 from spar_hf.distillation.options import TeacherOptions
-from spar_hf.distillation.teacher_cache import TeacherCache
+from spar_hf.distillation.teacher_cache import TeacherCache, same_source
 from spar_hf.utils.errors import UsageError
 
 
@@ -53,8 +52,8 @@ class CachedImages(Dataset):
 
     def __init__(self, cache: TeacherCache, held_out: list[Sample]):
         self.cache = cache
-        cached = {cache.image(i).resolve() for i in range(len(cache))}
-        if any(Path(sample.source).resolve() in cached for sample in held_out if isinstance(sample.source, str)):
+        cached = {same_source(cache.image(i)) for i in range(len(cache))}
+        if any(same_source(sample.source) in cached for sample in held_out if isinstance(sample.source, str)):
             raise UsageError(
                 f"The teacher cache {cache.folder} contains images that are held out here. Give the --images, --exclude and "
                 "--holdout_every that it was made with."

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +15,41 @@ from spar_hf.data.augmentation import Crop, Views
 from spar_hf.model.fingerprints import vision_fingerprint
 from spar_hf.model.image_input import read_rgb, set_pixel_limit
 from spar_hf.utils.errors import MissingFiles, UsageError
+from spar_hf.utils.folders import Folder
 from spar_hf.utils.options import with_current_names
+from spar_hf.utils.remote_files import is_remote, read_remote
 
 MANIFEST = "manifest.json"
 COMMAND = "training/cache_teacher.py"
+MEND_SHARD = f"Run the same command of {COMMAND} again: it makes only this shard anew."
 
 
-def sha256(path: Path) -> str:
-    """Checksum of a file's bytes."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
+def sha256(data: bytes) -> str:
+    """Checksum of bytes."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def read_source(source: str) -> bytes:
+    """
+    The bytes of an image, of a path or the URL of a store.
+
+    Raises:
+        OSError: it is not there, or cannot be read.
+    """
+    return read_remote(source) if is_remote(source) else Path(source).read_bytes()
+
+
+def source_name(source: str, folder: Folder) -> str:
+    """How a cache names an image: by its URL, by its path from the cache, or the whole path if the cache is in a store."""
+    if is_remote(source):
+        return source
+    path = Path(source).resolve()
+    return str(path) if folder.is_remote else os.path.relpath(path, Path(folder.url).resolve())
+
+
+def same_source(source: str | Path) -> str:
+    """A text that is the same for all names of an image."""
+    return str(source) if is_remote(str(source)) else str(Path(source).resolve())
 
 
 class TeacherCache:
@@ -35,17 +58,21 @@ class TeacherCache:
 
     `cache[i]` is `(pixel_values, target)`: the stored view of an image, `(1, 3, height, width)`, and the feature map that
     [`SlidingWindowTeacher`] made of it, `(1, dim, height / patch, width / patch)` float32. The checksum of a shard is
-    compared when it is first read, that of an image whenever it is read. Workers of a `DataLoader` can receive a cache.
+    compared when it is first read, that of an image whenever it is read. Of a cache in a store no shard is read as a whole:
+    a map is fetched by itself, and its own checksum compared. Workers of a `DataLoader` can receive a cache.
 
     Raises:
         UsageError: a damaged shard, or an image that changed.
         MissingFiles: a shard or image that is gone.
     """
 
-    def __init__(self, folder: Path, manifest: dict[str, Any]):
-        self.folder, self.setting, self.shards = folder, manifest["setting"], manifest["shards"]
+    def __init__(self, folder: str | Path, manifest: dict[str, Any]):
+        self.files = Folder(folder)
+        self.folder = self.files.url if self.files.is_remote else Path(folder)
+        self.setting, self.shards = manifest["setting"], manifest["shards"]
         self.positions = [(s, row) for s, shard in enumerate(self.shards) for row in range(len(shard["maps"]))]
         self.checked: set[int] = set()
+        self.headers: dict[str, tuple[int, dict[str, Any]]] = {}  # of shards in a store: where maps begin, and which
         self.image_processor = SparImageProcessorPil(
             image_mean=self.setting["image_mean"], image_std=self.setting["image_std"]
         )
@@ -58,7 +85,7 @@ class TeacherCache:
         Open a cache for a teacher.
 
         Args:
-            folder: that `cache_teacher.py` wrote.
+            folder: that `cache_teacher.py` wrote, or its URL in a store.
             model: encoder of the teacher.
             window_size, stride: of its windows in pixels; compared if they are given.
 
@@ -66,7 +93,6 @@ class TeacherCache:
             MissingFiles: no cache there.
             UsageError: an unfinished cache, or one made with another model, window or stride.
         """
-        folder = Path(folder)
         manifest = read_manifest(folder)
         asked = {"model": vision_fingerprint(model), "window_size": window_size, "stride": stride}
         check_setting(folder, manifest["setting"], {name: value for name, value in asked.items() if value is not None})
@@ -83,50 +109,75 @@ class TeacherCache:
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         return self.pixel_values(index), self.target(index)
 
-    def image(self, index: int) -> Path:
-        """The file that a map was made from."""
+    def image(self, index: int) -> Path | str:
+        """The file that a map was made from, or its URL in a store."""
         shard, row = self.positions[index]
-        return Path(os.path.normpath(self.folder / self.shards[shard]["maps"][row]["image"]))
+        name = self.shards[shard]["maps"][row]["image"]
+        return name if is_remote(name) else Path(os.path.normpath(self.folder / Path(name)))
 
     def pixel_values(self, index: int) -> torch.Tensor:
         """The stored view of an image: `(1, 3, height, width)`."""
         shard, row = self.positions[index]
-        entry, path = self.shards[shard]["maps"][row], self.image(index)
+        entry, source = self.shards[shard]["maps"][row], self.image(index)
         mend = f"Put it back, or make the cache again with {COMMAND}."
-        if not path.is_file():
-            raise MissingFiles(f"The teacher cache {self.folder} needs {path}, which is gone. {mend}")
-        if path.stat().st_size != entry["bytes"] or sha256(path) != entry["sha256"]:
-            raise UsageError(f"{path} is not the image that {self.folder} was made from. {mend}")
+        try:
+            data = read_source(str(source))
+        except FileNotFoundError as error:
+            raise MissingFiles(f"The teacher cache {self.folder} needs {source}, which is gone. {mend}") from error
+        if len(data) != entry["bytes"] or sha256(data) != entry["sha256"]:
+            raise UsageError(f"{source} is not the image that {self.folder} was made from. {mend}")
         set_pixel_limit(self.setting.get("max_pixels"))
-        view = Crop(**entry["crop"]).apply(read_rgb(path, self.setting.get("image_range"), urls=False))
+        view = Crop(**entry["crop"]).apply(read_rgb(data, self.setting.get("image_range"), urls=False))
         return self.image_processor(view, do_resize=False, return_tensors="pt")["pixel_values"]
 
     def target(self, index: int) -> torch.Tensor:
         """The teacher's map: `(1, dim, height / patch, width / patch)` float32."""
         shard, row = self.positions[index]
-        path = self.folder / self.shards[shard]["file"]
+        record = self.shards[shard]
+        if self.files.is_remote:
+            return self._fetch(record, row)[None].float()
         if shard not in self.checked:
-            check_shard(path, self.shards[shard])
+            check_shard(self.files, record)
             self.checked.add(shard)
-        with safe_open(path, framework="pt") as file:
+        with safe_open(self.files.path(record["file"]), framework="pt") as file:
             return file.get_tensor(str(row))[None].float()
 
+    def _fetch(self, record: dict[str, Any], row: int) -> torch.Tensor:
+        """A map of a shard in a store."""
+        name = record["file"]
+        try:
+            if name not in self.headers:
+                (length,) = struct.unpack("<Q", self.files.read(name, 0, 8))  # the layout of safetensors
+                self.headers[name] = (8 + length, json.loads(self.files.read(name, 8, 8 + length)))
+            start, header = self.headers[name]
+            entry = header[str(row)]
+            data = self.files.read(name, *(start + offset for offset in entry["data_offsets"]))
+        except FileNotFoundError as error:
+            raise MissingFiles(f"The shard {name} of {self.folder} is gone. {MEND_SHARD}") from error
+        except (ValueError, KeyError, struct.error) as error:
+            raise UsageError(f"The shard {name} of {self.folder} is damaged: {error}. {MEND_SHARD}") from error
+        sums = record.get("map_sha256")  # which caches of earlier versions, made on a disk, have not
+        if sums is not None and sha256(data) != sums[row]:
+            raise UsageError(f"The shard {name} of {self.folder} is damaged: a checksum differs. {MEND_SHARD}")
+        return torch.frombuffer(bytearray(data), dtype=torch.bfloat16).view(entry["shape"])
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+
+def read_manifest(folder: str | Path) -> dict[str, Any]:
     """
     The manifest of a cache, finished or not; its setting under the names of today.
 
     Raises:
         MissingFiles: there is none.
     """
-    path = folder / MANIFEST
-    if not path.is_file():
-        raise MissingFiles(f"{folder} holds no {MANIFEST}. Make a cache with {COMMAND} --output {folder}.")
-    manifest = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        text = Folder(folder).read(MANIFEST)
+    except FileNotFoundError as error:
+        raise MissingFiles(f"{folder} holds no {MANIFEST}. Make a cache with {COMMAND} --output {folder}.") from error
+    manifest = json.loads(text)
     return manifest | {"setting": with_current_names(manifest["setting"], [Views])}
 
 
-def check_setting(folder: Path, found: dict[str, Any], asked: dict[str, Any]) -> None:
+def check_setting(folder: str | Path, found: dict[str, Any], asked: dict[str, Any]) -> None:
     """
     Compare the setting that a cache was made with to the one asked for.
 
@@ -145,7 +196,7 @@ def check_setting(folder: Path, found: dict[str, Any], asked: dict[str, Any]) ->
         )
 
 
-def check_shard(path: Path, record: dict[str, Any]) -> None:
+def check_shard(folder: Folder, record: dict[str, Any]) -> None:
     """
     Compare a shard's checksum with its record.
 
@@ -153,8 +204,11 @@ def check_shard(path: Path, record: dict[str, Any]) -> None:
         MissingFiles: there is no such shard.
         UsageError: it is damaged.
     """
-    mend = f"Run the same command of {COMMAND} again: it makes only this shard anew."
-    if not path.is_file():
-        raise MissingFiles(f"The shard {path} is gone. {mend}")
-    if sha256(path) != record["sha256"]:
-        raise UsageError(f"The shard {path} is damaged: its checksum is not the one in the manifest. {mend}")
+    path = folder.path(record["file"])
+    try:
+        with folder.open(record["file"]) as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+    except FileNotFoundError as error:
+        raise MissingFiles(f"The shard {path} is gone. {MEND_SHARD}") from error
+    if found != record["sha256"]:
+        raise UsageError(f"The shard {path} is damaged: its checksum is not the one in the manifest. {MEND_SHARD}")

@@ -28,7 +28,15 @@ class Folder:
     def __init__(self, url: str | os.PathLike):
         self.url = os.fspath(url).rstrip("/")
         self.is_remote = is_remote(self.url)
-        self.store, self.root = open_store(self.url)
+        self.root = open_store(self.url)[1]
+
+    @property
+    def store(self) -> Any:
+        """
+        The file system of fsspec. It is asked for anew, since those with threads do not survive the start of a process;
+        fsspec keeps one for each process.
+        """
+        return open_store(self.url)[0]
 
     def path(self, name: str) -> str:
         """The path of a file within its file system."""
@@ -43,16 +51,16 @@ class Folder:
         """Size of a file in bytes; `None` if it is not there."""
         try:
             return self.store.info(self.path(name))["size"]
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
 
     def open(self, name: str) -> Any:
         """A file, opened to read bytes."""
         return self.store.open(self.path(name), "rb")
 
-    def read(self, name: str) -> bytes:
-        """The bytes of a file."""
-        return self.store.cat_file(self.path(name))
+    def read(self, name: str, start: int | None = None, end: int | None = None) -> bytes:
+        """The bytes of a file, or those from `start` to before `end`."""
+        return self.store.cat_file(self.path(name), start=start, end=end)
 
     def write(self, name: str, data: bytes) -> None:
         """Write a file. Stores show it when all of it has arrived."""

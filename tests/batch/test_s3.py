@@ -18,7 +18,9 @@ from werkzeug.serving import make_server  # noqa: E402
 
 from spar_hf.batch.extractor import FeatureExtractor  # noqa: E402
 from spar_hf.batch.parquet_files import ParquetFolder, open_features  # noqa: E402
+from spar_hf.batch.tar_files import TarFolder  # noqa: E402
 from spar_hf.cli.main import app  # noqa: E402
+from spar_hf.distillation.cache_teacher import main as cache_teacher  # noqa: E402
 
 pytestmark = pytest.mark.slow
 COUNT = 9
@@ -89,3 +91,35 @@ def test_features_from_a_store_to_a_store_whose_connections_break(store, base_fo
             torch.testing.assert_close(
                 torch.tensor(np.array(row["features"])), expected["feature_map"], rtol=1e-4, atol=1e-5
             )
+
+
+def test_masks_and_teacher_maps_in_a_store_whose_connections_break(store, base_folder, image_folder):
+    files, bucket = s3fs.S3FileSystem(), "bucket-tar"
+    files.mkdir(bucket)
+    for image in image_folder.iterdir():
+        files.put_file(str(image), f"{bucket}/in/{image.name}")
+    source = f"s3://{bucket}/in"
+    store.cuts = {"2.jpg": 1, "maps-00000.safetensors": 2}
+    command = ["segment", source, "--model", str(base_folder), "--labels", "road;sky", "--background", "none"]
+    command += [
+        "--shortest-edge",
+        "32",
+        "--shard-images",
+        "4",
+        "--workers",
+        "1",
+        "--output",
+        f"s3://{bucket}/masks.tar",
+    ]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0 and "6 done" in result.output, result.output
+    folder = TarFolder(f"s3://{bucket}/masks.tar")
+    assert [folder.check(name)[0] for name in folder.files()] == [[0, 1, 2, 3], [4, 5]]
+
+    options = ["--model", str(base_folder), "--stride", "32", "--window_size", "64", "--shard_maps", "2"]
+    options += ["--images", source, "--output", f"s3://{bucket}/cache"]
+    cache = cache_teacher(options)
+    maps = [cache.target(i) for i in range(6)]
+    assert store.asked["maps-00000.safetensors"] > 2  # the driver asked again
+    again = cache_teacher(options)
+    assert len(again) == 6 and all(torch.equal(again.target(i), one) for i, one in enumerate(maps))

@@ -61,7 +61,10 @@ NOT_RUN = {
     },
     "docs/data": {"needs the hub": 1},
     "docs/video": {"needs CamVid": 1},
-    "docs/many_images": {"tests/batch runs it on a local Ray, and kills a worker and the driver": 1},
+    "docs/many_images": {
+        "tests/batch runs it on a local Ray, and kills a worker and the driver": 1,
+        "needs a store; tests/batch and tests/distillation run it on memory:// and a local S3 server": 1,
+    },
     "docs/scale": {"several minutes; tests/training runs it on a few images": 1},
     "docs/checkpoints": {"needs the hub; tests/conversion replaces it": 1},
 }
