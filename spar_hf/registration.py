@@ -14,9 +14,10 @@ from pathlib import Path
 from threading import RLock
 from typing import Any
 
-# the embedded model: the student, and the base it was distilled from
 SPAR_TINY = str(Path(__file__).parent / "assets" / "spar-tiny")
+"""Folder of the embedded model spar-tiny: the student, with both towers."""
 SPAR_TINY_BASE = str(Path(SPAR_TINY) / "base")
+"""Folder of the base that the student was distilled from, with both towers."""
 
 
 # exist_ok: code of a checkpoint may have registered classes of its own, and a reload registers ours again

@@ -12,9 +12,15 @@ OPTIONAL = (
     "huggingface_hub",
     "accelerate",
     "datasets",
+    "evaluate",
     "peft",
+    "torchmetrics",
     "scipy",
     "gradio",
+    "pycocotools",
+    "pillow-heif",
+    "av",
+    "pyarrow",
     "onnx",
     "onnxscript",
     "onnxruntime",
@@ -22,6 +28,7 @@ OPTIONAL = (
     "nncf",
     "ray",
     "tifffile",
+    "imagecodecs",
     "rasterio",
 )
 

@@ -21,6 +21,9 @@ class SparBackbone(BackboneMixin, SparVisionModel):
     `AutoBackbone.from_config` builds it. Load a local folder with `SparBackbone.from_pretrained`, because
     `AutoBackbone.from_pretrained` of transformers 5.23 always asks the hub.
 
+    Raises:
+        ValueError: a stage that the model does not have.
+
     Source: `DINOv3ViTBackbone` in transformers.
 
     Example:

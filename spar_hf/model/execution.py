@@ -49,6 +49,9 @@ def compile_model(model: nn.Module, **options: Any) -> Any:
         model (`nn.Module`): a SPAR model; a pipeline's is replaced by `segment.model = compile_model(segment.model)`.
         options: further arguments of `torch.compile`, such as `backend` or `mode`.
 
+    Returns:
+        The compiled model: it shares the weights, and takes and returns what `model` does.
+
     Example:
 
     ```python

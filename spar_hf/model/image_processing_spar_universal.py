@@ -88,6 +88,8 @@ class SparUniversalImageProcessorPil(SparImageProcessorPil):
     Example:
 
     ```python
+    >>> import numpy as np
+    >>> from PIL import Image
     >>> from spar_hf import SPAR_TINY, SparForUniversalSegmentation, SparUniversalImageProcessorPil
 
     >>> image_processor = SparUniversalImageProcessorPil(size={"shortest_edge": 100})

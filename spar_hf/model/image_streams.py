@@ -22,8 +22,22 @@ class EncodedImage:
     Attributes:
         feature_map: dense features `(dim, ceil(height / patch), ceil(width / patch))`, not normalised.
         pixel_values: the normalised image that the model saw `(3, height, width)`.
-        original_size: height and width of the image, and of its masks.
-    """
+        original_size: height and width of the image, and of its masks, in pixels.
+
+    Example:
+
+    ```python
+    >>> from PIL import Image
+    >>> from transformers import pipeline
+    >>> import spar_hf
+
+    >>> segment = pipeline("open-vocab-segmentation")
+    >>> encoded = segment.encode(Image.new("RGB", (330, 200), "skyblue"))
+    >>> encoded.feature_map.shape, encoded.working_size, encoded.original_size
+    (torch.Size([192, 24, 40]), (384, 634), (200, 330))
+    >>> segment(encoded, candidate_labels=["road", "sky"], output="map")["map"].shape
+    (200, 330)
+    ```"""
 
     feature_map: torch.Tensor
     pixel_values: torch.Tensor

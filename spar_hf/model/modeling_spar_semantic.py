@@ -57,7 +57,23 @@ class SparSemanticSegmenterOutput(ModelOutput):
 
 
 class SparSemanticModel(SparVisionModel):
-    """The vision model of a [`SparForSemanticSegmentation`], as `AutoModel` loads it. It is saved as a `"spar"` folder."""
+    """
+    The vision model of a [`SparForSemanticSegmentation`], as `AutoModel` loads it. It is saved as a `"spar"` folder, that
+    of a [`SparVisionModel`].
+
+    Example:
+
+    ```python
+    >>> from transformers import AutoModel, AutoTokenizer
+    >>> from spar_hf import SPAR_TINY, SparForOpenVocabSegmentation, bake_vocabulary
+
+    >>> two_towers = SparForOpenVocabSegmentation.from_pretrained(SPAR_TINY)
+    >>> tokenizer = AutoTokenizer.from_pretrained(SPAR_TINY)
+    >>> bake_vocabulary(two_towers, tokenizer, ["road", "sky"], templates="plain").save_pretrained("street")
+    >>> model = AutoModel.from_pretrained("street")  # without the classifier
+    >>> type(model).__name__, model.config.model_type
+    ('SparSemanticModel', 'spar')
+    ```"""
 
     config: SparSemanticConfig  # type: ignore[assignment]
 
