@@ -39,7 +39,14 @@ def parse_dataclasses(
     from transformers import HfArgumentParser
 
     class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-        """Keeps the lines of a description, which holds commands, and shows defaults."""
+        """Keeps the lines of a description, which holds commands, and shows defaults; `None` is none."""
+
+        def _get_help_string(self, action: argparse.Action) -> str | None:
+            if (
+                action.option_strings and action.option_strings[0] == f"--no_{action.dest}"
+            ):  # the parser repeats the help
+                return f"Turns --{action.dest} off."
+            return action.help if action.default is None else super()._get_help_string(action)
 
     kwargs = {"formatter_class": HelpFormatter, **kwargs}
     parser = HfArgumentParser(tuple(kinds), description=description, **kwargs)  # type: ignore[arg-type]
