@@ -18,7 +18,6 @@ every batch, also where all images failed.
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from spar_hf.batch.columns import Columns, as_column, coco, image_of_cell, png, run_lengths
 from spar_hf.batch.extractor import (
     DTYPES,
     FeatureExtractor,
@@ -36,7 +36,6 @@ from spar_hf.batch.extractor import (
     same_size_groups,
 )
 from spar_hf.model.fingerprints import text_fingerprint, vision_fingerprint, weights_hash
-from spar_hf.model.image_input import image_of_row
 from spar_hf.model.modeling_spar import SparForOpenVocabSegmentation
 from spar_hf.model.pipeline import OpenVocabSegmentationPipeline
 from spar_hf.model.processing_spar import SparProcessor
@@ -44,9 +43,7 @@ from spar_hf.model.prompts import Vocabulary
 from spar_hf.registration import SPAR_TINY
 from spar_hf.teacher import SlidingWindowTeacher
 from spar_hf.utils.errors import UsageError
-from spar_hf.utils.remote_files import is_remote, read_remote
 
-Columns = dict[str, Any]
 MASKS = ("png", "coco")
 # what an image may do to a forward pass; anything else is a bug and stops the work
 IMAGE_ERRORS = (ValueError, OSError, torch.OutOfMemoryError)
@@ -332,6 +329,7 @@ class SparSegmenter(BatchCallable):
     Example:
 
     ```python
+    >>> from io import BytesIO
     >>> segment = SparSegmenter(candidate_labels=["road", "sky"], background="auto", size=96)
     >>> found = segment({"image": [Image.new("RGB", (64, 48), "skyblue")]})
     >>> found["labels"][0], Image.open(BytesIO(found["map"][0])).size
@@ -426,31 +424,6 @@ def pipeline_fingerprint(pipe: Any) -> str:
     return hashlib.sha256("".join(parts).encode()).hexdigest()[:20]
 
 
-def image_of_cell(cell: Any) -> Any:
-    """The image of a cell: a dict with `bytes` or `path`, as `datasets` stores images, is read; a URL of a store too."""
-    if isinstance(cell, Mapping):
-        cell = image_of_row(cell)
-    return read_remote(cell) if is_remote(cell) else cell
-
-
-def as_column(values: Sequence[Any]) -> np.ndarray:
-    """
-    An array of numbers, else one of objects: strings, bytes and lists keep their types, and lists are no second axis.
-
-    Example:
-
-    ```python
-    >>> as_column([3, 4]), as_column([[480, 640], [200, 330]]).shape
-    (array([3, 4]), (2,))
-    ```"""
-    if values and all(isinstance(value, (int, float)) for value in values):
-        return np.array(values)
-    column = np.empty(len(values), dtype=object)
-    for position, value in enumerate(values):
-        column[position] = value
-    return column
-
-
 def folder_stamp(model: str | None) -> list[Any]:
     """Names, sizes and times of the files of a local model, so that another model in the folder is another callable."""
     folder = Path(SPAR_TINY if model is None else model)
@@ -458,36 +431,3 @@ def folder_stamp(model: str | None) -> list[Any]:
         return []
     files = sorted(path for path in folder.iterdir() if path.is_file())
     return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
-
-
-def png(result: Mapping[str, Any]) -> bytes:
-    """The label map of a pipeline's `output="map"` as a grey PNG of 8 or 16 bits."""
-    numbers = result["map"].astype(np.uint8 if len(result["labels"]) <= 256 else np.uint16)
-    buffer = BytesIO()
-    Image.fromarray(numbers).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def coco(result: Mapping[str, Any]) -> str:
-    """The masks of a pipeline's `output="map"` as JSON: `label`, `score`, `size`, `counts` of every class with pixels."""
-    label_map = result["map"]
-    masks = [
-        {"label": result["labels"][i], "score": float(result["scores"][i]), **run_lengths(label_map == i)}
-        for i in np.unique(label_map).tolist()
-    ]
-    return json.dumps(masks)
-
-
-def run_lengths(mask: np.ndarray) -> dict[str, Any]:
-    """
-    COCO's run lengths of a mask `(height, width)`.
-
-    Raises:
-        ImportError: pycocotools is not installed.
-    """
-    try:
-        from pycocotools.mask import encode
-    except ImportError as error:
-        raise ImportError("COCO masks need pycocotools: pip install 'spar-hf[coco]'.") from error
-    runs = encode(np.asfortranarray(mask, dtype=np.uint8))
-    return {"size": list(mask.shape), "counts": runs["counts"].decode("ascii")}

@@ -164,6 +164,9 @@ class PartWriter:
     def __init__(self, folder: PartFolder, open_part: Callable[[Path | None], OpenPart], images: Sequence[InputImage]):
         self.folder, self.open_part = folder, open_part
         self.numbers = {image: number for number, image in enumerate(images)}
+        self.there = {
+            name.split(".")[0] for name in folder.names()
+        }  # a store is not asked for each file that is missing
         self.done: dict[int, bool] = {}
         self.open: dict[int, OpenPart] = {}
 
@@ -171,7 +174,8 @@ class PartWriter:
         """Whether the file of an image is there. It is compared with its images when it is made, not later."""
         number = self.numbers[image] // self.folder.manifest["shard_images"]
         if number not in self.done:
-            self.done[number] = self.folder.is_done(number)
+            listed = self.folder.file(number).split(".")[0] in self.there
+            self.done[number] = listed and self.folder.is_done(number)
         return self.done[number]
 
     def add(self, image: InputImage, row: Mapping[str, Any]) -> None:

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from spar_hf.batch.callables import Columns, SparFeatures, as_column, image_of_cell
+from spar_hf.batch.callables import SparFeatures
+from spar_hf.batch.columns import Columns, as_column, image_of_cell
 from spar_hf.batch.extractor import ImagePreparation, PreparedImage
 from spar_hf.batch.parquet_files import ParquetFolder, feature_schema
 from spar_hf.utils.errors import UsageError

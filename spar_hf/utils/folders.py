@@ -50,7 +50,7 @@ class Folder:
     def size(self, name: str) -> int | None:
         """Size of a file in bytes; `None` if it is not there."""
         try:
-            return self.store.info(self.path(name))["size"]
+            return self.store.info(self.path(name), refresh=True)["size"]
         except (FileNotFoundError, NotADirectoryError):
             return None
 
