@@ -33,8 +33,10 @@ from rich.table import Table
 from spar_hf.batch.extractor import FeatureExtractor, ImagePreparation
 from spar_hf.batch.features import FileWriter, feature_work
 from spar_hf.cli.frames import ImageReader, ReadWithPixels
+from spar_hf.cli.labels import read_labels
 from spar_hf.cli.pipelines import load_pipeline, segment_with_heat
 from spar_hf.cli.result_files import write_results
+from spar_hf.cli.result_record import ResultRecord
 from spar_hf.utils.atomic import write_json
 from spar_hf.utils.checkpoints import check_replaceable
 from spar_hf.utils.errors import UsageError, run_command
@@ -49,7 +51,7 @@ PRODUCTS = (FEATURES, MASKS, "teacher, all windows", "teacher, sampled")
 HALF = 2  # bytes of a number in float16 or bfloat16
 LABELS = ["road", "car", "sky", "person", "building", "tree"]
 CALIBRATION = 100  # images that rates are measured on
-BATCH = 8  # images that share a forward pass, as in the commands
+BATCH, MASKS_BATCH = 8, 4  # images that share a forward pass, as in the commands
 SIDES, EDGE = (160, 120), 96  # of the images of a check, and the shorter side that the model sees, in pixels
 
 
@@ -203,23 +205,27 @@ def measure_features(images: list[InputImage], folder: Path) -> dict[str, float]
 
 @torch.no_grad()
 def measure_masks(images: list[InputImage], folder: Path) -> dict[str, float]:
-    """CPU seconds per image of the stages of `spar-hf segment`; deciding counts as computing."""
+    """CPU seconds per image of the stages of `spar-hf segment` with its defaults; deciding counts as computing."""
     pipe: Any = load_pipeline(None, "cpu")
-    folder.mkdir()
+    record, words = ResultRecord(folder, {}), read_labels("; ".join(LABELS))
     patch, size = pipe.model.config.patch_size, {"shortest_edge": EDGE}
     read = ReadWithPixels(ImageReader(None), ImagePreparation(pipe.image_processor, patch, size))
 
     def compute(items: list[Any]) -> list[Any]:
         given = [{"pixel_values": item.pixel_values, "original_size": item.original_size} for item in items]
-        return [segment_with_heat(pipe, one, candidate_labels=LABELS, heat=False) for one in pipe._encode(given)]
+        options = {"candidate_labels": words, "background": "auto"}
+        return [segment_with_heat(pipe, one, **options) for one in pipe._encode(given)]
 
     def write(image: InputImage, item: Any, result: Any) -> None:
-        write_results(item.image, result, {"map": folder / f"{image.name}.png"}, image)
+        path = folder / f"{image.name}.png"
+        write_results(item.image, result, {"map": path}, image)
+        record.add(image, [path])
 
-    compute([read(image) for image in images[:BATCH]])
+    compute([read(image) for image in images[:MASKS_BATCH]])
     decode, items = seconds_of(lambda: [read(image) for image in images])
-    groups = [items[i : i + BATCH] for i in range(0, len(items), BATCH)]
-    forward, results = seconds_of(lambda: [one for group in groups for one in compute(group)])
+    groups = [items[i : i + MASKS_BATCH] for i in range(0, len(items), MASKS_BATCH)]
+    with pipe.texts.unchanged():
+        forward, results = seconds_of(lambda: [one for group in groups for one in compute(group)])
     written, _ = seconds_of(lambda: [write(*given) for given in zip(images, items, results, strict=True)])
     return {name: value / len(images) for name, value in zip(STAGES[1:], (decode, forward, written), strict=True)}
 
