@@ -2,7 +2,7 @@
 Measure open-vocabulary segmentation on images with masks: mean IoU, boundary IoU, time and memory of several models, in a
 single pass, by a sliding window at any stride, or refined.
 
-    accelerate launch training/evaluate.py --dataset DATA/camvid/train --include "0001TP_*" --shortest_edge 720 \
+    accelerate launch training/evaluate.py --dataset DATA/camvid/train --include "0001TP_*" --shortest_edge 384 \
         --model base=BASE student=STUDENT --runs base:single base:sliding:24 student:single --output result.json
     accelerate launch training/evaluate.py --dataset DATA/VOCdevkit --benchmark voc21 --protocol spar --model STUDENT
 
