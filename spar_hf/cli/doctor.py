@@ -38,7 +38,7 @@ def doctor(
     """
     Check a model: conversion, features, teacher, words, speed. Exit status 1 if a check fails.
 
-    With --voc it needs the packages of spar-hf[train]. A ViT-B takes minutes on a CPU without --voc.
+    With --voc it needs the packages of the extra train. A ViT-B takes minutes on a CPU without --voc.
     """
     from spar_hf.doctor.examination import DoctorOptions, examine
     from spar_hf.utils.atomic import write_json, write_text
