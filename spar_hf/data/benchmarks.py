@@ -321,7 +321,18 @@ def open_benchmark(name: str, folder: str | Path) -> SegmentationSet:
     Raises:
         UsageError: there is no benchmark of this name.
         MissingFiles: the folder has another layout, or an image or mask is missing. The message shows the layout.
-    """
+
+    Example:
+
+    ```python
+    >>> from PIL import Image
+    >>> for name, mode, value in (("img_dir", "RGB", 0), ("ann_dir", "L", 4)):
+    ...     Path("loveDA", name, "val").mkdir(parents=True)
+    ...     Image.new(mode, (8, 6), value).save(f"loveDA/{name}/val/1.png")
+    >>> data = open_benchmark("loveda", "loveDA")
+    >>> len(data), data.labels[data.read_mask(0)[0, 0]]  # 4 is the fourth class, as 0 is ignored
+    (1, 'water')
+    ```"""
     if name not in BENCHMARKS:
         raise UsageError(f"There is no benchmark {name!r}; use one of {', '.join(BENCHMARKS)}.")
     benchmark = BENCHMARKS[name]

@@ -367,7 +367,21 @@ def open_folder(
     Raises:
         MissingFiles: a part of the layout is missing, an image has no mask, or no image is left.
         UsageError: two images have the same stem, `classes.txt` has an empty line, or the file `classes` is wrong.
-    """
+
+    Example:
+
+    ```python
+    >>> from pathlib import Path
+    >>> from PIL import Image
+    >>> for name, mode, value in (("images", "RGB", 0), ("masks", "L", 1)):
+    ...     Path("street", name).mkdir(parents=True)
+    ...     Image.new(mode, (8, 6), value).save(f"street/{name}/a.png")
+    >>> characters = Path("street", "classes.txt").write_text("road\\nsky")
+    >>> data = open_folder("street")
+    >>> image, mask = data.read(0)
+    >>> data.labels, image.size, mask.shape, mask[0, 0].item()
+    (('road', 'sky'), (8, 6), (6, 8), 1)
+    ```"""
     folder = Path(folder)
     layout = (
         f"{folder} must hold `images/`, `masks/` (PNG of the same stem) and `classes.txt` (also in its parent). "
