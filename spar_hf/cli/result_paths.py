@@ -28,7 +28,7 @@ class ResultPlan:
     Attributes:
         images: the images.
         problems: arguments without images, with the reason.
-        paths: files of each image by format.
+        paths: files of each image by format; empty for shards.
         formats: the formats asked for.
         folder: output folder; `None` if the results of a single image go to a file named by `--output`.
         several: whether the arguments name several images.
@@ -67,6 +67,7 @@ def plan_results(
     formats: list[str],
     map_output: Path | None,
     frames: str | None = None,
+    to_shards: bool = False,
 ) -> ResultPlan:
     """
     Find the images and name the files of their results, before any model is loaded.
@@ -77,6 +78,7 @@ def plan_results(
         formats: of the results.
         map_output: file for the label map of a single image, as an addition.
         frames: the option `--frames`; by default the first frame of every file, which is not opened here.
+        to_shards: whether `output` is a folder of files with many images each: then no image has files of its own.
 
     Raises:
         UsageError: `output` or `map_output` does not fit the formats or the number of images, two results would have the
@@ -89,6 +91,8 @@ def plan_results(
         images, unread = choose_frames(images, parse_frames(frames))
         problems = [*problems, *unread]
     several = len(images) + len(problems) > 1
+    if to_shards:
+        return ResultPlan(images, problems, {}, formats, output, several)
     single_file = not several and not output.is_dir() and output.suffix.lower() in FILE_SUFFIXES
     names_file = output.is_file() or (several and output.suffix.lower() in PICTURE_SUFFIXES and not output.is_dir())
     if images and not single_file and names_file:

@@ -40,7 +40,16 @@ def segment(options: SegmentOptions) -> None:
     if options.max_pixels is not None:
         Image.MAX_IMAGE_PIXELS = options.max_pixels
     if writes_strips(options.path):
-        given = ("background", "threshold", "min_area", "templates", "support", "max_tokens", "max_pixels", "image_range")
+        given = (
+            "background",
+            "threshold",
+            "min_area",
+            "templates",
+            "support",
+            "max_tokens",
+            "max_pixels",
+            "image_range",
+        )
         settings = {"tile": options.tiles, **{name: getattr(options, name) for name in given}}
         segment_to_map(options.images, options.labels, options.path, options.model, options.device, settings)
     plan, vocabulary = plan_work(options)
@@ -89,7 +98,8 @@ def plan_work(options: SegmentOptions) -> tuple[ResultPlan, "Vocabulary"]:
 
     with exit_on_error(usage=(ValueError, ImportError, OSError)):
         formats = parse_formats(options.chosen_formats + (",heatmap" if options.heatmap else ""))
-        plan = plan_results(options.images, options.path, formats, options.map_output, options.frames)
+        where = (options.path, formats, options.map_output, options.frames, options.to_shards)
+        plan = plan_results(options.images, *where)
         vocabulary = read_labels(options.labels)
         if "coco" in plan.formats:
             coco_encoder()
