@@ -158,7 +158,15 @@ class SparForSemanticSegmentation(SparPreTrainedModel):
             bias (`torch.Tensor` of shape `(rows,)`, *optional*): zero by default.
             names (`Sequence[Sequence[str]]`, *optional*): per class, the names of its rows.
             normalize_features (`bool`, *optional*, defaults to `False`): see [`SparSemanticConfig`].
+
+        Raises:
+            ValueError: `weight` or `bias` has another shape.
         """
+        rows = len(labels) if names is None else sum(map(len, names))
+        shape = (rows, vision_model.config.projection_dim)
+        for name, given, wanted in (("weight", weight, shape), ("bias", bias, shape[:1])):
+            if given is not None and given.shape != wanted:  # `copy_` would repeat a single row
+                raise ValueError(f"{name} has shape {tuple(given.shape)}; these classes need {wanted}.")
         backbone_config = vision_model.config.to_dict()
         for key in ("_name_or_path", "architectures"):  # they belong to the folder it was loaded from
             backbone_config.pop(key, None)

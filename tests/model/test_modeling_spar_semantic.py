@@ -135,6 +135,22 @@ def gradients(model, loss):
 NAMES = [["a"], ["b", "c", "d"], ["e", "f"], ["g"], ["h", "i"]]
 
 
+@pytest.mark.parametrize(
+    ("weight", "bias", "names", "wrong"),
+    [
+        ((1, 32), None, None, "weight"),
+        ((3, 32), (1,), None, "bias"),
+        ((3, 16), (3,), None, "weight"),
+        ((3, 32), (3,), [["a"], ["b", "c"], ["d"]], "weight"),
+    ],
+)
+def test_weights_of_another_shape_are_refused(vision_model, weight, bias, names, wrong):
+    """A single row must not become that of all classes."""
+    given = torch.zeros(weight), None if bias is None else torch.zeros(bias)
+    with pytest.raises(ValueError, match=f"^{wrong} has shape"):
+        SparForSemanticSegmentation.from_weights(vision_model, list("abc"), *given, names)
+
+
 @pytest.mark.parametrize("names", [None, NAMES], ids=["classes", "names"])
 @pytest.mark.parametrize("working_bytes", [WORKING_BYTES, 2**17])
 def test_the_loss_is_that_of_all_upsampled_logits(monkeypatch, names, working_bytes):
