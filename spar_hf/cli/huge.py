@@ -76,7 +76,7 @@ def segment_to_map(
 
     Args:
         arguments, labels, output, model, device: as given to the command.
-        options: of [`segment_huge`]; `background` as given to the command.
+        options: of [`segment_huge`], and `support`; `background` as given to the command.
     """
     from PIL import Image
 
@@ -92,13 +92,14 @@ def segment_to_map(
         if output.suffix.lower() != ".npy":
             import_tifffile()
     given = {name: value for name, value in options.items() if value is not None}
+    support = given.pop("support", None)
     given["background"] = parse_background(options["background"], vocabulary)
     reading: dict[str, Any] = {name: given.pop(name) for name in ("image_range", "max_pixels") if name in given}
     with exit_on_error(usage=(UsageError, ImportError), failure=(ValueError, OSError)):
         image = the_only_image(arguments, output)
         open_windows(image.source, **reading)  # a bad image is reported before the model is loaded
     with exit_on_error():
-        pipe = load_pipeline(model, device)
+        pipe = load_pipeline(model, device, support=support)
     with exit_on_error(failure=()):  # and wrong words or options before the first tile
         pipe(Image.new("RGB", (32, 32)), candidate_labels=vocabulary, output="map", **given)
     if hint := single_class_hint(labels, vocabulary):

@@ -18,6 +18,7 @@ from spar_hf.cli.environment import environment
 from spar_hf.cli.export import export
 from spar_hf.cli.features import features
 from spar_hf.cli.segment import segment
+from spar_hf.cli.support import support
 from spar_hf.cli.training import add_training_commands
 from spar_hf.cli.verify import verify
 
@@ -42,6 +43,7 @@ def root(version: Version = False) -> None:
 
 
 app.command()(segment)
+app.command()(support)
 app.command()(features)
 app.command()(verify)
 app.command()(bake)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,9 @@ class SlidingWindowVision(SlidingWindowTeacher):
         return super().forward(pixel_values, self.progress)
 
 
-def load_pipeline(model: str | None = None, device: str | None = None, stride: int | None = None):
+def load_pipeline(
+    model: str | None = None, device: str | None = None, stride: int | None = None, support: Path | None = None
+):
     """
     Load an open-vocabulary segmentation pipeline, without notices of transformers and its progress bars of loading.
 
@@ -44,13 +47,15 @@ def load_pipeline(model: str | None = None, device: str | None = None, stride: i
             default.
         device: `"cpu"`, `"cuda"`, `"cuda:1"`, `"mps"`; the choice of transformers by default.
         stride: stride of a sliding window in pixels; one pass by default.
+        support: file of support images, from `spar-hf support`.
 
     Returns:
         [`OpenVocabSegmentationPipeline`].
 
     Raises:
-        ValueError: no such device, a stride outside 1 to the window size, or a model without text tower.
-        OSError: no such folder or repository.
+        ValueError: no such device, a stride outside 1 to the window size, a model without text tower, or support images of
+            another model.
+        OSError: no such folder, repository or file.
     """
     folder = SPAR_TINY if model is None else model
     options: dict[str, Any] = {} if device is None else {"device": device}
@@ -62,7 +67,10 @@ def load_pipeline(model: str | None = None, device: str | None = None, stride: i
         two_towers.vision_model = SlidingWindowVision(two_towers.vision_model, stride=stride).eval()
     task: Any = "open-vocab-segmentation"  # transformers types its own tasks only
     tokenizer, image_processor = processor.tokenizer, processor.image_processor
-    return pipeline(task, model=two_towers, tokenizer=tokenizer, image_processor=image_processor, **options)
+    segment: Any = pipeline(task, model=two_towers, tokenizer=tokenizer, image_processor=image_processor, **options)
+    if support is not None:
+        segment.load_support(support)
+    return segment
 
 
 def sliding_window_model(model: str | None) -> str | None:

@@ -66,6 +66,9 @@ class SegmentOptions:
     ] = None
     model: Model = None
     templates: Templates = None
+    support: Annotated[
+        Path | None, typer.Option(help="File of annotated examples of classes, from `spar-hf support`.")
+    ] = None
     shortest_edge: ShortestEdge = None
     background: Annotated[
         str,

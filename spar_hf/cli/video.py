@@ -81,7 +81,7 @@ def segment_video(options: "SegmentOptions") -> NoReturn:
         reader = VideoReader(Path(options.images[0]))  # a bad file is reported before the model is loaded
     with reader:
         with exit_on_error():
-            pipe = load_pipeline(options.model, options.device)
+            pipe = load_pipeline(options.model, options.device, support=options.support)
         with exit_on_error(failure=()):  # and wrong words or options before the first frame
             rules = options.rules(parse_background(options.background, vocabulary))
             painter = FramePainter(pipe, vocabulary, rules, options)

@@ -25,6 +25,7 @@ from .prompts import CandidateLabels, Vocabulary
 from .refine import Refinement, refined_logits
 from .results import as_segments, check_output_size, check_shares, guarded, is_error
 from .segmentation import DenseLogits, class_probabilities
+from .support import SupportImages, SupportSet
 from .text_embeddings import STORED_EMBEDDINGS, TextEmbeddingCache, stored_embeddings
 from .tiling import TiledImage, check_tiled, tiled_map
 from .upsamplers import Upsampler, resolve_upsampler
@@ -33,7 +34,7 @@ from .video import FrameStreams
 OUTPUTS = ("segments", "map", "probabilities", "logits")
 
 
-class OpenVocabSegmentationPipeline(FrameStreams, Pipeline):
+class OpenVocabSegmentationPipeline(SupportImages, FrameStreams, Pipeline):
     """
     Open-vocabulary segmentation with a two-tower SPAR checkpoint.
 
@@ -88,6 +89,7 @@ class OpenVocabSegmentationPipeline(FrameStreams, Pipeline):
                 "be loaded. Pass `tokenizer`; `AutoTokenizer.from_pretrained` shows the reason."
             )
         self._texts = TextEmbeddingCache(self.model, self.tokenizer, stored=stored_embeddings(self.model))
+        self.support = SupportSet()
 
     def __call__(self, inputs: Any, candidate_labels: CandidateLabels | Vocabulary | None = None, **kwargs) -> Any:
         """
@@ -346,7 +348,8 @@ class OpenVocabSegmentationPipeline(FrameStreams, Pipeline):
         vocabulary, labels, _ = self.classes(*words, templates=templates)
         if len(labels) == 1 and output != "logits" and not any(forward_params.get(name) for name in decided):
             logging.get_logger(__name__).warning_once("A single class gets every pixel. Name others or a background.")
-        self.text_embeds(vocabulary, templates, check_weights=False)
+        self.check_support(vocabulary)
+        self.supported(vocabulary, templates)
         skip = preprocess_params.get("on_error") == "skip"
         options = {name: value for name, value in preprocess_params.items() if name != "on_error"}
         prepare = partial(guarded, skip, self._read, options)
@@ -418,7 +421,7 @@ class OpenVocabSegmentationPipeline(FrameStreams, Pipeline):
             return {**tiled_map(self, encoded, vocabulary, *rule), "labels": labels, **decided}
         encoded = encoded.to(self.model.device)
         # the weights were checked at the start of the call, which reads them all
-        text_embeds = self.text_embeds(vocabulary, templates, check_weights=False)
+        model, text_embeds = self.supported(vocabulary, templates)
         name_to_class = vocabulary.name_to_class.to(text_embeds.device)
         outputs: dict[str, Any] = {"labels": labels}
         if presence or min_presence is not None:
@@ -428,7 +431,7 @@ class OpenVocabSegmentationPipeline(FrameStreams, Pipeline):
             kept = [i == background_class or value >= (min_presence or 0) for i, value in enumerate(found)]
             names = torch.tensor(kept, device=text_embeds.device)[name_to_class]
             text_embeds, name_to_class = text_embeds[names], name_to_class[names]
-        logits, cell = self._logits(encoded, text_embeds, refine, upsampler)
+        logits, cell = self._logits(model, encoded, text_embeds, refine, upsampler)
         geometry = (cell, encoded.working_size, encoded.original_size)
         if output == "logits":
             grid_h, grid_w = encoded.feature_map.shape[-2:]
@@ -446,18 +449,20 @@ class OpenVocabSegmentationPipeline(FrameStreams, Pipeline):
         result = map_result(logits, name_to_class, geometry, len(labels), background_class, threshold, min_area, top_k)
         return {**result, **outputs, **decided}
 
-    def _logits(self, encoded: EncodedImage, text_embeds: torch.Tensor, refine, upsampler) -> tuple[DenseLogits, int]:
+    def _logits(
+        self, model: Any, encoded: EncodedImage, text_embeds: torch.Tensor, refine, upsampler
+    ) -> tuple[DenseLogits, int]:
         """Logits of an image and the side of their cells in pixels; unrefined, as a function that gives rows of patches."""
         if len(text_embeds) and (
             refine is not None or upsampler is not None
         ):  # without names there is nothing to refine
             parts = (encoded.feature_map, text_embeds, encoded.pixel_values)
             resolved = resolve_upsampler(upsampler, self.image_processor, self.model.config)
-            return refined_logits(self.model, *parts, refine, resolved)
+            return refined_logits(model, *parts, refine, resolved)
 
         def logits_of_rows(first: int, last: int) -> torch.Tensor:
             """`(names, last - first, w)`; [`decide`] takes no more rows at once than fit."""
-            return self.model.dense_logits(encoded.feature_map[None, :, first:last], text_embeds)[0]
+            return model.dense_logits(encoded.feature_map[None, :, first:last], text_embeds)[0]
 
         return logits_of_rows, self.model.config.patch_size
 

@@ -331,7 +331,7 @@ def tiled_blocks(
     Yields:
         As [`decided_blocks`].
     """
-    text_embeds = pipeline.text_embeds(vocabulary, templates, check_weights=False)
+    model, text_embeds = pipeline.supported(vocabulary, templates)
     name_to_class = vocabulary.name_to_class.to(text_embeds.device)
     done = 0
 
@@ -348,7 +348,7 @@ def tiled_blocks(
         return encoded.feature_map
 
     def logits(features: torch.Tensor) -> torch.Tensor:
-        return pipeline.model.dense_logits(features[None], text_embeds)[0]
+        return model.dense_logits(features[None], text_embeds)[0]
 
     return decided_blocks(image.plan, encode, logits, name_to_class)
 

@@ -38,6 +38,7 @@ PAGES = (
     "docs/reproducibility",
     "docs/faq",
     "docs/masks",
+    "docs/support",
     "docs/huge_images",
     "docs/video",
     "docs/many_images",
@@ -52,6 +53,7 @@ ELSEWHERE = {"deployment", "export", "runtime", "serving", "precision"}  # test_
 RECORDS = {"benchmarks", "spar-tiny-history"}  # what was run on data that is not here
 NOT_RUN = {
     "docs/masks": {"tests/training runs the study on small folders": 1, "it writes into the package": 1},
+    "docs/support": {"needs the sets; tests/training runs it on small folders": 1},
     "docs/benchmarks": {"needs the benchmarks; tests/evaluation and tests/data read small folders of their layouts": 1},
     "docs/segment": {"tests/cli drives it in a browser": 1},
     "docs/distil": {"tests/distillation starts several processes": 1},
@@ -75,7 +77,7 @@ SUBSTITUTES = (
     (r"google/siglip2-base-patch16-512", "my-model"),
     (r"model=str\(spar_hf\.SPAR_TINY_BASE\)", 'model="my-model", workers=0'),
     (r"(spar-hf segment )(?!aerial|[^\n]*--model)", r"\1--model my-model --templates plain "),
-    (r"(spar-hf features )", r"\1--model my-model "),
+    (r"(spar-hf (?:features|support) )", r"\1--model my-model "),
     (r"(spar-hf distill(?: \S+\.yaml)?)(?![^\n]*--dry_run)", r"\1 --workers 0 --picture_steps 0"),
     (r"(--base base)", r"\1 --vision-act gelu"),
     (

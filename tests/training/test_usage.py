@@ -30,6 +30,7 @@ SCRIPTS = {
     "scale": ((), ("--gpus", "0"), "--gpus"),
     "seams": (("--images", NOWHERE), ("--tile", "64", "--overlaps", "48"), "--overlaps"),
     "quality_cost": ((*MODEL, *OUTPUT, "--images", NOWHERE, "--dataset", NOWHERE), ("--steps", "0"), "--steps"),
+    "support": (OUTPUT, ("--data", f"/{NOWHERE}", "--holdout_every", "2"), NOWHERE),
     "serving_load": ((), ("--concurrency", "0"), "--concurrency"),
     "huge_memory": ((), ("--side", "1"), "--side"),
     "generalisation": ((*MODEL, *OUTPUT), ("--data", f"/{NOWHERE}"), NOWHERE),
@@ -39,7 +40,7 @@ WRONG = [(script, (*needed, *wrong), message) for script, (needed, wrong, messag
 COMPLETE = {
     name: SCRIPTS[name][1] for name in ("cache_teacher", "evaluate", "linear_probe", "panoptic", "pretrain_tiny")
 }
-COMPLETE |= {name: SCRIPTS[name][1] for name in ("flicker", "generalisation", "presence")}
+COMPLETE |= {name: SCRIPTS[name][1] for name in ("flicker", "generalisation", "presence", "support")}
 UNKNOWN = [
     (script, (*needed, *COMPLETE.get(script, ()), "--nonsense", "1"), "--nonsense")
     for script, (needed, _, _) in SCRIPTS.items()

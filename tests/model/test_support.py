@@ -1,0 +1,265 @@
+"""Support images: corrections against autograd and plain formulas, and what they do to the pipeline."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch.nn import functional as F
+from transformers.utils.logging import warning_once
+
+from spar_hf.model.corrections import PENALTIES, choose_penalty, evenly, fit_corrections, patch_iou
+from spar_hf.model.prompts import Vocabulary
+from spar_hf.model.segmentation import decide
+from spar_hf.model.support import PATCHES, example_of, mask_shares
+
+
+@pytest.fixture
+def halves():
+    """An image of two textures, left and right, and the mask of its right half."""
+    rng = np.random.default_rng(0)
+    image = np.full((96, 160, 3), 40, np.uint8)
+    image[:, 80:] = rng.integers(0, 256, (96, 80, 3))
+    mask = np.zeros((96, 160), bool)
+    mask[:, 80:] = True
+    return Image.fromarray(image), mask
+
+
+def made_patches(images=6, patches=12, dim=8, words=0.0, seed=0):
+    """Unit features of two classes about two directions, half of each image each, and logits that say `words` of it."""
+    rng = torch.Generator().manual_seed(seed)
+    classes = torch.arange(patches).remainder(2).repeat(images)
+    centres = F.normalize(torch.randn(2, dim, generator=rng), dim=-1)
+    features = F.normalize(centres[classes] + 0.2 * torch.randn(len(classes), dim, generator=rng), dim=-1)
+    logits = torch.zeros(len(classes), 2) + words * F.one_hot(classes, 2)
+    return features, classes, logits, torch.arange(images).repeat_interleave(patches)
+
+
+def test_corrections_minimise_the_loss_that_is_documented():
+    generator = torch.Generator().manual_seed(1)
+    features = F.normalize(torch.randn(40, 6, generator=generator), dim=-1)
+    classes, logits = torch.randint(0, 3, (40,), generator=generator), 3 * torch.randn(40, 4, generator=generator)
+
+    def loss(corrections):
+        entropy = F.cross_entropy(logits.double() + features.double() @ corrections.T, classes)
+        return 3 * entropy + 0.05 * corrections.square().sum()  # 3 of the 4 classes have patches
+
+    found = fit_corrections(features, classes, logits, penalty=0.1).double().requires_grad_()
+    (slope,) = torch.autograd.grad(loss(found), found)
+    assert float(slope.abs().max()) < 1e-3
+    # Newton's method from another start
+    flat = torch.ones(24, dtype=torch.float64)
+    for _ in range(20):
+        gradient = torch.func.grad(lambda x: loss(x.view(4, 6)))(flat)
+        flat = flat - torch.linalg.solve(torch.func.hessian(lambda x: loss(x.view(4, 6)))(flat), gradient)
+    torch.testing.assert_close(found.detach(), flat.view(4, 6), atol=2e-2, rtol=0)
+
+
+def test_words_that_are_right_and_sure_are_left_alone():
+    features, classes, logits, _ = made_patches(words=40.0)
+    assert float(fit_corrections(features, classes, logits, penalty=0.1).abs().max()) < 1e-6
+
+
+def test_the_images_are_trusted_where_they_say_more_than_the_words():
+    features, classes, logits, images = made_patches(words=-3.0)  # the words say the contrary
+    assert choose_penalty(features, classes, logits, images) < PENALTIES[0]
+    noise = F.normalize(torch.randn(len(classes), 8, generator=torch.Generator().manual_seed(3)), dim=-1)
+    right = 2.0 * F.one_hot(classes, 2)
+    assert choose_penalty(noise, classes, right, images) == PENALTIES[0]  # the features say nothing
+
+
+def test_images_of_one_and_the_same_number_cannot_choose():
+    features, classes, logits, images = made_patches(images=1)
+    assert choose_penalty(features, classes, logits, images) == PENALTIES[0]
+
+
+def test_iou_of_patches_is_that_of_the_definition():
+    found, classes = torch.tensor([0, 0, 1, 2, 2, 1]), torch.tensor([0, 1, 1, 1, 2, 2])
+    assert patch_iou(found, classes) == pytest.approx((1 / 2 + 1 / 4 + 1 / 3) / 3)
+
+
+def test_shares_of_a_mask_on_the_grid():
+    mask = np.zeros((40, 72), np.uint8)
+    mask[10:37, 5:50] = 3
+    padded = np.zeros((48, 80))
+    padded[:40, :72] = mask > 0
+    expected = padded.reshape(3, 16, 5, 16).mean((1, 3))
+    np.testing.assert_allclose(mask_shares(mask, (40, 72), (40, 72), 16), expected, atol=1e-6)
+    # the working image is half as large: the same shares on a grid of patches twice as large
+    halved = mask_shares(np.kron(mask, np.ones((2, 2), np.uint8)), (80, 144), (40, 72), 16)
+    np.testing.assert_allclose(halved, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["array", "tensor", "mode 1", "mode L", "mode P", "file"])
+def test_a_mask_in_any_form_is_the_same(halves, kind, tmp_path):
+    mask = halves[1]
+    picture = Image.fromarray(mask.astype(np.uint8) * 200)
+    picture.save(tmp_path / "mask.png")
+    indices = Image.fromarray(mask.astype(np.uint8), "P")
+    forms = {"array": mask, "tensor": torch.from_numpy(mask), "mode 1": Image.fromarray(mask), "mode L": picture}
+    forms |= {"mode P": indices, "file": tmp_path / "mask.png"}
+    shares = mask_shares(forms[kind], (96, 160), (96, 160), 16)
+    assert shares.tolist() == [[0.0] * 5 + [1.0] * 5] * 6
+
+
+def test_at_most_so_many_patches_of_a_mask_are_kept_and_at_least_one(segment, halves):
+    image, mask = halves
+    large = segment.encode(image, size={"shortest_edge": 256})
+    assert example_of(large, mask, 16, "cat", 0).features.shape == (PATCHES, 32)
+    dot = np.zeros_like(mask)
+    dot[50:53, 90:93] = True
+    (feature,) = example_of(segment.encode(image), dot, 16, "cat", 0).features
+    grid = segment.encode(image).feature_map
+    expected = F.normalize(grid[:, int(51.5 * 80 / 96) // 16, int(91.5 * 80 / 96) // 16], dim=0)
+    torch.testing.assert_close(feature.float(), expected, atol=1e-3, rtol=0)
+    assert evenly(torch.arange(5), 9).tolist() == [0, 1, 2, 3, 4] and evenly(torch.arange(9), 3).tolist() == [0, 4, 8]
+
+
+def test_an_annotated_image_is_segmented_as_it_was_annotated(segment, halves):
+    image, mask = halves
+    segment.support.penalty = 0.003
+    assert segment.add_support([(image, mask, "cat"), (image, ~mask, "sky")]) == {"cat": 1, "sky": 1}
+    found = segment(image, candidate_labels=["sky", "cat", "road"], output="map")["map"]
+    assert ((found == 1) == mask).mean() > 0.95 and ((found == 0) == ~mask).mean() > 0.95
+    segment.clear_support()
+    plain = segment(image, candidate_labels=["sky", "cat", "road"], output="map")["map"]
+    assert (plain != found).mean() > 0.2
+
+
+def test_logits_are_those_of_words_and_corrections(segment, halves):
+    image, mask = halves
+    words = ["sky, grass", "cat", "road"]
+    plain = segment(image, candidate_labels=words, output="logits")
+    segment.support.penalty = 0.1
+    segment.add_support([(image, mask, "grass")])  # another name of the class
+    found = segment(image, candidate_labels=words, output="logits")
+    features = F.normalize(segment.encode(image).feature_map, dim=0)
+    classes = torch.zeros(len(segment.support.examples[0].features), dtype=torch.int64)
+    kept = segment.support.examples[0].features.float()
+    embeds = segment.text_embeds(Vocabulary.parse(words))
+    of_names = segment.model.config.dense_logit_scale * kept @ embeds.T
+    of_classes = torch.stack([of_names[:, :2].amax(1), of_names[:, 2], of_names[:, 3]], 1)
+    corrections = fit_corrections(kept, classes, of_classes, 0.1)[[0, 0, 1, 2]]
+    expected = plain["logits"] + torch.einsum("dhw,nd->nhw", features, corrections).numpy()
+    np.testing.assert_allclose(found["logits"], expected, atol=1e-3)
+    assert np.abs(found["logits"] - plain["logits"]).max() > 0.1
+    where = (found["patch_size"], found["working_size"], found["original_size"])
+    decided = decide(torch.from_numpy(found["logits"]), torch.from_numpy(found["name_to_class"]), *where)
+    assert np.array_equal(segment(image, candidate_labels=words, output="map")["map"], decided.labels)
+
+
+@pytest.mark.parametrize("options", [{"tile": 192}, {"refine": "pamr"}, {"min_presence": 0.0}, {"batch_size": 2}])
+def test_they_count_in_every_way_to_segment(segment, halves, options):
+    image, mask = halves
+    segment.support.penalty = 0.003
+    segment.add_support([(image, mask, "cat"), (image, ~mask, "sky")], size="native")
+    (found, _) = segment(
+        [image, image], candidate_labels=["sky", "cat", "road"], output="map",
+        **({} if "tile" in options else {"size": "native"}), **options,
+    )  # fmt: skip
+    assert ((found["map"] == 1) == mask).mean() > 0.9
+    (frame,) = segment.stream([image], ["sky", "cat", "road"], output="map", size="native")
+    assert ((frame["map"] == 1) == mask).mean() > 0.9
+
+
+def test_the_background_has_examples_like_a_class(segment, halves):
+    image, mask = halves
+    segment.support.penalty = 0.003
+    segment.add_support([(image, mask, "cat"), (image, ~mask, "background")])
+    found = segment(image, candidate_labels=["cat", "road"], background=["sky", "tree"], output="map")
+    assert ((found["map"] == found["background"]) == ~mask).mean() > 0.95
+
+
+def test_an_image_is_encoded_once_for_all_of_its_masks(segment, halves, monkeypatch):
+    image, mask = halves
+    calls = []
+    encode = segment.encode
+    monkeypatch.setattr(segment, "encode", lambda *args: calls.append(1) or encode(*args))
+    segment.add_support([(image, mask, "cat"), (image, ~mask, "sky"), (image.copy(), mask, "cat")])
+    assert len(calls) == 2 and [example.image for example in segment.support.examples] == [0, 0, 1]
+
+
+def test_saved_support_gives_the_same_masks_in_another_process(segment, two_towers, tokenizer, halves, tmp_path):
+    image, mask = halves
+    segment.support.penalty = 0.01
+    segment.add_support([(image, mask, "cat"), (image, ~mask, "sky")])
+    segment.save_support(tmp_path / "cats.safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["cats.safetensors"]
+    expected = segment(image, candidate_labels=["sky", "cat", "road"], output="map")["map"]
+    other = type(segment)(two_towers, tokenizer=tokenizer, image_processor=segment.image_processor)
+    other.support.penalty = 0.01
+    assert other.load_support(tmp_path / "cats.safetensors") == {"cat": 1, "sky": 1}
+    assert np.array_equal(other(image, candidate_labels=["sky", "cat", "road"], output="map")["map"], expected)
+    assert other.load_support(tmp_path / "cats.safetensors") == {"cat": 2, "sky": 2}  # added to what is there
+    assert {example.image for example in other.support.examples} == {0, 1}
+    other.clear_support("cat")
+    assert other.support.counts() == {"sky": 2}
+
+
+@pytest.mark.parametrize(
+    ("examples", "message"),
+    [
+        (["dog.jpg"], "list of triples"),
+        ([(Image.new("RGB", (32, 32)), np.ones((32, 32)), " ")], "must be a word"),
+        ([(Image.new("RGB", (32, 32)), np.ones((32, 30)), "cat")], r"support image 0, 'cat'.*shape \(32, 30\)"),
+        ([(Image.new("RGB", (32, 32)), np.zeros((32, 32)), "cat")], "empty"),
+        ([(Image.new("RGB", (32, 32)), Image.new("RGB", (32, 32)), "cat")], "one channel"),
+        ([([Image.new("RGB", (32, 32))] * 2, np.ones((32, 32)), "cat")], "several images"),
+    ],
+)
+def test_bad_examples_are_refused_and_nothing_is_added(segment, halves, examples, message):
+    segment.add_support([(*halves, "sky")])
+    with pytest.raises(ValueError, match=f"(?i){message}"):
+        segment.add_support([(*halves, "cat"), *examples] if "list" in message else examples)
+    assert segment.support.counts() == {"sky": 1}
+
+
+def test_support_of_other_classes_is_refused_or_named(segment, halves, caplog):
+    warning_once.cache_clear()
+    image, mask = halves
+    segment.add_support([(image, mask, "cat")])
+    with pytest.raises(ValueError, match="None of the classes is one with support images: cat"):
+        segment(image, candidate_labels=["road", "sky"])
+    segment.add_support([(image, ~mask, "Sky")])  # as the names of classes: whatever the case
+    segment(image, candidate_labels=["road", "sky"])
+    assert any("take no part: cat" in message for message in caplog.messages)
+    with pytest.raises(ValueError, match="no support images of 'dog'"):
+        segment.clear_support("dog")
+
+
+def test_another_vision_tower_is_refused(segment, halves, tmp_path):
+    image, mask = halves
+    segment.add_support([(image, mask, "cat")])
+    segment.save_support(tmp_path / "cats.safetensors")
+    with torch.no_grad():
+        next(segment.model.vision_model.parameters()).add_(0.1)
+    for act in (lambda: segment(image, candidate_labels=["cat", "sky"]), lambda: segment.add_support([])):
+        with pytest.raises(ValueError, match="vision tower has changed"):
+            act()
+    with pytest.raises(ValueError, match="another vision tower"):
+        segment.load_support(tmp_path / "cats.safetensors")
+
+
+def test_files_that_are_none(segment, tmp_path):
+    with pytest.raises(FileNotFoundError, match="save_support"):
+        segment.load_support(tmp_path / "nowhere.safetensors")
+    (tmp_path / "text.safetensors").write_text("no tensors")
+    save_file({"features": torch.zeros(1, 32)}, tmp_path / "other.safetensors")
+    for name, message in (("text", "not a safetensors file"), ("other", "no support images")):
+        with pytest.raises(ValueError, match=message):
+            segment.load_support(tmp_path / f"{name}.safetensors")
+    with pytest.raises(ValueError, match="no support images to save"):
+        segment.save_support(tmp_path / "none.safetensors")
+    with pytest.raises(OSError, match="none"):
+        segment.add_support([(Image.new("RGB", (32, 32)), np.ones((32, 32)), "cat")])
+        segment.save_support(tmp_path / "none" / "none.safetensors")
+
+
+def test_a_file_holds_features_and_no_pixels(segment, halves, tmp_path):
+    image, mask = halves
+    segment.add_support([(image, mask, "cat")])
+    segment.save_support(tmp_path / "cats.safetensors")
+    with safe_open(tmp_path / "cats.safetensors", framework="pt") as file:
+        assert list(file.keys()) == ["features"] and file.get_tensor("features").dtype == torch.float16
+        assert {"format", "labels", "images", "patches", "fingerprint"} == set(file.metadata())
