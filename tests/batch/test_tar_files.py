@@ -153,9 +153,13 @@ def test_a_shard_whose_images_all_failed_is_a_record_alone(base_folder, images, 
         ("segment", [*LABELS, "--heatmap", "road"], "heat maps"),
         ("segment", [*LABELS, "--output", "s3://bucket/masks"], "DIR.tar"),
         ("segment", [*LABELS, "--output", "masks.parquet"], "DIR.tar"),
+        ("segment", [*LABELS, "--output", "file.tar"], "is a file"),
+        ("features", ["--output", "file.tar"], "is a file"),
     ],
 )
-def test_options_that_do_not_fit_shards(images, tmp_path, command, options, message):
+def test_options_that_do_not_fit_shards(images, tmp_path, monkeypatch, command, options, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file.tar").touch()
     text = run(command, images, "--output", tmp_path / "out.tar", *options, status=2)
     assert message in text and not (tmp_path / "out.tar").exists()
 
