@@ -26,6 +26,7 @@ from .refine import Refinement, refined_logits
 from .results import as_segments, check_output_size, check_shares, guarded, is_error
 from .segmentation import DenseLogits, class_probabilities
 from .support import SupportImages, SupportSet
+from .template_choice import name_embeds, read_templates
 from .text_embeddings import STORED_EMBEDDINGS, TextEmbeddingCache, stored_embeddings
 from .tiling import TiledImage, check_tiled, tiled_map
 from .upsamplers import Upsampler, resolve_upsampler
@@ -101,9 +102,9 @@ class OpenVocabSegmentationPipeline(SupportImages, FrameStreams, Pipeline):
             candidate_labels (`list[str]`, `list[list[str]]`, `dict[str, list[str]]` or [`Vocabulary`]):
                 The classes. In a list of strings, commas separate names of one class: `"car, automobile"`. A string is the
                 name of a built-in vocabulary: `"ade20k"`, `"voc21"`, `"cityscapes"`, … (`spar_hf.model.vocabularies`).
-            templates (`str` or `list[str]`, *optional*):
-                Prompt templates: `"imagenet80"`, `"tcl"`, `"short"`, `"plain"` or strings with `{}`. Default: the
-                checkpoint's.
+            templates (`str`, `list[str]` or [`TemplateChoice`], *optional*):
+                Prompt templates: `"imagenet80"`, `"tcl"`, `"short"`, `"plain"`, strings with `{}`, or the file of
+                [`choose_templates`]. Default: the checkpoint's.
             size (`dict[str, int]`, `int` or `str`, *optional*):
                 Working size: `{"shortest_edge": 672}`, `{"longest_edge": 1024}`, both (the smaller image of the two), or
                 `"native"`. Default: the image processor's. Masks always have the size of the image. An [`EncodedImage`]
@@ -252,7 +253,7 @@ class OpenVocabSegmentationPipeline(SupportImages, FrameStreams, Pipeline):
 
     def text_embeds(self, vocabulary: Vocabulary, templates=None, check_weights: bool = True) -> torch.Tensor:
         """Embeddings of a vocabulary `(names, dim)`; only new names are embedded. See [`TextEmbeddingCache.get`]."""
-        return self.texts.get(vocabulary.all_names, self._templates(templates), check_weights)
+        return name_embeds(self.texts, vocabulary.all_names, self._templates(templates), check_weights)
 
     def save_text_embeddings(
         self,
@@ -348,7 +349,6 @@ class OpenVocabSegmentationPipeline(SupportImages, FrameStreams, Pipeline):
         vocabulary, labels, _ = self.classes(*words, templates=templates)
         if len(labels) == 1 and output != "logits" and not any(forward_params.get(name) for name in decided):
             logging.get_logger(__name__).warning_once("A single class gets every pixel. Name others or a background.")
-        self.check_support(vocabulary)
         self.supported(vocabulary, templates)
         skip = preprocess_params.get("on_error") == "skip"
         options = {name: value for name, value in preprocess_params.items() if name != "on_error"}
@@ -487,8 +487,8 @@ class OpenVocabSegmentationPipeline(SupportImages, FrameStreams, Pipeline):
             raise ValueError('`candidate_labels` is missing. Name the classes to look for: ["road", "sky"].')
         return resolve_classes(self.texts, vocabulary, background, rules, self._templates(templates))
 
-    def _templates(self, templates: str | Sequence[str] | None) -> str | Sequence[str] | None:
-        return self._forward_params.get("templates") if templates is None else templates
+    def _templates(self, templates: Any) -> Any:
+        return read_templates(self._forward_params.get("templates") if templates is None else templates)
 
     @property
     def texts(self) -> TextEmbeddingCache:

@@ -255,6 +255,7 @@ class SupportImages:
         >>> image, mask = Image.new("RGB", (96, 64), "olive"), np.ones((64, 96), bool)
         >>> segment.add_support([(image, mask, "moss")])
         {'moss': 1}
+        >>> segment.support.penalty = 0.01  # trust it: a single image cannot show that it is better than the words
         >>> segment(image, candidate_labels=["sky", "moss"])[0]["label"]
         'moss'
         >>> segment.clear_support()
@@ -340,8 +341,6 @@ class SupportImages:
         Raises:
             ValueError: none does, or the vision tower has changed since they were added.
         """
-        if not len(self.support):
-            return
         if self._changed():
             raise ValueError(
                 "The vision tower has changed since the support images were added. Call `clear_support` and add them again."
@@ -365,6 +364,7 @@ class SupportImages:
         text_embeds = pipe.text_embeds(vocabulary, templates, check_weights=False)
         if not len(self.support):
             return pipe.model, text_embeds
+        self.check_support(vocabulary)
         scale, penalty = pipe.model.config.dense_logit_scale, self.support.penalty
         key = ("support", self.support.version, penalty, vocabulary, str(templates), scale)
         corrections = pipe.texts.remember(key, lambda: self._corrections(vocabulary, text_embeds, scale))

@@ -1,0 +1,109 @@
+"""Templates for each class: the entropies of FLOSS against a loop over patches, and the pipeline that uses the choice."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.nn import functional as F
+
+from spar_hf.model.image_streams import EncodedImage
+from spar_hf.model.prompts import Vocabulary, embed_names
+from spar_hf.model.template_choice import TemplateChoice, choose_templates
+
+PROMPTS = ("a photo of the {}.", "a bright {}.", "the {}")
+
+
+@pytest.fixture
+def made(segment, monkeypatch):
+    """A pipeline where `PROMPTS[1]` is plainly better for the road and `PROMPTS[2]` for the sky, and two encoded images."""
+    generator = torch.Generator().manual_seed(0)
+    road, sky, other = torch.linalg.qr(torch.randn(32, 3, generator=generator)).Q.T
+    embeds = {
+        PROMPTS[0]: {"road": road + sky, "sky": road + 1.2 * sky},  # says little of either
+        PROMPTS[1]: {"road": road, "sky": 0.3 * sky - 0.5 * road + other},
+        PROMPTS[2]: {"road": 0.3 * road - 0.5 * sky + other, "sky": sky},
+    }
+
+    def get(names, templates=None, check_weights=True):
+        rows = [torch.stack([embeds[t][name] for t in templates]).mean(0) for name in names]
+        return F.normalize(torch.stack(rows), dim=-1)
+
+    monkeypatch.setattr(segment._texts, "get", get)
+    images = []
+    for share in (0.3, 0.7):
+        is_road = torch.rand(1, 5, 8, generator=generator) < share
+        patches = torch.where(is_road, road[:, None, None], sky[:, None, None])
+        noise = 0.1 * torch.randn(32, 5, 8, generator=generator) + 0.3 * other[:, None, None]
+        images.append(EncodedImage(patches + noise, torch.zeros(3, 80, 128), (80, 128)))
+    monkeypatch.setattr(segment, "encode", lambda image: image)
+    return segment, images, get
+
+
+def test_the_better_template_of_a_class_is_chosen(made):
+    segment, images, _ = made
+    choice = choose_templates(segment, images, ["road", "sky"], PROMPTS, count=1)
+    assert choice.default == PROMPTS and choice.names == {"road": PROMPTS[1:2], "sky": PROMPTS[2:]}
+
+
+def test_the_order_is_that_of_the_mean_entropy_of_predicted_patches(made):
+    segment, images, get = made
+    found = {0: {}, 1: {}}
+    for prompt in PROMPTS:
+        embeds = get(["road", "sky"], (prompt,)).double().numpy()
+        entropies = {0: [], 1: []}
+        for image in images:
+            for patch in image.feature_map.flatten(1).T.double().numpy():
+                logits = segment.model.config.dense_logit_scale * embeds @ patch / np.linalg.norm(patch)
+                shares = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
+                entropies[int(logits.argmax())].append(-(shares * np.log(np.maximum(shares, 1e-300))).sum())
+        for label, values in entropies.items():
+            found[label][prompt] = np.mean(values) if values else np.inf
+    expected = {
+        label: [p for p in sorted(values, key=values.get) if values[p] < np.inf] for label, values in found.items()
+    }
+    choice = choose_templates(segment, images, ["road", "sky"], PROMPTS, count=3)
+    assert {name: list(prompts) for name, prompts in choice.names.items()} == {"road": expected[0], "sky": expected[1]}
+
+
+def test_a_class_that_no_template_finds_keeps_all(made):
+    segment, images, _ = made
+    nowhere = EncodedImage(
+        images[0].feature_map * 0 + images[0].feature_map[:, :1, :1], *list(vars(images[0]).values())[1:]
+    )
+    choice = choose_templates(segment, [nowhere], ["road", "sky"], PROMPTS[1:2])
+    assert len(choice.names) == 1
+    with pytest.raises(ValueError, match="no images"):
+        choose_templates(segment, [], ["road", "sky"], PROMPTS)
+    with pytest.raises(ValueError, match="count=0"):
+        choose_templates(segment, images, ["road", "sky"], PROMPTS, count=0)
+
+
+def test_names_are_embedded_with_their_own_templates(segment, two_towers, tokenizer, picture, tmp_path):
+    choice = TemplateChoice(("the {}", "a {}"), {"road": ("a photo of a {}",), "street": ("the {}",)})
+    choice.save(tmp_path / "chosen.json")
+    assert TemplateChoice.load(tmp_path / "chosen.json") == choice
+    words = ["road, street", "sky", "tree"]
+    expected = torch.cat([
+        embed_names(two_towers, tokenizer, ["road"], ["a photo of a {}"]),
+        embed_names(two_towers, tokenizer, ["street"], ["the {}"]),
+        embed_names(two_towers, tokenizer, ["sky", "tree"], ["the {}", "a {}"]),
+    ])  # fmt: skip
+    for templates in (choice, tmp_path / "chosen.json", str(tmp_path / "chosen.json")):
+        torch.testing.assert_close(segment.text_embeds(Vocabulary.parse(words), templates), expected)
+    found = segment(picture, candidate_labels=words, templates=str(tmp_path / "chosen.json"), output="logits")
+    features = segment.encode(picture).feature_map
+    plain = two_towers.dense_logits(features[None], expected)[0]
+    np.testing.assert_allclose(found["logits"], plain.detach(), atol=1e-4)
+
+
+def test_files_that_are_none(segment, tmp_path):
+    image = Image.new("RGB", (32, 32))
+    with pytest.raises(FileNotFoundError, match="choose_templates"):
+        segment(image, candidate_labels=["sky", "road"], templates=str(tmp_path / "nowhere.json"))
+    for content in ("no JSON", "[]", json.dumps({"format": "other"}),
+                    json.dumps({"format": "spar templates, 1", "default": ["a photo"], "names": {}})):  # fmt: skip
+        (tmp_path / "wrong.json").write_text(content)
+        with pytest.raises(ValueError, match=r"wrong\.json.*Write it again"):
+            segment(image, candidate_labels=["sky", "road"], templates=str(tmp_path / "wrong.json"))
