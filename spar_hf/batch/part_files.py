@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -22,9 +23,12 @@ from spar_hf.batch.features import ReadSource
 from spar_hf.utils.errors import UsageError
 from spar_hf.utils.folders import Folder
 from spar_hf.utils.image_files import InputImage, stamp
+from spar_hf.utils.locks import acquire, lock, read_owner
 from spar_hf.utils.texts import json_text, storable
 
 MANIFEST = "spar-hf.json"
+PARTIAL, LOCK = ".partial-", "lock"  # folders of files that are being written, and a file in each
+own_folders: set[str] = set()  # of this process
 
 
 class PartFolder(Folder):
@@ -119,7 +123,8 @@ class PartFolder(Folder):
 
 class OpenPart:
     """
-    A file that is being written, in a folder of its own below `beside`, or of the system for `None`.
+    A file that is being written, in a folder of its own below `beside`, or of the system for `None`. The folder is locked
+    while its process lives, see [`drop_abandoned`].
 
     Attributes:
         rows: number of those added.
@@ -128,7 +133,9 @@ class OpenPart:
     suffix: str
 
     def __init__(self, beside: Path | None):
-        self.folder = tempfile.TemporaryDirectory(prefix=".partial-", dir=beside)
+        self.folder = tempfile.TemporaryDirectory(prefix=PARTIAL, dir=beside)
+        own_folders.add(os.path.abspath(self.folder.name))
+        self.lock: int | None = acquire(Path(self.folder.name, LOCK), self.folder.name)
         self.path, self.rows = Path(self.folder.name, f"part{self.suffix}"), 0
 
     def add(self, row: dict[str, Any]) -> None:
@@ -147,7 +154,25 @@ class OpenPart:
         """Remove what is left of it."""
         with contextlib.suppress(OSError, ValueError):
             self.close()
+        if self.lock is not None:
+            os.close(self.lock)
+            self.lock = None
+            own_folders.discard(os.path.abspath(self.folder.name))
         self.folder.cleanup()
+
+
+def drop_abandoned(folder: Path) -> None:
+    """Remove files that killed processes have left half written."""
+    for left in folder.glob(f"{PARTIAL}*/{LOCK}"):
+        with contextlib.suppress(OSError):  # another process was faster
+            if os.path.abspath(left.parent) in own_folders:  # opening its lock would release it
+                continue
+            file = os.open(left, os.O_RDWR)
+            try:
+                if lock(file, read_owner(file)):
+                    shutil.rmtree(left.parent)
+            finally:
+                os.close(file)
 
 
 class PartWriter:
@@ -163,6 +188,8 @@ class PartWriter:
 
     def __init__(self, folder: PartFolder, open_part: Callable[[Path | None], OpenPart], images: Sequence[InputImage]):
         self.folder, self.open_part = folder, open_part
+        if not folder.is_remote:
+            drop_abandoned(Path(folder.url))
         self.numbers = {image: number for number, image in enumerate(images)}
         self.there = {
             name.split(".")[0] for name in folder.names()

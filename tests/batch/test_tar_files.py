@@ -2,6 +2,10 @@
 
 import io
 import json
+import multiprocessing
+import os
+import signal
+import sys
 import tarfile
 
 import datasets
@@ -13,7 +17,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from spar_hf.batch.extractor import FeatureExtractor
-from spar_hf.batch.tar_files import TarFolder
+from spar_hf.batch.tar_files import OpenTar, TarFolder
 from spar_hf.cli.main import app
 from spar_hf.utils.folders import Folder
 
@@ -135,6 +139,37 @@ def test_a_killed_run_leaves_no_shard_that_counts(base_folder, images, tmp_path)
     (images / "broken.png").write_bytes((images / "a.png").read_bytes())
     assert "3 done, 3 skipped" in run(*job, "--skip-existing")
     run("verify", tmp_path / "out.tar")
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a process is forked")
+def test_what_a_killed_process_left_half_written_is_removed_and_what_a_living_one_writes_stays(
+    base_folder, images, tmp_path
+):
+    context, output = multiprocessing.get_context("fork"), tmp_path / "out.tar"
+    output.mkdir()
+    begun, end = context.Event(), context.Event()
+
+    def write(die):
+        part = OpenTar(output, dict)
+        (output / part.folder.name / "content").touch()
+        begun.set()
+        if die:
+            os.kill(os.getpid(), signal.SIGKILL)
+        end.wait(60)
+
+    processes = [context.Process(target=write, args=(die,)) for die in (True, False)]
+    for process in processes:
+        begun.clear()
+        process.start()
+        assert begun.wait(60)
+    processes[0].join()
+    left = list(output.glob(".partial-*"))
+    assert len(left) == 2
+    run("features", images / "a.png", "--model", base_folder, "--shortest-edge", 32, "--output", output)
+    (stays,) = output.glob(".partial-*")
+    assert (stays / "content").exists() and (output / "part-00000.tar").exists()
+    end.set()
+    processes[1].join()
 
 
 def test_a_shard_whose_images_all_failed_is_a_record_alone(base_folder, images, tmp_path):
