@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from spar_hf.cli.web_history import history_handler, keep_handler
 from spar_hf.cli.web_hover import HOVER, HOVER_STYLE
 from spar_hf.cli.web_inputs import MAX_UPLOAD, NOT_UPLOADED, upload_folder
 from spar_hf.cli.web_segmentation import (
+    NO_REFINEMENT,
     Results,
     Segmenters,
     default_edge,
@@ -20,10 +22,11 @@ from spar_hf.cli.web_segmentation import (
     segmentation_handler,
 )
 from spar_hf.cli.web_view import FILES, STYLE
+from spar_hf.model.refine import REFINEMENTS
 
 # limits on what one visitor can ask of the computer that serves the page, beside those of `web_inputs`
 MAX_WAITING = 16  # requests in the queue
-MAX_SESSIONS = 32  # visitors whose last result is kept, up to about 30 MB each
+MAX_SESSIONS = 32  # visitors whose last results are kept, up to about 100 MB each
 SESSION_SECONDS = 3600  # after the last request of a visitor
 WORDS = "sky; building; tree, vegetation; road, pavement; person; car"
 # images inside installed packages, and words for what they show; those of Gradio are always there
@@ -80,6 +83,7 @@ class Controls:
     stride: Any
     surround: Any
     min_presence: Any
+    refine: Any
     button: Any
 
 
@@ -92,6 +96,8 @@ class Look:
     names: Any
     buttons: dict[str, Any]
     file: Any
+    thumbnails: Any
+    history: Any
 
 
 def build_page(
@@ -186,6 +192,9 @@ def add_controls(gr, one_pass, stride: int) -> Controls:
             True, label="Among common stuff", info="Pixels nearer to stuff such as wall or grass stay unpainted."
         ),
         min_presence=gr.Slider(0, 1, 0, step=0.01, label="Minimum presence", info=presence_info),
+        refine=gr.Dropdown(
+            [NO_REFINEMENT, *sorted(REFINEMENTS)], value=NO_REFINEMENT, label="Refine the edges", info="Takes longer."
+        ),
         button=gr.Button("Segment", variant="primary"),
     )
     found = [[path, words] for package, name, words in EXAMPLES if (path := packaged(package, name))]
@@ -222,12 +231,23 @@ def add_results(gr) -> tuple[Results, Look]:
         with gr.Row():
             files = {kind: gr.Button(DOWNLOADS[kind], size="sm", min_width=110) for kind in FILES}
         file = gr.DownloadButton(elem_id="spar-file")  # not shown: see STYLE
+    thumbnails = gr.Gallery(
+        label="Earlier results",
+        elem_id="spar-history",
+        columns=6,
+        height=150,
+        visible=False,
+        allow_preview=False,
+        interactive=False,
+        buttons=[],
+    )
+    history: Any = gr.State([], time_to_live=SESSION_SECONDS)
     hover = gr.HTML(elem_id="spar-map")
     session: Any = gr.State(time_to_live=SESSION_SECONDS)
     colours: Any = gr.State({})
     shown = (message, one_pass_picture, one_pass_time, window_column, window_picture, window_time, table)
     results = Results(*shown, column, downloads, classes, chosen, heat, point, hover, session, colours)
-    return results, Look(opacity, outlines, names, files, file)
+    return results, Look(opacity, outlines, names, files, file, thumbnails, history)
 
 
 def connect(gr, run: Callable[..., Any], controls: Controls, results: Results, look: Look) -> None:
@@ -236,12 +256,26 @@ def connect(gr, run: Callable[..., Any], controls: Controls, results: Results, l
     start = [controls.button.click, controls.words.submit]
     gr.on(start, None, js=SCROLL)
     given = [component for name, component in vars(controls).items() if name != "button"]
-    gr.on(
+    finished = gr.on(
         start,
         run,
         [*given, look.opacity, look.outlines, look.names, results.colours],
         list(vars(results).values()),
         show_progress_on=results.one_pass_picture,  # on all components it would be said many times
+    )
+    finished.then(
+        keep_handler(gr),
+        [look.history, results.session, controls.words, results.one_pass_time, results.window_time, results.table],
+        [look.history, look.thumbnails],
+        show_progress="hidden",
+        api_visibility="private",
+    )
+    look.thumbnails.select(
+        history_handler(gr, results),
+        [look.history, look.opacity, look.outlines, look.names],
+        [*vars(results).values(), controls.words],
+        show_progress="hidden",
+        api_visibility="private",
     )
     drawn = [results.classes, look.opacity, look.outlines, look.names, results.heat, results.chosen]
     gr.on(

@@ -17,6 +17,7 @@ from spar_hf.model.prompts import Vocabulary, unknown_names
 from spar_hf.model.vocabularies import ANCHOR_WORDS, STUFF_WORDS
 
 MAX_SECONDS = 300  # for a sliding window
+NO_REFINEMENT = "no"  # choice of the page
 NAMES_AT_ONCE = 16  # embedded between two reports of progress
 ERRORS = (ValueError, OSError, RuntimeError, ImportError)  # shown in the page, since Gradio's own cover the results
 
@@ -117,6 +118,7 @@ def segmentation_handler(gr, segmenters: Segmenters, results: Results) -> Callab
         stride: int,
         surround: bool,
         min_presence: float,
+        refine: str,
         opacity: float,
         outlines: bool,
         names_shown: bool,
@@ -132,6 +134,8 @@ def segmentation_handler(gr, segmenters: Segmenters, results: Results) -> Callab
             options = {"size": {"shortest_edge": edge}, "threshold": float(threshold), "background": background}
             if min_presence:
                 options |= {"presence": True, "min_presence": float(min_presence)}
+            if refine != NO_REFINEMENT:
+                options["refine"] = str(refine)
             embed_words(segmenters.one_pass, vocabulary, background, bool(min_presence), progress)
             progress(0, desc="one pass")
             first = segment_timed(segmenters.one_pass, image, vocabulary, heat=True, **options)

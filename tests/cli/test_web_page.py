@@ -16,10 +16,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from spar_hf.cli import web_page, web_segmentation
+from spar_hf.cli import web_history, web_page, web_segmentation
 from spar_hf.cli.overlays import palette
 from spar_hf.cli.pipelines import load_pipeline, segment_timed
-from spar_hf.cli.web_view import colours_of, for_display, legend
+from spar_hf.cli.web_history import Kept, keep
+from spar_hf.cli.web_view import Shown, colours_of, for_display, legend
 from spar_hf.model.prompts import Vocabulary
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of pandas, in Gradio's queue
@@ -83,7 +84,7 @@ def test_the_page_says_what_it_does_from_the_first_moment(monkeypatch):
     monkeypatch.setattr(web_segmentation, "read_words", fail)
     results = web_segmentation.Results(*web_segmentation.Results.__dataclass_fields__)
     run = web_segmentation.segmentation_handler(gr, None, results)
-    given = (None, "", 64, 0, False, 96, True, 0, 0.5, False, True, {})
+    given = (None, "", 64, 0, False, 96, True, 0, "no", 0.5, False, True, {})
     (shown,) = run(*given, progress=lambda done, desc: said.append(desc))
     assert len(said) == 1 and "after 1" in str(shown)
 
@@ -105,6 +106,26 @@ def test_a_word_keeps_its_colour_whatever_stands_beside_it():
     assert (again[0] == colours[2]).all() and (again[3] == colours[1]).all()
     assert again[1].tolist() == palette(4)[3].tolist() and again[2].tolist() == [140, 140, 140]
     assert known == {"road": 0, "car": 1, "sky": 2, "cat": 3}
+
+
+def test_the_last_results_are_kept_until_they_are_many_or_large(monkeypatch):
+    image = Image.new("RGB", (64, 48), "skyblue")
+    result = {
+        **result_of(np.zeros((48, 64), np.int32), ["sky", "road"], [0.9, 0]),
+        "heat": np.zeros((2, 48, 64), np.uint8),
+    }
+    shown = Shown.make("one pass", "a.png", image, result, np.zeros((2, 3), np.uint8))
+    history = []
+    for i in range(8):
+        history = keep(history, Kept(f"words {i}", [shown], (f"{i} s", ""), "table"))
+    assert [kept.words for kept in history] == [f"words {i}" for i in range(7, 1, -1)]
+    assert (
+        keep(history, Kept("wrong; wrong", [shown], ("7 s", ""), "table")) == history
+    )  # an error showed no new result
+    monkeypatch.setattr(web_history, "KEPT_BYTES", int(2.5 * history[0].size))
+    assert [kept.words for kept in keep(history, Kept("new", [shown], ("9 s", ""), "table"))] == ["new", "words 7"]
+    small, caption = Kept("x" * 60, [shown], ("", ""), "").thumbnail()
+    assert small.size == (64, 48) and len(caption) < 45
 
 
 def test_absent_classes_are_folded_away():
@@ -148,7 +169,7 @@ def test_the_page_over_http_answers_twice_and_reports_errors_as_text(address, tm
     client = Client(address, verbose=False)
 
     def run(source, words="road; <b>sky</b>"):
-        look = (0.5, False, True)
+        look = ("no", 0.5, False, True)
         job = client.submit(source and handle_file(source), words, 64, 0, True, 96, True, 0, *look, api_name="/run")
         job.result()
         return job.outputs()
@@ -177,7 +198,7 @@ class Attacker:
 
     def join(self, image, words="road; sky", edge=64, session="attacker"):
         body = {
-            "data": [image, words, edge, 0, False, 96, True, 0, 0.5, False, True, None],
+            "data": [image, words, edge, 0, False, 96, True, 0, "no", 0.5, False, True, None],
             "fn_index": self.function,
             "session_hash": session,
             "trigger_id": None,
@@ -262,7 +283,7 @@ def test_an_attacker_reads_no_file_and_reaches_no_service(address, tmp_path, pri
         for path in (secret, outside, Path("/etc/passwd")):
             assert httpx.get(f"{attacker.root}/file={path}").status_code in (403, 404)
         direct = httpx.post(
-            f"{attacker.root}/run/run", json={"data": [None, "road", 64, 0, False, 96, True, 0, 0.5, False, True]}
+            f"{attacker.root}/run/run", json={"data": [None, "road", 64, 0, False, 96, True, 0, "no", 0.5, False, True]}
         )
         assert direct.status_code != 200  # nothing runs beside the queue
     finally:
@@ -459,6 +480,22 @@ def test_words_and_a_real_image_give_masks_and_legend(tab, address, tmp_path):
     assert one_pass.evaluate("image => [image.naturalWidth, image.naturalHeight]") == [640, 427]
 
     view_and_downloads(tab, image, tmp_path)
+
+    # with refined edges it is another picture, and the first one comes back at a click
+    assert not tab.locator("#spar-history").is_visible()
+    before = tab.locator("#spar-results .image-frame img").first.get_attribute("src")
+    tab.get_by_label("Refine the edges").click()
+    tab.get_by_role("option", name="pamr").click()
+    words.fill("flower; grass, leaves")
+    refined = shown_picture(tab, tab.get_by_role("button", name="Segment").click)
+    tab.locator("#spar-history").wait_for()
+    thumbnails = tab.locator("#spar-history button.thumbnail-item")
+    assert thumbnails.count() == 2
+    earlier = shown_picture(tab, thumbnails.nth(1).click)
+    assert earlier.size == refined.size and before
+    assert words.input_value() == "flower, blossom; grass, leaves; airplane"
+    content = json.loads(saved_file(tab, "JSON", tmp_path).read_text())
+    assert "airplane" in content["labels"]  # downloads are those of the result that is shown
 
     tab.get_by_label("Compare with the sliding window").check()
     tab.get_by_label("number input for Stride of the window").fill("96")
