@@ -51,7 +51,8 @@ def keep(history: list[Kept] | None, new: Kept) -> list[Kept]:
     known = list(history or [])
     if known and (known[0].times, known[0].table) == (new.times, new.table):
         return known
-    kept, total = [], 0
+    kept: list[Kept] = []
+    total = 0
     for one in [new, *known][:KEPT]:
         total += one.size
         if kept and total > KEPT_BYTES:
