@@ -76,22 +76,19 @@ def test_a_cache_of_local_images_in_a_store(base_folder, image_folder):
     assert cache.image(0) == image_folder / "0.jpg" and cache.pixel_values(0).shape[:2] == (1, 3)
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_distillation_reads_images_and_maps_of_a_store(base_folder, image_folder, stored, tmp_path, workers):
+def test_distillation_reads_images_and_maps_of_a_store(base_folder, image_folder, stored, tmp_path):
     output = "memory://teacher/cache"
     cache_teacher(["--model", str(base_folder), *VIEWS, "--images", stored.url, "--output", output])
-    options = ("--steps", 3, "--log_steps", 1, "--stride", 32, "--report_to", "none", "--workers", workers)
-    options += ("--picture_steps", 0, "--window_size", 64)
-    cached = ("--teacher_mode", "cached", "--teacher_cache", output)
+    options = ("--steps", 2, "--log_steps", 1, "--stride", 32, "--report_to", "none", "--picture_steps", 0)
+    options += ("--window_size", 64)
+    cached = ("--teacher_mode", "cached", "--teacher_cache", output, "--workers", 1)
     distil(base_folder, stored.url, tmp_path / "run", *options, *cached)
-    assert [row["step"] for row in log_of(tmp_path / "run")] == [1, 2, 3]
+    assert [row["step"] for row in log_of(tmp_path / "run")] == [1, 2]
     record = json.loads((tmp_path / "run" / "model" / "config.json").read_text())["distillation"]
     assert record["num_images"] == 8
     with pytest.raises(ValueError, match="held out here"):
         distil(base_folder, stored.url, tmp_path / "other", *options, *cached, "--holdout_every", 2)
-    if workers == 0:
-        for name, images in (("local", image_folder), ("remote", stored.url)):
-            distil(base_folder, images, tmp_path / name, *options, "--teacher_windows", 2)
-        assert [row["loss"] for row in log_of(tmp_path / "local")] == [
-            row["loss"] for row in log_of(tmp_path / "remote")
-        ]
+    for name, images in (("local", image_folder), ("remote", stored.url)):
+        distil(base_folder, images, tmp_path / name, *options, "--teacher_windows", 2)
+    losses = [[row["loss"] for row in log_of(tmp_path / name)] for name in ("local", "remote")]
+    assert losses[0] == losses[1]
