@@ -14,6 +14,12 @@ from spar_hf.cli.web_view import Shown, picture
 KEPT = 6  # results of a visitor,
 KEPT_BYTES = 64 * 2**20  # or fewer, if they are large
 THUMBNAIL = 240  # longer side in pixels
+# small pictures side by side, however few there are
+HISTORY_STYLE = """
+#spar-history .grid-container {
+  grid-template-columns: repeat(auto-fill, minmax(130px, 1fr)) !important; padding-top: 1.7rem; }
+#spar-history .thumbnail-item { aspect-ratio: 4 / 3; }
+"""
 
 
 @dataclass

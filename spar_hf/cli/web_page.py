@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spar_hf.cli.web_history import history_handler, keep_handler
+from spar_hf.cli.web_history import HISTORY_STYLE, history_handler, keep_handler
 from spar_hf.cli.web_hover import HOVER, HOVER_STYLE
 from spar_hf.cli.web_inputs import MAX_UPLOAD, NOT_UPLOADED, upload_folder
 from spar_hf.cli.web_segmentation import (
@@ -235,7 +235,8 @@ def add_results(gr) -> tuple[Results, Look]:
         label="Earlier results",
         elem_id="spar-history",
         columns=6,
-        height=150,
+        height=175,
+        object_fit="contain",
         visible=False,
         allow_preview=False,
         interactive=False,
@@ -343,7 +344,7 @@ def launch_page(
         ssr_mode=False,
         footer_links=[],
         max_file_size=MAX_UPLOAD,
-        css=STYLE + HOVER_STYLE,
+        css=STYLE + HOVER_STYLE + HISTORY_STYLE,
         # system fonts: the fonts of Gradio's themes are downloaded
         theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
     )
