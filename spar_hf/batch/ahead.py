@@ -22,7 +22,7 @@ from spar_hf.utils.image_files import DISK_ERRORS, InputImage, RunSummary
 from spar_hf.utils.processes import ALONE, Processes, in_units
 
 HELD_BYTES = 256 * 2**20  # of images that wait for others of their size
-PREFETCH = 4  # images that a worker reads ahead
+PREFETCH = 4  # images that a worker reads ahead at least; all together a batch, which is then there when one is done
 
 
 @dataclass
@@ -245,7 +245,7 @@ def process_ahead(
         if total is None:
             todo = run.left_over(todo, images, is_done)
         try:
-            for position, item in read_in_order(images, todo, work.read, workers):
+            for position, item in read_in_order(images, todo, work.read, workers, batch_size):
                 if isinstance(item, Unread):
                     run.fail(images[position], item.reason)
                     continue
@@ -264,18 +264,23 @@ def process_ahead(
 
 
 def read_in_order(
-    images: Sequence[InputImage], todo: Iterable[int], read: Callable[[InputImage], Any], workers: int
+    images: Sequence[InputImage],
+    todo: Iterable[int],
+    read: Callable[[InputImage], Any],
+    workers: int,
+    batch_size: int,
 ) -> Iterator[tuple[int, Any]]:
     """
     The positions in `todo`, which are asked for as workers become free, and what `read` returns of each image, or
-    [`Unread`].
+    [`Unread`]. The workers together are at least `batch_size` images ahead.
 
     Raises:
         OSError: a worker was killed.
     """
     options: dict[str, Any] = {"sampler": todo, "batch_size": None, "collate_fn": as_it_is, "num_workers": workers}
     if workers:
-        options |= {"prefetch_factor": PREFETCH, "worker_init_fn": leave_signals_to_the_main_process}
+        ahead = max(PREFETCH, -(-batch_size // workers))
+        options |= {"prefetch_factor": ahead, "worker_init_fn": leave_signals_to_the_main_process}
     try:
         yield from DataLoader(Images(images, read), **options)
     except RuntimeError as error:
