@@ -302,7 +302,8 @@ def resolve_templates(templates: str | Sequence[str]) -> tuple[str, ...]:
     if isinstance(templates, str):
         if templates not in TEMPLATES:
             raise ValueError(
-                f"Unknown template set {templates!r}; use one of {sorted(TEMPLATES)} or a list: ['a photo of a {{}}.']."
+                f"Unknown template set {templates!r}; use one of {sorted(TEMPLATES)}, a list, ['a photo of a {{}}.'], or a "
+                "JSON file of `choose_templates`, which chooses them for each class."
             )
         return TEMPLATES[templates]
     templates = tuple(templates)
