@@ -18,7 +18,7 @@ largest, which leaves them nearly as they are.
 import torch
 
 PENALTIES = (3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 0.003)  # from nearly the words alone to nearly the images alone
-MARGIN = 1.05  # the chosen penalty must be so many times better than the largest: images of one place are much alike
+MARGIN = 1.15  # the chosen penalty must be so many times better than the largest: images of one place are much alike
 HOPELESS = 0.9  # of the best so far: with less, smaller penalties are not tried
 FOLDS = 5  # of the images, to choose a penalty
 STEPS = 40  # of L-BFGS at most
