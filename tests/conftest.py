@@ -20,8 +20,8 @@ torch.set_num_threads(1)  # two workers share two cores
 
 
 # rooms whose tests share what takes long to make, such as exports or a running server: each room runs in one process
-SHARED = ("batch/test_ray_engine", "distillation/test_distill_resume", "docs/test_commands", "export/", "model/test_remote_code")
-SHARED += ("runtime/", "serving/", "test_wheel")
+SHARED = ("batch/test_ray_engine", "distillation/test_distill_resume", "docs/test_commands", "export/")
+SHARED += ("model/test_remote_code", "runtime/", "serving/", "test_wheel")
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups

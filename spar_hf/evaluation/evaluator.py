@@ -9,7 +9,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from spar_hf.evaluation.reports import card_paths, eval_result_paths, make_repor
 from spar_hf.evaluation.runs import Run, parse_models, parse_runs
 from spar_hf.model.backbone_sources import load_source_config
 from spar_hf.model.prompts import Vocabulary
+from spar_hf.model.templates import TemplateChoice, read_templates
 from spar_hf.utils.checkpoints import check_replaceable
 from spar_hf.utils.devices import PeakMemory
 from spar_hf.utils.errors import as_usage_errors
@@ -150,6 +151,8 @@ def measurement_settings(
     settings["files of images"] = data.stamp
     settings["words"] = dict(zip(vocabulary.labels, vocabulary.names, strict=True))
     settings["classes of mask values"] = hashlib.sha256(json.dumps(data.table.tolist()).encode()).hexdigest()
+    if isinstance(choice := read_templates(options.get("templates")), TemplateChoice):
+        settings["templates of names"] = asdict(choice)
     settings["files"] = {name: model_files(folder) for name, folder in folders.items()}
     settings["mixed precision"] = accelerator.mixed_precision
     settings["device"] = accelerator.device.type

@@ -26,7 +26,6 @@ from .refine import Refinement, refined_logits
 from .results import as_segments, check_output_size, check_shares, guarded, is_error
 from .segmentation import DenseLogits, class_probabilities
 from .support import SupportImages, SupportSet
-from .template_choice import name_embeds, read_templates
 from .text_embeddings import STORED_EMBEDDINGS, TextEmbeddingCache, stored_embeddings
 from .tiling import TiledImage, check_tiled, tiled_map
 from .upsamplers import Upsampler, resolve_upsampler
@@ -253,7 +252,7 @@ class OpenVocabSegmentationPipeline(SupportImages, FrameStreams, Pipeline):
 
     def text_embeds(self, vocabulary: Vocabulary, templates=None, check_weights: bool = True) -> torch.Tensor:
         """Embeddings of a vocabulary `(names, dim)`; only new names are embedded. See [`TextEmbeddingCache.get`]."""
-        return name_embeds(self.texts, vocabulary.all_names, self._templates(templates), check_weights)
+        return self.texts.get(vocabulary.all_names, self._templates(templates), check_weights)
 
     def save_text_embeddings(
         self,
@@ -488,7 +487,7 @@ class OpenVocabSegmentationPipeline(SupportImages, FrameStreams, Pipeline):
         return resolve_classes(self.texts, vocabulary, background, rules, self._templates(templates))
 
     def _templates(self, templates: Any) -> Any:
-        return read_templates(self._forward_params.get("templates") if templates is None else templates)
+        return self._forward_params.get("templates") if templates is None else templates
 
     @property
     def texts(self) -> TextEmbeddingCache:

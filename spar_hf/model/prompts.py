@@ -1,20 +1,19 @@
-"""From words to text embeddings. How vocabularies and templates are written is in `words.py`."""
+"""From words to text embeddings. How vocabularies are written is in `words.py`, templates are in `templates.py`."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from transformers.utils import logging
 
+from .templates import IMAGENET80, TEMPLATES, TemplateChoice, read_templates, resolve_templates
 from .words import (
-    IMAGENET80,
-    TEMPLATES,
     UNKNOWN_NAMES,
     CandidateLabels,
     Vocabulary,
     distinct_names,
     normalise_name,
     prompt_tokens,
-    resolve_templates,
     some_of,
     unknown_names,
 )
@@ -25,9 +24,7 @@ PROGRESS_AFTER = 2.0  # seconds from which embedding takes long enough for a pro
 
 
 @torch.no_grad()
-def embed_names(
-    model, tokenizer, names: Sequence[str], templates: str | Sequence[str] | None = None, batch_size: int = 256
-) -> torch.Tensor:
+def embed_names(model, tokenizer, names: Sequence[str], templates: Any = None, batch_size: int = 256) -> torch.Tensor:
     """
     One embedding per name: the mean of its L2-normalised prompt embeddings, normalised again (SPAR, section 3).
 
@@ -37,7 +34,8 @@ def embed_names(
         model ([`SparForOpenVocabSegmentation`]): its text tower embeds the prompts.
         tokenizer (`PreTrainedTokenizerBase`): that of the checkpoint.
         names (`Sequence[str]`): names to embed.
-        templates (`str` or `Sequence[str]`, *optional*): defaults to the checkpoint's `config.templates`.
+        templates (`str`, `Sequence[str]` or [`TemplateChoice`], *optional*):
+            a set, strings with `{}`, or templates for each name or the JSON file of these. Default: the checkpoint's.
         batch_size (`int`, *optional*, defaults to 256): prompts per forward pass.
 
     Returns:
@@ -46,7 +44,11 @@ def embed_names(
     Raises:
         ValueError: a prompt is longer than the text tower's context, a name has no token, or the templates are malformed.
     """
-    prompts_of = resolve_templates(model.config.templates if templates is None else templates)
+    given = read_templates(model.config.templates if templates is None else templates)
+    if isinstance(given, TemplateChoice):
+        rows = given.rows_of(names, lambda some, prompts: embed_names(model, tokenizer, some, prompts, batch_size))
+        return torch.stack(rows)
+    prompts_of = resolve_templates(given)
     if unknown := unknown_names(tokenizer, names):
         logger.warning_once(UNKNOWN_NAMES.format(some_of(unknown)))
     limit = model.config.text_config.max_position_embeddings

@@ -1,89 +1,15 @@
 """Templates that are chosen for each class from images without masks."""
 
-import json
-import os
-import threading
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 
 from .segmentation import ClassMaxima
-from .words import CandidateLabels, Vocabulary, resolve_templates
+from .templates import TemplateChoice, resolve_templates
+from .words import CandidateLabels, Vocabulary
 
-FORMAT = "spar templates, 1"
 CHOSEN = 4  # templates of a class, as in FLOSS
-
-
-@dataclass(frozen=True)
-class TemplateChoice:
-    """
-    Prompt templates for each name, in place of one set for all: the pipeline takes it, or the file of it, as `templates`.
-
-    Attributes:
-        default: templates of all other names.
-        names: templates of a name.
-    """
-
-    default: tuple[str, ...]
-    names: dict[str, tuple[str, ...]] = field(default_factory=dict)
-
-    def __iter__(self) -> Iterator[str]:
-        """The default templates: where a set of templates is expected, it is that one."""
-        return iter(self.default)
-
-    def save(self, path: str | os.PathLike) -> None:
-        """Write it to a JSON file."""
-        content = {"format": FORMAT, "default": self.default, "names": self.names}
-        target = Path(path)
-        temporary = target.with_name(f".{os.getpid()}-{threading.get_ident()}.partial")
-        try:
-            temporary.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-            temporary.replace(target)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-    @classmethod
-    def load(cls, path: str | os.PathLike) -> "TemplateChoice":
-        """
-        Read a file that `save` wrote.
-
-        Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: another kind of file, or a template without exactly one `{}`.
-        """
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"{str(path)!r} does not exist. Write it with `choose_templates(…).save`.")
-        try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
-            if content["format"] != FORMAT:
-                raise ValueError("of another format")
-            names = {name: resolve_templates(templates) for name, templates in content["names"].items()}
-            return cls(resolve_templates(content["default"]), names)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{str(path)!r} is no file of `choose_templates`: {error}. Write it again.") from error
-
-
-def name_embeds(texts: Any, names: Sequence[str], templates: Any, check_weights: bool = True) -> torch.Tensor:
-    """Embeddings of names `(names, dim)` from a [`TextEmbeddingCache`], each with its templates."""
-    if not isinstance(templates, TemplateChoice):
-        return texts.get(names, templates, check_weights)
-    groups: dict[tuple[str, ...], list[str]] = {}
-    for name in names:
-        groups.setdefault(templates.names.get(name, templates.default), []).append(name)
-    rows: dict[str, torch.Tensor] = {}
-    for prompts, some in groups.items():
-        rows.update(zip(some, texts.get(some, prompts, check_weights), strict=True))
-    return torch.stack([rows[name] for name in names])
-
-
-def read_templates(templates: Any) -> Any:
-    """Templates as the pipeline takes them; the name of a JSON file becomes its [`TemplateChoice`]."""
-    if isinstance(templates, os.PathLike) or (isinstance(templates, str) and templates.endswith(".json")):
-        return TemplateChoice.load(templates)
-    return templates
 
 
 @torch.no_grad()

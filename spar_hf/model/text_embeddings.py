@@ -18,7 +18,8 @@ from transformers.utils import cached_file, logging
 from .background import MEANING_TEMPLATES
 from .file_modes import follow_umask
 from .fingerprints import checksum, quick_fingerprint, text_fingerprint, tokenizer_state
-from .prompts import Vocabulary, distinct_names, embed_names, resolve_templates
+from .prompts import Vocabulary, distinct_names, embed_names
+from .templates import TemplateChoice, read_templates, resolve_templates
 
 MAX_NAMES = 50_000  # over all templates: 150 MB of 768-dimensional embeddings
 MAX_REMEMBERED = 32  # results of `remember`
@@ -87,23 +88,24 @@ class TextEmbeddingCache:
         vars(self).update(state)
         self._lock = threading.RLock()
 
-    def get(
-        self, names: Sequence[str], templates: str | Sequence[str] | None = None, check_weights: bool = True
-    ) -> torch.Tensor:
+    def get(self, names: Sequence[str], templates: Any = None, check_weights: bool = True) -> torch.Tensor:
         """
         Embeddings `(names, dim)`, float32 of unit length, on the model's device. Only names not cached yet are embedded.
 
         Args:
             names: words to embed.
-            templates: defaults to the checkpoint's.
+            templates: as in [`embed_names`]; defaults to the checkpoint's.
             check_weights: whether to read all weights of the text tower to see whether they changed. Without, changes that
                 PyTorch does not track (`weight.data[3] = …`) may be overlooked.
 
         Raises:
             ValueError: as [`embed_names`].
         """
+        choice = read_templates(templates)
+        if isinstance(choice, TemplateChoice):
+            return torch.stack(choice.rows_of(names, lambda some, prompts: self.get(some, prompts, check_weights)))
         with self._lock:
-            prompts = self._prompts(templates)
+            prompts = self._prompts(choice)
             self._forget_if_changed(check_weights)
             missing = [name for name in dict.fromkeys(names) if (prompts, name) not in self._rows]
             new = embed_names(self.model, self.tokenizer, missing, prompts) if missing else None

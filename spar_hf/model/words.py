@@ -1,5 +1,5 @@
 """
-How vocabularies are written, prompt templates, and which names a tokenizer can tell apart. The runtime without torch reads
+How vocabularies are written, and which names a tokenizer can tell apart. The runtime without torch reads
 words as the pipeline does, so this file imports neither torch nor transformers.
 """
 
@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from .templates import resolve_templates
 from .vocabularies import STUFF_WORDS, VOCABULARIES, vocabulary_lines
 
 if TYPE_CHECKING:
@@ -17,108 +18,6 @@ if TYPE_CHECKING:
 UNKNOWN_NAMES = "The tokenizer knows none of the characters of {}. Results for such names are seldom right."
 NAMES_AT_ONCE = 256  # that are tokenised: the tokenizer returns large lists of Python integers
 BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")  # of tokenizers that write unknown characters as bytes
-
-# The 80 prompts that CLIP (Radford et al., 2021) uses for ImageNet; SPAR averages over them.
-IMAGENET80 = (
-    "a bad photo of a {}.",
-    "a photo of many {}.",
-    "a sculpture of a {}.",
-    "a photo of the hard to see {}.",
-    "a low resolution photo of the {}.",
-    "a rendering of a {}.",
-    "graffiti of a {}.",
-    "a bad photo of the {}.",
-    "a cropped photo of the {}.",
-    "a tattoo of a {}.",
-    "the embroidered {}.",
-    "a photo of a hard to see {}.",
-    "a bright photo of a {}.",
-    "a photo of a clean {}.",
-    "a photo of a dirty {}.",
-    "a dark photo of the {}.",
-    "a drawing of a {}.",
-    "a photo of my {}.",
-    "the plastic {}.",
-    "a photo of the cool {}.",
-    "a close-up photo of a {}.",
-    "a black and white photo of the {}.",
-    "a painting of the {}.",
-    "a painting of a {}.",
-    "a pixelated photo of the {}.",
-    "a sculpture of the {}.",
-    "a bright photo of the {}.",
-    "a cropped photo of a {}.",
-    "a plastic {}.",
-    "a photo of the dirty {}.",
-    "a jpeg corrupted photo of a {}.",
-    "a blurry photo of the {}.",
-    "a photo of the {}.",
-    "a good photo of the {}.",
-    "a rendering of the {}.",
-    "a {} in a video game.",
-    "a photo of one {}.",
-    "a doodle of a {}.",
-    "a close-up photo of the {}.",
-    "a photo of a {}.",
-    "the origami {}.",
-    "the {} in a video game.",
-    "a sketch of a {}.",
-    "a doodle of the {}.",
-    "a origami {}.",
-    "a low resolution photo of a {}.",
-    "the toy {}.",
-    "a rendition of the {}.",
-    "a photo of the clean {}.",
-    "a photo of a large {}.",
-    "a rendition of a {}.",
-    "a photo of a nice {}.",
-    "a photo of a weird {}.",
-    "a blurry photo of a {}.",
-    "a cartoon {}.",
-    "art of a {}.",
-    "a sketch of the {}.",
-    "a embroidered {}.",
-    "a pixelated photo of a {}.",
-    "itap of the {}.",
-    "a jpeg corrupted photo of the {}.",
-    "a good photo of a {}.",
-    "a plushie {}.",
-    "a photo of the nice {}.",
-    "a photo of the small {}.",
-    "a photo of the weird {}.",
-    "the cartoon {}.",
-    "art of the {}.",
-    "a drawing of the {}.",
-    "a photo of the large {}.",
-    "a black and white photo of a {}.",
-    "the plushie {}.",
-    "a dark photo of a {}.",
-    "itap of a {}.",
-    "graffiti of the {}.",
-    "a toy {}.",
-    "itap of my {}.",
-    "a photo of a cool {}.",
-    "a photo of a small {}.",
-    "a tattoo of the {}.",
-)
-
-TEMPLATES: dict[str, tuple[str, ...]] = {
-    "imagenet80": IMAGENET80,
-    "short": ("a photo of a {}.", "a photo of the {}.", "a bright photo of the {}.", "a dark photo of the {}."),
-    "plain": ("{}",),
-    # of TCL (Cha et al., 2023), which TIPSv2's zero-shot segmentation uses
-    "tcl": (
-        "itap of a {}.",
-        "a bad photo of a {}.",
-        "a origami {}.",
-        "a photo of the large {}.",
-        "a {} in a video game.",
-        "art of the {}.",
-        "a photo of the small {}.",
-        "a photo of many {}.",
-        "a photo of {}s.",
-    ),
-}
 
 
 CandidateLabels = str | Sequence[str | Sequence[str]] | Mapping[str, str | Sequence[str]]
@@ -290,26 +189,6 @@ def _names(item: str | Sequence[str], split: bool) -> tuple[str, ...]:
     if not isinstance(item, Iterable) or not all(isinstance(name, str) for name in item):
         raise ValueError(f"A class is a string or a list of strings, got {item!r}.")
     return tuple(name.strip() for name in item)
-
-
-def resolve_templates(templates: str | Sequence[str]) -> tuple[str, ...]:
-    """
-    The templates of a set in `TEMPLATES`, or a list of templates as it is.
-
-    Raises:
-        ValueError: an unknown set, an empty list, or a template without exactly one `{}`.
-    """
-    if isinstance(templates, str):
-        if templates not in TEMPLATES:
-            raise ValueError(
-                f"Unknown template set {templates!r}; use one of {sorted(TEMPLATES)}, a list, ['a photo of a {{}}.'], or a "
-                "JSON file of `choose_templates`, which chooses them for each class."
-            )
-        return TEMPLATES[templates]
-    templates = tuple(templates)
-    if not templates or any(template.count("{}") != 1 for template in templates):
-        raise ValueError(f"Every template needs exactly one {{}} for the name, got {list(templates)}.")
-    return templates
 
 
 def distinct_names(

@@ -9,15 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from spar_hf.model.words import (
-    UNKNOWN_NAMES,
-    Vocabulary,
-    distinct_names,
-    prompt_tokens,
-    resolve_templates,
-    some_of,
-    unknown_names,
-)
+from spar_hf.model.templates import TemplateChoice, read_templates, resolve_templates
+from spar_hf.model.words import UNKNOWN_NAMES, Vocabulary, distinct_names, prompt_tokens, some_of, unknown_names
 from spar_hf.runtime.engines import Graph
 from spar_hf.runtime.folders import ExportedFolder, read_json
 
@@ -116,7 +109,10 @@ class ExportedTexts:
         Raises:
             ValueError: a prompt is longer than the text tower reads, or a name has no token.
         """
-        prompts = self.prompts(templates)
+        choice = read_templates(templates)
+        if isinstance(choice, TemplateChoice):
+            return np.stack(choice.rows_of(names, lambda some, prompts: self.get(some, prompts)))
+        prompts = self.prompts(choice)
         with self._lock:
             missing = [name for name in dict.fromkeys(names) if (prompts, name) not in self._rows]
             rows = dict(zip(missing, self.embed(missing, prompts), strict=True)) if missing else {}

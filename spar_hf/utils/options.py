@@ -66,7 +66,7 @@ HELP = {
     "image_range": "Pixel values of black and white of images of floats or more than 8 bits: 0 4095 for 12 bits. Without it "
     "such images are refused if they cannot be scaled without guessing.",
     "max_pixels": "Refuse larger images, in pixels. Default: 89 million, about 0.3 GB in memory.",
-    "templates": "Prompt templates: imagenet80, tcl, short or plain. Default: those of the checkpoint.",
+    "templates": "Prompt templates: imagenet80, tcl, short, plain or a file of choose_templates. Default: the checkpoint's.",
     "mixed_precision": "no, fp16 or bf16. Default: what `accelerate launch` was told.",
     "shortest_edge": "Shorter side of the working size in pixels. Default: the checkpoint's.",
     "longest_edge": "Longer side of the working size in pixels; with --shortest_edge, an upper bound.",

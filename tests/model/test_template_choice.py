@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
+from spar_hf import bake_vocabulary
 from spar_hf.model.image_streams import EncodedImage
 from spar_hf.model.prompts import Vocabulary, embed_names
 from spar_hf.model.template_choice import TemplateChoice, choose_templates
@@ -92,6 +93,10 @@ def test_names_are_embedded_with_their_own_templates(segment, two_towers, tokeni
     ])  # fmt: skip
     for templates in (choice, tmp_path / "chosen.json", str(tmp_path / "chosen.json")):
         torch.testing.assert_close(segment.text_embeds(Vocabulary.parse(words), templates), expected)
+        names = Vocabulary.parse(words).all_names
+        torch.testing.assert_close(embed_names(two_towers, tokenizer, names, templates), expected)
+        baked = bake_vocabulary(two_towers, tokenizer, words, templates)
+        torch.testing.assert_close(F.normalize(baked.classifier.weight, dim=-1), expected, atol=1e-6, rtol=1e-5)
     found = segment(picture, candidate_labels=words, templates=str(tmp_path / "chosen.json"), output="logits")
     features = segment.encode(picture).feature_map
     plain = two_towers.dense_logits(features[None], expected)[0]
