@@ -9,10 +9,11 @@ DOCS := .venv-docs
 RELEASE := .venv-release
 NOTEBOOKS := .venv-notebooks
 TORCH := torch==2.13.0
-RUN := -m pytest -n 2 --dist loadgroup -m "not network and not gpu"
+# three at a time on two cores: many tests wait for a process, a server or a kill
+RUN := -m pytest -n 3 --dist loadgroup -m "not network and not gpu"
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
-# commands that tests start: two of them at a time share two cores
+# commands that tests start share the cores
 tests lowest: export OMP_NUM_THREADS = 1
 
 .PHONY: test tests lint bounds lowest demo docs notebooks release clean

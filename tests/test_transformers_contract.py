@@ -663,6 +663,11 @@ CONTRACT = [
             takes("peft.PeftModel.save_pretrained", "save_embedding_layers"),
         ),
     ),
+    Row(
+        "_get_help_string of argparse adds defaults",
+        "spar_hf/utils/options.py",
+        takes("argparse.ArgumentDefaultsHelpFormatter._get_help_string", "action"),
+    ),
     # tests
     Row(
         "_reset_state",

@@ -5,8 +5,9 @@ import os
 import threading
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,7 +32,8 @@ FILLED = 0.5  # share of a patch that a mask must cover, where any patch reaches
 WORKING_VALUES = 2**20  # patches x names while corrections are fitted
 
 
-class Example(NamedTuple):
+@dataclass(frozen=True)
+class Example:
     """
     What is kept of a mask.
 
@@ -325,7 +327,7 @@ class SupportImages:
         if self._changed():
             self.support.change([])  # of another tower
         first = self.support.next_image()
-        self.support.change([*self.support.examples, *(e._replace(image=e.image + first) for e in found)])
+        self.support.change([*self.support.examples, *(replace(e, image=e.image + first) for e in found)])
         self._supported_by = quick_fingerprint(pipe.model.vision_model)
         return self.support.counts()
 

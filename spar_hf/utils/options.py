@@ -42,9 +42,8 @@ def parse_dataclasses(
         """Keeps the lines of a description, which holds commands, and shows defaults; `None` is none."""
 
         def _get_help_string(self, action: argparse.Action) -> str | None:
-            if (
-                action.option_strings and action.option_strings[0] == f"--no_{action.dest}"
-            ):  # the parser repeats the help
+            # the parser repeats the help of the option that is turned off
+            if action.option_strings and action.option_strings[0] == f"--no_{action.dest}":
                 return f"Turns --{action.dest} off."
             return action.help if action.default is None else super()._get_help_string(action)
 
