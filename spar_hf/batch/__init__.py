@@ -1,1 +1,1 @@
-"""Batch processing: features of many images as files."""
+"""Many images: features, masks and teacher maps, by callables of Ray Data, `datasets` and Spark, and as files of every kind."""
