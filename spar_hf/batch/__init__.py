@@ -1,1 +1,1 @@
-"""Many images: features, masks and teacher maps, by callables of Ray Data, `datasets` and Spark, and as files of every kind."""
+"""Many images: features, masks and teacher maps, by callables of Ray Data, `datasets` and Spark, and as files."""
