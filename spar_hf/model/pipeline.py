@@ -26,6 +26,7 @@ from .refine import Refinement, refined_logits
 from .results import as_segments, check_output_size, check_shares, guarded, is_error
 from .segmentation import DenseLogits, class_probabilities
 from .support import SupportImages, SupportSet
+from .templates import read_templates
 from .text_embeddings import STORED_EMBEDDINGS, TextEmbeddingCache, stored_embeddings
 from .tiling import TiledImage, check_tiled, tiled_map
 from .upsamplers import Upsampler, resolve_upsampler
@@ -43,7 +44,7 @@ class OpenVocabSegmentationPipeline(SupportImages, FrameStreams, Pipeline):
 
     Beside features and results, a decision needs a few buffers of at most 64 MiB and 8 bytes per pixel of the image,
     for any number of classes: 0.25 GiB for 150 classes at 1024×2048, 0.37 GiB for 1,000 at 2048×2048 (on a CPU). To
-    compile the model: `segment.model = torch.compile(segment.model)`.
+    compile the model: `segment.model = spar_hf.compile_model(segment.model)`.
 
     Example:
 
@@ -209,16 +210,12 @@ class OpenVocabSegmentationPipeline(SupportImages, FrameStreams, Pipeline):
         shares = {"threshold": threshold, "min_area": min_area, "min_presence": min_presence}
         check_shares(**{name: value for name, value in shares.items() if value is not None})
         vocabulary = None if candidate_labels is None else Vocabulary.parse(candidate_labels)
-        preprocess = {
-            "size": size,
-            "max_tokens": max_tokens,
-            "image_range": image_range,
-            "on_error": on_error,
-            "tile": tile,
-        }
+        preprocess = {"size": size, "max_tokens": max_tokens, "image_range": image_range}
+        preprocess |= {"on_error": on_error, "tile": tile}
         postprocess = {"output": output, "top_k": top_k}
-        forward = {"vocabulary": vocabulary, "templates": templates, "background": background, **shares, **postprocess}
-        forward |= {"presence": presence, "refine": refine, "upsampler": upsampler}
+        # a file of templates is read once, and what it holds is part of cached keys
+        forward = {"vocabulary": vocabulary, "templates": read_templates(templates), **shares, **postprocess}
+        forward |= {"background": background, "presence": presence, "refine": refine, "upsampler": upsampler}
         given = ({k: v for k, v in options.items() if v is not None} for options in (preprocess, forward, postprocess))
         return tuple(given)
 

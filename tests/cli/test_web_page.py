@@ -16,11 +16,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from spar_hf.cli import web_history, web_page, web_segmentation
+from spar_hf.cli import web_page, web_segmentation
 from spar_hf.cli.overlays import palette
 from spar_hf.cli.pipelines import load_pipeline, segment_timed
-from spar_hf.cli.web_history import Kept, keep
-from spar_hf.cli.web_view import Shown, colours_of, for_display, legend
+from spar_hf.cli.web_view import colours_of, for_display, legend
 from spar_hf.model.prompts import Vocabulary
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of pandas, in Gradio's queue
@@ -106,26 +105,6 @@ def test_a_word_keeps_its_colour_whatever_stands_beside_it():
     assert (again[0] == colours[2]).all() and (again[3] == colours[1]).all()
     assert again[1].tolist() == palette(4)[3].tolist() and again[2].tolist() == [140, 140, 140]
     assert known == {"road": 0, "car": 1, "sky": 2, "cat": 3}
-
-
-def test_the_last_results_are_kept_until_they_are_many_or_large(monkeypatch):
-    image = Image.new("RGB", (64, 48), "skyblue")
-    result = {
-        **result_of(np.zeros((48, 64), np.int32), ["sky", "road"], [0.9, 0]),
-        "heat": np.zeros((2, 48, 64), np.uint8),
-    }
-    shown = Shown.make("one pass", "a.png", image, result, np.zeros((2, 3), np.uint8))
-    history = []
-    for i in range(8):
-        history = keep(history, Kept(f"words {i}", [shown], (f"{i} s", ""), "table"))
-    assert [kept.words for kept in history] == [f"words {i}" for i in range(7, 1, -1)]
-    assert (
-        keep(history, Kept("wrong; wrong", [shown], ("7 s", ""), "table")) == history
-    )  # an error showed no new result
-    monkeypatch.setattr(web_history, "KEPT_BYTES", int(2.5 * history[0].size))
-    assert [kept.words for kept in keep(history, Kept("new", [shown], ("9 s", ""), "table"))] == ["new", "words 7"]
-    small, caption = Kept("x" * 60, [shown], ("", ""), "").thumbnail()
-    assert small.size == (64, 48) and len(caption) < 45
 
 
 def test_absent_classes_are_folded_away():

@@ -112,3 +112,16 @@ def test_files_that_are_none(segment, tmp_path):
         (tmp_path / "wrong.json").write_text(content)
         with pytest.raises(ValueError, match=r"wrong\.json.*Write it again"):
             segment(image, candidate_labels=["sky", "road"], templates=str(tmp_path / "wrong.json"))
+
+
+def test_a_file_that_is_written_again_is_read_again(segment, picture, tmp_path):
+    """Also where support images keep what they have computed for the words."""
+    file, words = str(tmp_path / "chosen.json"), ["road", "sky"]
+    segment.add_support([(picture, np.ones((90, 131), bool), "road")])
+    found = []
+    for prompt in ("the {}", "a photo of a {}"):
+        TemplateChoice((prompt,)).save(file)
+        found.append(segment(picture, candidate_labels=words, templates=file, output="logits")["logits"])
+        plain = segment(picture, candidate_labels=words, templates=[prompt], output="logits")["logits"]
+        np.testing.assert_allclose(found[-1], plain, atol=1e-4)
+    assert np.abs(found[0] - found[1]).max() > 1e-3
