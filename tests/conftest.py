@@ -1,5 +1,6 @@
 """Fixtures that several rooms use: tiny models of random weights, images, what transformers logs."""
 
+import functools
 import logging
 import os
 from pathlib import Path
@@ -95,38 +96,31 @@ def image_folder(tmp_path_factory):
     return folder
 
 
-class RecordList(logging.Handler):
-    """Keeps what is logged at WARNING or above."""
+def warned(library: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """
+    What a library warns of during the test, also what it says only once per process. The calls are recorded, so levels and
+    handlers that earlier tests of this process left behind play no part.
+    """
+    messages: list[str] = []
 
-    def __init__(self):
-        super().__init__(logging.WARNING)
-        self.messages: list[str] = []
+    def record(logger, message, *args, **kwargs):
+        said = logger.makeRecord(logger.name, logging.WARNING, "", 0, message, args, None)
+        if logger.name.split(".")[0] == library and logger.filter(said):
+            messages.append(said.getMessage())
 
-    def emit(self, record):
-        self.messages.append(record.getMessage())
-
-
-def warned(library: str):
-    """What a library logs at WARNING or above during the test, also what it says only once per process."""
-    from transformers.utils.logging import warning_once
-
-    warning_once.cache_clear()
-    handler, logger = RecordList(), logging.getLogger(library)
-    level = logger.level
-    logger.setLevel(logging.WARNING)  # a command of ours run before in this process has silenced it
-    logger.addHandler(handler)
-    yield handler.messages
-    logger.removeHandler(handler)
-    logger.setLevel(level)
+    for name in ("warning", "error", "critical"):
+        monkeypatch.setattr(logging.Logger, name, record)
+    monkeypatch.setattr(logging.Logger, "warning_once", functools.cache(record))
+    return messages
 
 
 @pytest.fixture
-def transformers_log():
+def transformers_log(monkeypatch):
     """Warnings of transformers."""
-    yield from warned("transformers")
+    return warned("transformers", monkeypatch)
 
 
 @pytest.fixture
-def own_log():
+def own_log(monkeypatch):
     """Warnings of this library."""
-    yield from warned("spar_hf")
+    return warned("spar_hf", monkeypatch)

@@ -4,11 +4,12 @@ import math
 import random
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import nn
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
@@ -25,6 +26,21 @@ LABEL_GRID = 4  # pixels of a crop per label, along each side
 MASK_STRIDE = 4  # masks are searched for a class at each so-many-th pixel
 
 
+class Crops(NamedTuple):
+    """
+    Crops of one set, or a single one, without the first axis.
+
+    Attributes:
+        pixels: `(crops, 3, window, window)` in -1 to 1.
+        labels: `(crops, grid, grid)` int64, where `grid` is `window / LABEL_GRID`; or the numbers of tagged images.
+        targets: features of the image teacher `(crops, dim, window / patch, window / patch)`; `None` without one.
+    """
+
+    pixels: Any
+    labels: Any
+    targets: Any = None
+
+
 class CropSet:
     """
     A set of images in memory, and square crops of it.
@@ -33,11 +49,15 @@ class CropSet:
         images: `(height, width, 3)` uint8 each.
         masks: classes `(height, width)` uint8 each, 255 ignored; `None` for tagged images, which have a name and no mask.
         names: words of each class, or of each tagged image; empty for classes that no word may stand for.
-        spec: the set's entry in the recipe: `weight`, `crop` (smallest and largest side in pixels), `even_classes`.
+        spec: the set's entry in the recipe: `weight`, `crop` (smallest and largest side in pixels), `even_classes`,
+            `teacher_edge` (longest side of its images as an image teacher sees them).
         unnamed: class of the pixels that belong to none of the other classes, and
         unnamed_word: the set's word for it, such as "background".
         files: names of the images, and
         held_out: of those of the same folder that are held out; for the record of a run.
+
+    Attributes:
+        teacher_maps: features of an image teacher, one map per image, see `add_teacher_maps`.
     """
 
     def __init__(
@@ -54,7 +74,8 @@ class CropSet:
         self.files, self.held_out = files, held_out
         self.images, self.masks, self.names = images, masks, names
         self.unnamed, self.unnamed_word = unnamed, unnamed_word
-        self.weight, self.crop = spec["weight"], spec["crop"]
+        self.weight, self.crop, self.teacher_edge = spec["weight"], spec["crop"], spec.get("teacher_edge")
+        self.teacher_maps: list[torch.Tensor] | None = None
         self.images_of: dict[int, list[int]] = {}  # class -> numbers of the images that hold it
         if masks is not None:
             counts = np.stack([np.bincount(mask.ravel(), minlength=256)[: len(names)] for mask in masks])
@@ -75,14 +96,8 @@ class CropSet:
             return rng.choice(self.images_of[rng.choice(list(self.images_of))])
         return rng.randrange(len(self.images))
 
-    def cut(self, rng: random.Random, window: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """
-        A crop and its labels.
-
-        Returns:
-            Pixels `(3, window, window)` in -1 to 1; and labels `(grid, grid)` int64, where `grid` is `window / LABEL_GRID`,
-            or the number of a tagged image.
-        """
+    def cut(self, rng: random.Random, window: int, patch: int = 16) -> Crops:
+        """A crop of `window` × `window` pixels in patches of `patch` × `patch`, and what is to be learned from it."""
         index = self.draw_image(rng)
         source = self.images[index]
         box = self._draw_box(rng, index)
@@ -96,9 +111,12 @@ class CropSet:
             grid = window // LABEL_GRID
             mask = Image.fromarray(self.masks[index]).resize((grid, grid), Image.Resampling.NEAREST, box=box)
             label = torch.from_numpy(np.asarray(mask).astype(np.int64))  # (grid, grid)
+        maps = self.teacher_maps
+        targets = None if maps is None else read_map(maps[index], box, source.shape[:2], window // patch)
         if flip:
             pixels, label = pixels.flip(-1), label.flip(-1) if label.ndim else label
-        return pixels * 2 - 1, label
+            targets = None if targets is None else targets.flip(-1)
+        return Crops(pixels * 2 - 1, label, targets)
 
     def _draw_box(self, rng: random.Random, index: int) -> tuple[float, float, float, float]:
         """Left, top, right and bottom of a crop; half of them hold a pixel of a class drawn from those in the image."""
@@ -121,44 +139,35 @@ class CropSet:
 
 class CropBatches(Dataset):
     """
-    Item i is batch i: a list with pixels and labels of every set. It depends on the seed and i, whatever the worker.
+    Item i is batch i: [`Crops`] of every set. It depends on the seed and i, whatever the worker.
 
     The sets share the `batch_size` crops of a batch by their weights; each gets at least one. Crops have `window` × `window`
-    pixels. With `paste_probability`, crops get classes of others ([`paste_classes`]) and other backgrounds
-    ([`change_background`]).
+    pixels, in patches of `patch` × `patch`.
     """
 
-    def __init__(
-        self, sets: list[CropSet], batch_size: int, window: int, steps: int, seed: int, paste_probability: float = 0.0
-    ):
-        self.sets, self.window, self.steps, self.seed = sets, window, steps, seed
-        self.paste_probability = paste_probability
+    def __init__(self, sets: list[CropSet], batch_size: int, window: int, steps: int, seed: int, patch: int = 16):
+        self.sets, self.window, self.steps, self.seed, self.patch = sets, window, steps, seed, patch
         total = sum(s.weight for s in sets)
         self.counts = [max(1, round(batch_size * s.weight / total)) for s in sets]
 
     def __len__(self) -> int:
         return self.steps
 
-    def __getitem__(self, step: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        rng, paste = random.Random(f"{self.seed}-{step}"), self.paste_probability
+    def __getitem__(self, step: int) -> list[Crops]:
+        rng = random.Random(f"{self.seed}-{step}")
         groups = []
         for crop_set, count in zip(self.sets, self.counts, strict=True):
-            crops = [crop_set.cut(rng, self.window) for _ in range(count)]
-            pixels, labels = (torch.stack(parts) for parts in zip(*crops, strict=True))
+            cut = zip(*(crop_set.cut(rng, self.window, self.patch) for _ in range(count)), strict=True)
+            crops = Crops(*(None if part[0] is None else torch.stack(part) for part in cut))
             if crop_set.masks is not None and rng.random() < 0.3:
-                pixels, labels = paste_box(pixels, labels, rng)
-            elif crop_set.masks is not None and paste and rng.random() < paste:
-                pixels, labels = paste_classes(pixels, labels, crop_set.unnamed, rng)
-            groups.append((pixels, labels))
-        for number, crop_set in enumerate(self.sets):
-            if crop_set.unnamed is not None and paste and rng.random() < paste:
-                others = torch.cat([group[0] for k, group in enumerate(groups) if k != number] or [groups[number][0]])
-                groups[number] = change_background(*groups[number], crop_set.unnamed, others, rng)
+                crops = paste_box(crops, rng)
+            groups.append(crops)
         return groups
 
 
-def paste_box(pixels: torch.Tensor, labels: torch.Tensor, rng: random.Random) -> tuple[torch.Tensor, torch.Tensor]:
+def paste_box(crops: Crops, rng: random.Random) -> Crops:
     """CutMix (Yun et al., 2019) for label maps: every crop gets a box of its neighbour in the batch."""
+    pixels, labels, targets = crops
     grid = labels.shape[-1]
     height, width = (rng.randint(grid // 4, grid // 2) for _ in range(2))
     top, left = rng.randint(0, grid - height), rng.randint(0, grid - width)
@@ -167,49 +176,34 @@ def paste_box(pixels: torch.Tensor, labels: torch.Tensor, rng: random.Random) ->
     rows = slice(top * scale, (top + height) * scale)
     columns = slice(left * scale, (left + width) * scale)
     pixels[:, :, rows, columns] = pixels.roll(1, 0)[:, :, rows, columns]
-    return pixels, labels
+    if targets is not None:  # a patch has the features of the crop that its centre is of
+        centres = (torch.arange(targets.shape[-1]) + 0.5) * grid / targets.shape[-1]
+        inside = [(low <= centres) & (centres < low + side) for low, side in ((top, height), (left, width))]
+        targets = torch.where(inside[0][:, None] & inside[1], targets.roll(1, 0), targets)
+    return Crops(pixels, labels, targets)
 
 
-def paste_classes(
-    pixels: torch.Tensor, labels: torch.Tensor, unnamed: int | None, rng: random.Random
-) -> tuple[torch.Tensor, torch.Tensor]:
+def read_map(
+    map_: torch.Tensor, box: tuple[float, float, float, float], size: tuple[int, int], grid: int
+) -> torch.Tensor:
     """
-    ClassMix (Olsson et al., 2021): every crop gets the pixels of half of the classes of its neighbour in the batch, at least
-    one, where they lie there. Ignored pixels and those of the class `unnamed` are not pasted.
+    A feature map at the centres of the patches of a crop.
 
     Args:
-        pixels: `(crops, 3, height, width)`.
-        labels: `(crops, height / LABEL_GRID, width / LABEL_GRID)`.
-        unnamed: class of the pixels that belong to none of the others.
-        rng: chooses the classes.
-    """
-    given, mask = labels.roll(1, 0), torch.zeros_like(labels, dtype=torch.bool)
-    for crop, donor in enumerate(given):
-        present = [label for label in donor.unique().tolist() if label not in (IGNORE_INDEX, unnamed)]
-        chosen = rng.sample(present, (len(present) + 1) // 2)
-        mask[crop] = torch.isin(donor, torch.tensor(chosen, dtype=donor.dtype))
-    seen = mask.repeat_interleave(LABEL_GRID, 1).repeat_interleave(LABEL_GRID, 2)  # (crops, height, width)
-    return torch.where(seen[:, None], pixels.roll(1, 0), pixels), torch.where(mask, given, labels)
+        map_: `(dim, rows, columns)` of the whole image.
+        box: left, top, right and bottom of the crop, in pixels of the image.
+        size: height and width of the image.
+        grid: patches of the crop along each side.
 
-
-def change_background(
-    pixels: torch.Tensor, labels: torch.Tensor, unnamed: int, others: torch.Tensor, rng: random.Random
-) -> tuple[torch.Tensor, torch.Tensor]:
+    Returns:
+        `(dim, grid, grid)` in float32, bilinear.
     """
-    Put half of the crops before another background: what belongs to no class, and ignored pixels, become those of a crop
-    of another set, and are ignored, since that one may show the same classes.
-
-    Args:
-        pixels, labels, unnamed, rng: as for [`paste_classes`].
-        others: crops of other sets `(others, 3, height, width)`.
-    """
-    pixels, labels = pixels.clone(), labels.clone()
-    for crop in rng.sample(range(len(pixels)), len(pixels) // 2):
-        rest = (labels[crop] == unnamed) | (labels[crop] == IGNORE_INDEX)
-        seen = rest.repeat_interleave(LABEL_GRID, 0).repeat_interleave(LABEL_GRID, 1)
-        pixels[crop] = torch.where(seen, others[rng.randrange(len(others))], pixels[crop])
-        labels[crop][rest] = IGNORE_INDEX
-    return pixels, labels
+    left, top, right, bottom = box
+    steps = (torch.arange(grid) + 0.5) / grid
+    x = (left + steps * (right - left)) * 2 / size[1] - 1
+    y = (top + steps * (bottom - top)) * 2 / size[0] - 1
+    points = torch.stack(torch.broadcast_tensors(x[None, :], y[:, None]), -1)[None]  # (1, grid, grid, 2)
+    return nn.functional.grid_sample(map_[None].float(), points, padding_mode="border", align_corners=False)[0]
 
 
 def load_sets(

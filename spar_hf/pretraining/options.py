@@ -16,7 +16,6 @@ from spar_hf.utils.options import (
     formerly,
     require_not_negative,
     require_positive,
-    require_share,
 )
 from spar_hf.utils.run_options import TrainingRunOptions
 from spar_hf.utils.texts import read_text
@@ -87,15 +86,16 @@ class TrainingOptions:
     warmup_steps: int = option(200, "Steps of linear warm-up.")
     names_per_set: int = option(28, "Class names compared per set and step.")
     foreign_names: int = option(8, "Names of other sets added as wrong answers.")
-    paste_probability: float = option(
-        0.0, "How often the crops of a set get classes of one another pasted, and things another background."
-    )
     tagged_names: int = option(64, "Number of names that an image with a name but no mask is compared with.")
+    image_teacher: str | None = option(
+        None, "Folder of a pre-trained vision model of transformers whose features are learned beside the labels."
+    )
+    image_teacher_weight: float = option(2.0, "Weight of the error to its features; the labels have 1.")
 
     def __post_init__(self):
         require_positive(self, "steps", "batch_size", "learning_rate", "names_per_set", "tagged_names")
+        require_positive(self, "image_teacher_weight")
         require_not_negative(self, "weight_decay", "warmup_steps", "foreign_names")
-        require_share(self, "paste_probability")
 
 
 @dataclass(kw_only=True)

@@ -13,6 +13,7 @@ import yaml
 from accelerate import Accelerator
 from interrupting import at_call
 from PIL import Image
+from pretraining_world import COLOURS, SMALL, arguments
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, BertConfig, BertModel, PreTrainedTokenizerFast
@@ -20,7 +21,7 @@ from transformers import AutoTokenizer, BertConfig, BertModel, PreTrainedTokeniz
 from spar_hf import SparForOpenVocabSegmentation
 from spar_hf.model.prompts import embed_names
 from spar_hf.pretraining import trainer
-from spar_hf.pretraining.crops import CropBatches, CropSet, change_background, load_sets, paste_classes
+from spar_hf.pretraining.crops import CropBatches, CropSet, load_sets
 from spar_hf.pretraining.losses import FOREIGN, draw_prompts, pixel_loss
 from spar_hf.pretraining.model import build_model
 from spar_hf.pretraining.options import NewModelOptions, TrainingOptions
@@ -28,44 +29,6 @@ from spar_hf.pretraining.trainer import main
 from spar_hf.pretraining.words import build_tokenizer, common_words, teach_words, word_targets
 from spar_hf.utils.errors import NotFinite, UsageError
 from spar_hf.utils.sample_record import read_samples
-
-SMALL = {"window_size": 32, "hidden_size": 64, "layers": 1, "vocab_size": 400, "batch_size": 4, "text_steps": 5}
-SMALL |= {"warmup_steps": 1, "workers": 0, "foreign_names": 2}
-COLOURS = {"sky": (90, 150, 240), "road": (90, 90, 90), "grass": (60, 170, 50), "bus": (220, 40, 40)}
-
-
-@pytest.fixture
-def world(tmp_path):
-    """Images of coloured rectangles with masks, and images of one colour with its name in the file name."""
-    rng = np.random.default_rng(0)
-    scenes, tagged = tmp_path / "scenes", tmp_path / "tagged"
-    for folder in (scenes / "images", scenes / "masks", tagged):
-        folder.mkdir(parents=True)
-    (scenes / "classes.txt").write_text("\n".join(COLOURS))
-    for i in range(12):
-        mask = rng.integers(0, 4, (3, 4)).astype(np.uint8).repeat(40, 0).repeat(40, 1)
-        noise = rng.normal(0, 12, (*mask.shape, 3))
-        pixels = (np.array(list(COLOURS.values()))[mask] + noise).clip(0, 255).astype(np.uint8)
-        Image.fromarray(pixels).save(scenes / "images" / f"{i:02}.png")
-        Image.fromarray(mask).save(scenes / "masks" / f"{i:02}.png")
-    for i, name in enumerate(("blue_ball", "green_ball", "bus", "red_ball", "grey_ball")):
-        Image.new("RGB", (90, 80), tuple(rng.integers(0, 255, 3).tolist())).save(tagged / f"n{i}_{name}.jpg")
-    recipe = {
-        "sets": [{"path": "scenes", "weight": 3, "crop": [40, 110], "holdout_every": 4, "exclude": ["00"]}],
-        "tagged": [{"path": "tagged", "weight": 1, "crop": [40, 80]}],
-        "held_out": ["bus"],
-        "held_out_tags": ["bus"],
-        "synonyms": {"sky": ["blue sky"], "grass": ["lawn"]},
-        "groups": [["n0", "n1", "ball"]],
-    }
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    return tmp_path
-
-
-def arguments(world, output, **options):
-    """A command line of the pre-training."""
-    values = {"data": world, "recipe": world / "recipe.yaml", "output": output, **options}
-    return [part for name, value in values.items() for part in (f"--{name}", str(value))]
 
 
 def as_version_0_1_stored_it(file):
@@ -318,55 +281,3 @@ def test_even_classes__images_are_drawn_by_class():
 
     assert share_of_the_last(spec) == pytest.approx(1 / 10, abs=0.02)
     assert share_of_the_last({**spec, "even_classes": True}) == pytest.approx(2 / 3, abs=0.03)
-
-
-def crops_of_classes():
-    """Three crops of 16 px of random classes 0 to 3 and ignored ones; a pixel's colour tells its crop."""
-    labels = torch.tensor(np.random.default_rng(0).choice([0, 1, 2, 3, 255], (3, 4, 4)))
-    pixels = torch.arange(3.0)[:, None, None, None].expand(3, 3, 16, 16).clone()
-    return pixels, labels
-
-
-def test_pasted_classes_are_whole_and_their_pixels_come_along():
-    pixels, labels = crops_of_classes()
-    found, new = paste_classes(pixels, labels, 0, random.Random(1))
-    for crop in range(3):
-        donor = (crop - 1) % 3
-        pasted = {int(label) for label in labels[donor].unique()} - {0, 255}
-        chosen = {label for label in pasted if (new[crop] == label)[labels[donor] == label].all()}
-        assert chosen and len(pasted) // 2 <= len(chosen)
-        for row in range(16):
-            for column in range(16):
-                here = labels[donor, row // 4, column // 4]
-                source = found[crop, 0, row, column]
-                assert source in (crop, donor)
-                if source == donor:  # a class of the donor, at its place
-                    assert int(here) in pasted and new[crop, row // 4, column // 4] == here
-                else:
-                    assert new[crop, row // 4, column // 4] == labels[crop, row // 4, column // 4]
-    taken = [(found[crop, 0] == (crop - 1) % 3).float().mean() for crop in range(3)]
-    assert all(0 < share < 1 for share in taken)
-
-
-def test_another_background_is_ignored_and_leaves_the_classes():
-    pixels, labels = crops_of_classes()
-    others = torch.full((2, 3, 16, 16), 9.0)
-    found, new = change_background(pixels, labels, 0, others, random.Random(0))
-    changed = [crop for crop in range(3) if not torch.equal(new[crop], labels[crop])]
-    assert len(changed) == 1
-    for crop in range(3):
-        rest = (labels[crop] == 0) | (labels[crop] == 255)
-        seen = rest.repeat_interleave(4, 0).repeat_interleave(4, 1)
-        replaced = seen if crop in changed else torch.zeros_like(seen)
-        assert torch.equal(found[crop, 1], torch.where(replaced, 9.0, float(crop)))
-        assert torch.equal(new[crop], torch.where(rest & (crop in changed), 255, labels[crop]))
-
-
-def test_batches_with_pasted_classes_hold_no_other_labels(world):
-    recipe = yaml.safe_load((world / "recipe.yaml").read_text())
-    sets = load_sets(world, recipe)
-    plain, pasted = (CropBatches(sets, 8, 32, 20, 0, probability) for probability in (0.0, 1.0))
-    same = [torch.equal(plain[i][0][0], pasted[i][0][0]) for i in range(20)]
-    assert not all(same)
-    for pixels, labels in (group for i in range(20) for group in pasted[i][:1]):
-        assert pixels.shape[1:] == (3, 32, 32) and set(labels.unique().tolist()) <= {0, 1, 2, 255}
