@@ -4,12 +4,11 @@ import math
 import random
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import nn
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
@@ -26,21 +25,6 @@ LABEL_GRID = 4  # pixels of a crop per label, along each side
 MASK_STRIDE = 4  # masks are searched for a class at each so-many-th pixel
 
 
-class Crops(NamedTuple):
-    """
-    Crops of one set, or a single one, without the first axis.
-
-    Attributes:
-        pixels: `(crops, 3, window, window)` in -1 to 1.
-        labels: `(crops, grid, grid)` int64, where `grid` is `window / LABEL_GRID`; or the numbers of tagged images.
-        targets: features of the image teacher `(crops, dim, window / patch, window / patch)`; `None` without one.
-    """
-
-    pixels: Any
-    labels: Any
-    targets: Any = None
-
-
 class CropSet:
     """
     A set of images in memory, and square crops of it.
@@ -49,15 +33,11 @@ class CropSet:
         images: `(height, width, 3)` uint8 each.
         masks: classes `(height, width)` uint8 each, 255 ignored; `None` for tagged images, which have a name and no mask.
         names: words of each class, or of each tagged image; empty for classes that no word may stand for.
-        spec: the set's entry in the recipe: `weight`, `crop` (smallest and largest side in pixels), `even_classes`,
-            `teacher_edge` (longest side of its images as an image teacher sees them).
+        spec: the set's entry in the recipe: `weight`, `crop` (smallest and largest side in pixels), `even_classes`.
         unnamed: class of the pixels that belong to none of the other classes, and
         unnamed_word: the set's word for it, such as "background".
         files: names of the images, and
         held_out: of those of the same folder that are held out; for the record of a run.
-
-    Attributes:
-        teacher_maps: features of an image teacher, one map per image, see `add_teacher_maps`.
     """
 
     def __init__(
@@ -74,8 +54,7 @@ class CropSet:
         self.files, self.held_out = files, held_out
         self.images, self.masks, self.names = images, masks, names
         self.unnamed, self.unnamed_word = unnamed, unnamed_word
-        self.weight, self.crop, self.teacher_edge = spec["weight"], spec["crop"], spec.get("teacher_edge")
-        self.teacher_maps: list[torch.Tensor] | None = None
+        self.weight, self.crop = spec["weight"], spec["crop"]
         self.images_of: dict[int, list[int]] = {}  # class -> numbers of the images that hold it
         if masks is not None:
             counts = np.stack([np.bincount(mask.ravel(), minlength=256)[: len(names)] for mask in masks])
@@ -96,8 +75,14 @@ class CropSet:
             return rng.choice(self.images_of[rng.choice(list(self.images_of))])
         return rng.randrange(len(self.images))
 
-    def cut(self, rng: random.Random, window: int, patch: int = 16) -> Crops:
-        """A crop of `window` × `window` pixels in patches of `patch` × `patch`, and what is to be learned from it."""
+    def cut(self, rng: random.Random, window: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        A crop and its labels.
+
+        Returns:
+            Pixels `(3, window, window)` in -1 to 1; and labels `(grid, grid)` int64, where `grid` is `window / LABEL_GRID`,
+            or the number of a tagged image.
+        """
         index = self.draw_image(rng)
         source = self.images[index]
         box = self._draw_box(rng, index)
@@ -111,12 +96,9 @@ class CropSet:
             grid = window // LABEL_GRID
             mask = Image.fromarray(self.masks[index]).resize((grid, grid), Image.Resampling.NEAREST, box=box)
             label = torch.from_numpy(np.asarray(mask).astype(np.int64))  # (grid, grid)
-        maps = self.teacher_maps
-        targets = None if maps is None else read_map(maps[index], box, source.shape[:2], window // patch)
         if flip:
             pixels, label = pixels.flip(-1), label.flip(-1) if label.ndim else label
-            targets = None if targets is None else targets.flip(-1)
-        return Crops(pixels * 2 - 1, label, targets)
+        return pixels * 2 - 1, label
 
     def _draw_box(self, rng: random.Random, index: int) -> tuple[float, float, float, float]:
         """Left, top, right and bottom of a crop; half of them hold a pixel of a class drawn from those in the image."""
@@ -139,35 +121,34 @@ class CropSet:
 
 class CropBatches(Dataset):
     """
-    Item i is batch i: [`Crops`] of every set. It depends on the seed and i, whatever the worker.
+    Item i is batch i: a list with pixels and labels of every set. It depends on the seed and i, whatever the worker.
 
     The sets share the `batch_size` crops of a batch by their weights; each gets at least one. Crops have `window` × `window`
-    pixels, in patches of `patch` × `patch`.
+    pixels.
     """
 
-    def __init__(self, sets: list[CropSet], batch_size: int, window: int, steps: int, seed: int, patch: int = 16):
-        self.sets, self.window, self.steps, self.seed, self.patch = sets, window, steps, seed, patch
+    def __init__(self, sets: list[CropSet], batch_size: int, window: int, steps: int, seed: int):
+        self.sets, self.window, self.steps, self.seed = sets, window, steps, seed
         total = sum(s.weight for s in sets)
         self.counts = [max(1, round(batch_size * s.weight / total)) for s in sets]
 
     def __len__(self) -> int:
         return self.steps
 
-    def __getitem__(self, step: int) -> list[Crops]:
+    def __getitem__(self, step: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
         rng = random.Random(f"{self.seed}-{step}")
         groups = []
         for crop_set, count in zip(self.sets, self.counts, strict=True):
-            cut = zip(*(crop_set.cut(rng, self.window, self.patch) for _ in range(count)), strict=True)
-            crops = Crops(*(None if part[0] is None else torch.stack(part) for part in cut))
+            crops = [crop_set.cut(rng, self.window) for _ in range(count)]
+            pixels, labels = (torch.stack(parts) for parts in zip(*crops, strict=True))
             if crop_set.masks is not None and rng.random() < 0.3:
-                crops = paste_box(crops, rng)
-            groups.append(crops)
+                pixels, labels = paste_box(pixels, labels, rng)
+            groups.append((pixels, labels))
         return groups
 
 
-def paste_box(crops: Crops, rng: random.Random) -> Crops:
+def paste_box(pixels: torch.Tensor, labels: torch.Tensor, rng: random.Random) -> tuple[torch.Tensor, torch.Tensor]:
     """CutMix (Yun et al., 2019) for label maps: every crop gets a box of its neighbour in the batch."""
-    pixels, labels, targets = crops
     grid = labels.shape[-1]
     height, width = (rng.randint(grid // 4, grid // 2) for _ in range(2))
     top, left = rng.randint(0, grid - height), rng.randint(0, grid - width)
@@ -176,34 +157,7 @@ def paste_box(crops: Crops, rng: random.Random) -> Crops:
     rows = slice(top * scale, (top + height) * scale)
     columns = slice(left * scale, (left + width) * scale)
     pixels[:, :, rows, columns] = pixels.roll(1, 0)[:, :, rows, columns]
-    if targets is not None:  # a patch has the features of the crop that its centre is of
-        centres = (torch.arange(targets.shape[-1]) + 0.5) * grid / targets.shape[-1]
-        inside = [(low <= centres) & (centres < low + side) for low, side in ((top, height), (left, width))]
-        targets = torch.where(inside[0][:, None] & inside[1], targets.roll(1, 0), targets)
-    return Crops(pixels, labels, targets)
-
-
-def read_map(
-    map_: torch.Tensor, box: tuple[float, float, float, float], size: tuple[int, int], grid: int
-) -> torch.Tensor:
-    """
-    A feature map at the centres of the patches of a crop.
-
-    Args:
-        map_: `(dim, rows, columns)` of the whole image.
-        box: left, top, right and bottom of the crop, in pixels of the image.
-        size: height and width of the image.
-        grid: patches of the crop along each side.
-
-    Returns:
-        `(dim, grid, grid)` in float32, bilinear.
-    """
-    left, top, right, bottom = box
-    steps = (torch.arange(grid) + 0.5) / grid
-    x = (left + steps * (right - left)) * 2 / size[1] - 1
-    y = (top + steps * (bottom - top)) * 2 / size[0] - 1
-    points = torch.stack(torch.broadcast_tensors(x[None, :], y[:, None]), -1)[None]  # (1, grid, grid, 2)
-    return nn.functional.grid_sample(map_[None].float(), points, padding_mode="border", align_corners=False)[0]
+    return pixels, labels
 
 
 def load_sets(

@@ -1,4 +1,4 @@
-"""Losses of the pre-training: a softmax over names at each pixel or of each image, and the error to an image teacher."""
+"""Losses of the pre-training: a softmax over names at each pixel, or over names of whole images."""
 
 import random
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from spar_hf.data.segmentation_sets import IGNORE_INDEX
-from spar_hf.pretraining.crops import Crops, CropSet
+from spar_hf.pretraining.crops import CropSet
 from spar_hf.pretraining.options import TrainingOptions
 from spar_hf.pretraining.words import PROMPT_TEMPLATES
 
@@ -120,7 +120,7 @@ def step_loss(
     towers: nn.Module,
     tokenizer: Any,
     sets: list[CropSet],
-    groups: list[Crops],
+    groups: list[tuple[torch.Tensor, torch.Tensor]],
     options: TrainingOptions,
     rng: random.Random,
     device: torch.device,
@@ -130,14 +130,14 @@ def step_loss(
 
     Args:
         towers: [`Towers`], perhaps wrapped by accelerate, on `device`; `tokenizer` is that of the text tower.
-        groups: crops of every set, from [`CropBatches`].
+        groups: pixels and labels of every set, from [`CropBatches`].
         options: how many names are compared; `rng` draws them and their templates.
     """
-    labels = [crops.labels for crops in groups]
+    labels = [label for _, label in groups]
     prompts = draw_prompts(sets, labels, options, rng)
     texts = [text for of_set in prompts for text in of_set.texts]
     tokens = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")
-    outputs = towers(torch.cat([crops.pixels for crops in groups]).to(device), tokens["input_ids"].to(device))
+    outputs = towers(torch.cat([pixels for pixels, _ in groups]).to(device), tokens["input_ids"].to(device))
     scale, counts = outputs["dense_logit_scale"], [len(label) for label in labels]
     embeddings = outputs["text_embeds"].split([len(of_set.texts) for of_set in prompts])
     features, pooled = outputs["feature_map"].split(counts), outputs["pooler_output"].split(counts)
@@ -156,8 +156,4 @@ def step_loss(
             part = pixel_loss(logits, label, targets, crop_set.class_weights, crop_set.unnamed)
         loss = loss + part * counts[i] / sum(counts)
         parts[f"set{i}"] = part.detach()
-    if outputs["imitation"] is not None:
-        targets = torch.cat([crops.targets for crops in groups]).flatten(2).transpose(1, 2)  # (crops, patches, dim)
-        part = nn.functional.mse_loss(outputs["imitation"].float(), targets.to(device))
-        loss, parts["image_teacher"] = loss + options.image_teacher_weight * part, part.detach()
     return loss, parts

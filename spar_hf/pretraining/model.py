@@ -16,37 +16,23 @@ from spar_hf.utils.errors import as_usage_errors
 
 logger = logging.getLogger(__name__)
 
-TEACHER_DIM = 192  # dimensions that features of an image teacher are reduced to
-
 
 class Towers(nn.Module):
-    """
-    Both towers in one forward, so that accelerate can wrap and autocast them together.
+    """Both towers in one forward, so that accelerate can wrap and autocast them together."""
 
-    Args:
-        model: the towers.
-        imitates: whether the vision tower learns features of an image teacher; adds a linear map to them.
-    """
-
-    def __init__(self, model: SparForOpenVocabSegmentation, imitates: bool = False):
+    def __init__(self, model: SparForOpenVocabSegmentation):
         super().__init__()
         self.model = model
         model.set_attn_implementation("eager")  # its backward pass is a fifth faster than sdpa's on CPUs at 144 tokens
-        self.imitation = nn.Linear(model.vision_model.config.hidden_size, TEACHER_DIM) if imitates else None
 
     def forward(self, pixel_values: torch.Tensor, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
-        """
-        Feature maps and pooled features of crops, embeddings of prompts, the factor on their cosines, and the features of
-        the image teacher as the vision tower imitates them.
-        """
+        """Feature maps and pooled features of crops, embeddings of prompts, and the factor on their cosines."""
         vision = self.model.vision_model(pixel_values, output_pooled=True)
         return {
             "feature_map": vision.feature_map,
             "pooler_output": vision.pooler_output,
             "text_embeds": self.model.get_text_features(input_ids).pooler_output,
             "dense_logit_scale": self.model.config.dense_logit_scale,
-            # (crops, patches, TEACHER_DIM)
-            "imitation": None if self.imitation is None else self.imitation(vision.last_hidden_state),
         }
 
 

@@ -87,14 +87,9 @@ class TrainingOptions:
     names_per_set: int = option(28, "Class names compared per set and step.")
     foreign_names: int = option(8, "Names of other sets added as wrong answers.")
     tagged_names: int = option(64, "Number of names that an image with a name but no mask is compared with.")
-    image_teacher: str | None = option(
-        None, "Folder of a pre-trained vision model of transformers whose features are learned beside the labels."
-    )
-    image_teacher_weight: float = option(2.0, "Weight of the error to its features; the labels have 1.")
 
     def __post_init__(self):
         require_positive(self, "steps", "batch_size", "learning_rate", "names_per_set", "tagged_names")
-        require_positive(self, "image_teacher_weight")
         require_not_negative(self, "weight_decay", "warmup_steps", "foreign_names")
 
 

@@ -2,10 +2,9 @@
 Pre-train a small SigLIP-shaped pair of towers from scratch, at one fixed resolution: the base of spar-tiny.
 
 Patch features (the attention-pooling head without its attention) are compared with embeddings of class names and synonyms
-in prompt templates, by a softmax over names. Images that only have a name train the pooled embedding in the same way. With
-an image teacher, the vision tower also learns the features of a model that has seen more images. The grid of patches and
-the position table are always those of the window, so a single pass over a large image suffers as it does with any ViT
-pre-trained at one resolution.
+in prompt templates, by a softmax over names. Images that only have a name train the pooled embedding in the same way. The
+grid of patches and the position table are always those of the window, so a single pass over a large image suffers as it
+does with any ViT pre-trained at one resolution.
 
     accelerate launch training/pretrain_tiny.py --data DATA --output DIR --text_teacher all-MiniLM-L6-v2
 """
@@ -23,7 +22,6 @@ from transformers import PreTrainedTokenizerFast, get_cosine_schedule_with_warmu
 
 from spar_hf import SparForOpenVocabSegmentation, SparImageProcessorPil, SparProcessor
 from spar_hf.pretraining.crops import CropBatches, CropSet, load_sets
-from spar_hf.pretraining.image_teacher import add_teacher_maps
 from spar_hf.pretraining.losses import step_loss
 from spar_hf.pretraining.model import Towers, load_model, new_model
 from spar_hf.pretraining.options import FREE, PretrainingOptions, TrainingOptions, read_recipe
@@ -69,10 +67,7 @@ def train(options: PretrainingOptions) -> Path | None:
         model.vision_model.requires_grad_(True)  # with the probe of the pooling head, for the pooled embedding
         for frozen in (model.text_model, model.logit_scale, model.logit_bias):
             frozen.requires_grad_(False)
-        teacher = options.training.image_teacher
-        if teacher is not None:
-            add_teacher_maps(sets, teacher, run.output, accelerator)
-        towers = Towers(model, teacher is not None)
+        towers = Towers(model)
         optimizer, schedule = make_optimizer(towers, options.training)
         prepared = (*accelerator.prepare(towers, optimizer), schedule)
         accelerator.register_for_checkpointing(schedule)
@@ -132,10 +127,9 @@ def train_towers(
     towers, optimizer, schedule = prepared
     accelerator, training, seed = run.accelerator, options.training, options.run.seed
     trained = [p for p in towers.parameters() if p.requires_grad]
-    config = accelerator.unwrap_model(towers).model.config
-    window, patch = config.image_size, config.patch_size
+    window = accelerator.unwrap_model(towers).model.config.image_size
     count, rank = accelerator.num_processes, accelerator.process_index
-    batches = CropBatches(sets, training.batch_size, window, training.steps * count, seed, patch)
+    batches = CropBatches(sets, training.batch_size, window, training.steps * count, seed)
     loader = DataLoader(
         batches,
         batch_size=None,

@@ -13,7 +13,6 @@ import yaml
 from accelerate import Accelerator
 from interrupting import at_call
 from PIL import Image
-from pretraining_world import COLOURS, SMALL, arguments
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, BertConfig, BertModel, PreTrainedTokenizerFast
@@ -29,6 +28,44 @@ from spar_hf.pretraining.trainer import main
 from spar_hf.pretraining.words import build_tokenizer, common_words, teach_words, word_targets
 from spar_hf.utils.errors import NotFinite, UsageError
 from spar_hf.utils.sample_record import read_samples
+
+SMALL = {"window_size": 32, "hidden_size": 64, "layers": 1, "vocab_size": 400, "batch_size": 4, "text_steps": 5}
+SMALL |= {"warmup_steps": 1, "workers": 0, "foreign_names": 2}
+COLOURS = {"sky": (90, 150, 240), "road": (90, 90, 90), "grass": (60, 170, 50), "bus": (220, 40, 40)}
+
+
+@pytest.fixture
+def world(tmp_path):
+    """Images of coloured rectangles with masks, and images of one colour with its name in the file name."""
+    rng = np.random.default_rng(0)
+    scenes, tagged = tmp_path / "scenes", tmp_path / "tagged"
+    for folder in (scenes / "images", scenes / "masks", tagged):
+        folder.mkdir(parents=True)
+    (scenes / "classes.txt").write_text("\n".join(COLOURS))
+    for i in range(12):
+        mask = rng.integers(0, 4, (3, 4)).astype(np.uint8).repeat(40, 0).repeat(40, 1)
+        noise = rng.normal(0, 12, (*mask.shape, 3))
+        pixels = (np.array(list(COLOURS.values()))[mask] + noise).clip(0, 255).astype(np.uint8)
+        Image.fromarray(pixels).save(scenes / "images" / f"{i:02}.png")
+        Image.fromarray(mask).save(scenes / "masks" / f"{i:02}.png")
+    for i, name in enumerate(("blue_ball", "green_ball", "bus", "red_ball", "grey_ball")):
+        Image.new("RGB", (90, 80), tuple(rng.integers(0, 255, 3).tolist())).save(tagged / f"n{i}_{name}.jpg")
+    recipe = {
+        "sets": [{"path": "scenes", "weight": 3, "crop": [40, 110], "holdout_every": 4, "exclude": ["00"]}],
+        "tagged": [{"path": "tagged", "weight": 1, "crop": [40, 80]}],
+        "held_out": ["bus"],
+        "held_out_tags": ["bus"],
+        "synonyms": {"sky": ["blue sky"], "grass": ["lawn"]},
+        "groups": [["n0", "n1", "ball"]],
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return tmp_path
+
+
+def arguments(world, output, **options):
+    """A command line of the pre-training."""
+    values = {"data": world, "recipe": world / "recipe.yaml", "output": output, **options}
+    return [part for name, value in values.items() for part in (f"--{name}", str(value))]
 
 
 def as_version_0_1_stored_it(file):

@@ -20,7 +20,6 @@ SCRIPTS = {
     "cache_teacher": ((*MODEL, *OUTPUT), ("--images", NOWHERE), NOWHERE),
     "demo": ((*OUTPUT, "--packaged", "false"), ("--images", NOWHERE), NOWHERE),
     "distill": ((*MODEL, *OUTPUT, "--images", NOWHERE), ("--steps", "-1"), "--steps -1 must be above 0"),
-    "efficientnet_lite": (OUTPUT, ("--checkpoint", NOWHERE), NOWHERE),
     "evaluate": (MODEL, ("--dataset", f"/{NOWHERE}"), NOWHERE),
     "flicker": (OUTPUT, ("--data", f"/{NOWHERE}"), NOWHERE),
     "figures": ((*MODEL, "--dataset", NOWHERE, "--figure", "strides"), ("--runs", "a:single"), "--runs"),
@@ -41,9 +40,7 @@ WRONG = [(script, (*needed, *wrong), message) for script, (needed, wrong, messag
 COMPLETE = {
     name: SCRIPTS[name][1] for name in ("cache_teacher", "evaluate", "linear_probe", "panoptic", "pretrain_tiny")
 }
-COMPLETE |= {
-    name: SCRIPTS[name][1] for name in ("flicker", "generalisation", "presence", "support", "efficientnet_lite")
-}
+COMPLETE |= {name: SCRIPTS[name][1] for name in ("flicker", "generalisation", "presence", "support")}
 UNKNOWN = [
     (script, (*needed, *COMPLETE.get(script, ()), "--nonsense", "1"), "--nonsense")
     for script, (needed, _, _) in SCRIPTS.items()
