@@ -68,6 +68,14 @@ def segment(two_towers, tokenizer):
 
 
 @pytest.fixture
+def forwards(two_towers):
+    """Records the shape of every batch of the vision tower."""
+    shapes: list[tuple[int, ...]] = []
+    two_towers.vision_model.register_forward_pre_hook(lambda module, args: shapes.append(tuple(args[0].shape)))
+    return shapes
+
+
+@pytest.fixture
 def picture() -> Image.Image:
     """An image of noise whose sides are no multiple of a patch."""
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 131, 3), dtype=np.uint8))

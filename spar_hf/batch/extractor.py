@@ -12,9 +12,9 @@ import torch
 
 from spar_hf.model.devices import check_device
 from spar_hf.model.fingerprints import vision_fingerprint
+from spar_hf.model.image_pixels import token_limit
 from spar_hf.model.image_processing_spar import SparImageProcessorPil
 from spar_hf.model.modeling_spar import SparVisionModel
-from spar_hf.model.pipeline import MAX_TOKENS
 from spar_hf.registration import SPAR_TINY
 from spar_hf.teacher import SlidingWindowTeacher
 from spar_hf.utils.errors import UsageError
@@ -69,7 +69,7 @@ class ImagePreparation:
         Raises:
             ValueError, OSError: it cannot be read.
         """
-        limit = next(n for n in (self.max_tokens, self.image_processor.max_tokens, MAX_TOKENS) if n is not None)
+        limit = token_limit(self.max_tokens, self.image_processor.max_tokens)
         options: dict[str, Any] = {"max_tokens": limit, "patch_size": self.patch_size}
         options |= {} if self.size is None else {"size": self.size}
         options |= {} if self.image_range is None else {"image_range": self.image_range}

@@ -14,8 +14,8 @@ import torch
 
 from spar_hf.batch.tiff_files import TiffPixels, georeference, is_tiff, write_label_tiff
 from spar_hf.model.image_input import too_many_pixels
+from spar_hf.model.image_pixels import token_limit
 from spar_hf.model.image_windows import ImageWindows
-from spar_hf.model.pipeline import MAX_TOKENS
 from spar_hf.model.prompts import Vocabulary
 from spar_hf.model.segmentation import LabelMap, check_shares, give_to_background
 from spar_hf.model.tiling import TiledImage, tiled_blocks
@@ -193,7 +193,7 @@ def segment_huge(
     )
     if len(labels) > 2**16:
         raise UsageError(f"A label map is limited to {2**16} classes, not {len(labels)}.")
-    limit = next(n for n in (max_tokens, segment.image_processor.max_tokens, MAX_TOKENS) if n is not None)
+    limit = token_limit(max_tokens, segment.image_processor.max_tokens)
     tiled = TiledImage.make(windows, tile, segment.model.config.patch_size, limit)
     blocks = tiled_blocks(segment, tiled, vocabulary, templates, progress)
     size, dtype = tiled.plan.size, np.uint8 if len(labels) <= 256 else np.uint16

@@ -13,6 +13,7 @@ from spar_hf.evaluation.runs import Run
 from spar_hf.model.modeling_spar import SparVisionModelOutput, pad_to_patches
 from spar_hf.model.prompts import Vocabulary
 from spar_hf.model.refine import refined_logits
+from spar_hf.model.results import check_finite_features
 from spar_hf.model.segmentation import WORKING_BYTES, LabelMap, decide, give_to_background
 from spar_hf.teacher import SlidingWindowTeacher
 from spar_hf.utils.devices import clock
@@ -170,6 +171,7 @@ def predict(
                 encoder = SlidingWindowTeacher(encoder, candidate.window_size, run.stride, window_batch_size)
             dense, cell = encoder(pixel_values).feature_map, model.config.patch_size
     after = clock(device)
+    check_finite_features(dense)
     if run.average == "logits":
         logits = dense[0]
     else:

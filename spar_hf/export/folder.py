@@ -11,7 +11,7 @@ from spar_hf.export.options import DECIDING, FORMATS
 from spar_hf.export.sources import Source, Words
 from spar_hf.model.file_modes import follow_umask
 from spar_hf.model.fingerprints import text_fingerprint, vision_fingerprint
-from spar_hf.model.pipeline import MAX_TOKENS
+from spar_hf.model.image_pixels import token_limit
 from spar_hf.model.prompts import resolve_templates
 from spar_hf.utils.atomic import write_json
 
@@ -82,7 +82,7 @@ def make_record(
         "dense_logit_scale": None if source.has_classes else config.dense_logit_scale,
         "working_size": {
             "size": None if images.size is None else dict(images.size),
-            "max_tokens": images.max_tokens if images.max_tokens is not None else MAX_TOKENS,
+            "max_tokens": token_limit(images.max_tokens),
             "rounding": "each side by itself to the nearest pixel, halves up; the graph pads to the patch",
         },
         "text": text_record(source, templates) if source.has_text else None,

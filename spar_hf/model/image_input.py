@@ -413,6 +413,11 @@ def float_to_rgb(pixels: np.ndarray) -> np.ndarray:
     return np.repeat(pixels, 3, axis=2) if pixels.shape[2] == 1 else pixels
 
 
+def native_order(array: np.ndarray) -> np.ndarray:
+    """The array in the byte order of this machine; files may have the other one."""
+    return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
+
+
 def array_to_rgb(pixels: np.ndarray, image_range: ImageRange | None = None) -> np.ndarray:
     """
     Array of any supported dtype, `(height, width, 1 or 3 or 4)` -> `(height, width, 3)`, uint8 or float32.
@@ -420,6 +425,7 @@ def array_to_rgb(pixels: np.ndarray, image_range: ImageRange | None = None) -> n
     With `image_range`, arrays of any number type but uint8 and bool are scaled by it; the alpha channel of floats is 0–1 and
     that of integers has the range too.
     """
+    pixels = native_order(pixels)
     numbers = np.issubdtype(pixels.dtype, np.integer) or np.issubdtype(pixels.dtype, np.floating)
     if (known := check_range(image_range)) is not None and numbers and pixels.dtype != np.uint8:
         alpha = np.issubdtype(pixels.dtype, np.floating) and pixels.shape[2] == 4

@@ -30,6 +30,11 @@ def check_count(name: str, number: Any) -> None:
         raise ValueError(f"`{name}` is {number!r}; it must be an integer of at least 1, or None.")
 
 
+def token_limit(*limits: int | None) -> int:
+    """The most patches of an image: the first limit that is given, or `MAX_TOKENS`."""
+    return next((limit for limit in limits if limit is not None), MAX_TOKENS)
+
+
 def check_size(size: Any) -> dict[str, int] | None:
     """
     A working size as a dict of one of `SIZE_KEYS`; `None` is the image's own size.

@@ -142,6 +142,8 @@ def undecoded(table: Any, name: str) -> Any:
     A table of `datasets` whose column of images gives bytes or paths: we decode image by image, so that a damaged file does
     not end the iteration.
     """
+    if (getattr(table, "format", None) or {}).get("type") == "custom":
+        return table  # `with_transform`: the user's function expects decoded images
     column: Any = (getattr(table, "features", None) or {}).get(name)
     if not getattr(column, "decode", None) or not hasattr(table, "cast_column"):
         return table
@@ -183,3 +185,18 @@ def as_images(inputs: Any) -> ImageSequence | ImageStream | None:
     if not isinstance(inputs, Iterable):
         return None
     return SizedStream(inputs) if isinstance(inputs, Sized) else ImageStream(inputs)
+
+
+def several_images(inputs: Any, what: str) -> Iterable[Any]:
+    """
+    As [`as_images`], where a single image makes no sense: its rows would be taken for images.
+
+    Raises:
+        ValueError: `inputs` is one image; the message begins with `what`.
+    """
+    images = as_images(inputs)
+    if images is None:
+        raise ValueError(
+            f"{what} are several images, not one {type(inputs).__name__}: put it in a list. Of a video, give the frames."
+        )
+    return images

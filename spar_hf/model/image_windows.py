@@ -13,7 +13,9 @@ from .image_input import (
     array_to_rgb,
     check_range,
     check_sixteen_bits,
+    float_to_rgb,
     is_encoded,
+    native_order,
     read_image,
     round_to_eight_bits,
     scale_range,
@@ -76,7 +78,7 @@ class ImageWindows:
         self.size = shape[0], shape[1]
         if self.image_range is not None:
             self._check_range(self.image_range)
-        elif self.pixels.dtype == np.uint16:
+        elif self.pixels.dtype.newbyteorder("=") == np.uint16:
             self._check_levels()
 
     def _of_pillow(self, image: Image.Image) -> np.ndarray | None:
@@ -103,12 +105,13 @@ class ImageWindows:
             alpha = window.shape[2] == 4 and np.issubdtype(window.dtype, np.floating)  # 0 to 1, whatever the range is
             colours = window[:, :, :3] if alpha else window
             inside = colours.clip(*self.image_range)  # NaN stays, and is refused
-            return array_to_rgb(np.concatenate([inside, window[:, :, 3:]], 2) if alpha else inside, self.image_range)
+            scaled = scale_range(inside, self.image_range)
+            return float_to_rgb(np.concatenate([scaled, window[:, :, 3:]], 2) if alpha else scaled)
         return array_to_rgb(round_to_eight_bits(window) if window.dtype == np.uint16 else window)
 
     def _array(self, top: int, left: int, bottom: int, right: int) -> np.ndarray:
         """A window as it is stored, `(height, width, channels)`."""
-        window = np.asarray(self.pixels[top:bottom, left:right])
+        window = native_order(np.asarray(self.pixels[top:bottom, left:right]))
         return window[:, :, None] if window.ndim == 2 else window
 
     def _check_levels(self) -> None:

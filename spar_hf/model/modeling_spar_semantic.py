@@ -180,7 +180,8 @@ class SparForSemanticSegmentation(SparPreTrainedModel):
         )
         model = cls(config)
         model.vision_model.load_state_dict(vision_model.state_dict())
-        model.vision_model.to(vision_model.dtype)
+        for own, given in zip(model.vision_model.parameters(), vision_model.parameters(), strict=True):
+            own.data = own.data.to(given.dtype)  # parameters only: buffers such as RoPE's frequencies stay in float32
         model.classifier.weight.copy_(weight)
         model.classifier.bias.copy_(torch.zeros(len(weight)) if bias is None else bias)
         model.to(vision_model.device)  # type: ignore[arg-type]

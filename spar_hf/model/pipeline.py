@@ -16,19 +16,19 @@ from transformers.utils import logging
 from .background import resolve_classes
 from .devices import check_device
 from .image_input import as_list, image_of_item
-from .image_pixels import MAX_TOKENS
+from .image_pixels import check_size, token_limit
 from .image_streams import EncodedImage, ImageSequence, ImageStream, Results, as_images
 from .label_maps import map_result
 from .presence import class_presence, store_embeddings
 from .processing_spar import SparProcessor
 from .prompts import CandidateLabels, Vocabulary
-from .refine import Refinement, refined_logits
-from .results import as_segments, check_output_size, check_shares, guarded, is_error
+from .refine import Refinement, refined_logits, resolve_refinement
+from .results import as_segments, check_finite_features, check_output_size, check_shares, guarded, is_error
 from .segmentation import DenseLogits, class_probabilities
 from .support import SupportImages, SupportSet
 from .templates import read_templates
 from .text_embeddings import STORED_EMBEDDINGS, TextEmbeddingCache, stored_embeddings
-from .tiling import TiledImage, check_tiled, tiled_map
+from .tiling import TiledImage, check_tiled, tile_sides, tiled_map
 from .upsamplers import Upsampler, resolve_upsampler
 from .video import FrameStreams
 
@@ -242,9 +242,8 @@ class OpenVocabSegmentationPipeline(SupportImages, FrameStreams, Pipeline):
         options.pop("on_error", None)
         if options.pop("tile", None) is not None:
             raise ValueError("The features of an image in tiles are not kept: call the pipeline with `tile` instead.")
-        encoded = [
-            self._encode([self.preprocess(image, **options)])[0] for image in ([images] if many is None else many)
-        ]
+        prepared = [self.preprocess(image, **options) for image in ([images] if many is None else many)]
+        encoded = [item if isinstance(item, EncodedImage) else self._encode([item])[0] for item in prepared]
         return encoded[0] if many is None else encoded
 
     def text_embeds(self, vocabulary: Vocabulary, templates=None, check_weights: bool = True) -> torch.Tensor:
@@ -307,7 +306,7 @@ class OpenVocabSegmentationPipeline(SupportImages, FrameStreams, Pipeline):
         if isinstance(image, EncodedImage):
             return image
         image = image_of_item(image)
-        limit = next(n for n in (max_tokens, self.image_processor.max_tokens, MAX_TOKENS) if n is not None)
+        limit = token_limit(max_tokens, self.image_processor.max_tokens)
         if tile is not None:
             if image_range is None:
                 image_range = self.image_processor.image_range
@@ -337,8 +336,14 @@ class OpenVocabSegmentationPipeline(SupportImages, FrameStreams, Pipeline):
         output, decided = forward_params.get("output"), ("threshold", "min_area", "min_presence", "top_k")
         if output in ("probabilities", "logits") and any(forward_params.get(name) for name in decided):
             raise ValueError(f"output={output!r} is computed before a decision: leave out {', '.join(decided)}.")
-        if preprocess_params.get("tile") is not None:
+        if (tile := preprocess_params.get("tile")) is not None:
             check_tiled({**preprocess_params, **forward_params})
+            limit = token_limit(preprocess_params.get("max_tokens"), self.image_processor.max_tokens)
+            tile_sides(tile, self.model.config.patch_size, limit)
+        check_size(preprocess_params.get("size"))
+        if "refine" in forward_params:
+            resolve_refinement(forward_params["refine"])
+        resolve_upsampler(forward_params.get("upsampler"), self.image_processor, self.model.config)
         templates = forward_params.get("templates")
         words = (forward_params.get("vocabulary"), forward_params.get("background"))
         self.texts.refresh()  # reads all weights of the text tower, once for all images
@@ -358,8 +363,9 @@ class OpenVocabSegmentationPipeline(SupportImages, FrameStreams, Pipeline):
         return Results(loader, lambda items: self._results(items, skip, forward_params, postprocess_params))
 
     def _read(self, options: dict, get: Callable[[], Any]) -> dict | EncodedImage | TiledImage:
-        """Read and preprocess one image; a method, so that worker processes can pickle it."""
-        return self.preprocess(get(), **options)
+        """Read and preprocess one image; a method, so that worker processes can pickle it. The error of a frame stays."""
+        image = get()
+        return image if is_error(image) and len(image) == 1 else self.preprocess(image, **options)
 
     def _results(self, items: list, skip: bool, forward_params: dict, postprocess_params: dict) -> Iterator[Any]:
         """Results of preprocessed images, in their order. Images of one size share a forward pass of the vision tower."""
@@ -383,11 +389,11 @@ class OpenVocabSegmentationPipeline(SupportImages, FrameStreams, Pipeline):
     @torch.no_grad()
     def _encode(self, items: list[dict]) -> list[EncodedImage]:
         """Run the vision tower on images of one working size."""
-        device = self.model.device
-        pixel_values = torch.cat([item["pixel_values"] for item in items]).to(device)
+        pixel_values = torch.cat([item["pixel_values"] for item in items]).to(self.model.device)
         # through the model's forward, so that a compiled or wrapped model is used; one name costs next to nothing
-        one_name = torch.zeros(1, self.model.config.projection_dim, device=device)
+        one_name = torch.zeros(1, self.model.config.projection_dim, device=self.model.device)
         feature_map = self.model(pixel_values, text_embeds=one_name).feature_map
+        check_finite_features(feature_map)
         sizes = [item["original_size"] for item in items]
         return [EncodedImage(*parts) for parts in zip(feature_map, pixel_values, sizes, strict=True)]
 
@@ -449,12 +455,10 @@ class OpenVocabSegmentationPipeline(SupportImages, FrameStreams, Pipeline):
         self, model: Any, encoded: EncodedImage, text_embeds: torch.Tensor, refine, upsampler
     ) -> tuple[DenseLogits, int]:
         """Logits of an image and the side of their cells in pixels; unrefined, as a function that gives rows of patches."""
-        if len(text_embeds) and (
-            refine is not None or upsampler is not None
-        ):  # without names there is nothing to refine
-            parts = (encoded.feature_map, text_embeds, encoded.pixel_values)
+        refined = refine is not None or upsampler is not None
+        if refined and len(text_embeds):  # without names there is nothing to refine
             resolved = resolve_upsampler(upsampler, self.image_processor, self.model.config)
-            return refined_logits(model, *parts, refine, resolved)
+            return refined_logits(model, encoded.feature_map, text_embeds, encoded.pixel_values, refine, resolved)
 
         def logits_of_rows(first: int, last: int) -> torch.Tensor:
             """`(names, last - first, w)`; [`decide`] takes no more rows at once than fit."""

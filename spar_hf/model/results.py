@@ -27,6 +27,18 @@ def is_error(item: Any) -> bool:
     return isinstance(item, dict) and "error" in item
 
 
+def check_finite_features(features: Any) -> None:
+    """
+    Raises:
+        ValueError: features have NaN or infinite values; masks of them would look like masks.
+    """
+    if not bool(features.isfinite().all()):
+        raise ValueError(
+            "The features of the image are not finite: half precision overflowed, or the weights are damaged. Load the "
+            'model with dtype="float32" or "bfloat16".'
+        )
+
+
 def check_output_size(size: int, output: str) -> None:
     """
     Raises:

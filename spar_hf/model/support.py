@@ -75,7 +75,7 @@ def mask_shares(mask: Any, size: tuple[int, int], working_size: tuple[int, int],
     if isinstance(mask, torch.Tensor):
         mask = mask.cpu().numpy()
     if isinstance(mask, Image.Image | str | os.PathLike):
-        image = mask if isinstance(mask, Image.Image) else turn_upright(*open_image(os.fspath(mask), urls=False))
+        image = turn_upright(*((mask,) if isinstance(mask, Image.Image) else open_image(os.fspath(mask), urls=False)))
         if len(image.getbands()) != 1:
             raise ValueError(f"A mask has one channel, 0 outside the class; this one is of mode {image.mode}.")
         mask = np.asarray(image)
@@ -119,7 +119,7 @@ class SupportSet:
         examples: in the order in which they were added.
         version: changes whenever they do.
         penalty: how strongly corrections are pulled back to the words. `None`: chosen for each vocabulary.
-        chosen: the penalty of the last fit.
+        chosen: the penalty in the last call.
     """
 
     def __init__(self) -> None:
@@ -237,7 +237,8 @@ class SupportImages:
                 `(image, mask, class)` each. The image is one that the pipeline takes, or an [`EncodedImage`]. The mask has
                 its size: a PIL image of one channel, a file or an array, 0 outside the class. Nothing is assumed of the
                 pixels outside. The class is the label of one of the later `candidate_labels` or one of its names;
-                `"background"` is the background. An image that comes several times in a row is encoded once.
+                `"background"` is the background. One image may come several times, with other masks; in a row it is encoded
+                once. Give all triples of an image in one call: those of another call count as another image.
             size, max_tokens, image_range: as in the call. Take the `size` of the later calls.
 
         Returns:
@@ -263,23 +264,24 @@ class SupportImages:
         >>> segment.clear_support()
         ```"""
         pipe: Any = self
-        if self._changed():
-            raise ValueError(
-                "The vision tower has changed since support images were added. Call `clear_support` first."
-            )
-        found, last, encoded, number = [], None, None, self.support.next_image() - 1
-        for i, example in enumerate(examples):
+        self._check_tower()
+        found: list[Example] = []
+        first, last, encoded = self.support.next_image(), None, None
+        numbers: dict[Any, int] = {}  # of each image in this call: one image must not vouch for itself
+        for i, example in enumerate(examples := list(examples)):  # the list keeps the images, and with them their ids
             if isinstance(example, str | bytes) or not isinstance(example, Sequence) or len(example) != 3:
                 raise ValueError('Support images are a list of triples: [("dog.jpg", "dog_mask.png", "dog")].')
             image, mask, label = example
             if not isinstance(label, str) or not label.strip():
                 raise ValueError(f"The class of support image {i} must be a word, got {label!r}.")
-            if encoded is None or not (image is last or (isinstance(image, str | os.PathLike) and image == last)):
+            key = os.fspath(image) if isinstance(image, str | os.PathLike) else id(image)
+            if encoded is None or key != last:
                 given = isinstance(image, EncodedImage)
                 encoded = image if given else pipe.encode(image, size, max_tokens, image_range)
                 if not isinstance(encoded, EncodedImage):
                     raise ValueError(f"Support image {i} is several images. Give a triple for each.")
-                last, number = image, number + 1
+                last = key
+            number = numbers.setdefault(key, first + len(numbers))
             try:
                 found.append(example_of(encoded, mask, pipe.model.config.patch_size, label.strip(), number))
             except ValueError as error:
@@ -295,7 +297,8 @@ class SupportImages:
         Raises:
             ValueError: the class has none.
         """
-        kept = [e for e in self.support.examples if label and normalise_name(e.label) != normalise_name(label)]
+        others = [] if label is None else self.support.examples
+        kept = [e for e in others if normalise_name(e.label) != normalise_name(str(label))]
         if label is not None and len(kept) == len(self.support):
             known = ", ".join(self.support.counts()) or "none were added"
             raise ValueError(f"There are no support images of {label!r}; of: {known}.")
@@ -306,10 +309,11 @@ class SupportImages:
         Write the support images to a safetensors file: features of the patches in their masks, no pixels.
 
         Raises:
-            ValueError: there are none.
+            ValueError: there are none, or the vision tower has changed since they were added.
         """
         if not len(self.support):
             raise ValueError("There are no support images to save. Add some with `add_support`.")
+        self._check_tower()
         pipe: Any = self
         self.support.save(path, vision_fingerprint(pipe.model.vision_model))
 
@@ -336,6 +340,13 @@ class SupportImages:
         pipe: Any = self
         return len(self.support) > 0 and self._supported_by != quick_fingerprint(pipe.model.vision_model)
 
+    def _check_tower(self) -> None:
+        """Raises ValueError if the vision tower has changed since the support images were added."""
+        if self._changed():
+            raise ValueError(
+                "The vision tower has changed since the support images were added. Call `clear_support` and add them again."
+            )
+
     def check_support(self, vocabulary: Vocabulary) -> None:
         """
         Say which support images take no part in a vocabulary.
@@ -343,10 +354,7 @@ class SupportImages:
         Raises:
             ValueError: none does, or the vision tower has changed since they were added.
         """
-        if self._changed():
-            raise ValueError(
-                "The vision tower has changed since the support images were added. Call `clear_support` and add them again."
-            )
+        self._check_tower()
         known = {normalise_name(name) for names in (vocabulary.labels, vocabulary.all_names) for name in names}
         missing = [label for label in self.support.counts() if normalise_name(label) not in known]
         if len(missing) == len(self.support.counts()):
@@ -369,12 +377,15 @@ class SupportImages:
         self.check_support(vocabulary)
         scale, penalty = pipe.model.config.dense_logit_scale, self.support.penalty
         key = ("support", self.support.version, penalty, vocabulary, str(templates), scale)
-        corrections = pipe.texts.remember(key, lambda: self._corrections(vocabulary, text_embeds, scale))
+        fitted = pipe.texts.remember(key, lambda: self._corrections(vocabulary, text_embeds, scale))
+        self.support.chosen, corrections = fitted
         name_to_class = vocabulary.name_to_class.to(text_embeds.device)
         return SupportedModel(pipe.model), text_embeds + corrections.to(text_embeds.device)[name_to_class] / scale
 
-    def _corrections(self, vocabulary: Vocabulary, text_embeds: torch.Tensor, scale: float) -> torch.Tensor:
-        """[`fit_corrections`] for the classes of a vocabulary, `(classes, dim)`."""
+    def _corrections(
+        self, vocabulary: Vocabulary, text_embeds: torch.Tensor, scale: float
+    ) -> tuple[float, torch.Tensor]:
+        """The penalty, and [`fit_corrections`] for the classes of a vocabulary, `(classes, dim)`."""
         device, support = text_embeds.device, self.support
         numbers = {normalise_name(name): i for i, some in enumerate(vocabulary.names) for name in some}
         numbers |= {normalise_name(label): i for i, label in enumerate(vocabulary.labels)}
@@ -391,5 +402,4 @@ class SupportImages:
         penalty = support.penalty
         if penalty is None:
             penalty = choose_penalty(features, classes, logits, images)
-        support.chosen = penalty
-        return fit_corrections(features, classes, logits, penalty)
+        return penalty, fit_corrections(features, classes, logits, penalty)

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from .image_streams import several_images
 from .segmentation import ClassMaxima
 from .templates import TemplateChoice, resolve_templates
 from .words import CandidateLabels, Vocabulary
@@ -40,7 +41,7 @@ def choose_templates(
         count: templates of a class.
 
     Raises:
-        ValueError: no images, `count` below 1, or what the pipeline refuses.
+        ValueError: no images or a single one outside a list, `count` below 1, or what the pipeline refuses.
 
     Example:
 
@@ -65,7 +66,7 @@ def choose_templates(
     maxima = ClassMaxima.of(vocabulary.name_to_class.to(embeds[0].device))
     shape = (len(prompts), len(vocabulary.labels))
     sums, patches = (torch.zeros(shape, dtype=torch.float64) for _ in range(2))
-    for image in images:
+    for image in several_images(images, "Images to choose templates from"):
         feature_map = pipeline.encode(image).feature_map.to(pipeline.model.device)
         for m, rows in enumerate(embeds):
             logits = maxima(pipeline.model.dense_logits(feature_map[None], rows)[0].flatten(1).T)  # (patches, classes)

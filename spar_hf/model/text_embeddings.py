@@ -160,29 +160,36 @@ class TextEmbeddingCache:
     ) -> None:
         """
         Write embeddings to a safetensors file: the tensor `text_embeds` `(names, dim)`, and names, templates and the
-        fingerprint of the text tower as metadata. `names` not cached yet are embedded; default: all cached names. Cached
-        embeddings of bare words, which `background="auto"` and `presence` use, are added as `text_embeds_1`.
+        fingerprint of the text tower as metadata. `names` not cached yet are embedded; default: all cached names. Names
+        with other templates of a [`TemplateChoice`] follow as `text_embeds_1`, …, and so do cached embeddings of bare
+        words, which `background="auto"` and `presence` use.
 
         Raises:
             ValueError: no names given and none cached for these templates.
         """
-        prompts = self._prompts(templates)
+        choice = read_templates(templates)
+        if not isinstance(choice, TemplateChoice):
+            choice = TemplateChoice(self._prompts(choice))
         with self._lock:
             self._forget_if_changed()
-            names = list(dict.fromkeys(names or self._cached(prompts)))
-            if not names:
+            groups: dict[tuple[str, ...], list[str]] = {}  # names by the templates that they share
+            for name in dict.fromkeys(names or [name for _, name in self._rows]):
+                prompts = choice.names.get(name, choice.default)
+                if names or (prompts, name) in self._rows:
+                    groups.setdefault(prompts, []).append(name)
+            if not groups:
                 raise ValueError(
                     "Nothing has been embedded with these templates yet. Segment an image first, or name the classes to "
                     "embed."
                 )
-            blocks = [(names, prompts)]
-            if prompts != MEANING_TEMPLATES and (words := self._cached(MEANING_TEMPLATES)):
-                blocks.append((words, MEANING_TEMPLATES))
+            if MEANING_TEMPLATES not in groups and (words := self._cached(MEANING_TEMPLATES)):
+                groups[MEANING_TEMPLATES] = words
+            blocks = [(some, prompts) for prompts, some in groups.items()]
             tensors = {_tensor_name(i): self.get(*block).cpu().contiguous() for i, block in enumerate(blocks)}
         metadata = {
             "format": FORMAT,
-            "names": json.dumps(names),
-            "templates": json.dumps(prompts),
+            "names": json.dumps(blocks[0][0]),
+            "templates": json.dumps(blocks[0][1]),
             "more": json.dumps(blocks[1:]),
             "fingerprint": text_fingerprint(self.model, self.tokenizer),
             "quick_fingerprint": self._quick_fingerprint(blocks),

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .image_streams import EncodedImage
+from .image_streams import EncodedImage, several_images
+from .results import guarded, is_error
 
 SCENE_CUT = 0.5  # mean cosine to the frame before; a frame below it begins a new scene
 
@@ -52,7 +53,7 @@ class FrameAverage:
             raise ValueError(f"motion={motion} must be a whole number of patches, 0 or more.")
         if not -1 <= scene_cut <= 1:
             raise ValueError(f"scene_cut={scene_cut} is a cosine: give -1 (no cuts) to 1.")
-        self.smoothing, self.motion, self.scene_cut, self.cuts = smoothing, motion, scene_cut, 0
+        self.smoothing, self.motion, self.scene_cut, self.cuts = smoothing, int(motion), scene_cut, 0
         self._before: torch.Tensor | None = None  # unit features of the frame before, (dim, h, w)
         self._average: torch.Tensor | None = None
 
@@ -102,7 +103,7 @@ def _overlap(length: int, shift: int) -> slice:
     >>> _overlap(5, 2), _overlap(5, -2)
     (slice(2, 5, None), slice(0, 3, None))
     ```"""
-    return slice(max(shift, 0), length + min(shift, 0))
+    return slice(max(shift, 0), max(0, length + min(shift, 0)))
 
 
 class FrameStreams:
@@ -132,7 +133,8 @@ class FrameStreams:
             An iterator over the results of the frames, each as of one image.
 
         Raises:
-            ValueError: an argument is out of range, or `tile` is given; when a frame is read, one that is no image.
+            ValueError: an argument is out of range, `tile` or a single image is given; when a frame is read, one that is no
+                image, unless `on_error="skip"`.
 
         Example:
 
@@ -150,5 +152,10 @@ class FrameStreams:
             raise ValueError("Frames are not read in tiles: leave out `tile`, and set `size` for large frames.")
         average = FrameAverage(smoothing, motion, scene_cut)
         reading = {name: kwargs.pop(name, None) for name in ("size", "max_tokens", "image_range")}
-        pipe: Any = self  # words and options are checked once, before the first frame is read
-        return iter(pipe((average(pipe.encode(frame, **reading)) for frame in frames), candidate_labels, **kwargs))
+        pipe: Any = self
+        many = several_images(frames, "The frames of a stream")
+        skip = (kwargs.get("on_error") or pipe._preprocess_params.get("on_error")) == "skip"
+        encoded = (guarded(skip, pipe.encode, frame, **reading) for frame in many)
+        # words and options are checked once, before the first frame is read
+        results = pipe((frame if is_error(frame) else average(frame) for frame in encoded), candidate_labels, **kwargs)
+        return iter(results)

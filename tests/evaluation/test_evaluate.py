@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from evaluating import CLASSES, LABELS, SIZES
 from huggingface_hub import ModelCard
 from launching import ENVIRONMENT, TRAINING, TWO_PROCESSES
@@ -14,12 +15,13 @@ from PIL import Image
 from tiny_models import make_tokenizer, randomise, tiny_config
 from torch.nn import functional as F
 
-from spar_hf import SlidingWindowTeacher, SparForOpenVocabSegmentation, teacher
+from spar_hf import SlidingWindowTeacher, SparForOpenVocabSegmentation, SparImageProcessorPil, teacher
 from spar_hf.data.segmentation_sets import IGNORE_INDEX
 from spar_hf.evaluation import command as script
 from spar_hf.evaluation.candidates import Candidate
-from spar_hf.evaluation.inference import average_logits
-from spar_hf.model.prompts import TEMPLATES
+from spar_hf.evaluation.inference import average_logits, predict
+from spar_hf.evaluation.runs import Run
+from spar_hf.model.prompts import TEMPLATES, Vocabulary
 from spar_hf.model.refine import REFINEMENTS
 from spar_hf.utils.errors import UsageError
 
@@ -144,6 +146,23 @@ def test_mean_of_logits_is_that_of_the_published_evaluation(stride):
         noise = (ours - expected).pow(2).mean() / expected.var()
         assert noise < 0.08
         assert (mean_of_features - expected).pow(2).mean() / expected.var() > 5 * noise
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("run", [Run("a"), Run("a", 32), Run("a", 32, "logits")])
+def test_features_that_are_not_finite_get_no_score(run):
+    """The largest of NaN is the first class, which would be scored like any other."""
+    model = SparForOpenVocabSegmentation(tiny_config())
+    model.vision_model.backbone.encoder.layers[0].mlp.fc2.weight[0, 0] = torch.inf
+    candidate = Candidate(model.eval(), SparImageProcessorPil(size=None), F.normalize(torch.randn(2, 32), dim=-1))
+    arguments = (
+        run,
+        Image.new("RGB", (96, 80)),
+        Vocabulary.parse(["road", "sky"]),
+        Accelerator(cpu=True),
+    )
+    with pytest.raises(ValueError, match="not finite"):
+        predict(candidate, *arguments)
 
 
 @torch.no_grad()

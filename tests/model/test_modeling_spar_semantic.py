@@ -11,7 +11,7 @@ import torch
 from launching import HIDE
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tiny_models import randomise, tiny_config
+from tiny_models import CONFIGS, randomise, tiny_config
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoImageProcessor, AutoModel, AutoModelForSemanticSegmentation, pipeline
@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 from spar_hf import (
     SPAR_TINY,
+    SparConfig,
     SparForOpenVocabSegmentation,
     SparForSemanticSegmentation,
     SparImageProcessorPil,
@@ -340,3 +341,14 @@ def test_bake_command_writes_a_folder_or_one_line(tmp_path):
         assert asked.exit_code and set(loading) <= {"Loading the model."} and said.startswith("error:"), asked.output
         assert "has its classes in it" in asked.output
         assert f'pipeline("image-segmentation", model={str(output)!r})' in asked.output
+
+
+def test_frequencies_of_rope_stay_in_full_precision():
+    """A baked model of half precision is the pipeline's model, also before it is saved."""
+    vision = SparVisionModel(SparConfig(backbone_config=CONFIGS["dinov3"]()))
+    for parameter in vision.parameters():  # as `from_pretrained(dtype=…)` leaves them
+        parameter.data = parameter.data.to(torch.bfloat16)
+    baked = SparForSemanticSegmentation.from_weights(vision, ["road", "sky"], torch.randn(2, 32))
+    buffers = dict(baked.vision_model.named_buffers())
+    assert {name: tensor.dtype for name, tensor in vision.named_buffers()} == {n: t.dtype for n, t in buffers.items()}
+    assert {parameter.dtype for parameter in baked.vision_model.parameters()} == {torch.bfloat16}

@@ -185,14 +185,6 @@ def test_embedded_student_is_nearer_to_the_teacher_than_its_base_on_an_image_it_
     assert error["student"] < 0.7 * error["base"], error
 
 
-@pytest.fixture
-def forwards(two_towers):
-    """Records the shape of every batch of the vision tower."""
-    shapes: list[tuple[int, ...]] = []
-    two_towers.vision_model.register_forward_pre_hook(lambda module, args: shapes.append(tuple(args[0].shape)))
-    return shapes
-
-
 def test_unequal_sizes_in_one_batch_give_the_masks_they_give_one_by_one(segment, picture, forwards):
     images = [
         picture,

@@ -263,3 +263,72 @@ def test_a_file_holds_features_and_no_pixels(segment, halves, tmp_path):
     with safe_open(tmp_path / "cats.safetensors", framework="pt") as file:
         assert list(file.keys()) == ["features"] and file.get_tensor("features").dtype == torch.float16
         assert {"format", "labels", "images", "patches", "fingerprint"} == set(file.metadata())
+
+
+def test_the_order_of_the_triples_of_two_images_is_no_matter(segment, picture, halves):
+    """One image must not vouch for itself, however the list is sorted."""
+    image, mask = halves
+    other = Image.fromarray(np.ascontiguousarray(np.asarray(image)[::-1]))
+    triples = [
+        (picture_, part, label) for picture_ in (image, other) for part, label in ((mask, "road"), (~mask, "sky"))
+    ]
+    numbers, chosen = [], []
+    for order in ([0, 1, 2, 3], [0, 2, 1, 3]):
+        segment.add_support([triples[i] for i in order])
+        numbers.append([segment.support.examples[order.index(i)].image for i in range(4)])
+        segment(picture, candidate_labels=["road", "sky"])
+        chosen.append(segment.support.chosen)
+        segment.clear_support()
+    assert numbers == [[0, 0, 1, 1], [0, 0, 1, 1]] and chosen[0] == chosen[1]
+
+
+def test_paths_and_arrays_stand_beside_each_other(segment, halves, tmp_path):
+    image, mask = halves
+    image.save(tmp_path / "a.png")
+    triples = [
+        (np.asarray(image), mask, "road"),
+        (tmp_path / "a.png", ~mask, "sky"),
+        (str(tmp_path / "a.png"), mask, "road"),
+    ]
+    assert segment.add_support(triples) == {"road": 2, "sky": 1}
+    assert [example.image for example in segment.support.examples] == [0, 1, 1]
+
+
+def test_support_of_a_changed_tower_is_not_saved(segment, halves, tmp_path):
+    """A file would carry the features of the old tower under the name of the new one."""
+    segment.add_support([(*halves, "road")])
+    weight = next(segment.model.vision_model.parameters())
+    with torch.no_grad():
+        weight.mul_(1.5)
+    with pytest.raises(ValueError, match="has changed"):
+        segment.save_support(tmp_path / "support.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_clearing_a_class_without_a_name_keeps_all(segment, halves):
+    segment.add_support([(*halves, "road")])
+    with pytest.raises(ValueError, match="no support images of ''"):
+        segment.clear_support("")
+    assert len(segment.support) == 1
+
+
+def test_a_mask_is_turned_upright_as_a_file_and_as_an_image(tmp_path):
+    """Both as its photo is: of a square one nothing else would tell."""
+    mask = np.zeros((32, 32), np.uint8)
+    mask[:16] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be shown turned by 90° clockwise
+    Image.fromarray(mask).save(tmp_path / "mask.png", exif=exif)
+    upright = [[0.0, 1.0], [0.0, 1.0]]
+    for given in (tmp_path / "mask.png", Image.open(tmp_path / "mask.png")):
+        assert mask_shares(given, (32, 32), (32, 32), 16).tolist() == upright
+
+
+def test_the_penalty_that_is_shown_is_that_of_the_call(segment, picture, halves):
+    segment.add_support([(*halves, "road")])
+    shown = []
+    for penalty in (None, 0.01, None):
+        segment.support.penalty = penalty
+        segment(picture, candidate_labels=["road", "sky"])
+        shown.append(segment.support.chosen)
+    assert shown == [PENALTIES[0], 0.01, PENALTIES[0]]

@@ -125,3 +125,22 @@ def test_a_file_that_is_written_again_is_read_again(segment, picture, tmp_path):
         plain = segment(picture, candidate_labels=words, templates=[prompt], output="logits")["logits"]
         np.testing.assert_allclose(found[-1], plain, atol=1e-4)
     assert np.abs(found[0] - found[1]).max() > 1e-3
+
+
+def test_a_single_image_is_not_read_as_many(segment):
+    with pytest.raises(ValueError, match="several images, not one ndarray"):
+        choose_templates(segment, np.zeros((64, 96, 3), np.uint8), ["road", "sky"])
+
+
+def test_embeddings_of_a_choice_are_stored_and_read(segment, picture, two_towers, tmp_path):
+    choice = TemplateChoice(PROMPTS, {"road": PROMPTS[:1]})
+    first = segment(picture, candidate_labels=["road", "sky"], templates=choice, output="map")
+    segment.save_text_embeddings(tmp_path / "used.safetensors", templates=choice)
+    segment.save_text_embeddings(tmp_path / "named.safetensors", ["road", "sky"], choice)
+    for name in ("used", "named"):
+        segment.texts.__init__(two_towers, segment.tokenizer)
+        assert segment.load_text_embeddings(tmp_path / f"{name}.safetensors") == 2
+        hook = two_towers.text_model.register_forward_pre_hook(lambda *args: pytest.fail("a text forward"))
+        again = segment(picture, candidate_labels=["road", "sky"], templates=choice, output="map")
+        hook.remove()
+        assert (again["map"] == first["map"]).all()

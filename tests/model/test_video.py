@@ -146,3 +146,37 @@ def test_wrong_arguments_are_refused_before_a_frame_is_read(segment, options, me
         segment.stream(iter(["no image"]), WORDS, **options)
     with pytest.raises(ValueError, match="candidate_labels"):
         segment.stream(iter(["no image"]))
+
+
+def test_a_frame_that_cannot_be_read_is_skipped_where_asked(segment, picture):
+    frames = [picture, "/nowhere/frame.png", picture]
+    found = list(segment.stream(frames, WORDS, output="map", on_error="skip"))
+    assert "nowhere" in found[1]["error"] and set(found[1]) == {"error"}
+    alone = list(segment.stream([picture, picture], WORDS, output="map"))
+    assert all((found[i]["map"] == map_["map"]).all() for i, map_ in zip((0, 2), alone, strict=True))
+    with pytest.raises(FileNotFoundError):
+        list(segment.stream(frames, WORDS, output="map"))
+
+
+def test_motion_beyond_the_frame_and_as_a_float(segment):
+    """A frame of 3 rows of patches has nothing 4 rows away."""
+    maps = [features(seed, height=3, width=12) for seed in (1, 2)]
+    averages = [FrameAverage(0.5, motion) for motion in (4.0, 12)]
+    found = [[average(frame(map_)).feature_map for map_ in maps] for average in averages]
+    expected = plain_average(maps, 0.5, 12)
+    torch.testing.assert_close(found[1][1], torch.from_numpy(expected).float(), atol=1e-5, rtol=1e-5)
+    assert found[0][1].shape == (6, 3, 12)
+
+
+def test_frames_that_are_encoded_are_taken_as_they_are(segment, picture):
+    encoded = segment.encode(picture)
+    assert segment.encode(encoded) is encoded
+    found = [next(iter(segment.stream([one], WORDS, output="map")))["map"] for one in (picture, encoded)]
+    assert (found[0] == found[1]).all()
+
+
+@pytest.mark.parametrize("one", [np.zeros((64, 96, 3), np.uint8), "clip.mp4", Image.new("RGB", (96, 64))])
+def test_a_single_image_is_no_stream(segment, one):
+    """The rows of an array would be taken for frames."""
+    with pytest.raises(ValueError, match="several images, not one"):
+        segment.stream(one, WORDS)
