@@ -30,9 +30,11 @@ def is_error(item: Any) -> bool:
 def check_finite_features(features: Any) -> None:
     """
     Raises:
-        ValueError: features have NaN or infinite values; masks of them would look like masks.
+        ValueError: features, or logits of them, have NaN or infinite values; masks of them would look like masks. They are
+            a tensor, or an array where there is no torch.
     """
-    if not bool(features.isfinite().all()):
+    finite = np.isfinite(features) if isinstance(features, np.ndarray) else features.isfinite()
+    if not bool(finite.all()):
         raise ValueError(
             "The features of the image are not finite: half precision overflowed, or the weights are damaged. Load the "
             'model with dtype="float32" or "bfloat16".'

@@ -32,7 +32,7 @@ from spar_hf.model.image_pixels import (
     rgb_pixels,
     working_size,
 )
-from spar_hf.model.results import as_segments, check_shares, guarded, is_error
+from spar_hf.model.results import as_segments, check_finite_features, check_shares, guarded, is_error
 from spar_hf.model.words import CandidateLabels, Vocabulary, normalise_name
 from spar_hf.runtime.decisions import class_scores, decide, give_to_background
 from spar_hf.runtime.engines import Graph
@@ -281,6 +281,9 @@ class OnnxSegmenter:
             "text_embeds": classes.text_embeds,
         }
         outputs = self.graph(**values)
+        check_finite_features(
+            next(outputs[name] for name in ("confidence", "logits", "feature_map") if name in outputs)
+        )
         if self.head == "classmap":
             parts = zip(outputs["labels"], outputs["confidence"], strict=True)
             return [(labels.astype(np.int32), confidence.astype(np.float32)) for labels, confidence in parts]

@@ -282,3 +282,19 @@ def test_without_the_engine_the_extra_is_named(classmap_folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(ImportError, match=r"spar-hf\[onnx\]"):
         OnnxSegmenter(classmap_folder)
+
+
+@pytest.mark.parametrize("engine, folder", [("onnxruntime", "classmap"), ("openvino", "logits")])
+def test_results_that_are_not_finite_are_no_mask(engine, folder, open_segmenter, monkeypatch):
+    """Half precision overflows without an error, and the largest of NaN is some class."""
+    segmenter = open_segmenter(engine, folder)
+    whole = segmenter.graph
+
+    def overflowing(pixel_values, **values):
+        return whole(pixel_values=pixel_values * np.float32(np.nan), **values)
+
+    monkeypatch.setattr(segmenter, "graph", overflowing)
+    options = {"candidate_labels": WORDS, "templates": "plain", "size": 96}
+    with pytest.raises(ValueError, match="not finite"):
+        segmenter(IMAGES / "coffee.png", **options)
+    assert "not finite" in segmenter([IMAGES / "coffee.png"], on_error="skip", **options)[0]["error"]
