@@ -101,10 +101,16 @@ class FileSink:
         """Every file is complete when it is written."""
 
     def finish(self) -> None:
-        """Write the COCO file of all images, which all processes have written."""
-        if self.processes.index == 0 and self.plan.folder is not None and "coco" in self.plan.formats:
-            parts = [paths["coco"] for paths in self.plan.paths.values() if paths["coco"].is_file()]
-            write_text(self.plan.folder / "annotations.json", json_text(merge_coco(parts)))
+        """
+        Write the COCO file of all images, which all processes have written. Files of other settings, which an image that
+        failed has from an earlier run, are left out.
+        """
+        folder, record = self.plan.folder, self.record
+        if self.processes.index == 0 and folder is not None and record is not None and "coco" in self.plan.formats:
+            record.read()
+            files = [paths["coco"] for paths in self.plan.paths.values()]
+            parts = [file for file in files if file.is_file() and record.is_current(file)]
+            write_text(folder / "annotations.json", json_text(merge_coco(parts)))
 
 
 class ShardSink:
