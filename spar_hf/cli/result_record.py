@@ -93,6 +93,7 @@ class ResultRecord:
             "settings": self.key,
             "stamp": stamp(image),
             "time": time.time(),
+            **({} if image.frame is None else {"frame": image.frame}),
         }
         lines = [] if self.key in self.known else [{"settings": self.key, "values": self.settings}]
         self.known[self.key] = self.settings
