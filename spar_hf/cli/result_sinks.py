@@ -2,6 +2,7 @@
 
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from spar_hf.utils.atomic import write_text
 from spar_hf.utils.errors import UsageError
 from spar_hf.utils.image_files import InputImage
 from spar_hf.utils.processes import Processes, in_units
-from spar_hf.utils.texts import json_text, read_text
+from spar_hf.utils.texts import json_text, read_text, storable
 
 CLASSES = "classes.txt"  # the line number, from 0, is the pixel value in label maps
 ENDINGS = {"overlay": "overlay.png", "map": "png", "coco": "coco.json", "json": "json"}  # in shards
@@ -146,7 +147,8 @@ class ShardSink:
     def write(self, item: InputImage, image: Any, result: Mapping[str, Any]) -> None:
         with tempfile.TemporaryDirectory() as temporary:
             files = {name: Path(temporary, f"image{FORMATS[name]}") for name in self.plan.formats}
-            write_results(image, result, files, item, self.options.keep_background)
+            named = replace(item, source=storable(item.source))  # readers of the shards take UTF-8 only
+            write_results(image, result, files, named, self.options.keep_background)
             members = {ENDINGS[name]: path.read_bytes() for name, path in files.items()}
         self.writer.add(item, {"members": members, "error": ""})
 
