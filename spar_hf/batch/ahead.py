@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
@@ -54,15 +55,16 @@ class Unread:
 
 
 class Images(Dataset):
-    """The images with their positions, read when they are asked for."""
+    """The images with their positions, read when they are asked for, under the limit on pixels that holds here."""
 
     def __init__(self, images: Sequence[InputImage], read: Callable[[InputImage], Any]):
-        self.images, self.read = images, read
+        self.images, self.read, self.max_pixels = images, read, Image.MAX_IMAGE_PIXELS
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, position: int) -> tuple[int, Any]:
+        Image.MAX_IMAGE_PIXELS = self.max_pixels  # here, since workers may be processes that inherit nothing
         try:
             return position, self.read(self.images[position])
         except Exception as error:  # each decoder raises its own kind

@@ -7,6 +7,7 @@ Features in Parquet: a folder of files with a fixed number of images each, see `
 import contextlib
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -139,7 +140,16 @@ class OpenParquet(OpenPart):
 
 
 def parquet_writer(folder: ParquetFolder, features: SparFeatures, images: Sequence[InputImage]) -> PartWriter:
-    """Writes the rows of a callable whose model is loaded."""
+    """
+    Writes the rows of a callable whose model is loaded.
+
+    Raises:
+        UsageError: Ray has written files: they hold any images, which would be written a second time.
+    """
+    if others := [name for name in folder.files() if not re.fullmatch(r"part-\d{5,}\.parquet", name)]:
+        raise UsageError(
+            f"{folder.url} was made by Ray ({others[0]}): continue with --engine ray, or name another folder."
+        )
     schema = feature_schema(features, features.settings)
     return PartWriter(folder, partial(OpenParquet, schema=schema), images)
 

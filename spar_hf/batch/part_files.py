@@ -31,6 +31,12 @@ PARTIAL, LOCK = ".partial-", "lock"  # folders of files that are being written, 
 own_folders: set[str] = set()  # of this process
 
 
+def stated_names(names: Sequence[str]) -> dict[str, Any]:
+    """What a manifest states of the names of all images, in their order: number and hash."""
+    digest = hashlib.sha256("\n".join(map(storable, names)).encode()).hexdigest()
+    return {"images": len(names), "names": digest}
+
+
 class PartFolder(Folder):
     """
     A folder of files `part-00000`, …: the N-th holds the images from N × `shard_images` on. `spar-hf.json` states settings
@@ -81,8 +87,7 @@ class PartFolder(Folder):
         Raises:
             UsageError: the folder holds files of another run, of other settings or other images.
         """
-        digest = hashlib.sha256("\n".join(map(storable, names)).encode()).hexdigest()
-        stated = {"settings": settings, "images": len(names), "shard_images": shard_images, "names": digest}
+        stated = {"settings": settings, "shard_images": shard_images, **stated_names(names)}
         stated = json.loads(json_text(stated))
         if self.manifest and not may_exist:
             raise UsageError(
@@ -95,6 +100,19 @@ class PartFolder(Folder):
             raise UsageError(f"{self.url} holds results of other images or settings ({said}). Name another folder.")
         self.manifest = stated
         self.write(MANIFEST, json_text(stated, indent=1).encode())
+
+    def check_names(self, names: Sequence[str]) -> None:
+        """
+        Compare the names of images, in their order, with what was stated.
+
+        Raises:
+            UsageError: the folder was made of other images.
+        """
+        if any(self.manifest[key] != value for key, value in stated_names(names).items()):
+            raise UsageError(
+                f"{self.url} was made of {self.manifest['images']} images, other than the {len(names)} named. Name those of "
+                "its run, or none to check what is there; for other images make a new folder."
+            )
 
     def files(self) -> list[str]:
         """Names of the files that are there."""

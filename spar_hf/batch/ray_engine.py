@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from spar_hf.batch.callables import SparFeatures
 from spar_hf.batch.columns import Columns, as_column, image_of_cell
@@ -44,16 +45,19 @@ def import_ray() -> tuple[Any, Any]:
     return ray, ray.data
 
 
-def prepare_batch(batch: Mapping[str, Any], prepare: ImagePreparation) -> Columns:
+def prepare_batch(batch: Mapping[str, Any], prepare: ImagePreparation, max_pixels: int | None) -> Columns:
     """
     Read, decode and resize images: the stage on CPUs.
 
     Args:
         batch: with the column `source`: paths or URLs.
+        prepare: reads one.
+        max_pixels: Pillow's limit on the pixels of an image; `None` for no limit.
 
     Returns:
         The columns of `batch`, the pixels of each image as bytes of float32 with their shape, its sizes and `error`.
     """
+    Image.MAX_IMAGE_PIXELS = max_pixels  # here, since Ray's processes inherit nothing
     rows: list[list[Any]] = []
     for source in batch["source"]:
         try:
@@ -185,7 +189,8 @@ def compute(
     # one block would be one task
     rows = ray_data.from_arrow(table).repartition(-(-len(todo) // folder.manifest["shard_images"]))
     # without other resources than those of the actors, Ray would make one stage of both
-    reading: dict[str, Any] = {"fn_kwargs": {"prepare": features.loaded.prepare}, "num_cpus": 1, "memory": 2**28}
+    given = {"prepare": features.loaded.prepare, "max_pixels": Image.MAX_IMAGE_PIXELS}
+    reading: dict[str, Any] = {"fn_kwargs": given, "num_cpus": 1, "memory": 2**28}
     rows = rows.map_batches(prepare_batch, batch_size=8, **reading)
     rows = rows.map_batches(
         PreparedFeatures,

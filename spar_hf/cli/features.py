@@ -118,6 +118,10 @@ class FeatureOptions:
             raise UsageError(f"--engine ray writes Parquet: --output {self.output.rstrip('/')}{PARQUET}.")
         if self.engine == "local" and self.address is not None:
             raise UsageError("--address is that of a Ray cluster: add --engine ray.")
+        if self.engine == "ray" and (self.device is not None or self.workers is not None):
+            raise UsageError(
+                "--device and --workers are not for --engine ray, which uses all GPUs and CPUs: omit them."
+            )
         if self.to_parts and self.shard_size is not None:
             raise UsageError("--shard-size is for safetensors; the size of files with many images is --shard-images.")
         check_store(self.output, f"features{PARQUET}")

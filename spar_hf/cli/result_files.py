@@ -181,11 +181,19 @@ def coco_encoder():
 
 
 def merge_coco(files: Iterable[Path]) -> dict[str, Any]:
-    """Merge the data sets of single images into one, with consecutive ids."""
+    """
+    Merge the data sets of single images into one, with consecutive ids.
+
+    Raises:
+        UsageError: a file has other categories than the first one.
+    """
     merged: dict[str, Any] = {"images": [], "categories": [], "annotations": []}
+    first = None
     for file in files:
         part = json.loads(read_text(file))
-        merged["categories"] = part["categories"]
+        if first is not None and part["categories"] != merged["categories"]:
+            raise UsageError(f"{file} has other classes than {first}. Remove the older one, or make it anew.")
+        first, merged["categories"] = first or file, part["categories"]
         image_id = len(merged["images"]) + 1
         merged["images"].append({**part["images"][0], "id": image_id})
         for annotation in part["annotations"]:

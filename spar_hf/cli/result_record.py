@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,13 +44,23 @@ class ResultRecord:
         self.key = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()[:16]
         self.known: dict[str, dict[str, Any]] = {}
         self.files: dict[str, dict[str, Any]] = {}
-        self.trusted, records = 0, record_files(folder)
-        self.trust_unknown = trust_unknown and not records
-        for entry in read_entries(records):
+        self.trusted = 0
+        self.trust_unknown = trust_unknown and not record_files(folder)
+        self.read()
+
+    def read(self) -> None:
+        """Read the records of all jobs, also what other processes have added since."""
+        for entry in read_entries(record_files(self.folder)):
             if "values" in entry:
                 self.known[entry["settings"]] = entry["values"]
-            else:
-                self.files.update(dict.fromkeys(entry["files"], entry))
+                continue
+            for name in entry["files"]:  # processes of several runs may have recorded a file: the latest replaced it
+                if entry.get("time", 0) >= self.files.get(name, {}).get("time", 0):
+                    self.files[name] = entry
+
+    def is_current(self, path: Path) -> bool:
+        """Whether a file is recorded as computed with the settings of this run."""
+        return self.files.get(self._name(path), {}).get("settings") == self.key
 
     def is_done(self, image: InputImage, paths: Sequence[Path]) -> bool:
         """
@@ -81,6 +92,8 @@ class ResultRecord:
             "files": [self._name(path) for path in paths],
             "settings": self.key,
             "stamp": stamp(image),
+            "time": time.time(),
+            **({} if image.frame is None else {"frame": image.frame}),
         }
         lines = [] if self.key in self.known else [{"settings": self.key, "values": self.settings}]
         self.known[self.key] = self.settings

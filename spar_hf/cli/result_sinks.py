@@ -2,6 +2,7 @@
 
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from spar_hf.utils.atomic import write_text
 from spar_hf.utils.errors import UsageError
 from spar_hf.utils.image_files import InputImage
 from spar_hf.utils.processes import Processes, in_units
-from spar_hf.utils.texts import json_text, read_text
+from spar_hf.utils.texts import json_text, read_text, storable
 
 CLASSES = "classes.txt"  # the line number, from 0, is the pixel value in label maps
 ENDINGS = {"overlay": "overlay.png", "map": "png", "coco": "coco.json", "json": "json"}  # in shards
@@ -101,10 +102,16 @@ class FileSink:
         """Every file is complete when it is written."""
 
     def finish(self) -> None:
-        """Write the COCO file of all images, which all processes have written."""
-        if self.processes.index == 0 and self.plan.folder is not None and "coco" in self.plan.formats:
-            parts = [paths["coco"] for paths in self.plan.paths.values() if paths["coco"].is_file()]
-            write_text(self.plan.folder / "annotations.json", json_text(merge_coco(parts)))
+        """
+        Write the COCO file of all images, which all processes have written. Files of other settings, which an image that
+        failed has from an earlier run, are left out.
+        """
+        folder, record = self.plan.folder, self.record
+        if self.processes.index == 0 and folder is not None and record is not None and "coco" in self.plan.formats:
+            record.read()
+            files = [paths["coco"] for paths in self.plan.paths.values()]
+            parts = [file for file in files if file.is_file() and record.is_current(file)]
+            write_text(folder / "annotations.json", json_text(merge_coco(parts)))
 
 
 class ShardSink:
@@ -140,7 +147,8 @@ class ShardSink:
     def write(self, item: InputImage, image: Any, result: Mapping[str, Any]) -> None:
         with tempfile.TemporaryDirectory() as temporary:
             files = {name: Path(temporary, f"image{FORMATS[name]}") for name in self.plan.formats}
-            write_results(image, result, files, item, self.options.keep_background)
+            named = replace(item, source=storable(item.source))  # readers of the shards take UTF-8 only
+            write_results(image, result, files, named, self.options.keep_background)
             members = {ENDINGS[name]: path.read_bytes() for name, path in files.items()}
         self.writer.add(item, {"members": members, "error": ""})
 

@@ -15,6 +15,8 @@ from spar_hf.cli.arguments import Device, MaxTokens, Model, ShortestEdge
 from spar_hf.cli.reporting import exit_on_error, fail, say
 from spar_hf.model.words import normalise_name
 from spar_hf.utils.errors import PATH_ERRORS, UsageError
+from spar_hf.utils.image_files import check_distinct_masks
+from spar_hf.utils.image_listing import is_image_name
 from spar_hf.utils.options import HELP
 from spar_hf.utils.texts import read_text
 
@@ -101,7 +103,7 @@ def annotated_images(folder: Path) -> tuple[list[tuple[Path, Path]], list[str]]:
     Images with their masks, and the classes.
 
     Raises:
-        UsageError: another layout, or no image with a mask.
+        UsageError: another layout, no image with a mask, or two images with one mask.
     """
     names = folder / "classes.txt"
     if not all((folder / part).is_dir() for part in ("images", "masks")) or not names.is_file():
@@ -109,10 +111,12 @@ def annotated_images(folder: Path) -> tuple[list[tuple[Path, Path]], list[str]]:
             f"{folder} must hold images/, masks/ (PNG of the same stem) and classes.txt, a class per line."
         )
     masks = {path.stem: path for path in (folder / "masks").iterdir() if path.suffix.lower() == ".png"}
-    images = sorted((folder / "images").iterdir())
+    files = sorted((folder / "images").iterdir())
+    images = [file for file in files if is_image_name(file) and not file.name.startswith(".")]
     pairs = [(image, masks[image.stem]) for image in images if image.stem in masks]
     if not pairs:
         raise UsageError(f"No image in {folder / 'images'} has a PNG of the same stem in masks/.")
+    check_distinct_masks(pairs)
     return pairs, read_text(names).splitlines()
 
 

@@ -12,7 +12,7 @@ from spar_hf.cli.parts import open_parts, part_suffix
 from spar_hf.cli.reporting import exit_on_error, say
 from spar_hf.cli.result_paths import FORMATS
 from spar_hf.cli.result_record import read_entries, record_files
-from spar_hf.utils.atomic import write_text
+from spar_hf.utils.atomic import is_temporary, write_text
 from spar_hf.utils.errors import MissingFiles, UsageError
 from spar_hf.utils.folders import Folder
 from spar_hf.utils.image_files import find_images
@@ -116,7 +116,12 @@ class Checker:
         self.folder = Path(folder)
 
     def check(self, names: list[str] | None) -> Findings:
-        """Compare what is there with the names of the images, if they are known."""
+        """
+        Compare what is there with the names of the images, if they are known.
+
+        Raises:
+            UsageError: it is known to be made of other images.
+        """
         raise NotImplementedError
 
     def merge(self) -> str:
@@ -158,6 +163,8 @@ class PartChecker(Checker):
             raise MissingFiles(f"{folder} holds no {self.parts.kind}.")
 
     def check(self, names: list[str] | None) -> Findings:
+        if names is not None:
+            self.parts.check_names(names)
         findings, seen = Findings(self.parts.kind, "images"), set[int]()
         for file in self.parts.files():
             try:
@@ -172,9 +179,7 @@ class PartChecker(Checker):
             findings.failed += failed
         findings.whole = len(seen)
         gone = sorted(set(range(self.parts.manifest["images"])) - seen)
-        named = names is not None and len(names) == self.parts.manifest["images"]
-        label = {i: names[i] for i in gone} if named and names else {}
-        findings.missing = [f"image {i} {label.get(i, '')}".strip() for i in gone]
+        findings.missing = [f"image {i} {names[i] if names else ''}".strip() for i in gone]
         return findings
 
     def merge(self) -> str:
@@ -193,7 +198,8 @@ class FeatureChecker(Checker):
 
         findings = Findings("features", "images", listed=names is not None)
         shards, found = list_shards(self.folder), set[str]()
-        for file in shards or sorted(self.folder.rglob("*.safetensors")):
+        others = (file for file in self.folder.rglob("*.safetensors") if not is_temporary(file))
+        for file in shards or sorted(others):
             name = file.relative_to(self.folder).as_posix()
             try:
                 keys, metadata = read_header(file)
@@ -229,17 +235,21 @@ def shared_settings(metadata: dict[str, str]) -> dict[str, Any]:
 
 
 class ResultChecker(Checker):
-    """Results of `segment`: every recorded file is read."""
+    """Results of `segment`: every recorded file is read. Which frames of a file there should be is not known."""
 
     def check(self, names: list[str] | None) -> Findings:
         findings = Findings("results of segment", "images", listed=names is not None)
-        groups = {tuple(entry["files"]) for entry in read_entries(record_files(self.folder)) if "files" in entry}
+        entries = [entry for entry in read_entries(record_files(self.folder)) if "files" in entry]
+        groups = {tuple(entry["files"]) for entry in entries}
         for files in sorted(groups):
             reasons = {name: self._problem(self.folder / name) for name in files}
             findings.missing += [name for name, reason in reasons.items() if reason == "gone"]
             findings.damaged |= {name: reason for name, reason in reasons.items() if reason not in ("", "gone")}
             findings.whole += not any(reasons.values())
         recorded = {name for files in groups for name in files}
+        for entry in entries:
+            if "frame" in entry:  # clip-0003.png is a result of clip
+                recorded |= {name.replace(f"-{entry['frame']:04}.", ".") for name in entry["files"]}
         for name in names or ():
             if not any(f"{name}{end}" in recorded for end in FORMATS.values()):
                 findings.missing.append(name)

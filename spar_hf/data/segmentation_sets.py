@@ -23,6 +23,7 @@ from spar_hf.data.sources import list_images
 from spar_hf.model.image_input import open_image, read_rgb, set_pixel_limit
 from spar_hf.model.image_pixels import MIN_SIDE
 from spar_hf.utils.errors import MissingFiles, UsageError
+from spar_hf.utils.image_files import check_distinct_masks
 from spar_hf.utils.texts import read_text
 
 IGNORE_INDEX = 255  # label of ignored pixels, which no score counts
@@ -366,7 +367,8 @@ def open_folder(
 
     Raises:
         MissingFiles: a part of the layout is missing, an image has no mask, or no image is left.
-        UsageError: two images have the same stem, `classes.txt` has an empty line, or the file `classes` is wrong.
+        UsageError: two images have the same stem, also in two sub-folders, `classes.txt` has an empty line, or the file
+            `classes` is wrong.
 
     Example:
 
@@ -418,11 +420,10 @@ def _pairs(folder: Path, layout: str, include: Sequence[str], exclude: Sequence[
         mask = folder / "masks" / f"{image.stem}.png"
         if not mask.is_file():
             raise MissingFiles(f"{image} has no mask {mask}. {layout}")
-        if pairs and pairs[-1][1] == mask:
-            raise UsageError(f"{pairs[-1][0]} and {image} would share the mask {mask}. Rename or remove one of them.")
         pairs.append((image, mask))
     if not pairs:
         raise MissingFiles(f"No image of {folder} passes --include {list(include)} and --exclude {exclude}.")
+    check_distinct_masks(pairs)
     return pairs
 
 

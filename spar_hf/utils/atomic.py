@@ -61,6 +61,19 @@ def temporary_name(path: Path) -> Path:
     return path.with_name(f".{start}.{os.getpid()}-{next(numbers)}.partial{suffix}")
 
 
+def is_temporary(path: Path) -> bool:
+    """
+    Whether a file has a name of [`temporary_name`]: a process that still runs may be writing it.
+
+    Example:
+
+    ```python
+    >>> is_temporary(temporary_name(Path("out/a.png"))), is_temporary(Path("out/.a.png"))
+    (True, False)
+    ```"""
+    return re.fullmatch(r"\..*\.\d+-\d+\.partial(\..*)?", path.name, re.DOTALL) is not None
+
+
 @contextlib.contextmanager
 def as_disk_errors(path: Path) -> Iterator[None]:
     """

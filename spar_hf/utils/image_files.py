@@ -319,6 +319,23 @@ def check_distinct_targets(targets: Iterable[tuple[str | Path, str]]) -> None:
             )
 
 
+def check_distinct_masks(pairs: Iterable[tuple[Path, Path]]) -> None:
+    """
+    Refuse two images that have one mask.
+
+    Args:
+        pairs: files of each image and its mask.
+
+    Raises:
+        UsageError: names both images.
+    """
+    images: dict[Path, Path] = {}
+    for image, mask in pairs:
+        if mask in images:
+            raise UsageError(f"{images[mask]} and {image} would share the mask {mask}. Rename or remove one of them.")
+        images[mask] = image
+
+
 def check_inputs_kept(targets: Iterable[Path], images: Sequence[InputImage]) -> None:
     """
     Refuse results that would overwrite an input image.

@@ -1,6 +1,7 @@
 """Reading ahead: worker processes, groups of equal sizes and a writing thread change nothing but the speed."""
 
 import errno
+import pickle
 import threading
 from dataclasses import dataclass
 
@@ -11,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from spar_hf.batch.ahead import Buckets, Work, process_ahead
+from spar_hf.batch.ahead import Buckets, Images, Unread, Work, process_ahead
 from spar_hf.cli.main import app
 from spar_hf.utils.image_files import InputImage
 
@@ -97,6 +98,21 @@ def test_a_killed_worker_is_named():
 
     with pytest.raises(OSError, match="--workers"):
         process_ahead(images(8, 8), Work(die, lambda items: items, print, 8), progress_bar=False, workers=1)
+
+
+def read_limited(image):
+    """An image of 64 pixels, or none if that is above the limit."""
+    if Image.MAX_IMAGE_PIXELS < 64:
+        raise ValueError(f"more than {Image.MAX_IMAGE_PIXELS}")
+    return Pixels(torch.zeros(1, 3, 8, 8))
+
+
+def test_workers_that_inherit_nothing_have_the_limit_on_pixels(monkeypatch):
+    """As on macOS and Windows, and from Python 3.14 on also on Linux."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)  # as --max-pixels sets it
+    sent = pickle.dumps(Images(images(8), read_limited))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 89_478_485)  # in a worker
+    assert pickle.loads(sent)[0] == (0, Unread("more than 50"))
 
 
 def test_commands_give_the_same_with_workers_and_batches(base_folder, tmp_path):

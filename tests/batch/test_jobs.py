@@ -179,3 +179,15 @@ def test_parquet_of_jobs_is_one_data_set(base_folder, images, tmp_path, store):
     plain = datasets.load_dataset("parquet", data_files=f"{output}/*.parquet", split="train")
     assert sorted(plain["id"]) == list(range(9))
     assert pq.read_schema(f"{output}/part-00000.parquet") == pq.read_schema(f"{output}/part-00004.parquet")
+
+
+def test_a_folder_of_ray_is_not_continued_by_this_engine(base_folder, images, tmp_path):
+    """Files of Ray hold any of the images, so all that this engine looks for would be made again."""
+    output = tmp_path / "out.parquet"
+    job = ["features", images / "a.png", images / "b.png", "--model", base_folder, "--shortest-edge", 32]
+    job += ["--shard-images", 1, "--output", output]
+    run(*job)
+    assert "2 skipped" in run(*job, "--skip-existing")
+    (output / "part-00001.parquet").rename(output / "7_000000_000000.parquet")
+    assert "continue with --engine ray" in " ".join(run(*job, "--skip-existing", status=2).split())
+    assert sorted(row["id"] for row in open_features(output)) == [0, 1]

@@ -9,6 +9,7 @@ import threading
 import time
 from collections import Counter
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import numpy as np
 import psutil
@@ -24,9 +25,12 @@ os.environ |= SETTINGS
 ray = pytest.importorskip("ray", reason="extra ray")
 
 from spar_hf.batch.arrays import read_array  # noqa: E402
+from spar_hf.batch.callables import SparFeatures  # noqa: E402
 from spar_hf.batch.extractor import FeatureExtractor  # noqa: E402
 from spar_hf.batch.parquet_files import ParquetFolder  # noqa: E402
+from spar_hf.batch.ray_engine import compute  # noqa: E402
 from spar_hf.cli.main import app  # noqa: E402
+from spar_hf.utils.image_files import InputImage  # noqa: E402
 
 pytestmark = pytest.mark.slow
 COUNT = 40
@@ -128,6 +132,24 @@ def test_what_does_not_go_together_is_refused(images, tmp_path):
         (["--output", str(tmp_path / "out"), "--engine", "ray"], "out.parquet"),
         (["--output", str(tmp_path / "out"), "--engine", "spark"], "local or ray"),
         (["--output", str(tmp_path / "out"), "--address", "auto"], "--engine ray"),
+        (["--output", str(tmp_path / "o.parquet"), "--engine", "ray", "--device", "cpu"], "omit them"),
+        (["--output", str(tmp_path / "o.parquet"), "--engine", "ray", "--workers", "2"], "omit them"),
     ):
         result = CliRunner().invoke(app, ["features", str(images), *options])
         assert result.exit_code == 2 and message in result.output
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_the_limit_on_pixels_reaches_processes_that_inherit_nothing(monkeypatch, images, base_folder, tmp_path):
+    features, folder = SparFeatures(str(base_folder), size=48), ParquetFolder(tmp_path / "out.parquet")
+    names = [InputImage(str(images / f"{i:02}.png"), f"{i:02}") for i in (0, 1)]  # of 48 × 64 and 64 × 64 pixels
+    folder.begin(features.settings, ["00", "01"], 2, False)
+    rows = MagicMock()
+    data = MagicMock(from_arrow=lambda table: rows)
+    rows.repartition.return_value = rows.map_batches.return_value = rows
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 3500)  # as --max-pixels sets it
+    compute(MagicMock(cluster_resources=dict), data, folder, names, features, [0, 1], None)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 89_478_485)  # in a process of Ray
+    stage = rows.map_batches.call_args_list[0]
+    found = stage.args[0]({"source": [image.source for image in names]}, **stage.kwargs["fn_kwargs"])
+    assert found["error"][0] == "" and "3500" in found["error"][1]

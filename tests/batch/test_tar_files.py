@@ -113,6 +113,19 @@ def test_datasets_reads_features_and_masks(base_folder, images, tmp_path):
     assert (tmp_path / "masks.tar" / "classes.txt").read_text() == (tmp_path / "masks" / "classes.txt").read_text()
 
 
+def test_a_name_that_is_no_utf_8_stops_no_reader(base_folder, images, tmp_path):
+    pytest.importorskip("pycocotools", reason="COCO's masks need pycocotools (extra coco)")
+    (images / "broken.png").rename(images / "caf\udce9.png")
+    (images / "caf\udce9.png").write_bytes((images / "a.png").read_bytes())
+    run("segment", images, "--model", base_folder, "--shortest-edge", 32, "--workers", 0, *LABELS,
+        "--format", "json,coco", "--output", tmp_path / "masks.tar")  # fmt: skip
+    files = [str(tmp_path / "masks.tar/part-00000.tar")]
+    rows = datasets.load_dataset("webdataset", data_files=files, split="train", cache_dir=str(tmp_path / "cache"))
+    named = [(row["json"]["image"], row["coco.json"]["images"][0]["file_name"]) for row in rows]
+    expected = ["a", "b.v2", "b%2Ev2", "c", "caf\\udce9", "sub/a"]
+    assert sorted(named) == sorted((f"{images}/{name}.png",) * 2 for name in expected)
+
+
 @pytest.mark.parametrize("tile", [(), ("--tile", 64)])
 def test_masks_in_a_store_are_continued(base_folder, images, tile):
     output = f"memory://tar-files/masks-{len(tile)}.tar"

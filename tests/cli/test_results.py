@@ -108,6 +108,35 @@ def test_results_of_a_mixed_folder_are_told_apart(images, tmp_path, picture):
     assert "3 skipped" in run("segment", images, *options, "--skip-existing")
 
 
+def test_the_coco_file_has_results_of_one_vocabulary(images, tmp_path):
+    pytest.importorskip("pycocotools", reason="COCO's masks need pycocotools (extra coco)")
+    output = tmp_path / "out"
+    options = ["--output", output, "--format", "coco", "--background", "none", "--templates", "plain", *SMALL]
+    run("segment", images, *options, "--labels", "road; sky; tree")
+    (images / "b.png").write_text("no image")
+    run("segment", images, *options, "--labels", "tree; road", status=1)
+    merged = json.loads((output / "annotations.json").read_text())
+    assert [Path(image["file_name"]).name for image in merged["images"]] == ["a.png", "c.png"]
+    assert [category["name"] for category in merged["categories"]] == ["tree", "road"]
+    text = " ".join(run("verify", output, "--finish", images, status=2).split())
+    assert "b.coco.json has other classes than" in text
+    (output / "b.coco.json").unlink()
+    (images / "b.png").unlink()
+    run("segment", images, *options, "--labels", "tree; road", "--skip-existing")
+    assert len(json.loads((output / "annotations.json").read_text())["images"]) == 2
+
+
+def test_the_latest_of_several_records_counts(tmp_path):
+    """Processes record in files of their own, and the file that was changed last may hold an older entry."""
+    result, image = tmp_path / "x.json", InputImage("http://a.com/x.jpg", "x")
+    result.touch()
+    ResultRecord(tmp_path, {"threshold": 0.5}, job="process-1").add(image, [result])
+    ResultRecord(tmp_path, {"threshold": 0.3}, job="process-0").add(image, [result])
+    other = InputImage("http://a.com/y.jpg", "y")
+    ResultRecord(tmp_path, {"threshold": 0.3}, job="process-1").add(other, [tmp_path / "y.json"])
+    assert ResultRecord(tmp_path, {"threshold": 0.3}).is_done(image, [result])
+
+
 def test_a_folder_of_an_earlier_version_is_noted(images, tmp_path):
     output = tmp_path / "out"
     options = ["--output", output, "--format", "json", *WORDS]

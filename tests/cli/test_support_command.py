@@ -99,3 +99,14 @@ def test_wrong_usage_is_one_line(base_folder, annotated, tmp_path):
         "segment", image, "--labels", "a; b", "--output", tmp_path / "o.png", "--support", made, *model, status=2
     )
     assert "safetensors file, or damaged" in text
+
+
+def test_only_images_are_read_and_none_shares_a_mask(base_folder, annotated, tmp_path):
+    options = (annotated, "--output", tmp_path / "made.safetensors", "--model", base_folder)
+    (annotated / "images/0.json").write_text("{}")
+    (annotated / "images/.0.png").write_bytes(b"what some systems write beside a file")
+    (annotated / "masks/.0.png").write_bytes(b"")
+    assert "2 images" in run("support", *options)
+    Image.open(annotated / "images/0.png").save(annotated / "images/0.jpg")
+    text = " ".join(run("support", *options, "--overwrite", status=2).split())
+    assert "0.jpg" in text and "0.png" in text and "share the mask" in text

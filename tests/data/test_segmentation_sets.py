@@ -79,6 +79,18 @@ def test_two_images_of_one_stem_are_refused(folder):
         open_folder(folder)
 
 
+def test_images_of_one_stem_in_two_folders_are_refused(folder):
+    """They are no neighbours in the sorted list: x/a_1, x/a_2, y/a_1."""
+    for name in ("x/a_1", "x/a_2", "y/a_1"):
+        (folder / "images" / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (8, 6)).save(folder / "images" / f"{name}.jpg")
+    for name in ("a_1", "a_2", "b_1"):
+        (folder / "images" / f"{name}.jpg").unlink()
+    with pytest.raises(UsageError, match=r"x/a_1\.jpg and .*y/a_1\.jpg would share the mask"):
+        open_folder(folder)
+    assert open_folder(folder, exclude=["a_1"]).names == ("a_2",)
+
+
 def test_an_empty_line_among_the_classes_is_refused(folder):
     """Skipping it would give all later classes another mask value."""
     (folder / "classes.txt").write_text("sky\n\nroad\n")
