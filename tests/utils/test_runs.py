@@ -4,12 +4,13 @@ import json
 import math
 import signal
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
 
-from spar_hf.utils.errors import NotFinite
+from spar_hf.utils.errors import NotFinite, UsageError
 from spar_hf.utils.locks import Locked
 from spar_hf.utils.run_options import TrainingRunOptions
 from spar_hf.utils.runs import BadSteps, RunFolder, RunLog, TrainingRun
@@ -85,3 +86,15 @@ def test_a_run_is_stopped_and_goes_on(tmp_path):
     ):
         raise MemoryError
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("read", ["run/model", ["other", "run/model/deeper"]])
+def test_a_run_does_not_replace_what_it_reads(tmp_path, monkeypatch, read):
+    monkeypatch.chdir(tmp_path)
+    Path("run/model/deeper").mkdir(parents=True)
+    Path("other").mkdir()
+    options = TrainingRunOptions(output="run", overwrite=True)
+    with pytest.raises(UsageError, match=r"run/model.* is read"):
+        TrainingRun(Accelerator(cpu=True), options, {"seed": 0, "model": read}, dict, [Path("run/model")])
+    with TrainingRun(Accelerator(cpu=True), options, {"seed": 0, "model": "other"}, dict, [Path("run/model")]):
+        pass
