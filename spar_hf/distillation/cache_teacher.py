@@ -38,6 +38,7 @@ from spar_hf.distillation.teacher_cache import (
     TeacherCache,
     check_setting,
     check_shard,
+    pixel_settings,
     read_manifest,
     read_source,
     sha256,
@@ -226,6 +227,7 @@ def make_setting(
     mixed_precision: str,
 ) -> dict[str, Any]:
     """What the manifest states: first what distillation compares, then what the views follow from."""
+    usual = pixel_settings(SparImageProcessorPil())  # which caches of earlier versions do not state
     return {
         "model": vision_fingerprint(teacher.model),
         "window_size": teacher.window_size,
@@ -234,6 +236,7 @@ def make_setting(
         "teacher_dtype": options.teacher.teacher_dtype,
         "image_mean": list(image_processor.image_mean),
         "image_std": list(image_processor.image_std),
+        **{name: value for name, value in pixel_settings(image_processor).items() if value != usual[name]},
         "photos": [source_name(path, output) for path in paths],  # the key of version 0.1
         "views": options.storage.views,
         **asdict(options.views),
@@ -253,10 +256,9 @@ def start_folder(output: Folder, setting: dict[str, Any], accelerator: Accelerat
         UsageError: the folder holds a cache of another setting.
     """
     if output.size(MANIFEST) is not None:
-        stored = (
-            asdict(Views()) | read_manifest(output.url)["setting"]
-        )  # an earlier version drew views as the defaults say
-        check_setting(output.url, stored, setting)
+        # an earlier version drew views as the defaults say
+        usual = asdict(Views()) | pixel_settings(SparImageProcessorPil())
+        check_setting(output.url, usual | read_manifest(output.url)["setting"], usual | setting)
     accelerator.wait_for_everyone()  # all have compared the old manifest before it is replaced
     if accelerator.is_main_process:
         for left in [] if output.is_remote or not alone else Path(output.url).glob("*.partial*"):

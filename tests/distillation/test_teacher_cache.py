@@ -96,6 +96,21 @@ def test_maps_are_the_teachers_and_half_the_size(options, vision_model, caplog):
     assert stored < 0.55 * 4 * sum(cache.target(i).numel() for i in range(6))
 
 
+def test_views_have_the_pixels_that_the_teacher_saw(options, base, vision_model):
+    """As the folder says, whatever it says; else the student learns from other images than the teacher read."""
+    SparImageProcessorPil(do_normalize=False, max_tokens=30, patch_size=16).save_pretrained(base)
+    cache = make_cache(options)
+    teacher = SlidingWindowTeacher(vision_model, stride=32)
+    for i in range(len(cache)):
+        pixel_values, target = cache[i]
+        assert 0 <= float(pixel_values.min()) < float(pixel_values.max()) <= 1
+        expected = teacher(pixel_values).feature_map
+        torch.testing.assert_close(target, expected, atol=2**-8 * float(expected.abs().max()), rtol=0)
+    SparImageProcessorPil().save_pretrained(base)
+    with pytest.raises(UsageError, match="do_normalize is False there and True here"):
+        make_cache(options)
+
+
 def test_going_on_makes_only_what_is_missing_or_damaged(options, base):
     cache = make_cache(options)
     targets = [cache.target(i) for i in range(6)]
