@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
-from transformers.trainer_utils import SchedulerType
 
 from spar_hf.data.augmentation import Views
 from spar_hf.data.sources import ImageOptions
@@ -26,6 +25,7 @@ from spar_hf.utils.options import (
     HELP,
     PRECISIONS,
     RUN_FREE,
+    SCHEDULES,
     ComposedOptions,
     SafetyOptions,
     require_not_negative,
@@ -228,7 +228,7 @@ class OptimisationOptions:
         require_not_negative(self, "weight_decay", "max_grad_norm")
         require_share(self, "whiten", "warmup_ratio")
         require_one_of(self, "mixed_precision", PRECISIONS)
-        require_one_of(self, "lr_scheduler_type", [str(kind.value) for kind in SchedulerType])
+        require_one_of(self, "lr_scheduler_type", SCHEDULES)
         if unknown := [name for name in self.words if name.strip().lower() not in VOCABULARIES]:
             raise UsageError(f"--words {' '.join(unknown)}: use built-in vocabularies: {', '.join(VOCABULARIES)}.")
         if self.steps is not None and self.epochs is not None:
