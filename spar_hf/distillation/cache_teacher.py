@@ -35,6 +35,7 @@ from spar_hf.distillation.presets import HELP_PRESET, PRESETS, REPLACES, with_pr
 from spar_hf.distillation.recipes import given_options, to_arguments
 from spar_hf.distillation.teacher_cache import (
     MANIFEST,
+    MEND_SHARD,
     TeacherCache,
     check_setting,
     check_shard,
@@ -250,20 +251,24 @@ def make_setting(
 def start_folder(output: Folder, setting: dict[str, Any], accelerator: Accelerator, alone: bool) -> None:
     """
     Write the manifest of an unfinished cache, and remove what killed runs left half written, unless other jobs may be
-    writing.
+    writing. A finished cache stays finished.
 
     Raises:
-        UsageError: the folder holds a cache of another setting.
+        UsageError: the folder holds a cache of another setting, or its manifest is damaged.
     """
+    finished = False
     if output.size(MANIFEST) is not None:
         # an earlier version drew views as the defaults say
         usual = asdict(Views()) | pixel_settings(SparImageProcessorPil())
-        check_setting(output.url, usual | read_manifest(output.url)["setting"], usual | setting)
+        manifest = read_manifest(output.url)
+        check_setting(output.url, usual | manifest["setting"], usual | setting)
+        finished = manifest["complete"]
     accelerator.wait_for_everyone()  # all have compared the old manifest before it is replaced
     if accelerator.is_main_process:
         for left in [] if output.is_remote or not alone else Path(output.url).glob("*.partial*"):
             left.unlink(missing_ok=True)
-        write_record(output, MANIFEST, {"complete": False, "setting": setting, "shards": []})
+        if not finished:
+            write_record(output, MANIFEST, {"complete": False, "setting": setting, "shards": []})
     accelerator.wait_for_everyone()
 
 
@@ -273,8 +278,13 @@ def write_record(output: Folder, name: str, value: Any) -> None:
 
 
 def write_manifest(output: Folder, setting: dict[str, Any], count: int) -> None:
-    """Write the manifest of a cache whose shards are all there."""
-    records = [json.loads(output.read(record_name(number))) for number in range(count)]
+    """
+    Write the manifest of a cache whose shards are all there.
+
+    Raises:
+        UsageError: the record of a shard is damaged.
+    """
+    records = [read_record(output, number) for number in range(count)]
     write_record(output, MANIFEST, {"complete": True, "setting": setting, "shards": records})
 
 
@@ -288,15 +298,29 @@ def record_name(number: int) -> str:
     return f"{shard_name(number)}.json"
 
 
+def read_record(output: Folder, number: int) -> dict[str, Any]:
+    """
+    The record of a shard.
+
+    Raises:
+        UsageError: it is damaged.
+    """
+    name = record_name(number)
+    try:
+        return json.loads(output.read(name))
+    except ValueError as error:
+        raise UsageError(f"{output.path(name)} is damaged: {error}. {MEND_SHARD}") from error
+
+
 def finished_shard(output: Folder, number: int) -> dict[str, Any] | None:
     """The record of a shard that is there and undamaged."""
     if output.size(record_name(number)) is None:
         return None
-    found = json.loads(output.read(record_name(number)))
     try:
+        found = read_record(output, number)
         check_shard(output, found)
-    except UsageError as error:
-        logger.warning("%s", error)
+    except (UsageError, KeyError) as error:
+        logger.warning("%s is made anew: %s", shard_name(number), error)
         return None
     return found
 
@@ -323,10 +347,10 @@ def verify_shards(output: Folder) -> tuple[list[dict[str, Any]], list[str], dict
             missing.append(name)
             continue
         try:
-            found = json.loads(output.read(record_name(number)))
+            found = read_record(output, number)
             check_shard(output, found)
             whole.append(found)
-        except (ValueError, KeyError) as error:
+        except (UsageError, KeyError) as error:
             damaged[name] = str(error)
     return whole, missing, damaged
 

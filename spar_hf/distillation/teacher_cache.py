@@ -186,13 +186,18 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
 
     Raises:
         MissingFiles: there is none.
+        UsageError: it is damaged.
     """
     try:
-        text = Folder(folder).read(MANIFEST)
+        manifest = json.loads(Folder(folder).read(MANIFEST))
+        return manifest | {"setting": with_current_names(manifest["setting"], [Views])}
     except FileNotFoundError as error:
         raise MissingFiles(f"{folder} holds no {MANIFEST}. Make a cache with {COMMAND} --output {folder}.") from error
-    manifest = json.loads(text)
-    return manifest | {"setting": with_current_names(manifest["setting"], [Views])}
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError) as error:
+        raise UsageError(
+            f"{folder}/{MANIFEST} is damaged. Delete it and run the same command of {COMMAND} again, which keeps finished "
+            "shards."
+        ) from error
 
 
 def check_setting(folder: str | Path, found: dict[str, Any], asked: dict[str, Any]) -> None:

@@ -135,6 +135,36 @@ def test_going_on_makes_only_what_is_missing_or_damaged(options, base):
         TeacherCache.open(options.storage.output, model=model).target(0)
 
 
+@pytest.mark.parametrize("left", [b"", b"{}", b"\0" * 40], ids=["empty", "no keys", "zeros"])
+def test_a_shard_whose_record_is_damaged_is_made_anew(options, base, left):
+    cache = make_cache(options)
+    targets = [cache.target(i) for i in range(6)]
+    record = Path(options.storage.output) / "maps-00001.safetensors.json"
+    record.write_bytes(left)
+    with pytest.MonkeyPatch.context() as patch:  # a run that is killed leaves the cache as finished as it was
+        patch.setattr(ShardMaker, "make", lambda maker, number: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            make_cache(options)
+    assert len(TeacherCache.open(options.storage.output, model=cache_model(base))) == 6
+    cache = make_cache(options)
+    assert json.loads(record.read_text())["file"] == "maps-00001.safetensors"
+    assert all(torch.equal(cache.target(i), target) for i, target in enumerate(targets))
+
+
+def test_a_damaged_manifest_is_one_line(options, base):
+    """The remedy that it names works: no shard is made again."""
+    made = make_cache(options).shards
+    manifest = Path(options.storage.output) / "manifest.json"
+    manifest.write_bytes(b"")
+    for use in (lambda: make_cache(options), lambda: TeacherCache.open(manifest.parent, model=cache_model(base))):
+        with pytest.raises(UsageError, match=r"manifest.json is damaged. Delete it"):
+            use()
+    manifest.unlink()
+    stamps = [path.stat().st_mtime_ns for path in manifest.parent.glob("maps*")]
+    assert make_cache(options).shards == made
+    assert [path.stat().st_mtime_ns for path in manifest.parent.glob("maps*")] == stamps
+
+
 def test_another_setting_is_refused(options, base, pictures):
     make_cache(options)
     model = cache_model(base)
