@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
 from spar_hf.data.augmentation import Views
 from spar_hf.data.sources import ImageOptions
@@ -33,6 +32,7 @@ from spar_hf.utils.options import (
     require_positive,
     require_share,
 )
+from spar_hf.utils.run_options import TRACKERS
 from spar_hf.windows import VARIANTS, default_stride
 
 DEFAULT_STEPS = 1000
@@ -261,7 +261,7 @@ class RunOptions(SafetyOptions):
         super().__post_init__()
         require_positive(self, "log_steps", "save_steps", "eval_steps")
         require_not_negative(self, "holdout_images", "picture_steps")
-        require_one_of(self, "report_to", ["auto", "none", *map(str, LOGGER_TYPE_TO_CLASS)])
+        require_one_of(self, "report_to", TRACKERS)
         require_one_of(self, "preset", PRESETS)
 
 

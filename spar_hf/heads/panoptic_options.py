@@ -16,7 +16,7 @@ from spar_hf.utils.options import (
     require_positive,
     require_share,
 )
-from spar_hf.utils.run_options import TrainingRunOptions
+from spar_hf.utils.run_options import TRACKERS, TrainingRunOptions
 
 # options that a resumed run may change: none of them changes what is learned
 FREE = {"output", "resume", "workers", "save_steps", "report_to", *RUN_FREE}
@@ -130,6 +130,7 @@ class PanopticRun(TrainingRunOptions):
         super().__post_init__()
         require_positive(self, "log_steps", "eval_steps")
         require_share(self, "segment_threshold")
+        require_one_of(self, "report_to", TRACKERS)
 
 
 @dataclass(kw_only=True)

@@ -343,6 +343,7 @@ def test_options__bad_ones_are_refused(base, data, tmp_path):
         ({"segment_threshold": 1.5}, "--segment_threshold"),
         ({"gradient_accumulation_steps": 0}, "--gradient_accumulation_steps 0 must be above 0"),
         ({"eval_steps": 0}, "--eval_steps 0 must be above 0"),
+        ({"report_to": "tensorbord"}, "--report_to tensorbord: use one of auto, none, .*tensorboard"),
     ]:
         with pytest.raises(UsageError, match=message):
             PanopticOptions.parse(arguments(base, data, tmp_path, **wrong))
