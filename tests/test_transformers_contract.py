@@ -646,8 +646,13 @@ CONTRACT = [
     # training
     Row(
         "LOGGER_TYPE_TO_CLASS names the trackers",
-        "spar_hf/distillation/options.py",
+        "spar_hf/utils/run_options.py",
         exists("accelerate.tracking.LOGGER_TYPE_TO_CLASS"),
+    ),
+    Row(
+        "get_available_trackers names those that are installed",
+        "spar_hf/utils/runs.py",
+        exists("accelerate.tracking.get_available_trackers"),
     ),
     Row(
         "set_trigger and check_trigger",

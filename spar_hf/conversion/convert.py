@@ -14,7 +14,7 @@ from spar_hf.model.image_processing_spar import SparImageProcessorPil
 from spar_hf.model.modeling_spar import SparForOpenVocabSegmentation, SparVisionModel
 from spar_hf.model.processing_spar import SparProcessor, published_tokenizer
 from spar_hf.model.text_towers import TEXT_MODELS
-from spar_hf.utils.atomic import writing_folder
+from spar_hf.utils.atomic import check_inputs_stay, writing_folder
 from spar_hf.utils.errors import UsageError
 from spar_hf.utils.locks import locked
 
@@ -99,11 +99,12 @@ def convert(
         FileExistsError: `output` exists and `force` is not given, or it is not a SPAR folder.
         MissingFiles: no such checkpoint.
         UsageError: an unknown family, a base of another family, a file that contains code, tensors that do not fit or hold
-            NaN; another process converts to the same folder.
+            NaN; a checkpoint or base in the folder to replace; another process converts to the same folder.
         RuntimeError: the written folder differs from the reference implementation by more than 1e-4.
     """
     output, checkpoint = Path(output), Path(checkpoint)
     check_output(output, force)
+    check_inputs_stay([output], [checkpoint, base, tokenizer])
     if family not in FAMILIES:
         raise UsageError(f"Family {family!r} is unknown; use one of {', '.join(FAMILIES)}.")
     with locked(output.with_name(f".{output.name}.lock"), str(output)):

@@ -35,9 +35,11 @@ from spar_hf.distillation.presets import HELP_PRESET, PRESETS, REPLACES, with_pr
 from spar_hf.distillation.recipes import given_options, to_arguments
 from spar_hf.distillation.teacher_cache import (
     MANIFEST,
+    MEND_SHARD,
     TeacherCache,
     check_setting,
     check_shard,
+    pixel_settings,
     read_manifest,
     read_source,
     sha256,
@@ -226,6 +228,7 @@ def make_setting(
     mixed_precision: str,
 ) -> dict[str, Any]:
     """What the manifest states: first what distillation compares, then what the views follow from."""
+    usual = pixel_settings(SparImageProcessorPil())  # which caches of earlier versions do not state
     return {
         "model": vision_fingerprint(teacher.model),
         "window_size": teacher.window_size,
@@ -234,6 +237,7 @@ def make_setting(
         "teacher_dtype": options.teacher.teacher_dtype,
         "image_mean": list(image_processor.image_mean),
         "image_std": list(image_processor.image_std),
+        **{name: value for name, value in pixel_settings(image_processor).items() if value != usual[name]},
         "photos": [source_name(path, output) for path in paths],  # the key of version 0.1
         "views": options.storage.views,
         **asdict(options.views),
@@ -247,21 +251,24 @@ def make_setting(
 def start_folder(output: Folder, setting: dict[str, Any], accelerator: Accelerator, alone: bool) -> None:
     """
     Write the manifest of an unfinished cache, and remove what killed runs left half written, unless other jobs may be
-    writing.
+    writing. A finished cache stays finished.
 
     Raises:
-        UsageError: the folder holds a cache of another setting.
+        UsageError: the folder holds a cache of another setting, or its manifest is damaged.
     """
+    finished = False
     if output.size(MANIFEST) is not None:
-        stored = (
-            asdict(Views()) | read_manifest(output.url)["setting"]
-        )  # an earlier version drew views as the defaults say
-        check_setting(output.url, stored, setting)
+        # an earlier version drew views as the defaults say
+        usual = asdict(Views()) | pixel_settings(SparImageProcessorPil())
+        manifest = read_manifest(output.url)
+        check_setting(output.url, usual | manifest["setting"], usual | setting)
+        finished = manifest["complete"]
     accelerator.wait_for_everyone()  # all have compared the old manifest before it is replaced
     if accelerator.is_main_process:
         for left in [] if output.is_remote or not alone else Path(output.url).glob("*.partial*"):
             left.unlink(missing_ok=True)
-        write_record(output, MANIFEST, {"complete": False, "setting": setting, "shards": []})
+        if not finished:
+            write_record(output, MANIFEST, {"complete": False, "setting": setting, "shards": []})
     accelerator.wait_for_everyone()
 
 
@@ -271,8 +278,13 @@ def write_record(output: Folder, name: str, value: Any) -> None:
 
 
 def write_manifest(output: Folder, setting: dict[str, Any], count: int) -> None:
-    """Write the manifest of a cache whose shards are all there."""
-    records = [json.loads(output.read(record_name(number))) for number in range(count)]
+    """
+    Write the manifest of a cache whose shards are all there.
+
+    Raises:
+        UsageError: the record of a shard is damaged.
+    """
+    records = [read_record(output, number) for number in range(count)]
     write_record(output, MANIFEST, {"complete": True, "setting": setting, "shards": records})
 
 
@@ -286,15 +298,29 @@ def record_name(number: int) -> str:
     return f"{shard_name(number)}.json"
 
 
+def read_record(output: Folder, number: int) -> dict[str, Any]:
+    """
+    The record of a shard.
+
+    Raises:
+        UsageError: it is damaged.
+    """
+    name = record_name(number)
+    try:
+        return json.loads(output.read(name))
+    except ValueError as error:
+        raise UsageError(f"{output.path(name)} is damaged: {error}. {MEND_SHARD}") from error
+
+
 def finished_shard(output: Folder, number: int) -> dict[str, Any] | None:
     """The record of a shard that is there and undamaged."""
     if output.size(record_name(number)) is None:
         return None
-    found = json.loads(output.read(record_name(number)))
     try:
+        found = read_record(output, number)
         check_shard(output, found)
-    except UsageError as error:
-        logger.warning("%s", error)
+    except (UsageError, KeyError) as error:
+        logger.warning("%s is made anew: %s", shard_name(number), error)
         return None
     return found
 
@@ -321,10 +347,10 @@ def verify_shards(output: Folder) -> tuple[list[dict[str, Any]], list[str], dict
             missing.append(name)
             continue
         try:
-            found = json.loads(output.read(record_name(number)))
+            found = read_record(output, number)
             check_shard(output, found)
             whole.append(found)
-        except (ValueError, KeyError) as error:
+        except (UsageError, KeyError) as error:
             damaged[name] = str(error)
     return whole, missing, damaged
 

@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS
-from transformers.trainer_utils import SchedulerType
 
 from spar_hf.data.augmentation import Views
 from spar_hf.data.sources import ImageOptions
@@ -26,6 +24,7 @@ from spar_hf.utils.options import (
     HELP,
     PRECISIONS,
     RUN_FREE,
+    SCHEDULES,
     ComposedOptions,
     SafetyOptions,
     require_not_negative,
@@ -33,6 +32,7 @@ from spar_hf.utils.options import (
     require_positive,
     require_share,
 )
+from spar_hf.utils.run_options import TRACKERS
 from spar_hf.windows import VARIANTS, default_stride
 
 DEFAULT_STEPS = 1000
@@ -228,7 +228,7 @@ class OptimisationOptions:
         require_not_negative(self, "weight_decay", "max_grad_norm")
         require_share(self, "whiten", "warmup_ratio")
         require_one_of(self, "mixed_precision", PRECISIONS)
-        require_one_of(self, "lr_scheduler_type", [str(kind.value) for kind in SchedulerType])
+        require_one_of(self, "lr_scheduler_type", SCHEDULES)
         if unknown := [name for name in self.words if name.strip().lower() not in VOCABULARIES]:
             raise UsageError(f"--words {' '.join(unknown)}: use built-in vocabularies: {', '.join(VOCABULARIES)}.")
         if self.steps is not None and self.epochs is not None:
@@ -261,7 +261,7 @@ class RunOptions(SafetyOptions):
         super().__post_init__()
         require_positive(self, "log_steps", "save_steps", "eval_steps")
         require_not_negative(self, "holdout_images", "picture_steps")
-        require_one_of(self, "report_to", ["auto", "none", *map(str, LOGGER_TYPE_TO_CLASS)])
+        require_one_of(self, "report_to", TRACKERS)
         require_one_of(self, "preset", PRESETS)
 
 

@@ -24,6 +24,23 @@ COMMAND = "training/cache_teacher.py"
 MEND_SHARD = f"Run the same command of {COMMAND} again: it makes only this shard anew."
 
 
+# of an image processor: what decides the pixels of a view, beside mean and standard deviation
+PIXEL_SETTINGS = ("do_rescale", "rescale_factor", "do_normalize", "max_tokens", "patch_size")
+
+
+def pixel_settings(image_processor: SparImageProcessorPil) -> dict[str, Any]:
+    """
+    The settings that decide the pixels of a view. A manifest states those that are not the default.
+
+    Example:
+
+    ```python
+    >>> pixel_settings(SparImageProcessorPil(do_normalize=False))["do_normalize"]
+    False
+    ```"""
+    return {name: getattr(image_processor, name) for name in PIXEL_SETTINGS}
+
+
 def sha256(data: bytes) -> str:
     """Checksum of bytes."""
     return hashlib.sha256(data).hexdigest()
@@ -73,8 +90,9 @@ class TeacherCache:
         self.positions = [(s, row) for s, shard in enumerate(self.shards) for row in range(len(shard["maps"]))]
         self.checked: set[int] = set()
         self.headers: dict[str, tuple[int, dict[str, Any]]] = {}  # of shards in a store: where maps begin, and which
+        pixels = {name: self.setting[name] for name in PIXEL_SETTINGS if name in self.setting}
         self.image_processor = SparImageProcessorPil(
-            image_mean=self.setting["image_mean"], image_std=self.setting["image_std"]
+            image_mean=self.setting["image_mean"], image_std=self.setting["image_std"], **pixels
         )
 
     @classmethod
@@ -168,13 +186,18 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
 
     Raises:
         MissingFiles: there is none.
+        UsageError: it is damaged.
     """
     try:
-        text = Folder(folder).read(MANIFEST)
+        manifest = json.loads(Folder(folder).read(MANIFEST))
+        return manifest | {"setting": with_current_names(manifest["setting"], [Views])}
     except FileNotFoundError as error:
         raise MissingFiles(f"{folder} holds no {MANIFEST}. Make a cache with {COMMAND} --output {folder}.") from error
-    manifest = json.loads(text)
-    return manifest | {"setting": with_current_names(manifest["setting"], [Views])}
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError) as error:
+        raise UsageError(
+            f"{folder}/{MANIFEST} is damaged. Delete it and run the same command of {COMMAND} again, which keeps finished "
+            "shards."
+        ) from error
 
 
 def check_setting(folder: str | Path, found: dict[str, Any], asked: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from spar_hf.export.options import EXTENSIONS, check_options
 from spar_hf.export.sources import check_head, embed_words, load_source
 from spar_hf.export.verification import cases, verify, verify_text, within
 from spar_hf.model.prompts import CandidateLabels, Vocabulary, resolve_templates
-from spar_hf.utils.atomic import write_json, writing_folder
+from spar_hf.utils.atomic import check_inputs_stay, write_json, writing_folder
 from spar_hf.utils.errors import UsageError, as_usage_errors
 
 
@@ -50,14 +50,15 @@ def export(
         dtypes (`Sequence[str]`, *optional*, defaults to `("fp32",)`):
             Precisions, a graph each: `"fp32"`, `"fp16"`, `"bf16"`, `"int8"`. The last norm, read-out, cosine and decision
             stay in float32.
-        overwrite (`bool`, *optional*, defaults to `False`): replace an existing folder.
+        overwrite (`bool`, *optional*, defaults to `False`): replace an empty folder or an earlier export.
         vendor (*optional*): for `"web"`, the folder of its packages, see `spar_hf/export/web.py`.
 
     Returns:
         The contents of `spar_export.json`.
 
     Raises:
-        UsageError: options that do not go together, a missing package, an existing folder, or a model that cannot be read.
+        UsageError: options that do not go together, a missing package, a folder that must not be replaced, or a model that
+            cannot be read.
         NotVerified: a graph does not compute what PyTorch computes.
 
     Example:
@@ -71,8 +72,8 @@ def export(
     ```"""
     graph_format = check_options(format, head, dtypes)
     folder = Path(output)
-    if folder.exists() and not overwrite:
-        raise UsageError(f"{folder} exists. Name another folder with --output, or add --overwrite.")
+    check_output(folder, overwrite)
+    check_inputs_stay([folder], [model, vendor, templates])
     if background is not None and words is None:
         raise UsageError("--background is part of the classes: give them with --words, or name it at run time.")
     if vendor is not None and format != "web":
@@ -107,3 +108,15 @@ def export(
             extension.add_files(temporary, record, vendor)
         write_json(temporary / RECORD, record)
     return record
+
+
+def check_output(folder: Path, overwrite: bool) -> None:
+    """
+    Raises:
+        UsageError: the folder exists and nobody asked to replace it, or it is neither empty nor an export.
+    """
+    if folder.exists() and not overwrite:
+        raise UsageError(f"{folder} exists. Name another folder with --output, or add --overwrite.")
+    replaceable = folder.is_dir() and (not any(folder.iterdir()) or (folder / RECORD).is_file())
+    if folder.exists() and not replaceable:
+        raise UsageError(f"{folder} is not an export, so --overwrite does not delete it. Name another folder.")

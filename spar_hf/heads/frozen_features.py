@@ -79,7 +79,7 @@ class FrozenFeatures:
             model = SparVisionModel.from_backbone(options.model)
             self.image_processor = SparImageProcessorPil.from_backbone(options.model)
         if options.size:
-            settings = self.image_processor.to_dict() | {"size": options.size}
+            settings = self.image_processor.to_dict() | {"do_resize": True, "size": options.size}
             self.image_processor = SparImageProcessorPil.from_dict(settings)
         self.model = self.encoder = model.eval().requires_grad_(False).to(accelerator.device)
         if options.stride is not None:

@@ -25,13 +25,14 @@ def make_report(
     """What `results.json` holds; all processes must call it."""
     accelerator, training = features.accelerator, options.training
     heads = [{"learning_rate": rate, **score} for rate, score in zip(training.learning_rates, scores, strict=True)]
+    reader = features.image_processor
     spent = torch.tensor([features.made, features.seconds], dtype=torch.float64, device=accelerator.device)
     made, seconds = accelerator.reduce(spent, "sum").tolist()
     return {
         "model": short_name(options.features.model),
         "dataset": short_name(options.data.test_dataset),
         "inference": options.features.inference,
-        "size": dict(features.image_processor.size or {}),
+        "size": dict(reader.size or {}) if reader.do_resize else {},
         "train_images": train_images,
         "test_images": test_images,
         "steps": training.steps,

@@ -324,12 +324,11 @@ def split_data(data: SegmentationSet, options: PanopticData) -> tuple[Segmentati
 
 
 def load_image_processor(model: str, shortest_edge: int, stuff: list[int]) -> SparUniversalImageProcessorPil:
-    """Mean and standard deviation of the model's own image processor, at the size of this training."""
+    """The model's own image processor, at the size of this training."""
     with as_usage_errors():
         source = SparImageProcessorPil.from_backbone(model)
-    settings: dict[str, Any] = {name: getattr(source, name) for name in ("image_mean", "image_std")}
-    settings["label_ids_to_fuse"] = stuff
-    return SparUniversalImageProcessorPil(size={"shortest_edge": shortest_edge}, **settings)
+    own = {"do_resize": True, "size": {"shortest_edge": shortest_edge}, "label_ids_to_fuse": stuff}
+    return SparUniversalImageProcessorPil.from_dict(source.to_dict() | own)
 
 
 def build_model(options: PanopticModel, classes: tuple[str, ...]) -> SparForUniversalSegmentation:

@@ -6,8 +6,17 @@ from typing import Any
 from spar_hf.data.reading import ReadingOptions
 from spar_hf.utils.errors import UsageError
 from spar_hf.utils.fields import option, required
-from spar_hf.utils.options import HELP, RUN_FREE, ComposedOptions, formerly, require_positive, require_share
-from spar_hf.utils.run_options import TrainingRunOptions
+from spar_hf.utils.options import (
+    HELP,
+    RUN_FREE,
+    SCHEDULES,
+    ComposedOptions,
+    formerly,
+    require_one_of,
+    require_positive,
+    require_share,
+)
+from spar_hf.utils.run_options import TRACKERS, TrainingRunOptions
 
 # options that a resumed run may change: none of them changes what is learned
 FREE = {"output", "resume", "workers", "save_steps", "report_to", *RUN_FREE}
@@ -98,6 +107,7 @@ class PanopticTraining:
     def __post_init__(self):
         require_positive(self, "steps", "gradient_accumulation_steps", "learning_rate", "backbone_learning_rate")
         require_share(self, "warmup_ratio")
+        require_one_of(self, "lr_scheduler_type", SCHEDULES)
         blocks = self.train_backbone
         if blocks not in ("none", "all") and not (blocks.isdecimal() and int(blocks) > 0):
             raise UsageError(f"--train_backbone {blocks}: write none, all or a number of last blocks.")
@@ -120,6 +130,7 @@ class PanopticRun(TrainingRunOptions):
         super().__post_init__()
         require_positive(self, "log_steps", "eval_steps")
         require_share(self, "segment_threshold")
+        require_one_of(self, "report_to", TRACKERS)
 
 
 @dataclass(kw_only=True)

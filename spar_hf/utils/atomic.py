@@ -8,11 +8,12 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from spar_hf.model.file_modes import follow_umask
+from spar_hf.utils.errors import UsageError
 from spar_hf.utils.locks import locked
 from spar_hf.utils.texts import json_text
 
@@ -151,6 +152,31 @@ def replacing(folder: Path, temporary: Path, old: Path) -> Iterator[Path]:
     finally:
         restore()
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_inputs_stay(folders: Iterable[Path], options: Iterable[Any]) -> None:
+    """
+    Refuse to replace a folder that something is read from.
+
+    Args:
+        folders: those that will be replaced.
+        options: values of options. Those that are a file or folder are inputs; all others are passed over.
+
+    Raises:
+        UsageError: an input is one of the folders, or lies in one.
+
+    Example:
+
+    ```python
+    >>> Path("run/model").mkdir(parents=True)
+    >>> check_inputs_stay([Path("run")], ["run/model", 3])
+    Traceback (most recent call last):
+    spar_hf.utils.errors.UsageError: run/model is read, and would be lost when run is replaced. Name another --output.
+    ```"""
+    inputs = [value for value in options if isinstance(value, str | os.PathLike) and os.path.exists(value)]
+    for folder, value in itertools.product(folders, inputs):
+        if Path(value).resolve().is_relative_to(folder.resolve()):
+            raise UsageError(f"{value} is read, and would be lost when {folder} is replaced. Name another --output.")
 
 
 def write_text(path: Path, text: str) -> None:

@@ -6,13 +6,14 @@ import signal
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields, is_dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import yaml
 from accelerate import Accelerator
 
-from spar_hf.utils.atomic import as_disk_errors, follow_umask, write_text
+from spar_hf.utils.atomic import as_disk_errors, check_inputs_stay, follow_umask, write_text
 from spar_hf.utils.errors import MissingFiles, StopSignal, UsageError
 
 
@@ -121,11 +122,13 @@ def earlier_state(
 
     Raises:
         MissingFiles: there is no checkpoint to resume from.
-        UsageError: a new run would mix its checkpoints with another's or replace its results, or a resumed one would compute
-            something else: its `settings` or number of processes differ.
+        UsageError: a new run would mix its checkpoints with another's or replace its results or what it reads, or a resumed
+            one would compute something else: its `settings` or number of processes differ.
     """
     if not resume:
         if overwrite:
+            given = [value if isinstance(value, list) else [value] for value in settings.values()]
+            check_inputs_stay(results, chain.from_iterable(given))
             return None
         if list_checkpoints(output):
             raise UsageError(

@@ -60,6 +60,16 @@ def parse_dataclasses(
 
 
 PRECISIONS = ("no", "fp16", "bf16")
+# of transformers, those that need no arguments of their own, which have no options here
+SCHEDULES = (
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+)
 # help texts of options that several commands have: one name has one meaning
 HELP = {
     "image_range": "Pixel values of black and white of images of floats or more than 8 bits: 0 4095 for 12 bits. Without it "
@@ -85,7 +95,7 @@ HELP = {
     "learning_rate": "Peak learning rate.",
     "weight_decay": "Weight decay of AdamW.",
     "warmup_ratio": "Share of the steps with rising learning rate.",
-    "lr_scheduler_type": "Name of a Transformers schedule.",
+    "lr_scheduler_type": f"Schedule of Transformers: {', '.join(SCHEDULES)}.",
     "resample": "How images are resized: bicubic (antialiased, which keeps more of the image) or bilinear (without "
     "antialiasing, as published).",
     "shard": "For arrays of jobs: only every N-th shard from the I-th on, 0/8 to 7/8. A shard is an image, or a file of "

@@ -2,8 +2,12 @@
 
 from dataclasses import dataclass
 
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
 from spar_hf.utils.fields import option, required
 from spar_hf.utils.options import HELP, PRECISIONS, SafetyOptions, require_one_of, require_positive
+
+TRACKERS = ("auto", "none", *map(str, LOGGER_TYPE_TO_CLASS))  # those of accelerate
 
 
 @dataclass(kw_only=True)

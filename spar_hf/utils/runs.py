@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import broadcast_object_list, set_seed
 
 from spar_hf.utils.atomic import finite_json
@@ -51,12 +52,16 @@ def start_accelerator(
         kwargs: passed on to `Accelerator`.
 
     Raises:
-        UsageError: float16 on a CPU, where accelerate would run in float32 and report float16; fewer processes work together
-            than were launched.
+        UsageError: the package of the tracker is not installed; float16 on a CPU, where accelerate would run in float32 and
+            report float16; fewer processes work together than were launched.
     """
     if report_to == "auto":
         report_to = "tensorboard" if find_spec("tensorboard") else None
     tracker = None if report_to == "none" else report_to
+    if tracker is not None and tracker not in map(str, get_available_trackers()):  # accelerate would go on without it
+        raise UsageError(
+            f"--report_to {tracker}: {tracker} is not installed. Run `pip install {tracker}`, or give none."
+        )
     accelerator = Accelerator(
         mixed_precision=mixed_precision,
         log_with=tracker,

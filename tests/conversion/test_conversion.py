@@ -5,6 +5,7 @@ import math
 import os
 import pickle
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -256,6 +257,9 @@ def test_command_line_refuses_to_overwrite(tmp_path):
     assert again.exit_code == 2 and "--overwrite" in again.output
     assert CliRunner().invoke(app, [*command, "--overwrite"]).exit_code == 0
     assert CliRunner().invoke(app, [*command, "--force"]).exit_code == 0  # its name in version 0.1
+    kept = str(shutil.copy(tmp_path / "plain.safetensors", tmp_path / "out" / "plain.safetensors"))
+    lost = CliRunner().invoke(app, ["convert", kept, *command[2:], "--overwrite"])
+    assert lost.exit_code == 2 and "is read" in lost.output and Path(kept).is_file()
 
 
 def test_wrong_base_is_refused(tmp_path):

@@ -5,6 +5,7 @@ from itertools import islice
 import pytest
 import torch
 from accelerate import Accelerator
+from transformers.trainer_utils import SchedulerType
 
 from spar_hf import SlidingWindowTeacher
 from spar_hf.data.augmentation import Views
@@ -14,12 +15,13 @@ from spar_hf.distillation.held_out import ErrorCurve, HeldOut, TeacherPair, larg
 from spar_hf.distillation.locality import initialise_locality, position_subspace
 from spar_hf.distillation.losses import DistillationLoss, decision_loss, distillation_loss, error_weights
 from spar_hf.distillation.models import Models
-from spar_hf.distillation.optimisation import Optimisation, count_steps
+from spar_hf.distillation.optimisation import Optimisation, count_steps, make_schedule
 from spar_hf.distillation.options import OptimisationOptions, StudentOptions, TeacherOptions
 from spar_hf.distillation.progress import SpeedMeter
 from spar_hf.distillation.stream import open_stream, readable_samples
 from spar_hf.distillation.student import Student, prepare_positions
 from spar_hf.distillation.targets import Target
+from spar_hf.heads.panoptic_options import PanopticTraining
 from spar_hf.utils.errors import UsageError
 
 CPU = torch.device("cpu")
@@ -119,6 +121,27 @@ def test_optimisation__steps_lower_the_loss_of_an_image(models, monkeypatch):
     assert steps == [False, True] * 6 and losses[0] == losses[1] and losses[-1] < 0.9 * losses[0]
     assert optimisation.learning_rate == 1e-3
     assert torch.equal(optimisation.features(pixel_values), models.student(pixel_values).feature_map)
+
+
+WITHOUT_ARGUMENTS = {"linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"}
+WITHOUT_ARGUMENTS |= {"inverse_sqrt"}
+
+
+@pytest.mark.parametrize("name", [str(kind.value) for kind in SchedulerType])
+def test_schedules__those_that_cannot_run_are_refused_before_work_starts(name, monkeypatch):
+    """Of those of transformers some need arguments that no option gives."""
+    if name not in WITHOUT_ARGUMENTS:
+        for options in (OptimisationOptions, PanopticTraining):
+            with pytest.raises(UsageError, match=rf"--lr_scheduler_type {name}: use one of linear, cosine"):
+                options(lr_scheduler_type=name)
+        return
+    assert OptimisationOptions(lr_scheduler_type=name) and PanopticTraining(lr_scheduler_type=name)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = make_schedule(name, optimizer, 0.5, 10, Accelerator())
+    optimizer.step()
+    schedule.step()
+    assert 0 < schedule.get_last_lr()[0] <= 1
 
 
 def test_steps__of_epochs_are_rounded_up():

@@ -96,6 +96,21 @@ def test_maps_are_the_teachers_and_half_the_size(options, vision_model, caplog):
     assert stored < 0.55 * 4 * sum(cache.target(i).numel() for i in range(6))
 
 
+def test_views_have_the_pixels_that_the_teacher_saw(options, base, vision_model):
+    """As the folder says, whatever it says; else the student learns from other images than the teacher read."""
+    SparImageProcessorPil(do_normalize=False, max_tokens=30, patch_size=16).save_pretrained(base)
+    cache = make_cache(options)
+    teacher = SlidingWindowTeacher(vision_model, stride=32)
+    for i in range(len(cache)):
+        pixel_values, target = cache[i]
+        assert 0 <= float(pixel_values.min()) < float(pixel_values.max()) <= 1
+        expected = teacher(pixel_values).feature_map
+        torch.testing.assert_close(target, expected, atol=2**-8 * float(expected.abs().max()), rtol=0)
+    SparImageProcessorPil().save_pretrained(base)
+    with pytest.raises(UsageError, match="do_normalize is False there and True here"):
+        make_cache(options)
+
+
 def test_going_on_makes_only_what_is_missing_or_damaged(options, base):
     cache = make_cache(options)
     targets = [cache.target(i) for i in range(6)]
@@ -118,6 +133,36 @@ def test_going_on_makes_only_what_is_missing_or_damaged(options, base):
     shards[0].unlink()
     with pytest.raises(FileNotFoundError, match="is gone"):
         TeacherCache.open(options.storage.output, model=model).target(0)
+
+
+@pytest.mark.parametrize("left", [b"", b"{}", b"\0" * 40], ids=["empty", "no keys", "zeros"])
+def test_a_shard_whose_record_is_damaged_is_made_anew(options, base, left):
+    cache = make_cache(options)
+    targets = [cache.target(i) for i in range(6)]
+    record = Path(options.storage.output) / "maps-00001.safetensors.json"
+    record.write_bytes(left)
+    with pytest.MonkeyPatch.context() as patch:  # a run that is killed leaves the cache as finished as it was
+        patch.setattr(ShardMaker, "make", lambda maker, number: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            make_cache(options)
+    assert len(TeacherCache.open(options.storage.output, model=cache_model(base))) == 6
+    cache = make_cache(options)
+    assert json.loads(record.read_text())["file"] == "maps-00001.safetensors"
+    assert all(torch.equal(cache.target(i), target) for i, target in enumerate(targets))
+
+
+def test_a_damaged_manifest_is_one_line(options, base):
+    """The remedy that it names works: no shard is made again."""
+    made = make_cache(options).shards
+    manifest = Path(options.storage.output) / "manifest.json"
+    manifest.write_bytes(b"")
+    for use in (lambda: make_cache(options), lambda: TeacherCache.open(manifest.parent, model=cache_model(base))):
+        with pytest.raises(UsageError, match=r"manifest.json is damaged. Delete it"):
+            use()
+    manifest.unlink()
+    stamps = [path.stat().st_mtime_ns for path in manifest.parent.glob("maps*")]
+    assert make_cache(options).shards == made
+    assert [path.stat().st_mtime_ns for path in manifest.parent.glob("maps*")] == stamps
 
 
 def test_another_setting_is_refused(options, base, pictures):

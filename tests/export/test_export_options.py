@@ -1,5 +1,8 @@
 """What an export refuses before any model is traced: one line with the remedy, exit status 2, nothing written."""
 
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 from model_classes import make_model
@@ -9,6 +12,7 @@ from typer.testing import CliRunner
 from spar_hf import SPAR_TINY, SparImageProcessorPil
 from spar_hf.cli.main import app
 from spar_hf.export import aoti_format, export
+from spar_hf.export.folder import RECORD
 from spar_hf.export.options import FORMATS, HEADS, check_options
 from spar_hf.utils.errors import UsageError
 
@@ -62,6 +66,28 @@ def test_packages_of_torch_need_a_compiler(monkeypatch, tmp_path):
 def test_a_folder_is_replaced_only_when_asked(tmp_path):
     with pytest.raises(UsageError, match="--overwrite"):
         export(SPAR_TINY, tmp_path)
+
+
+def test_only_an_export_is_replaced_and_never_what_is_read(vision_folder, tmp_path):
+    """Also not where the folder of an export was used for the model, or its packages, too."""
+    model = shutil.copytree(vision_folder, tmp_path / "student" / "model")
+    for folder in (tmp_path / "student", model):
+        with pytest.raises(UsageError, match="not an export"):
+            export(model, folder, head="features", overwrite=True)
+    (tmp_path / "student" / RECORD).write_text("{}")
+    with pytest.raises(UsageError, match="is read"):
+        export(model, tmp_path / "student", head="features", overwrite=True)
+    assert {path.name for path in model.iterdir()} == {path.name for path in Path(vision_folder).iterdir()}
+
+
+def test_an_empty_folder_and_an_export_are_replaced(tmp_path):
+    for _ in range(2):
+        with pytest.raises(UsageError, match="nowhere"):  # the next thing that is looked at
+            export(tmp_path / "nowhere", tmp_path / "out", overwrite=True)
+        (tmp_path / "out").mkdir(exist_ok=True)
+    (tmp_path / "out" / RECORD).write_text("{}")
+    with pytest.raises(UsageError, match="nowhere"):
+        export(tmp_path / "nowhere", tmp_path / "out", overwrite=True)
 
 
 def test_models_without_a_text_tower_have_no_words(vision_folder, tmp_path):

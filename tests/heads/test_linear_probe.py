@@ -26,7 +26,8 @@ from spar_hf.heads import linear_probe
 from spar_hf.heads.frozen_features import FrozenFeatures
 from spar_hf.heads.linear_head import DrawnPixels, LinearHeads, batch_loss, logits_at_pixels
 from spar_hf.heads.linear_probe import main
-from spar_hf.heads.linear_probe_options import FeatureOptions
+from spar_hf.heads.linear_probe_options import FeatureOptions, ProbeOptions
+from spar_hf.heads.linear_probe_report import make_report
 from spar_hf.model.segmentation import decide
 from spar_hf.utils.errors import NotFinite, UsageError
 
@@ -259,6 +260,19 @@ def test_features_of_images_stored_in_a_data_set_are_those_of_the_files(backbone
     assert found.image_size == image.size[::-1] and min(found.working_size) == 64
     tensors = load_file(next(tmp_path.rglob("*.safetensors")))
     assert set(tensors) == {"features", "working_size", "photo_size"} and tensors["features"].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(("asked", "side", "size"), [(64, 64, {"shortest_edge": 64}), (None, 90, {})])
+def test_images_have_the_size_that_is_reported(backbone, dataset, tmp_path, asked, side, size):
+    """Also on a folder that does not resize by itself."""
+    folder = shutil.copytree(backbone, tmp_path / "hub")
+    SparImageProcessorPil(do_resize=False, size={"shortest_edge": 48}).save_pretrained(folder)
+    options = ProbeOptions.parse(arguments(folder, dataset, tmp_path / "probe", "--learning_rates", 1e-3))
+    options.features.shortest_edge = asked
+    features = FrozenFeatures(options.features, Accelerator(cpu=True))
+    assert min(features(open_folder(dataset), 0).working_size) == side
+    report = make_report(options, features, [{"mean_iou": 0.5}], 6, 2)
+    assert report["size"] == size
 
 
 def test_sigterm_stops_after_the_step_and_the_run_resumes(backbone, dataset, tmp_path, monkeypatch):

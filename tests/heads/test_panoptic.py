@@ -28,7 +28,7 @@ from spar_hf import (
     SparVisionModel,
 )
 from spar_hf.data.segmentation_sets import open_folder
-from spar_hf.heads.panoptic import PanopticTrainer, main, split_data
+from spar_hf.heads.panoptic import PanopticTrainer, load_image_processor, main, split_data
 from spar_hf.heads.panoptic_options import FREE, PanopticOptions, PanopticViews, upgrade
 from spar_hf.heads.panoptic_quality import measure_quality
 from spar_hf.heads.segments import PanopticImages, find_segments, first_item, thing_classes
@@ -74,6 +74,20 @@ def arguments(base, data, output, **options) -> list[str]:
     values = {"model": base, "dataset": data, "output": output, **small, **options}
     lists = {name: value if isinstance(value, list) else [value] for name, value in values.items()}
     return [part for name, value in lists.items() for part in (f"--{name}", *map(str, value))]
+
+
+def test_a_head_reads_images_as_its_model_does(base, tmp_path):
+    """Everything that the folder says of pixels but the size, which is that of the training."""
+    shutil.copytree(base, tmp_path / "base")
+    SparImageProcessorPil(do_normalize=False, do_resize=False, rescale_factor=1 / 510).save_pretrained(
+        tmp_path / "base"
+    )
+    image_processor = load_image_processor(str(tmp_path / "base"), 64, [1, 2])
+    image_processor.save_pretrained(tmp_path / "head")
+    for reader in (image_processor, AutoImageProcessor.from_pretrained(tmp_path / "head")):
+        pixels = reader(Image.new("RGB", (160, 80), "white"), return_tensors="pt")["pixel_values"]
+        assert pixels.shape == (1, 3, 64, 128) and torch.equal(pixels, torch.full_like(pixels, 0.5))
+        assert type(reader) is SparUniversalImageProcessorPil and reader.label_ids_to_fuse == [1, 2]
 
 
 def test_find_segments__regions_of_things_and_stuff_as_a_whole():
@@ -329,6 +343,7 @@ def test_options__bad_ones_are_refused(base, data, tmp_path):
         ({"segment_threshold": 1.5}, "--segment_threshold"),
         ({"gradient_accumulation_steps": 0}, "--gradient_accumulation_steps 0 must be above 0"),
         ({"eval_steps": 0}, "--eval_steps 0 must be above 0"),
+        ({"report_to": "tensorbord"}, "--report_to tensorbord: use one of auto, none, .*tensorboard"),
     ]:
         with pytest.raises(UsageError, match=message):
             PanopticOptions.parse(arguments(base, data, tmp_path, **wrong))

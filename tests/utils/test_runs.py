@@ -4,15 +4,17 @@ import json
 import math
 import signal
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.utils import LoggerType
 
-from spar_hf.utils.errors import NotFinite
+from spar_hf.utils.errors import NotFinite, UsageError
 from spar_hf.utils.locks import Locked
 from spar_hf.utils.run_options import TrainingRunOptions
-from spar_hf.utils.runs import BadSteps, RunFolder, RunLog, TrainingRun
+from spar_hf.utils.runs import BadSteps, RunFolder, RunLog, TrainingRun, start_accelerator
 
 
 @pytest.mark.parametrize(("file", "lock"), [(False, "out/.lock"), (True, ".out.lock")])
@@ -42,6 +44,19 @@ def test_the_log_holds_no_bare_nan(tmp_path):
     log.close()
     row = json.loads((tmp_path / "log.jsonl").read_text(), parse_constant=pytest.fail)
     assert row == {"step": 1, "loss": None, "parts": [None, 2.0]}
+
+
+def test_a_tracker_that_is_not_installed_is_named(tmp_path, monkeypatch):
+    """Instead of a run of hours that is tracked nowhere."""
+    there = {"tensorboard": LoggerType.TENSORBOARD}
+    for module in ("spar_hf.utils.runs", "accelerate.tracking"):
+        monkeypatch.setattr(f"{module}.get_available_trackers", lambda: list(there.values()), raising=False)
+    for tracker in ("wandb", "mlflow"):
+        with pytest.raises(UsageError, match=f"--report_to {tracker}: .*pip install {tracker}"):
+            start_accelerator(report_to=tracker, output=tmp_path, cpu=True)
+    assert start_accelerator(report_to="tensorboard", output=tmp_path, cpu=True).log_with
+    for none in ("none", None):
+        assert not start_accelerator(report_to=none, output=tmp_path, cpu=True).log_with
 
 
 def test_bad_steps_are_counted_over_the_whole_run():
@@ -85,3 +100,15 @@ def test_a_run_is_stopped_and_goes_on(tmp_path):
     ):
         raise MemoryError
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("read", ["run/model", ["other", "run/model/deeper"]])
+def test_a_run_does_not_replace_what_it_reads(tmp_path, monkeypatch, read):
+    monkeypatch.chdir(tmp_path)
+    Path("run/model/deeper").mkdir(parents=True)
+    Path("other").mkdir()
+    options = TrainingRunOptions(output="run", overwrite=True)
+    with pytest.raises(UsageError, match=r"run/model.* is read"):
+        TrainingRun(Accelerator(cpu=True), options, {"seed": 0, "model": read}, dict, [Path("run/model")])
+    with TrainingRun(Accelerator(cpu=True), options, {"seed": 0, "model": "other"}, dict, [Path("run/model")]):
+        pass
