@@ -8,6 +8,8 @@ from spar_hf.data.segmentation_sets import read_classes, read_merged_classes
 from spar_hf.data.sources import list_files
 from spar_hf.distillation.recipes import read_recipe
 from spar_hf.evaluation.dataset import read_words
+from spar_hf.pretraining.options import read_recipe as read_sets
+from spar_hf.utils.errors import UsageError
 
 
 def voc_names(path):
@@ -39,3 +41,11 @@ def test_a_byte_order_mark_changes_nothing(tmp_path, name, encoding):
     text, read, expected = READERS[name]
     (tmp_path / name).write_bytes(text.encode(encoding))
     assert read(tmp_path / name) == expected
+
+
+@pytest.mark.parametrize("slip", ["steps: 5\nimages: [photos", "steps: 5\nname: a: b", "steps: 5\ndate: 2026-13-45"])
+@pytest.mark.parametrize("read", [read_recipe, read_sets])
+def test_a_slip_in_yaml_is_a_usage_error_that_names_the_file(read, slip, tmp_path):
+    (tmp_path / "recipe.yaml").write_text(slip)
+    with pytest.raises(UsageError, match=r"recipe\.yaml.*Write YAML"):
+        read(tmp_path / "recipe.yaml")

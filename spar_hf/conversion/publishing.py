@@ -3,7 +3,13 @@
 from pathlib import Path
 
 from huggingface_hub import HfApi, ModelCardData
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,  # of httpx, from huggingface_hub 2 on of httpx2
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+)
 from huggingface_hub.utils import validate_repo_id
 
 from spar_hf.utils.atomic import write_text
@@ -59,6 +65,11 @@ def check_repository(repo: str, replace: bool = False) -> None:
         raise UsageError("--push needs the hub, but HF_HUB_OFFLINE is set. Unset it.") from error
     except HfHubHTTPError as error:
         raise UsageError(f"--push {repo}: the hub refused: {error}") from error
+    except HTTPError as error:
+        raise UsageError(
+            f"--push needs the hub, which cannot be reached: {error}. Check the network and HF_ENDPOINT, or leave --push "
+            "out and upload the folder later with `hf upload`."
+        ) from error
     if exists and not replace:
         raise UsageError(
             f"--push {repo}: the repository exists. Name another one, or add a commit to it with --overwrite."
@@ -80,12 +91,21 @@ def publish(folder: str | Path, repo: str, checkpoint: str | Path, family: str, 
 
     Raises:
         HfHubHTTPError: the hub refuses the upload.
+        ConnectionError: the hub cannot be reached.
     """
     folder, api = Path(folder), HfApi()
     if not (folder / "README.md").exists():
         write_text(folder / "README.md", card(repo, checkpoint, family, base))
-    api.create_repo(repo, private=private, exist_ok=True)
-    api.upload_folder(repo_id=repo, folder_path=folder, commit_message=f"{family} checkpoint, converted by spar-hf")
+    try:
+        api.create_repo(repo, private=private, exist_ok=True)
+        api.upload_folder(repo_id=repo, folder_path=folder, commit_message=f"{family} checkpoint, converted by spar-hf")
+    except HfHubHTTPError:
+        raise
+    except HTTPError as error:
+        raise ConnectionError(
+            f"{folder} is converted but not uploaded, because the hub cannot be reached: {error}. Upload it later with "
+            f"`hf upload {repo} {folder}`."
+        ) from error
     return f"{api.endpoint}/{repo}"
 
 

@@ -419,6 +419,7 @@ class ShardMaker:
         Raises:
             UnreadableImage: the file cannot be read.
             NotFinite: the features are no numbers.
+            UsageError: the view is too large for the teacher's stride.
         """
         try:
             data = read_source(path)
@@ -429,7 +430,7 @@ class ShardMaker:
         teacher, generator = self.teacher, view_generator(self.options.storage.seed, key)
         crop = draw_crop(image.size, teacher.window_size, teacher.config.patch_size, self.options.views, generator)
         pixels = self.image_processor(crop.apply(image), do_resize=False, return_tensors="pt")["pixel_values"]
-        with self.accelerator.autocast():
+        with self.accelerator.autocast(), as_usage_errors():
             features = teacher(pixels.to(self.accelerator.device)).feature_map
         if not features.isfinite().all():
             raise NotFinite(

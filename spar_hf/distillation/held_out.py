@@ -15,7 +15,7 @@ from spar_hf.data.augmentation import Views, draw_crop, view_generator
 from spar_hf.data.order import Sample
 from spar_hf.data.training_images import Skipped, SkippedList, TrainingImages
 from spar_hf.distillation.pictures import compare_features
-from spar_hf.utils.errors import NotFinite
+from spar_hf.utils.errors import NotFinite, as_usage_errors
 
 PICTURED = 3  # images in a picture of feature maps
 
@@ -58,6 +58,7 @@ def teach(
 
     Raises:
         NotFinite: the teacher's features are no numbers.
+        UsageError: an image is too large for the teacher's stride.
     """
     pairs, device = [], next(teacher.parameters()).device
     for sample in tqdm(samples, "full teacher", disable=not progress):
@@ -70,7 +71,8 @@ def teach(
         crop = draw_crop(image.size, images.window, images.patch_size, views, rng)
         view = crop.apply(image)
         pixel_values = images.pixels(view).to(device)
-        target = teacher(pixel_values).feature_map
+        with as_usage_errors():
+            target = teacher(pixel_values).feature_map
         if not target.isfinite().all():
             raise NotFinite(f"The teacher's features of {sample.name} are not finite. Use another --mixed_precision.")
         pairs.append(TeacherPair(view, pixel_values, target))

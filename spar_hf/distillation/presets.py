@@ -4,10 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from spar_hf.utils.errors import UsageError
-from spar_hf.utils.texts import read_text
+from spar_hf.utils.texts import read_yaml
 
 # SPAR (arXiv 2604.02252, section 4) and its code: one set of images for all families, AdamW at a constant rate, no clipping.
 PUBLISHED: dict[str, Any] = {
@@ -138,5 +136,5 @@ def _is_earlier(output: Path) -> bool:
     path = output / "recipe.yaml"
     if not path.is_file():
         return False
-    recipe = yaml.safe_load(read_text(path))
+    recipe = read_yaml(path)
     return isinstance(recipe, dict) and states_every_option(recipe) and not recipe.keys() >= LATER.keys()

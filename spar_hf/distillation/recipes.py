@@ -4,13 +4,11 @@ import itertools
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from spar_hf.distillation.options import DistillationOptions
 from spar_hf.distillation.presets import REPLACES, with_preset
 from spar_hf.utils.errors import MissingFiles, UsageError
 from spar_hf.utils.options import parse_dataclasses
-from spar_hf.utils.texts import read_text
+from spar_hf.utils.texts import read_yaml
 
 OFF = ("false", "no", "off", "f", "n", "0")  # as HfArgumentParser reads them
 WITH_PRESET = ("preset", "output", "teacher_mode", *REPLACES)  # what decides how a preset is filled in
@@ -60,7 +58,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise MissingFiles(f"{path}: there is no such recipe.")
-    recipe = yaml.safe_load(read_text(path))
+    recipe = read_yaml(path)
     if not isinstance(recipe, dict):
         raise UsageError(f"{path} contains no options. Write them as `name: value`, one per line.")
     recipe = DistillationOptions.with_current_names(recipe)

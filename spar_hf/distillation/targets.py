@@ -11,7 +11,7 @@ from spar_hf.data.training_images import LoadedSample
 from spar_hf.distillation.models import sped_up
 from spar_hf.distillation.options import TeacherOptions
 from spar_hf.distillation.teacher_cache import TeacherCache, same_source
-from spar_hf.utils.errors import UsageError
+from spar_hf.utils.errors import UsageError, as_usage_errors
 
 
 class Target:
@@ -33,11 +33,15 @@ class Target:
         """
         The full map `(1, dim, h, w)` and `None`, or cells and their weights as [`SlidingWindowTeacher.sample`] returns them;
         `index` is the image's number in the stream.
+
+        Raises:
+            UsageError: the image is too large for the teacher's stride.
         """
-        if self.windows is None:
-            return self.teacher(pixel_values).feature_map, None
-        draw = random.Random(f"windows-{self.seed}-0-{index}").getrandbits(62)
-        return self.teacher.sample(pixel_values, self.windows, self.generator.manual_seed(draw), self.variant)
+        with as_usage_errors():
+            if self.windows is None:
+                return self.teacher(pixel_values).feature_map, None
+            draw = random.Random(f"windows-{self.seed}-0-{index}").getrandbits(62)
+            return self.teacher.sample(pixel_values, self.windows, self.generator.manual_seed(draw), self.variant)
 
 
 class CachedImages(Dataset):

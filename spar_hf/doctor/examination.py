@@ -12,7 +12,7 @@ import torch
 
 from spar_hf.conversion import convert
 from spar_hf.conversion.convert import TOLERANCE
-from spar_hf.doctor.checks import CHECKS, Subject
+from spar_hf.doctor.checks import CHECKS, Subject, native_size
 from spar_hf.doctor.findings import FAILED, NOTE, OK, Finding, Report, device_name, versions, within
 from spar_hf.model.modeling_spar import SparForOpenVocabSegmentation, SparVisionModel
 from spar_hf.model.processing_spar import SparProcessor
@@ -192,7 +192,7 @@ def load_subject(folder: str, device: torch.device, stride: int | None = None) -
 
 def stride_of(vision: SparVisionModel, stride: int | None) -> int:
     """The step of the teacher that is asked for, or else its default; at most a window."""
-    return min(default_stride(vision.config.patch_size) if stride is None else stride, vision.config.image_size)
+    return min(default_stride(vision.config.patch_size) if stride is None else stride, native_size(vision))
 
 
 def check_voc(subject: Subject, folder: str, voc: Path) -> Iterator[Finding]:

@@ -92,7 +92,8 @@ def open_dataset(options: DataOptions, vocabulary: str | None = None) -> Segment
 
 def class_numbers(names: Sequence[str], labels: Sequence[str], option: str) -> list[int]:
     """
-    Numbers of classes among `labels`, by name: as it stands there, or its [`class_label`].
+    Numbers of classes among `labels`, by name: as it stands there, or its [`class_label`]. A class that is named several
+    times is there once, at its first place.
 
     Raises:
         UsageError: there is no such class; the message names the `option`.
@@ -100,7 +101,7 @@ def class_numbers(names: Sequence[str], labels: Sequence[str], option: str) -> l
     Example:
 
     ```python
-    >>> class_numbers(["Sky", "tree-merged"], ["road", "sky", "tree"], "--only_classes")
+    >>> class_numbers(["Sky", "tree-merged", "sky"], ["road", "sky", "tree"], "--only_classes")
     [1, 2]
     ```"""
     numbers = {class_label(label): number for number, label in enumerate(labels)}
@@ -108,7 +109,7 @@ def class_numbers(names: Sequence[str], labels: Sequence[str], option: str) -> l
     found = [numbers.get(name, numbers.get(class_label(name))) for name in names]
     if unknown := [name for name, number in zip(names, found, strict=True) if number is None]:
         raise UsageError(f"{option}: no class is called {', '.join(unknown)}; there are {', '.join(labels)}.")
-    return [number for number in found if number is not None]
+    return [number for number in dict.fromkeys(found) if number is not None]
 
 
 def read_words(path: str) -> dict[str, Any]:

@@ -203,7 +203,12 @@ class Predictor:
     aspect: float = field(default=0.0, init=False)
 
     def __call__(self, image: Image.Image) -> list[tuple[Prediction, int | None]]:
-        """The prediction of every run, and its peak memory in bytes, if that was measured."""
+        """
+        The prediction of every run, and its peak memory in bytes, if that was measured.
+
+        Raises:
+            UsageError: the image is too large for the stride of a run.
+        """
         pixels, aspect = image.width * image.height, max(image.size) / min(image.size)
         is_first, is_larger = not self.pixels, pixels > self.pixels or aspect > self.aspect
         self.pixels, self.aspect = max(pixels, self.pixels), max(aspect, self.aspect)
@@ -211,9 +216,10 @@ class Predictor:
         for run in self.runs:
             model = self.candidates[run.model]
             forward = partial(predict, model, run, image, self.vocabulary, self.accelerator, self.window_batch_size)
-            if self.warmup and is_first:
-                forward()  # what is loaded or compiled once belongs to no image
-            found.append(measure(forward, self.accelerator.device, self.warmup and is_larger))
+            with as_usage_errors():
+                if self.warmup and is_first:
+                    forward()  # what is loaded or compiled once belongs to no image
+                found.append(measure(forward, self.accelerator.device, self.warmup and is_larger))
         return found
 
 
@@ -257,6 +263,9 @@ def count_images(
 
     Returns:
         The counts of all images, on every process.
+
+    Raises:
+        UsageError: see [`Predictor`].
     """
     accelerator, size = predictor.accelerator, (len(predictor.runs), len(data.labels))
     earlier = Counts(*size) if partial_counts is None else partial_counts.earlier(*size)

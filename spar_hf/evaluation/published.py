@@ -25,6 +25,14 @@ SETS = {
     "ade20k": "ADE",
 }
 
+PART = ("limit", "holdout_every", "holdout_rest", "include", "exclude")  # options that leave out images
+# options that change a score, beside the mixed precision, the model and how it is run, which the table names
+CHANGES = (
+    *("vocabulary", "class_names", "templates", "ignore_classes", "only_classes", "image_range"),
+    *("native", "size", "shortest_edge", "longest_edge", "resample", "window_size"),
+    *("dense_logit_scale", "threshold", "exclude_area"),
+)
+
 
 @dataclass(frozen=True)
 class Published:
@@ -176,21 +184,30 @@ def shorter_side(resize: Mapping[str, Any] | None) -> int | None:
     return size.get("shortest_edge") or (min(size["height"], size["width"]) if "height" in size else None)
 
 
+def side_in_words(resize: Mapping[str, Any] | None) -> str:
+    """The shorter side of the working size of a row of a report, in words."""
+    side = shorter_side(resize)
+    if side is not None:
+        return f"{side} px"
+    return "the checkpoint's size" if resize is None else "not the same for all images"
+
+
 def differences(report: Mapping[str, Any], rows: Sequence[Published]) -> list[str]:
     """Why the rows of a report and published rows on the same benchmark cannot be compared as they are."""
     options, benchmark, found = report["options"], report["dataset"], []
     if options.get("protocol") is None:
         found.append("Ours was not measured with --protocol spar: words, templates, scale and thresholds may differ.")
-    part = ("limit", "holdout_every", "exclude")
-    if any(options.get(name) for name in part) or options.get("include") not in (None, ["*"]):
+    if any(options.get(name) for name in PART if name != "include") or options.get("include") not in (None, ["*"]):
         found.append(f"Ours is the mean over {report['images']} images, a part of the benchmark.")
-    changed = ("vocabulary", "class_names", "templates", "ignore_classes", "only_classes", "threshold", "resample")
-    if given := [f"--{name}" for name in changed if options.get(name) is not None]:
+    given = [f"--{name}" for name in CHANGES if options.get(name) is not None and options[name] is not False]
+    if (precision := report.get("mixed_precision", "no")) != "no":  # `accelerate launch` may have set it
+        given.append(f"--mixed_precision {precision}")
+    if given:
         found.append(f"Ours was measured with {', '.join(given)}.")
     ours = {shorter_side(row["resize"]) for row in report["runs"]}
     others = sorted({side for row in rows if (side := row.side(benchmark)) is not None and ours != {side}})
     if others:
-        own = ", ".join("the checkpoint's size" if side is None else f"{side} px" for side in sorted(ours, key=str))
+        own = ", ".join(sorted({side_in_words(row["resize"]) for row in report["runs"]}))
         listed = ", ".join(map(str, others))
         found.append(f"The shorter side of ours is {own}, that of some published rows {listed} px (last column).")
     return found

@@ -1,5 +1,6 @@
 """ONNX files: graphs traced by transformers' exporter, with the decision attached, and run by ONNX Runtime."""
 
+import math
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from spar_hf.export.sources import Source, Words
 from spar_hf.export.verification import Runner, Written
 from spar_hf.utils.errors import UsageError
 
-MAX_FILE_BYTES = 2**31 - 2**20  # of one file; a protobuf message ends at 2 GiB
+MAX_WEIGHT_BYTES = 2**31 - 2**26  # in one file; a protobuf message ends at 2 GiB, and the nodes are in it too
 AXES = {
     "pixel_values": ("batch", 3, "height", "width"),
     "text_embeds": ("names", None),
@@ -76,18 +77,29 @@ def attach_decision(
     return model
 
 
+def is_large(model: onnx.ModelProto) -> bool:
+    """Whether the weights of a model are too large for one file. The model itself cannot say: its `ByteSize` fails then."""
+    types = onnx.helper.tensor_dtype_to_np_dtype
+    sizes = (math.prod(weight.dims) * types(weight.data_type).itemsize for weight in model.graph.initializer)
+    return sum(sizes) > MAX_WEIGHT_BYTES
+
+
 def save(model: onnx.ModelProto, path: Path) -> None:
-    """Write a model as one file; weights of 2 GB or more go to a second one, `NAME.onnx_data`."""
+    """Write a model as one file; weights of 2 GB or more go to a second one, `NAME.onnx_data`. The model keeps its own."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    if model.ByteSize() < MAX_FILE_BYTES:
+    if is_large(model):  # `onnx.save` would take the weights out of the model
+        onnx_ir.save(onnx_ir.from_proto(model), path, external_data=f"{path.name}_data")
+    else:
         onnx.save(model, path)
-        return
-    data = f"{path.name}_data"
-    onnx.save(model, path, save_as_external_data=True, all_tensors_to_one_file=True, location=data)
 
 
 def load(graph: Path | onnx.ModelProto) -> Runner:
     """A function that runs a graph with ONNX Runtime on the CPU."""
+    if not isinstance(graph, Path) and is_large(graph):  # it cannot be handed over in memory
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # Windows keeps what is open
+            path = Path(folder) / "model.onnx"
+            save(graph, path)
+            return load(path)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = torch.get_num_threads()
@@ -153,6 +165,7 @@ def quantise(dense: onnx.ModelProto, last_norm: str) -> onnx.ModelProto:
                 per_channel=True,
                 weight_type=QuantType.QInt8,
                 nodes_to_exclude=nodes_from(dense, last_norm),
+                use_external_data_format=is_large(dense),
                 extra_options={
                     "DefaultTensorType": onnx.TensorProto.FLOAT
                 },  # of results of ONNX Runtime's own operations

@@ -108,7 +108,13 @@ class FrozenFeatures:
         self.accelerator.wait_for_everyone()
 
     def __call__(self, data: SegmentationSet, number: int) -> ImageFeatures:
-        """The features of one image of a set."""
+        """
+        The features of one image of a set.
+
+        Raises:
+            NotFinite: the features are no numbers.
+            UsageError: the image is too large for the stride.
+        """
         if self.folder is None:
             return self._make(data, number)
         values = "".join(f"-{value:g}" for value in data.reading.image_range or ())  # black and white
@@ -135,7 +141,7 @@ class FrozenFeatures:
         start = clock(self.accelerator.device)
         inputs = self.image_processor(data.read_image(number), return_tensors="pt")
         pixel_values = inputs["pixel_values"].to(self.accelerator.device)
-        with self.accelerator.autocast():
+        with self.accelerator.autocast(), as_usage_errors():
             features = self.encoder(pixel_values).feature_map[0]
         if not features.isfinite().all():
             raise NotFinite(

@@ -4,8 +4,6 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from spar_hf.data.reading import ReadingOptions
 from spar_hf.utils.errors import UsageError
 from spar_hf.utils.fields import option, required
@@ -18,7 +16,7 @@ from spar_hf.utils.options import (
     require_positive,
 )
 from spar_hf.utils.run_options import TrainingRunOptions
-from spar_hf.utils.texts import read_text
+from spar_hf.utils.texts import read_yaml
 
 # options that a resumed run may change: where it is written, and the length of its schedule
 FREE = {"output", "resume", "workers", "save_steps", "steps", *RUN_FREE}
@@ -32,7 +30,7 @@ def read_recipe(file: str) -> dict[str, Any]:
     Raises:
         UsageError: the file is not a recipe.
     """
-    recipe = yaml.safe_load(read_text(file))
+    recipe = read_yaml(file)
     if not isinstance(recipe, dict) or not {"sets", "held_out"} <= recipe.keys():
         raise UsageError(f"{file} is not a recipe of pretrain_tiny.py: it has no `sets` or no `held_out`.")
     return recipe

@@ -154,8 +154,9 @@ class OnnxSegmenter:
 
         Args:
             inputs: as in the call of [`OpenVocabSegmentationPipeline`]; a generator or dataset gives an iterator.
-            candidate_labels: as there; left out where the export has its classes in it.
-            templates, size, max_tokens, image_range, background, threshold, min_area, on_error: as there.
+            candidate_labels: as there; left out where the export has its classes in it, as are `templates`.
+            background: as there; where the export has one in it, only `None`, `"auto"` or the label of that one.
+            templates, size, max_tokens, image_range, threshold, min_area, on_error: as there.
             output: `"segments"` or `"map"`, as there.
             top_k: with `"segments"`, only so many of highest score, best first.
             batch_size: images that are read together; those of equal size share a run of the graph.
@@ -197,11 +198,11 @@ class OnnxSegmenter:
             rules: whether pixels may be moved to the background, which then has a label if not words.
 
         Raises:
-            ValueError: no or malformed labels, names that the tokenizer cannot tell apart, or words for an export that has
-                its classes in it.
+            ValueError: no or malformed labels, names that the tokenizer cannot tell apart, or for an export that has its
+                classes in it, words, templates or another background.
         """
         if self.folder.labels is not None:
-            return self._baked(candidate_labels, background, rules)
+            return self._baked(candidate_labels, background, rules, templates)
         if candidate_labels is None:
             raise ValueError('`candidate_labels` is missing. Name the classes to look for: ["road", "sky"].')
         asked = Vocabulary.parse(candidate_labels)
@@ -210,18 +211,35 @@ class OnnxSegmenter:
         embeddings = self.texts.get(vocabulary.all_names, templates)
         return Classes(labels, number, hidden, np.array(vocabulary.classes_of_names), embeddings)
 
-    def _baked(self, candidate_labels: Any, background: Any, rules: bool) -> Classes:
-        """The classes that are part of the graph."""
+    def _baked(self, candidate_labels: Any, background: Any, rules: bool, templates: Any) -> Classes:
+        """
+        The classes that are part of the graph.
+
+        Raises:
+            ValueError: words, templates or a background that the graph was not made with.
+        """
         labels, number = list(self.folder.labels or ()), self.folder.background
-        if candidate_labels is not None or (background is not None and not isinstance(background, str)):
+        given = candidate_labels is not None or templates is not None
+        if given or (background is not None and not isinstance(background, str)):
             some = ", ".join(labels[:10]) + (", …" if len(labels) > 10 else "")
             raise ValueError(
-                f"{str(self.folder.path)!r} has its classes in it ({some}). Leave out `candidate_labels` and words of a "
-                "background, or export without `--words`."
+                f"{str(self.folder.path)!r} has its classes in it ({some}). Leave out `candidate_labels`, `templates` and "
+                "words of a background, or export without `--words`."
+            )
+        if number < 0 and background == "auto":
+            raise ValueError(
+                f"{str(self.folder.path)!r} was exported without words of a background. Name the class that is the "
+                "background, or export with `--background auto`."
+            )
+        name = None if background in (None, "auto") else normalise_name(background)
+        if number >= 0 and name is not None and name != normalise_name(labels[number]):
+            raise ValueError(
+                f"{str(self.folder.path)!r} has its background in it ({labels[number]}), which is fixed. Leave out "
+                f"`background={background!r}`, or export with another `--background`."
             )
         hidden = number >= 0
         if number < 0 and (background is not None or rules):
-            label = BACKGROUND if background in (None, "auto") else background
+            label = BACKGROUND if background is None else background
             found = [i for i, given in enumerate(labels) if normalise_name(given) == normalise_name(label)]
             number, hidden = found[0] if found else len(labels), not found
             labels += [] if found else [label]

@@ -10,11 +10,11 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import yaml
 from accelerate import Accelerator
 
 from spar_hf.utils.atomic import as_disk_errors, check_inputs_stay, follow_umask, write_text
 from spar_hf.utils.errors import MissingFiles, StopSignal, UsageError
+from spar_hf.utils.texts import read_yaml
 
 
 def save_checkpoint(accelerator: Accelerator, output: Path, step: int, keep: int = 2, **state: Any) -> Path:
@@ -217,7 +217,7 @@ def is_finished(
     times = [mark.stat().st_mtime_ns for mark in marks if mark.is_file()]
     if len(times) < len(marks) or times != sorted(times):
         return False
-    then = upgrade(yaml.safe_load(marks[0].read_text(encoding="utf-8")))
+    then = upgrade(read_yaml(marks[0]))
     changed = differences(then, settings)
     if changed and not list_checkpoints(output):
         raise UsageError(

@@ -33,6 +33,37 @@ def read_text(path: str | os.PathLike) -> str:
         raise UsageError(f"{os.fspath(path)!r} is no UTF-8 text ({error}). Save it as UTF-8.") from error
 
 
+def read_yaml(path: str | os.PathLike) -> Any:
+    """
+    What a YAML file holds; `None` if it is empty.
+
+    Raises:
+        UsageError: it is no YAML, or has another encoding than [`read_text`] knows.
+        OSError: the file cannot be read.
+
+    Example:
+
+    ```python
+    >>> _ = Path("recipe.yaml").write_text("images: [photos")
+    >>> read_yaml("recipe.yaml")
+    Traceback (most recent call last):
+    spar_hf.utils.errors.UsageError: recipe.yaml, line 1: expected ',' or ']', but got '<stream end>'. Write YAML: ...
+    ```"""
+    import yaml  # of the extra `train`; the other functions need nothing
+
+    text = read_text(path)
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError) as error:  # a date that there is not is a ValueError
+        mark = getattr(error, "problem_mark", None)
+        place = "" if mark is None else f", line {mark.line + 1}"
+        reason = getattr(error, "problem", None) or error
+        raise UsageError(
+            f"{os.fspath(path)}{place}: {reason}. Write YAML: `name: value` on each line, lists as `[a, b]`, and quotes "
+            "around text with : or #."
+        ) from error
+
+
 def storable(text: str) -> str:
     """Text without the bytes of file names that are no UTF-8, which Python keeps as lone surrogates: they become escapes."""
     return text.encode("utf-8", "backslashreplace").decode()

@@ -1,9 +1,10 @@
 """`spar-hf convert --push`: what reaches the hub, and what stops before the work begins. The hub itself is replaced."""
 
+import socket
 from types import SimpleNamespace
 
 import pytest
-from huggingface_hub import ModelCard
+from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import LocalTokenNotFoundError
 from official_checkpoints import write_official
 from transformers import AutoModel
@@ -96,3 +97,26 @@ def test_offline_is_told(official, tmp_path):
     result = CliRunner().invoke(app, [*official, "--push", "me/new"], env={"HF_TOKEN": "hf_none"})
     assert result.exit_code == 2 and "HF_HUB_OFFLINE" in result.output, result.output
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def unreachable(monkeypatch):
+    """A hub at a port that nothing listens on. The tests run offline, so the client says that it is not."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        endpoint = f"http://127.0.0.1:{free.getsockname()[1]}"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    return lambda: HfApi(endpoint=endpoint, token="hf_none")
+
+
+def test_a_hub_that_cannot_be_reached_is_one_line_before_the_conversion(official, unreachable, tmp_path, monkeypatch):
+    monkeypatch.setattr(publishing, "HfApi", unreachable)
+    result = CliRunner().invoke(app, [*official, "--push", "me/new"])
+    assert result.exit_code == 2 and "--push needs the hub" in result.output, result.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_upload_that_does_not_reach_the_hub_says_how_to_repeat_it(unreachable, tmp_path, monkeypatch):
+    monkeypatch.setattr(publishing, "HfApi", unreachable)
+    with pytest.raises(ConnectionError, match="hf upload me/new"):
+        publishing.publish(tmp_path, "me/new", "SPAR.ckpt", "siglip2", "base")

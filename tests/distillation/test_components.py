@@ -11,7 +11,7 @@ from spar_hf import SlidingWindowTeacher
 from spar_hf.data.augmentation import Views
 from spar_hf.data.sources import ImageOptions, open_sources
 from spar_hf.data.training_images import Skipped, SkippedList
-from spar_hf.distillation.held_out import ErrorCurve, HeldOut, TeacherPair, largest_views
+from spar_hf.distillation.held_out import ErrorCurve, HeldOut, TeacherPair, largest_views, teach
 from spar_hf.distillation.locality import initialise_locality, position_subspace
 from spar_hf.distillation.losses import DistillationLoss, decision_loss, distillation_loss, error_weights
 from spar_hf.distillation.models import Models
@@ -209,6 +209,21 @@ def test_teacher__reads_the_sizes_and_mirror_images_that_are_asked_for(base_fold
             TeacherOptions(model=str(base_folder), **wrong)
     with pytest.raises(UsageError, match="--teacher_dtype half: use one of fp32, fp16, bf16"):
         TeacherOptions(model=str(base_folder), teacher_dtype="half")
+
+
+@pytest.mark.parametrize("windows", [None, 2])
+def test_teacher__an_image_too_large_for_the_stride_is_a_usage_error(
+    windows, base_folder, image_folder, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("spar_hf.teacher.MAP_BYTES", 10**4)
+    options = TeacherOptions(model=str(base_folder), stride=7, teacher_windows=windows)
+    models = Models.load(options, CPU)
+    with pytest.raises(UsageError, match="Use a stride"):
+        Target(models.teacher, options, seed=0)(torch.zeros(1, 3, 80, 96), 0)
+    images = ImageOptions(images=[str(image_folder)], holdout_every=3)
+    stream = open_stream(open_sources(images), images, Views(), models, seed=0, holdout_images=5)
+    with pytest.raises(UsageError, match="Use a stride"):
+        teach(stream.held_out, stream.images, Views(), models.teacher, SkippedList(tmp_path / "list"), progress=False)
 
 
 @torch.no_grad()

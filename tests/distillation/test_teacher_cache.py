@@ -313,6 +313,12 @@ def test_maps_that_are_not_finite_are_not_stored(options, monkeypatch):
     assert not list(Path(options.storage.output).glob("maps*"))
 
 
+def test_an_image_too_large_for_the_stride_is_a_usage_error(options, monkeypatch):
+    monkeypatch.setattr("spar_hf.teacher.MAP_BYTES", 10**4)
+    with pytest.raises(UsageError, match="Use a stride"):
+        make_cache(changed(options, stride=7))
+
+
 def test_a_second_maker_beside_a_living_one_is_refused(options):
     with locked_elsewhere(options.storage.output), pytest.raises(UsageError, match="being written"):
         make_cache(options)

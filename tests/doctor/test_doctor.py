@@ -52,6 +52,20 @@ def test_every_read_out_passes(readout, tmp_path):
     assert skipped == (["layers equal transformers' own", "words"] if readout == "naflex" else ["words"])
 
 
+@pytest.mark.parametrize("readout", ["siglip", "maskclip"])
+def test_an_image_size_that_is_no_multiple_of_the_patch_passes_every_check(readout, tmp_path):
+    """As SO400M/14 at 384 px, whose last 6 px transformers cuts off."""
+    backbone = CONFIGS[readout]()
+    backbone.image_size, backbone.patch_size = 60, 14
+    randomise(SparVisionModel(SparConfig(backbone_config=backbone, readout=readout))).save_pretrained(tmp_path)
+    report = examine(DoctorOptions(model=str(tmp_path), stride=60, device="cpu"))
+    assert not report.failed, report.markdown()
+    checks = {finding.check for finding in report.findings if finding.status != "skipped"}
+    assert {"layers equal transformers' own", "teacher at stride 56 equals one window at a time"} <= checks
+    assert any("over one pass" in check for check in checks) and "relative error in bfloat16" in checks
+    assert [finding.check for finding in report.findings if finding.status == "skipped"] == ["words"]
+
+
 def test_the_embedded_base_passes_and_its_words_fit(tmp_path):
     report = tmp_path / "report.md"
     arguments = ["doctor", str(SPAR_TINY_BASE), "--stride", "96", "--device", "cpu", "--output", str(report)]

@@ -67,6 +67,12 @@ def test_names_of_classes_are_read_as_words(folder):
         open_with_words(DataOptions(dataset="nowhere"), WordOptions(templates="none"))
 
 
+def test_a_class_that_is_named_twice_counts_once(folder):
+    names = ["sky", "road", "Road", "road", "sky-other-merged"]
+    _, _, scored = open_with_words(DataOptions(dataset=str(folder)), WordOptions(only_classes=names))
+    assert scored == [1, 0]
+
+
 def test_kinds_of_data_sets_are_not_mixed_up(folder):
     for options in ({"split": "val"}, {"classes": "names.txt"}, {"ignore_index": 0}):
         with pytest.raises(UsageError, match=r"--split.* are for Hugging Face data sets"):

@@ -182,6 +182,14 @@ def test_mean_of_logits__more_than_fits_is_refused_before_any_window(monkeypatch
         average_logits(candidate, pixels, 32, window_batch_size=5)
 
 
+def test_an_image_too_large_for_the_stride_is_one_line(dataset, checkpoint, monkeypatch):
+    monkeypatch.setattr(teacher, "MAP_BYTES", 10**4)
+    base = checkpoint("base")
+    for way in ("sliding:7", "sliding-logits:7"):
+        with pytest.raises(UsageError, match="Use a stride"):
+            script.main(["--dataset", str(dataset), "--model", f"base={base}", "--runs", f"base:{way}", "--native"])
+
+
 def test_mean_of_logits__padding_of_the_image_is_cut_off(dataset, checkpoint):
     command = ["--dataset", str(dataset), "--model", f"base={checkpoint('base')}", "--native", "--no_warmup", "--runs"]
     row = script.main([*command, "base:sliding-logits:24"])["runs"][0]

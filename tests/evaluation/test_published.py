@@ -88,6 +88,28 @@ def test_what_differs_is_said():
     square = differences(report_of("voc20", resize={"size": {"height": 700, "width": 600}}), rows)
     assert "600 px" in square[0]
     assert "checkpoint's size" in differences(report_of("voc20", resize=None), rows)[0]
+    several = {"size": {"longest_edge": 900}}
+    assert "not the same" in differences(report_of("voc20", resize=several), rows)[0]
+
+
+# with a benchmark these change no score, are refused, or are in the table
+SAME_SCORE = {
+    *("dataset", "benchmark", "split", "subset", "image_column", "mask_column", "classes", "ignore_index"),
+    *("reduce_zero_label", "max_pixels", "protocol", "model", "runs", "window_batch_size", "boundary", "flicker"),
+    *("dilation_ratio", "warmup", "output", "card_folder", "compare", "save_seconds", "overwrite"),
+}
+
+
+def test_every_option_that_changes_a_score_is_said():
+    options = EvaluationOptions.from_flat(dataset="voc", benchmark="voc20", protocol="spar", model=["student"]).flat
+    rows = [row for row in ROWS if row.method == "SPAR"]
+    assert differences(report_of("voc20", options=options), rows) == []
+    values = {"include": ["a*"], "threshold": 0.0, "exclude_area": 0.5, "window_size": 224}
+    for name in options.keys() - SAME_SCORE - {"mixed_precision"}:
+        said = differences(report_of("voc20", options=options | {name: values.get(name, 1)}), rows)
+        assert len(said) == 1 and (f"--{name}" in said[0] or "a part of the benchmark" in said[0]), name
+    report = report_of("voc20", options=options) | {"mixed_precision": "bf16"}
+    assert "--mixed_precision bf16" in differences(report, rows)[0]
 
 
 def test_a_benchmark_without_figures_and_a_set_that_is_none():

@@ -243,6 +243,13 @@ def test_the_earlier_form_of_a_stride_is_the_same_option():
     assert FeatureOptions(model="m") == FeatureOptions(model="m", inference="single")
 
 
+def test_an_image_too_large_for_the_stride_is_a_usage_error(backbone, dataset, monkeypatch):
+    monkeypatch.setattr("spar_hf.teacher.MAP_BYTES", 10**4)
+    features = FrozenFeatures(FeatureOptions(model=str(backbone), stride=7), Accelerator(cpu=True))
+    with pytest.raises(UsageError, match="Use a stride"):
+        features(open_folder(dataset), 0)
+
+
 def test_features_of_images_stored_in_a_data_set_are_those_of_the_files(backbone, dataset, tmp_path):
     """The bytes of an image name its features, wherever they come from; the keys of the file are those of version 0.1."""
     folder = open_folder(dataset)

@@ -155,9 +155,26 @@ def test_classes_in_the_graph(pipe, baked_folder):
     for one, other in zip(found, expected, strict=True):
         assert (np.asarray(one["mask"]) != np.asarray(other["mask"])).sum() <= 3
     assert segmenter(IMAGES / "coffee.png", output="map")["labels"] == ["cup", "table", "background"]
-    for options in ({"candidate_labels": ["cup"]}, {"background": ["wall"]}):
+    for options in ({"candidate_labels": ["cup"]}, {"background": ["wall"]}, {"templates": "short"}):
         with pytest.raises(ValueError, match="has its classes in it"):
             segmenter(IMAGES / "coffee.png", **options)
+
+
+def test_a_background_in_the_graph_is_not_exchanged(baked_folder, tmp_path):
+    segmenter = OnnxSegmenter(baked_folder)
+    expected = segmenter.classes(None)
+    for same in ("auto", "background", "Background"):
+        assert segmenter.classes(None, same).background == expected.background == 2
+    for other in ("cup", "water"):
+        with pytest.raises(ValueError, match=r"background in it.*--background"):
+            segmenter(IMAGES / "coffee.png", background=other)
+    shutil.copytree(baked_folder, tmp_path / "none")
+    record = tmp_path / "none" / "spar_export.json"
+    record.write_text(record.read_text().replace('"background": 2', '"background": null'))
+    segmenter = OnnxSegmenter(tmp_path / "none")
+    assert segmenter.classes(None, "cup").background == 0
+    with pytest.raises(ValueError, match="--background auto"):
+        segmenter(IMAGES / "coffee.png", background="auto")
 
 
 @pytest.mark.parametrize("names", [[0, 1, 2, 3, 4], [0, 0, 1, 1, 2]])
