@@ -163,7 +163,7 @@ def features(options: FeatureOptions) -> None:
     spar_hf.cli.main features …
     """
     with exit_on_error(failure=()):
-        found, problems = find_images(options.images, exclude=None if is_remote(options.output) else options.folder)
+        found, problems = find_images(options.images, exclude=options.output)
     if not found or not (options.to_parts or options.job.pick(found)):  # nothing to load a model for
         finish(process_images((), lambda image: None, report=report_failure, problems=problems), "0 done")
 

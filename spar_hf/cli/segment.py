@@ -100,7 +100,7 @@ def plan_work(options: SegmentOptions) -> tuple[ResultPlan, "Vocabulary"]:
         formats = parse_formats(options.chosen_formats + (",heatmap" if options.heatmap else ""))
         if options.to_shards and options.path.is_file():
             raise UsageError(f"--output {options.output} is a file; shards need a folder.")
-        where = (options.path, formats, options.map_output, options.frames, options.to_shards)
+        where = (options.output, formats, options.map_output, options.frames, options.to_shards)
         plan = plan_results(options.images, *where)
         vocabulary = read_labels(options.labels)
         if "coco" in plan.formats:
