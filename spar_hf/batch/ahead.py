@@ -23,6 +23,7 @@ from spar_hf.utils.image_files import DISK_ERRORS, InputImage, RunSummary
 from spar_hf.utils.processes import ALONE, Processes, in_units
 
 HELD_BYTES = 256 * 2**20  # of images that wait for others of their size
+BATCHES_BEHIND = 8  # that an image waits at most: the file of its results is not complete without it
 PREFETCH = 4  # images that a worker reads ahead at least; all together a batch, which is then there when one is done
 
 
@@ -33,7 +34,7 @@ class Work:
 
     Attributes:
         read: reads an image; in the workers, so it must be picklable. What it returns has `pixel_values`
-            `(1, 3, height, width)`.
+            `(1, 3, height, width)`, and may have the picture itself, in RGB, as `image`.
         compute: takes what was read of images of one size, and returns a result for each.
         write: takes the image, what was read, and the result; in a thread, one image at a time.
         fail: takes an image that failed in any of these, and the reason; in that thread.
@@ -88,6 +89,12 @@ def as_it_is(item: Any) -> Any:
     return item
 
 
+def held_bytes(item: Any) -> int:
+    """Memory of what [`Work.read`] returned: the pixels for the model, and the picture where it is kept."""
+    picture = getattr(item, "image", None)
+    return item.pixel_values.nbytes + (0 if picture is None else 3 * picture.width * picture.height)
+
+
 class Buckets:
     """
     Images that wait for others of their size.
@@ -99,16 +106,26 @@ class Buckets:
 
     def __init__(self, batch_size: int, patch_size: int):
         self.batch_size, self.patch_size = batch_size, patch_size
+        # groups in the order in which their first images came
         self.waiting: dict[torch.Size, list[tuple[InputImage, Any]]] = {}
+        self.first: dict[torch.Size, int] = {}  # number of the first image of a group
+        self.added = self.count = self.bytes = 0  # images so far; images that wait, and their memory
 
     def add(self, image: InputImage, item: Any) -> Iterator[list[tuple[InputImage, Any]]]:
-        """Take an image, and yield groups that are full, or the largest where too many images wait."""
+        """
+        Take an image, and yield groups that are full, one that has waited for eight batches, and the largest where too many
+        images wait.
+        """
         shape = item.pixel_values.shape
+        self.first.setdefault(shape, self.added)
         self.waiting.setdefault(shape, []).append((image, item))
+        self.added, self.count, self.bytes = self.added + 1, self.count + 1, self.bytes + held_bytes(item)
         if len(self.waiting[shape]) == self.batch_size:
             yield from self._take(shape)
-        held = [one.pixel_values.nbytes for group in self.waiting.values() for _, one in group]
-        if len(held) > 4 * self.batch_size or sum(held) > HELD_BYTES:
+        oldest = next(iter(self.waiting), None)
+        if oldest is not None and self.added - self.first[oldest] > BATCHES_BEHIND * self.batch_size:
+            yield from self._take(oldest)
+        while self.count > 4 * self.batch_size or self.bytes > HELD_BYTES:
             yield from self._take(max(self.waiting, key=lambda shape: len(self.waiting[shape])))
 
     def rest(self) -> Iterator[list[tuple[InputImage, Any]]]:
@@ -118,6 +135,8 @@ class Buckets:
 
     def _take(self, shape: torch.Size) -> Iterator[list[tuple[InputImage, Any]]]:
         group = self.waiting.pop(shape)
+        del self.first[shape]
+        self.count, self.bytes = self.count - len(group), self.bytes - sum(held_bytes(item) for _, item in group)
         for places in same_size_groups([item for _, item in group], self.patch_size, self.batch_size):
             yield [group[place] for place in places]
 

@@ -19,6 +19,8 @@ from spar_hf.utils.processes import Processes
 from spar_hf.utils.texts import storable
 
 INDEX = "features.safetensors.index.json"
+HEADER_BYTES = 50_000_000  # of names and records in a shard: safetensors refuses headers of more than 100 MB
+ENTRY_BYTES = 120  # of a tensor in a header, beside its name
 
 
 @dataclass
@@ -125,7 +127,8 @@ class ShardWriter:
     Args:
         output: folder to write; shards of an earlier run in it are continued.
         settings: see [`FeatureExtractor.settings`].
-        shard_bytes: size from which a shard is written.
+        shard_bytes: size from which a shard is written. One with 50 MB of names and records is written too, however small
+            its tensors are.
         process: index of this process, part of the names of its shards.
 
     Raises:
@@ -144,6 +147,7 @@ class ShardWriter:
         self.number = 1 + max((int(stem.rpartition("-")[2]) for stem in mine), default=-1)
         self.tensors: dict[str, torch.Tensor] = {}
         self.records: dict[str, dict[str, Any]] = {}
+        self.tensor_bytes = self.header_bytes = 0  # of those
 
     def is_done(self, image: InputImage) -> bool:
         """Whether a shard of an earlier run contains the same image."""
@@ -153,9 +157,14 @@ class ShardWriter:
     def add(self, image: InputImage, tensors: dict[str, torch.Tensor], record: dict[str, Any]) -> None:
         """Keep the features of an image, and write a shard if they are large enough together."""
         name = storable(image.name)
-        self.tensors |= {name if key == KEY else f"{name}#{key}": tensor for key, tensor in tensors.items()}
+        own = {name if key == KEY else f"{name}#{key}": tensor for key, tensor in tensors.items()}
+        self.tensors |= own
         self.records[name] = {**record, "stamp": stamp(image)}
-        if sum(tensor.nbytes for tensor in self.tensors.values()) >= self.shard_bytes:
+        self.tensor_bytes += sum(tensor.nbytes for tensor in own.values())
+        self.header_bytes += sum(ENTRY_BYTES + len(json.dumps(key)) for key in own)
+        # the records are JSON within a string of JSON, whose quotes are escaped
+        self.header_bytes += len(json.dumps(json.dumps({name: self.records[name]})))
+        if self.tensor_bytes >= self.shard_bytes or self.header_bytes >= HEADER_BYTES:
             self.close()
 
     def close(self) -> None:
@@ -168,6 +177,7 @@ class ShardWriter:
         write_atomically(target, lambda path: save_file(tensors, path, metadata))
         self.number += 1
         self.tensors, self.records = {}, {}
+        self.tensor_bytes = self.header_bytes = 0
 
     def write_index(self) -> None:
         """Write the index of the shards of all processes, in the format of transformers: `weight_map` from image to file."""

@@ -26,7 +26,8 @@ from spar_hf.utils.image_files import InputImage, stamp
 from spar_hf.utils.locks import acquire, lock, read_owner
 from spar_hf.utils.texts import json_text, storable
 
-MANIFEST = "spar-hf.json"
+MANIFEST = "_spar-hf.json"  # readers of Parquet folders (Arrow, pandas, Spark) pass over names with _ in front
+OLD_MANIFEST = "spar-hf.json"  # its name before, which made them fail; still read
 PARTIAL, LOCK = ".partial-", "lock"  # folders of files that are being written, and a file in each
 own_folders: set[str] = set()  # of this process
 
@@ -39,7 +40,7 @@ def stated_names(names: Sequence[str]) -> dict[str, Any]:
 
 class PartFolder(Folder):
     """
-    A folder of files `part-00000`, …: the N-th holds the images from N × `shard_images` on. `spar-hf.json` states settings
+    A folder of files `part-00000`, …: the N-th holds the images from N × `shard_images` on. `_spar-hf.json` states settings
     and images.
 
     Args:
@@ -57,8 +58,9 @@ class PartFolder(Folder):
     def __init__(self, url: str | os.PathLike):
         super().__init__(url)
         self.manifest: dict[str, Any] = {}
-        if self.size(MANIFEST) is not None:
-            self.manifest = json.loads(self.read(MANIFEST))
+        for name in (OLD_MANIFEST, MANIFEST):
+            if self.size(name) is not None:
+                self.manifest = json.loads(self.read(name))
 
     def file(self, number: int) -> str:
         """Name of a file."""
@@ -100,6 +102,8 @@ class PartFolder(Folder):
             raise UsageError(f"{self.url} holds results of other images or settings ({said}). Name another folder.")
         self.manifest = stated
         self.write(MANIFEST, json_text(stated, indent=1).encode())
+        with contextlib.suppress(FileNotFoundError):  # another job was faster
+            self.delete(OLD_MANIFEST)
 
     def check_names(self, names: Sequence[str]) -> None:
         """

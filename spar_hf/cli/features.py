@@ -1,6 +1,7 @@
 """`spar-hf features`: dense features of images as safetensors, Parquet or WebDataset shards."""
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -25,6 +26,7 @@ from spar_hf.cli.parts import PARQUET, check_store, open_parts, part_suffix
 from spar_hf.cli.reporting import exit_on_error, finish, quiet_transformers, report_failure
 from spar_hf.utils.errors import UsageError
 from spar_hf.utils.image_files import InputImage, RunSummary, find_images, interruptible, process_images
+from spar_hf.utils.locks import one_writer
 from spar_hf.utils.options import HELP
 from spar_hf.utils.processes import Processes, launched_processes
 from spar_hf.utils.remote_files import is_remote
@@ -167,7 +169,7 @@ def features(options: FeatureOptions) -> None:
     spar_hf.cli.main features …
     """
     with exit_on_error(failure=()):
-        found, problems = find_images(options.images, exclude=None if is_remote(options.output) else options.folder)
+        found, problems = find_images(options.images, exclude=options.output)
     if not found or not (options.to_parts or options.job.pick(found)):  # nothing to load a model for
         finish(process_images((), lambda image: None, report=report_failure, problems=problems), "0 done")
 
@@ -175,23 +177,32 @@ def features(options: FeatureOptions) -> None:
 
     set_pixel_limit(options.max_pixels)
     quiet_transformers()
-    with launched_processes() as processes:
+    with launched_processes() as processes, ExitStack() as held:
         run = write_parts if options.to_parts else write_safetensors
-        summary = run(options, found, problems if processes.index == 0 else (), processes)
+        summary = run(options, found, problems if processes.index == 0 else (), processes, held)
     several = processes.count > 1
     finish(summary, f"process {processes.index + 1} of {processes.count}: {summary}" if several else str(summary))
 
 
 def write_safetensors(
-    options: FeatureOptions, found: Sequence[InputImage], problems: Sequence[tuple[str, str]], processes: Processes
+    options: FeatureOptions,
+    found: Sequence[InputImage],
+    problems: Sequence[tuple[str, str]],
+    processes: Processes,
+    held: ExitStack,
 ) -> RunSummary:
-    """Write files of safetensors, one per image or shards with an index."""
+    """Write files of safetensors, one per image or shards with an index. `held` gets the lock of the folder."""
     from spar_hf.batch.ahead import process_ahead
     from spar_hf.batch.extractor import FeatureExtractor
     from spar_hf.batch.features import feature_work, open_writer
 
     with exit_on_error():
         extract = FeatureExtractor(**options.of_extractor(processes.device))
+        job, process = options.job.name, processes.index
+        if options.shard_size is not None:  # two that give their shards the same number would replace them
+            job, process = f"features-{options.job.number * processes.count + process:03d}", 0
+        held.enter_context(one_writer(options.folder, extract.settings, job, process))
+        processes.wait()  # no process writes before all have their lock
     with exit_on_error(failure=()):
         how = (options.shard_size, options.skip_existing, processes, options.job.number)
         writer = open_writer(options.folder, extract.settings, *how)
@@ -235,15 +246,24 @@ def write_on_ray(
 
 
 def write_parts(
-    options: FeatureOptions, found: Sequence[InputImage], problems: Sequence[tuple[str, str]], processes: Processes
+    options: FeatureOptions,
+    found: Sequence[InputImage],
+    problems: Sequence[tuple[str, str]],
+    processes: Processes,
+    held: ExitStack,
 ) -> RunSummary:
-    """Write files of `--shard-images` images each: Parquet or WebDataset shards."""
+    """
+    Write files of `--shard-images` images each: Parquet or WebDataset shards. `held` gets the lock of the folder; the folder
+    itself states its settings.
+    """
     from spar_hf.batch.ahead import process_ahead
     from spar_hf.batch.parquet_files import ParquetFolder, parquet_writer
     from spar_hf.batch.part_files import open_features_for, part_work
     from spar_hf.batch.tar_files import TarFolder, check_dtype, tar_features
 
     with exit_on_error():
+        where = None if is_remote(options.output) else options.folder
+        held.enter_context(one_writer(where, {}, options.job.name, processes.index))
         folder = open_parts(options.output)
         if isinstance(folder, TarFolder):
             check_dtype(options.dtype)

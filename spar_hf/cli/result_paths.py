@@ -63,7 +63,7 @@ def parse_formats(text: str) -> list[str]:
 
 def plan_results(
     arguments: Sequence[str],
-    output: Path,
+    output: str | Path,
     formats: list[str],
     map_output: Path | None,
     frames: str | None = None,
@@ -74,7 +74,7 @@ def plan_results(
 
     Args:
         arguments: files, folders, patterns and URLs.
-        output: file for one image, or folder.
+        output: file for one image, or folder, of shards also in a store.
         formats: of the results.
         map_output: file for the label map of a single image, as an addition.
         frames: the option `--frames`; by default the first frame of every file, which is not opened here.
@@ -85,6 +85,7 @@ def plan_results(
             same path, or one would overwrite an input image.
     """
     images, problems = find_images(arguments, exclude=output)
+    output = Path(output)
     if frames is not None:
         from spar_hf.cli.frames import choose_frames, parse_frames  # imports torch
 

@@ -15,7 +15,9 @@ from spar_hf.cli.segment_options import SegmentOptions
 from spar_hf.cli.video import is_video, refuse_video_options, segment_video
 from spar_hf.utils.errors import UsageError
 from spar_hf.utils.image_files import InputImage, RunSummary, interruptible, process_images
+from spar_hf.utils.locks import one_writer
 from spar_hf.utils.processes import Processes, launched_processes
+from spar_hf.utils.remote_files import is_remote
 
 if TYPE_CHECKING:
     from spar_hf.cli.frames import ImageReader
@@ -81,11 +83,13 @@ def segment_plan(
     if (hint := single_class_hint(options.labels, vocabulary)) and processes.index == 0:
         say(f"note: {hint}", err=True)
     reader = ImageReader(options.image_range)
+    folder = None if is_remote(options.output) else plan.folder
     with exit_on_error(failure=OSError), interruptible():
         settings = result_settings(options, pipe, vocabulary, rules)
         open_sink = ShardSink if options.to_shards else FileSink
-        sink = open_sink(options, plan, settings, probe["labels"], processes, heat_classes)
-        summary = segment_all(options, plan, sink, segment_image, reader, processes)
+        with one_writer(folder, settings, options.job.name, processes.index):
+            sink = open_sink(options, plan, settings, probe["labels"], processes, heat_classes)
+            summary = segment_all(options, plan, sink, segment_image, reader, processes)
     if reader.only_first:
         say(f"note: {reader.only_first} has several frames or pages; the first was taken (see --frames).", err=True)
     return summary
@@ -100,7 +104,7 @@ def plan_work(options: SegmentOptions) -> tuple[ResultPlan, "Vocabulary"]:
         formats = parse_formats(options.chosen_formats + (",heatmap" if options.heatmap else ""))
         if options.to_shards and options.path.is_file():
             raise UsageError(f"--output {options.output} is a file; shards need a folder.")
-        where = (options.path, formats, options.map_output, options.frames, options.to_shards)
+        where = (options.output, formats, options.map_output, options.frames, options.to_shards)
         plan = plan_results(options.images, *where)
         vocabulary = read_labels(options.labels)
         if "coco" in plan.formats:

@@ -71,7 +71,7 @@ def verify(
     with exit_on_error():
         names = None
         if images:
-            found, problems = find_images(images, exclude=None if is_remote(folder) else Path(folder))
+            found, problems = find_images(images, exclude=folder)
             if problems:
                 raise UsageError(problems[0][1])
             names = [image.name for image in found]

@@ -18,12 +18,13 @@ import urllib.parse
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path, PurePosixPath
 
 from tqdm.auto import tqdm
 
 from spar_hf.utils.errors import UsageError
-from spar_hf.utils.image_listing import describe, files_matching, report_passed_over, scan_folder
+from spar_hf.utils.image_listing import describe, files_matching, report_passed_over, scan_folder, split_pattern
 from spar_hf.utils.remote_files import is_remote, remote_images, remote_stamp, tar_images
 from spar_hf.utils.tar_images import is_tar
 
@@ -192,7 +193,9 @@ def interruptible() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def expand_argument(argument: str, exclude: Path | None = None) -> list[tuple[str, PurePosixPath]]:
+def expand_argument(
+    argument: str, exclude: Path | None = None, exclude_url: str | None = None
+) -> list[tuple[str, PurePosixPath]]:
     """
     The images of one argument: a file, a URL, a folder (with sub-folders), a file or folder of a store (`s3://`, …) or a
     pattern with `*`, `?`, `[…]` or `**`. A tar file has the images in it, and so have the tar files of a folder or pattern
@@ -201,6 +204,7 @@ def expand_argument(argument: str, exclude: Path | None = None) -> list[tuple[st
     Args:
         argument: as typed.
         exclude: a folder to skip, resolved.
+        exclude_url: a folder of a store to skip.
 
     Returns:
         Source and path of each image, the path relative to the folder or to the part of the pattern without wildcards.
@@ -212,28 +216,27 @@ def expand_argument(argument: str, exclude: Path | None = None) -> list[tuple[st
     if argument.startswith(URL_PREFIXES):
         return [(argument, PurePosixPath(url_to_file_name(argument)))]
     if is_remote(argument):
-        return remote_images(argument)
+        return remote_images(argument, exclude_url)
     path = Path(argument)
+    look: Callable[..., tuple[list[Path], Counter[str]]]
     if path.is_dir():
-        check_output_differs(path, exclude)
-        root = path
-        images, others = scan_folder(path, exclude)
+        root, look = path, partial(scan_folder, path, exclude)
     elif path.is_file() and is_tar(argument):
-        return tar_images([argument])
+        return tar_images({argument: PurePosixPath(path.name)})
     elif path.exists() or path.is_symlink():
         return [(argument, PurePosixPath(path.name))]
     elif glob.has_magic(argument):
-        root, images, others = files_matching(argument)
-        check_output_differs(root, exclude)
-        images = [image for image in images if exclude is None or exclude not in image.resolve().parents]
+        root, look = split_pattern(argument)[0], partial(files_matching, argument, exclude)
     else:
         raise FileNotFoundError(
             f"{argument[:200]!r} is neither a file, a folder nor a URL (http://, https:// or data:image/). Check the "
             "spelling and, for a relative path, the working directory."
         )
+    check_output_differs(root, exclude)
+    images, others = look()
     if not images and others.get(".tar"):
-        shards = path.rglob("*.tar") if path.is_dir() else map(Path, glob.glob(argument, recursive=True))
-        return tar_images(sorted(str(shard) for shard in shards if is_tar(str(shard)) and shard.is_file()))
+        shards = [shard for shard in look(wanted=is_tar)[0] if shard.is_file()]
+        return tar_images({str(shard): PurePosixPath(shard.relative_to(root).as_posix()) for shard in shards})
     if not images:
         where = f"{argument} contains no image" if path.is_dir() else f"No image matches {argument!r}"
         raise FileNotFoundError(f"{where}" + (f", but {describe(others)}." if others else "."))
@@ -248,7 +251,7 @@ def check_output_differs(folder: Path, output: Path | None) -> None:
 
 
 def find_images(
-    arguments: Iterable[str], exclude: Path | None = None
+    arguments: Iterable[str], exclude: str | Path | None = None
 ) -> tuple[list[InputImage], list[tuple[str, str]]]:
     """
     The images of all arguments, each once, with distinct names: URLs that end in the same file name get eight digits of
@@ -256,7 +259,7 @@ def find_images(
 
     Args:
         arguments: files, folders, patterns and URLs.
-        exclude: a folder to skip, such as the results of an earlier run.
+        exclude: a folder to skip, such as the results of an earlier run; or the URL of one in a store.
 
     Returns:
         The images; and every argument without images, with the reason.
@@ -265,13 +268,14 @@ def find_images(
         UsageError: images of two folders have the same relative path, so one result would overwrite the other; or an
             argument is the folder `exclude` itself.
     """
-    exclude = None if exclude is None else exclude.resolve()
+    exclude_url = str(exclude) if is_remote(exclude) else None
+    folder = None if exclude is None or exclude_url is not None else Path(exclude).resolve()
     found: dict[str, tuple[str, PurePosixPath]] = {}
     seen: set[str] = set()
     problems = []
     for argument in arguments:
         try:
-            for source, relative in expand_argument(argument, exclude):
+            for source, relative in expand_argument(argument, folder, exclude_url):
                 relative = inside_folder(relative)
                 if source.startswith(URL_PREFIXES) or is_remote(source):
                     found.setdefault(source, (source, relative))

@@ -4,7 +4,7 @@ import glob
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
@@ -28,9 +28,12 @@ def is_image_name(name: str | Path) -> bool:
     return Path(name).suffix.lower() in IMAGE_SUFFIXES
 
 
-def scan_folder(folder: Path, exclude: Path | None = None) -> tuple[list[Path], Counter[str]]:
+def scan_folder(
+    folder: Path, exclude: Path | None = None, wanted: Callable[[str], bool] = is_image_name
+) -> tuple[list[Path], Counter[str]]:
     """
-    The image files in a folder and its sub-folders, sorted, and how many others there are of each ending.
+    The image files in a folder and its sub-folders, sorted, and how many others there are of each ending. `wanted` says by
+    their names which files to list in place of images.
 
     Links to files keep their own names, so that several links to one file are several images. Linked folders are followed,
     each folder once: what lies inside `folder` itself is taken first, so that a link never replaces the real name or loops.
@@ -50,7 +53,7 @@ def scan_folder(folder: Path, exclude: Path | None = None) -> tuple[list[Path], 
             folders[:] = sorted(name for name in folders if not name.startswith("."))
             waiting += [os.path.join(parent, name) for name in folders if os.path.islink(os.path.join(parent, name))]
             for name in files:
-                if is_image_name(name) and not name.startswith("."):
+                if wanted(name) and not name.startswith("."):
                     found.append(Path(parent) / name)
                 elif not name.startswith("."):
                     others[Path(name).suffix.lower() or "no ending"] += 1
@@ -106,21 +109,26 @@ def split_pattern(pattern: str) -> tuple[Path, str]:
     return root, os.path.join(glob.escape(str(root)), *rest) if known else os.path.join(*rest)
 
 
-def files_matching(pattern: str) -> tuple[Path, list[Path], Counter[str]]:
+def files_matching(
+    pattern: str, exclude: Path | None = None, wanted: Callable[[str], bool] = is_image_name
+) -> tuple[list[Path], Counter[str]]:
     """
-    The folder of a pattern without wildcards, the image files that match, and how many other files match by ending.
+    The image files that match a pattern, and how many other files match by ending. `exclude` and `wanted` as in
+    [`scan_folder`].
 
     A folder that `**` reaches by several links is read once, by its shortest path.
     """
-    root, escaped = split_pattern(pattern)
+    _, escaped = split_pattern(pattern)
     found = glob.glob(escaped, recursive=True)
     if not found and "[" in pattern:  # brackets of a folder behind a wildcard
         found = glob.glob(escaped.replace("[[]", "[").replace("[", "[[]"), recursive=True)
     paths = [path for path in map(Path, sorted(found)) if not path.is_dir()]
+    if exclude is not None:
+        paths = [path for path in paths if exclude not in path.resolve().parents]
     if "**" in pattern:
         paths = each_folder_once(paths)
-    others = Counter(path.suffix.lower() or "no ending" for path in paths if not is_image_name(path))
-    return root, [path for path in paths if is_image_name(path)], others
+    others = Counter(path.suffix.lower() or "no ending" for path in paths if not wanted(path.name))
+    return [path for path in paths if wanted(path.name)], others
 
 
 def each_folder_once(paths: Iterable[Path]) -> list[Path]:

@@ -2,12 +2,13 @@
 
 import contextlib
 import datetime
+import hashlib
 import json
 import os
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,10 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 from spar_hf.utils.errors import UsageError
+from spar_hf.utils.texts import json_text
 
 PATIENCE = 3.0  # seconds until a second writer is refused: a process that was killed needs a moment to be gone
+RESULTS = ".spar-hf"  # start of the names of lock files in folders of results
 # lock file -> thread that holds it in this process, and how often: record locks do not keep a process from itself
 held: dict[Path, tuple[int, int]] = {}
 guard = threading.Lock()
@@ -29,7 +32,46 @@ class Locked(UsageError):
 
 
 @contextlib.contextmanager
-def locked(path: Path, what: str) -> Iterator[None]:
+def one_writer(folder: Path | None, settings: Mapping[str, Any], job: str = "", process: int = 0) -> Iterator[None]:
+    """
+    Hold the lock of a job in a folder of results for the length of a `with` block. Jobs of one array, and processes of one
+    launch, have a lock each, so that they write side by side.
+
+    Args:
+        folder: of the results; `None` for one that cannot be locked, such as in a store.
+        settings: all that the results depend on beside the images; those who write side by side have the same.
+        job: name of this job in an array; empty for all of the work.
+        process: index of this process in its launch.
+
+    Raises:
+        Locked: another process runs the same job there, or one of other settings.
+
+    Example:
+
+    ```python
+    >>> with one_writer(Path("masks"), {"labels": ["road"]}, job="0-of-2"):
+    ...     [path.name for path in Path("masks").iterdir()]
+    ['.spar-hf.0-of-2.lock']
+    ```"""
+    if folder is None:
+        yield
+        return
+    key = hashlib.sha256(json_text(settings).encode()).hexdigest()[:16]
+    name = ".".join(filter(None, [RESULTS, job, f"process-{process}" if process else "", "lock"]))
+    with locked(folder / name, str(folder), settings=key):
+        # each writes its own settings before it looks: of two that start together, one at least sees the other
+        for other in folder.glob(f"{RESULTS}*.lock"):
+            owner = living_owner(other)
+            if owner.get("settings", key) != key:
+                raise Locked(
+                    f"{folder} is being written by {said_of(owner)} with other settings. Wait for it, stop it, or write to "
+                    "another folder."
+                )
+        yield
+
+
+@contextlib.contextmanager
+def locked(path: Path, what: str, **note: str) -> Iterator[None]:
     """
     Hold a lock for the length of a `with` block. The lock of a process that died is taken over. The same thread may take a
     lock twice.
@@ -37,6 +79,7 @@ def locked(path: Path, what: str) -> Iterator[None]:
     Args:
         path: the lock file; its folder is created. It is removed at the end.
         what: what is written, for the message.
+        note: what to write into the file, beside who holds it.
 
     Raises:
         Locked: another process, or another thread of this one, holds it.
@@ -58,7 +101,7 @@ def locked(path: Path, what: str) -> Iterator[None]:
         owner, count = held.get(path, (thread, 0))
         if owner != thread:
             raise Locked(f"{what} is being written by another thread of this process. Write to another folder.")
-        file = acquire(path, what) if count == 0 else None
+        file = acquire(path, what, **note) if count == 0 else None
         held[path] = (thread, count + 1)
     try:
         yield
@@ -75,9 +118,9 @@ def locked(path: Path, what: str) -> Iterator[None]:
                         path.parent.rmdir()
 
 
-def acquire(path: Path, what: str) -> int:
+def acquire(path: Path, what: str, **note: str) -> int:
     """
-    Open and lock the file, and write into it who holds it.
+    Open and lock the file, and write into it who holds it, and the note.
 
     Raises:
         Locked: another process holds it.
@@ -92,16 +135,15 @@ def acquire(path: Path, what: str) -> int:
                 time.sleep(0.05)
                 continue
             raise Locked(
-                f"{what} is being written by process {found.get('pid', '?')} on {found.get('host', 'another machine')} "
-                f"since {found.get('start', '?')}. Wait for it, stop it, or write to another folder. If that process is "
-                f"gone, delete {path}."
+                f"{what} is being written by {said_of(found)}. Wait for it, stop it, or write to another folder. If that "
+                f"process is gone, delete {path}."
             )
         with contextlib.suppress(FileNotFoundError):
             if os.stat(path).st_ino == os.fstat(file).st_ino:
                 break
         os.close(file)  # its holder removed it in between
     start = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    record = {"pid": os.getpid(), "host": socket.gethostname(), "start": start}
+    record = {"pid": os.getpid(), "host": socket.gethostname(), "start": start, **note}
     os.ftruncate(file, 0)
     os.lseek(file, 0, os.SEEK_SET)
     os.write(file, json.dumps(record).encode())
@@ -115,6 +157,28 @@ def read_owner(file: int) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return owner if isinstance(owner, dict) else {}
+
+
+def said_of(owner: Mapping[str, Any]) -> str:
+    """The owner of a lock in words."""
+    host = owner.get("host", "another machine")
+    return f"process {owner.get('pid', '?')} on {host} since {owner.get('start', '?')}"
+
+
+def living_owner(path: Path) -> dict[str, Any]:
+    """Who holds a lock file, if that is another process that is alive; empty otherwise."""
+    with guard:
+        if Path(os.path.abspath(path)) in held:  # to open and close it would release it
+            return {}
+        try:
+            file = os.open(path, os.O_RDWR)
+        except OSError:  # its holder removed it, or is another user
+            return {}
+        try:
+            owner = read_owner(file)
+            return {} if lock(file, owner) else owner
+        finally:
+            os.close(file)
 
 
 def lock(file: int, owner: dict[str, Any]) -> bool:

@@ -7,7 +7,7 @@ with torch; the driver of a store is a package of its own, such as s3fs, which f
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -95,10 +95,14 @@ def remote_stamp(url: str) -> str | None:
     return f"{found.get('size')} {version}"
 
 
-def remote_images(url: str) -> list[tuple[str, PurePosixPath]]:
+def remote_images(url: str, exclude: str | None = None) -> list[tuple[str, PurePosixPath]]:
     """
     URL and relative path of every image file below a folder of a store, sorted, or of the one file. A tar file, or a folder
-    with tar files and no image, has the images in them.
+    with tar files and no image, has the images in them. Hidden files and folders are skipped.
+
+    Args:
+        url: of the file or folder.
+        exclude: URL of a folder to skip, such as the results of an earlier run.
 
     Raises:
         MissingFiles: there is no image.
@@ -113,32 +117,38 @@ def remote_images(url: str) -> list[tuple[str, PurePosixPath]]:
     ```"""
     store, root = open_store(url)
     if store.isfile(root):
-        return tar_images([url]) if is_tar(root) else [(url, PurePosixPath(PurePosixPath(root).name))]
-    files = sorted(store.find(root) if store.exists(root) else ())
-    found = [path for path in files if is_image_name(path)]
-    relative = [PurePosixPath(path).relative_to(root) for path in found]
-    images = [path for path in relative if not any(part.startswith(".") for part in path.parts)]
-    shards = [] if images else [path for path in files if is_tar(path)]
-    if shards:
-        return tar_images([f"{url.rstrip('/')}/{PurePosixPath(path).relative_to(root)}" for path in shards])
+        name = PurePosixPath(PurePosixPath(root).name)
+        return tar_images({url: name}) if is_tar(root) else [(url, name)]
+    listed = [path for path in store.find(root) if is_image_name(path) or is_tar(path)] if store.exists(root) else []
+    folder, files = f"{url.rstrip('/')}/", [PurePosixPath(path).relative_to(root) for path in sorted(listed)]
+    files = [path for path in files if not any(part.startswith(".") for part in path.parts)]
+    if exclude is not None and exclude.startswith(folder):
+        files = [path for path in files if not path.is_relative_to(exclude.removeprefix(folder))]
+    images = [path for path in files if is_image_name(path.name)]
+    if files and not images:
+        return tar_images({f"{folder}{path}": path for path in files})
     if not images:
         raise MissingFiles(f"{url} contains no image, or does not exist.")
-    return [(f"{url.rstrip('/')}/{path}", path) for path in images]
+    return [(f"{folder}{path}", path) for path in images]
 
 
-def tar_images(shards: Sequence[str]) -> list[tuple[str, PurePosixPath]]:
+def tar_images(shards: Mapping[str, PurePosixPath]) -> list[tuple[str, PurePosixPath]]:
     """
     URL and path of every image in tar files, on disk or in a store, see [`images_in_tar`].
+
+    Args:
+        shards: path or URL of each, and its name.
 
     Raises:
         MissingFiles: there is no image in them.
         UsageError: a file is no tar file.
     """
     found: list[tuple[str, PurePosixPath]] = []
-    for shard in shards:
+    for shard, name in shards.items():
         store, path = open_store(shard)
         with store.open(path, "rb") as file:
-            found += images_in_tar(shard, file)
+            found += images_in_tar(shard, name, file)
     if not found:
-        raise MissingFiles(f"{shards[0]} contains no image." if len(shards) == 1 else "The tar files contain no image.")
+        where = f"{next(iter(shards))} contains" if len(shards) == 1 else "The tar files contain"
+        raise MissingFiles(f"{where} no image.")
     return found

@@ -51,29 +51,27 @@ def is_tar(name: str) -> bool:
     return name.lower().endswith(".tar")
 
 
-def images_in_tar(shard: str, file: object) -> list[tuple[str, PurePosixPath]]:
+def images_in_tar(shard: str, name: PurePosixPath, file: object) -> list[tuple[str, PurePosixPath]]:
     """
     URL and path of every image in a tar file; the path starts with the name of the tar file, since keys of two shards may be
     equal. Only headers are read; a store gives whole blocks.
 
     Args:
         shard: path or URL.
+        name: of the tar file, with the sub-folders below the folder that was named: `train/000.tar`.
         file: opened to read bytes.
 
     Raises:
         UsageError: it is no tar file, or a compressed one.
     """
-    stem = PurePosixPath(shard.replace("\\", "/")).stem
-    found = []
+    folder, found = name.with_suffix(""), []
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:  # type: ignore[call-overload]
             for entry in tar:
                 path = PurePosixPath(entry.name)
                 hidden = any(part.startswith(".") for part in path.parts)
                 if entry.isreg() and not entry.issparse() and not hidden and is_image_name(path.name):
-                    found.append(
-                        (Member(entry.name, shard, entry.offset_data, entry.size).url, PurePosixPath(stem, path))
-                    )
+                    found.append((Member(entry.name, shard, entry.offset_data, entry.size).url, folder / path))
                 tar.members = []  # tarfile would keep all headers
     except tarfile.TarError as error:
         raise UsageError(f"{shard} is no uncompressed tar file ({error}). Copy it again, or unpack it.") from error

@@ -20,6 +20,7 @@ from spar_hf.utils.image_files import InputImage
 @dataclass
 class Pixels:
     pixel_values: torch.Tensor
+    image: Image.Image | None = None
 
 
 def read(image):
@@ -59,6 +60,24 @@ def test_images_that_wait_are_bounded():
     for image in images(*range(8, 200)):  # no two of one size
         waiting += 1 - sum(len(group) for group in buckets.add(image, read(image)))
         assert waiting <= 16
+    assert sum(len(group) for group in buckets.rest()) == waiting
+
+
+def test_an_image_of_a_rare_size_waits_for_eight_batches_at_most():
+    """The file of many images that it belongs to is open until then, and lost if the run is stopped."""
+    buckets, computed = Buckets(batch_size=4, patch_size=8), []
+    for image in images(24, *[8] * 40):
+        computed += [item.pixel_values.shape[-1] for group in buckets.add(image, read(image)) for _, item in group]
+    assert 24 in computed and computed.index(24) <= 8 * 4
+
+
+def test_pictures_that_are_kept_for_the_results_count_as_memory():
+    buckets, waiting = Buckets(batch_size=4, patch_size=8), 0
+    picture = Image.new("RGB", (8000, 4000))  # 96 million bytes
+    for image in images(*range(8, 20)):
+        item = Pixels(read(image).pixel_values, picture)
+        waiting += 1 - sum(len(group) for group in buckets.add(image, item))
+        assert waiting <= 2
     assert sum(len(group) for group in buckets.rest()) == waiting
 
 

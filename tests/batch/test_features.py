@@ -17,8 +17,10 @@ from transformers import AutoImageProcessor, AutoModel
 from typer.testing import CliRunner
 
 from spar_hf import SlidingWindowTeacher, SparBackbone, SparImageProcessorPil
-from spar_hf.batch.extractor import FeatureExtractor
+from spar_hf.batch.extractor import KEY, FeatureExtractor
+from spar_hf.batch.features import ShardWriter
 from spar_hf.cli.main import app
+from spar_hf.utils.image_files import InputImage
 
 
 @pytest.fixture
@@ -155,6 +157,17 @@ def test_a_replaced_image_of_the_same_name_is_made_anew(model, images, tmp_path,
         index = json.loads((output / "features.safetensors.index.json").read_text())
         file, name = output / index["weight_map"]["b"], "b"
     assert torch.equal(load_file(file)[name], expected(model, images / "sub" / "a.png"))
+
+
+def test_shards_of_small_vectors_are_written_before_their_names_are_too_many(tmp_path):
+    """safetensors refuses headers of more than 100 MB, in which names and records are."""
+    images = [InputImage("gone.png", f"{i:05d}/" + "n" * 20_000) for i in range(2_600)]
+    writer = ShardWriter(tmp_path, {"pool": "mean"}, shard_bytes=10**9)
+    for image in images:
+        writer.add(image, {KEY: torch.zeros(4)}, {})
+    writer.close()
+    written = ShardWriter(tmp_path, {"pool": "mean"}, shard_bytes=10**9).written
+    assert set(written) == {image.name for image in images}
 
 
 def test_features_of_other_weights_in_the_same_folder_are_not_mixed(model, images, tmp_path):

@@ -128,6 +128,19 @@ def test_a_teacher_cache_by_jobs(base_folder, image_folder, tmp_path):
     TeacherCache.open(output, model=AutoModel.from_pretrained(base_folder))
 
 
+def test_other_readers_open_the_folder_also_one_begun_under_the_old_name(base_folder, images, tmp_path):
+    output = tmp_path / "out.parquet"
+    job = ["features", images / "a.png", "--model", base_folder, "--shortest-edge", 32, "--output", output]
+    run(*job)
+    assert pq.read_table(output)["image"].to_pylist() == ["a"]
+    (manifest,) = output.glob("*.json")
+    manifest.rename(output / "spar-hf.json")
+    run("verify", output)
+    assert "earlier run" in run(*job, status=2)
+    assert "1 skipped" in run(*job, "--skip-existing")
+    assert pq.read_table(output)["image"].to_pylist() == ["a"]
+
+
 @pytest.mark.parametrize("store", ["disk", "memory"])
 def test_parquet_of_jobs_is_one_data_set(base_folder, images, tmp_path, store):
     source, output = images, f"{tmp_path}/out.parquet"
@@ -176,6 +189,8 @@ def test_parquet_of_jobs_is_one_data_set(base_folder, images, tmp_path, store):
             maps = extract.encode([extract.prepare(row["source"])])[0]
             for column, key in (("features", "feature_map"), ("layer_1", "layer_1")):
                 assert np.allclose(np.array(row[column]), maps[key], rtol=1e-4, atol=1e-5)
+    whole = pq.read_table(output)  # other readers open the folder
+    assert sorted(whole["id"].to_pylist()) == list(range(9))
     plain = datasets.load_dataset("parquet", data_files=f"{output}/*.parquet", split="train")
     assert sorted(plain["id"]) == list(range(9))
     assert pq.read_schema(f"{output}/part-00000.parquet") == pq.read_schema(f"{output}/part-00004.parquet")

@@ -120,7 +120,7 @@ def test_a_killed_driver_goes_on_where_it_stopped(cluster, images, base_folder, 
     before = {row["id"] for row in rows_of(output)}
     assert 0 < len(before) < COUNT
     (output / "cut.parquet").write_bytes(b"PAR1 half a file")  # what a driver that dies while writing leaves
-    manifest = json.loads((output / "spar-hf.json").read_text())
+    manifest = json.loads((output / "_spar-hf.json").read_text())
     assert manifest["images"] == COUNT
     result = CliRunner().invoke(app, [*command(images, base_folder, output, cluster), "--skip-existing"])
     assert f"{len(before)} skipped" in result.output, result.output

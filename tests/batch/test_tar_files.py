@@ -188,7 +188,7 @@ def test_what_a_killed_process_left_half_written_is_removed_and_what_a_living_on
 def test_a_shard_whose_images_all_failed_is_a_record_alone(base_folder, images, tmp_path):
     job = ["features", images / "broken.png", "--model", base_folder, "--output", tmp_path / "out.tar"]
     run(*job, status=1)
-    assert {path.name for path in (tmp_path / "out.tar").iterdir()} == {"spar-hf.json", "part-00000.tar.json"}
+    assert {path.name for path in (tmp_path / "out.tar").iterdir()} == {"_spar-hf.json", "part-00000.tar.json"}
     assert "1 images are whole, 1 of their" in run("verify", tmp_path / "out.tar")
     assert "1 skipped" in run(*job, "--skip-existing")
 

@@ -267,7 +267,7 @@ def test_a_full_disk_stops_features_with_one_line(tmp_path, images):
             text = run("features", images, "--output", disk / "out", "--shortest-edge", 64, *shards, status=1)
             assert text.count("error:") == 1 and "No space left" in text
             assert not list(disk.rglob("*partial*"))
-            shutil.rmtree(disk / "out")
+            shutil.rmtree(disk / "out", ignore_errors=True)  # an empty folder is removed
     finally:
         subprocess.run(["umount", disk], check=True)
 

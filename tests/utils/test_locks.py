@@ -10,7 +10,7 @@ import threading
 import pytest
 
 from spar_hf.utils.atomic import write_text, writing_folder
-from spar_hf.utils.locks import Locked, locked
+from spar_hf.utils.locks import Locked, locked, one_writer
 
 # utils without the package, which imports torch: a process that locks is there at once
 HOLD = """
@@ -19,7 +19,7 @@ from pathlib import Path
 root = Path({root!r})
 for name, path in (("spar_hf", root), ("spar_hf.utils", root / "utils")):
     sys.modules[name] = types.ModuleType(name); sys.modules[name].__path__ = [str(path)]
-from spar_hf.utils.locks import locked
+from spar_hf.utils.locks import locked, one_writer
 {body}
 """
 
@@ -134,3 +134,22 @@ with writing_folder(Path('model')) as temporary:
         temporary.mkdir()
         write_text(temporary / "a", "a")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_jobs_of_one_array_write_side_by_side_and_others_are_refused(tmp_path):
+    body = """
+with one_writer(Path('masks'), {'labels': ['road']}, '0-of-2'):
+    print('held', flush=True); sys.stdin.read()
+"""
+    process, folder, road = start(tmp_path, body), tmp_path / "masks", {"labels": ["road"]}
+    assert process.stdout.readline() == "held\n"
+    with pytest.raises(Locked, match=str(process.pid)), one_writer(folder, road, "0-of-2"):
+        pass
+    with pytest.raises(Locked, match=f"process {process.pid} .*other settings"):
+        one_writer(folder, {"labels": ["sky"]}, "1-of-2").__enter__()
+    with one_writer(folder, road, "1-of-2"), one_writer(folder, road, "0-of-2", process=1):
+        assert len(list(folder.iterdir())) == 3
+    process.kill()
+    process.wait()
+    with one_writer(folder, {"labels": ["sky"]}):
+        pass
