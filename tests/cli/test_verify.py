@@ -72,5 +72,5 @@ def test_a_folder_says_how_many_images_it_was_made_of(base_folder, images, tmp_p
     (images / "c.png").rename(images / "c\udce9.png")
     output = tmp_path / "out.parquet"
     run("features", images, "--output", output, "--model", base_folder, "--shortest-edge", 32)
-    assert json.loads((output / "spar-hf.json").read_text())["images"] == 3
+    assert json.loads((output / "_spar-hf.json").read_text())["images"] == 3
     run("verify", output, images)
