@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from safetensors.torch import save
@@ -199,7 +200,7 @@ def compute_shards(options: CacheOptions, accelerator: Accelerator) -> TeacherCa
     stop.restore()
     processes.wait()
     there = set(output.names())
-    missing = [n for n in range(maker.count) if record_name(n) not in there]
+    missing = [n for n in range(maker.count) if not {shard_name(n), record_name(n)} <= there]
     if accelerator.is_main_process and not missing:
         write_manifest(output, setting, maker.count)
     accelerator.wait_for_everyone()
@@ -235,8 +236,8 @@ def make_setting(
         "stride": teacher.stride,
         "mixed_precision": mixed_precision,
         "teacher_dtype": options.teacher.teacher_dtype,
-        "image_mean": list(image_processor.image_mean),
-        "image_std": list(image_processor.image_std),
+        "image_mean": np.broadcast_to(image_processor.image_mean, 3).tolist(),  # one number stands for three
+        "image_std": np.broadcast_to(image_processor.image_std, 3).tolist(),
         **{name: value for name, value in pixel_settings(image_processor).items() if value != usual[name]},
         "photos": [source_name(path, output) for path in paths],  # the key of version 0.1
         "views": options.storage.views,

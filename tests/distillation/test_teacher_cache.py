@@ -98,7 +98,7 @@ def test_maps_are_the_teachers_and_half_the_size(options, vision_model, caplog):
 
 def test_views_have_the_pixels_that_the_teacher_saw(options, base, vision_model):
     """As the folder says, whatever it says; else the student learns from other images than the teacher read."""
-    SparImageProcessorPil(do_normalize=False, max_tokens=30, patch_size=16).save_pretrained(base)
+    SparImageProcessorPil(do_normalize=False, image_mean=0.4, max_tokens=30, patch_size=16).save_pretrained(base)
     cache = make_cache(options)
     teacher = SlidingWindowTeacher(vision_model, stride=32)
     for i in range(len(cache)):
