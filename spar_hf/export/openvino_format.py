@@ -1,6 +1,9 @@
 """OpenVINO files: converted from the ONNX graph, which holds the decision, and run on the CPU."""
 
+import contextlib
+import logging
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -84,12 +87,25 @@ def attach_decision(dense: openvino.Model, decision: openvino.Model) -> openvino
     return openvino.Model(decision.get_results(), parameters, "spar")
 
 
+@contextlib.contextmanager
+def kept_logger_class() -> Iterator[None]:
+    """
+    Keep the class of loggers that are made later. Importing nncf sets its own for all libraries, whose `warning_once` is
+    not that of transformers.
+    """
+    before = logging.getLoggerClass()
+    try:
+        yield
+    finally:
+        logging.setLoggerClass(before)
+
+
 def compress(model: openvino.Model, excluded: list[str]) -> openvino.Model:
     """The model with int8 weights, which are used in float32, but for nodes that are excluded."""
-    import nncf
-
     present = {node.get_friendly_name() for node in model.get_ordered_ops()}
-    with quiet(), kept_signal_stack():  # nncf makes cores of its own
+    with quiet(), kept_signal_stack(), kept_logger_class():  # nncf makes cores of its own
+        import nncf
+
         scope = nncf.IgnoredScope(names=[name for name in excluded if name in present])
         return nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT8_ASYM, ignored_scope=scope)
 

@@ -1,6 +1,7 @@
 """OpenVINO exports: the same decision inside the graph, in the precision that the file names."""
 
 import gc
+import logging
 import signal
 import subprocess
 import sys
@@ -17,7 +18,9 @@ openvino = pytest.importorskip("openvino")
 
 @pytest.mark.slow
 def test_all_precisions_in_one_folder(model_folder, tmp_path):
+    loggers = logging.getLoggerClass()
     record = export(model_folder, tmp_path / "model", format="openvino", dtypes=["fp32", "fp16", "bf16", "int8"])
+    assert logging.getLoggerClass() is loggers  # nncf would have its own for every library
     rows = record["verification"]["vision"]
     assert all(row["labels_wrong"] == 0 and row["logit_error"] < 1e-4 for row in rows if row["dtype"] == "fp32")
     hints = {}
