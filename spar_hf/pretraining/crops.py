@@ -70,9 +70,14 @@ class CropSet:
         return len(self.images)
 
     def draw_image(self, rng: random.Random) -> int:
-        """Number of an image; with `even_classes` it holds a class drawn first, so that rare classes are not crowded out."""
+        """
+        Number of an image. With `even_classes` a class is drawn first, by the square root of the number of its images, and
+        then one that holds it: rare classes are not crowded out, and a class of five images is not half of what is seen.
+        """
         if self.images_of:
-            return rng.choice(self.images_of[rng.choice(list(self.images_of))])
+            odds = [math.sqrt(len(numbers)) for numbers in self.images_of.values()]
+            (images,) = rng.choices(list(self.images_of.values()), odds)
+            return rng.choice(images)
         return rng.randrange(len(self.images))
 
     def cut(self, rng: random.Random, window: int) -> tuple[torch.Tensor, torch.Tensor]:
