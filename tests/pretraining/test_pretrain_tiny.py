@@ -304,7 +304,7 @@ class TestUnnamedClass:
 
 
 def test_even_classes__images_are_drawn_by_class():
-    """Of ten images nine hold class 0 alone, and one holds classes 1 and 2: the roots of 9, 1 and 1 are two draws of five."""
+    """Of ten images nine hold class 0, and one holds classes 1 and 2: the roots of 9, 1 and 1 are two draws of five."""
     masks = [np.zeros((8, 8), np.uint8) for _ in range(10)]
     masks[9][:4], masks[9][4:] = 1, 2
     images, names = [np.zeros((8, 8, 3), np.uint8)] * 10, [["sky"], ["road"], ["grass"], []]
