@@ -75,7 +75,8 @@ def mask_shares(mask: Any, size: tuple[int, int], working_size: tuple[int, int],
     if isinstance(mask, torch.Tensor):
         mask = mask.cpu().numpy()
     if isinstance(mask, Image.Image | str | os.PathLike):
-        image = turn_upright(*((mask,) if isinstance(mask, Image.Image) else open_image(os.fspath(mask), urls=False)))
+        given = (mask, None) if isinstance(mask, Image.Image) else open_image(os.fspath(mask), urls=False)
+        image = turn_upright(*given)
         if len(image.getbands()) != 1:
             raise ValueError(f"A mask has one channel, 0 outside the class; this one is of mode {image.mode}.")
         mask = np.asarray(image)

@@ -22,7 +22,6 @@ from spar_hf.model.image_input import (
     read_image,
 )
 from spar_hf.model.image_pixels import (
-    MAX_TOKENS,
     TOO_MANY_PATCHES,
     check_count,
     check_size,
@@ -30,6 +29,7 @@ from spar_hf.model.image_pixels import (
     rescale_pixels,
     resize_pixels,
     rgb_pixels,
+    token_limit,
     working_size,
 )
 from spar_hf.model.results import as_segments, check_finite_features, check_shares, guarded, is_error
@@ -256,7 +256,7 @@ class OnnxSegmenter:
         pixels = rgb_pixels(image, known, convert=settings.get("do_convert_rgb", True))
         height, width = pixels.shape[1:]
         size = check_size(settings.get("size") if size is None else size) if settings.get("do_resize", True) else None
-        limit = next(n for n in (max_tokens, settings.get("max_tokens"), MAX_TOKENS) if n is not None)
+        limit = token_limit(max_tokens, settings.get("max_tokens"))
         asked, allowed = working_size(height, width, size, limit, self.folder.patch_size)
         if allowed != asked:
             warn_once(TOO_MANY_PATCHES.format(limit))
