@@ -7,12 +7,14 @@ from typing import Any
 from spar_hf.data.reading import ReadingOptions
 from spar_hf.utils.errors import UsageError
 from spar_hf.utils.fields import option, required
+from spar_hf.utils.optimizers import OPTIMIZERS, check_optimizer
 from spar_hf.utils.options import (
     HELP,
     RUN_FREE,
     ComposedOptions,
     formerly,
     require_not_negative,
+    require_one_of,
     require_positive,
 )
 from spar_hf.utils.run_options import TrainingRunOptions
@@ -79,14 +81,19 @@ class TrainingOptions:
     )
     steps: int = option(4000, HELP["steps"])
     batch_size: int = option(24, "Crops per step and process.")
+    optimizer: str = option(
+        "adamw", "adamw, or muon: AdamW, but Muon for the weight matrices of the vision tower's blocks."
+    )
     learning_rate: float = option(6e-4, HELP["learning_rate"])
-    weight_decay: float = option(0.05, HELP["weight_decay"])
+    weight_decay: float = option(0.05, "Weight decay of weights; biases and norms have none.")
     warmup_steps: int = option(200, "Steps of linear warm-up.")
     names_per_set: int = option(28, "Class names compared per set and step.")
     foreign_names: int = option(8, "Names of other sets added as wrong answers.")
     tagged_names: int = option(64, "Number of names that an image with a name but no mask is compared with.")
 
     def __post_init__(self):
+        require_one_of(self, "optimizer", OPTIMIZERS)
+        check_optimizer(self.optimizer)
         require_positive(self, "steps", "batch_size", "learning_rate", "names_per_set", "tagged_names")
         require_not_negative(self, "weight_decay", "warmup_steps", "foreign_names")
 

@@ -29,6 +29,7 @@ from spar_hf.utils.atomic import writing_folder
 from spar_hf.utils.checkpoints import settings_of
 from spar_hf.utils.devices import clock
 from spar_hf.utils.launching import outlive_signals
+from spar_hf.utils.optimizers import make_optimizer
 from spar_hf.utils.runs import TrainingRun, start_accelerator
 from spar_hf.utils.sample_record import read_samples
 
@@ -68,7 +69,7 @@ def train(options: PretrainingOptions) -> Path | None:
         for frozen in (model.text_model, model.logit_scale, model.logit_bias):
             frozen.requires_grad_(False)
         towers = Towers(model)
-        optimizer, schedule = make_optimizer(towers, options.training)
+        optimizer, schedule = optimizer_of(towers, options.training)
         prepared = (*accelerator.prepare(towers, optimizer), schedule)
         accelerator.register_for_checkpointing(schedule)
         run.begin(options.training.steps, samples, first_row=0)
@@ -94,20 +95,21 @@ def open_sets(
 def comparable(settings: dict[str, Any]) -> dict[str, Any]:
     """
     Settings as a resumed run compares them: under the names of today, and the recipe by its file name, since version 0.1
-    kept it elsewhere.
+    kept it elsewhere. It also had no choice of an optimizer.
     """
-    settings = PretrainingOptions.with_current_names(settings)
+    settings = {"optimizer": "adamw", **PretrainingOptions.with_current_names(settings)}
     return {**settings, "recipe": Path(settings["recipe"]).name}
 
 
-def make_optimizer(towers: Towers, options: TrainingOptions) -> tuple[Any, Any]:
-    """AdamW on what is trained, without weight decay of biases and norms; and its cosine schedule."""
+def optimizer_of(towers: Towers, options: TrainingOptions) -> tuple[Any, Any]:
+    """An optimizer of what is trained, without weight decay of biases and norms; and its cosine schedule."""
     trained = [p for p in towers.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": options.weight_decay},
         {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=options.learning_rate, betas=(0.9, 0.98))
+    blocks, rates = towers.model.vision_model.backbone.blocks, (options.learning_rate, options.weight_decay)
+    optimizer = make_optimizer(options.optimizer, blocks, groups, *rates, betas=(0.9, 0.98))
     return optimizer, get_cosine_schedule_with_warmup(optimizer, options.warmup_steps, options.steps)
 
 

@@ -33,6 +33,8 @@ SMALL = {"window_size": 32, "hidden_size": 64, "layers": 1, "vocab_size": 400, "
 SMALL |= {"warmup_steps": 1, "workers": 0, "foreign_names": 2}
 COLOURS = {"sky": (90, 150, 240), "road": (90, 90, 90), "grass": (60, 170, 50), "bus": (220, 40, 40)}
 
+needs_muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch has Muon from 2.9 on")
+
 
 @pytest.fixture
 def world(tmp_path):
@@ -69,11 +71,12 @@ def arguments(world, output, **options):
 
 
 def as_version_0_1_stored_it(file):
-    """Version 0.1 kept the recipe elsewhere, and had another name for the side of a window."""
+    """Version 0.1 kept the recipe elsewhere, had another name for the side of a window, and one optimizer."""
     state = json.loads(file.read_text())
     assert state["settings"]["mixed_precision"] == "no" and state["settings"]["start"] is None
     state["settings"]["window"] = state["settings"].pop("window_size")
     state["settings"]["recipe"] = "/elsewhere/training/recipe.yaml"
+    assert state["settings"].pop("optimizer") == "adamw"
     file.write_text(json.dumps(state))
 
 
@@ -191,8 +194,9 @@ def test_words_without_labels_lie_near_words_with_some(world):
     assert not any(weight.requires_grad for weight in model.text_model.parameters())
 
 
-def test_sigterm_stops_after_the_step(world, monkeypatch):
-    small = SMALL | {"steps": 6}
+@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("muon", marks=needs_muon)])
+def test_sigterm_stops_after_the_step(world, monkeypatch, optimizer):
+    small = SMALL | {"steps": 6, "optimizer": optimizer}
     whole = main(arguments(world, world / "whole", **small))
     monkeypatch.setattr(trainer, "step_loss", at_call(3, trainer.step_loss))
     assert main(arguments(world, world / "run", **small)) is None
@@ -201,6 +205,30 @@ def test_sigterm_stops_after_the_step(world, monkeypatch):
     resumed = main(arguments(world, world / "run", **small, resume=True))
     weights = [load_file(folder / "model.safetensors") for folder in (whole, resumed)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+@needs_muon
+def test_muon_steps_are_orthogonal_matrices_as_long_as_those_of_adamw(world):
+    """The first singular values of a block's change are about equal; other weights are AdamW's."""
+    common = SMALL | {"steps": 1, "warmup_steps": 0, "weight_decay": 0, "learning_rate": 0.05}
+    start = main(arguments(world, world / "start", **common | {"learning_rate": 1e-9}))
+    more = {name: value for name, value in common.items() if not hasattr(NewModelOptions(), name)}
+    folders = [main(arguments(world, world / kind, **more, start=start, optimizer=kind)) for kind in ("adamw", "muon")]
+    before, adamw, muon = (load_file(folder / "model.safetensors") for folder in (start, *folders))
+    matrix = "vision_model.backbone.encoder.layers.0.mlp.fc1.weight"
+    first = [torch.linalg.svdvals(weights[matrix].float() - before[matrix].float())[:5] for weights in (adamw, muon)]
+    expected = 0.05 * 0.2 * max(before[matrix].shape) ** 0.5  # arXiv 2502.16982, equation 4
+    assert ((first[1] / expected - 1).abs() < 0.3).all() and first[0][0] > 2 * first[0][4]
+    table = "vision_model.backbone.embeddings.position_embedding.weight"
+    assert torch.equal(adamw[table], muon[table]) and not torch.equal(muon[table], before[table])
+
+
+def test_muon_where_it_does_not_work_is_refused(world, monkeypatch):
+    monkeypatch.delattr(torch.optim, "Muon", raising=False)
+    with pytest.raises(UsageError, match=r"torch 2\.9"):
+        main(arguments(world, world / "run", **SMALL, steps=1, optimizer="muon"))
+    with pytest.raises(UsageError, match="adamw"):
+        main(arguments(world, world / "run", **SMALL, steps=1, optimizer="sgd"))
 
 
 def test_a_training_that_diverges_and_a_finished_one_are_no_success(world, monkeypatch):
