@@ -31,7 +31,7 @@ def decision_graph(head: str, patch_size: int, labels: str, class_of_name: list[
     """
     inputs = ["float[batch,names,rows,columns] logits", "float[batch,3,height,width] pixel_values"]
     constants = {"minus_1": [-1], "0": [0], "1": [1], "2": [2], "patch": [patch_size], "two_patches": [2 * patch_size]}
-    constants |= {"axes_12": [1, 2], "values": [STRIP_VALUES]}
+    constants |= {"axes_12": [1, 2], "axes_123": [1, 2, 3], "values": [STRIP_VALUES]}
     maxima = CLASS_MAXIMA_IF_ANY
     if class_of_name is None:
         inputs.append("int64[names] class_of_name")
@@ -48,6 +48,7 @@ def decision_graph(head: str, patch_size: int, labels: str, class_of_name: list[
         "int64 spar_one = {1}",
         "bool spar_true = {1}",
         "float spar_lowest = {-3.0e38}",
+        "float spar_zero_float = {0}",
     ]
     known = "class_of_name" if class_of_name is None else "spar_class_of_name"
     strip = STRIP + maxima + STRIP_ENDS[head]
@@ -118,8 +119,12 @@ SIZES = """
   spar_width_scalar = Squeeze(spar_width)
   spar_column_index = Range(spar_zero, spar_width_scalar, spar_one)
 """
-# names last: those of a pixel are neighbours in memory
+# names last: those of a pixel are neighbours in memory. `nothing` is 0, and NaN where a logit of the image is not finite:
+# maximum and exponential of OpenVINO give numbers for NaN.
 STRIPS = """
+  spar_sum_of_image = ReduceSum<keepdims = 1>(logits, spar_axes_123)
+  spar_nothing = Mul(spar_sum_of_image, spar_zero_float)
+  spar_nothing_of_pixels = Squeeze(spar_nothing, spar_1)
   spar_strip_count = Squeeze(spar_strips)
   spar_split = Concat<axis = 0>(spar_strips, spar_strip_rows)
   spar_above = Reshape(spar_row_lower, spar_split)
@@ -183,12 +188,14 @@ STRIP_ENDS = {
     s_below_best = Sub(s_best, s_highest)
     s_shares = Exp(s_below_best)
     s_sum = ReduceSum<keepdims = 0>(s_shares, spar_minus_1)
-    s_probability = Reciprocal(s_sum)
+    s_share_of_best = Reciprocal(s_sum)
+    s_probability = Add(s_share_of_best, spar_nothing_of_pixels)
     s_labels = Cast<to = LABEL_TYPE>(s_class)
     s_confidence = Cast<to = 10>(s_probability)
 """,
     "probabilities": """
-    s_shares = Softmax<axis = -1>(s_best)
+    s_soft = Softmax<axis = -1>(s_best)
+    s_shares = Add(s_soft, spar_nothing)
     s_probabilities = Transpose<perm = [0, 3, 1, 2]>(s_shares)
 """,
 }

@@ -12,14 +12,20 @@ from spar_hf.cli.main import app
 from spar_hf.export import NotVerified, decision, export, onnx_format
 from spar_hf.export.verification import Written
 from spar_hf.model.segmentation import class_probabilities, decide
+from spar_hf.runtime.engines import openvino_core
 
 PATCH = 8
 
 
-def run(head, class_of_name, inputs, baked=False):
+def model_of(head, class_of_name, baked=False):
     text = decision.decision_graph(head, PATCH, "uint16", class_of_name.tolist() if baked else None)
     model = onnx.parser.parse_model(text)
     onnx.checker.check_model(model)
+    return model
+
+
+def run(head, class_of_name, inputs, baked=False):
+    model = model_of(head, class_of_name, baked)
     options = onnxruntime.SessionOptions()
     options.log_severity_level, options.intra_op_num_threads = 3, 4
     session = onnxruntime.InferenceSession(model.SerializeToString(), options)
@@ -59,6 +65,26 @@ def test_any_geometry(monkeypatch, working, image, names, classes, batch, values
         np.testing.assert_allclose(confidence[i], expected.probabilities, atol=2e-3)
         every = class_probabilities(logits[i], class_of_name, PATCH, working, image)[1]
         np.testing.assert_allclose(probabilities[i], every, atol=1e-5)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("head", ["classmap", "probabilities"])
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_a_logit_that_is_not_finite_shows_in_all_of_its_image(engine, head, bad):
+    """OpenVINO's maximum and exponential make numbers of NaN, and a class map would look right."""
+    class_of_name = np.array([0, 1, 1, 2])
+    logits = np.random.default_rng(0).normal(size=(3, 4, 3, 2)).astype(np.float32)
+    logits[1, 2, 0, 1] = bad
+    inputs = {"logits": logits, "pixel_values": np.zeros((3, 3, 24, 16), dtype=np.float32)}
+    inputs |= {"class_of_name": class_of_name, "image_size": np.array([31, 20])}
+    if engine == "onnxruntime":
+        result = run(head, class_of_name, inputs)[-1]
+    else:
+        pytest.importorskip("openvino")
+        core = openvino_core()
+        graph = core.compile_model(core.read_model(model_of(head, class_of_name).SerializeToString()), "CPU")
+        result = graph(inputs)[graph.outputs[-1]]
+    assert np.isfinite(result[[0, 2]]).all() and not np.isfinite(result[1]).any()
 
 
 def test_many_classes_need_more_than_a_byte():

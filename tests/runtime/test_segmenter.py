@@ -301,7 +301,9 @@ def test_without_the_engine_the_extra_is_named(classmap_folder, monkeypatch):
         OnnxSegmenter(classmap_folder)
 
 
-@pytest.mark.parametrize("engine, folder", [("onnxruntime", "classmap"), ("openvino", "logits")])
+@pytest.mark.parametrize(
+    "engine, folder", [("onnxruntime", "classmap"), ("openvino", "classmap"), ("openvino", "logits")]
+)
 def test_results_that_are_not_finite_are_no_mask(engine, folder, open_segmenter, monkeypatch):
     """Half precision overflows without an error, and the largest of NaN is some class."""
     segmenter = open_segmenter(engine, folder)
