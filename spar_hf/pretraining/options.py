@@ -81,9 +81,7 @@ class TrainingOptions:
     )
     steps: int = option(4000, HELP["steps"])
     batch_size: int = option(24, "Crops per step and process.")
-    optimizer: str = option(
-        "adamw", "adamw, or muon: AdamW, but Muon for the weight matrices of the vision tower's blocks."
-    )
+    optimizer: str = option("adamw", HELP["optimizer"])
     learning_rate: float = option(6e-4, HELP["learning_rate"])
     weight_decay: float = option(0.05, "Weight decay of weights; biases and norms have none.")
     warmup_steps: int = option(200, "Steps of linear warm-up.")

@@ -52,7 +52,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
     ):
         self.parts: list[torch.optim.Optimizer] = [
             torch.optim.AdamW(groups, learning_rate, betas, weight_decay=weight_decay),
-            torch.optim.Muon(matrices, learning_rate, weight_decay, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.Muon([{"params": list(matrices)}], learning_rate, weight_decay, adjust_lr_fn="match_rms_adamw"),
         ]
         super().__init__([group for part in self.parts for group in part.param_groups], {})
         self._share()
