@@ -11,8 +11,7 @@ from transformers import get_scheduler
 
 from spar_hf.distillation.options import OptimisationOptions
 from spar_hf.distillation.student import Student
-from spar_hf.utils.errors import UsageError, as_usage_errors
-from spar_hf.utils.optimizers import make_optimizer
+from spar_hf.utils.errors import as_usage_errors
 
 
 def is_sharded(accelerator: Accelerator) -> bool:
@@ -55,14 +54,11 @@ class Optimisation:
         self.accelerator, self.student = accelerator, student
         self.max_grad_norm = options.max_grad_norm or math.inf
         if is_sharded(accelerator):
-            if options.optimizer == "muon":
-                raise UsageError("--optimizer muon needs whole matrices, which FSDP splits; use adamw, or DDP.")
             # the blocks: the list of transformers also names embeddings, whose parts are called one by one
             names = {type(block).__name__: 0 for block in student.model.backbone.blocks}
             accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = list(names)
         parameters = [parameter for parameter in student.trained.parameters() if parameter.requires_grad]
-        rates = (options.learning_rate, options.weight_decay)
-        optimizer = make_optimizer(options.optimizer, student.model.backbone.blocks, [{"params": parameters}], *rates)
+        optimizer = torch.optim.AdamW(parameters, lr=options.learning_rate, weight_decay=options.weight_decay)
         schedule = make_schedule(options.lr_scheduler_type, optimizer, options.warmup_ratio, steps, accelerator)
         self.wrapped: Any
         self.wrapped, self.optimizer, self.schedule = accelerator.prepare(student.trained, optimizer, schedule)

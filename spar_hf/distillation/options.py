@@ -20,7 +20,6 @@ from spar_hf.model.vocabularies import VOCABULARIES
 from spar_hf.utils.checkpoints import settings_of
 from spar_hf.utils.errors import UsageError
 from spar_hf.utils.fields import option, required
-from spar_hf.utils.optimizers import OPTIMIZERS, check_optimizer
 from spar_hf.utils.options import (
     HELP,
     PRECISIONS,
@@ -204,7 +203,6 @@ class OptimisationOptions:
 
     steps: int | None = option(None, f"Optimizer steps; {DEFAULT_STEPS} if --epochs is not given.")
     epochs: float | None = option(None, "How often every image is seen, instead of --steps.")
-    optimizer: str = option("adamw", HELP["optimizer"])
     learning_rate: float = option(2e-5, HELP["learning_rate"])
     weight_decay: float = option(1e-4, HELP["weight_decay"])
     lr_scheduler_type: str = option("cosine", HELP["lr_scheduler_type"])
@@ -231,8 +229,6 @@ class OptimisationOptions:
         require_share(self, "whiten", "warmup_ratio")
         require_one_of(self, "mixed_precision", PRECISIONS)
         require_one_of(self, "lr_scheduler_type", SCHEDULES)
-        require_one_of(self, "optimizer", OPTIMIZERS)
-        check_optimizer(self.optimizer)
         if unknown := [name for name in self.words if name.strip().lower() not in VOCABULARIES]:
             raise UsageError(f"--words {' '.join(unknown)}: use built-in vocabularies: {', '.join(VOCABULARIES)}.")
         if self.steps is not None and self.epochs is not None:

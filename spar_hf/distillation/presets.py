@@ -79,7 +79,7 @@ EARLIER_PRESETS: dict[str, dict[str, Any]] = {
     "spar-all-hires": _BEFORE | {"train_layers": "all", "long_side_windows": 5.0, "short_side_windows": 2.5},
 }
 # Options that runs of earlier versions did not have, with what those runs did. What is off by default needs no entry.
-LATER: dict[str, Any] = {"max_grad_norm": 1.0, "shuffle": True, "resample": "bicubic", "optimizer": "adamw"}
+LATER: dict[str, Any] = {"max_grad_norm": 1.0, "shuffle": True, "resample": "bicubic"}
 # A recipe or checkpoint with all of these was written by a run, which states every option.
 MARKS = {"learning_rate", "lr_scheduler_type", "holdout_images", "log_steps", "seed", "stride", "train_layers"}
 
@@ -137,4 +137,4 @@ def _is_earlier(output: Path) -> bool:
     if not path.is_file():
         return False
     recipe = read_yaml(path)
-    return isinstance(recipe, dict) and states_every_option(recipe) and "max_grad_norm" not in recipe
+    return isinstance(recipe, dict) and states_every_option(recipe) and not recipe.keys() >= LATER.keys()

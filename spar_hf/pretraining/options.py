@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from spar_hf.data.reading import ReadingOptions
+from spar_hf.pretraining.optimizers import OPTIMIZERS, check_optimizer
 from spar_hf.utils.errors import UsageError
 from spar_hf.utils.fields import option, required
-from spar_hf.utils.optimizers import OPTIMIZERS, check_optimizer
 from spar_hf.utils.options import (
     HELP,
     RUN_FREE,
@@ -81,7 +81,9 @@ class TrainingOptions:
     )
     steps: int = option(4000, HELP["steps"])
     batch_size: int = option(24, "Crops per step and process.")
-    optimizer: str = option("adamw", HELP["optimizer"])
+    optimizer: str = option(
+        "adamw", "adamw, or muon: AdamW, but Muon for the weight matrices of the vision tower's blocks."
+    )
     learning_rate: float = option(6e-4, HELP["learning_rate"])
     weight_decay: float = option(0.05, "Weight decay of weights; biases and norms have none.")
     warmup_steps: int = option(200, "Steps of linear warm-up.")

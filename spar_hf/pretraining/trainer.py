@@ -24,12 +24,12 @@ from spar_hf import SparForOpenVocabSegmentation, SparImageProcessorPil, SparPro
 from spar_hf.pretraining.crops import CropBatches, CropSet, load_sets
 from spar_hf.pretraining.losses import step_loss
 from spar_hf.pretraining.model import Towers, load_model, new_model
+from spar_hf.pretraining.optimizers import make_optimizer
 from spar_hf.pretraining.options import FREE, PretrainingOptions, TrainingOptions, read_recipe
 from spar_hf.utils.atomic import writing_folder
 from spar_hf.utils.checkpoints import settings_of
 from spar_hf.utils.devices import clock
 from spar_hf.utils.launching import outlive_signals
-from spar_hf.utils.optimizers import make_optimizer
 from spar_hf.utils.runs import TrainingRun, start_accelerator
 from spar_hf.utils.sample_record import read_samples
 

@@ -98,7 +98,6 @@ def test_whitening_counts_axes_alike():
         ({"report_to": "paper"}, "tensorboard"),
         ({"mixed_precision": "int8"}, "bf16"),
         ({"lr_scheduler_type": "square"}, "cosine"),
-        ({"optimizer": "sgd"}, "muon"),
         ({"preset": "spa"}, "spar-all"),
         ({"words": ["cityscape"]}, "--words cityscape: .*cityscapes"),
         ({"model_name": "m"}, "model_name"),

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from spar_hf.utils.optimizers import MuonWithAdamW, make_optimizer
+from spar_hf.pretraining.optimizers import MuonWithAdamW, make_optimizer
 
 pytestmark = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch has Muon from 2.9 on")
 RATES = {"learning_rate": 0.02, "weight_decay": 0.1}

@@ -1,4 +1,4 @@
-"""Optimizers of the trainings by name."""
+"""Optimizers of the pre-training by name."""
 
 from collections.abc import Iterable
 from typing import Any
