@@ -85,7 +85,7 @@ class TrainingOptions:
         "adamw", "adamw, or muon: AdamW, but Muon for the weight matrices of the vision tower's blocks."
     )
     learning_rate: float = option(6e-4, HELP["learning_rate"])
-    weight_decay: float = option(0.05, "Weight decay of weights; biases and norms have none.")
+    weight_decay: float = option(0.05, HELP["weight_decay"])
     warmup_steps: int = option(200, "Steps of linear warm-up.")
     names_per_set: int = option(28, "Class names compared per set and step.")
     foreign_names: int = option(8, "Names of other sets added as wrong answers.")

@@ -93,7 +93,7 @@ HELP = {
     "resume": "Go on from the last checkpoint in --output, as if never stopped.",
     "workers": "Processes that decode images; 0 uses the main process.",
     "learning_rate": "Peak learning rate.",
-    "weight_decay": "Weight decay of AdamW.",
+    "weight_decay": "Weight decay.",
     "warmup_ratio": "Share of the steps with rising learning rate.",
     "lr_scheduler_type": f"Schedule of Transformers: {', '.join(SCHEDULES)}.",
     "resample": "How images are resized: bicubic (antialiased, which keeps more of the image) or bilinear (without "
