@@ -119,11 +119,11 @@ SIZES = """
   spar_width_scalar = Squeeze(spar_width)
   spar_column_index = Range(spar_zero, spar_width_scalar, spar_one)
 """
-# names last: those of a pixel are neighbours in memory. `nothing` is 0, and NaN where a logit of the image is not finite:
-# maximum and exponential of OpenVINO give numbers for NaN.
+# names last: those of a pixel are neighbours in memory. `nothing` is 0 for each image, and NaN if one of its logits is not
+# finite, since maximum and exponential of OpenVINO give numbers for NaN. Zeros are summed: sums of logits overflow float16.
 STRIPS = """
-  spar_sum_of_image = ReduceSum<keepdims = 1>(logits, spar_axes_123)
-  spar_nothing = Mul(spar_sum_of_image, spar_zero_float)
+  spar_zeros = Mul(logits, spar_zero_float)
+  spar_nothing = ReduceSum<keepdims = 1>(spar_zeros, spar_axes_123)
   spar_nothing_of_pixels = Squeeze(spar_nothing, spar_1)
   spar_strip_count = Squeeze(spar_strips)
   spar_split = Concat<axis = 0>(spar_strips, spar_strip_rows)

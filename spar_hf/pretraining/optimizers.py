@@ -13,8 +13,10 @@ OPTIMIZERS = ("adamw", "muon")
 
 def check_optimizer(name: str) -> None:
     """
+    Refuse an optimizer that this version of torch does not have.
+
     Raises:
-        UsageError: this version of torch does not have the optimizer.
+        UsageError: torch is older than 2.9 and `name` is `muon`.
     """
     if name == "muon" and not hasattr(torch.optim, "Muon"):
         raise UsageError(f"--optimizer muon needs torch 2.9 or newer; this is {torch.__version__}.")
@@ -28,9 +30,9 @@ class MuonWithAdamW(torch.optim.Optimizer):
     Source: Muon (Jordan et al., 2024), its steps scaled as by Liu et al. (arXiv 2502.16982); `torch.optim.Muon`.
 
     Args:
-        matrices: the weights of two dimensions that Muon trains.
-        groups: parameters of AdamW, or groups of them.
-        learning_rate, weight_decay: of both, where a group has none of its own.
+        matrices: weights of two dimensions, which Muon trains.
+        groups: parameters that AdamW trains, or groups of them.
+        learning_rate, weight_decay: for both optimizers; a group of AdamW may have its own.
         betas: of AdamW.
 
     Example:
@@ -68,14 +70,10 @@ class MuonWithAdamW(torch.optim.Optimizer):
         super().load_state_dict(state_dict)
         self._share()
 
-    @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for part in self.parts:
-            part.step()
+        adamw, muon = self.parts
+        loss = adamw.step(closure)
+        muon.step()
         return loss
 
 
@@ -93,8 +91,8 @@ def make_optimizer(
     Args:
         name: `adamw`; or `muon`, which trains the weight matrices of the `blocks` with Muon and the rest with AdamW.
         blocks: transformer blocks of the model.
-        groups: with `params`, and perhaps a `weight_decay` that counts for AdamW.
-        learning_rate, weight_decay, betas: where a group has none of its own.
+        groups: each with `params`, and perhaps a `weight_decay` of its own, which holds for what AdamW trains.
+        learning_rate, weight_decay, betas: as in [`MuonWithAdamW`].
     """
     if name == "adamw":
         return torch.optim.AdamW(groups, learning_rate, betas, weight_decay=weight_decay)
