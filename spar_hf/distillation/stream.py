@@ -131,9 +131,10 @@ def open_stream(
         held_out = draw_samples(rest, holdout_images, seed)
     else:
         train, rest = listings_as_before(sources, options.exclude, earlier["held_out"])
-        measured = set(earlier["measured"])
-        held_out = [rest.sample(i, i, []) for i in range(len(rest)) if rest.name(i) in measured]
-        held_out.sort(key=lambda sample: earlier["measured"].index(sample.name))
+        places: dict[str, list[int]] = {}  # a folder that is given twice has each name twice
+        for i in range(len(rest)):
+            places.setdefault(rest.name(i), []).append(i)
+        held_out = [rest.sample(i, i, []) for name in earlier["measured"] for i in places.get(name, [])[:1]]
     names = {
         part: [listing.name(i) for i in range(len(listing))] for part, listing in (("train", train), ("held_out", rest))
     }

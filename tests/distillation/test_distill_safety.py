@@ -137,6 +137,17 @@ def test_changed_images_are_refused_and_held_out_ones_stay_so(base_folder, own_i
     assert after["train"] == [trained.name(i) for i in range(len(trained))]
 
 
+def test_a_folder_given_twice_is_measured_on_the_same_images_when_resumed(
+    base_folder, own_images, tmp_path, monkeypatch
+):
+    output, twice = tmp_path / "run", ("--images", own_images, own_images, own_images, "--holdout_images", 3)
+    stopped_run(base_folder, own_images, output, monkeypatch, *twice)
+    before = read_samples(output)["measured"]
+    assert len(before) == 3
+    distil(base_folder, own_images, output, *SHORT, *twice, "--resume")
+    assert read_samples(output)["measured"] == before
+
+
 def test_the_same_images_resume_and_a_run_without_a_record_says_so(
     base_folder, own_images, tmp_path, monkeypatch, caplog
 ):
