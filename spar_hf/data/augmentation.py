@@ -151,7 +151,14 @@ def resize_bilinear(
     return Image.fromarray(pixels.round().byte().numpy())
 
 
-def draw_crop(image_size: tuple[int, int], window: int, patch_size: int, views: Views, rng: random.Random) -> Crop:
+def draw_crop(
+    image_size: tuple[int, int],
+    window: int,
+    patch_size: int,
+    views: Views,
+    rng: random.Random,
+    size_rng: random.Random | None = None,
+) -> Crop:
     """
     Draw a view of an image: a random size, perhaps a crop, sides rounded down to multiples of the patch, perhaps a flip.
 
@@ -164,6 +171,7 @@ def draw_crop(image_size: tuple[int, int], window: int, patch_size: int, views: 
         patch_size: side of a patch in pixels.
         views: distribution of the views.
         rng: random numbers, see [`view_generator`].
+        size_rng: those for the size of the view, if not `rng`: with the same ones, images of one shape get one size.
 
     Example:
 
@@ -172,11 +180,11 @@ def draw_crop(image_size: tuple[int, int], window: int, patch_size: int, views: 
     >>> crop.size, crop.flip
     ((464, 352), False)
     ```"""
-    scale = rng.uniform(views.min_scale, 1.0)
+    size_rng = rng if size_rng is None else size_rng
     if views.min_side_pixels is not None:
-        size, box = _draw_in_pixels(image_size, patch_size, views, scale, rng)
+        size, box = _draw_in_pixels(image_size, patch_size, views, rng, size_rng)
     else:
-        size, box = _draw_in_windows(image_size, window, patch_size, views, scale, rng)
+        size, box = _draw_in_windows(image_size, window, patch_size, views, rng, size_rng)
     flip = rng.random() < views.flip_probability
     jitter = rng.getrandbits(32) if rng.random() < views.jitter_probability else None
     return Crop(size, box, flip, jitter, views.resample)
@@ -186,15 +194,21 @@ Drawn = tuple[tuple[int, int], tuple[float, float, float, float]]  # size and bo
 
 
 def _draw_in_windows(
-    image_size: tuple[int, int], window: int, patch_size: int, views: Views, scale: float, rng: random.Random
+    image_size: tuple[int, int],
+    window: int,
+    patch_size: int,
+    views: Views,
+    rng: random.Random,
+    size_rng: random.Random,
 ) -> Drawn:
     """A crop of an image that fits a number of windows."""
+    scale = size_rng.uniform(views.min_scale, 1.0)
     sides = (views.long_side_windows * window, views.short_side_windows * window)
     factor = scale * min(sides[0] / max(image_size), sides[1] / min(image_size))
     resized = [side * factor for side in image_size]
     cropped = resized
-    if rng.random() < views.crop_probability:
-        cropped = [min(side, max(side * rng.uniform(0.4, 1.0), window)) for side in resized]
+    if size_rng.random() < views.crop_probability:
+        cropped = [min(side, max(side * size_rng.uniform(0.4, 1.0), window)) for side in resized]
     width, height = _floored(cropped, patch_size)
     left, top = (rng.uniform(0, max(0.0, side - kept)) for side, kept in zip(resized, (width, height), strict=True))
     box = [value / factor for value in (left, top, left + width, top + height)]
@@ -203,9 +217,10 @@ def _draw_in_windows(
 
 
 def _draw_in_pixels(
-    image_size: tuple[int, int], patch_size: int, views: Views, scale: float, rng: random.Random
+    image_size: tuple[int, int], patch_size: int, views: Views, rng: random.Random, size_rng: random.Random
 ) -> Drawn:
     """A crop of an image that fits a number of pixels, as published: the whole image, or whole pixels of the resized one."""
+    scale = size_rng.uniform(views.min_scale, 1.0)
     assert views.long_side_pixels and views.short_side_pixels and views.min_side_pixels  # Views has checked that
     whole = (0.0, 0.0, float(image_size[0]), float(image_size[1]))
     factor = scale * min(views.long_side_pixels / max(image_size), views.short_side_pixels / min(image_size))
@@ -213,9 +228,9 @@ def _draw_in_pixels(
     if min(resized) < views.min_side_pixels:
         factor = views.min_side_pixels / min(image_size)
         return _floored([side * factor for side in image_size], patch_size), whole
-    if rng.random() >= views.crop_probability:
+    if size_rng.random() >= views.crop_probability:
         return _floored(resized, patch_size), whole
-    kept = _floored([max(side * rng.uniform(0.4, 1.0), views.min_side_pixels) for side in resized], patch_size)
+    kept = _floored([max(side * size_rng.uniform(0.4, 1.0), views.min_side_pixels) for side in resized], patch_size)
     starts = [rng.randint(0, side - length) for side, length in zip(resized, kept, strict=True)]
     edges = [*starts, starts[0] + kept[0], starts[1] + kept[1]]
     left, top, right, bottom = (edge * image_size[i % 2] / resized[i % 2] for i, edge in enumerate(edges))

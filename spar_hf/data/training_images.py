@@ -106,6 +106,8 @@ class TrainingImages(Dataset):
         min_side: images with a side below this many pixels are skipped.
         image_range: values of black and white of images of floats or more than 8 bits, see `to_rgb`.
         max_pixels: larger images are skipped; by default Pillow's limit.
+        same_size: of so many images that follow each other in the stream, those of one shape get views of one size; 0 draws
+            the size of each by itself.
     """
 
     def __init__(
@@ -119,7 +121,9 @@ class TrainingImages(Dataset):
         min_side: int = 32,
         image_range: ImageRange | None = None,
         max_pixels: int | None = None,
+        same_size: int = 0,
     ):
+        self.same_size = same_size
         self.sources, self.image_processor, self.window, self.patch_size = sources, image_processor, window, patch_size
         self.views, self.seed, self.min_side = views, seed, min_side
         self.image_range, self.max_pixels = image_range, max_pixels
@@ -145,7 +149,8 @@ class TrainingImages(Dataset):
         except Exception as error:  # each of Pillow's decoders raises its own kind, and no file may stop a training run
             return Skipped(sample.name, str(error) or type(error).__name__)
         generator = view_generator(self.seed, sample.name if self.views.fixed_views else sample.index)
-        crop = draw_crop(image.size, self.window, self.patch_size, self.views, generator)
+        size_generator = view_generator(self.seed, f"size {sample.index // self.same_size}") if self.same_size else None
+        crop = draw_crop(image.size, self.window, self.patch_size, self.views, generator, size_generator)
         return LoadedSample(sample.index, self.pixels(crop.apply(image)), sample.after)
 
     def squares(self, samples: list[Sample], side: int) -> Iterator[torch.Tensor]:

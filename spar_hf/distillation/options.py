@@ -209,6 +209,11 @@ class OptimisationOptions:
     warmup_ratio: float = option(0.05, HELP["warmup_ratio"])
     max_grad_norm: float = option(1.0, "Longer gradients are shortened to this norm; 0 leaves them as they are.")
     gradient_accumulation_steps: int = option(1, "Images per process and optimizer step.")
+    same_size: int = option(
+        0,
+        "Draw one size for so many images that follow each other. With the number of processes none waits for another's "
+        "larger image; 0 draws a size for each image.",
+    )
     whiten: float = option(
         0.0,
         "Divide the error along each principal axis of the teacher's features by its variance to this power: 0 "
@@ -225,7 +230,7 @@ class OptimisationOptions:
 
     def __post_init__(self):
         require_positive(self, "steps", "epochs", "learning_rate", "gradient_accumulation_steps")
-        require_not_negative(self, "weight_decay", "max_grad_norm")
+        require_not_negative(self, "weight_decay", "max_grad_norm", "same_size")
         require_share(self, "whiten", "warmup_ratio")
         require_one_of(self, "mixed_precision", PRECISIONS)
         require_one_of(self, "lr_scheduler_type", SCHEDULES)
@@ -305,6 +310,11 @@ class DistillationOptions(ComposedOptions):
             raise UsageError(
                 "--teacher_mode cached reads stored maps of stored views: leave out --streaming, and give "
                 "--jitter_probability to cache_teacher.py instead."
+            )
+        if self.optimisation.same_size and (self.teacher.mode == "cached" or self.views.fixed_views):
+            raise UsageError(
+                "--same_size draws sizes anew for every step, and --teacher_mode cached and --fixed_views keep those of "
+                "each image. Leave one out."
             )
         if (self.student.local_start is not None or self.student.fit_prior) and self.images.streaming:
             raise UsageError("--local_start and --fit_prior need images from all of the set: leave out --streaming.")

@@ -21,6 +21,7 @@ REPEATED = (
     "words_weight",
     "local_start",
     "fit_prior",
+    "same_size",
     "learning_rate",
     "weight_decay",
     "seed",

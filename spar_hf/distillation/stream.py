@@ -84,6 +84,7 @@ def open_stream(
     *,
     seed: int,
     holdout_images: int,
+    same_size: int = 0,
     teacher_cache: str | None = None,
     process: int = 0,
     processes: int = 1,
@@ -100,6 +101,7 @@ def open_stream(
         models: teacher, student's patch size and image processor.
         seed: of the order and of the views.
         holdout_images: held-out images to measure the error on, at most.
+        same_size: see [`TrainingImages`].
         teacher_cache: folder of a cache, whose images and targets are trained on instead.
         process, processes: each process takes every n-th image.
         start: where a resumed run goes on, see [`Sample`].
@@ -119,6 +121,7 @@ def open_stream(
         options.min_side,
         options.image_range,
         options.max_pixels,
+        same_size,
     )
     order: StreamOrder | MapOrder
     if options.streaming:

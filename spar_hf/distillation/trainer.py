@@ -109,6 +109,7 @@ class Distillation:
             self.models,
             seed=optimisation.seed,
             holdout_images=options.run.holdout_images,
+            same_size=optimisation.same_size,
             teacher_cache=options.teacher.teacher_cache,
             process=self.accelerator.process_index,
             processes=self.accelerator.num_processes,

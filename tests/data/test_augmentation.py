@@ -93,6 +93,23 @@ def test_views_out_of_range_are_refused(wrong):
         Views(**wrong)
 
 
+@pytest.mark.parametrize("views", [{}, {"long_side_pixels": 256, "short_side_pixels": 128, "min_side_pixels": 48}])
+def test_views_with_the_same_numbers_for_the_size_differ_in_all_else(views):
+    """Images of one shape, whatever their resolution: one size, but other places, flips and light."""
+    views, kinds = Views(jitter_probability=0.5, crop_probability=0.9, **views), []
+    for index in range(20):
+        drawn = [
+            draw_crop(size, 64, 16, views, view_generator(0, f"{size} {index}"), view_generator(0, f"size {index}"))
+            for size in ((640, 480), (320, 240))
+        ]
+        assert drawn[0].size == drawn[1].size
+        kinds.append(
+            [(crop.box[0] / size, crop.flip, crop.jitter) for crop, size in zip(drawn, (640, 320), strict=True)]
+        )
+    for part in range(3):
+        assert any(first[part] != second[part] for first, second in kinds)
+
+
 # The published draw
 
 

@@ -112,6 +112,23 @@ def test_every_source_gives_the_same_images(image_folder, sources, name, monkeyp
     assert all(torch.equal(a, b) for a, b in zip(*streams, strict=True))
 
 
+def test_processes_draw_the_same_size_in_every_step(tmp_path):
+    for i in range(12):
+        Image.new("RGB", (160 + 16 * (i % 3), 120 + 12 * (i % 3))).save(tmp_path / f"{i}.png")  # one shape
+    kept = ImageOptions(images=[str(tmp_path)])
+    opened = open_sources(kept)
+    train, _ = split_images(opened, kept.exclude, kept.holdout_every)
+
+    def steps(same_size):
+        images = TrainingImages(opened, SparImageProcessorPil(), 64, 16, Views(min_scale=0.3), same_size=same_size)
+        streams = [islice(MapOrder(train, 0, process, 3), 12) for process in range(3)]
+        return [[images[sample].pixel_values.shape for sample in step] for step in zip(*streams, strict=True)]
+
+    alone, together = steps(0), steps(3)
+    assert any(len(set(step)) > 1 for step in alone)
+    assert all(len(set(step)) == 1 for step in together) and len({step[0] for step in together}) > 4
+
+
 def test_unreadable_sources_are_named(tmp_path, sources):
     for images, message in [(tmp_path / "no.txt", r"no\.txt"), (tmp_path / "no.tar", r"no\.tar"),
                             (tmp_path, "no image"), (tmp_path / "nothing", "--images")]:  # fmt: skip

@@ -171,6 +171,12 @@ def test_fixed_views_do_not_change_from_epoch_to_epoch(image_folder):
         assert same == fixed
 
 
+@pytest.mark.parametrize("given", [{"fixed_views": True}, {"teacher_mode": "cached", "teacher_cache": "c"}])
+def test_sizes_that_images_keep_are_not_drawn_for_every_step(given):
+    with pytest.raises(UsageError, match="--same_size"):
+        DistillationOptions.from_flat(model="m", images=["i"], output="o", same_size=2, **given)
+
+
 def test_own_presets_are_complete_and_differ_from_the_published():
     for name in ("spar-hf", "spar-hf-siglip"):
         flat = DistillationOptions.from_flat(model="m", images=["i"], output="o", preset=name).flat
