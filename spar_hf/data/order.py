@@ -20,6 +20,7 @@ from torch.utils.data import Sampler
 
 from spar_hf.data.sources import Files, ImageOptions, image_entry, undecoded
 from spar_hf.utils.errors import UsageError
+from spar_hf.utils.sample_record import split_as_before
 
 
 @dataclass
@@ -133,7 +134,8 @@ class Listing:
 
 def split_images(sources: list[Any], exclude: list[str], holdout_every: int) -> tuple[Listing, Listing]:
     """
-    Split the images of all sources into those to train on and those held out by [`is_held_out`], source by source.
+    Split the images of all sources into those to train on and those held out by [`is_held_out`], source by source. An image
+    that several sources name, such as a folder and one within it, is held out of all of them.
 
     Args:
         sources: see `open_sources`.
@@ -143,12 +145,17 @@ def split_images(sources: list[Any], exclude: list[str], holdout_every: int) -> 
     Raises:
         UsageError: no image is left to train on.
     """
-    train, held_out = [], []
+    all_kept, names = [], set()
     for source in sources:
         kept = np.arange(len(source))
         if exclude:
             kept = kept[[not is_excluded(source.key(i), exclude) for i in range(len(source))]]
-        here, there = split_held_out(len(kept), holdout_every)
+        _, there = split_held_out(len(kept), holdout_every)
+        names.update(source.name(i) for i in kept[there])
+        all_kept.append(kept)
+    train, held_out = [], []
+    for source, kept in zip(sources, all_kept, strict=True):
+        here, there = split_as_before(map(source.name, kept), names)
         train.append(kept[here])
         held_out.append(kept[there])
     if not sum(map(len, train)):

@@ -10,8 +10,9 @@ A refinement is a callable `(logits, feature_map, pixel_values) -> logits` for o
 [`LabelPropagation`] and [`PixelAdaptiveRefinement`] are provided; any callable of this form can be used. An upsampler makes
 features finer before the logits are computed, see `upsamplers.py`.
 
-Results of `spar-tiny` at a shorter side of 384 px: mIoU and pixel accuracy in percent (`training/evaluate.py --runs
-student:single+lposs ...`). Parameters were chosen with an earlier student on 12 frames of CamVid (`val`, sequence 0016E5).
+Results of the first `spar-tiny` at a shorter side of 384 px: mIoU and pixel accuracy in percent (`training/evaluate.py
+--runs student:single+lposs ...`). Parameters were chosen with an earlier student on 12 frames of CamVid (`val`, sequence
+0016E5).
 
 | | CamVid, the first 20 frames of 0001TP, 11 classes | COCO, 20 held-out images, 133 classes |
 |---|---|---|

@@ -55,6 +55,18 @@ def test_split__every_source_by_itself_and_after_exclusion():
     assert is_excluded("a/1.jpg", ["1"]) and not is_excluded("a/1.jpg", ["1.jpg"])  # patterns of stems
 
 
+def test_an_image_of_several_sources_is_held_out_of_all():
+    """A folder and one within it, and rows of a table with one name: none is both trained on and measured."""
+    folder = Files([f"a/{i}.jpg" for i in range(4)] + [f"a/b/{i}.jpg" for i in range(5)])
+    within = Files([f"a/b/{i}.jpg" for i in range(5)])
+    train, held_out = split_images([folder, within], exclude=[], holdout_every=3)
+    trained, kept = ([part.name(i) for i in range(len(part))] for part in (train, held_out))
+    assert not set(trained) & set(kept) and len(trained) + len(kept) == 14
+    assert {"a/2.jpg", "a/b/1.jpg", "a/b/4.jpg", "a/b/2.jpg"} == set(kept)
+    train, held_out = split_images([Files(["x.jpg", "y.jpg", "x.jpg", "z.jpg"])], exclude=[], holdout_every=3)
+    assert [train.name(i) for i in range(len(train))] == ["y.jpg", "z.jpg"] and len(held_out) == 2
+
+
 def test_map_order__processes_share_one_stream():
     images, _ = split_images([Files([f"{i}.jpg" for i in range(7)])], exclude=[], holdout_every=8)
 
