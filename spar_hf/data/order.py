@@ -145,7 +145,8 @@ def split_images(sources: list[Any], exclude: list[str], holdout_every: int) -> 
     Raises:
         UsageError: no image is left to train on.
     """
-    all_kept, names = [], set()
+    all_kept: list[np.ndarray] = []
+    names: set[str] = set()
     for source in sources:
         kept = np.arange(len(source))
         if exclude:

@@ -94,8 +94,8 @@ of pixels that get the teacher's class: it tells how well one pass replaces the 
 </body></html>
 """
 TINY = (
-    "The model is tiny. It knows streets, people, cats, dogs, horses, cows and sheep a little: on all other things its masks "
-    "are guesses."
+    "The model is tiny. It knows streets, people, cats, dogs, horses, cows and sheep a little: on all other things its "
+    "masks are guesses."
 )
 
 
