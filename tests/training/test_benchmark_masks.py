@@ -22,7 +22,8 @@ def test_labels_memory_and_times_of_small_sizes(tmp_path):
     assert len(rows) == 8 and all(row[key] > 0 for row in rows for key in ("ratio", "seconds", "bare_seconds"))
 
     whole, strips, many = rows[:3]  # 320 px are two whole strips of 8 patch rows and a half one
-    assert min(row["equal_labels"] for row in (whole, strips, many)) > 0.9999
+    # of 7,200 pixels of the last, one with two classes as good as equal may fall either way
+    assert min(row["equal_labels"] for row in (whole, strips)) > 0.9999 and many["equal_labels"] > 1 - 2 / 7200
     assert whole["formula_mib"] == pytest.approx(120) and strips["formula_mib"] == pytest.approx(3.28, abs=0.01)
     if sys.platform.startswith("linux"):  # elsewhere memory cannot be measured
         assert 0.5 < whole["bare_peak_mib"] / whole["formula_mib"] < 2
