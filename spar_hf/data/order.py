@@ -9,7 +9,7 @@ takes one at a time; gradient accumulation makes the batch.
 import itertools
 import random
 import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import PurePath
@@ -145,23 +145,30 @@ def split_images(sources: list[Any], exclude: list[str], holdout_every: int) -> 
     Raises:
         UsageError: no image is left to train on.
     """
-    all_kept: list[np.ndarray] = []
-    names: set[str] = set()
-    for source in sources:
-        kept = np.arange(len(source))
-        if exclude:
-            kept = kept[[not is_excluded(source.key(i), exclude) for i in range(len(source))]]
-        _, there = split_held_out(len(kept), holdout_every)
-        names.update(source.name(i) for i in kept[there])
-        all_kept.append(kept)
-    train, held_out = [], []
-    for source, kept in zip(sources, all_kept, strict=True):
-        here, there = split_as_before(map(source.name, kept), names)
-        train.append(kept[here])
-        held_out.append(kept[there])
-    if not sum(map(len, train)):
+    kept = [not_excluded(source, exclude) for source in sources]
+    names = {
+        source.name(rows[i])
+        for source, rows in zip(sources, kept, strict=True)
+        for i in split_held_out(len(rows), holdout_every)[1]
+    }
+    train, held_out = split_by_name(sources, kept, names)
+    if not len(train):
         raise UsageError("No image is left to train on; check --images, --exclude and --holdout_every.")
-    return Listing(sources, train), Listing(sources, held_out)
+    return train, held_out
+
+
+def not_excluded(source: Any, exclude: list[str]) -> np.ndarray:
+    """Numbers of the images of a source that no pattern of `--exclude` matches."""
+    rows = np.arange(len(source))
+    return rows[[not is_excluded(source.key(i), exclude) for i in range(len(source))]] if exclude else rows
+
+
+def split_by_name(sources: list[Any], kept: list[np.ndarray], held_out: Collection[str]) -> tuple[Listing, Listing]:
+    """The images `kept` of each source, without and with those that have a name in `held_out`."""
+    parts = [split_as_before(map(source.name, rows), held_out) for source, rows in zip(sources, kept, strict=True)]
+    train = [rows[here] for rows, (here, _) in zip(kept, parts, strict=True)]
+    rest = [rows[there] for rows, (_, there) in zip(kept, parts, strict=True)]
+    return Listing(sources, train), Listing(sources, rest)
 
 
 def is_excluded(key: str, patterns: list[str]) -> bool:

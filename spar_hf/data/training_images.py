@@ -106,8 +106,8 @@ class TrainingImages(Dataset):
         min_side: images with a side below this many pixels are skipped.
         image_range: values of black and white of images of floats or more than 8 bits, see `to_rgb`.
         max_pixels: larger images are skipped; by default Pillow's limit.
-        same_size: of so many images that follow each other in the stream, those of one shape get views of one size; 0 draws
-            the size of each by itself.
+        same_size: this many consecutive images of the stream get views of one size, if they have one shape; 0 draws a size
+            for each.
     """
 
     def __init__(

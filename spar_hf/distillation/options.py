@@ -211,7 +211,7 @@ class OptimisationOptions:
     gradient_accumulation_steps: int = option(1, "Images per process and optimizer step.")
     same_size: int = option(
         0,
-        "Draw one size for so many images that follow each other. With the number of processes none waits for another's "
+        "Draw one size for this many consecutive images. Give the number of processes, so that none waits for another's "
         "larger image; 0 draws a size for each image.",
     )
     whiten: float = option(

@@ -7,12 +7,20 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
 from spar_hf.data.augmentation import Views
-from spar_hf.data.order import Listing, MapOrder, Sample, SampleList, StreamOrder, is_excluded, split_images
+from spar_hf.data.order import (
+    Listing,
+    MapOrder,
+    Sample,
+    SampleList,
+    StreamOrder,
+    not_excluded,
+    split_by_name,
+    split_images,
+)
 from spar_hf.data.sources import ImageOptions, stream_contents
 from spar_hf.data.training_images import LoadedSample, Skipped, SkippedList, TrainingImages, only_item
 from spar_hf.distillation.models import Models
@@ -20,7 +28,6 @@ from spar_hf.distillation.targets import CachedImages
 from spar_hf.distillation.teacher_cache import TeacherCache, check_setting, read_manifest
 from spar_hf.utils.errors import UsageError
 from spar_hf.utils.launching import outlive_signals
-from spar_hf.utils.sample_record import split_as_before
 
 logger = logging.getLogger(__name__)
 
@@ -162,15 +169,10 @@ def listings_as_before(sources: list[Any], exclude: list[str], held_out: list[st
     Raises:
         UsageError: no image is left to train on.
     """
-    train, rest = [], []
-    for source in sources:
-        kept = [i for i in range(len(source)) if not is_excluded(source.key(i), exclude)]
-        here, there = split_as_before(map(source.name, kept), held_out)
-        train.append(np.array(kept, int)[here])
-        rest.append(np.array(kept, int)[there])
-    if not sum(map(len, train)):
+    train, rest = split_by_name(sources, [not_excluded(source, exclude) for source in sources], held_out)
+    if not len(train):
         raise UsageError("No image is left to train on: all that are there were held out before.")
-    return Listing(sources, train), Listing(sources, rest)
+    return train, rest
 
 
 def image_names(sources: list[Any], options: ImageOptions, teacher_cache: str | None) -> Iterator[str]:
@@ -179,9 +181,7 @@ def image_names(sources: list[Any], options: ImageOptions, teacher_cache: str | 
         yield from stream_contents(options)
         return
     for source in sources:
-        for i in range(len(source)):
-            if not options.exclude or not is_excluded(source.key(i), options.exclude):
-                yield source.name(i)
+        yield from map(source.name, not_excluded(source, options.exclude))
     yield from cached_names(teacher_cache)
 
 

@@ -64,7 +64,7 @@ def earlier_samples(output: Path, found: Iterable[str], allow_changes: bool) -> 
 
 def split_as_before(names: Iterable[str], held_out: Collection[str]) -> tuple[list[int], list[int]]:
     """
-    Numbers of the images to train on, and of those that an earlier run held out; images that are new are trained on.
+    Numbers of the images to train on, and of those whose names are held out, such as those that an earlier run held out.
 
     Example:
 
