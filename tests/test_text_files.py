@@ -2,7 +2,6 @@
 
 import pytest
 
-from spar_hf.cli.labels import read_labels
 from spar_hf.data.benchmarks import BENCHMARKS
 from spar_hf.data.segmentation_sets import read_classes, read_merged_classes
 from spar_hf.data.sources import list_files
@@ -10,6 +9,7 @@ from spar_hf.distillation.recipes import read_recipe
 from spar_hf.evaluation.dataset import read_words
 from spar_hf.pretraining.options import read_recipe as read_sets
 from spar_hf.utils.errors import UsageError
+from spar_hf.utils.labels import read_labels
 
 
 def voc_names(path):

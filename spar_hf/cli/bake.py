@@ -25,7 +25,7 @@ def bake(
     """
     if output.exists():
         fail(f"{output} exists. Name another folder.", 2)
-    from spar_hf.cli.labels import read_labels
+    from spar_hf.utils.labels import read_labels
 
     with exit_on_error(failure=()):
         vocabulary = read_labels(labels)

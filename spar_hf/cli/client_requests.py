@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from spar_hf.cli.labels import parse_background, parse_labels
 from spar_hf.cli.pipelines import load_pipeline
 from spar_hf.cli.result_files import Segment, coco_encoder, found_classes, label_image, segments
 from spar_hf.cli.web_inputs import MAX_LETTERS, MAX_NAMES, MAX_PIXELS, MAX_UPLOAD, decode_upload
@@ -25,6 +24,7 @@ from spar_hf.model.image_input import to_rgb
 from spar_hf.model.prompts import Vocabulary
 from spar_hf.model.results import check_output_size, check_shares
 from spar_hf.utils.errors import UsageError
+from spar_hf.utils.labels import parse_background, parse_labels
 from spar_hf.utils.terminal import is_harmful
 
 logger = logging.getLogger(__name__)

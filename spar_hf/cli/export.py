@@ -64,10 +64,10 @@ def export(
     with exit_on_error(failure=()):
         check_options(format, head, dtypes)
 
-    from spar_hf.cli.labels import read_labels
     from spar_hf.export import NotVerified
     from spar_hf.export import export as export_model
     from spar_hf.export.verification import table
+    from spar_hf.utils.labels import read_labels
 
     with exit_on_error(failure=(NotVerified, OSError)):
         vocabulary = None if words is None else read_labels(words)

@@ -82,10 +82,10 @@ def segment_to_map(
 
     from spar_hf.batch.huge_images import open_windows, segment_huge
     from spar_hf.batch.tiff_files import import_tifffile
-    from spar_hf.cli.labels import parse_background, read_labels, single_class_hint
     from spar_hf.cli.overlays import palette
     from spar_hf.cli.pipelines import load_pipeline
     from spar_hf.cli.segment import show_counts
+    from spar_hf.utils.labels import parse_background, read_labels, single_class_hint
 
     with exit_on_error(usage=(ValueError, ImportError, OSError)):
         vocabulary = read_labels(labels)

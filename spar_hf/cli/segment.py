@@ -71,7 +71,7 @@ def segment_plan(
     from PIL import Image
 
     from spar_hf.cli.frames import ImageReader
-    from spar_hf.cli.labels import parse_background, single_class_hint
+    from spar_hf.utils.labels import parse_background, single_class_hint
 
     rules = options.rules(parse_background(options.background, vocabulary))
     asked = {**rules, **options.presences, "tile": options.tiles, "heat": "heatmap" in plan.formats}
@@ -97,8 +97,8 @@ def segment_plan(
 
 def plan_work(options: SegmentOptions) -> tuple[ResultPlan, "Vocabulary"]:
     """The images, the files to write for each, and the classes; exits where they do not fit."""
-    from spar_hf.cli.labels import read_labels
     from spar_hf.cli.result_files import coco_encoder
+    from spar_hf.utils.labels import read_labels
 
     with exit_on_error(usage=(ValueError, ImportError, OSError)):
         formats = parse_formats(options.chosen_formats + (",heatmap" if options.heatmap else ""))

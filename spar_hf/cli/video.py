@@ -71,9 +71,9 @@ def segment_video(options: "SegmentOptions") -> NoReturn:
     from PIL import Image
 
     from spar_hf.batch.video_files import VideoReader, repaint_video
-    from spar_hf.cli.labels import parse_background, read_labels, single_class_hint
     from spar_hf.cli.pipelines import load_pipeline
     from spar_hf.cli.segment import show_counts
+    from spar_hf.utils.labels import parse_background, read_labels, single_class_hint
 
     with exit_on_error(usage=(UsageError, ImportError), failure=(ValueError, OSError)):
         check_video_options(options)

@@ -12,10 +12,10 @@ from pathlib import Path
 
 from PIL import Image
 
-from spar_hf.cli.labels import parse_labels
 from spar_hf.model.image_input import TooManyPixels, open_image, to_rgb, turn_upright
 from spar_hf.model.prompts import Vocabulary
 from spar_hf.utils.errors import UsageError
+from spar_hf.utils.labels import parse_labels
 
 MAX_UPLOAD = 64 * 2**20  # bytes of a file
 MAX_PIXELS = 50_000_000  # of an image

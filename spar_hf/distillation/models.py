@@ -15,8 +15,9 @@ from spar_hf import (
 )
 from spar_hf.distillation.options import TEACHER_DTYPES, TeacherOptions, WindowOptions
 from spar_hf.model.backbone_sources import load_source_config
-from spar_hf.model.prompts import Vocabulary, embed_names
+from spar_hf.model.prompts import embed_names
 from spar_hf.utils.errors import UsageError, as_usage_errors
+from spar_hf.utils.labels import parse_labels
 from spar_hf.windows import default_stride
 
 
@@ -80,16 +81,16 @@ class Models:
             with as_usage_errors():
                 config.check_position_extent()
 
-    def embed_words(self, vocabularies: list[str], device: torch.device) -> torch.Tensor:
+    def embed_words(self, words: list[str], device: torch.device) -> torch.Tensor:
         """
-        Text embeddings of all names of built-in vocabularies: `(names, dim)` of unit length. Moves the model to `device`.
+        Text embeddings of all names of `--words`: `(names, dim)` of unit length. Moves the model to `device`.
 
         Raises:
             UsageError: the model has no text tower.
         """
         if not isinstance(self.processor, SparProcessor):
             raise UsageError("--words needs a --model with a text tower. Leave it out.")
-        names = sorted({name for words in vocabularies for name in Vocabulary.parse(words).all_names})
+        names = sorted({name for entry in words for name in parse_labels(entry).all_names})
         model: Any = self.model  # transformers decorates `to` in a way that hides its arguments
         return embed_names(model.to(device), self.processor.tokenizer, names, "short")
 

@@ -18,8 +18,9 @@ from spar_hf.distillation.presets import HELP_PRESET, PRESETS, with_later_option
 from spar_hf.distillation.trainable import ADAPTER_PARTS, BLOCK_PARTS, OTHER_PARTS
 from spar_hf.model.vocabularies import VOCABULARIES
 from spar_hf.utils.checkpoints import settings_of
-from spar_hf.utils.errors import UsageError
+from spar_hf.utils.errors import UsageError, as_usage_errors
 from spar_hf.utils.fields import option, required
+from spar_hf.utils.labels import label_text, parse_labels
 from spar_hf.utils.options import (
     HELP,
     PRECISIONS,
@@ -197,6 +198,32 @@ class StudentOptions:
             )
 
 
+def words_of(entry: str) -> str:
+    """
+    An entry of `--words` as `a; b; c`, or the name of a built-in vocabulary.
+
+    Raises:
+        UsageError: a file that cannot be read; a class that stands twice; fewer than two names, so that there is nothing to
+            tell apart.
+
+    Example:
+
+    ```python
+    >>> _ = Path("words.txt").write_text("road\\ncar, automobile\\n")
+    >>> words_of("@words.txt")
+    'road; car, automobile'
+    ```"""
+    text = label_text(entry)
+    with as_usage_errors():
+        names = parse_labels(text).all_names
+    if len(names) < 2:
+        raise UsageError(
+            f"--words {entry}: that is one name. Give classes as 'road; car, automobile; sky', a file with a class per line "
+            f"as @FILE, or a built-in vocabulary: {', '.join(VOCABULARIES)}."
+        )
+    return "; ".join(part.strip() for part in text.replace("\n", ";").split(";") if part.strip())
+
+
 @dataclass(kw_only=True)
 class OptimisationOptions:
     """Loss, optimiser and schedule."""
@@ -221,8 +248,9 @@ class OptimisationOptions:
     )
     words: list[str] = option(
         [],
-        "Built-in vocabularies (coco-stuff, cityscapes, ...): beside the features, the student learns the "
-        "teacher's class probabilities over these names. For models with a text tower.",
+        "Names of classes: built-in vocabularies (coco-stuff, cityscapes, ...), own ones as 'road; car, automobile; sky', "
+        "or @FILE with a class per line. Beside the features, the student learns the teacher's class probabilities over "
+        "the names of all of them together. For models with a text tower.",
     )
     words_weight: float = option(5.0, "Weight of the --words term beside the mean squared error.")
     mixed_precision: str | None = option(None, HELP["mixed_precision"])
@@ -234,8 +262,8 @@ class OptimisationOptions:
         require_share(self, "whiten", "warmup_ratio")
         require_one_of(self, "mixed_precision", PRECISIONS)
         require_one_of(self, "lr_scheduler_type", SCHEDULES)
-        if unknown := [name for name in self.words if name.strip().lower() not in VOCABULARIES]:
-            raise UsageError(f"--words {' '.join(unknown)}: use built-in vocabularies: {', '.join(VOCABULARIES)}.")
+        # What a file says, not where it lies, so that the recipe is whole and a resumed run has the same words.
+        self.words = [words_of(entry) for entry in self.words]
         if self.steps is not None and self.epochs is not None:
             raise UsageError("--steps and --epochs both say when to stop. Leave one out.")
 

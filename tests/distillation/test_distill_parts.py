@@ -9,8 +9,9 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from tiny_models import CONFIGS
 from torch.nn import functional as F
 
-from spar_hf import SlidingWindowTeacher, SparConfig, SparVisionModel
+from spar_hf import SPAR_TINY, SlidingWindowTeacher, SparConfig, SparVisionModel
 from spar_hf.distillation.losses import decision_loss, distillation_loss, error_weights
+from spar_hf.distillation.models import Models
 from spar_hf.distillation.options import PRESETS, DistillationOptions, TeacherOptions
 from spar_hf.distillation.pictures import feature_colours
 from spar_hf.distillation.recipes import parse_options
@@ -100,12 +101,31 @@ def test_whitening_counts_axes_alike():
         ({"lr_scheduler_type": "square"}, "cosine"),
         ({"preset": "spa"}, "spar-all"),
         ({"words": ["cityscape"]}, "--words cityscape: .*cityscapes"),
+        ({"words": ["coco-stuff", "road"]}, "--words road: that is one name"),
+        ({"words": ["road; Road"]}, "twice"),
+        ({"words": ["@missing.txt"]}, "missing.txt"),
         ({"model_name": "m"}, "model_name"),
     ],
 )
 def test_bad_options_are_refused_before_work_starts(bad, named):
     with pytest.raises(UsageError, match=named):
         options(**bad)
+
+
+def test_words_of_a_file_are_in_the_recipe_and_embedded(tmp_path):
+    words = tmp_path / "words.txt"
+    words.write_text("# streets\nroad\ncar, automobile\n", encoding="utf-16")
+    given = options(words=["cityscapes", f"@{words}", "sky; boat"])
+    words.unlink()  # a resumed run reads the recipe, and has the same words without the file
+    assert given.optimisation.words == ["cityscapes", "road; car, automobile", "sky; boat"]
+    models = Models.load(TeacherOptions(model=SPAR_TINY), torch.device("cpu"))
+    texts = models.embed_words(given.optimisation.words[1:], torch.device("cpu"))
+    with torch.no_grad():
+        pairs = [f"{name}; sky" for name in ("automobile", "boat", "car", "road")]
+        separately = [models.embed_words([pair], torch.device("cpu")) for pair in pairs]
+    # in the order of the alphabet: automobile, boat, car, road, sky
+    expected = torch.stack([pair[0] for pair in separately] + [separately[0][1]])
+    torch.testing.assert_close(texts, expected, atol=1e-5, rtol=0)
 
 
 def test_help_names_every_option(capsys):

@@ -36,7 +36,6 @@ from transformers import AutoTokenizer, SiglipTextConfig
 
 from demo import PRESETS, packaged_images
 from spar_hf import SPAR_TINY, SparConfig, SparForOpenVocabSegmentation, SparImageProcessorPil, SparVisionModel
-from spar_hf.cli.labels import parse_labels
 from spar_hf.cli.pipelines import load_pipeline
 from spar_hf.data.segmentation_sets import open_folder
 from spar_hf.evaluation.iou import area_scores, count_pixels
@@ -48,6 +47,7 @@ from spar_hf.model.segmentation import decide
 from spar_hf.utils.atomic import write_json, write_text
 from spar_hf.utils.errors import UsageError, run_command
 from spar_hf.utils.fields import option
+from spar_hf.utils.labels import parse_labels
 from spar_hf.utils.options import parse_dataclasses, require_one_of, require_positive
 from spar_hf.utils.texts import read_text
 

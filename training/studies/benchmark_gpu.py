@@ -30,11 +30,11 @@ from torch.nn import functional as F
 
 from demo import PRESETS
 from spar_hf import SlidingWindowTeacher
-from spar_hf.cli.labels import parse_labels
 from spar_hf.model.prompts import Vocabulary
 from spar_hf.utils.atomic import write_json, write_text
 from spar_hf.utils.errors import run_command
 from spar_hf.utils.fields import option
+from spar_hf.utils.labels import parse_labels
 from spar_hf.utils.options import parse_dataclasses, require_one_of, require_positive
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -19,7 +19,6 @@ import torch
 from PIL import Image
 
 from spar_hf import SPAR_TINY, SPAR_TINY_BASE
-from spar_hf.cli.labels import parse_labels
 from spar_hf.cli.overlays import overlay, palette
 from spar_hf.cli.pipelines import load_pipeline, segment_timed
 from spar_hf.model.image_input import read_rgb
@@ -27,6 +26,7 @@ from spar_hf.utils.atomic import write_text
 from spar_hf.utils.errors import MissingFiles, UsageError, as_usage_errors, run_command
 from spar_hf.utils.fields import option
 from spar_hf.utils.image_files import InputImage, find_images, process_images
+from spar_hf.utils.labels import parse_labels
 from spar_hf.utils.options import parse_dataclasses
 
 logger = logging.getLogger(__name__)

@@ -33,7 +33,6 @@ from rich.table import Table
 from spar_hf.batch.extractor import FeatureExtractor, ImagePreparation
 from spar_hf.batch.features import FileWriter, feature_work
 from spar_hf.cli.frames import ImageReader, ReadWithPixels
-from spar_hf.cli.labels import read_labels
 from spar_hf.cli.pipelines import load_pipeline, segment_with_heat
 from spar_hf.cli.result_files import write_results
 from spar_hf.cli.result_record import ResultRecord
@@ -42,6 +41,7 @@ from spar_hf.utils.checkpoints import check_replaceable
 from spar_hf.utils.errors import UsageError, run_command
 from spar_hf.utils.fields import option
 from spar_hf.utils.image_files import InputImage, find_images
+from spar_hf.utils.labels import read_labels
 from spar_hf.utils.options import HELP, parse_dataclasses
 from spar_hf.windows import WindowPlan
 

@@ -31,11 +31,11 @@ from rich.console import Console
 from rich.table import Table
 
 from demo import packaged_images
-from spar_hf.cli.labels import read_labels
 from spar_hf.cli.pipelines import load_pipeline
 from spar_hf.utils.atomic import write_json
 from spar_hf.utils.errors import UsageError, as_usage_errors, run_command
 from spar_hf.utils.fields import option
+from spar_hf.utils.labels import read_labels
 from spar_hf.utils.options import parse_dataclasses
 
 SERVER = Path(__file__).parents[2] / "docs" / "serving" / "serve_app.py"

@@ -33,21 +33,31 @@ def parse_labels(text: str | None) -> Vocabulary:
 
 def read_labels(labels: str) -> Vocabulary:
     """
-    Parse the option `--labels`, which [`parse_labels`] describes. `@FILE` names a UTF-8 text file with a class per line and
-    comments after `#`.
+    Parse the option `--labels`, which [`parse_labels`] and [`label_text`] describe.
 
     Raises:
         ValueError: no class, two classes of the same label, or no such file.
     """
-    if labels.startswith("@"):
-        try:
-            lines = read_text(labels[1:]).splitlines()
-        except (OSError, UsageError) as error:
-            raise UsageError(
-                f"Cannot read the labels in {labels[1:]!r}: {error}. It must be a UTF-8 text file with a class per line."
-            ) from error
-        labels = "\n".join(line for line in lines if not line.lstrip().startswith("#"))
-    return parse_labels(labels)
+    return parse_labels(label_text(labels))
+
+
+def label_text(labels: str) -> str:
+    """
+    What an option of classes says, for [`parse_labels`]: the lines of the file if it is `@FILE`, a UTF-8 text file with a
+    class per line and comments after `#`; otherwise the option itself.
+
+    Raises:
+        UsageError: no such file, or no UTF-8.
+    """
+    if not labels.startswith("@"):
+        return labels
+    try:
+        lines = read_text(labels[1:]).splitlines()
+    except (OSError, UsageError) as error:
+        raise UsageError(
+            f"Cannot read the labels in {labels[1:]!r}: {error}. It must be a UTF-8 text file with a class per line."
+        ) from error
+    return "\n".join(line for line in lines if not line.lstrip().startswith("#"))
 
 
 def parse_background(text: str, vocabulary: Vocabulary) -> str | None:
