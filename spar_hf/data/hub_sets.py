@@ -31,8 +31,9 @@ def load_rows(path: str, split: str | None, subset: str | None) -> Any:
         raise UsageError(f"{path} is a folder of save_to_disk, which holds one subset only: omit --subset {subset}.")
     loaded = datasets.load_from_disk(path)
     if isinstance(loaded, datasets.Dataset):
-        if split is not None and loaded.split is not None and str(loaded.split) != split:
-            raise UsageError(f"{path} holds the split {loaded.split} only, not {split}: omit --split.")
+        if split is not None and (loaded.split is None or str(loaded.split) != split):
+            only = "one split without a name" if loaded.split is None else f"the split {loaded.split} only"
+            raise UsageError(f"{path} holds {only}, not {split}: omit --split.")
         return loaded
     return loaded.get(split, loaded)
 

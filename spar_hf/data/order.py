@@ -20,6 +20,7 @@ from torch.utils.data import Sampler
 
 from spar_hf.data.sources import Files, ImageOptions, image_entry, undecoded
 from spar_hf.utils.errors import UsageError
+from spar_hf.utils.image_listing import is_image_name
 from spar_hf.utils.sample_record import split_as_before
 
 
@@ -135,7 +136,7 @@ class Listing:
 def split_images(sources: list[Any], exclude: list[str], holdout_every: int) -> tuple[Listing, Listing]:
     """
     Split the images of all sources into those to train on and those held out by [`is_held_out`], source by source. An image
-    that several sources name, such as a folder and one within it, is held out of all of them.
+    that several sources name, such as a folder and one within it or a list of its files, is held out of all of them.
 
     Args:
         sources: see `open_sources`.
@@ -164,7 +165,7 @@ def not_excluded(source: Any, exclude: list[str]) -> np.ndarray:
 
 
 def split_by_name(sources: list[Any], kept: list[np.ndarray], held_out: Collection[str]) -> tuple[Listing, Listing]:
-    """The images `kept` of each source, without and with those that have a name in `held_out`."""
+    """The images `kept` of each source, without and with those that `held_out` names."""
     parts = [split_as_before(map(source.name, rows), held_out) for source, rows in zip(sources, kept, strict=True)]
     train = [rows[here] for rows, (here, _) in zip(kept, parts, strict=True)]
     rest = [rows[there] for rows, (_, there) in zip(kept, parts, strict=True)]
@@ -173,7 +174,7 @@ def split_by_name(sources: list[Any], kept: list[np.ndarray], held_out: Collecti
 
 def is_excluded(key: str, patterns: list[str]) -> bool:
     """
-    Whether a path without its suffix, or the key of a row, matches a shell pattern of `--exclude`.
+    Whether a path without the suffix of an image, or the key of a row, matches a shell pattern of `--exclude`.
 
     Example:
 
@@ -182,7 +183,8 @@ def is_excluded(key: str, patterns: list[str]) -> bool:
     (True, False)
     ```"""
     path = PurePath(key)
-    return any(path.match(f"{pattern}.*" if path.suffix else pattern) for pattern in patterns)
+    stem = path.with_suffix("") if is_image_name(path.name) else path
+    return any(stem.match(pattern) for pattern in patterns)
 
 
 class MapOrder(Sampler):

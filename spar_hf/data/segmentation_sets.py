@@ -400,6 +400,12 @@ def open_folder(
         table = make_table({v: group_of.get(line, IGNORE_INDEX) for v, line in enumerate(lines[:IGNORE_INDEX])})
     elif readable:
         labels, table = table_of_lines(lines)
+    elif twice := next((line for line in lines if lines.count(line) > 1), None):
+        first, second, *_ = (number for number, line in enumerate(lines, 1) if line == twice)
+        raise UsageError(
+            f"Lines {first} and {second} of {classes_file} are one class, {twice!r}. Give each value of the masks a "
+            "class of its own."
+        )
     else:
         labels, table = tuple(lines), make_table(range(min(len(lines), IGNORE_INDEX)))
     pairs = _pairs(folder, layout, include, exclude)

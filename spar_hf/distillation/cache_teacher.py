@@ -115,6 +115,13 @@ class CacheOptions(ComposedOptions):
     teacher: WindowOptions
     storage: StorageOptions
 
+    def __post_init__(self):
+        if self.views.fixed_views and self.storage.views > 1:
+            raise UsageError(
+                f"--views {self.storage.views} of an image would all be the same with --fixed_views, which the preset spar "
+                "has too. Leave --views out, or give --no_fixed_views."
+            )
+
     @classmethod
     def from_flat(cls, **values: Any) -> "CacheOptions":
         """

@@ -15,7 +15,8 @@ from spar_hf import (
 )
 from spar_hf.distillation.options import TEACHER_DTYPES, TeacherOptions, WindowOptions
 from spar_hf.model.backbone_sources import load_source_config
-from spar_hf.model.prompts import embed_names
+from spar_hf.model.prompts import embed_names, resolve_templates
+from spar_hf.model.words import name_tokens
 from spar_hf.utils.errors import UsageError, as_usage_errors
 from spar_hf.utils.labels import parse_labels
 from spar_hf.windows import default_stride
@@ -83,16 +84,20 @@ class Models:
 
     def embed_words(self, words: list[str], device: torch.device) -> torch.Tensor:
         """
-        Text embeddings of all names of `--words`: `(names, dim)` of unit length. Moves the model to `device`.
+        Text embeddings of all names of `--words`: `(names, dim)` of unit length. Of names that the tokenizer cannot tell
+        apart, one counts. Moves the model to `device`.
 
         Raises:
-            UsageError: the model has no text tower.
+            UsageError: the model has no text tower, or cannot read a name.
         """
         if not isinstance(self.processor, SparProcessor):
             raise UsageError("--words needs a --model with a text tower. Leave it out.")
         names = sorted({name for entry in words for name in parse_labels(entry).all_names})
         model: Any = self.model  # transformers decorates `to` in a way that hides its arguments
-        return embed_names(model.to(device), self.processor.tokenizer, names, "short")
+        with as_usage_errors():
+            tokens = name_tokens(self.processor.tokenizer, names, resolve_templates("short"))
+            distinct = {tokens[name]: name for name in reversed(names)}
+            return embed_names(model.to(device), self.processor.tokenizer, sorted(distinct.values()), "short")
 
 
 def resolve_stride(options: WindowOptions) -> None:

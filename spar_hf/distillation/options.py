@@ -221,7 +221,8 @@ def words_of(entry: str) -> str:
             f"--words {entry}: that is one name. Give classes as 'road; car, automobile; sky', a file with a class per line "
             f"as @FILE, or a built-in vocabulary: {', '.join(VOCABULARIES)}."
         )
-    return "; ".join(part.strip() for part in text.replace("\n", ";").split(";") if part.strip())
+    classes = "; ".join(part.strip() for part in text.replace("\n", ";").split(";") if part.strip())
+    return f"; {classes}" if classes.startswith("@") else classes  # `@home; sky` would be read as the name of a file
 
 
 @dataclass(kw_only=True)
@@ -258,7 +259,7 @@ class OptimisationOptions:
 
     def __post_init__(self):
         require_positive(self, "steps", "epochs", "learning_rate", "gradient_accumulation_steps")
-        require_not_negative(self, "weight_decay", "max_grad_norm", "same_size")
+        require_not_negative(self, "weight_decay", "max_grad_norm", "same_size", "words_weight")
         require_share(self, "whiten", "warmup_ratio")
         require_one_of(self, "mixed_precision", PRECISIONS)
         require_one_of(self, "lr_scheduler_type", SCHEDULES)
@@ -343,6 +344,11 @@ class DistillationOptions(ComposedOptions):
             raise UsageError(
                 "--same_size draws sizes anew for every step, and --teacher_mode cached and --fixed_views keep those of "
                 "each image. Leave one out."
+            )
+        if self.optimisation.same_size and self.images.streaming:
+            raise UsageError(
+                "--same_size needs to know which images make a step, and a stream finds out while it reads which of its "
+                "images are held out. Leave --same_size or --streaming out."
             )
         if (self.student.local_start is not None or self.student.fit_prior) and self.images.streaming:
             raise UsageError("--local_start and --fit_prior need images from all of the set: leave out --streaming.")

@@ -157,9 +157,33 @@ def open_stream(
     )
     check_setting(teacher_cache, cache.setting, {"image_range": options.image_range})
     cached = CachedImages(cache, held_out)
-    stored = Views(**{name: cache.setting[name] for name in asdict(views) if name in cache.setting})
+    stored = stored_views(teacher_cache, cache.setting, views)
     order = MapOrder(cached, seed, process, processes, start, options.shuffle)
     return ImageStream(order, cached, images, len(cached), held_out, train, stored, names)
+
+
+def stored_views(teacher_cache: str, setting: dict[str, Any], views: Views) -> Views:
+    """
+    How the views of a cache were drawn.
+
+    Raises:
+        UsageError: `views` asks for others.
+    """
+    stored = {name: setting[name] for name in asdict(views) if name in setting}
+    usual = asdict(Views())
+    # the jitter is refused with the options; views of a cache are fixed whether --fixed_views is given or not
+    others = {
+        name: value
+        for name, value in asdict(views).items()
+        if name in stored and name != "fixed_views" and value not in (usual[name], stored[name])
+    }
+    if others:
+        there = ", ".join(f"--{name} {stored[name]} (not {value})" for name, value in others.items())
+        raise UsageError(
+            f"--teacher_mode cached trains on the views of {teacher_cache}, which were drawn with {there}. Leave these "
+            "options out, or write a cache with those that you want."
+        )
+    return Views(**stored)
 
 
 def listings_as_before(sources: list[Any], exclude: list[str], held_out: list[str]) -> tuple[Listing, Listing]:

@@ -10,8 +10,9 @@ from spar_hf.data.order import Sample
 from spar_hf.data.training_images import LoadedSample
 from spar_hf.distillation.models import sped_up
 from spar_hf.distillation.options import TeacherOptions
-from spar_hf.distillation.teacher_cache import TeacherCache, same_source
+from spar_hf.distillation.teacher_cache import TeacherCache
 from spar_hf.utils.errors import UsageError, as_usage_errors
+from spar_hf.utils.sample_record import same_files
 
 
 class Target:
@@ -56,8 +57,9 @@ class CachedImages(Dataset):
 
     def __init__(self, cache: TeacherCache, held_out: list[Sample]):
         self.cache = cache
-        cached = {same_source(cache.image(i)) for i in range(len(cache))}
-        if any(same_source(sample.source) in cached for sample in held_out if isinstance(sample.source, str)):
+        cached = set(same_files(str(cache.image(i)) for i in range(len(cache))))
+        measured = same_files(sample.source for sample in held_out if isinstance(sample.source, str))
+        if not cached.isdisjoint(measured):
             raise UsageError(
                 f"The teacher cache {cache.folder} contains images that are held out here. Give the --images, --exclude and "
                 "--holdout_every that it was made with."

@@ -64,11 +64,6 @@ def source_name(source: str, folder: Folder) -> str:
     return str(path) if folder.is_remote else os.path.relpath(path, Path(folder.url).resolve())
 
 
-def same_source(source: str | Path) -> str:
-    """A text that is the same for all names of an image."""
-    return str(source) if is_remote(str(source)) else str(Path(source).resolve())
-
-
 class TeacherCache:
     """
     The maps of a finished cache, in a fixed order.

@@ -235,6 +235,7 @@ class Distillation:
             self.optimisation.continue_schedule(self.state["processes"])
         if self.is_main:
             recipe = self.options.flat | {"resume": False, "overwrite": False, "allow_changed_data": False}
+            recipe["mixed_precision"] = self.accelerator.mixed_precision  # that of `accelerate launch` if none is given
             write_text(self.output / "recipe.yaml", yaml.safe_dump(recipe, sort_keys=False))
 
     def _train(self) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import platform
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
@@ -25,6 +26,7 @@ from spar_hf.evaluation.runs import Run
 from spar_hf.model.prompts import Vocabulary
 from spar_hf.utils.atomic import finite_json, write_json, write_text
 from spar_hf.utils.checkpoints import check_replaceable
+from spar_hf.utils.errors import UsageError
 from spar_hf.utils.model_cards import model_card, rows
 from spar_hf.utils.texts import json_text
 
@@ -207,8 +209,19 @@ def write_table(path: Path, table: dict[str, Any], overwrite: bool) -> None:
 
 
 def card_paths(folder: str | None, models: Iterable[str]) -> dict[str, Path]:
-    """The model cards that are written to a folder, by the name of the model; none without a folder."""
-    return {} if folder is None else {model: Path(folder) / f"{model.replace('/', '-')}.md" for model in models}
+    """
+    The model cards that are written to a folder, by the name of the model; none without a folder.
+
+    Raises:
+        UsageError: two models would have one file.
+    """
+    if folder is None:
+        return {}
+    names = {model: model.replace("/", "-") for model in models}
+    if twice := next((name for name, count in Counter(names.values()).items() if count > 1), None):
+        both = " and ".join(model for model, name in names.items() if name == twice)
+        raise UsageError(f"{both} would both be written to {twice}.md. Give them other names: --model NAME=FOLDER.")
+    return {model: Path(folder) / f"{name}.md" for model, name in names.items()}
 
 
 def eval_result_paths(folder: str | None, models: Iterable[str]) -> dict[str, Path]:

@@ -64,13 +64,14 @@ def probe(options: ProbeOptions) -> dict[str, Any] | None:
     results = [output / "results.json", output / "model"]
     with TrainingRun(accelerator, options.run, settings_of(options, FREE), upgrade, results) as run:
         train, test = as_before(*open_datasets(options.data), run)
+        samples = {"train": train.files, "test": test.files}  # with those left out below, as `as_before` sees them
         features = FrozenFeatures(options.features, accelerator)
         train, test = (labelled_images(data, accelerator) for data in (train, test))
         for data in (train, test):
             features.fill(data)
         heads = LinearHeads(features.model.config.projection_dim, len(train.labels), len(training.learning_rates))
         prepared = accelerator.prepare(heads, *make_optimizer(heads, training, accelerator))
-        run.begin(training.steps, {"train": train.files, "test": test.files})
+        run.begin(training.steps, samples)
         bad = (run.state or {}).get("bad_steps", [0] * len(heads.linear))  # steps that each head skipped
         train_heads(prepared, features, train, options, run, bad)
         del prepared

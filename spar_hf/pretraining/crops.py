@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from spar_hf.data.augmentation import jitter
 from spar_hf.data.order import split_held_out
 from spar_hf.data.reading import ReadingOptions
-from spar_hf.data.segmentation_sets import IGNORE_INDEX, open_folder, readable_name
+from spar_hf.data.segmentation_sets import IGNORE_INDEX, SegmentationSet, open_folder, readable_name
 from spar_hf.data.sources import list_images
 from spar_hf.model.image_input import read_rgb, set_pixel_limit
 from spar_hf.utils.errors import UsageError, as_usage_errors
@@ -184,23 +184,27 @@ def load_sets(
         UsageError: images or masks do not fit, or the recipe names a class that a set does not have.
     """
     reading = reading or ReadingOptions()
-    sets = [load_masked_set(root, spec, recipe, reading, held_out) for spec in recipe["sets"]]
-    return sets + [load_tagged_set(root, spec, recipe, reading) for spec in recipe.get("tagged", [])]
+    folders = [
+        open_folder(root / spec["path"]).filter(exclude=spec.get("exclude")).read_as(reading) for spec in recipe["sets"]
+    ]
+    if held_out is None:  # an image of several sets is held out of all of them
+        held_out = {
+            data.files[number]
+            for data, spec in zip(folders, recipe["sets"], strict=True)
+            for number in split_held_out(len(data), spec.get("holdout_every", 0))[1]
+        }
+    sets = [
+        load_masked_set(root, spec, recipe, data, held_out) for spec, data in zip(recipe["sets"], folders, strict=True)
+    ]
+    return sets + [load_tagged_set(root, spec, recipe, reading, held_out) for spec in recipe.get("tagged", [])]
 
 
 def load_masked_set(
-    root: Path,
-    spec: dict[str, Any],
-    recipe: dict[str, Any],
-    reading: ReadingOptions,
-    earlier: Collection[str] | None = None,
+    root: Path, spec: dict[str, Any], recipe: dict[str, Any], data: SegmentationSet, held_out_files: Collection[str]
 ) -> CropSet:
     """Images with masks; pixels of held-out classes are ignored."""
-    data = open_folder(root / spec["path"]).filter(exclude=spec.get("exclude")).read_as(reading)
     files = data.files
-    train, rest = split_held_out(len(data), spec.get("holdout_every", 0))
-    if earlier is not None:
-        train, rest = split_as_before(files, earlier)
+    train, rest = split_as_before(files, held_out_files)
     data = data.select(train)
     words, unnamed = [readable_name(name) for name in data.labels], spec.get("unnamed")
     if unnamed is not None and unnamed not in words:
@@ -223,12 +227,19 @@ def load_masked_set(
     return CropSet(images, masks, names, spec, rest_class, unnamed, own, held)
 
 
-def load_tagged_set(root: Path, spec: dict[str, Any], recipe: dict[str, Any], reading: ReadingOptions) -> CropSet:
-    """Images without masks that are named in their file names, `PREFIX_NAME.jpg`; those of held-out names are left out."""
+def load_tagged_set(
+    root: Path, spec: dict[str, Any], recipe: dict[str, Any], reading: ReadingOptions, held_out_files: Collection[str]
+) -> CropSet:
+    """
+    Images without masks that are named in their file names, `PREFIX_NAME.jpg`; those of held-out names and the held-out
+    images of the other sets are left out.
+    """
     held_out = {word.lower() for word in recipe["held_out_tags"]}
     images, names, files = [], [], []
     set_pixel_limit(reading.max_pixels)
-    for path in tqdm(list_images(root / spec["path"]), desc=spec["path"]):
+    paths = list_images(root / spec["path"])
+    kept, _ = split_as_before(map(str, paths), held_out_files)
+    for path in tqdm([paths[number] for number in kept], desc=spec["path"]):
         prefix, _, name = path.stem.partition("_")
         if readable_name(name) in held_out:
             continue

@@ -1,5 +1,7 @@
 """Options of the pre-training, checked before any image is read."""
 
+import hashlib
+import json
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -23,19 +25,39 @@ from spar_hf.utils.texts import read_yaml
 # options that a resumed run may change: where it is written, and the length of its schedule
 FREE = {"output", "resume", "workers", "save_steps", "steps", *RUN_FREE}
 RECIPE = Path(__file__).with_name("spar_tiny_data.yaml")
+SET_KEYS = ("path", "weight", "crop")
+WITH_CONTENT = " with content "
 
 
 def read_recipe(file: str) -> dict[str, Any]:
     """
-    The sets of the pre-training, their words, and the held-out words.
+    The sets of the pre-training, their words, and the held-out words. What a recipe may leave out is empty.
 
     Raises:
-        UsageError: the file is not a recipe.
+        UsageError: the file is not a recipe, or a set lacks its path, weight or sizes of crops.
     """
     recipe = read_yaml(file)
     if not isinstance(recipe, dict) or not {"sets", "held_out"} <= recipe.keys():
         raise UsageError(f"{file} is not a recipe of pretrain_tiny.py: it has no `sets` or no `held_out`.")
+    given = {name: value for name, value in recipe.items() if value is not None}
+    lists: dict[str, Any] = {name: [] for name in ("sets", "tagged", "held_out", "held_out_tags", "groups", "words")}
+    recipe = {**lists, "synonyms": {}, **given}
+    for part in ("sets", "tagged"):
+        for number, spec in enumerate(recipe[part], 1):
+            if missing := [name for name in SET_KEYS if not isinstance(spec, dict) or name not in spec]:
+                raise UsageError(
+                    f"{file}: number {number} of `{part}` has no {', '.join(missing)}. Write each as "
+                    "{path: FOLDER, weight: 4, crop: [SMALLEST, LARGEST]}."
+                )
+    if not recipe["sets"] and not recipe["tagged"]:
+        raise UsageError(f"{file} names no set to train on.")
     return recipe
+
+
+def recipe_name(file: str, recipe: dict[str, Any]) -> str:
+    """What a resumed run compares of a recipe: the name of its file, which may have moved, and a checksum of its content."""
+    text = json.dumps(recipe, sort_keys=True, default=str)
+    return f"{Path(file).name}{WITH_CONTENT}{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
 @dataclass(kw_only=True)

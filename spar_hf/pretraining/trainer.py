@@ -12,6 +12,7 @@ does with any ViT pre-trained at one resolution.
 import itertools
 import logging
 import random
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,14 @@ from spar_hf.pretraining.crops import CropBatches, CropSet, load_sets
 from spar_hf.pretraining.losses import step_loss
 from spar_hf.pretraining.model import Towers, load_model, new_model
 from spar_hf.pretraining.optimizers import make_optimizer
-from spar_hf.pretraining.options import FREE, PretrainingOptions, TrainingOptions, read_recipe
+from spar_hf.pretraining.options import (
+    FREE,
+    WITH_CONTENT,
+    PretrainingOptions,
+    TrainingOptions,
+    read_recipe,
+    recipe_name,
+)
 from spar_hf.utils.atomic import writing_folder
 from spar_hf.utils.checkpoints import settings_of
 from spar_hf.utils.devices import clock
@@ -56,13 +64,14 @@ def train(options: PretrainingOptions) -> Path | None:
     """
     torch.set_flush_denormal(True)  # weights of rare tokens that are almost zero make CPUs several times slower
     accelerator = start_accelerator(options.run.mixed_precision, options.run.seed, images=options.training.batch_size)
-    result, settings = Path(options.run.output) / "model", comparable(settings_of(options, FREE))
-    with TrainingRun(accelerator, options.run, settings, comparable, [result]) as run:
-        recipe = read_recipe(options.recipe.recipe)
+    recipe = read_recipe(options.recipe.recipe)
+    upgrade = partial(comparable, recipe=recipe_name(options.recipe.recipe, recipe))
+    result, settings = Path(options.run.output) / "model", upgrade(settings_of(options, FREE))
+    with TrainingRun(accelerator, options.run, settings, upgrade, [result]) as run:
         sets, samples = open_sets(options, recipe, run)
         if options.training.start is None:
             teach = run.state is None
-            model, tokenizer = new_model(options.new_model, sets, recipe.get("words", []), options.run.seed, teach)
+            model, tokenizer = new_model(options.new_model, sets, recipe["words"], options.run.seed, teach)
         else:
             model, tokenizer = load_model(options.training.start)
         model.vision_model.requires_grad_(True)  # with the probe of the pooling head, for the pooled embedding
@@ -92,13 +101,14 @@ def open_sets(
     return sets, samples
 
 
-def comparable(settings: dict[str, Any]) -> dict[str, Any]:
+def comparable(settings: dict[str, Any], recipe: str) -> dict[str, Any]:
     """
-    Settings as a resumed run compares them: under the names of today, and the recipe by its file name, since version 0.1
-    kept it elsewhere. It also had no choice of an optimizer.
+    Settings as a resumed run compares them: under the names of today, and `recipe` as [`recipe_name`] writes it. Earlier
+    versions kept no more of it than the name of the file, and had no choice of an optimizer.
     """
     settings = {"optimizer": "adamw", **PretrainingOptions.with_current_names(settings)}
-    return {**settings, "recipe": Path(settings["recipe"]).name}
+    file = Path(settings["recipe"]).name
+    return {**settings, "recipe": recipe if file == recipe.rpartition(WITH_CONTENT)[0] else file}
 
 
 def optimizer_of(towers: Towers, options: TrainingOptions) -> tuple[Any, Any]:

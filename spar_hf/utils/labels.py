@@ -44,7 +44,7 @@ def read_labels(labels: str) -> Vocabulary:
 def label_text(labels: str) -> str:
     """
     What an option of classes says, for [`parse_labels`]: the lines of the file if it is `@FILE`, a UTF-8 text file with a
-    class per line and comments after `#`; otherwise the option itself.
+    class per line, without lines that begin with `#`; otherwise the option itself.
 
     Raises:
         UsageError: no such file, or no UTF-8.

@@ -6,12 +6,14 @@ split in another way.
 import gzip
 import json
 import logging
+import os
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from spar_hf.utils.atomic import write_atomically
 from spar_hf.utils.errors import UsageError
+from spar_hf.utils.remote_files import is_remote
 
 logger = logging.getLogger(__name__)
 
@@ -62,9 +64,36 @@ def earlier_samples(output: Path, found: Iterable[str], allow_changes: bool) -> 
     return then
 
 
+def same_files(names: Iterable[str]) -> Iterator[str]:
+    """
+    For each name of an image a text that all spellings of one file share: absolute or relative paths, paths through `..`,
+    and symbolic links. URLs and names of rows in tables stay as they are among themselves.
+
+    Example:
+
+    ```python
+    >>> Path("photos").mkdir()
+    >>> Path("photos/a.jpg").touch()
+    >>> one, other = same_files(["photos/a.jpg", f"{Path.cwd()}/photos/../photos/a.jpg"])
+    >>> one == other
+    True
+    ```"""
+    folders: dict[str, str] = {}  # few folders hold many files
+    for name in names:
+        if is_remote(name) or "\0" in name:
+            yield name
+            continue
+        folder, file = os.path.split(name)
+        if folder not in folders:
+            folders[folder] = os.path.realpath(folder)
+        path = os.path.join(folders[folder], file)
+        yield os.path.realpath(path) if os.path.islink(path) or file == ".." else path
+
+
 def split_as_before(names: Iterable[str], held_out: Collection[str]) -> tuple[list[int], list[int]]:
     """
-    Numbers of the images to train on, and of those whose names are held out, such as those that an earlier run held out.
+    Numbers of the images to train on, and of those that are held out, such as those that an earlier run held out. A file is
+    held out under whatever name it is given ([`same_files`]).
 
     Example:
 
@@ -72,10 +101,10 @@ def split_as_before(names: Iterable[str], held_out: Collection[str]) -> tuple[li
     >>> split_as_before(["a.jpg", "b.jpg", "new.jpg"], ["b.jpg", "gone.jpg"])
     ([0, 2], [1])
     ```"""
-    known = set(held_out)
+    known = set(same_files(held_out))
     numbers: tuple[list[int], list[int]] = ([], [])
-    for number, name in enumerate(names):
-        numbers[name in known].append(number)
+    for number, file in enumerate(same_files(names)):
+        numbers[file in known].append(number)
     return numbers
 
 

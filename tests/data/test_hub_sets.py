@@ -89,5 +89,8 @@ def test_subset_and_split_are_those_that_were_read(tmp_path, monkeypatch):
         assert open_hugging_face(disk, ["road", "sky"], split, **COLUMNS).split == "train"
     with pytest.raises(UsageError, match=r"holds the split train only, not validation.*--split"):
         open_hugging_face(disk, ["road", "sky"], "validation", **COLUMNS)
+    hugging_face_rows(tmp_path / "more", [[0, 1]]).save_to_disk(tmp_path / "unnamed")
+    with pytest.raises(UsageError, match="one split without a name, not validation"):
+        open_hugging_face(str(tmp_path / "unnamed"), ["road", "sky"], "validation", **COLUMNS)
     with pytest.raises(UsageError, match="--subset rain"):
         open_hugging_face(disk, ["road", "sky"], subset="rain", **COLUMNS)

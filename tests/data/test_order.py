@@ -3,6 +3,7 @@
 import json
 import random
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -65,6 +66,38 @@ def test_an_image_of_several_sources_is_held_out_of_all():
     assert {"a/2.jpg", "a/b/1.jpg", "a/b/4.jpg", "a/b/2.jpg"} == set(kept)
     train, held_out = split_images([Files(["x.jpg", "y.jpg", "x.jpg", "z.jpg"])], exclude=[], holdout_every=3)
     assert [train.name(i) for i in range(len(train))] == ["y.jpg", "z.jpg"] and len(held_out) == 2
+
+
+@pytest.mark.parametrize("other", ["absolute", "list elsewhere", "linked folder", "linked files"])
+def test_an_image_is_held_out_under_whatever_name_it_is_given(tmp_path, monkeypatch, other):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("photos", "lists", "links"):
+        Path(folder).mkdir()
+    files = [Path("photos", f"{i}.jpg") for i in range(7)]
+    for file in files:
+        file.touch()
+        Path("links", file.name).symlink_to(file.absolute())
+    Path("linked").symlink_to("photos")
+    again = {
+        "absolute": [str(file.absolute()) for file in files],
+        "list elsewhere": [f"lists/../{file}" for file in files],
+        "linked folder": [f"linked/{file.name}" for file in files],
+        "linked files": [f"links/{file.name}" for file in files],
+    }[other]
+    sources = [Files([str(file) for file in files]), Files(again[1:])]  # the first is left out, so positions differ
+    parts = split_images(sources, exclude=[], holdout_every=3)
+    names = [{Path(part.name(i)).name for i in range(len(part))} for part in parts]
+    assert names == [{"0.jpg", "1.jpg", "4.jpg"}, {"2.jpg", "3.jpg", "5.jpg", "6.jpg"}]
+    held_out = [parts[1].name(i) for i in range(len(parts[1]))]
+    resumed = order.split_by_name(sources, [np.arange(7), np.arange(6)], held_out)
+    assert [len(part) for part in resumed] == [len(part) for part in parts] == [5, 8]
+
+
+def test_patterns_of_exclude_are_compared_with_whole_stems():
+    """As those of `evaluate`: a dot is part of the stem, and the key of a row has no suffix."""
+    assert is_excluded("photos/cat.2.jpg", ["cat.2"]) and is_excluded("photos/cat.2.jpg", ["cat*"])
+    assert not is_excluded("photos/cat.2.jpg", ["cat"]) and not is_excluded("photos/cat.2.jpg", ["cat.2.*"])
+    assert is_excluded("0001.left", ["0001.left"]) and not is_excluded("0001.left", ["0001"])
 
 
 def test_map_order__processes_share_one_stream():

@@ -100,6 +100,14 @@ def test_an_empty_line_among_the_classes_is_refused(folder):
     assert open_folder(folder).labels == ("sky", "road")
 
 
+def test_a_class_that_stands_twice_is_refused(folder):
+    """Scores by name would keep one of the two. Where lines are read as words, they are one class."""
+    (folder / "classes.txt").write_text("sky\nroad\nsky\n")
+    with pytest.raises(UsageError, match=r"Lines 1 and 3 of .*classes\.txt are one class, 'sky'"):
+        open_folder(folder)
+    assert open_folder(folder, readable=True).labels == ("sky", "road")
+
+
 def test_labelled_images_are_those_with_a_pixel_that_counts(folder):
     opened = open_folder(folder)
     Image.new("L", (8, 6), IGNORE_INDEX).save(folder / "masks" / "a_2.png")

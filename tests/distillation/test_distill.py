@@ -192,6 +192,9 @@ def test_a_cached_teacher_trains_on_its_own_maps(base_folder, image_folder, tmp_
         distil(base_folder, image_folder, tmp_path / "other", *options, "--holdout_every", 2)
     with pytest.raises(ValueError, match="belong together"):
         distil(base_folder, image_folder, tmp_path / "other", "--teacher_mode", "cached")
+    others = ("--crop_probability", 0.3, "--min_scale", 0.5, "--long_side_windows", 3.0)  # the last two are as stored
+    with pytest.raises(UsageError, match=r"drawn with --crop_probability 0\.2 \(not 0\.3\)\. Leave"):
+        distil(base_folder, image_folder, tmp_path / "other", *options, *others)
 
 
 @pytest.mark.parametrize("family", ["dinov3", "clip"])

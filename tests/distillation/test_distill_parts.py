@@ -17,7 +17,9 @@ from spar_hf.distillation.pictures import feature_colours
 from spar_hf.distillation.recipes import parse_options
 from spar_hf.distillation.targets import Target
 from spar_hf.distillation.trainable import BLOCK_PARTS, OTHER_PARTS, choose_parameters, share_frozen
+from spar_hf.model.prompts import Vocabulary
 from spar_hf.utils.errors import UsageError
+from spar_hf.utils.labels import parse_labels
 
 CONFIG_FILES = Path(__file__).parents[2] / "training" / "configs"
 
@@ -104,6 +106,8 @@ def test_whitening_counts_axes_alike():
         ({"words": ["coco-stuff", "road"]}, "--words road: that is one name"),
         ({"words": ["road; Road"]}, "twice"),
         ({"words": ["@missing.txt"]}, "missing.txt"),
+        ({"words_weight": -1.0}, "words_weight"),
+        ({"same_size": 2, "streaming": True}, "--same_size"),
         ({"model_name": "m"}, "model_name"),
     ],
 )
@@ -126,6 +130,23 @@ def test_words_of_a_file_are_in_the_recipe_and_embedded(tmp_path):
     # in the order of the alphabet: automobile, boat, car, road, sky
     expected = torch.stack([pair[0] for pair in separately] + [separately[0][1]])
     torch.testing.assert_close(texts, expected, atol=1e-5, rtol=0)
+
+
+def test_words_that_begin_with_an_at_are_no_file_when_a_recipe_is_read_again(tmp_path):
+    file = tmp_path / "words.txt"
+    file.write_text("@home\nsky\n")
+    given = options(words=[f"@{file}"])
+    assert Vocabulary.parse(["@home", "sky"]) == parse_labels(given.optimisation.words[0])
+    assert options(**given.flat).optimisation.words == given.optimisation.words
+
+
+def test_names_that_the_tokenizer_cannot_tell_apart_count_once():
+    models = Models.load(TeacherOptions(model=SPAR_TINY), torch.device("cpu"))
+    texts = models.embed_words(["cityscapes", "Road!; the sky; SKY"], torch.device("cpu"))
+    assert len(texts) == len(models.embed_words(["cityscapes"], torch.device("cpu"))) + 1  # `the sky`
+    for unreadable in ("road; " + "x " * 40, "road; !!!"):
+        with pytest.raises(UsageError, match=r"Shorten the name|no token"):
+            models.embed_words([unreadable], torch.device("cpu"))
 
 
 def test_help_names_every_option(capsys):

@@ -65,6 +65,14 @@ def changed(options, **values):
     return CacheOptions.from_flat(**(options.flat | values))
 
 
+def test_several_fixed_views_of_an_image_are_refused():
+    """They would all be the same."""
+    for fixed in ({"fixed_views": True}, {"preset": "spar"}):
+        with pytest.raises(UsageError, match=r"--views 2 .*the same"):
+            CacheOptions.from_flat(model="m", images=["x"], output="o", views=2, **fixed)
+    assert CacheOptions.from_flat(model="m", images=["x"], output="o", preset="spar").views.fixed_views
+
+
 def test_views_are_those_that_distillation_draws(options, pictures):
     """The first epoch of a training on the same images with the same seed, if it took them in the order of the cache."""
     options = changed(options, jitter_probability=0.5)

@@ -8,8 +8,9 @@ import yaml
 from huggingface_hub import ModelCard, eval_result_entries_to_yaml, parse_eval_result_entries
 from rich.console import Console
 
-from spar_hf.evaluation.reports import find_gaps, read_report, results_card, show, write_report
+from spar_hf.evaluation.reports import card_paths, find_gaps, read_report, results_card, show, write_report
 from spar_hf.evaluation.runs import Run
+from spar_hf.utils.errors import UsageError
 
 
 def row(model, stride, mean_iou, seconds):
@@ -76,3 +77,9 @@ def test_results_for_the_hub(tmp_path):
 def test_report_of_version_0_1(tmp_path):
     (tmp_path / "report.json").write_text(json.dumps({"title": "streets", "photos": 3}))
     assert read_report(tmp_path / "report.json") == {"title": "streets", "images": 3}
+
+
+def test_two_models_have_two_cards():
+    assert [path.name for path in card_paths("cards", ["a/b", "a.b"]).values()] == ["a-b.md", "a.b.md"]
+    with pytest.raises(UsageError, match=r"a/b and a-b would both be written to a-b\.md"):
+        card_paths("cards", ["a/b", "c", "a-b"])

@@ -291,6 +291,20 @@ def test_sigterm_stops_after_the_step_and_the_run_resumes(backbone, dataset, tmp
     assert main(arguments(backbone, dataset, tmp_path / "run", "--resume"))["heads"] == whole["heads"]
 
 
+def test_a_run_with_a_mask_that_is_wholly_ignored_resumes(backbone, dataset, tmp_path, monkeypatch):
+    own = shutil.copytree(dataset, tmp_path / "own")
+    for name in ("p1", "p7"):  # one of the images to train on, one of those to test on
+        mask = own / "masks" / f"{name}.png"
+        Image.fromarray(np.full_like(np.array(Image.open(mask)), 255)).save(mask)
+    whole = main(arguments(backbone, own, tmp_path / "whole", "--steps", "9"))
+    assert (whole["train_images"], whole["test_images"]) == (5, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(linear_probe, "batch_loss", at_call(4, batch_loss))
+        assert main(arguments(backbone, own, tmp_path / "run", "--steps", "9")) is None
+    resumed = main(arguments(backbone, own, tmp_path / "run", "--steps", "9", "--resume"))
+    assert resumed["heads"] == whole["heads"] and resumed["train_images"] == 5
+
+
 def test_a_head_that_diverges_is_never_the_best(backbone, dataset, tmp_path, monkeypatch):
     """The gradients of the heads do not mix: the others learn what they would without it."""
     alone = main(arguments(backbone, dataset, tmp_path / "alone", "--steps", "9"))

@@ -23,7 +23,7 @@ from spar_hf.pretraining import trainer
 from spar_hf.pretraining.crops import CropBatches, CropSet, load_sets
 from spar_hf.pretraining.losses import FOREIGN, draw_prompts, pixel_loss
 from spar_hf.pretraining.model import build_model
-from spar_hf.pretraining.options import NewModelOptions, TrainingOptions
+from spar_hf.pretraining.options import NewModelOptions, TrainingOptions, read_recipe
 from spar_hf.pretraining.trainer import main
 from spar_hf.pretraining.words import build_tokenizer, common_words, teach_words, word_targets
 from spar_hf.utils.errors import NotFinite, UsageError
@@ -271,6 +271,62 @@ def test_images_that_changed_are_refused(world, tmp_path, monkeypatch):
     assert main(arguments(copy, copy / "run", **small, resume=True, allow_changed_data=True))
     after = read_samples(copy / "run")
     assert after["held_out"] == record["held_out"] and len(after["train"]) == len(record["train"]) + 1
+
+
+def test_an_image_of_several_sets_is_held_out_of_all_of_them(world):
+    """Counted in each set by itself, and as a resumed run splits them."""
+    recipe = yaml.safe_load((world / "recipe.yaml").read_text())
+    spec = {"path": "scenes", "weight": 1, "crop": [30, 60]}
+    recipe["sets"] += [spec | {"holdout_every": 3}, spec]
+    sets = load_sets(world, recipe)[:3]
+    held_out = {Path(file).name for crops in sets for file in crops.held_out}
+    assert held_out == {"04.png", "08.png", "02.png", "05.png", "11.png"}
+    for crops in sets:
+        assert not held_out & {Path(file).name for file in crops.files}
+    resumed = load_sets(world, recipe, [file for crops in sets for file in crops.held_out])
+    assert [crops.files for crops in resumed[:3]] == [crops.files for crops in sets]
+
+
+def test_a_run_goes_on_with_the_recipe_that_it_began_with(world, monkeypatch):
+    """Another recipe of the same name has other words, to which the trained text tower does not belong."""
+    small = SMALL | {"steps": 3}
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "step_loss", at_call(1, trainer.step_loss))
+        assert main(arguments(world, world / "run", **small)) is None
+    recipe = world / "recipe.yaml"
+    began, moved = recipe.read_text(), world / "moved" / "recipe.yaml"
+    recipe.write_text(began.replace("- bus", "- road"))
+    with pytest.raises(UsageError, match=r"--recipe \(was 'recipe.yaml with content"):
+        main(arguments(world, world / "run", **small, resume=True))
+    moved.parent.mkdir()
+    moved.write_text("# a comment changes nothing\n" + began)
+    assert main([*arguments(world, world / "run", **small, resume=True), "--recipe", str(moved)])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sets": [{"path": "scenes", "weight": 1}]}, "number 1 of `sets` has no crop"),
+        (
+            {"tagged": [{"path": "tagged", "weight": 1, "crop": [9, 9]}, "x"]},
+            "number 2 of `tagged` has no path, weight",
+        ),
+        ({"sets": [], "tagged": []}, "no set"),
+    ],
+)
+def test_incomplete_recipes_are_refused(tmp_path, change, message):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump({"sets": [], "held_out": [], **change}))
+    with pytest.raises(UsageError, match=message):
+        read_recipe(str(file))
+
+
+def test_what_a_recipe_leaves_out_is_empty(world):
+    given = yaml.safe_load((world / "recipe.yaml").read_text())
+    file = world / "short.yaml"
+    file.write_text(yaml.safe_dump({"sets": given["sets"], "tagged": given["tagged"], "held_out": None}))
+    scenes, tagged = load_sets(world, read_recipe(str(file)))
+    assert scenes.names == [["sky"], ["road"], ["grass"], ["bus"]] and len(tagged) == 5
 
 
 class TestUnnamedClass:
