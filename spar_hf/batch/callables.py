@@ -40,11 +40,14 @@ from spar_hf.model.modeling_spar import SparForOpenVocabSegmentation
 from spar_hf.model.pipeline import OpenVocabSegmentationPipeline
 from spar_hf.model.processing_spar import SparProcessor
 from spar_hf.model.prompts import Vocabulary
+from spar_hf.model.templates import read_templates
 from spar_hf.registration import SPAR_TINY
 from spar_hf.teacher import SlidingWindowTeacher
 from spar_hf.utils.errors import UsageError
 
 MASKS = ("png", "coco")
+# results that all callables have: one may follow another on the same rows
+SHARED = ("original_size", "working_size", "fingerprint", "error")
 # what an image may do to a forward pass; anything else is a bug and stops the work
 IMAGE_ERRORS = (ValueError, OSError, torch.OutOfMemoryError)
 
@@ -92,11 +95,16 @@ class BatchCallable:
             The columns of the batch, and those of the class. Images themselves are left out, paths and URLs stay.
 
         Raises:
-            UsageError: there is no column of images, or the model cannot be loaded.
+            UsageError: there is no column of images, a column has the name of a result, or the model cannot be loaded.
         """
         if self.column not in batch:
             raise UsageError(f"There is no column {self.column!r} of images; the columns are {', '.join(batch)}.")
         self.start(rank)
+        if clash := ", ".join(name for name in batch if name in self.error_values and name not in SHARED):
+            raise UsageError(
+                f"The columns {clash} would be replaced by results of the same name. Rename them, or remove those of an "
+                "earlier call."
+            )
         sources = list(batch[self.column])
         prepared: list[PreparedImage | str] = []
         for source in sources:
@@ -356,6 +364,7 @@ class SparSegmenter(BatchCallable):
             raise UsageError('`candidate_labels` is missing. Name the classes to look for: ["road", "sky"].')
         self.model, self.vocabulary, self.masks = model, Vocabulary.parse(candidate_labels), masks
         self.reading = {"size": size, "max_tokens": max_tokens, "image_range": image_range}
+        options["templates"] = read_templates(options.get("templates"))  # what a file says, not its name
         self.options = {name: value for name, value in options.items() if value is not None}
         self.files = folder_stamp(model)
 
@@ -421,6 +430,8 @@ def pipeline_fingerprint(pipe: Any) -> str:
         pipe.image_processor.to_json_string(),
         str((model.config.templates, model.config.dense_logit_scale)),
     ]
+    if (calibration := getattr(model.config, "presence_calibration", None)) is not None:
+        parts.append(str(list(calibration)))
     return hashlib.sha256("".join(parts).encode()).hexdigest()[:20]
 
 

@@ -42,6 +42,10 @@ def feature_work(extract: FeatureExtractor, writer: "FileWriter | ShardWriter") 
     return Work(ReadSource(extract.prepare), extract.encode, write, extract.encoder.config.patch_size)
 
 
+# settings that a file states only if they were set
+ONLY_IF_SET = ("max_tokens", "image_range", "layers", "pool", "size")
+
+
 def as_metadata(values: dict[str, Any]) -> dict[str, str]:
     """Metadata of safetensors, which are strings: strings as they are (names that are no UTF-8 escaped), others as JSON."""
     return {key: storable(value) if isinstance(value, str) else json.dumps(value) for key, value in values.items()}
@@ -69,11 +73,13 @@ def check_settings(file: Path, settings: dict[str, Any]) -> tuple[list[str], dic
         UsageError: it was written with other settings, or cannot be read.
     """
     keys, metadata = read_header(file)
-    for key, value in as_metadata(settings).items():
-        if metadata.get(key) != value:
+    expected = as_metadata(settings)
+    for key in dict.fromkeys((*expected, *ONLY_IF_SET)):
+        then, now = metadata.get(key), expected.get(key)
+        if then != now:
             raise UsageError(
-                f"{file} was written with {key}={metadata.get(key)}, not {value}. Name another folder, or repeat the "
-                "options of the earlier run."
+                f"{file} was written with {key}={then}, not {now}. Name another folder, or repeat the options of the "
+                "earlier run."
             )
     return keys, metadata
 

@@ -160,7 +160,8 @@ def segment_huge(
             tiled and compressed and has the georeference of `source`; `.npy` is an array for `numpy.load(mmap_mode="r")`.
         candidate_labels, tile, templates, background, threshold, min_area, max_tokens: as in the pipeline. With `min_area`
             the map is first written without compression beside `target`, since the rule counts the pixels of all the image.
-        image_range, max_pixels: see [`open_windows`].
+        image_range: see [`open_windows`]; that of the pipeline's image processor by default.
+        max_pixels: see [`open_windows`].
         colours: for TIFF label maps of up to 256 classes: colours `(classes, 3)` uint8, which viewers show, from the number
             of classes and that of the background (-1: none).
         progress: called after each tile with the number of tiles done and of all.
@@ -185,6 +186,7 @@ def segment_huge(
     target = Path(target)
     if target.suffix.lower() not in SUFFIXES:
         raise UsageError(f"The label map {target} must end in {', '.join(SUFFIXES)}.")
+    image_range = segment.image_processor.image_range if image_range is None else image_range
     windows = source if isinstance(source, ImageWindows) else open_windows(source, image_range, max_pixels)
     segment.texts.refresh()  # reads the weights of the text tower
     rules = bool(threshold or min_area)

@@ -146,6 +146,11 @@ class TiffPixels:
                 "palette images. Choose one band, or those of red, green and blue: "
                 "`gdal_translate -b 1 -b 2 -b 3 -colorinterp red,green,blue IN.tif OUT.tif`."
             )
+        if int(page.photometric) == 0 and np.dtype(page.dtype).kind == "f":
+            raise UsageError(
+                f"{self.path} holds floats of which the smallest is white, and nobody says which is black. Store them with "
+                "the largest as white: `gdal_translate -co PHOTOMETRIC=MINISBLACK IN.tif OUT.tif`."
+            )
         orientation = page.tags.valueof(274, default=1)
         if orientation != 1:
             raise UsageError(f"{self.path} is stored rotated (orientation {orientation}). Write it upright first.")

@@ -20,7 +20,7 @@ from PIL import Image
 from spar_hf.cli.pipelines import load_pipeline
 from spar_hf.cli.result_files import Segment, coco_encoder, found_classes, label_image, segments
 from spar_hf.cli.web_inputs import MAX_LETTERS, MAX_NAMES, MAX_PIXELS, MAX_UPLOAD, decode_upload
-from spar_hf.model.image_input import to_rgb
+from spar_hf.model.image_input import ImageRange, to_rgb
 from spar_hf.model.prompts import Vocabulary
 from spar_hf.model.results import check_output_size, check_shares
 from spar_hf.utils.errors import UsageError
@@ -69,7 +69,10 @@ class SegmentationRequest:
 
 
 def read_request(
-    inputs: Any, parameters: Mapping[str, Any] | None = None, limits: Limits | None = None
+    inputs: Any,
+    parameters: Mapping[str, Any] | None = None,
+    limits: Limits | None = None,
+    image_range: ImageRange | None = None,
 ) -> SegmentationRequest:
     """
     Check a request and decode its image.
@@ -79,6 +82,7 @@ def read_request(
         parameters: `candidate_labels` (a list or dict as for the pipeline, or text as on the command line), `threshold`,
             `background`, and `output`. Numbers may be text, as in a query string.
         limits: the defaults are those of the web page.
+        image_range: values of black and white of images with more than 8 bits, those of the model's image processor.
 
     Raises:
         UsageError: anything else, or more than `limits` allow.
@@ -98,18 +102,18 @@ def read_request(
     limits = limits or Limits()
     try:
         vocabulary, options, output = read_parameters(parameters, limits)
-        return SegmentationRequest(read_image_of_client(inputs, limits), vocabulary, options, output)
+        return SegmentationRequest(read_image_of_client(inputs, limits, image_range), vocabulary, options, output)
     except (ValueError, RecursionError) as error:
         raise UsageError(" ".join(str(error).split())) from None
 
 
-def read_image_of_client(inputs: Any, limits: Limits) -> Image.Image:
+def read_image_of_client(inputs: Any, limits: Limits, image_range: ImageRange | None = None) -> Image.Image:
     """The uploaded image in RGB. Raises ValueError if it is none or above the limits."""
     too_large = f"The image file is larger than {limits.max_bytes / 2**20:g} MB. Reduce the image."
     if isinstance(inputs, Image.Image):
         if inputs.width * inputs.height > limits.max_pixels:
             raise UsageError(f"The image has more than {limits.max_pixels / 1e6:g} million pixels. Reduce it.")
-        return to_rgb(inputs)
+        return to_rgb(inputs, image_range)
     if isinstance(inputs, str):
         if len(inputs) > 4 * (limits.max_bytes + 2) // 3:
             raise UsageError(too_large)
@@ -122,7 +126,7 @@ def read_image_of_client(inputs: Any, limits: Limits) -> Image.Image:
     if len(inputs) > limits.max_bytes:
         raise UsageError(too_large)
     try:
-        return decode_upload(bytes(inputs), limits.max_pixels)
+        return decode_upload(bytes(inputs), limits.max_pixels, image_range)
     except ValueError:
         raise
     except Exception as error:  # Pillow's plugins raise various types for files made to break them
@@ -229,7 +233,7 @@ class SegmentationServer:
 
     def read(self, inputs: Any, parameters: Mapping[str, Any] | None) -> SegmentationRequest:
         """[`read_request`] with the limits of this server."""
-        return read_request(inputs, parameters, self.limits)
+        return read_request(inputs, parameters, self.limits, self.pipe.image_processor.image_range)
 
     def segment(self, requests: Sequence[SegmentationRequest]) -> list[dict[str, Any] | Exception]:
         """

@@ -76,9 +76,10 @@ def open_source(source: str) -> tuple[Image.Image, str]:
 
 class ImageReader:
     """
-    Reads images and frames in RGB. A file stays open for its next frame, since frames of animations build on earlier ones.
+    Reads images and frames. A file stays open for its next frame, since frames of animations build on earlier ones.
 
     Attributes:
+        image_range: values of black and white of images of floats or more than 8 bits, see [`to_rgb`].
         only_first: a file with several frames of which just the first was read, because none was chosen.
     """
 
@@ -86,12 +87,16 @@ class ImageReader:
         self.image_range, self.only_first = image_range, ""
         self._source, self._opened, self._name = "", Image.new("L", (1, 1)), ""
 
+    def rgb(self, image: Image.Image) -> Image.Image:
+        """What was read, in 8-bit RGB, for pictures of it."""
+        return to_rgb(image, self.image_range)
+
     def read(self, image: InputImage) -> Image.Image:
         """
-        Read one, the first frame of a plain file.
+        Read one, the first frame of a plain file: upright, in the mode of the file, since the model sees more than 8 bits.
 
         Raises:
-            ValueError, OSError: as [`read_rgb`].
+            ValueError, OSError: it cannot be read.
         """
         if image.source != self._source:
             self._source = ""
@@ -103,11 +108,11 @@ class ImageReader:
                 self._opened.seek(image.frame)
             except (EOFError, OSError, ValueError, SyntaxError) as error:
                 raise ValueError(f"Cannot read {name}: {error}. The file is damaged.") from error
-            return to_rgb(turn_upright(self._opened, name), self.image_range)
+            return turn_upright(self._opened, name)
         # MPO, what cameras write, holds previews beside the image
         if getattr(self._opened, "is_animated", False) and self._opened.format != "MPO":
             self.only_first = self.only_first or image.source
-        return to_rgb(turn_upright(self._opened, self._name), self.image_range)
+        return turn_upright(self._opened, self._name)
 
 
 @dataclass
@@ -136,7 +141,7 @@ class ReadWithPixels:
     prepare: Callable[[Any], Any]
 
     def __call__(self, image: InputImage) -> ReadPicture:
-        picture = self.reader.read(image)
-        prepared = self.prepare(picture)
+        read = self.reader.read(image)
+        prepared = self.prepare(read)
         height, width = prepared.record["original_size"]
-        return ReadPicture(picture, prepared.pixel_values, (height, width), self.reader.only_first)
+        return ReadPicture(self.reader.rgb(read), prepared.pixel_values, (height, width), self.reader.only_first)

@@ -155,7 +155,7 @@ def segment_with_heat(pipe, image: Image.Image, candidate_labels, heat: bool = F
 
 def encoding_options(options: dict[str, Any]) -> dict[str, Any]:
     """Take those options out that `pipe.encode` has; the others are for the pipeline's call with an encoded image."""
-    return {name: options.pop(name) for name in ("size", "max_tokens") if name in options}
+    return {name: options.pop(name) for name in ("size", "max_tokens", "image_range") if name in options}
 
 
 def _heat(pipe, encoded: EncodedImage, candidate_labels, options: dict[str, Any]) -> np.ndarray:

@@ -9,7 +9,7 @@ from typing import Any
 from spar_hf.cli.reporting import say
 from spar_hf.cli.result_files import merge_coco, write_results
 from spar_hf.cli.result_paths import FORMATS, ResultPlan
-from spar_hf.cli.result_record import ResultRecord
+from spar_hf.cli.result_record import ResultRecord, record_files
 from spar_hf.cli.segment_options import SegmentOptions
 from spar_hf.utils.atomic import write_text
 from spar_hf.utils.errors import UsageError
@@ -67,6 +67,8 @@ class FileSink:
         if plan.folder is not None:
             if options.skip_existing:
                 check_class_list(plan.folder / CLASSES, class_names)
+            else:
+                check_own_class_list(plan.folder / CLASSES, class_names)
             processes.wait()  # nothing is written before all have looked
             write_text(plan.folder / CLASSES, class_list(class_names))
 
@@ -166,6 +168,17 @@ class ShardSink:
 def class_list(names: Sequence[str]) -> str:
     """The text of `classes.txt`."""
     return "".join(f"{name}\n" for name in names)
+
+
+def check_own_class_list(path: Path, names: Sequence[str]) -> None:
+    """
+    Raises:
+        UsageError: the file says something else, and nothing beside it is of this command.
+    """
+    if path.is_file() and not record_files(path.parent) and read_text(path).split("\n") != [*names, ""]:
+        raise UsageError(
+            f"{path} would be replaced by the list of the classes, and it is not of this command. Name another --output."
+        )
 
 
 def check_class_list(path: Path, names: Sequence[str]) -> None:

@@ -75,6 +75,7 @@ def segment_plan(
 
     rules = options.rules(parse_background(options.background, vocabulary))
     asked = {**rules, **options.presences, "tile": options.tiles, "heat": "heatmap" in plan.formats}
+    asked["image_range"] = options.image_range
     device = options.device or processes.device
     segment_image, pipe = load_segmenter(options.model, device, vocabulary, asked, options.support)
     with exit_on_error(failure=()):  # wrong words or options are reported once, not for every image
@@ -82,7 +83,7 @@ def segment_plan(
         heat_classes = class_numbers(options.heatmap, probe) if options.heatmap else None
     if (hint := single_class_hint(options.labels, vocabulary)) and processes.index == 0:
         say(f"note: {hint}", err=True)
-    reader = ImageReader(options.image_range)
+    reader = ImageReader(options.image_range or pipe.image_processor.image_range)
     folder = None if is_remote(options.output) else plan.folder
     with exit_on_error(failure=OSError), interruptible():
         settings = result_settings(options, pipe, vocabulary, rules)
@@ -145,11 +146,16 @@ def result_settings(
     versions stay valid.
     """
     from spar_hf.batch.callables import pipeline_fingerprint
+    from spar_hf.model.templates import TemplateChoice, read_templates
 
     new = {**options.presences, "keep_background": options.keep_background, "heatmap": options.heatmap}
     new["tile"] = options.tiles
     if options.support is not None:
         new["support"] = hashlib.sha256(options.support.read_bytes()).hexdigest()[:20]
+    if isinstance(
+        choice := read_templates(options.templates), TemplateChoice
+    ):  # a file, which may say something else later
+        new["template_choice"] = hashlib.sha256(repr(choice).encode()).hexdigest()[:20]
     settings = {
         "labels": dict(zip(vocabulary.labels, vocabulary.names, strict=True)),
         **{name: value or None for name, value in {**rules, "image_range": options.image_range}.items()},
@@ -190,7 +196,7 @@ def segment_all(
         except Exception as error:
             sink.fail(item, str(error) or type(error).__name__)
             raise
-        write(item, image, result)
+        write(item, reader.rgb(image), result)
 
     problems = plan.problems if processes.index == 0 else []
     try:
@@ -227,7 +233,9 @@ def segment_ahead(
     pipe = segment_image.args[0]  # type: ignore[attr-defined]
     size = None if options.shortest_edge is None else {"shortest_edge": options.shortest_edge}
     patch = pipe.model.config.patch_size
-    read = ReadWithPixels(reader, ImagePreparation(pipe.image_processor, patch, size, options.max_tokens))
+    read = ReadWithPixels(
+        reader, ImagePreparation(pipe.image_processor, patch, size, options.max_tokens, options.image_range)
+    )
 
     def compute(items: list[ReadPicture]) -> list[Any]:
         return pipe._encode(

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from spar_hf.model.image_input import TooManyPixels, open_image, to_rgb, turn_upright
+from spar_hf.model.image_input import ImageRange, TooManyPixels, open_image, to_rgb, turn_upright
 from spar_hf.model.prompts import Vocabulary
 from spar_hf.utils.errors import UsageError
 from spar_hf.utils.labels import parse_labels
@@ -35,10 +35,11 @@ def upload_folder() -> Path:
     return Path(folder).resolve()
 
 
-def read_upload(path: str | None) -> Image.Image:
+def read_upload(path: str | None, image_range: ImageRange | None = None) -> Image.Image:
     """
-    Read an uploaded image as upright RGB. The path comes from the browser, or from anyone who imitates one: URLs and files
-    outside the folder of uploads are refused, all with the same words, so that nobody learns which files exist.
+    Read an uploaded image as upright RGB; `image_range` says what is black and white where it has more than 8 bits. The path
+    comes from the browser, or from anyone who imitates one: URLs and files outside the folder of uploads are refused, all
+    with the same words, so that nobody learns which files exist.
 
     Raises:
         UsageError: no upload, or a file of too many bytes.
@@ -55,10 +56,12 @@ def read_upload(path: str | None) -> Image.Image:
         raise UsageError(NOT_UPLOADED)
     if file.stat().st_size > MAX_UPLOAD:
         raise UsageError(f"The file is larger than {MAX_UPLOAD >> 20} MB. Reduce the image and upload it again.")
-    return decode_upload(file)
+    return decode_upload(file, image_range=image_range)
 
 
-def decode_upload(source: bytes | Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def decode_upload(
+    source: bytes | Path, max_pixels: int = MAX_PIXELS, image_range: ImageRange | None = None
+) -> Image.Image:
     """
     Decode an uploaded image to upright RGB. Its size is known, and limited, before any pixel is decoded.
 
@@ -75,7 +78,7 @@ def decode_upload(source: bytes | Path, max_pixels: int = MAX_PIXELS) -> Image.I
     if pixels > max_pixels:
         limit = f"{max_pixels / 1e6:g} million pixels"
         raise UsageError(f"The image has more than {limit}. Reduce it and upload it again.")
-    return to_rgb(turn_upright(image, name))
+    return to_rgb(turn_upright(image, name), image_range)
 
 
 def read_words(words: str) -> Vocabulary:

@@ -128,7 +128,8 @@ def segmentation_handler(gr, segmenters: Segmenters, results: Results) -> Callab
         try:
             progress(0, desc="reading the image")
             vocabulary = read_words(words)
-            image = read_upload(path)
+            image_range = segmenters.one_pass.image_processor.image_range
+            image = read_upload(path, image_range)
             edge = min(int(shortest_edge), largest_edge(segmenters.one_pass))
             background = "auto" if surround else None
             options = {"size": {"shortest_edge": edge}, "threshold": float(threshold), "background": background}
@@ -139,6 +140,7 @@ def segmentation_handler(gr, segmenters: Segmenters, results: Results) -> Callab
             embed_words(segmenters.one_pass, vocabulary, background, bool(min_presence), progress)
             progress(0, desc="one pass")
             first = segment_timed(segmenters.one_pass, image, vocabulary, heat=True, **options)
+            first["image_range"] = image_range  # for the picture that is downloaded
             note = unknown_note(segmenters.one_pass.tokenizer, vocabulary)
             view = View(None, float(opacity), bool(outlines), bool(names_shown))
             values = one_pass_values(gr, str(path), image, first, view, known or {})
@@ -152,7 +154,7 @@ def segmentation_handler(gr, segmenters: Segmenters, results: Results) -> Callab
             progress(0, desc="loading the sliding window")
             window = segmenters.sliding_window(max(1, int(stride)), limited(progress))
             embed_words(window, vocabulary, background, bool(min_presence), progress)
-            second = segment_timed(window, image, vocabulary, heat=True, **options)
+            second = segment_timed(window, image, vocabulary, heat=True, **options) | {"image_range": image_range}
             yield outputs(**window_values(gr, image, first, second, view, **values))
         except ERRORS as error:
             yield outputs(message=gr.update(value=alert(error), visible=True))

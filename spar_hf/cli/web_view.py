@@ -106,6 +106,10 @@ class Shown:
             raise UsageError("Choose one of the classes first.")
         return self.labels.index(label)
 
+    def has_probability(self, label: str) -> bool:
+        """Whether a class has a probability at every pixel: a background without words has none."""
+        return label in self.labels[: len(self.result["heat"])]
+
     def heat_of(self, label: str | None) -> np.ndarray:
         """Probability of a class, 0 to 255, in the size of the picture."""
         levels = Image.fromarray(self.result["heat"][self.number(label)])
@@ -143,8 +147,8 @@ def for_display(image: Image.Image, label_map: np.ndarray) -> tuple[Image.Image,
 
 
 def picture(shown: Shown, view: View) -> Image.Image:
-    """The masks over the image, in the size that the page shows."""
-    if view.heat is not None:
+    """The masks over the image, or the heat map of a class that has one, in the size that the page shows."""
+    if view.heat is not None and (view.heat not in shown.labels or shown.has_probability(view.heat)):
         return heat_picture(shown.image, shown.heat_of(view.heat), f"{view.heat}: probability")
     return _overlay(shown, view, shown.image, shown.label_map)
 
@@ -249,7 +253,7 @@ def there(shown: Shown, x: int, y: int) -> str:
     """The class at a point of the picture, and its probability."""
     y, x = min(max(y, 0), shown.image.height - 1), min(max(x, 0), shown.image.width - 1)
     label = shown.labels[shown.label_map[y, x]]
-    if label not in shown.labels[: len(shown.result["heat"])]:  # a background without words has no probability
+    if not shown.has_probability(label):
         return label
     return f"{label}, probability {shown.heat_of(label)[y, x] / 255:.2f}"
 
@@ -277,7 +281,7 @@ def write_file(shown: Shown, kind: str, view: View, chosen: str | None = None) -
     label_map = np.array(Image.open(io.BytesIO(shown.png))).astype(np.int32)
     if kind == "overlay":
         path = folder / f"{stem}_overlay.png"
-        write_image(_overlay(shown, view, read_upload(shown.upload), label_map), path)
+        write_image(_overlay(shown, view, read_upload(shown.upload, shown.result.get("image_range")), label_map), path)
     elif kind == "mask":
         index = shown.number(chosen)
         path = folder / f"{stem}_{_file_name(shown.labels[index])}.png"

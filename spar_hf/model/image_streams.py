@@ -1,6 +1,5 @@
 """Inputs of the pipeline: one image, or many from a list, a dataset or a stream, read when needed."""
 
-import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
 from functools import partial
@@ -11,6 +10,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from .image_columns import rows_of_images
 from .image_input import as_list, check_container, is_encoded, is_tensor
 
 
@@ -58,35 +58,6 @@ class EncodedImage:
     def to(self, device: torch.device | str) -> "EncodedImage":
         """A copy on another device."""
         return replace(self, feature_map=self.feature_map.to(device), pixel_values=self.pixel_values.to(device))
-
-
-class ColumnOfImages(Dataset):
-    """
-    A column of a table of `datasets`, read row by row and not decoded: each item is a row `{"image": …}`.
-
-    Args:
-        table: the table, with the column alone.
-        name: of the column.
-    """
-
-    def __init__(self, table: Any, name: str):
-        self.table, self.name = table, name
-
-    def __len__(self) -> int:
-        return len(self.table)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return {"image": self.table[index][self.name]}
-
-
-class StreamedColumn:
-    """[`ColumnOfImages`] of a streamed table."""
-
-    def __init__(self, table: Any, name: str):
-        self.table, self.name = table, name
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        return ({"image": row[self.name]} for row in self.table)
 
 
 class ImageSequence(Dataset):
@@ -137,21 +108,6 @@ class Results:
             yield from self.run(items)
 
 
-def undecoded(table: Any, name: str) -> Any:
-    """
-    A table of `datasets` whose column of images gives bytes or paths: we decode image by image, so that a damaged file does
-    not end the iteration.
-    """
-    if (getattr(table, "format", None) or {}).get("type") == "custom":
-        return table  # `with_transform`: the user's function expects decoded images
-    column: Any = (getattr(table, "features", None) or {}).get(name)
-    if not getattr(column, "decode", None) or not hasattr(table, "cast_column"):
-        return table
-    column = copy.copy(column)
-    column.decode = False
-    return table.cast_column(name, column)
-
-
 def as_images(inputs: Any) -> ImageSequence | ImageStream | None:
     """
     Many images as a dataset; `None` for a single image.
@@ -168,17 +124,8 @@ def as_images(inputs: Any) -> ImageSequence | ImageStream | None:
     if isinstance(inputs, np.ndarray) or is_tensor(inputs):
         return None
     check_container(inputs)
-    name: Any = getattr(inputs, "column_name", None)
-    table: Any = getattr(inputs, "source", None)
-    if isinstance(name, str) and hasattr(table, "select_columns"):  # `dataset["photo"]` of datasets 4 and later
-        table = undecoded(table.select_columns([name]), name)
-        return (
-            ImageSequence(ColumnOfImages(table, name))
-            if isinstance(table, Sized)
-            else ImageStream(StreamedColumn(table, name))
-        )
     is_table = hasattr(inputs, "cast_column")
-    inputs = undecoded(inputs, "image") if is_table else inputs
+    inputs = rows_of_images(inputs)
     by_position = isinstance(inputs, (Sequence, Dataset)) or is_table or not isinstance(inputs, Iterable)
     if isinstance(inputs, Sized) and hasattr(inputs, "__getitem__") and by_position:
         return ImageSequence(inputs)

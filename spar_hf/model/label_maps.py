@@ -36,9 +36,13 @@ def map_result(
     else:
         decision = decide(logits, name_to_class, *geometry)
     if top_k:
-        best = (decision.labels[None].clone(), decision.probabilities[None].clone())
         if len(name_to_class):
-            best = class_probabilities(logits, name_to_class, *geometry, top_k=top_k)
+            best = class_probabilities(logits, name_to_class, *geometry, top_k=top_k, classes=classes)
+        else:  # all pixels are background; the other classes follow with a probability of 0
+            order = [background, *(number for number in range(classes) if number != background)][:top_k]
+            numbers = torch.tensor(order, dtype=torch.int32, device=decision.labels.device)[:, None, None]
+            shares = (numbers == background).to(decision.probabilities.dtype)
+            best = (numbers.expand(-1, *geometry[2]).clone(), shares.expand(-1, *geometry[2]).clone())
         top = dict(zip(("top_map", "top_probabilities"), best, strict=True))
     if threshold or min_area:
         decision = give_to_background(decision, background, threshold, min_area)

@@ -210,6 +210,8 @@ class OpenVocabSegmentationPipeline(SupportImages, FrameStreams, Pipeline):
         shares = {"threshold": threshold, "min_area": min_area, "min_presence": min_presence}
         check_shares(**{name: value for name, value in shares.items() if value is not None})
         vocabulary = None if candidate_labels is None else Vocabulary.parse(candidate_labels)
+        if background is not None and not isinstance(background, str):
+            background = list(background)  # a generator could be read once only
         preprocess = {"size": size, "max_tokens": max_tokens, "image_range": image_range}
         preprocess |= {"on_error": on_error, "tile": tile}
         postprocess = {"output": output, "top_k": top_k}
@@ -295,15 +297,24 @@ class OpenVocabSegmentationPipeline(SupportImages, FrameStreams, Pipeline):
                 `background="auto"` and `presence` need, are stored as `text_embeddings.safetensors`. A pipeline of the
                 folder reads them at its first call, as long as text tower and tokenizer are the same.
         """
+        if isinstance(text_embeddings, str):
+            raise ValueError(f"`text_embeddings` is a list of vocabularies: [{text_embeddings!r}].")
+        vocabularies = [
+            Vocabulary.parse(labels) for labels in text_embeddings or ()
+        ]  # refused before anything is written
         self.model.save_pretrained(save_directory, **kwargs)
+        if self.image_processor.max_tokens is not None and self.image_processor.patch_size is None:
+            self.image_processor.patch_size = self.model.config.patch_size  # it is loaded without the model
         hub = {name: kwargs[name] for name in ("push_to_hub", "repo_id", "token", "commit_message") if name in kwargs}
         SparProcessor(self.image_processor, self.tokenizer).save_pretrained(str(save_directory), **hub)
         if text_embeddings is not None:
-            names = [name for labels in text_embeddings for name in Vocabulary.parse(labels).all_names]
+            names = [name for vocabulary in vocabularies for name in vocabulary.all_names]
             store_embeddings(self.texts, os.path.join(save_directory, STORED_EMBEDDINGS), names, self._templates(None))
 
     def preprocess(self, image, size=None, max_tokens=None, image_range=None, tile=None):
         if isinstance(image, EncodedImage):
+            if tile is not None:
+                raise ValueError("An encoded image is one pass: pass the image itself with `tile`.")
             return image
         image = image_of_item(image)
         limit = token_limit(max_tokens, self.image_processor.max_tokens)
@@ -446,7 +457,10 @@ class OpenVocabSegmentationPipeline(SupportImages, FrameStreams, Pipeline):
                 **outputs,
             }
         if output == "probabilities":
-            return {"probabilities": class_probabilities(logits, name_to_class, *geometry)[1], **outputs}
+            return {
+                "probabilities": class_probabilities(logits, name_to_class, *geometry, classes=len(labels))[1],
+                **outputs,
+            }
         top_k = top_k if output == "map" else None
         result = map_result(logits, name_to_class, geometry, len(labels), background_class, threshold, min_area, top_k)
         return {**result, **outputs, **decided}

@@ -59,7 +59,7 @@ def check_shares(**shares: float) -> None:
         ValueError: one of them is not in 0 to 1.
     """
     for name, value in shares.items():
-        if not 0 <= value <= 1:
+        if isinstance(value, str) or not 0 <= value <= 1:
             raise ValueError(f"`{name}` must be a share from 0 to 1, got {value}.")
 
 

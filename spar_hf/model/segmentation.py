@@ -176,6 +176,7 @@ def class_probabilities(
     output_size: tuple[int, int],
     top_k: int | None = None,
     working_bytes: int = WORKING_BYTES,
+    classes: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     The probability of every class, or of the `top_k` best, at every pixel: the softmax over classes of the largest logit of
@@ -183,6 +184,8 @@ def class_probabilities(
 
     Arguments as in [`decide`], which also says what is exact: the first of the `top_k` classes is the one it chooses. They
     need no more memory than their result and the buffers of [`decide`].
+
+    `classes` is how many there are, with those that have no names; by default up to the last one that has.
 
     Returns:
         Classes and their probabilities: `(classes,)` int32 and `(classes, height, width)` float32; with `top_k` both
@@ -194,7 +197,7 @@ def class_probabilities(
     check_grid(logits, patch_size, working_size)
     device = logits.device if isinstance(logits, torch.Tensor) else name_to_class.device
     name_to_class = name_to_class.to(device).long()
-    classes = int(name_to_class.max()) + 1
+    classes = int(name_to_class.max()) + 1 if classes is None else classes
     kept = classes if top_k is None else min(top_k, classes)
     size = kept * output_size[0] * output_size[1] * (4 if top_k is None else 8)
     if size > OUTPUT_BYTES:

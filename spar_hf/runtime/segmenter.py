@@ -1,7 +1,7 @@
 """Open-vocabulary segmentation with an exported model, called as the pipeline is."""
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from logging import getLogger
@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from spar_hf.model.background import BACKGROUND, resolve_classes
+from spar_hf.model.image_columns import rows_of_images
 from spar_hf.model.image_input import (
     ImageRange,
     as_list,
@@ -179,8 +180,8 @@ class OnnxSegmenter:
         finish = partial(finished, classes=classes, threshold=threshold, min_area=min_area, output=output, top_k=top_k)
         images = [inputs] if is_single(inputs) else as_list(inputs)
         if images is None:
-            return self._results(inputs, batch_size, skip, prepare, classes, finish)
-        results = list(self._results(images, batch_size, skip, prepare, classes, finish))
+            return self._results(readers(inputs), batch_size, skip, prepare, classes, finish)
+        results = list(self._results(readers(images), batch_size, skip, prepare, classes, finish))
         return results[0] if is_single(inputs) else results
 
     def classes(
@@ -268,10 +269,11 @@ class OnnxSegmenter:
         return Prepared(np.ascontiguousarray(pixels, dtype=np.float32), (height, width))
 
     def _results(
-        self, images: Iterable, batch_size: int, skip: bool, prepare, classes: Classes, finish
+        self, images: Iterator[Callable[[], Any]], batch_size: int, skip: bool, prepare, classes: Classes, finish
     ) -> Iterator[Any]:
-        """Results of images, in their order. Images of one size share a run of the graph."""
-        for items in batches((guarded(skip, prepare, image) for image in images), batch_size):
+        """Results of images, in their order; each is read by a call. Images of one size share a run of the graph."""
+        prepared = (guarded(skip, lambda read=read: prepare(read())) for read in images)
+        for items in batches(prepared, batch_size):
             groups: dict[Any, list[int]] = {}
             for i, item in enumerate(items):
                 if not is_error(item):
@@ -364,8 +366,19 @@ def is_single(inputs: Any) -> bool:
     if isinstance(inputs, (Mapping, Image.Image)) or is_encoded(inputs):
         return True
     check_container(inputs)
-    several = as_list(inputs) is not None
-    return not several and (isinstance(inputs, np.ndarray) or is_tensor(inputs) or not isinstance(inputs, Iterable))
+    if as_list(inputs) is not None:
+        return False
+    by_position = hasattr(inputs, "__len__") and hasattr(inputs, "__getitem__")  # as of data sets of torch
+    return isinstance(inputs, np.ndarray) or is_tensor(inputs) or not (by_position or isinstance(inputs, Iterable))
+
+
+def readers(inputs: Any) -> Iterator[Callable[[], Any]]:
+    """A function for each of several images that reads it: by position where that is what `[i]` means, or by iteration."""
+    rows: Any = rows_of_images(inputs)
+    is_table = hasattr(rows, "cast_column") and hasattr(rows, "__len__")
+    if is_table or isinstance(rows, Sequence) or not isinstance(rows, Iterable):
+        return (partial(rows.__getitem__, number) for number in range(len(rows)))
+    return (partial(next, iter([image])) for image in rows)
 
 
 def batches(items: Iterator[Any], size: int) -> Iterator[list[Any]]:

@@ -16,6 +16,7 @@ from transformers import AutoImageProcessor, AutoModel, pipeline
 from spar_hf import SlidingWindowTeacher, SparBackbone
 from spar_hf.batch.arrays import as_arrays, read_array
 from spar_hf.batch.callables import SparFeatures, SparSegmenter, SparTeacher
+from spar_hf.model.templates import TemplateChoice
 from spar_hf.utils.errors import UsageError
 from spar_hf.utils.remote_files import write_remote
 
@@ -148,6 +149,35 @@ def test_masks_are_those_of_the_pipeline(base_folder, batch, pictures):
     assert found["map"][3] == b"" and found["error"][3]
     with pytest.raises(ValueError, match="threshold"):  # wrong for all images, so no row's error
         SparSegmenter(str(base_folder), candidate_labels=LABELS, threshold=7.0)(batch)
+
+
+def test_a_column_of_the_name_of_a_result_is_refused(base_folder, pictures):
+    column = np.empty(1, dtype=object)
+    column[0] = pictures[0]
+    segment = SparSegmenter(str(base_folder), candidate_labels=LABELS, size=64)
+    with pytest.raises(UsageError, match="columns labels, map would be replaced"):
+        segment({"image": column, "labels": ["mine"], "map": [b""]})
+    with pytest.raises(UsageError, match="shape"):
+        SparFeatures(str(base_folder), size=64)({"image": column, "shape": [1]})
+    # one callable after another on the same rows
+    found = segment(SparFeatures(str(base_folder), size=64)({"image": column, "id": [7]}) | {"image": column})
+    assert found["id"] == [7] and len(found["features"]) == 1 and found["labels"][0] == LABELS
+
+
+def test_options_that_an_encoded_image_cannot_have_are_refused_at_the_first_call(base_folder, batch):
+    with pytest.raises(ValueError, match="one pass"):
+        SparSegmenter(str(base_folder), candidate_labels=LABELS, tile=64)(batch)
+
+
+def test_a_file_of_templates_counts_by_its_content(base_folder, tmp_path):
+    file = tmp_path / "choice.json"
+    prints = []
+    for prompt in ("{}", "a drawing of a {}"):
+        TemplateChoice((prompt,)).save(file)
+        segment = SparSegmenter(str(base_folder), candidate_labels=LABELS, templates=str(file))
+        segment.start()
+        prints.append((segment.fingerprint, Hasher.hash(segment)))
+    assert prints[0][0] != prints[1][0] and prints[0][1] != prints[1][1]
 
 
 def test_the_same_object_in_datasets_and_pandas(base_folder, pictures):

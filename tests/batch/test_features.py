@@ -95,7 +95,10 @@ def test_tokens_of_blocks_and_pooled_vectors_are_written_too(model, images, tmp_
     assert all(torch.equal(tensors[name], one) for name, one in zip(names, maps, strict=True))
     assert "5 skipped" in run(*options, "--skip-existing")
     assert "layers=" in run(*options[: -1 - len(shards)], "1", *shards, "--skip-existing", status=2)
+    # an option that is left out is another setting too
+    assert "layers=" in run(*options[:5], *shards, "--skip-existing", status=2)
     run(images / "b.png", "--model", model, "--output", tmp_path / "pooled", "--pool", "mean")
+    assert "pool=mean" in run(images, "--model", model, "--output", tmp_path / "pooled", "--skip-existing", status=2)
     vector = load_file(tmp_path / "pooled" / "b.safetensors")["feature_map"]
     torch.testing.assert_close(vector, maps[1].flatten(1).mean(1))
     with safe_open(tmp_path / "pooled" / "b.safetensors", "pt") as opened:

@@ -1,10 +1,16 @@
 """Images of more than 8 bits, floats and large ones in `segment`, and the same files in every command."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
+import skimage
 from PIL import Image
+from transformers import pipeline
 from typer.testing import CliRunner
 
+from spar_hf import SPAR_TINY
+from spar_hf.batch.huge_images import segment_huge
 from spar_hf.cli.main import app
 
 
@@ -36,6 +42,31 @@ def test_floats_and_12_bits_give_the_masks_of_8_bits(tmp_path):
     assert segment(folder, tmp_path / "out3", "--image-range", "0", "4080").exit_code == 0
     maps = [np.asarray(Image.open(tmp_path / "out3" / f"{name}.map.png")) for name in ("eight", "twelve")]
     assert np.array_equal(*maps)
+
+
+def test_the_image_range_of_a_checkpoint_holds_in_every_command(tmp_path):
+    """And the model sees all 16 bits, not 256 levels of them: masks are those of the pipeline."""
+    pipe = pipeline("open-vocab-segmentation", model=SPAR_TINY)
+    pipe.image_processor.image_range = (0, 20000)
+    pipe.save_pretrained(tmp_path / "model")
+    pipe = pipeline("open-vocab-segmentation", model=str(tmp_path / "model"))
+    photo = Image.open(Path(skimage.__file__).parent / "data" / "camera.png").resize((96, 96), Image.Resampling.BICUBIC)
+    values = np.asarray(photo).astype(np.uint16) * 75
+    Image.fromarray(values).save(tmp_path / "a.png")
+    np.save(tmp_path / "a.npy", values)
+    words = ["road", "sky", "tree"]
+    options = {"templates": "plain", "output": "map", "size": {"shortest_edge": 48}}
+    expected = pipe(str(tmp_path / "a.png"), candidate_labels=words, **options)["map"]
+    wrong = pipe(str(tmp_path / "a.png"), candidate_labels=words, image_range=(0, 65535), **options)["map"]
+    assert (expected != wrong).mean() > 0.05
+    given = ["--model", str(tmp_path / "model"), "--background", "none"]
+    assert segment(tmp_path / "a.png", tmp_path / "map.png", *given).exit_code == 0
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "map.png")), expected)
+    assert segment(tmp_path / "a.png", tmp_path / "other.png", *given, "--image-range", "0", "65535").exit_code == 0
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "other.png")), wrong)
+    tiled = pipe(str(tmp_path / "a.png"), candidate_labels=words, templates="plain", output="map", tile=32)["map"]
+    segment_huge(pipe, tmp_path / "a.npy", tmp_path / "huge.npy", words, 32, templates="plain")
+    assert (np.load(tmp_path / "huge.npy") == tiled).mean() > 0.999
 
 
 def test_a_pixel_limit_can_be_set(tmp_path):

@@ -91,6 +91,55 @@ def test_skip_existing_refuses_results_of_another_model(images, tmp_path):
     assert "model" in run("segment", images, *options, "--skip-existing", status=2)
 
 
+@pytest.mark.parametrize("part", ["templates", "presence"])
+def test_skip_existing_refuses_results_of_what_a_file_said_before(images, tmp_path, part):
+    """A file of templates with other prompts, and a checkpoint with other constants of presence."""
+    from spar_hf import SPAR_TINY
+    from spar_hf.model.templates import TemplateChoice
+
+    model, choice = tmp_path / "model", tmp_path / "choice.json"
+    shutil.copytree(SPAR_TINY, model)
+    TemplateChoice(("{}",)).save(choice)
+    words = ["--labels", "road; sky", "--templates", choice, *SMALL, "--min-presence", 0.1]
+    options = [images, "--output", tmp_path / "out", "--format", "json", *words, "--model", model, "--skip-existing"]
+    run("segment", *options)
+    assert "3 skipped" in run("segment", *options)
+    if part == "templates":
+        TemplateChoice(("a drawing of a {}",)).save(choice)
+    else:
+        config = json.loads((model / "config.json").read_text())
+        (model / "config.json").write_text(json.dumps({**config, "presence_calibration": [0.4, -2.0]}))
+    run("segment", *options, status=2)
+
+
+def test_a_list_of_classes_of_the_users_own_is_kept(images, tmp_path):
+    output = tmp_path / "out"
+    output.mkdir()
+    own = output / "classes.txt"
+    own.write_text("road, street\nsky\n")
+    options = ["--output", output, "--format", "map", "--labels", f"@{own}", "--templates", "plain", *SMALL]
+    assert "classes.txt would be replaced" in " ".join(run("segment", images, *options, status=2).split())
+    assert own.read_text() == "road, street\nsky\n" and sorted(output.iterdir()) == [own]
+    own.rename(tmp_path / "words.txt")
+    options[5] = f"@{tmp_path / 'words.txt'}"
+    run("segment", images, *options)
+    assert own.read_text() == "road\nsky\nbackground\n"
+    run(
+        "segment",
+        images,
+        "--output",
+        output,
+        "--format",
+        "map",
+        "--labels",
+        "sky; tree",
+        "--templates",
+        "plain",
+        *SMALL,
+    )
+    assert own.read_text() == "sky\ntree\nbackground\n"  # the list of an earlier run is replaced with its results
+
+
 def test_results_of_a_mixed_folder_are_told_apart(images, tmp_path, picture):
     output = tmp_path / "out"
     options = ["--output", output, "--format", "json", *WORDS]

@@ -5,7 +5,7 @@ from PIL import Image
 
 from spar_hf.cli import web_history
 from spar_hf.cli.web_history import Kept, keep
-from spar_hf.cli.web_view import Shown
+from spar_hf.cli.web_view import Shown, View, picture
 
 
 def test_the_last_results_are_kept_until_they_are_many_or_large(monkeypatch):
@@ -23,3 +23,14 @@ def test_the_last_results_are_kept_until_they_are_many_or_large(monkeypatch):
     assert [kept.words for kept in keep(history, Kept("new", [shown], ("9 s", ""), "table"))] == ["new", "words 7"]
     small, caption = Kept("x" * 60, [shown], ("", ""), "").thumbnail()
     assert small.size == (64, 48) and len(caption) < 45
+
+
+def test_a_class_without_a_probability_shows_its_masks_in_place_of_a_heat_map():
+    """The background without words, which is among the classes that a visitor can choose."""
+    image = Image.new("RGB", (64, 48), "skyblue")
+    result = {"map": np.zeros((48, 64), np.int32), "labels": ["sky", "road", "background"], "scores": [0.9, 0, 0]}
+    result |= {"background": 2, "heat": np.full((2, 48, 64), 200, np.uint8)}
+    shown = Shown.make("one pass", "a.png", image, result, np.arange(9, dtype=np.uint8).reshape(3, 3) * 20)
+    masks = picture(shown, View(None))
+    assert picture(shown, View(None, heat="background")).tobytes() == masks.tobytes()
+    assert picture(shown, View(None, heat="sky")).tobytes() != masks.tobytes()

@@ -6,6 +6,7 @@ import sys
 from functools import cache
 from pathlib import Path
 
+import datasets
 import numpy as np
 import onnx
 import pytest
@@ -145,6 +146,31 @@ def test_batches_of_several_sizes_sources_and_kinds_of_input(pipe, segmenter, tm
     assert "map" in failed[0] and failed[1]["error"].startswith("FileNotFoundError")
     with pytest.raises(ValueError, match="image_range"):
         segmenter(np.full((20, 20), 7, np.uint16), WORDS, **options)
+
+
+def test_data_sets_are_read_row_by_row(pipe, segmenter, tmp_path):
+    """Tables, their columns and data sets by position, as the pipeline takes them; a damaged file ends nothing."""
+    from transformers.pipelines.pt_utils import KeyDataset
+
+    array = np.asarray(Image.open(IMAGES / "coffee.png").resize((90, 70)))
+    for name in ("a", "b", "c"):
+        Image.fromarray(array).save(tmp_path / f"{name}.png")
+    (tmp_path / "b.png").write_bytes((tmp_path / "b.png").read_bytes()[:90])
+    files = [str(tmp_path / f"{name}.png") for name in ("a", "b", "c")]
+    table = datasets.Dataset.from_dict({"image": files, "photo": files})
+    table = table.cast_column("image", datasets.Image()).cast_column("photo", datasets.Image())
+    options = {"candidate_labels": WORDS, "output": "map", "templates": "plain", "size": "native", "on_error": "skip"}
+    expected = segmenter(files[0], **options)["map"]
+    for inputs in (
+        table,
+        table["photo"],
+        table.select_columns("image").to_iterable_dataset(),
+        KeyDataset(table.select([0, 2]), "photo"),
+    ):
+        found = list(segmenter(inputs, **options))
+        assert [("error" in one) for one in found] == ([False, True, False] if len(found) == 3 else [False, False])
+        assert all((one["map"] == expected).all() for one in found if "map" in one)
+        assert [sorted(one) for one in pipe(inputs, **options)] == [sorted(one) for one in found]
 
 
 def test_classes_in_the_graph(pipe, baked_folder):
