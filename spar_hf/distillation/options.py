@@ -40,7 +40,7 @@ DEFAULT_STEPS = 1000
 TEACHER_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # A resumed run may change these: they do not change what is learned.
 FREE = {"output", "resume", "workers", "save_steps", "eval_steps", "picture_steps", "report_to", *RUN_FREE}
-FREE |= {"preset", "dry_run", "teacher_compile"}
+FREE |= {"preset", "dry_run", "teacher_compile", "save_dtype"}
 
 
 @dataclass(kw_only=True)

@@ -15,6 +15,7 @@ from huggingface_hub import ModelCardData
 from spar_hf import SparForOpenVocabSegmentation
 from spar_hf.distillation.models import load_model
 from spar_hf.utils.atomic import write_atomically, write_json, write_text, writing_folder
+from spar_hf.utils.errors import NotFinite
 from spar_hf.utils.model_cards import model_card, rows, short_name
 
 PATHS = ("model", "student", "output", "images", "teacher_cache")  # options that name folders of one machine
@@ -38,14 +39,22 @@ def save_student(
         record: how the student was made; `distillation` in the configuration.
         recipe: options of the run by name, for the card.
         dtype: precision of the stored weights. The configuration says float32 in any case: half precision is for the disk.
+
+    Raises:
+        NotFinite: a weight is beyond the range of `dtype`.
     """
     if isinstance(model, SparForOpenVocabSegmentation):
         text = {name: x for name, x in model.state_dict().items() if not name.startswith("vision_model.")}
         state = text | {f"vision_model.{name}": tensor for name, tensor in state.items()}
     model.config.distillation = record
-    stored = getattr(torch, dtype)
+    stored = {name: tensor.to(getattr(torch, dtype)) for name, tensor in state.items()}
+    if beyond := [name for name, tensor in stored.items() if not tensor.isfinite().all()]:
+        raise NotFinite(
+            f"{len(beyond)} weights of the student are beyond the range of {dtype}, {beyond[0]} among them. Go on with "
+            "--resume and --save_dtype bfloat16 or float32."
+        )
     with writing_folder(folder) as temporary:
-        model.save_pretrained(temporary, state_dict={name: tensor.to(stored) for name, tensor in state.items()})
+        model.save_pretrained(temporary, state_dict=stored)
         processor.save_pretrained(temporary)
         write_text(temporary / "README.md", student_card(temporary, record, recipe))
 

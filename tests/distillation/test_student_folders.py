@@ -12,6 +12,7 @@ from transformers import pipeline
 from spar_hf import SparForOpenVocabSegmentation, SparImageProcessorPil, SparProcessor, SparVisionModel
 from spar_hf.distillation.student_folders import finish_folder, save_adapter, save_student
 from spar_hf.distillation.trainer import Distillation
+from spar_hf.utils.errors import NotFinite
 
 IMAGE = Image.effect_mandelbrot((121, 90), (-2, -1, 1, 1), 20).convert("RGB")
 RECORD = {"teacher": "org/base", "steps": 3}
@@ -36,6 +37,20 @@ def cards(folder):
     finish_folder(folder, RECORD, RECIPE, [])
     found.append(ModelCard.load(folder / "README.md").data)
     return [(data.library_name, data.pipeline_tag, data.tags) for data in found]
+
+
+@pytest.mark.parametrize("tower", ["vision", "text"])
+def test_weights_beyond_half_precision_are_not_written(tmp_path, tokenizer, tower):
+    model = randomise(SparForOpenVocabSegmentation(tiny_config()))
+    with torch.no_grad():
+        next(getattr(model, f"{tower}_model").parameters()).view(-1)[0] = 1e5
+    both = SparProcessor(SparImageProcessorPil(), tokenizer)
+    arguments = (model, both, model.vision_model.state_dict(), tmp_path / "model", RECORD, RECIPE)
+    with pytest.raises(NotFinite, match=r"1 weights .* beyond the range of float16.*--save_dtype bfloat16"):
+        save_student(*arguments, "float16")
+    assert not (tmp_path / "model").exists()
+    save_student(*arguments, "bfloat16")
+    assert (tmp_path / "model" / "model.safetensors").is_file()
 
 
 def test_the_card_of_two_towers_names_segmentation_by_words(tmp_path, tokenizer):
