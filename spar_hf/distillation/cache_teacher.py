@@ -118,8 +118,7 @@ class CacheOptions(ComposedOptions):
     def __post_init__(self):
         if self.views.fixed_views and self.storage.views > 1:
             raise UsageError(
-                f"--views {self.storage.views} of an image would all be the same with --fixed_views, which the preset spar "
-                "has too. Leave --views out, or give --no_fixed_views."
+                "--views 2 and more are all the same with --fixed_views, as in the preset spar. Leave one out."
             )
 
     @classmethod

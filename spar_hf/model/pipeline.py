@@ -19,20 +19,18 @@ from .image_input import as_list, image_of_item
 from .image_pixels import check_size, token_limit
 from .image_streams import EncodedImage, ImageSequence, ImageStream, Results, as_images
 from .label_maps import map_result
+from .pipeline_options import sanitize_parameters
 from .presence import class_presence, store_embeddings
 from .processing_spar import SparProcessor
 from .prompts import CandidateLabels, Vocabulary
 from .refine import Refinement, refined_logits, resolve_refinement
-from .results import as_segments, check_finite_features, check_output_size, check_shares, guarded, is_error
+from .results import as_segments, check_finite_features, check_output_size, guarded, is_error
 from .segmentation import DenseLogits, class_probabilities
 from .support import SupportImages, SupportSet
-from .templates import read_templates
 from .text_embeddings import STORED_EMBEDDINGS, TextEmbeddingCache, stored_embeddings
 from .tiling import TiledImage, check_tiled, tile_sides, tiled_map
 from .upsamplers import Upsampler, resolve_upsampler
 from .video import FrameStreams
-
-OUTPUTS = ("segments", "map", "probabilities", "logits")
 
 
 class OpenVocabSegmentationPipeline(SupportImages, FrameStreams, Pipeline):
@@ -182,44 +180,8 @@ class OpenVocabSegmentationPipeline(SupportImages, FrameStreams, Pipeline):
         # as in every pipeline of transformers: a list for a list, an iterator for a dataset or a generator
         return list(results) if as_list(inputs) is not None else results
 
-    def _sanitize_parameters(
-        self,
-        candidate_labels=None,
-        templates=None,
-        size=None,
-        max_tokens=None,
-        image_range=None,
-        output=None,
-        top_k=None,
-        background=None,
-        threshold=None,
-        min_area=None,
-        presence=None,
-        min_presence=None,
-        on_error=None,
-        refine=None,
-        upsampler=None,
-        tile=None,
-    ):
-        if output not in (None, *OUTPUTS):
-            raise ValueError(f"Unknown output {output!r}; use {', '.join(map(repr, OUTPUTS[:-1]))} or {OUTPUTS[-1]!r}.")
-        if on_error not in (None, "raise", "skip"):
-            raise ValueError(f"Unknown on_error {on_error!r}; use 'raise' or 'skip'.")
-        if top_k is not None and (not isinstance(top_k, int) or top_k < 1):
-            raise ValueError(f"`top_k` must be a number of classes, at least 1, got {top_k!r}.")
-        shares = {"threshold": threshold, "min_area": min_area, "min_presence": min_presence}
-        check_shares(**{name: value for name, value in shares.items() if value is not None})
-        vocabulary = None if candidate_labels is None else Vocabulary.parse(candidate_labels)
-        if background is not None and not isinstance(background, str):
-            background = list(background)  # a generator could be read once only
-        preprocess = {"size": size, "max_tokens": max_tokens, "image_range": image_range}
-        preprocess |= {"on_error": on_error, "tile": tile}
-        postprocess = {"output": output, "top_k": top_k}
-        # a file of templates is read once, and what it holds is part of cached keys
-        forward = {"vocabulary": vocabulary, "templates": read_templates(templates), **shares, **postprocess}
-        forward |= {"background": background, "presence": presence, "refine": refine, "upsampler": upsampler}
-        given = ({k: v for k, v in options.items() if v is not None} for options in (preprocess, forward, postprocess))
-        return tuple(given)
+    def _sanitize_parameters(self, **options):
+        return sanitize_parameters(**options)
 
     def encode(
         self,
@@ -352,7 +314,7 @@ class OpenVocabSegmentationPipeline(SupportImages, FrameStreams, Pipeline):
             limit = token_limit(preprocess_params.get("max_tokens"), self.image_processor.max_tokens)
             tile_sides(tile, self.model.config.patch_size, limit)
         check_size(preprocess_params.get("size"))
-        if "refine" in forward_params:
+        if forward_params.get("refine") is not None:
             resolve_refinement(forward_params["refine"])
         resolve_upsampler(forward_params.get("upsampler"), self.image_processor, self.model.config)
         templates = forward_params.get("templates")

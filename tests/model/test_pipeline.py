@@ -389,6 +389,19 @@ def test_defaults_of_the_pipeline_hold_until_a_call_says_otherwise(two_towers, t
     assert segment.load_text_embeddings(tmp_path / "words.safetensors") == 3
 
 
+def test_none_switches_off_what_the_pipeline_was_made_with(two_towers, tokenizer, picture):
+    parts = {"tokenizer": tokenizer, "image_processor": SparImageProcessorPil()}
+    plain = OpenVocabSegmentationPipeline(two_towers, **parts)
+    made = {"background": "auto", "min_presence": 0.5, "refine": "pamr", "top_k": 2}
+    other = OpenVocabSegmentationPipeline(two_towers, **parts, **made)
+    options = {"candidate_labels": LABELS, "output": "map"}
+    found, expected = other(picture, **options, **dict.fromkeys(made)), plain(picture, **options)
+    assert found.keys() == expected.keys() and (found["map"] == expected["map"]).all()
+    assert "background" in other(picture, **options, refine=None)["labels"]
+    tiles = OpenVocabSegmentationPipeline(two_towers, **parts, tile=64)
+    assert (tiles(picture, **options, tile=None)["map"] == expected["map"]).all()
+
+
 def test_working_sizes(segment, picture, forwards):
     for size in (
         "native",
