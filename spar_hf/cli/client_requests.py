@@ -229,11 +229,12 @@ class SegmentationServer:
     def __init__(self, model: str | None = None, device: str | None = None, limits: Limits | None = None):
         self.limits, self.lock = limits or Limits(), threading.Lock()
         self.pipe = load_pipeline(model, device)
+        self.image_range = self.pipe.image_processor.image_range
         self.pipe(Image.new("RGB", (64, 64)), candidate_labels=["image"])  # the first pass is slow
 
     def read(self, inputs: Any, parameters: Mapping[str, Any] | None) -> SegmentationRequest:
         """[`read_request`] with the limits of this server."""
-        return read_request(inputs, parameters, self.limits, self.pipe.image_processor.image_range)
+        return read_request(inputs, parameters, self.limits, self.image_range)
 
     def segment(self, requests: Sequence[SegmentationRequest]) -> list[dict[str, Any] | Exception]:
         """

@@ -34,14 +34,21 @@ def read_recipe(file: str) -> dict[str, Any]:
     The sets of the pre-training, their words, and the held-out words. What a recipe may leave out is empty.
 
     Raises:
-        UsageError: the file is not a recipe, or a set lacks its path, weight or sizes of crops.
+        UsageError: the file is not a recipe.
     """
     recipe = read_yaml(file)
     if not isinstance(recipe, dict) or not {"sets", "held_out"} <= recipe.keys():
         raise UsageError(f"{file} is not a recipe of pretrain_tiny.py: it has no `sets` or no `held_out`.")
     given = {name: value for name, value in recipe.items() if value is not None}
     lists: dict[str, Any] = {name: [] for name in ("sets", "tagged", "held_out", "held_out_tags", "groups", "words")}
-    recipe = {**lists, "synonyms": {}, **given}
+    return {**lists, "synonyms": {}, **given}
+
+
+def check_sets(file: str, recipe: dict[str, Any]) -> None:
+    """
+    Raises:
+        UsageError: a set of the recipe lacks its path, weight or sizes of crops, or there is none.
+    """
     for part in ("sets", "tagged"):
         for number, spec in enumerate(recipe[part], 1):
             if missing := [name for name in SET_KEYS if not isinstance(spec, dict) or name not in spec]:
@@ -51,7 +58,6 @@ def read_recipe(file: str) -> dict[str, Any]:
                 )
     if not recipe["sets"] and not recipe["tagged"]:
         raise UsageError(f"{file} names no set to train on.")
-    return recipe
 
 
 def recipe_name(file: str, recipe: dict[str, Any]) -> str:

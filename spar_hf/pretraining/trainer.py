@@ -31,6 +31,7 @@ from spar_hf.pretraining.options import (
     WITH_CONTENT,
     PretrainingOptions,
     TrainingOptions,
+    check_sets,
     read_recipe,
     recipe_name,
 )
@@ -65,6 +66,7 @@ def train(options: PretrainingOptions) -> Path | None:
     torch.set_flush_denormal(True)  # weights of rare tokens that are almost zero make CPUs several times slower
     accelerator = start_accelerator(options.run.mixed_precision, options.run.seed, images=options.training.batch_size)
     recipe = read_recipe(options.recipe.recipe)
+    check_sets(options.recipe.recipe, recipe)
     upgrade = partial(comparable, recipe=recipe_name(options.recipe.recipe, recipe))
     result, settings = Path(options.run.output) / "model", upgrade(settings_of(options, FREE))
     with TrainingRun(accelerator, options.run, settings, upgrade, [result]) as run:

@@ -290,7 +290,7 @@ def test_uploads_words_and_the_queue_are_limited(address, tmp_path, monkeypatch)
     assert attacker.upload(heavy).status_code == 413
     started, go_on = threading.Event(), threading.Event()
 
-    def slow(path):
+    def slow(*_):
         started.set()
         go_on.wait(30)
         raise ValueError("slow")

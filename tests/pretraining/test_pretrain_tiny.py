@@ -23,7 +23,7 @@ from spar_hf.pretraining import trainer
 from spar_hf.pretraining.crops import CropBatches, CropSet, load_sets
 from spar_hf.pretraining.losses import FOREIGN, draw_prompts, pixel_loss
 from spar_hf.pretraining.model import build_model
-from spar_hf.pretraining.options import NewModelOptions, TrainingOptions, read_recipe
+from spar_hf.pretraining.options import NewModelOptions, TrainingOptions, check_sets, read_recipe
 from spar_hf.pretraining.trainer import main
 from spar_hf.pretraining.words import build_tokenizer, common_words, teach_words, word_targets
 from spar_hf.utils.errors import NotFinite, UsageError
@@ -318,7 +318,7 @@ def test_incomplete_recipes_are_refused(tmp_path, change, message):
     file = tmp_path / "recipe.yaml"
     file.write_text(yaml.safe_dump({"sets": [], "held_out": [], **change}))
     with pytest.raises(UsageError, match=message):
-        read_recipe(str(file))
+        check_sets(str(file), read_recipe(str(file)))
 
 
 def test_what_a_recipe_leaves_out_is_empty(world):

@@ -179,7 +179,7 @@ def test_classes_in_the_graph(pipe, baked_folder):
     found = segmenter(IMAGES / "coffee.png")
     assert [s["label"] for s in found] == [s["label"] for s in expected] == ["cup", "table"]
     for one, other in zip(found, expected, strict=True):
-        assert (np.asarray(one["mask"]) != np.asarray(other["mask"])).sum() <= 3
+        assert (np.asarray(one["mask"]) != np.asarray(other["mask"])).mean() < 1e-4  # near ties of two classes
     assert segmenter(IMAGES / "coffee.png", output="map")["labels"] == ["cup", "table", "background"]
     for options in ({"candidate_labels": ["cup"]}, {"background": ["wall"]}, {"templates": "short"}):
         with pytest.raises(ValueError, match="has its classes in it"):
