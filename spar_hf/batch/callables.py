@@ -332,6 +332,7 @@ class SparSegmenter(BatchCallable):
 
     Raises:
         UsageError: an unknown form of masks, or no labels.
+        ValueError, OSError: a file of templates that cannot be read.
         ValueError: at the first call, what the pipeline refuses.
 
     Example:

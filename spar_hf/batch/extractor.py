@@ -21,6 +21,8 @@ from spar_hf.utils.errors import UsageError
 from spar_hf.utils.remote_files import is_remote, read_remote
 
 FEATURES = "features"  # the layer that SPAR trains
+# settings that a file states only if they were set, so that folders of earlier versions can be continued
+ONLY_IF_SET = ("max_tokens", "image_range", "layers", "pool", "size")
 KEY = "feature_map"  # name of its tensor in files
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 POOLS = ("mean", "head")
@@ -221,7 +223,6 @@ class FeatureExtractor:
         """
         model = self.encoder if self.stride is None else self.encoder.model
         parts = vision_fingerprint(model) + self.image_processor.to_json_string()
-        # only if they are set, so that folders of earlier versions can be continued
         given: dict[str, Any] = {
             "max_tokens": self.max_tokens,
             "image_range": self.image_range and list(self.image_range),
@@ -237,7 +238,7 @@ class FeatureExtractor:
             "shortest_edge": self.shortest_edge,
             "stride": self.stride,
             "window_size": self.window_size,
-            **{name: value for name, value in given.items() if value is not None},
+            **{name: given[name] for name in ONLY_IF_SET if given[name] is not None},
         }
 
     def __call__(self, source: Any) -> tuple[torch.Tensor, dict[str, Any]]:

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from spar_hf.batch.ahead import Work
-from spar_hf.batch.extractor import KEY, FeatureExtractor, PreparedImage
+from spar_hf.batch.extractor import KEY, ONLY_IF_SET, FeatureExtractor, PreparedImage
 from spar_hf.utils.atomic import write_atomically, write_json
 from spar_hf.utils.errors import UsageError
 from spar_hf.utils.image_files import InputImage, result_path, stamp
@@ -40,10 +40,6 @@ def feature_work(extract: FeatureExtractor, writer: "FileWriter | ShardWriter") 
         writer.add(image, tensors, prepared.record)
 
     return Work(ReadSource(extract.prepare), extract.encode, write, extract.encoder.config.patch_size)
-
-
-# settings that a file states only if they were set
-ONLY_IF_SET = ("max_tokens", "image_range", "layers", "pool", "size")
 
 
 def as_metadata(values: dict[str, Any]) -> dict[str, str]:

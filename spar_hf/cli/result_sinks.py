@@ -170,12 +170,17 @@ def class_list(names: Sequence[str]) -> str:
     return "".join(f"{name}\n" for name in names)
 
 
+def lists_others(path: Path, names: Sequence[str]) -> bool:
+    """Whether a `classes.txt` is there and lists other classes."""
+    return path.is_file() and read_text(path).split("\n") != [*names, ""]
+
+
 def check_own_class_list(path: Path, names: Sequence[str]) -> None:
     """
     Raises:
         UsageError: the file says something else, and nothing beside it is of this command.
     """
-    if path.is_file() and not record_files(path.parent) and read_text(path).split("\n") != [*names, ""]:
+    if not record_files(path.parent) and lists_others(path, names):
         raise UsageError(
             f"{path} would be replaced by the list of the classes, and it is not of this command. Name another --output."
         )
@@ -186,7 +191,7 @@ def check_class_list(path: Path, names: Sequence[str]) -> None:
     Raises:
         UsageError: the folder contains results for other classes.
     """
-    if path.is_file() and read_text(path).split("\n") != [*names, ""]:
+    if lists_others(path, names):
         raise UsageError(
             f"{path.parent} contains results for other classes ({path.name}). Name another --output, or omit "
             "--skip-existing to replace all results."

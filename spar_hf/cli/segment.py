@@ -152,9 +152,8 @@ def result_settings(
     new["tile"] = options.tiles
     if options.support is not None:
         new["support"] = hashlib.sha256(options.support.read_bytes()).hexdigest()[:20]
-    if isinstance(
-        choice := read_templates(options.templates), TemplateChoice
-    ):  # a file, which may say something else later
+    choice = read_templates(options.templates)
+    if isinstance(choice, TemplateChoice):  # a file, which may say something else later
         new["template_choice"] = hashlib.sha256(repr(choice).encode()).hexdigest()[:20]
     settings = {
         "labels": dict(zip(vocabulary.labels, vocabulary.names, strict=True)),
@@ -233,9 +232,8 @@ def segment_ahead(
     pipe = segment_image.args[0]  # type: ignore[attr-defined]
     size = None if options.shortest_edge is None else {"shortest_edge": options.shortest_edge}
     patch = pipe.model.config.patch_size
-    read = ReadWithPixels(
-        reader, ImagePreparation(pipe.image_processor, patch, size, options.max_tokens, options.image_range)
-    )
+    prepare = ImagePreparation(pipe.image_processor, patch, size, options.max_tokens, options.image_range)
+    read = ReadWithPixels(reader, prepare)
 
     def compute(items: list[ReadPicture]) -> list[Any]:
         return pipe._encode(

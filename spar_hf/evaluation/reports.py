@@ -208,25 +208,34 @@ def write_table(path: Path, table: dict[str, Any], overwrite: bool) -> None:
     write_json(path, table)
 
 
+def file_names(models: Iterable[str]) -> dict[str, str]:
+    """
+    What the files of a model are called, by its name.
+
+    Raises:
+        UsageError: those of two models would be called the same.
+    """
+    names = {model: model.replace("/", "-") for model in models}
+    if twice := next((name for name, count in Counter(names.values()).items() if count > 1), None):
+        both = " and ".join(model for model, name in names.items() if name == twice)
+        raise UsageError(f"{both} would both be written to {twice}.md. Give them other names: --model NAME=FOLDER.")
+    return names
+
+
 def card_paths(folder: str | None, models: Iterable[str]) -> dict[str, Path]:
     """
     The model cards that are written to a folder, by the name of the model; none without a folder.
 
     Raises:
-        UsageError: two models would have one file.
+        UsageError: as [`file_names`].
     """
-    if folder is None:
-        return {}
-    names = {model: model.replace("/", "-") for model in models}
-    if twice := next((name for name, count in Counter(names.values()).items() if count > 1), None):
-        both = " and ".join(model for model, name in names.items() if name == twice)
-        raise UsageError(f"{both} would both be written to {twice}.md. Give them other names: --model NAME=FOLDER.")
-    return {model: Path(folder) / f"{name}.md" for model, name in names.items()}
+    return {} if folder is None else {model: Path(folder) / f"{name}.md" for model, name in file_names(models).items()}
 
 
 def eval_result_paths(folder: str | None, models: Iterable[str]) -> dict[str, Path]:
     """The files of results for the hub that are written to a folder, by the name of the model; none without a folder."""
-    return {} if folder is None else {m: Path(folder) / ".eval_results" / f"{m.replace('/', '-')}.yaml" for m in models}
+    results = Path(folder or "") / ".eval_results"
+    return {} if folder is None else {model: results / f"{name}.yaml" for model, name in file_names(models).items()}
 
 
 def write_report(report: dict[str, Any], output: Path | None, card_folder: str | None, console: Console | None) -> None:

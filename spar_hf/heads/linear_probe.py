@@ -38,7 +38,7 @@ from spar_hf.model.segmentation import decide
 from spar_hf.utils.checkpoints import discard_checkpoints, settings_of
 from spar_hf.utils.errors import NotFinite, UsageError
 from spar_hf.utils.runs import TrainingRun, start_accelerator
-from spar_hf.utils.sample_record import split_as_before
+from spar_hf.utils.sample_record import same_files, split_as_before
 
 logger = logging.getLogger(__name__)
 
@@ -119,10 +119,9 @@ def open_datasets(options: ProbeData) -> tuple[SegmentationSet, SegmentationSet]
             "measured on the classes that it was trained on."
         )
     train = train.select(range(0, len(train), options.train_every))
-    train_files, test_files = ({Path(str(data.file(i))).resolve() for i in range(len(data))} for data in (train, test))
-    if both := train_files & test_files:
+    if both := set(same_files(train.files)) & set(same_files(test.files)):
         raise UsageError(
-            f"{len(both)} images would be trained and tested on, {min(both).name} among them. Separate them with "
+            f"{len(both)} images would be trained and tested on, {Path(min(both)).name} among them. Separate them with "
             "--train_exclude and --test_include."
         )
     return train, test

@@ -261,9 +261,8 @@ class OpenVocabSegmentationPipeline(SupportImages, FrameStreams, Pipeline):
         """
         if isinstance(text_embeddings, str):
             raise ValueError(f"`text_embeddings` is a list of vocabularies: [{text_embeddings!r}].")
-        vocabularies = [
-            Vocabulary.parse(labels) for labels in text_embeddings or ()
-        ]  # refused before anything is written
+        # wrong ones are refused before anything is written
+        vocabularies = [Vocabulary.parse(labels) for labels in text_embeddings or ()]
         self.model.save_pretrained(save_directory, **kwargs)
         if self.image_processor.max_tokens is not None and self.image_processor.patch_size is None:
             self.image_processor.patch_size = self.model.config.patch_size  # it is loaded without the model
@@ -419,10 +418,8 @@ class OpenVocabSegmentationPipeline(SupportImages, FrameStreams, Pipeline):
                 **outputs,
             }
         if output == "probabilities":
-            return {
-                "probabilities": class_probabilities(logits, name_to_class, *geometry, classes=len(labels))[1],
-                **outputs,
-            }
+            _, probabilities = class_probabilities(logits, name_to_class, *geometry, classes=len(labels))
+            return {"probabilities": probabilities, **outputs}
         top_k = top_k if output == "map" else None
         result = map_result(logits, name_to_class, geometry, len(labels), background_class, threshold, min_area, top_k)
         return {**result, **outputs, **decided}

@@ -189,9 +189,9 @@ def load_sets(
     ]
     if held_out is None:  # an image of several sets is held out of all of them
         held_out = {
-            data.files[number]
+            file
             for data, spec in zip(folders, recipe["sets"], strict=True)
-            for number in split_held_out(len(data), spec.get("holdout_every", 0))[1]
+            for file in data.select(split_held_out(len(data), spec.get("holdout_every", 0))[1]).files
         }
     sets = [
         load_masked_set(root, spec, recipe, data, held_out) for spec, data in zip(recipe["sets"], folders, strict=True)

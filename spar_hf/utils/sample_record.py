@@ -66,8 +66,8 @@ def earlier_samples(output: Path, found: Iterable[str], allow_changes: bool) -> 
 
 def same_files(names: Iterable[str]) -> Iterator[str]:
     """
-    For each name of an image a text that all spellings of one file share: absolute or relative paths, paths through `..`,
-    and symbolic links. URLs and names of rows in tables stay as they are among themselves.
+    For each name of an image a text that is the same for all names of one file: absolute and relative paths, paths through
+    `..`, and symbolic links. Different URLs, and different rows of tables, have different texts.
 
     Example:
 
@@ -87,7 +87,7 @@ def same_files(names: Iterable[str]) -> Iterator[str]:
         if folder not in folders:
             folders[folder] = os.path.realpath(folder)
         path = os.path.join(folders[folder], file)
-        yield os.path.realpath(path) if os.path.islink(path) or file == ".." else path
+        yield os.path.realpath(path) if os.path.islink(path) else path
 
 
 def split_as_before(names: Iterable[str], held_out: Collection[str]) -> tuple[list[int], list[int]]:

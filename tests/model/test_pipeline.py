@@ -14,7 +14,6 @@ from transformers import AutoTokenizer, pipeline
 
 import spar_hf
 from spar_hf import SPAR_TINY, SparForOpenVocabSegmentation, SparImageProcessorPil
-from spar_hf.model.pipeline import OpenVocabSegmentationPipeline
 from spar_hf.model.prompts import embed_names
 from spar_hf.model.segmentation import decide
 
@@ -304,45 +303,6 @@ def test_probabilities_and_logits_are_those_of_the_map(segment, picture, two_tow
     assert np.abs(raw["logits"]).max() <= two_towers.config.dense_logit_scale
 
 
-@pytest.mark.parametrize("min_presence", [0.0, 0.3, 1.0])
-def test_every_class_has_its_row_whatever_is_left_out(segment, picture, min_presence):
-    """A background without words, and classes that are not present, have a probability of 0, not a row less."""
-    options = {"candidate_labels": LABELS, "background": "rest"}
-    dense = segment(picture, output="probabilities", **options)
-    assert dense["labels"] == ["road", "car", "sky", "rest"] and dense["probabilities"].shape == (4, 90, 131)
-    assert not dense["probabilities"][3].any()
-    np.testing.assert_allclose(dense["probabilities"].sum(0), 1, atol=1e-5)
-    for top_k in (1, 3, 9):
-        found = segment(picture, output="map", min_presence=min_presence, top_k=top_k, **options)
-        layers = min(top_k, 4)
-        assert found["top_map"].shape == found["top_probabilities"].shape == (layers, 90, 131)
-        assert (np.diff(np.sort(found["top_map"], axis=0), axis=0) > 0).all()  # no class twice
-        assert (np.diff(found["top_probabilities"], axis=0) <= 1e-6).all()
-        if min_presence == 1:
-            assert (found["top_map"][0] == 3).all() and (found["top_probabilities"][0] == 1).all()
-
-
-def test_options_of_encoded_images_and_of_folders(segment, picture, two_towers, tokenizer, tmp_path):
-    encoded = segment.encode(picture)
-    with pytest.raises(ValueError, match="one pass"):
-        segment(encoded, candidate_labels=LABELS, tile=64)
-    words = (word for word in ("wall", "floor"))
-    assert "background" in segment(picture, candidate_labels=LABELS, background=words, output="map")["labels"]
-    with pytest.raises(ValueError, match="from 0 to 1"):
-        segment(picture, candidate_labels=LABELS, threshold="0.5")
-    with pytest.raises(ValueError, match=r"\['ade20k'\]"):
-        segment.save_pretrained(tmp_path / "words", text_embeddings="ade20k")
-    with pytest.raises(ValueError, match="no vocabulary"):
-        segment.save_pretrained(tmp_path / "words", text_embeddings=["ade20"])
-    assert not (tmp_path / "words").exists()
-    limited = OpenVocabSegmentationPipeline(two_towers, tokenizer=tokenizer, image_processor=SparImageProcessorPil())
-    limited.image_processor.max_tokens = 40
-    limited.save_pretrained(tmp_path / "limited")
-    again = pipeline("open-vocab-segmentation", model=str(tmp_path / "limited"))
-    maps = [run(picture, candidate_labels=LABELS, output="map")["map"] for run in (limited, again)]
-    assert again.image_processor.max_tokens == 40 and (maps[0] == maps[1]).all()
-
-
 def test_top_k_segments_are_those_of_highest_score(segment, picture):
     segments = segment(picture, candidate_labels=LABELS)
     best = segment(picture, candidate_labels=LABELS, top_k=2)
@@ -387,19 +347,6 @@ def test_defaults_of_the_pipeline_hold_until_a_call_says_otherwise(two_towers, t
     two_towers.text_model.register_forward_pre_hook(lambda *args: pytest.fail("a text forward"))
     segment.save_text_embeddings(tmp_path / "words.safetensors")  # those of the default templates
     assert segment.load_text_embeddings(tmp_path / "words.safetensors") == 3
-
-
-def test_none_switches_off_what_the_pipeline_was_made_with(two_towers, tokenizer, picture):
-    parts = {"tokenizer": tokenizer, "image_processor": SparImageProcessorPil()}
-    plain = OpenVocabSegmentationPipeline(two_towers, **parts)
-    made = {"background": "auto", "min_presence": 0.5, "refine": "pamr", "top_k": 2}
-    other = OpenVocabSegmentationPipeline(two_towers, **parts, **made)
-    options = {"candidate_labels": LABELS, "output": "map"}
-    found, expected = other(picture, **options, **dict.fromkeys(made)), plain(picture, **options)
-    assert found.keys() == expected.keys() and (found["map"] == expected["map"]).all()
-    assert "background" in other(picture, **options, refine=None)["labels"]
-    tiles = OpenVocabSegmentationPipeline(two_towers, **parts, tile=64)
-    assert (tiles(picture, **options, tile=None)["map"] == expected["map"]).all()
 
 
 def test_working_sizes(segment, picture, forwards):
