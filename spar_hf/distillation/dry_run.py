@@ -28,7 +28,7 @@ UNPUBLISHED = {
     "teacher_mode",
     "teacher_variant",
 }
-UNPUBLISHED |= {"teacher_cache", "lora_alpha", "merge", "save_dtype", "steps", "words_weight", "seed"}
+UNPUBLISHED |= {"teacher_cache", "lora_alpha", "merge", "save_dtype", "steps", "words_weight", "words_balance", "seed"}
 UNPUBLISHED |= {"gradient_accumulation_steps"}  # as many as devices ask for, see `show_options`
 
 

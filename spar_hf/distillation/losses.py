@@ -1,41 +1,50 @@
 """What the student regresses onto, as losses."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
 
 class DistillationLoss:
     """
-    The loss of one image: [`distillation_loss`], and [`decision_loss`] if there are texts.
+    The loss of one image: [`distillation_loss`], and the mean [`decision_loss`] of the vocabularies if there are any.
 
     Args:
         whitening (`torch.FloatTensor` of shape `(dim, dim)`, *optional*): applied to all features before the mean squared
             error, see [`error_weights`].
-        texts, scale: of [`decision_loss`].
+        vocabularies (`list[torch.FloatTensor]` of shapes `(names, dim)`): text embeddings of unit length, one tensor for
+            each vocabulary.
+        scale, balance: of [`decision_loss`].
         words_weight (`float`, *optional*, defaults to 0.0): weight of that term.
     """
 
     def __init__(
         self,
         whitening: torch.Tensor | None = None,
-        texts: torch.Tensor | None = None,
+        vocabularies: Sequence[torch.Tensor] = (),
         scale: float = 1.0,
         words_weight: float = 0.0,
+        balance: float = 0.0,
     ):
-        self.whitening, self.texts, self.scale, self.words_weight = whitening, texts, scale, words_weight
+        self.whitening, self.vocabularies, self.scale = whitening, vocabularies, scale
+        self.words_weight, self.balance = words_weight, balance
 
     def __call__(self, student: torch.Tensor, target: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
         """A scalar; arguments as of [`distillation_loss`]."""
+        features = [student, target]
         if self.whitening is not None:
-            student, target = (torch.einsum("ij,bjhw->bihw", self.whitening, x) for x in (student, target))
-        loss = distillation_loss(student, target, weight)
-        if self.texts is not None:
-            loss = loss + self.words_weight * decision_loss(student, target, self.texts, self.scale, weight)
+            features = [torch.einsum("ij,bjhw->bihw", self.whitening, x) for x in features]
+        loss = distillation_loss(*features, weight)
+        for texts in self.vocabularies:
+            words = decision_loss(student, target, texts, self.scale, weight, self.balance)
+            loss = loss + self.words_weight / len(self.vocabularies) * words
         return loss
 
     def decision(self, student: torch.Tensor, target: torch.Tensor) -> float | None:
-        """The unweighted [`decision_loss`] of two feature maps; `None` without texts."""
-        return None if self.texts is None else float(decision_loss(student, target, self.texts, self.scale))
+        """The mean [`decision_loss`] of two feature maps, all patches weighted alike; `None` without vocabularies."""
+        losses = [float(decision_loss(student, target, texts, self.scale)) for texts in self.vocabularies]
+        return sum(losses) / len(losses) if losses else None
 
 
 def distillation_loss(student: torch.Tensor, target: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
@@ -57,7 +66,12 @@ def distillation_loss(student: torch.Tensor, target: torch.Tensor, weight: torch
 
 
 def decision_loss(
-    student: torch.Tensor, target: torch.Tensor, texts: torch.Tensor, scale: float, weight: torch.Tensor | None = None
+    student: torch.Tensor,
+    target: torch.Tensor,
+    texts: torch.Tensor,
+    scale: float,
+    weight: torch.Tensor | None = None,
+    balance: float = 0.0,
 ) -> torch.Tensor:
     """
     Kullback-Leibler divergence of the student's class probabilities from the teacher's, mean over patches. Needs names of
@@ -70,15 +84,43 @@ def decision_loss(
         student, target, weight: as of [`distillation_loss`].
         texts (`torch.FloatTensor` of shape `(names, dim)`): text embeddings of unit length.
         scale (`float`): multiplies the cosines before the softmax.
+        balance (`float`, *optional*, defaults to 0.0): power of [`rarity`], which weighs the patches.
     """
     logits = [
         torch.einsum("bdhw,nd->bnhw", nn.functional.normalize(x, dim=1), texts) * scale for x in (student, target)
     ]
     r = target.shape[-1] // student.shape[-1]
     found = logits[0].log_softmax(1).repeat_interleave(r, 2).repeat_interleave(r, 3)
-    divergence = nn.functional.kl_div(found, logits[1].log_softmax(1), reduction="none", log_target=True)
-    divergence = divergence.sum(1) if weight is None else divergence.sum(1) * weight
+    wanted = logits[1].log_softmax(1)
+    divergence = nn.functional.kl_div(found, wanted, reduction="none", log_target=True).sum(1)  # (batch, h * r, w * r)
+    if balance:
+        divergence = divergence * rarity(wanted.exp(), balance, weight)
+    if weight is not None:
+        divergence = divergence * weight
     return divergence.sum() / student[:, 0].numel()
+
+
+def rarity(probabilities: torch.Tensor, power: float, weight: torch.Tensor | None = None) -> torch.Tensor:
+    """
+    Weights `(batch, h, w)` of mean 1 that are larger where the classes are rare in the image: a class that covers a share
+    `s` of it counts `s ** -power`. Else a traffic sign of three patches hardly counts beside the sky.
+
+    Args:
+        probabilities (`torch.FloatTensor` of shape `(batch, classes, h, w)`): of each class at each place.
+        power (`float`): 0 weighs all places alike; with 1 each class of an image weighs about as much as any other.
+        weight (`torch.FloatTensor` of shape `(h, w)`, *optional*): how much each place counts in the shares and in the mean.
+
+    Example:
+
+    ```python
+    >>> one_hot = torch.tensor([[[[1.0, 1.0, 1.0, 0.0]], [[0.0, 0.0, 0.0, 1.0]]]])  # three places of a class, one of another
+    >>> rarity(one_hot, 1.0)
+    tensor([[[0.6667, 0.6667, 0.6667, 2.0000]]])
+    ```"""
+    weight = probabilities.new_ones(probabilities.shape[-2:]) if weight is None else weight
+    shares = (probabilities * weight).sum((2, 3), keepdim=True) / weight.sum()  # (batch, classes, 1, 1)
+    weights = (probabilities * shares.clamp(min=1e-6) ** -power).sum(1)
+    return weights * weight.sum() / (weights * weight).sum((1, 2), keepdim=True)
 
 
 @torch.no_grad()

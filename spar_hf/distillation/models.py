@@ -82,22 +82,31 @@ class Models:
             with as_usage_errors():
                 config.check_position_extent()
 
-    def embed_words(self, words: list[str], device: torch.device) -> torch.Tensor:
+    def embed_words(self, words: list[str], device: torch.device) -> list[torch.Tensor]:
         """
-        Text embeddings of all names of `--words`: `(names, dim)` of unit length. Of names that the tokenizer cannot tell
-        apart, one counts. Moves the model to `device`.
+        Text embeddings of the names of each vocabulary of `--words`: `(names, dim)` of unit length. Of names that the
+        tokenizer cannot tell apart, one counts. Moves the model to `device`.
 
         Raises:
-            UsageError: the model has no text tower, or cannot read a name.
+            UsageError: the model has no text tower, cannot read a name, or cannot tell two names of a vocabulary apart.
         """
         if not isinstance(self.processor, SparProcessor):
             raise UsageError("--words needs a --model with a text tower. Leave it out.")
-        names = sorted({name for entry in words for name in parse_labels(entry).all_names})
         model: Any = self.model  # transformers decorates `to` in a way that hides its arguments
-        with as_usage_errors():
-            tokens = name_tokens(self.processor.tokenizer, names, resolve_templates("short"))
-            distinct = {tokens[name]: name for name in reversed(names)}
-            return embed_names(model.to(device), self.processor.tokenizer, sorted(distinct.values()), "short")
+        model.to(device)
+        vocabularies = []
+        for entry in words:
+            names = sorted(set(parse_labels(entry).all_names))
+            with as_usage_errors():
+                tokens = name_tokens(self.processor.tokenizer, names, resolve_templates("short"))
+                distinct = {tokens[name]: name for name in reversed(names)}
+                if len(distinct) < 2:
+                    raise UsageError(
+                        f"--words {entry}: there is nothing to decide between fewer than two different names. Give the "
+                        "classes that are told apart in one entry, as 'road; car; sky'."
+                    )
+                vocabularies.append(embed_names(model, self.processor.tokenizer, sorted(distinct.values()), "short"))
+        return vocabularies
 
 
 def resolve_stride(options: WindowOptions) -> None:

@@ -251,16 +251,21 @@ class OptimisationOptions:
         [],
         "Names of classes: built-in vocabularies (coco-stuff, cityscapes, ...), own ones as 'road; car, automobile; sky', "
         "or @FILE with a class per line. Beside the features, the student learns the teacher's class probabilities over "
-        "the names of all of them together. For models with a text tower.",
+        "the names of each vocabulary. For models with a text tower.",
     )
     words_weight: float = option(5.0, "Weight of the --words term beside the mean squared error.")
+    words_balance: float = option(
+        0.0,
+        "Weigh patches in the --words term by how rare the teacher's classes are in the image, to this power: 0 weighs all "
+        "patches alike, 1 all classes of an image.",
+    )
     mixed_precision: str | None = option(None, HELP["mixed_precision"])
     seed: int = option(0, "Seed of the order of images, of their views and of drawn windows.")
 
     def __post_init__(self):
         require_positive(self, "steps", "epochs", "learning_rate", "gradient_accumulation_steps")
         require_not_negative(self, "weight_decay", "max_grad_norm", "same_size", "words_weight")
-        require_share(self, "whiten", "warmup_ratio")
+        require_share(self, "whiten", "warmup_ratio", "words_balance")
         require_one_of(self, "mixed_precision", PRECISIONS)
         require_one_of(self, "lr_scheduler_type", SCHEDULES)
         # What a file says, not where it lies, so that the recipe is whole and a resumed run has the same words.

@@ -19,6 +19,7 @@ REPEATED = (
     "whiten",
     "words",
     "words_weight",
+    "words_balance",
     "local_start",
     "fit_prior",
     "same_size",

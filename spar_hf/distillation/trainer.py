@@ -97,7 +97,7 @@ class Distillation:
         options, optimisation = self.options, self.options.optimisation
         sources = open_sources(options.images)  # before the models, which take long to load
         self.models = Models.load(options.teacher, self.device)
-        texts = self.models.embed_words(optimisation.words, self.device) if optimisation.words else None
+        vocabularies = self.models.embed_words(optimisation.words, self.device) if optimisation.words else []
         if options.student.student:
             self.models.start_from(options.student.student)
         start = None if self.state is None else self._own_start(self.state["after"])
@@ -130,7 +130,8 @@ class Distillation:
         self.held_out = self._teach_held_out()
         whitening = self._measure_whitening() if optimisation.whiten else None
         scale = self.models.student.config.dense_logit_scale
-        self.loss = DistillationLoss(whitening, texts, scale, optimisation.words_weight)
+        balance = optimisation.words_balance
+        self.loss = DistillationLoss(whitening, vocabularies, scale, optimisation.words_weight, balance)
         if options.student.fit_prior and self.state is None:
             self._fit_prior()
         self.curve = self._start_curve()

@@ -37,7 +37,7 @@ def test_models__the_teacher_is_a_frozen_copy_of_the_student(models):
     assert all(torch.equal(own, other) and own is not other for own, other in pairs)
     assert not any(p.requires_grad for p in models.teacher.parameters())
     assert models.model.vision_model is models.student and models.image_processor is models.processor.image_processor
-    texts = models.embed_words(["cityscapes"], CPU)
+    (texts,) = models.embed_words(["cityscapes"], CPU)
     torch.testing.assert_close(texts.norm(dim=1), torch.ones(len(texts)))
     models.set_position_extent(128)
     assert models.model.config.position_extent == models.student.config.position_extent == 128
@@ -156,13 +156,17 @@ def test_loss__whitens_and_compares_decisions():
     texts = torch.nn.functional.normalize(torch.randn(5, 6, generator=generator), dim=-1)
     assert torch.equal(DistillationLoss()(student, target), distillation_loss(student, target))
     assert DistillationLoss().decision(student, target) is None
-    both = DistillationLoss(texts=texts, scale=40.0, words_weight=0.5)
-    words = decision_loss(student, target, texts, 40.0)
+    both = DistillationLoss(vocabularies=[texts, texts[:2]], scale=40.0, words_weight=0.5)
+    words = (decision_loss(student, target, texts, 40.0) + decision_loss(student, target, texts[:2], 40.0)) / 2
     torch.testing.assert_close(both(student, target), distillation_loss(student, target) + 0.5 * words)
     assert both.decision(student, target) == pytest.approx(float(words))
     weights = error_weights([target], 0.5)
     white = torch.einsum("ij,bjhw->bihw", weights, student - target).square().mean()
     torch.testing.assert_close(DistillationLoss(weights)(student, target), white)
+    # decisions are those of the features themselves, which text embeddings are compared with
+    whitened = DistillationLoss(weights, [texts], 40.0, words_weight=0.5, balance=0.5)
+    words = decision_loss(student, target, texts, 40.0, balance=0.5)
+    torch.testing.assert_close(whitened(student, target), white + 0.5 * words)
 
 
 def test_held_out_error__is_a_mean_over_patches_and_the_best_is_kept():

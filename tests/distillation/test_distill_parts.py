@@ -10,14 +10,14 @@ from tiny_models import CONFIGS
 from torch.nn import functional as F
 
 from spar_hf import SPAR_TINY, SlidingWindowTeacher, SparConfig, SparVisionModel
-from spar_hf.distillation.losses import decision_loss, distillation_loss, error_weights
+from spar_hf.distillation.losses import decision_loss, distillation_loss, error_weights, rarity
 from spar_hf.distillation.models import Models
 from spar_hf.distillation.options import PRESETS, DistillationOptions, TeacherOptions
 from spar_hf.distillation.pictures import feature_colours
 from spar_hf.distillation.recipes import parse_options
 from spar_hf.distillation.targets import Target
 from spar_hf.distillation.trainable import BLOCK_PARTS, OTHER_PARTS, choose_parameters, share_frozen
-from spar_hf.model.prompts import Vocabulary
+from spar_hf.model.prompts import Vocabulary, embed_names
 from spar_hf.utils.errors import UsageError
 from spar_hf.utils.labels import parse_labels
 
@@ -73,6 +73,39 @@ def test_decisions_over_words_are_compared():
     torch.testing.assert_close(weighted, expected, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("power", [0.5, 1.0])
+def test_patches_of_rare_classes_count_more(power):
+    """Weights of shares counted place by place; cells of no weight change nothing, and the mean divergence is weighed."""
+    generator = torch.Generator().manual_seed(0)
+    student, target = torch.randn(2, 1, 6, 3, 4, generator=generator)
+    texts = F.normalize(torch.randn(5, 6, generator=generator), dim=-1)
+    wanted, found = ((F.normalize(x[0], dim=0).flatten(1).T @ texts.T * 40).softmax(-1) for x in (target, student))
+    weights = (wanted * wanted.mean(0) ** -power).sum(-1)
+    weights = weights / weights.mean()
+    torch.testing.assert_close(rarity(wanted.T.reshape(1, 5, 3, 4), power)[0].flatten(), weights)
+    expected = (weights * (wanted * (wanted / found).log()).sum(-1)).mean()
+    torch.testing.assert_close(
+        decision_loss(student, target, texts, 40.0, balance=power), expected, rtol=1e-3, atol=1e-4
+    )
+    cells = torch.randn(
+        1, 6, 6, 8, generator=generator
+    )  # of four cells of a patch the teacher saw one, for all patches
+    cells[..., ::2, ::2] = target
+    seen = torch.zeros(6, 8)
+    seen[::2, ::2] = 1
+    sampled = decision_loss(student, cells, texts, 40.0, seen, power)
+    torch.testing.assert_close(sampled, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_each_class_of_an_image_counts_alike_at_full_balance():
+    certain = torch.zeros(1, 3, 1, 10)
+    certain[0, 0, 0, :7], certain[0, 1, 0, 7:9], certain[0, 2, 0, 9] = 1, 1, 1
+    weights = rarity(certain, 1.0)[0, 0]
+    torch.testing.assert_close(
+        torch.stack([weights[:7].sum(), weights[7:9].sum(), weights[9]]), torch.full((3,), 10 / 3)
+    )
+
+
 def test_whitening_counts_axes_alike():
     """Along an axis of a hundredfold variance an error counts a hundredth at full power, as much at none."""
     noise = torch.randn(1, 2, 40, 40, generator=torch.Generator().manual_seed(0))
@@ -107,6 +140,7 @@ def test_whitening_counts_axes_alike():
         ({"words": ["road; Road"]}, "twice"),
         ({"words": ["@missing.txt"]}, "missing.txt"),
         ({"words_weight": -1.0}, "words_weight"),
+        ({"words_balance": 1.5}, "words_balance"),
         ({"same_size": 2, "streaming": True}, "--same_size"),
         ({"model_name": "m"}, "model_name"),
     ],
@@ -124,12 +158,11 @@ def test_words_of_a_file_are_in_the_recipe_and_embedded(tmp_path):
     assert given.optimisation.words == ["cityscapes", "road; car, automobile", "sky; boat"]
     models = Models.load(TeacherOptions(model=SPAR_TINY), torch.device("cpu"))
     texts = models.embed_words(given.optimisation.words[1:], torch.device("cpu"))
-    with torch.no_grad():
-        pairs = [f"{name}; sky" for name in ("automobile", "boat", "car", "road")]
-        separately = [models.embed_words([pair], torch.device("cpu")) for pair in pairs]
-    # in the order of the alphabet: automobile, boat, car, road, sky
-    expected = torch.stack([pair[0] for pair in separately] + [separately[0][1]])
-    torch.testing.assert_close(texts, expected, atol=1e-5, rtol=0)
+    embeds = embed_names(
+        models.model, models.processor.tokenizer, ["automobile", "car", "road", "boat", "sky"], "short"
+    )
+    torch.testing.assert_close(torch.cat(texts), embeds, atol=1e-5, rtol=0)
+    assert [len(vocabulary) for vocabulary in texts] == [3, 2]
 
 
 def test_words_that_begin_with_an_at_are_no_file_when_a_recipe_is_read_again(tmp_path):
@@ -142,11 +175,15 @@ def test_words_that_begin_with_an_at_are_no_file_when_a_recipe_is_read_again(tmp
 
 def test_names_that_the_tokenizer_cannot_tell_apart_count_once():
     models = Models.load(TeacherOptions(model=SPAR_TINY), torch.device("cpu"))
-    texts = models.embed_words(["cityscapes", "Road!; the sky; SKY"], torch.device("cpu"))
-    assert len(texts) == len(models.embed_words(["cityscapes"], torch.device("cpu"))) + 1  # `the sky`
+    (texts,) = models.embed_words(["Road!; the sky; road; SKY"], torch.device("cpu"))
+    expected = embed_names(models.model, models.processor.tokenizer, ["Road!", "SKY", "the sky"], "short")
+    torch.testing.assert_close(texts, expected, atol=1e-5, rtol=0)
     for unreadable in ("road; " + "x " * 40, "road; !!!"):
         with pytest.raises(UsageError, match=r"Shorten the name|no token"):
             models.embed_words([unreadable], torch.device("cpu"))
+    for alone in ("road;", "road; Road!"):
+        with pytest.raises(UsageError, match="fewer than two"):
+            models.embed_words(["cityscapes", alone], torch.device("cpu"))
 
 
 def test_help_names_every_option(capsys):
