@@ -32,10 +32,10 @@ class DistillationLoss:
 
     def __call__(self, student: torch.Tensor, target: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
         """A scalar; arguments as of [`distillation_loss`]."""
-        features = [student, target]
+        own, wanted = student, target
         if self.whitening is not None:
-            features = [torch.einsum("ij,bjhw->bihw", self.whitening, x) for x in features]
-        loss = distillation_loss(*features, weight)
+            own, wanted = (torch.einsum("ij,bjhw->bihw", self.whitening, x) for x in (student, target))
+        loss = distillation_loss(own, wanted, weight)
         for texts in self.vocabularies:
             words = decision_loss(student, target, texts, self.scale, weight, self.balance)
             loss = loss + self.words_weight / len(self.vocabularies) * words
