@@ -93,6 +93,8 @@ class TiffPixels:
         self.shape = (page.imagelength, page.imagewidth, 3 if page.photometric == 3 else bands)
         self.dtype = np.dtype(np.uint8) if page.photometric == 3 else page.dtype.newbyteorder("=")
         self.bands = bands
+        if self.dtype.kind in "iu":  # pixels of 4 or 12 bits come in 8 or 16
+            self.largest = min(np.iinfo(self.dtype).max, 2 ** int(page.bitspersample) - 1)
         self.geo_tags = [geo_tag(page.tags[number]) for number in GEO_TAGS if number in page.tags]
         if page.is_tiled:
             self.piece = (page.tilelength, page.tilewidth)
@@ -166,7 +168,9 @@ class TiffPixels:
             return (table[:, values[:, :, 0]] >> 8).astype(np.uint8).transpose(1, 2, 0)
         values = values.astype(self.dtype, copy=False)
         if self.page.photometric == 0:
-            values = ~values if values.dtype == bool else values.dtype.type(np.iinfo(values.dtype).max) - values
+            values = ~values if values.dtype == bool else values.dtype.type(self.largest) - values
+        if values.dtype == np.uint8 and self.largest < 255:
+            values = (values.astype(np.uint16) * 255 // self.largest).astype(np.uint8)
         if self.alpha == PREMULTIPLIED_ALPHA and values.dtype == np.uint8:
             stored = np.ascontiguousarray(values).tobytes()
             return np.asarray(Image.frombytes("RGBa", values.shape[1::-1], stored).convert("RGBA"))

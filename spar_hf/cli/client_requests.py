@@ -20,7 +20,7 @@ from PIL import Image
 from spar_hf.cli.pipelines import load_pipeline
 from spar_hf.cli.result_files import Segment, coco_encoder, found_classes, label_image, segments
 from spar_hf.cli.web_inputs import MAX_LETTERS, MAX_NAMES, MAX_PIXELS, MAX_UPLOAD, decode_upload
-from spar_hf.model.image_input import ImageRange, to_rgb
+from spar_hf.model.image_input import ImageRange, to_rgb, turn_upright
 from spar_hf.model.prompts import Vocabulary
 from spar_hf.model.results import check_output_size, check_shares
 from spar_hf.utils.errors import UsageError
@@ -113,7 +113,7 @@ def read_image_of_client(inputs: Any, limits: Limits, image_range: ImageRange | 
     if isinstance(inputs, Image.Image):
         if inputs.width * inputs.height > limits.max_pixels:
             raise UsageError(f"The image has more than {limits.max_pixels / 1e6:g} million pixels. Reduce it.")
-        return to_rgb(inputs, image_range)
+        return to_rgb(turn_upright(inputs), image_range)
     if isinstance(inputs, str):
         if len(inputs) > 4 * (limits.max_bytes + 2) // 3:
             raise UsageError(too_large)
@@ -248,16 +248,21 @@ class SegmentationServer:
         with self.lock:
             for (vocabulary, options), numbers in groups.items():
                 images = [requests[i].image for i in numbers]
-                try:
-                    found = self.pipe(images, vocabulary, output="map", batch_size=len(images), **dict(options))
-                except ValueError as error:
-                    found = [UsageError(" ".join(str(error).split()))] * len(images)
-                except Exception as error:
-                    logger.exception("A batch of %d images failed.", len(images))
-                    found = [error] * len(images)
-                for i, result in zip(numbers, found, strict=True):
+                for i, result in zip(numbers, self._segment(images, vocabulary, dict(options)), strict=True):
                     results[i] = result
         return results
+
+    def _segment(self, images: list[Image.Image], vocabulary: Vocabulary, options: dict[str, Any]) -> list[Any]:
+        """The result of each image or its error: one that cannot be segmented takes no other with it."""
+        try:
+            return list(self.pipe(images, vocabulary, output="map", batch_size=len(images), **options))
+        except Exception as error:
+            if len(images) > 1:
+                return [result for image in images for result in self._segment([image], vocabulary, options)]
+            if isinstance(error, ValueError):
+                return [UsageError(" ".join(str(error).split()))]
+            logger.exception("An image of %d × %d pixels failed.", *images[0].size)
+            return [error]
 
     def answer(self, data: Any) -> list[dict[str, Any]] | dict[str, Any]:
         """

@@ -80,10 +80,11 @@ def segment_to_map(
     """
     from PIL import Image
 
+    from spar_hf import SPAR_TINY, SparImageProcessorPil
     from spar_hf.batch.huge_images import open_windows, segment_huge
     from spar_hf.batch.tiff_files import import_tifffile
     from spar_hf.cli.overlays import palette
-    from spar_hf.cli.pipelines import load_pipeline
+    from spar_hf.cli.pipelines import load_pipeline, quiet_loading
     from spar_hf.cli.segment import show_counts
     from spar_hf.utils.labels import parse_background, read_labels, single_class_hint
 
@@ -97,7 +98,10 @@ def segment_to_map(
     reading: dict[str, Any] = {name: given.pop(name) for name in ("image_range", "max_pixels") if name in given}
     with exit_on_error(usage=(UsageError, ImportError), failure=(ValueError, OSError)):
         image = the_only_image(arguments, output)
-        open_windows(image.source, **reading)  # a bad image is reported before the model is loaded
+    with exit_on_error(), quiet_loading():
+        of_model = SparImageProcessorPil.from_backbone(SPAR_TINY if model is None else model).image_range
+    with exit_on_error(usage=(UsageError, ImportError), failure=(ValueError, OSError)):
+        open_windows(image.source, **{"image_range": of_model, **reading})  # reported before the weights are loaded
     with exit_on_error():
         pipe = load_pipeline(model, device, support=support)
     with exit_on_error(failure=()):  # and wrong words or options before the first tile

@@ -136,13 +136,16 @@ def wanted_classes(labels: str | None, classes: list[str]) -> list[int]:
 
 def read_mask(path: Path, classes: int) -> np.ndarray:
     """
-    A mask as class numbers `(height, width)`.
+    A mask as class numbers `(height, width)`, turned upright as its photo is.
 
     Raises:
         UsageError: more than one channel, or a number that is no class.
+        ValueError: it cannot be decoded.
     """
+    from spar_hf.model.image_input import turn_upright
+
     image = Image.open(path)
-    values = np.asarray(image)
+    values = np.asarray(turn_upright(image, str(path)))
     if values.ndim != 2:
         raise UsageError(f"{path} has mode {image.mode}; a mask is a PNG of class numbers, with one channel.")
     wrong = [value for value in np.unique(values).tolist() if value >= classes and value != IGNORED]

@@ -11,6 +11,7 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
 )
 from huggingface_hub.utils import validate_repo_id
+from transformers import AutoConfig
 
 from spar_hf.utils.atomic import write_text
 from spar_hf.utils.errors import UsageError
@@ -31,7 +32,8 @@ segment = pipeline("open-vocab-segmentation", model="{repo}")
 segment("street.jpg", candidate_labels=["road", "car, automobile", "sky"], background="auto")
 
 model, processor = AutoModel.from_pretrained("{repo}"), AutoImageProcessor.from_pretrained("{repo}")
-features = model(**processor("street.jpg", return_tensors="pt")).feature_map  # (1, dim, ceil(height / 16), ceil(width / 16))
+# (1, dim, ceil(height / {patch}), ceil(width / {patch}))
+features = model(**processor("street.jpg", return_tensors="pt")).feature_map
 ```
 
 Without `spar_hf`, pass `trust_remote_code=True`. The weights have the licence that their authors give them; add it here.
@@ -95,7 +97,9 @@ def publish(folder: str | Path, repo: str, checkpoint: str | Path, family: str, 
     """
     folder, api = Path(folder), HfApi()
     if not (folder / "README.md").exists():
-        write_text(folder / "README.md", card(repo, checkpoint, family, base))
+        config = AutoConfig.from_pretrained(folder)
+        patch = getattr(config, "vision_config", config).patch_size
+        write_text(folder / "README.md", card(repo, checkpoint, family, base, patch))
     try:
         api.create_repo(repo, private=private, exist_ok=True)
         api.upload_folder(repo_id=repo, folder_path=folder, commit_message=f"{family} checkpoint, converted by spar-hf")
@@ -109,14 +113,14 @@ def publish(folder: str | Path, repo: str, checkpoint: str | Path, family: str, 
     return f"{api.endpoint}/{repo}"
 
 
-def card(repo: str, checkpoint: str | Path, family: str, base: str) -> str:
+def card(repo: str, checkpoint: str | Path, family: str, base: str, patch: int) -> str:
     """
-    The card of a converted checkpoint, with metadata for the hub.
+    The card of a converted checkpoint of patches of `patch` pixels, with metadata for the hub.
 
     Example:
 
     ```python
-    >>> text = card("me/spar-siglip2", "SPAR.ckpt", "siglip2", "google/siglip2-base-patch16-512")
+    >>> text = card("me/spar-siglip2", "SPAR.ckpt", "siglip2", "google/siglip2-base-patch16-512", 16)
     >>> "base_model: google/siglip2-base-patch16-512" in text, 'model="me/spar-siglip2"' in text
     (True, True)
     ```"""
@@ -126,5 +130,5 @@ def card(repo: str, checkpoint: str | Path, family: str, base: str) -> str:
         base_model=None if Path(base).exists() else base,
         tags=["spar", "open-vocabulary-segmentation"],
     )
-    text = TEXT.format(checkpoint=Path(checkpoint).name, family=family, base=short_name(base), repo=repo)
+    text = TEXT.format(checkpoint=Path(checkpoint).name, family=family, base=short_name(base), repo=repo, patch=patch)
     return model_card(repo.rpartition("/")[2], text, data)

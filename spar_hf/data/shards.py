@@ -5,7 +5,7 @@ import re
 import tarfile
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePath, PurePosixPath
 from typing import Any, NamedTuple
 
 from spar_hf.utils.errors import UsageError
@@ -159,12 +159,22 @@ class ShardImages:
                 if place not in best or chosen_columns.index(member.column) < chosen_columns.index(best[place].column):
                     best[place] = member
         self.members = list(best.values())
+        # images of different shards may have one key, and hold-out sets and records of runs go by names
+        in_file = Counter((PurePath(shard).name, key) for shard, key in best)
+        keys = Counter(key for _, key in best)
+        self.repeated = {key for key, count in keys.items() if count > 1}
+        self.ambiguous = {place for place, count in in_file.items() if count > 1}
 
     def __len__(self) -> int:
         return len(self.members)
 
     def name(self, i: int) -> str:
-        return f"{self.label} {self.key(i)}"
+        """Label and key, with the file of the shard in between where several shards have the key."""
+        shard, key = self.members[i].shard, self.key(i)
+        if key not in self.repeated:
+            return f"{self.label} {key}"
+        file = PurePath(shard).name
+        return f"{self.label} {shard if (file, key) in self.ambiguous else file} {key}"
 
     def key(self, i: int) -> str:
         return self.members[i].key

@@ -1,6 +1,7 @@
 """Sources of training images: folders, lists of files, Hugging Face data sets and WebDataset shards."""
 
 import json
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -122,12 +123,18 @@ class Rows:
         self.label = label
         # a table of its own, so that listing the names reads no images
         self.keys = None if self.names is None else self.table[self.names]
+        # hold-out sets and records of runs go by names, so rows of one key must not share theirs
+        self.repeated = {key for key, count in Counter(self.keys or ()).items() if count > 1}
 
     def __len__(self) -> int:
         return len(self.table)
 
     def name(self, i: int) -> str:
-        return f"{self.label} row {i}" if self.keys is None else f"{self.label} {self.keys[i]}"
+        """Label and key, with the number of the row if there is no key or several rows have it."""
+        if self.keys is None:
+            return f"{self.label} row {i}"
+        key = self.keys[i]
+        return f"{self.label} row {i} {key}" if key in self.repeated else f"{self.label} {key}"
 
     def key(self, i: int) -> str:
         return "" if self.keys is None else str(self.keys[i])

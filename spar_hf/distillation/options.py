@@ -268,6 +268,10 @@ class OptimisationOptions:
         require_share(self, "whiten", "warmup_ratio", "words_balance")
         require_one_of(self, "mixed_precision", PRECISIONS)
         require_one_of(self, "lr_scheduler_type", SCHEDULES)
+        if self.words_balance and not self.words:
+            raise UsageError(
+                "--words_balance weighs the --words term, and there are no words. Give --words, or leave it out."
+            )
         # What a file says, not where it lies, so that the recipe is whole and a resumed run has the same words.
         self.words = [words_of(entry) for entry in self.words]
         if self.steps is not None and self.epochs is not None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import yaml
 from huggingface_hub import ModelCardData
+from safetensors.torch import load_file, save_file
 
 from spar_hf import SparForOpenVocabSegmentation
 from spar_hf.distillation.models import load_model
@@ -47,16 +48,41 @@ def save_student(
         text = {name: x for name, x in model.state_dict().items() if not name.startswith("vision_model.")}
         state = text | {f"vision_model.{name}": tensor for name, tensor in state.items()}
     model.config.distillation = record
-    stored = {name: tensor.to(getattr(torch, dtype)) for name, tensor in state.items()}
-    if beyond := [name for name, tensor in stored.items() if not tensor.isfinite().all()]:
-        raise NotFinite(
-            f"{len(beyond)} weights of the student are beyond the range of {dtype}, {beyond[0]} among them. Go on with "
-            "--resume and --save_dtype bfloat16 or float32."
-        )
+    stored = in_dtype(state, dtype)
     with writing_folder(folder) as temporary:
         model.save_pretrained(temporary, state_dict=stored)
         processor.save_pretrained(temporary)
         write_text(temporary / "README.md", student_card(temporary, record, recipe))
+
+
+def in_dtype(state: dict[str, torch.Tensor], dtype: str) -> dict[str, torch.Tensor]:
+    """
+    Weights in the precision that they are stored in.
+
+    Raises:
+        NotFinite: a weight is beyond the range of `dtype`.
+    """
+    stored = {name: tensor.to(getattr(torch, dtype)) for name, tensor in state.items()}
+    if beyond := [name for name, tensor in stored.items() if not tensor.isfinite().all()]:
+        raise NotFinite(
+            f"{len(beyond)} weights of the student are beyond the range of {dtype}, {beyond[0]} among them. Take "
+            "--save_dtype bfloat16 or float32: with --resume, or anew if there is no checkpoint yet."
+        )
+    return stored
+
+
+def store_as(folder: Path, dtype: str) -> None:
+    """
+    Store the weights of a written folder in another precision, if they are not in it.
+
+    Raises:
+        NotFinite: a weight is beyond the range of `dtype`.
+    """
+    for file in folder.glob("*.safetensors"):
+        state = load_file(file)
+        if any(tensor.dtype != getattr(torch, dtype) for tensor in state.values()):
+            stored = in_dtype(state, dtype)
+            write_atomically(file, partial(save_file, stored, metadata={"format": "pt"}))
 
 
 def save_adapter(
@@ -66,9 +92,11 @@ def save_adapter(
     record: dict[str, Any],
     recipe: dict[str, Any],
     base: str,
+    dtype: str = "float32",
 ) -> None:
     """Write adapters alone in peft's format; `base` is the model that they belong to, the rest as in [`save_student`]."""
     wrapped.peft_config["default"].base_model_name_or_path = short_name(base)
+    state = in_dtype(state, dtype)
     with writing_folder(folder) as temporary:
         wrapped.save_pretrained(temporary, state_dict=state, save_embedding_layers=False)
         write_json(temporary / "distillation.json", record)

@@ -39,7 +39,7 @@ from spar_hf.distillation.recipes import parse_options
 from spar_hf.distillation.records import held_out_record, make_record
 from spar_hf.distillation.stream import image_names, open_stream, readable_samples
 from spar_hf.distillation.student import Student, prepare_positions
-from spar_hf.distillation.student_folders import finish_folder, merge_adapters, save_adapter, save_student
+from spar_hf.distillation.student_folders import finish_folder, merge_adapters, save_adapter, save_student, store_as
 from spar_hf.distillation.targets import Target
 from spar_hf.distillation.trainable import count_parameters, share_frozen
 from spar_hf.utils.atomic import write_atomically, write_text
@@ -87,10 +87,23 @@ class Distillation:
         )
         self.state = self.training_run.state
         try:
+            self._check_loss()
             self._prepare()
         except BaseException:
             self.training_run.close()
             raise
+
+    def _check_loss(self) -> None:
+        """
+        Raises:
+            UsageError: the run was begun by an earlier version with another `--words` term.
+        """
+        words = self.options.optimisation.words
+        if self.state is not None and words and "words_balance" not in self.state["settings"]:
+            raise UsageError(
+                f"The run in {self.output} was begun by an earlier version, in which all names of --words competed with one "
+                "another. Finish it with that version, or begin another run from its student with --student."
+            )
 
     def _prepare(self) -> None:
         """Load and check everything."""
@@ -362,7 +375,8 @@ class Distillation:
         options, record, recipe = self.options.student, self._record(), self.options.flat
         base = (options.student or [self.options.teacher.model])[0]
         if options.lora_rank is not None:
-            save_adapter(self.student.trained, state, self.output / "adapter", record, recipe, base)
+            adapter = self.output / "adapter"
+            save_adapter(self.student.trained, state, adapter, record, recipe, base, options.save_dtype)
         if options.merge:
             state = merge_adapters(state, self.student.trained, base)
         if options.lora_rank is None or options.merge:
@@ -376,6 +390,7 @@ class Distillation:
         drawn = self.output / "pictures" / f"step-{best['step'] if best else self.steps:06d}.png"
         pictures = [curve, drawn] if drawn.is_file() else [curve]
         for folder in self.options.folders:
+            store_as(folder, self.options.student.save_dtype)  # a resumed run may have changed it
             finish_folder(folder, self._record(), self.options.flat, pictures)
         logger.info("%d images could not be read (skipped.jsonl).", self.skipped.count())
 
@@ -399,7 +414,10 @@ def main(args: list[str] | None = None) -> Path | None:
         return None
     written = options.folders[-1]
     if options.run.resume and is_finished(
-        Path(options.run.output), written, options.settings, options.with_current_names
+        Path(options.run.output),
+        written,
+        options.settings | {"save_dtype": options.student.save_dtype},
+        options.with_current_names,
     ):
         logger.info("The run is complete, nothing is left to do: %s", written)
         return written

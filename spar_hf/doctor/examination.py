@@ -43,7 +43,8 @@ class DoctorOptions:
         device: where the model runs; by default a GPU if there is one.
 
     Raises:
-        UsageError: a checkpoint without family and base, or these for a folder; a wrong stride.
+        UsageError: a checkpoint without family and base, or these for a folder; a wrong stride; `voc` without the packages
+            that measure, or with another device than theirs.
     """
 
     model: str
@@ -66,6 +67,32 @@ class DoctorOptions:
             raise MissingFiles(f"--voc {self.voc} is no folder.")
         if self.stride is not None and self.stride < 1:
             raise UsageError(f"--stride {self.stride} must be at least 1.")
+        if self.voc is not None:
+            check_measuring(self.device)
+
+
+def check_measuring(device: str | None) -> None:
+    """
+    Check before minutes of other checks that mIoU can be measured, on the device where it will be.
+
+    Raises:
+        UsageError: a package is missing, or the device is another.
+    """
+    try:
+        from accelerate import PartialState
+
+        import spar_hf.evaluation.evaluator  # noqa: F401
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] == "spar_hf":
+            raise
+        raise UsageError(f"--voc needs the package {error.name}: pip install 'spar-hf[train]'") from error
+    used = PartialState().device
+    asked = used if device is None else torch.device(device)
+    if (asked.type, asked.index or 0) != (used.type, used.index or 0):
+        raise UsageError(
+            f"--voc is measured on {used}, as accelerate chooses it, not on {device}. Leave --device out, or choose it by "
+            "ACCELERATE_USE_CPU=true or CUDA_VISIBLE_DEVICES."
+        )
 
 
 def examine(options: DoctorOptions, tell: Callable[[str, list[Finding]], None] | None = None) -> Report:

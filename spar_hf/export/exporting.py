@@ -10,8 +10,9 @@ from spar_hf.export.decision import label_type
 from spar_hf.export.folder import RECORD, make_record, write_beside
 from spar_hf.export.options import EXTENSIONS, check_options
 from spar_hf.export.sources import check_head, embed_words, load_source
-from spar_hf.export.verification import cases, verify, verify_text, within
-from spar_hf.model.prompts import CandidateLabels, Vocabulary, resolve_templates
+from spar_hf.export.verification import affordable, cases, verify, verify_text, within
+from spar_hf.model.prompts import CandidateLabels, Vocabulary
+from spar_hf.model.templates import TemplateChoice, read_templates, resolve_templates
 from spar_hf.utils.atomic import check_inputs_stay, write_json, writing_folder
 from spar_hf.utils.errors import UsageError, as_usage_errors
 
@@ -84,6 +85,12 @@ def export(
     if templates is not None:
         with as_usage_errors():
             resolve_templates(templates)
+            chosen = read_templates(templates)
+        if words is None and isinstance(chosen, TemplateChoice) and chosen.names:
+            raise UsageError(
+                f"--templates {templates} chooses templates for each class, and without --words a graph has no classes. "
+                "Give them with --words, or name the file as `templates` at run time."
+            )
     source = load_source(str(model))
     check_head(source, head, words)
     baked = embed_words(source, words, templates, background)
@@ -95,7 +102,11 @@ def export(
         graphs = writer.write_graphs(temporary, source, head, baked, list(dtypes), labels)
         limits = writer.limits(source) if hasattr(writer, "limits") else None
         runs = {dtype: graph.runs for dtype, graph in graphs.items()}
-        rows = verify(source, head, baked, runs, [within(case, limits) for case in cases(source)])
+        chosen_cases = [within(case, limits) for case in cases(source)]
+        if head == "probabilities":  # of words that are an input, the cases have few
+            classes = 1 if baked is None else len(baked.labels)
+            chosen_cases = [affordable(case, max(classes, case.names // case.per_class)) for case in chosen_cases]
+        rows = verify(source, head, baked, runs, chosen_cases)
         paths = {dtype: graph.path for dtype, graph in graphs.items()}
         base = EXTENSIONS[format][0] if format in EXTENSIONS else format
         record = make_record(source, base, head, baked, templates, paths, labels)

@@ -60,12 +60,14 @@ class Words:
         names: names of each class.
         embeddings: of all names, normalised, `(names, dim)` float32; `None` where a classifier has them in its weights.
         background: number of the background's class; -1: there is none.
+        hidden: whether segments leave the background out: it is none of the classes that were asked for.
     """
 
     labels: tuple[str, ...]
     names: tuple[tuple[str, ...], ...]
     embeddings: torch.Tensor | None = None
     background: int = -1
+    hidden: bool = False
 
     @property
     def class_of_name(self) -> torch.Tensor:
@@ -144,4 +146,5 @@ def embed_words(source: Source, words: Any, templates: Any = None, background: A
         if len(labels) > len(vocabulary.labels):
             raise UsageError(f"The background {background!r} has no words. Give words, 'auto', or leave it out.")
         embeddings = cache.get(vocabulary.all_names, templates)
-    return Words(tuple(labels), vocabulary.names, embeddings.float().cpu(), number)
+    hidden = number >= 0 and labels[number] not in given.labels
+    return Words(tuple(labels), vocabulary.names, embeddings.float().cpu(), number, hidden)

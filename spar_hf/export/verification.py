@@ -1,5 +1,6 @@
 """An exported graph compared with PyTorch, at sizes and numbers of names that it was not traced with."""
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,6 +13,7 @@ from spar_hf.export.graphs import DenseGraph
 from spar_hf.export.options import DECIDING
 from spar_hf.export.sources import Source, Words
 from spar_hf.model.prompts import Vocabulary, embed_names
+from spar_hf.model.results import OUTPUT_BYTES
 from spar_hf.model.segmentation import bilinear_cells, class_probabilities, decide, patch_coordinates
 
 Runner = Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
@@ -86,6 +88,13 @@ def within(case: Case, limits: dict[str, int] | None) -> Case:
         return case
     size = (min(case.size[0], limits["side"]), min(case.size[1], limits["side"]))
     return replace(case, size=size, batch=min(case.batch, limits["batch"]), names=min(case.names, limits["names"]))
+
+
+def affordable(case: Case, classes: int) -> Case:
+    """A case whose images are so small that the probabilities of all `classes` may be held, see `class_probabilities`."""
+    height, width = case.image_size
+    share = math.sqrt(OUTPUT_BYTES / (4 * classes * height * width))
+    return case if share >= 1 else replace(case, image_size=(int(height * share), int(width * share)))
 
 
 def verify(

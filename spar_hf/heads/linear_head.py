@@ -38,9 +38,9 @@ class LinearHeads(nn.Module):
         Linear layers that give the same logits without the norm, whose running statistics they absorb.
 
         Returns:
-            Weights `(heads, classes, dim)` and biases `(heads, classes)`, float64.
+            Weights `(heads, classes, dim)` and biases `(heads, classes)`, float64 on the CPU: Apple's GPUs have no float64.
         """
-        state = {name: tensor.double() for name, tensor in self.state_dict().items()}
+        state = {name: tensor.cpu().double() for name, tensor in self.state_dict().items()}
         weight = torch.stack([state[f"linear.{i}.weight"] for i in range(len(self.linear))])
         bias = torch.stack([state[f"linear.{i}.bias"] for i in range(len(self.linear))])
         weight = weight * (state["norm.running_var"] + self.norm.eps).rsqrt()

@@ -88,7 +88,8 @@ def write_best(
 ) -> dict[str, Any]:
     """Measure the heads, of which each skipped `bad` steps; write the best and return the report. For all processes."""
     # the norm's statistics differ between the processes after the last step: all measure those that are written
-    weight, bias = (broadcast(tensor.float()) for tensor in heads.without_norm())
+    device = features.accelerator.device
+    weight, bias = (broadcast(tensor.float().to(device)) for tensor in heads.without_norm())
     scores = measure_heads(weight, bias, features, test)
     for rate, skipped, score in zip(options.training.learning_rates, bad, scores, strict=True):
         if skipped > options.run.max_bad_steps:

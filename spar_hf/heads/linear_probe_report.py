@@ -26,7 +26,7 @@ def make_report(
     accelerator, training = features.accelerator, options.training
     heads = [{"learning_rate": rate, **score} for rate, score in zip(training.learning_rates, scores, strict=True)]
     reader = features.image_processor
-    spent = torch.tensor([features.made, features.seconds], dtype=torch.float64, device=accelerator.device)
+    spent = torch.tensor([features.made, features.seconds], device=accelerator.device)  # no float64 on Apple's GPUs
     made, seconds = accelerator.reduce(spent, "sum").tolist()
     return {
         "model": short_name(options.features.model),

@@ -43,7 +43,7 @@ def measure_quality(
         return_sq_and_rq=True,
         return_per_class=True,
         sync_on_compute=False,
-    ).to(accelerator.device)
+    )  # on the CPU: it counts in float64, which Apple's GPUs have not
     model.eval()
     share = range(accelerator.process_index, len(data), accelerator.num_processes)
     for number in tqdm(share, desc="measuring", disable=not accelerator.is_main_process, leave=False):
@@ -61,13 +61,14 @@ def measure_quality(
         target_classes = torch.tensor([*class_of.values(), uncovered + 1])  # the last, read by -1, is no class
         metric.update(
             # (height, width) -> (1, height, width, 2): class and segment number
-            torch.stack([found_classes[prediction], prediction], -1)[None].to(accelerator.device),
-            torch.stack([target_classes[target], target], -1)[None].to(accelerator.device),
+            torch.stack([found_classes[prediction], prediction], -1)[None],
+            torch.stack([target_classes[target], target], -1)[None],
         )
-    for count in COUNTS:
-        setattr(metric, count, accelerator.reduce(getattr(metric, count)))
-    quality = metric.compute().cpu()[:uncovered] * 100  # (classes, 3), things first
-    seen = (metric.true_positives + metric.false_positives + metric.false_negatives).cpu()[:uncovered] > 0
+    if accelerator.num_processes > 1:
+        for count in COUNTS:
+            setattr(metric, count, accelerator.reduce(getattr(metric, count).to(accelerator.device)).cpu())
+    quality = metric.compute()[:uncovered] * 100  # (classes, 3), things first
+    seen = (metric.true_positives + metric.false_positives + metric.false_negatives)[:uncovered] > 0
     is_thing = torch.arange(uncovered) < len(things)
     row: dict[str, float] = {}
     for suffix, group in (("", seen), ("_things", seen & is_thing), ("_stuff", seen & ~is_thing)):

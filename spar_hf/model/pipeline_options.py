@@ -46,7 +46,7 @@ def sanitize_parameters(
     shares = {"threshold": threshold, "min_area": min_area, "min_presence": min_presence}
     check_shares(**{name: value for name, value in shares.items() if value not in (None, NOT_GIVEN)})
     vocabulary = None if candidate_labels is None else Vocabulary.parse(candidate_labels)
-    if background not in (None, NOT_GIVEN) and not isinstance(background, str):
+    if background is not None and background is not NOT_GIVEN and not isinstance(background, str):
         background = list(background)  # a generator could be read once only
     preprocess = {"size": size, "max_tokens": max_tokens, "image_range": image_range}
     preprocess |= {"on_error": on_error, "tile": tile}

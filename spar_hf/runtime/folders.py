@@ -61,6 +61,11 @@ class ExportedFolder:
         number = self.record.get("background")
         return -1 if number is None else int(number)
 
+    @property
+    def background_hidden(self) -> bool:
+        """Whether segments leave the background out: it is none of the classes that were asked for."""
+        return self.background >= 0 and bool(self.record.get("background_hidden", True))  # missing in older exports
+
     def graph(self, engine: str, dtype: str | None) -> tuple[Path, str]:
         """
         The file of the vision graph for an engine, and the dtype that it is computed in.

@@ -238,7 +238,7 @@ class OnnxSegmenter:
                 f"{str(self.folder.path)!r} has its background in it ({labels[number]}), which is fixed. Leave out "
                 f"`background={background!r}`, or export with another `--background`."
             )
-        hidden = number >= 0
+        hidden = self.folder.background_hidden
         if number < 0 and (background is not None or rules):
             label = BACKGROUND if background is None else background
             found = [i for i, given in enumerate(labels) if normalise_name(given) == normalise_name(label)]

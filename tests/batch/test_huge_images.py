@@ -88,6 +88,17 @@ def test_kinds_of_colours_are_those_of_the_one_reader(tmp_path, mode, compressio
         assert np.array_equal(found, expected[top:bottom, left:right])
 
 
+@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("photometric", ["minisblack", "miniswhite"])
+def test_few_bits_reach_from_black_to_white(tmp_path, bits, photometric):
+    pytest.importorskip("imagecodecs")
+    values = np.random.default_rng(0).integers(0, 2**bits, (90, 131), dtype=np.uint8)
+    tifffile.imwrite(tmp_path / "a.tif", values, bitspersample=bits, photometric=photometric)
+    expected = np.asarray(read_rgb(tmp_path / "a.tif"))
+    found = open_windows(tmp_path / "a.tif").read(10, 20, 47, 100)
+    assert np.array_equal(found, expected[10:47, 20:100]) and {found.min(), found.max()} == {0, 255}
+
+
 def test_further_bands_are_no_alpha(tmp_path):
     infrared = np.dstack([RGB, 255 - RGB[:, :, 0]])
     tifffile.imwrite(tmp_path / "a.tif", infrared, photometric="rgb", extrasamples=["unspecified"])

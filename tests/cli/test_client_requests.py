@@ -178,6 +178,24 @@ def test_words_that_only_the_model_can_refuse_leave_the_others_of_the_batch_alon
     assert isinstance(bad, UsageError) and "token" in str(bad) and good["labels"] == ["road", "sky"]
 
 
+def test_an_image_that_only_the_model_can_refuse_leaves_the_others_of_the_batch_alone(server, picture):
+    images = [picture, Image.new("RGB", (1, 1)), picture]
+    first, bad, last = server.segment([server.read(image, {"candidate_labels": WORDS}) for image in images])
+    assert isinstance(bad, UsageError) and "1 × 1" in str(bad)
+    expected = server.pipe(picture, candidate_labels=WORDS, output="map")["map"]
+    assert np.array_equal(first["map"], expected) and np.array_equal(last["map"], expected)
+
+
+def test_an_opened_image_is_read_as_its_file_is():
+    exif, file = Image.Exif(), BytesIO()
+    exif[0x0112] = 6  # to be shown turned by 90° clockwise
+    Image.effect_noise((64, 48), 80).convert("RGB").save(file, "PNG", exif=exif)
+    found = [read_request(data, {"candidate_labels": WORDS}).image for data in (file.getvalue(), Image.open(file))]
+    assert found[0].size == found[1].size == (48, 64) and found[0].tobytes() == found[1].tobytes()
+    cut = Image.open(BytesIO(file.getvalue()[:300]))
+    assert "damaged" in refused(read_request, cut, {"candidate_labels": WORDS})
+
+
 def test_a_failure_of_the_server_tells_the_client_nothing(server, picture, monkeypatch, caplog):
     def broken(*args, **kwargs):
         raise OSError("/secret/path is full")

@@ -1,10 +1,13 @@
 """`spar-hf segment --tile`: label maps on disk and in memory, wrong usage, interruption."""
 
+import shutil
+
 import numpy as np
 import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+from spar_hf import SparProcessor
 from spar_hf.batch.huge_images import SUFFIXES
 from spar_hf.cli.huge import MAP_SUFFIXES
 from spar_hf.cli.main import app
@@ -69,6 +72,23 @@ def test_wrong_usage_gives_one_line_and_writes_nothing(picture, tmp_path, monkey
 
 def test_the_command_writes_what_the_library_writes():
     assert MAP_SUFFIXES == SUFFIXES
+
+
+def test_black_and_white_of_the_model_are_those_of_its_maps_on_disk(base_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
+    folder = tmp_path / "model"
+    shutil.copytree(base_folder, folder)
+    processor = SparProcessor.from_pretrained(base_folder)
+    processor.image_processor.image_range = (0, 4095)
+    processor.save_pretrained(folder)
+    levels = np.random.default_rng(0).integers(0, 4096, (110, 150, 3)).astype(np.uint16)
+    np.save(tmp_path / "scan.npy", levels)
+    tiles = ("--tile", 64, "--tile-overlap", 16, "--model", folder)
+    run(tmp_path / "scan.npy", "--output", tmp_path / "own.npy", *tiles)
+    run(tmp_path / "scan.npy", "--output", tmp_path / "given.npy", *tiles, "--image-range", 0, 4095)
+    assert np.array_equal(np.load(tmp_path / "own.npy"), np.load(tmp_path / "given.npy"))
+    text = run(tmp_path / "scan.npy", "--output", tmp_path / "x.npy", "--tile", 64, "--model", base_folder, status=1)
+    assert "range" in text and not (tmp_path / "x.npy").exists()
 
 
 def test_several_images_and_a_missing_one(picture, tmp_path):

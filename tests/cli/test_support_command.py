@@ -57,6 +57,25 @@ def test_a_folder_becomes_the_file_that_the_pipeline_writes(base_folder, annotat
     assert "1 image\n" in few and "grass" not in few
 
 
+def test_a_mask_is_turned_upright_as_its_photo_is(base_folder, annotated, tmp_path):
+    """Files that are shown turned by a quarter give what the same pixels, stored upright, give."""
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be shown turned by 90° clockwise
+    features = []
+    for name in ("upright", "turned"):
+        for file in sorted(annotated.glob("*/0.png")):
+            image = Image.open(file)
+            image = image if name == "turned" else image.transpose(Image.Transpose.ROTATE_270)
+            target = tmp_path / name / file.parent.name / file.name
+            target.parent.mkdir(parents=True)
+            image.save(target, exif=exif if name == "turned" else None)
+        (tmp_path / name / "classes.txt").write_text("grass\ndog\n")
+        run("support", tmp_path / name, "--output", tmp_path / f"{name}.safetensors", "--model", base_folder)
+        with safe_open(tmp_path / f"{name}.safetensors", framework="np") as made:
+            features.append(made.get_tensor("features").tolist())
+    assert features[0] == features[1]
+
+
 def test_segment_uses_it_and_records_it(base_folder, annotated, tmp_path):
     made, output = tmp_path / "made.safetensors", tmp_path / "out"
     run("support", annotated, "--output", made, "--model", base_folder)

@@ -7,6 +7,7 @@ import pytest
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import LocalTokenNotFoundError
 from official_checkpoints import write_official
+from tiny_models import tiny_config
 from transformers import AutoModel
 from typer.testing import CliRunner
 
@@ -75,7 +76,9 @@ def test_the_folder_is_uploaded_with_its_code_and_a_valid_card(public, official,
     AutoModel.from_pretrained(tmp_path / "out")
     data = ModelCard.load(tmp_path / "out" / "README.md").data
     assert (data.library_name, data.pipeline_tag, data.base_model) == ("transformers", "image-segmentation", None)
-    assert str(tmp_path) not in (tmp_path / "out" / "README.md").read_text()
+    text = (tmp_path / "out" / "README.md").read_text()
+    patch = AutoModel.from_pretrained(tmp_path / "out").config.patch_size
+    assert str(tmp_path) not in text and f"ceil(width / {patch})" in text
 
 
 @pytest.mark.parametrize(
@@ -118,5 +121,6 @@ def test_a_hub_that_cannot_be_reached_is_one_line_before_the_conversion(official
 
 def test_an_upload_that_does_not_reach_the_hub_says_how_to_repeat_it(unreachable, tmp_path, monkeypatch):
     monkeypatch.setattr(publishing, "HfApi", unreachable)
+    tiny_config().save_pretrained(tmp_path)
     with pytest.raises(ConnectionError, match="hf upload me/new"):
         publishing.publish(tmp_path, "me/new", "SPAR.ckpt", "siglip2", "base")

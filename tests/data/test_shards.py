@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from spar_hf.data.order import StreamOrder
+from spar_hf.data.order import StreamOrder, split_images
 from spar_hf.data.sources import ImageOptions, open_sources
+from spar_hf.distillation.stream import listings_as_before
 from spar_hf.utils.errors import UsageError
 
 
@@ -171,3 +172,32 @@ def test_several_columns_of_a_table(tmp_path, caplog):
     assert value_of(source.source(0)) == 1 and "photo is read, before depth, thumbnail" in caplog.text
     (source,) = open_sources(ImageOptions(images=[str(tmp_path / "saved")], image_column="depth"))
     assert value_of(source.source(0)) == 0
+
+
+def test_equal_keys_of_several_shards_are_images_of_their_own(tmp_path):
+    """Each shard numbers its images from 0. Names decide what is held out, and what a resumed run measures."""
+    shards = []
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        shards += [write(tmp_path / folder / f"{n}.tar", [(f"{i:04}.png", i) for i in range(9)]) for n in range(3)]
+    sources = open_sources(ImageOptions(images=shards))
+    train, held_out = split_images(sources, [], 20)
+    assert (len(train), len(held_out)) == (52, 2)
+    names = {listing.name(i) for listing in (train, held_out) for i in range(len(listing))}
+    assert len(names) == 54
+    again = listings_as_before(sources, [], [held_out.name(i) for i in range(2)])
+    assert [len(listing) for listing in again] == [52, 2]
+    assert sources[0].key(3) == "0003" and len(split_images(sources, ["0003"], 20)[0]) == 46  # patterns see keys alone
+    (single,) = open_sources(ImageOptions(images=shards[:1]))
+    assert single.name(3) == "a/0.tar 0003"
+
+
+def test_equal_keys_of_rows_are_images_of_their_own(tmp_path):
+    images = [Image.new("L", (40, 40), value) for value in range(4)]
+    table = datasets.Dataset.from_dict({"image": images, "file_name": ["x.png", "y.png", "x.png", "z.png"]})
+    table.save_to_disk(tmp_path / "rows")
+    sources = open_sources(ImageOptions(images=[str(tmp_path / "rows")]))
+    names = [sources[0].name(i) for i in range(4)]
+    assert len(set(names)) == 4 and names[1].endswith("rows y.png")
+    train, held_out = split_images(sources, [], 3)
+    assert (len(train), len(held_out)) == (3, 1)

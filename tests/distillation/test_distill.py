@@ -263,6 +263,8 @@ def test_resume_of_a_finished_run_says_so(base_folder, image_folder, tmp_path, m
     assert (folder / "model.safetensors").stat().st_mtime_ns == weights
     with pytest.raises(ValueError, match=r"no checkpoint to go on from with --steps \(was 1, is 2\)"):
         resume("--steps", 2)
+    with pytest.raises(ValueError, match=r"--save_dtype \(was 'float32', is 'float16'\)"):
+        resume("--steps", 1, "--save_dtype", "float16")
     (tmp_path / "run" / "recipe.yaml").touch()  # another run began in the folder since, and was killed
     with pytest.raises(FileNotFoundError, match="no checkpoint"):
         resume("--steps", 1)

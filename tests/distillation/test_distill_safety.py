@@ -9,6 +9,7 @@ import torch
 from distilling import distil, log_of
 from interrupting import at_call
 from launching import locked_elsewhere
+from safetensors.torch import load_file
 from transformers import AutoModel
 
 from spar_hf.distillation import trainer
@@ -135,6 +136,22 @@ def test_changed_images_are_refused_and_held_out_ones_stay_so(base_folder, own_i
     after = read_samples(output)
     assert [name[-5:] for name in after["held_out"]] == ["2.jpg"] and set(after["measured"]) <= set(before["measured"])
     assert after["train"] == [trained.name(i) for i in range(len(trained))]
+
+
+def test_words_of_an_earlier_version_are_not_mixed_with_those_of_today(base_folder, own_images, tmp_path, monkeypatch):
+    """They had another loss. What is stored in the end is in the precision of the command that ended it."""
+    output, words = tmp_path / "run", ("--words", "road; sky", "--save_dtype", "bfloat16")
+    stopped_run(base_folder, own_images, output, monkeypatch, *words)
+    (state,) = output.glob("checkpoint-*/state.json")
+    then = state.read_text()
+    settings = json.loads(then)["settings"]
+    del settings["words_balance"]
+    state.write_text(json.dumps(json.loads(then) | {"settings": settings}))
+    with pytest.raises(UsageError, match=r"earlier version.*--student"):
+        distil(base_folder, own_images, output, *SHORT, *words, "--resume")
+    state.write_text(then)
+    folder = distil(base_folder, own_images, output, *SHORT, *words[:2], "--save_dtype", "float16", "--resume")
+    assert {tensor.dtype for tensor in load_file(folder / "model.safetensors").values()} == {torch.float16}
 
 
 def test_a_folder_given_twice_is_measured_on_the_same_images_when_resumed(

@@ -6,11 +6,12 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from PIL import Image
+from safetensors.torch import load_file
 from tiny_models import randomise, tiny_config
 from transformers import pipeline
 
 from spar_hf import SparForOpenVocabSegmentation, SparImageProcessorPil, SparProcessor, SparVisionModel
-from spar_hf.distillation.student_folders import finish_folder, save_adapter, save_student
+from spar_hf.distillation.student_folders import finish_folder, save_adapter, save_student, store_as
 from spar_hf.distillation.trainer import Distillation
 from spar_hf.utils.errors import NotFinite
 
@@ -51,6 +52,18 @@ def test_weights_beyond_half_precision_are_not_written(tmp_path, tokenizer, towe
     assert not (tmp_path / "model").exists()
     save_student(*arguments, "bfloat16")
     assert (tmp_path / "model" / "model.safetensors").is_file()
+
+
+def test_a_folder_is_stored_in_another_precision(tmp_path, tokenizer):
+    model = write_student(tmp_path / "model", tokenizer)
+    store_as(tmp_path / "model", "bfloat16")
+    stored = load_file(tmp_path / "model" / "model.safetensors")
+    assert all(torch.equal(tensor, model.state_dict()[name].bfloat16()) for name, tensor in stored.items())
+    before = (tmp_path / "model" / "model.safetensors").stat().st_mtime_ns
+    store_as(tmp_path / "model", "bfloat16")
+    assert (tmp_path / "model" / "model.safetensors").stat().st_mtime_ns == before
+    again = SparForOpenVocabSegmentation.from_pretrained(tmp_path / "model")
+    assert again.dtype == torch.float32
 
 
 def test_the_card_of_two_towers_names_segmentation_by_words(tmp_path, tokenizer):

@@ -171,6 +171,7 @@ def test_a_wrong_folder_of_voc_is_one_finding(subject, tmp_path):
         ({"model": "nowhere", "family": "siglip2", "base": "x"}, "does not exist"),
         ({"model": "{folder}", "voc": "nowhere"}, "--voc"),
         ({"model": "{folder}", "stride": 0}, "--stride"),
+        ({"model": "{folder}", "voc": "{folder}", "device": "cuda:1"}, "ACCELERATE_USE_CPU"),
     ],
 )
 def test_wrong_options_are_named(options, message, tmp_path):

@@ -12,6 +12,11 @@ from tiny_models import make_tokenizer
 from transformers import AutoImageProcessor, AutoTokenizer
 
 from spar_hf.export import export
+from spar_hf.export.verification import Case, affordable
+from spar_hf.model.results import OUTPUT_BYTES
+from spar_hf.model.template_choice import TemplateChoice
+from spar_hf.runtime import OnnxSegmenter
+from spar_hf.utils.errors import UsageError
 
 ROOT = Path(__file__).parents[2]
 WORDS = ["road, street", "car, automobile", "sky"]
@@ -85,6 +90,38 @@ def test_the_client_of_the_guide(exported, pipe, tmp_path, monkeypatch):
     found: dict = {}
     exec(source, found)
     assert np.array_equal(found["labels"][0], pipe("street.png", candidate_labels=WORDS, output="map")["map"])
+
+
+def test_a_background_that_was_asked_for_is_a_segment(model_folder, pipe, tmp_path):
+    """Segments leave out a background that was added to the words, and show one of the words, as the pipeline does."""
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 131, 3), dtype=np.uint8))
+    words = ["road", "sky", "car"]
+    (largest, *_) = sorted(pipe(image, candidate_labels=words), key=lambda one: -np.asarray(one["mask"]).sum())
+    others = [word for word in words if word != largest["label"]]
+    for name, given, background in (("asked", words, largest["label"]), ("added", others, [largest["label"]])):
+        export(model_folder, tmp_path / name, words=given, background=background)
+        found = {one["label"] for one in OnnxSegmenter(tmp_path / name)(image)}
+        assert found == {one["label"] for one in pipe(image, candidate_labels=given, background=background)}
+        assert (largest["label"] in found) is (name == "asked") and "background" not in found
+
+
+def test_templates_of_each_class_need_the_classes(model_folder, tmp_path):
+    TemplateChoice(("a photo of a {}.",), {"car": ("the {}.",)}).save(tmp_path / "chosen.json")
+    with pytest.raises(UsageError, match="--words"):
+        export(model_folder, tmp_path / "out", templates=str(tmp_path / "chosen.json"))
+    TemplateChoice(("the {}.",), {}).save(tmp_path / "one.json")
+    assert export(model_folder, tmp_path / "out", templates=str(tmp_path / "one.json"))["text"]["templates"] == [
+        "the {}."
+    ]
+
+
+@pytest.mark.parametrize("classes", [1, 150, 300, 5000])
+def test_probabilities_of_many_classes_are_compared_on_smaller_images(classes):
+    for height, width in ((333, 517), (512, 2049)):
+        case = affordable(Case("large", (512, 512), (height, width)), classes)
+        pixels = case.image_size[0] * case.image_size[1]
+        assert 4 * classes * pixels <= OUTPUT_BYTES and case.size == (512, 512)
+        assert case.image_size == (height, width) or 4 * classes * height * width > OUTPUT_BYTES
 
 
 def test_words_can_be_part_of_the_graph(model_folder, pipe, tmp_path):

@@ -32,8 +32,8 @@ def test_options_of_encoded_images_and_of_folders(segment, picture, two_towers, 
     encoded = segment.encode(picture)
     with pytest.raises(ValueError, match="one pass"):
         segment(encoded, candidate_labels=LABELS, tile=64)
-    words = (word for word in ("wall", "floor"))
-    assert "background" in segment(picture, candidate_labels=LABELS, background=words, output="map")["labels"]
+    for words in ((word for word in ("wall", "floor")), np.array(["wall", "floor"])):
+        assert "background" in segment(picture, candidate_labels=LABELS, background=words, output="map")["labels"]
     with pytest.raises(ValueError, match="from 0 to 1"):
         segment(picture, candidate_labels=LABELS, threshold="0.5")
     with pytest.raises(ValueError, match=r"\['ade20k'\]"):

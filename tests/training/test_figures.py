@@ -103,6 +103,7 @@ def test_figure_of_strides_is_restartable(street, models, tmp_path, launch, refu
     said = refuse("figures", *command[:-4], "--limit", "3", "--output", output, "--strides", "64")
     assert "--limit was 2, is 3" in said
     assert "leave --runs out" in refuse("figures", *command, "--runs", "base:single")
+    assert "--card_folder" in refuse("figures", *command, "--card_folder", tmp_path / "cards")
 
 
 def test_reports_of_other_words_are_refused(street, models, tmp_path):

@@ -12,6 +12,7 @@ compared with float32, and peak memory is measured. Writes a table (Markdown) be
 not fit into the time or the memory is said in its place.
 """
 
+import copy
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -188,16 +189,17 @@ def agreement_rows(card: Card) -> list[dict]:
     subject = open_subject("spar-tiny", DeployOptions(tiny=options.tiny))
     vocabularies = (Vocabulary.parse(parse_labels(PRESETS["everyday"])), Vocabulary.parse("ade20k"))
     image, found = card.image(options.usual, torch.float32), {}
+    exact_model = load(options.at(options.usual)).to(options.device).eval()
     for name, dtype in PRECISIONS.items():
-        features = card.model.to(dtype)(image).feature_map.float()
+        # a copy: of weights that went through another precision, only what is left would be measured
+        features = copy.deepcopy(exact_model).to(dtype)(image).feature_map.float()
         maps = []
-        tower = subject.vision.to(options.device, dtype)
+        tower = copy.deepcopy(subject.vision).to(options.device, dtype)
         for pixels in subject.images:
             dense = tower(torch.from_numpy(pixels).to(options.device)).feature_map.float().cpu().numpy()
             working = pixels.shape[-2:]
             maps.append([subject.labels(dense, vocabulary, working, working) for vocabulary in vocabularies])
         found[name] = (features, maps)
-    card.model.to(PRECISIONS[options.dtype])
     (exact, labels), rows = found.pop("float32"), []
     for name, (features, maps) in found.items():
         values: dict[str, Any] = {"cosine": float(torch.cosine_similarity(features, exact, dim=1).mean())}

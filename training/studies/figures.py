@@ -54,7 +54,7 @@ def measure_point(
 ) -> dict[str, Any]:
     """The report of one measurement, read from `OUTPUT/points/NAME.json` if it is there."""
     file = str(Path(str(output.output)) / "points" / f"{name}.json")
-    files = OutputOptions(output=file, card_folder=output.card_folder, save_seconds=output.save_seconds)
+    files = OutputOptions(output=file, save_seconds=output.save_seconds)
     options = replace(evaluation, run=replace(evaluation.run, runs=runs), output=files)
     return evaluate_runs(options, console, reuse=True)
 
@@ -112,6 +112,8 @@ def make_figure(figure: FigureOptions, evaluation: EvaluationOptions, console: C
     """
     if evaluation.run.runs is not None:
         raise UsageError("The figures choose their own runs: leave --runs out.")
+    if figure.card_folder is not None or figure.compare:
+        raise UsageError("A figure is of many measurements: leave --card_folder and --compare to evaluate.py.")
     of_strides = figure.figure == "strides"
     rows = (measure_strides if of_strides else measure_resolutions)(figure, evaluation, console)
     if all(row["mean_iou"] != row["mean_iou"] for row in rows):  # NaN
