@@ -32,7 +32,7 @@ def test_metadata_is_valid_on_the_hub(path):
 
 
 def test_the_card_of_an_upload_is_valid():
-    text = publishing.card("me/student", "SPAR.ckpt", "siglip2", "google/siglip2-base-patch16-512")
+    text = publishing.card("me/student", "SPAR.ckpt", "siglip2", "google/siglip2-base-patch16-512", 16)
     data = ModelCard(text).data
     assert (data.base_model, data.pipeline_tag) == ("google/siglip2-base-patch16-512", "image-segmentation")
 
