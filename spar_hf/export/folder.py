@@ -91,7 +91,7 @@ def make_record(
         else [{"label": label, "names": list(names)} for label, names in zip(words.labels, words.names, strict=True)],
         "class_of_name": None if words is None else words.class_of_name.tolist(),
         "background": None if words is None or words.background < 0 else words.background,
-        "background_hidden": words is not None and words.hidden,
+        "background_hidden": None if words is None or words.background < 0 else words.hidden,
         "fingerprints": fingerprints(source),
         "versions": {name: installed(name) for name in ("spar-hf", "torch", "transformers", *FORMATS[format].packages)},
     }

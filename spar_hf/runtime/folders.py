@@ -64,7 +64,7 @@ class ExportedFolder:
     @property
     def background_hidden(self) -> bool:
         """Whether segments leave the background out: it is none of the classes that were asked for."""
-        return self.background >= 0 and bool(self.record.get("background_hidden", True))  # missing in older exports
+        return self.background >= 0 and self.record.get("background_hidden") is not False  # older exports do not say it
 
     def graph(self, engine: str, dtype: str | None) -> tuple[Path, str]:
         """

@@ -96,7 +96,7 @@ def test_a_background_that_was_asked_for_is_a_segment(model_folder, pipe, tmp_pa
     """Segments leave out a background that was added to the words, and show one of the words, as the pipeline does."""
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 131, 3), dtype=np.uint8))
     words = ["road", "sky", "car"]
-    (largest, *_) = sorted(pipe(image, candidate_labels=words), key=lambda one: -np.asarray(one["mask"]).sum())
+    (largest, *_) = sorted(pipe(image, candidate_labels=words), key=lambda one: -int(np.asarray(one["mask"]).sum()))
     others = [word for word in words if word != largest["label"]]
     for name, given, background in (("asked", words, largest["label"]), ("added", others, [largest["label"]])):
         export(model_folder, tmp_path / name, words=given, background=background)
