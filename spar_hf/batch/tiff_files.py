@@ -94,7 +94,8 @@ class TiffPixels:
         self.dtype = np.dtype(np.uint8) if page.photometric == 3 else page.dtype.newbyteorder("=")
         self.bands = bands
         if self.dtype.kind in "iu":  # pixels of 4 or 12 bits come in 8 or 16
-            self.largest = min(np.iinfo(self.dtype).max, 2 ** int(page.bitspersample) - 1)
+            bits = np.atleast_1d(page.bitspersample)[:bands]  # one number, or one for each band
+            self.largest = np.array([min(np.iinfo(self.dtype).max, 2 ** int(n) - 1) for n in bits], self.dtype)
         self.geo_tags = [geo_tag(page.tags[number]) for number in GEO_TAGS if number in page.tags]
         if page.is_tiled:
             self.piece = (page.tilelength, page.tilewidth)
@@ -168,8 +169,8 @@ class TiffPixels:
             return (table[:, values[:, :, 0]] >> 8).astype(np.uint8).transpose(1, 2, 0)
         values = values.astype(self.dtype, copy=False)
         if self.page.photometric == 0:
-            values = ~values if values.dtype == bool else values.dtype.type(self.largest) - values
-        if values.dtype == np.uint8 and self.largest < 255:
+            values = ~values if values.dtype == bool else self.largest - values
+        if values.dtype == np.uint8 and (self.largest < 255).any():
             values = (values.astype(np.uint16) * 255 // self.largest).astype(np.uint8)
         if self.alpha == PREMULTIPLIED_ALPHA and values.dtype == np.uint8:
             stored = np.ascontiguousarray(values).tobytes()

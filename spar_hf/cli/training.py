@@ -7,12 +7,11 @@ Each command parses its own arguments, so they are passed on as they are. In sev
 
 import sys
 from collections.abc import Callable
-from importlib import import_module
 from typing import Any
 
 import typer
 
-from spar_hf.utils.errors import UsageError, run_command
+from spar_hf.utils.errors import import_of_train, run_command
 
 # command: the module with its `main(args)`, and what it does
 COMMANDS = {
@@ -49,9 +48,4 @@ def load_main(name: str, module: str) -> Callable[[list[str]], Any]:
     Raises:
         UsageError: a package of the extra `train` is not installed.
     """
-    try:
-        return import_module(module).main
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.split(".")[0] == "spar_hf":
-            raise
-        raise UsageError(f"spar-hf {name} needs the package {error.name}: pip install 'spar-hf[train]'") from error
+    return import_of_train(f"spar-hf {name}", module).main

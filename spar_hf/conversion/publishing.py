@@ -97,8 +97,7 @@ def publish(folder: str | Path, repo: str, checkpoint: str | Path, family: str, 
     """
     folder, api = Path(folder), HfApi()
     if not (folder / "README.md").exists():
-        config = AutoConfig.from_pretrained(folder)
-        patch = getattr(config, "vision_config", config).patch_size
+        patch = AutoConfig.from_pretrained(folder).patch_size
         write_text(folder / "README.md", card(repo, checkpoint, family, base, patch))
     try:
         api.create_repo(repo, private=private, exist_ok=True)

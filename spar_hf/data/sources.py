@@ -14,6 +14,7 @@ from spar_hf.utils.image_listing import IMAGE_SUFFIXES, describe, images_under, 
 from spar_hf.utils.model_cards import short_name
 from spar_hf.utils.options import HELP, require_not_negative, require_positive
 from spar_hf.utils.remote_files import is_remote, remote_images
+from spar_hf.utils.sample_record import same_files
 from spar_hf.utils.texts import read_text
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp")
@@ -293,6 +294,22 @@ def stream_contents(options: ImageOptions) -> list[str]:
     return contents
 
 
+def distinct_labels(entries: list[str]) -> dict[str, str]:
+    """
+    What the images of each entry of `--images` are named after: its short name, or the whole entry where another one has
+    that, since hold-out sets and records of runs go by names.
+
+    Example:
+
+    ```python
+    >>> distinct_labels(["day/street/train", "dusk/street/train", "data/photos"])
+    {'day/street/train': 'day/street/train', 'dusk/street/train': 'dusk/street/train', 'data/photos': 'data/photos'}
+    ```"""
+    places = dict(zip(entries, same_files(entries), strict=True))
+    counts = Counter(short_name(entry) for entry in {place: entry for entry, place in places.items()}.values())
+    return {entry: entry if counts[short_name(entry)] > 1 else short_name(entry) for entry in entries}
+
+
 def open_sources(options: ImageOptions) -> list[Any]:
     """
     Open the sources that `--images` names, in its order. All shards of one kind become one table, in the place of the first.
@@ -312,6 +329,7 @@ def open_sources(options: ImageOptions) -> list[Any]:
     >>> source.name(0)
     'street.png'
     ```"""
+    labels = distinct_labels(options.images)
     opened: list[tuple[str, Any]] = []  # name in messages, and the files, the table, or the kind of shards
     shards: dict[str, list[str]] = {}
     for entry in options.images:
@@ -321,10 +339,10 @@ def open_sources(options: ImageOptions) -> list[Any]:
             kind = SHARDS[Path(shard).suffix]
             if kind not in shards:
                 shards[kind] = []
-                opened.append((short_name(entry), kind))
+                opened.append((labels[entry], kind))
             shards[kind].append(shard)
         if not found:
-            opened.append((short_name(entry), open_table(entry, options) if paths is None else Files(paths)))
+            opened.append((labels[entry], open_table(entry, options) if paths is None else Files(paths)))
     if options.streaming and (len(opened) > 1 or isinstance(opened[0][1], Files)):
         raise UsageError(
             "--streaming reads one data set or shards of one kind. Omit it for folders and lists of images."

@@ -16,7 +16,7 @@ from spar_hf.doctor.checks import CHECKS, Subject, native_size
 from spar_hf.doctor.findings import FAILED, NOTE, OK, Finding, Report, device_name, versions, within
 from spar_hf.model.modeling_spar import SparForOpenVocabSegmentation, SparVisionModel
 from spar_hf.model.processing_spar import SparProcessor
-from spar_hf.utils.errors import MissingFiles, UsageError, as_usage_errors
+from spar_hf.utils.errors import MissingFiles, UsageError, as_usage_errors, import_of_train
 from spar_hf.windows import default_stride
 
 VOC_IMAGES = 100
@@ -78,15 +78,8 @@ def check_measuring(device: str | None) -> None:
     Raises:
         UsageError: a package is missing, or the device is another.
     """
-    try:
-        from accelerate import PartialState
-
-        import spar_hf.evaluation.evaluator  # noqa: F401
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.split(".")[0] == "spar_hf":
-            raise
-        raise UsageError(f"--voc needs the package {error.name}: pip install 'spar-hf[train]'") from error
-    used = PartialState().device
+    import_of_train("--voc", "spar_hf.evaluation.evaluator")
+    used = import_of_train("--voc", "accelerate").PartialState().device
     asked = used if device is None else torch.device(device)
     if (asked.type, asked.index or 0) != (used.type, used.index or 0):
         raise UsageError(

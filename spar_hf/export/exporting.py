@@ -84,8 +84,8 @@ def export(
         extension.check(head, vendor)
     if templates is not None:
         with as_usage_errors():
-            resolve_templates(templates)
             chosen = read_templates(templates)
+            resolve_templates(chosen)
         if words is None and isinstance(chosen, TemplateChoice) and chosen.names:
             raise UsageError(
                 f"--templates {templates} chooses templates for each class, and without --words a graph has no classes. "
@@ -102,11 +102,10 @@ def export(
         graphs = writer.write_graphs(temporary, source, head, baked, list(dtypes), labels)
         limits = writer.limits(source) if hasattr(writer, "limits") else None
         runs = {dtype: graph.runs for dtype, graph in graphs.items()}
-        chosen_cases = [within(case, limits) for case in cases(source)]
-        if head == "probabilities":  # of words that are an input, the cases have few
-            classes = 1 if baked is None else len(baked.labels)
-            chosen_cases = [affordable(case, max(classes, case.names // case.per_class)) for case in chosen_cases]
-        rows = verify(source, head, baked, runs, chosen_cases)
+        compared = [within(case, limits) for case in cases(source)]
+        if head == "probabilities" and baked is not None:  # of words that are an input, the cases have few
+            compared = [affordable(case, len(baked.labels)) for case in compared]
+        rows = verify(source, head, baked, runs, compared)
         paths = {dtype: graph.path for dtype, graph in graphs.items()}
         base = EXTENSIONS[format][0] if format in EXTENSIONS else format
         record = make_record(source, base, head, baked, templates, paths, labels)

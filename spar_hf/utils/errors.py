@@ -7,6 +7,7 @@ import json
 import logging
 import sys
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from typing import Any
 
 from spar_hf.utils.terminal import printable
@@ -101,6 +102,21 @@ def as_usage_errors() -> Iterator[None]:
         if isinstance(error, UsageError) or not is_refusal(error):
             raise
         raise UsageError(str(error)) from error
+
+
+def import_of_train(what: str, module: str) -> Any:
+    """
+    Import a module that needs the packages of the extra `train`, for `what` the user asked for.
+
+    Raises:
+        UsageError: one of them is not installed.
+    """
+    try:
+        return import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] == "spar_hf":
+            raise
+        raise UsageError(f"{what} needs the package {error.name}: pip install 'spar-hf[train]'") from error
 
 
 def run_command(main: Callable[[], object]) -> None:

@@ -59,7 +59,7 @@ def test_a_missing_package_names_the_extra(monkeypatch):
     def absent(name):
         raise ModuleNotFoundError("No module named 'accelerate'", name="accelerate.utils")
 
-    monkeypatch.setattr(training, "import_module", absent)
+    monkeypatch.setattr("spar_hf.utils.errors.import_module", absent)
     with pytest.raises(UsageError, match=r"spar-hf\[train\]"):
         training.load_main("probe", "spar_hf.heads.linear_probe")
 

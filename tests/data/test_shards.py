@@ -201,3 +201,17 @@ def test_equal_keys_of_rows_are_images_of_their_own(tmp_path):
     assert len(set(names)) == 4 and names[1].endswith("rows y.png")
     train, held_out = split_images(sources, [], 3)
     assert (len(train), len(held_out)) == (3, 1)
+
+
+def test_data_sets_of_one_short_name_have_images_of_their_own(tmp_path):
+    """One given twice, also by another path, is the same images; so their names say."""
+    for folder in ("day", "dusk"):
+        images = [Image.new("L", (40, 40), value) for value in range(4)]
+        table = datasets.Dataset.from_dict({"image": images, "file_name": [f"{i}.png" for i in range(4)]})
+        table.save_to_disk(tmp_path / folder / "street" / "train")
+    day, dusk = (str(tmp_path / folder / "street" / "train") for folder in ("day", "dusk"))
+    again = str(tmp_path / "dusk" / ".." / "day" / "street" / "train")
+    first, second = open_sources(ImageOptions(images=[day, dusk]))
+    assert not {first.name(i) for i in range(4)} & {second.name(i) for i in range(4)}
+    first, second = open_sources(ImageOptions(images=[day, again]))
+    assert first.name(0) == second.name(0) == "street/train 0.png"

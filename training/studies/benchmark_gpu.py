@@ -191,7 +191,7 @@ def agreement_rows(card: Card) -> list[dict]:
     image, found = card.image(options.usual, torch.float32), {}
     exact_model = load(options.at(options.usual)).to(options.device).eval()
     for name, dtype in PRECISIONS.items():
-        # a copy: of weights that went through another precision, only what is left would be measured
+        # a copy: `to` changes the weights in place, and those that were bfloat16 before would be measured as float16
         features = copy.deepcopy(exact_model).to(dtype)(image).feature_map.float()
         maps = []
         tower = copy.deepcopy(subject.vision).to(options.device, dtype)
