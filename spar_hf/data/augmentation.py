@@ -56,13 +56,18 @@ class Views:
         "Chance that brightness, contrast and colour of a view are changed, for teacher and student alike (0 in "
         "the paper). With few images it keeps the student from memorising their light.",
     )
+    cutmix_probability: float = option(
+        0.0,
+        "Chance that a rectangle of a view shows another training image, for teacher and student alike (0 in the paper). "
+        "What lies beside a place then says less about it, so the student has to look at the place itself.",
+    )
 
     def __post_init__(self):
         if not 0 < self.min_scale <= 1:
             raise UsageError(f"--min_scale {self.min_scale} must lie above 0 and at most at 1.")
         require_positive(self, "long_side_windows", "short_side_windows", *PIXELS)
         require_one_of(self, "resample", RESAMPLINGS)
-        require_share(self, "crop_probability", "flip_probability", "jitter_probability")
+        require_share(self, "crop_probability", "flip_probability", "jitter_probability", "cutmix_probability")
         if len({getattr(self, name) is None for name in PIXELS}) > 1:
             raise UsageError(
                 f"Sizes in pixels need {', '.join(f'--{name}' for name in PIXELS)}, for example 2048 1024 512."
@@ -241,6 +246,36 @@ def _floored(sides: Sequence[float], patch_size: int) -> tuple[int, int]:
     """Width and height rounded down to multiples of the patch, at least one patch."""
     width, height = (max(patch_size, math.floor(side / patch_size + 1e-6) * patch_size) for side in sides)
     return width, height
+
+
+def cover_part(view: Image.Image, other: Image.Image, rng: random.Random) -> Image.Image:
+    """
+    Cover a rectangle of a view with a rectangle of another view: a tenth to six tenths of the area, with sides up to a
+    quarter longer or a fifth shorter than those of that share, and never larger than either view.
+
+    Source: CutMix (arXiv 1905.04899), without its labels: the teacher reads the covered view.
+
+    Args:
+        view: RGB; it is not changed.
+        other: RGB, of any size.
+        rng: random numbers, see [`view_generator`].
+
+    Example:
+
+    ```python
+    >>> black, white = Image.new("RGB", (64, 48)), Image.new("RGB", (80, 80), "white")
+    >>> covered = np.array(cover_part(black, white, random.Random(0)))
+    >>> covered.shape, 0.05 < (covered == 255).mean() < 1
+    ((48, 64, 3), True)
+    ```"""
+    side = math.sqrt(rng.uniform(0.1, 0.6))
+    drawn = [max(1, round(length * side * rng.uniform(0.8, 1.25))) for length in view.size]
+    width, height = (min(lengths) for lengths in zip(drawn, view.size, other.size, strict=True))
+    left, top = rng.randint(0, other.width - width), rng.randint(0, other.height - height)
+    part = other.crop((left, top, left + width, top + height))
+    covered = view.copy()
+    covered.paste(part, (rng.randint(0, view.width - width), rng.randint(0, view.height - height)))
+    return covered
 
 
 def view_generator(seed: int, index: int | str) -> random.Random:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +12,8 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from spar_hf.data.augmentation import Views, draw_crop, view_generator
-from spar_hf.data.order import Sample
+from spar_hf.data.augmentation import Views, cover_part, draw_crop, view_generator
+from spar_hf.data.order import Sample, SampleList
 from spar_hf.model.image_input import ImageRange, open_image, set_pixel_limit, to_rgb, turn_upright
 from spar_hf.utils.checkpoints import cut_log
 from spar_hf.utils.remote_files import is_remote, read_remote
@@ -108,7 +109,12 @@ class TrainingImages(Dataset):
         max_pixels: larger images are skipped; by default Pillow's limit.
         same_size: this many consecutive images of the stream get views of one size, if they have one shape; 0 draws a size
             for each.
+
+    Attributes:
+        others: images that may cover a part of a view (`Views.cutmix_probability`); none at first.
     """
+
+    others: SampleList | None = None
 
     def __init__(
         self,
@@ -151,7 +157,22 @@ class TrainingImages(Dataset):
         generator = view_generator(self.seed, sample.name if self.views.fixed_views else sample.index)
         size_generator = view_generator(self.seed, f"size {sample.index // self.same_size}") if self.same_size else None
         crop = draw_crop(image.size, self.window, self.patch_size, self.views, generator, size_generator)
-        return LoadedSample(sample.index, self.pixels(crop.apply(image)), sample.after)
+        view = self.cover(crop.apply(image), generator)
+        return LoadedSample(sample.index, self.pixels(view), sample.after)
+
+    def cover(self, view: Image.Image, generator: random.Random) -> Image.Image:
+        """
+        A view, by chance partly covered by a view of another image. If that one cannot be read, the view stays as it is: the
+        image is listed as skipped when its own turn comes.
+        """
+        if not self.others or generator.random() >= self.views.cutmix_probability:
+            return view
+        try:
+            image = self.read(self.others.sample(generator.randrange(len(self.others)), 0, []))
+        except Exception:  # as above
+            return view
+        crop = draw_crop(image.size, self.window, self.patch_size, self.views, generator)
+        return cover_part(view, crop.apply(image), generator)
 
     def squares(self, samples: list[Sample], side: int) -> Iterator[torch.Tensor]:
         """The readable images of samples, one by one, as squares of `side` pixels: `(1, 3, side, side)`."""

@@ -120,6 +120,8 @@ class CacheOptions(ComposedOptions):
             raise UsageError(
                 "--views 2 and more are all the same with --fixed_views, as in the preset spar. Leave one out."
             )
+        if self.views.cutmix_probability:
+            raise UsageError("A cache keeps views of single images. Leave --cutmix_probability out.")
 
     @classmethod
     def from_flat(cls, **values: Any) -> "CacheOptions":

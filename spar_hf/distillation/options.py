@@ -349,6 +349,11 @@ class DistillationOptions(ComposedOptions):
                 "--teacher_mode cached reads stored maps of stored views: leave out --streaming, and give "
                 "--jitter_probability to cache_teacher.py instead."
             )
+        if self.views.cutmix_probability and (self.teacher.mode == "cached" or self.images.streaming):
+            raise UsageError(
+                "--cutmix_probability draws other images at random; --teacher_mode cached has maps of whole images, and "
+                "--streaming only the next image. Leave one out."
+            )
         if self.optimisation.same_size and (self.teacher.mode == "cached" or self.views.fixed_views):
             raise UsageError(
                 "--same_size draws sizes anew for every step, and --teacher_mode cached and --fixed_views keep those of "

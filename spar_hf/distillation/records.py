@@ -73,6 +73,7 @@ def make_record(
         "crop_probability": views.crop_probability,
         "flip_probability": views.flip_probability,
         "jitter_probability": views.jitter_probability,
+        "cutmix_probability": views.cutmix_probability,
     }
 
 

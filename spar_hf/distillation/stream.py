@@ -150,6 +150,7 @@ def open_stream(
     }
     names |= {"cached": cached_names(teacher_cache), "measured": [sample.name for sample in held_out]}
     if teacher_cache is None:
+        images.others = train
         order = MapOrder(train, seed, process, processes, start, options.shuffle)
         return ImageStream(order, images, images, len(train), held_out, train, views, names)
     cache = TeacherCache.open(

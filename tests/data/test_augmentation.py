@@ -11,6 +11,7 @@ from PIL import Image
 from spar_hf.data.augmentation import (
     Crop,
     Views,
+    cover_part,
     draw_crop,
     jitter,
     jitter_image,
@@ -85,12 +86,38 @@ def test_jitter__same_seed_same_light():
 @pytest.mark.parametrize(
     "wrong",
     [{"min_scale": 0}, {"min_scale": 1.5}, {"long_side_windows": 0}, {"short_side_windows": -1}, {"crop_probability": 1.1},
-     {"flip_probability": -0.1}, {"jitter_probability": float("nan")}],
+     {"flip_probability": -0.1}, {"jitter_probability": float("nan")}, {"cutmix_probability": 2}],
 )  # fmt: skip
 def test_views_out_of_range_are_refused(wrong):
     (name,) = wrong
     with pytest.raises(UsageError, match=f"--{name} "):
         Views(**wrong)
+
+
+@pytest.mark.parametrize(("size", "other_size"), [((64, 48), (80, 90)), ((64, 48), (10, 200)), ((16, 16), (1, 1))])
+def test_cover_part__a_rectangle_of_the_other_view_and_nothing_else(size, other_size):
+    """Pixels of the views are numbered, so each pixel of the result says where it comes from."""
+    first, second = (np.mgrid[0:height, 0:width].transpose(1, 2, 0) for width, height in (size, other_size))
+    view, other = (
+        Image.fromarray(np.dstack([p, p[..., 0] * 0 + k]).astype(np.uint8)) for k, p in enumerate((first, second))
+    )
+    places, shares = set(), []
+    for seed in range(40):
+        covered = np.array(cover_part(view, other, random.Random(seed)))
+        rows, columns = np.nonzero(covered[..., 2])
+        box = np.s_[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
+        assert covered[box][..., 2].all()
+        inside = covered[box][..., :2].astype(int)  # one part of the other view, not resized
+        start = inside[0, 0]
+        np.testing.assert_array_equal(inside, np.mgrid[: inside.shape[0], : inside.shape[1]].transpose(1, 2, 0) + start)
+        outside = covered[..., 2] == 0
+        np.testing.assert_array_equal(covered[outside], np.array(view)[outside])
+        places.add((rows.min(), columns.min(), *start))
+        shares.append(len(rows) / (size[0] * size[1]))
+    assert len(places) > 10 or other_size == (1, 1)
+    if min(other_size) >= max(size):
+        assert 0.06 < min(shares) < 0.2 and 0.5 < max(shares) < 0.95
+    assert np.array(view)[..., 2].max() == 0  # it was not changed itself
 
 
 @pytest.mark.parametrize("views", [{}, {"long_side_pixels": 256, "short_side_pixels": 128, "min_side_pixels": 48}])

@@ -213,3 +213,32 @@ def test_damaged_images_are_skipped_whatever_the_workers(image_folder, tmp_path)
     for a, b in zip(*seen, strict=True):
         assert type(a) is type(b)
         assert isinstance(a, Skipped) or (a.index == b.index and torch.equal(a.pixel_values, b.pixel_values))
+
+
+def test_cutmix__parts_of_other_training_images_the_same_whatever_the_workers(tmp_path):
+    """Each image has one colour, so that a view shows its images. The third is held out, the fourth damaged."""
+    colours = [(250, 0, 0), (0, 250, 0), (0, 0, 250), (250, 250, 0)]
+    for i, colour in enumerate(colours):
+        Image.new("RGB", (96, 80), colour).save(tmp_path / f"{i}.png")
+    (tmp_path / "3.png").write_bytes((tmp_path / "3.png").read_bytes()[:60])
+    kept = ImageOptions(images=[str(tmp_path)], holdout_every=3)
+    opened = open_sources(kept)
+    train, _ = split_images(opened, kept.exclude, kept.holdout_every)
+    runs = []
+    for workers in (0, 2):
+        images, order = make_images(opened, cutmix_probability=1.0), MapOrder(train, 0, 0, 1)
+        images.others = train
+        loader = DataLoader(images, None, sampler=order, num_workers=workers, collate_fn=only_item)
+        runs.append([item for item in islice(loader, 30) if not isinstance(item, Skipped)])
+    made_of = set()
+    for once, again in zip(*runs, strict=True):
+        assert torch.equal(once.pixel_values, again.pixel_values)
+        made_of.add(tuple(map(tuple, once.pixel_values[0].flatten(1).unique(dim=1).T.gt(0).tolist())))
+    red, green = (True, False, False), (False, True, False)
+    assert made_of == {(red,), (green,), (green, red)}
+    alone = make_images(opened)
+    alone.others = train
+    loaded = [
+        item for item in map(alone.__getitem__, islice(MapOrder(train, 0, 0, 1), 12)) if not isinstance(item, Skipped)
+    ]
+    assert len(loaded) == 8 and all(len(item.pixel_values[0].flatten(1).unique(dim=1).T) == 1 for item in loaded)

@@ -65,6 +65,9 @@ def test_stream__what_is_held_out_never_comes(models, image_folder):
     ]
     taken = zip(*(islice(stream.order, 4) for stream in two), strict=True)
     assert [sample.name for pair in taken for sample in pair] == names
+    assert {stream.images.others.name(i) for i in range(len(stream.images.others))} == set(
+        names
+    )  # what may cover a part
     loaded = next(iter(stream.loader(workers=0, seed=0)))
     assert loaded.pixel_values.shape[:2] == (1, 3) and not {side % 16 for side in loaded.pixel_values.shape[2:]} - {0}
 
@@ -184,7 +187,8 @@ def test_held_out_error__is_a_mean_over_patches_and_the_best_is_kept():
     assert HeldOut([]).error(features) is None and ErrorCurve().best is None
     points = [{"step": 1, "mse": 1.0, "words": 0.5}, {"step": 2, "mse": 1.1, "words": 0.1}]
     assert ErrorCurve(None, points, 0.0).best is points[0] and ErrorCurve(None, points, 1.0).best is points[1]
-    assert largest_views(Views(jitter_probability=1.0)) == Views(min_scale=1.0, crop_probability=0, flip_probability=0)
+    whole = Views(min_scale=1.0, crop_probability=0, flip_probability=0)
+    assert largest_views(Views(jitter_probability=1.0, cutmix_probability=1.0)) == whole
 
 
 def test_progress__says_where_the_time_goes():

@@ -143,6 +143,8 @@ def test_whitening_counts_axes_alike():
         ({"words_balance": 1.5, "words": ["voc21"]}, "words_balance"),
         ({"words_balance": 0.5}, "--words"),
         ({"same_size": 2, "streaming": True}, "--same_size"),
+        ({"cutmix_probability": 0.5, "streaming": True}, "--cutmix_probability"),
+        ({"cutmix_probability": 0.5, "teacher_mode": "cached", "teacher_cache": "c"}, "--cutmix_probability"),
         ({"model_name": "m"}, "model_name"),
     ],
 )

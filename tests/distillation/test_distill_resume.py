@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 # four images a step, on one process or two
 SETTING = ("--steps", 8, "--learning_rate", 1e-3, "--train_layers", "all", "--teacher_windows", 3, "--save_steps", 1)
 SETTING += ("--eval_steps", 4, "--picture_steps", 0, "--log_steps", 1, "--holdout_every", 3, "--workers", 0)
-SETTING += ("--report_to", "none")
+SETTING += ("--report_to", "none", "--cutmix_probability", 0.5)
 
 
 @pytest.fixture(scope="module")

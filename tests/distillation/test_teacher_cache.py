@@ -73,6 +73,11 @@ def test_several_fixed_views_of_an_image_are_refused():
     assert CacheOptions.from_flat(model="m", images=["x"], output="o", preset="spar").views.fixed_views
 
 
+def test_views_of_several_images_are_refused():
+    with pytest.raises(UsageError, match="--cutmix_probability"):
+        CacheOptions.from_flat(model="m", images=["x"], output="o", cutmix_probability=0.5)
+
+
 def test_views_are_those_that_distillation_draws(options, pictures):
     """The first epoch of a training on the same images with the same seed, if it took them in the order of the cache."""
     options = changed(options, jitter_probability=0.5)
