@@ -16,6 +16,7 @@ from spar_hf.utils.image_files import (
 # suffixes in a folder; heat maps are several pictures, in a folder of their own
 FORMATS = {"overlay": ".png", "map": ".map.png", "coco": ".coco.json", "json": ".json", "heatmap": ".heatmaps"}
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")  # of overlays
+MERGED = "annotations.json"  # the COCO files of all images as one
 # an --output with such a suffix is a file and not a folder; it may then be refused for its format
 FILE_SUFFIXES = (*PICTURE_SUFFIXES, ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".json")
 
@@ -102,9 +103,11 @@ def plan_results(
     for image in images:
         paths[image] = single_file_paths(output, formats) if single_file else folder_paths(image, output, formats)
         if map_output is not None:
-            check_map_output(map_output, several)
+            check_map_output(map_output, several, formats)
             paths[image]["map"] = map_output
     targets = [(path, image.source) for image, files in paths.items() for path in files.values()]
+    if not single_file and "coco" in formats:
+        targets.append((output / MERGED, "the COCO file of all images"))
     check_distinct_targets(targets)
     check_inputs_kept([path for path, _ in targets], images)
     return ResultPlan(images, problems, paths, formats, None if single_file else output, several)
@@ -112,7 +115,8 @@ def plan_results(
 
 def single_file_paths(output: Path, formats: list[str]) -> dict[str, Path]:
     """
-    Files of a single image by format: `output` is the overlay, or the only format; the others lie beside it.
+    Files of a single image by format: `output` is the first of overlay, map, JSON and COCO that its suffix fits; the others
+    lie beside it.
 
     Raises:
         UsageError: `output` has the wrong suffix.
@@ -123,14 +127,17 @@ def single_file_paths(output: Path, formats: list[str]) -> dict[str, Path]:
     >>> paths = single_file_paths(Path("street.jpg"), ["overlay", "json"])
     >>> {name: str(path) for name, path in paths.items()}
     {'overlay': 'street.jpg', 'json': 'street.json'}
+    >>> {name: str(path) for name, path in single_file_paths(Path("street.png"), ["json", "map"]).items()}
+    {'json': 'street.json', 'map': 'street.png'}
     ```"""
     if formats == ["heatmap"]:
         raise UsageError(f"--output {output} must be a folder: heat maps are a picture per class.")
-    single_format = formats[0] if len(formats) == 1 else "overlay"
-    suffixes = {"overlay": PICTURE_SUFFIXES, "map": (".png",)}.get(single_format, (".json",))
-    if output.suffix.lower() not in suffixes:
-        raise UsageError(f"--output {output} must end in {' or '.join(suffixes)} for --format {','.join(formats)}.")
-    return {name: output if name == single_format else output.with_suffix(FORMATS[name]) for name in formats}
+    suffixes = {"overlay": PICTURE_SUFFIXES, "map": (".png",), "json": (".json",), "coco": (".json",)}
+    named = next((name for name in suffixes if name in formats and output.suffix.lower() in suffixes[name]), None)
+    if named is None:
+        fitting = dict.fromkeys(suffix for name in suffixes if name in formats for suffix in suffixes[name])
+        raise UsageError(f"--output {output} must end in {' or '.join(fitting)} for --format {','.join(formats)}.")
+    return {name: output if name == named else output.with_suffix(FORMATS[name]) for name in formats}
 
 
 def folder_paths(image: InputImage, folder: Path, formats: list[str]) -> dict[str, Path]:
@@ -138,8 +145,10 @@ def folder_paths(image: InputImage, folder: Path, formats: list[str]) -> dict[st
     return {name: result_path(folder, image.name, FORMATS[name]) for name in formats}
 
 
-def check_map_output(map_output: Path, several: bool) -> None:
-    """Refuse a `--map` for several images or in a lossy format."""
+def check_map_output(map_output: Path, several: bool, formats: list[str]) -> None:
+    """Refuse a `--map` for several images, in a lossy format, or beside the map of `--format`."""
+    if "map" in formats:
+        raise UsageError("--map and --format map both name the file of the one label map. Leave one out.")
     if several:
         raise UsageError("--map names the file of one image. For several images use --format overlay,map.")
     if map_output.suffix.lower() != ".png":

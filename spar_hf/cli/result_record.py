@@ -3,12 +3,13 @@
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from spar_hf.utils.errors import UsageError
 from spar_hf.utils.image_files import InputImage, stamp
+from spar_hf.utils.result_records import read_entries, record_files
 from spar_hf.utils.texts import json_text
 
 RECORD = ".spar-hf.jsonl"
@@ -112,24 +113,12 @@ class ResultRecord:
     def _name(self, path: Path) -> str:
         return path.relative_to(self.folder).as_posix() if path.is_relative_to(self.folder) else str(path.absolute())
 
-    def _differences(self, then: dict[str, Any]) -> str:
-        differing = [name for name in {**then, **self.settings} if then.get(name) != self.settings.get(name)]
-        values = {name: (json.dumps(then.get(name)), json.dumps(self.settings.get(name))) for name in differing}
+    def differences(self, then_key: str, now_key: str) -> str:
+        """What differs between recorded settings."""
+        return self._differences(self.known.get(then_key, {}), self.known.get(now_key, {}))
+
+    def _differences(self, then: dict[str, Any], now: dict[str, Any] | None = None) -> str:
+        now = self.settings if now is None else now
+        differing = [name for name in {**then, **now} if then.get(name) != now.get(name)]
+        values = {name: (json.dumps(then.get(name)), json.dumps(now.get(name))) for name in differing}
         return "; ".join(f"{name} {old[:80]}, now {new[:80]}" for name, (old, new) in values.items()) or "unknown ones"
-
-
-def record_files(folder: Path) -> list[Path]:
-    """The records in a folder, the oldest first: a later one of another job may replace results."""
-    return sorted(folder.glob(".spar-hf*.jsonl"), key=lambda path: (path.stat().st_mtime_ns, path.name))
-
-
-def read_entries(records: Sequence[Path]) -> Iterator[dict[str, Any]]:
-    """The lines of records that are whole."""
-    for path in records:
-        for line in path.read_bytes().splitlines():
-            try:
-                entry = json.loads(line)
-                if "settings" in entry and ("values" in entry or isinstance(entry["files"], list)):
-                    yield entry
-            except (ValueError, KeyError, TypeError):  # the last line of a killed run
-                continue

@@ -8,13 +8,14 @@ from typing import Any
 
 from spar_hf.cli.reporting import say
 from spar_hf.cli.result_files import merge_coco, write_results
-from spar_hf.cli.result_paths import FORMATS, ResultPlan
-from spar_hf.cli.result_record import ResultRecord, record_files
+from spar_hf.cli.result_paths import FORMATS, MERGED, ResultPlan
+from spar_hf.cli.result_record import ResultRecord
 from spar_hf.cli.segment_options import SegmentOptions
 from spar_hf.utils.atomic import write_text
 from spar_hf.utils.errors import UsageError
 from spar_hf.utils.image_files import InputImage
 from spar_hf.utils.processes import Processes, in_units
+from spar_hf.utils.result_records import record_files
 from spar_hf.utils.texts import json_text, read_text, storable
 
 CLASSES = "classes.txt"  # the line number, from 0, is the pixel value in label maps
@@ -69,6 +70,7 @@ class FileSink:
                 check_class_list(plan.folder / CLASSES, class_names)
             else:
                 check_own_class_list(plan.folder / CLASSES, class_names)
+                self._check_maps_left(plan.folder / CLASSES, class_names)
             processes.wait()  # nothing is written before all have looked
             write_text(plan.folder / CLASSES, class_list(class_names))
 
@@ -84,6 +86,22 @@ class FileSink:
         names = [self.options.job.name, f"process-{self.processes.index}" if self.processes.count > 1 else ""]
         trusted = plan.folder is not None
         return ResultRecord(folder, settings, trust_unknown=trusted, job="-".join(filter(None, names)))
+
+    def _check_maps_left(self, path: Path, names: Sequence[str]) -> None:
+        """
+        Raises:
+            UsageError: label maps of other classes would stay beside the new list of classes.
+        """
+        if self.record is None or not lists_others(path, names):
+            return
+        written = {file for files in self.plan.paths.values() for file in files.values()}
+        maps = (self.record.folder / name for name in self.record.files if name.endswith(FORMATS["map"]))
+        if left := sorted(str(file) for file in maps if file not in written and file.is_file()):
+            more = f" and {len(left) - 1} more" if len(left) > 1 else ""
+            raise UsageError(
+                f"{path} would list other classes than those that the numbers in {left[0]}{more} mean, which this run does "
+                "not replace. Name another --output, or remove them."
+            )
 
     def is_done(self, item: InputImage) -> bool:
         """Whether an image has its results already."""
@@ -113,7 +131,7 @@ class FileSink:
             record.read()
             files = [paths["coco"] for paths in self.plan.paths.values()]
             parts = [file for file in files if file.is_file() and record.is_current(file)]
-            write_text(folder / "annotations.json", json_text(merge_coco(parts)))
+            write_text(folder / MERGED, json_text(merge_coco(parts)))
 
 
 class ShardSink:

@@ -142,10 +142,10 @@ def read_mask(path: Path, classes: int) -> np.ndarray:
         UsageError: more than one channel, or a number that is no class.
         ValueError: it cannot be decoded.
     """
-    from spar_hf.model.image_input import turn_upright
+    from spar_hf.model.image_input import class_numbers
 
     image = Image.open(path)
-    values = np.asarray(turn_upright(image, str(path)))
+    values = class_numbers(image, str(path))
     if values.ndim != 2:
         raise UsageError(f"{path} has mode {image.mode}; a mask is a PNG of class numbers, with one channel.")
     wrong = [value for value in np.unique(values).tolist() if value >= classes and value != IGNORED]

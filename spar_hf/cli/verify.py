@@ -10,15 +10,25 @@ import typer
 
 from spar_hf.cli.parts import open_parts, part_suffix
 from spar_hf.cli.reporting import exit_on_error, say
-from spar_hf.cli.result_paths import FORMATS
-from spar_hf.cli.result_record import read_entries, record_files
+from spar_hf.cli.result_paths import FORMATS, MERGED
+from spar_hf.cli.result_record import ResultRecord
 from spar_hf.utils.atomic import is_temporary, write_text
 from spar_hf.utils.errors import MissingFiles, UsageError
 from spar_hf.utils.folders import Folder
 from spar_hf.utils.image_files import find_images
 from spar_hf.utils.remote_files import is_remote
+from spar_hf.utils.result_records import record_files
 from spar_hf.utils.texts import json_text, storable
 
+OF_AN_IMAGE = (
+    "image",
+    "original_size",
+    "working_size",
+    "stamp",
+    "photos",
+    "round",
+    "format",
+)  # metadata beside settings
 SHOWN = 20  # names of each kind in the report
 
 
@@ -33,6 +43,7 @@ class Findings:
         unit: what is counted: `images`, `files` or `shards`.
         missing: names of those that are not there.
         damaged: names of files that cannot be read, with the reason.
+        others: names of whole files that were made with other settings than the latest, with what differs.
         failed: images that could not be processed, with the reason; their results are complete.
         listed: whether it is known which should be there.
     """
@@ -42,13 +53,14 @@ class Findings:
     whole: int = 0
     missing: list[str] = field(default_factory=list)
     damaged: dict[str, str] = field(default_factory=dict)
+    others: dict[str, str] = field(default_factory=dict)
     failed: list[tuple[str, str]] = field(default_factory=list)
     listed: bool = True
 
     @property
     def complete(self) -> bool:
-        """Whether nothing is missing or damaged."""
-        return not self.missing and not self.damaged
+        """Whether nothing is missing, damaged or of other settings."""
+        return not self.missing and not self.damaged and not self.others
 
 
 def verify(
@@ -75,22 +87,24 @@ def verify(
             if problems:
                 raise UsageError(problems[0][1])
             names = [image.name for image in found]
-        checker = checker_of(folder)
-        findings = checker.check(names)
-    show(findings)
-    if delete_damaged:
+        checkers = checkers_of(folder)
+    complete = True
+    for checker in checkers:
         with exit_on_error():
-            checker.delete(findings.damaged)
-        say(f"{len(findings.damaged)} damaged files removed")
-    if finish and findings.complete and findings.listed:
-        with exit_on_error():
-            say(checker.merge())
-    elif finish:
-        say(
-            "not finished: " + ("name the images to say what should be there" if findings.complete else "see above"),
-            err=True,
-        )
-    raise typer.Exit(0 if findings.complete else 1)
+            findings = checker.check(names)
+        show(findings)
+        complete = complete and findings.complete
+        if delete_damaged:
+            with exit_on_error():
+                checker.delete(findings.damaged)
+            say(f"{len(findings.damaged)} damaged files removed")
+        if finish and findings.complete and findings.listed:
+            with exit_on_error():
+                say(checker.merge())
+        elif finish:
+            todo = "name the images to say what should be there" if findings.complete else "see above"
+            say(f"not finished: {todo}", err=True)
+    raise typer.Exit(0 if complete else 1)
 
 
 def show(findings: Findings) -> None:
@@ -98,12 +112,14 @@ def show(findings: Findings) -> None:
     parts = [f"{findings.whole} {findings.unit} are whole"]
     parts += [f"{len(findings.missing)} missing"] if findings.missing else []
     parts += [f"{len(findings.damaged)} damaged"] if findings.damaged else []
+    parts += [f"{len(findings.others)} of other settings than the latest"] if findings.others else []
     parts += [f"{len(findings.failed)} of their images could not be processed"] if findings.failed else []
     say(f"{findings.kind}: {', '.join(parts)}")
     if not findings.listed:
         say("note: which images there should be is not known; name them to find missing ones.", err=True)
     lines = [f"missing: {name}" for name in findings.missing[:SHOWN]]
     lines += [f"damaged: {name}: {reason}" for name, reason in list(findings.damaged.items())[:SHOWN]]
+    lines += [f"other settings: {name}: {what}" for name, what in list(findings.others.items())[:SHOWN]]
     lines += [f"failed: {name}: {reason}" for name, reason in findings.failed[:SHOWN]]
     for line in lines:
         say(" ".join(line.split()))
@@ -134,23 +150,38 @@ class Checker:
             (self.folder / name).unlink(missing_ok=True)
 
 
-def checker_of(folder: str) -> Checker:
+def checkers_of(folder: str) -> list[Checker]:
     """
-    The checker of a folder by what lies in it.
+    The checkers of a folder by what lies in it: masks and features may share one.
 
     Raises:
         MissingFiles: no such folder, or no results in it.
     """
     if part_suffix(folder) is None and Folder(folder).size("manifest.json") is not None:
-        return CacheChecker(folder)
+        return [CacheChecker(folder)]
     if is_remote(folder) or part_suffix(folder) is not None:
-        return PartChecker(folder)
+        return [PartChecker(folder)]
     path = Path(folder)
+    checkers: list[Checker] = []
     if path.is_dir() and record_files(path):
-        return ResultChecker(folder)
-    if path.is_dir() and next(path.rglob("*.safetensors"), None):
-        return FeatureChecker(folder)
+        checkers.append(ResultChecker(folder))
+    # beside masks there may be safetensors of something else, such as support images
+    if path.is_dir() and any(not checkers or holds_features(file) for file in path.rglob("*.safetensors")):
+        checkers.append(FeatureChecker(folder))
+    if checkers:
+        return checkers
     raise MissingFiles(f"{folder} holds no results of features, segment or cache-teacher.")
+
+
+def holds_features(file: Path) -> bool:
+    """Whether `spar-hf features` wrote a file of safetensors; one that is cut says nothing."""
+    from spar_hf.batch.features import read_header
+
+    try:
+        _, metadata = read_header(file)
+    except UsageError:
+        return False
+    return "working_size" in metadata or "photos" in metadata
 
 
 class PartChecker(Checker):
@@ -198,6 +229,7 @@ class FeatureChecker(Checker):
 
         findings = Findings("features", "images", listed=names is not None)
         shards, found = list_shards(self.folder), set[str]()
+        made: dict[str, dict[str, str]] = {}  # settings of each file
         others = (file for file in self.folder.rglob("*.safetensors") if not is_temporary(file))
         for file in shards or sorted(others):
             name = file.relative_to(self.folder).as_posix()
@@ -206,10 +238,20 @@ class FeatureChecker(Checker):
             except UsageError as error:
                 findings.damaged[name] = str(error)
                 continue
+            made[name] = {key: value for key, value in metadata.items() if key not in OF_AN_IMAGE}
             records = json.loads(metadata.get("photos", "{}"))
             found |= set(records or keys) if shards else {name.removesuffix(".safetensors")}
         findings.whole = len(found)
         findings.missing = [name for name in names or () if storable(name) not in found]
+        latest = max(made, key=lambda name: (self.folder / name).stat().st_mtime_ns, default=None)
+        for name in made:
+            if latest is not None and made[name] != made[latest]:
+                differing = sorted(
+                    key for key in {**made[name], **made[latest]} if made[name].get(key) != made[latest].get(key)
+                )
+                values = (f"{key} {made[name].get(key)}, not {made[latest].get(key)}" for key in differing)
+                findings.others[name] = "; ".join(values)
+        findings.whole -= 0 if shards else len(findings.others)
         return findings
 
     def merge(self) -> str:
@@ -235,29 +277,62 @@ def shared_settings(metadata: dict[str, str]) -> dict[str, Any]:
 
 
 class ResultChecker(Checker):
-    """Results of `segment`: every recorded file is read. Which frames of a file there should be is not known."""
+    """
+    Results of `segment`: every recorded file is read. An image is whole if it has all formats that any image has, of the
+    settings of the latest one. Which frames of a file there should be is not known.
+    """
+
+    def __init__(self, folder: str):
+        super().__init__(folder)
+        self.coco: list[str] = []  # what can be merged
 
     def check(self, names: list[str] | None) -> Findings:
         findings = Findings("results of segment", "images", listed=names is not None)
-        entries = [entry for entry in read_entries(record_files(self.folder)) if "files" in entry]
-        groups = {tuple(entry["files"]) for entry in entries}
-        for files in sorted(groups):
-            reasons = {name: self._problem(self.folder / name) for name in files}
-            findings.missing += [name for name, reason in reasons.items() if reason == "gone"]
-            findings.damaged |= {name: reason for name, reason in reasons.items() if reason not in ("", "gone")}
-            findings.whole += not any(reasons.values())
-        recorded = {name for files in groups for name in files}
-        for entry in entries:
-            if "frame" in entry:  # clip-0003.png is a result of clip
-                recorded |= {name.replace(f"-{entry['frame']:04}.", ".") for name in entry["files"]}
-        for name in names or ():
-            if not any(f"{name}{end}" in recorded for end in FORMATS.values()):
-                findings.missing.append(name)
+        record = ResultRecord(self.folder, {})
+        found: dict[str, dict[str, dict[str, Any]]] = {}  # image or frame -> format -> its entry
+        for file, entry in record.files.items():
+            image, result, format_name = self._result(file, entry, names)
+            if names is None or image in names:
+                found.setdefault(result, {})[format_name] = {**entry, "file": file, "image": image}
+        formats = [name for name in FORMATS if any(name in results for results in found.values())]
+        newest = {
+            name: max((results[name] for results in found.values() if name in results), key=lambda e: e.get("time", 0))
+            for name in formats
+        }
+        for result, results in sorted(found.items()):
+            reasons = {name: self._problem(results[name]["file"]) if name in results else "gone" for name in formats}
+            findings.missing += [f"{result}{FORMATS[name]}" for name, reason in reasons.items() if reason == "gone"]
+            broken = {results[name]["file"]: reason for name, reason in reasons.items() if reason not in ("", "gone")}
+            others = {
+                entry["file"]: record.differences(entry["settings"], newest[name]["settings"])
+                for name, entry in results.items()
+                if entry["settings"] != newest[name]["settings"] and not reasons[name]
+            }
+            findings.damaged |= broken
+            findings.others |= others
+            findings.whole += not any(reasons.values()) and not others
+            self.coco += [results["coco"]["file"]] if "coco" in results else []
+        there = {entry["image"] for results in found.values() for entry in results.values()}
+        findings.missing += [name for name in names or () if name not in there]
         return findings
 
-    def _problem(self, path: Path) -> str:
+    def _result(self, file: str, entry: dict[str, Any], names: list[str] | None) -> tuple[str, str, str]:
+        """The image that a file is a result of, the same with its frame, and the format."""
+        stems = {name: file.removesuffix(end) for name, end in FORMATS.items() if file.endswith(end)}
+        frame = f"-{entry['frame']:04}" if "frame" in entry else ""
+        images = {name: stem.removesuffix(frame) for name, stem in stems.items()}  # clip-0003.png is a result of clip
+        # p.map.png is the map of p, or the overlay of an image called p.map
+        fitting = [name for name in stems if images[name] in (names or ())] or sorted(
+            stems, key=lambda n: len(stems[n])
+        )
+        if not fitting:  # one that --output named
+            return file, file, "overlay"
+        return images[fitting[0]], stems[fitting[0]], fitting[0]
+
+    def _problem(self, file: str) -> str:
         from PIL import Image
 
+        path = self.folder / file
         if not path.exists():
             return "gone"
         try:
@@ -273,11 +348,11 @@ class ResultChecker(Checker):
     def merge(self) -> str:
         from spar_hf.cli.result_files import merge_coco
 
-        parts = sorted(self.folder.rglob("*.coco.json"))
-        if not parts:
+        if not self.coco:
             return "nothing to merge: there are no COCO files"
-        write_text(self.folder / "annotations.json", json_text(merge_coco(parts)))
-        return f"annotations.json written, of {len(parts)} images"
+        parts = [self.folder / file for file in sorted(self.coco)]
+        write_text(self.folder / MERGED, json_text(merge_coco(parts)))
+        return f"{MERGED} written, of {len(parts)} images"
 
 
 class CacheChecker(Checker):

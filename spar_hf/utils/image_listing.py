@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from spar_hf.utils.result_records import has_record, recorded_results
+
 logger = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = {
@@ -35,12 +37,17 @@ def scan_folder(
     The image files in a folder and its sub-folders, sorted, and how many others there are of each ending. `wanted` says by
     their names which files to list in place of images.
 
+    Results that `spar-hf segment` recorded in a sub-folder are passed over, and counted in a warning; those in `folder`
+    itself are listed, since somebody named that.
+
     Links to files keep their own names, so that several links to one file are several images. Linked folders are followed,
     each folder once: what lies inside `folder` itself is taken first, so that a link never replaces the real name or loops.
     Hidden files and folders, and the folder `exclude` (resolved), are skipped.
     """
     found: list[Path] = []
     others: Counter[str] = Counter()
+    results: set[str] = set()
+    passed_over = 0
     visited: set[str] = {str(exclude)} if exclude is not None else set()
     waiting = [str(folder)]  # linked folders, looked into after the real ones
     while waiting:
@@ -50,14 +57,27 @@ def scan_folder(
                 folders[:] = []
                 continue
             visited.add(real)
-            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            if os.path.realpath(folder) != real and has_record(files):
+                results |= recorded_results(Path(parent))
+            folders[:] = sorted(
+                name for name in folders if not name.startswith(".") and os.path.join(parent, name) not in results
+            )
             waiting += [os.path.join(parent, name) for name in folders if os.path.islink(os.path.join(parent, name))]
             for name in files:
-                if wanted(name) and not name.startswith("."):
+                if os.path.join(parent, name) in results:
+                    passed_over += wanted(name)
+                elif wanted(name) and not name.startswith("."):
                     found.append(Path(parent) / name)
                 elif not name.startswith("."):
                     others[Path(name).suffix.lower() or "no ending"] += 1
+    report_results(folder, passed_over)
     return sorted(found), others
+
+
+def report_results(where: str | Path, count: int) -> None:
+    """Log a warning that files were passed over because they are results."""
+    if count:
+        logger.warning("%s: passed over %d results of spar-hf segment. Name their folder to read them.", where, count)
 
 
 def images_under(folder: Path, exclude: Path | None = None) -> list[Path]:
@@ -127,8 +147,17 @@ def files_matching(
         paths = [path for path in paths if exclude not in path.resolve().parents]
     if "**" in pattern:
         paths = each_folder_once(paths)
+    results = results_below(split_pattern(pattern)[0], paths)
+    report_results(pattern, sum(wanted(path.name) for path in paths if str(path) in results))
+    paths = [path for path in paths if str(path) not in results]
     others = Counter(path.suffix.lower() or "no ending" for path in paths if not wanted(path.name))
     return [path for path in paths if wanted(path.name)], others
+
+
+def results_below(root: Path, paths: Iterable[Path]) -> set[str]:
+    """What `spar-hf segment` recorded in the folders between `root` and these paths, `root` itself excepted."""
+    folders = {parent for path in paths for parent in path.parents if root in parent.parents}
+    return {name for folder in folders for name in recorded_results(folder)}
 
 
 def each_folder_once(paths: Iterable[Path]) -> list[Path]:

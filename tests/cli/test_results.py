@@ -167,8 +167,8 @@ def test_the_coco_file_has_results_of_one_vocabulary(images, tmp_path):
     merged = json.loads((output / "annotations.json").read_text())
     assert [Path(image["file_name"]).name for image in merged["images"]] == ["a.png", "c.png"]
     assert [category["name"] for category in merged["categories"]] == ["tree", "road"]
-    text = " ".join(run("verify", output, "--finish", images, status=2).split())
-    assert "b.coco.json has other classes than" in text
+    text = " ".join(run("verify", output, "--finish", images, status=1).split())
+    assert "other settings: b.coco.json: labels" in text and "not finished" in text
     (output / "b.coco.json").unlink()
     (images / "b.png").unlink()
     run("segment", images, *options, "--labels", "tree; road", "--skip-existing")
@@ -364,3 +364,52 @@ main()
     assert sorted(index["weight_map"]) == [f"{i:02}" for i in range(12)]
     rest = run("features", folder, "--output", output, "--shard-size", 1000, *SMALL, "--skip-existing")
     assert "18 done, 12 skipped" in rest
+
+
+def test_results_of_an_earlier_run_are_no_images(images, tmp_path, caplog):
+    """Masks that were written into the folder of the photos; named themselves they are images."""
+    segment = ("segment", images, *WORDS, "--format", "overlay,map,heatmap")
+    run(*segment, "--output", images / "masks")
+    (images / "masks" / "photo").mkdir()
+    shutil.copy(images / "a.png", images / "masks" / "photo" / "new.png")  # not a result, wherever it lies
+    for output in (images / "masks2", tmp_path / "far"):
+        assert "4 done" in run(*segment, "--output", output)
+    found = {Path(image.source).name for image in find_images([str(images)])[0]}
+    assert found == {"a.png", "b.png", "c.png", "new.png"}
+    assert f"{images}: passed over" in caplog.text and "results of spar-hf segment" in caplog.text
+    assert len(find_images([str(images / "**" / "*.png")])[0]) == 4
+    assert len(find_images([str(images / "*" / "*.map.png")])[1]) == 1  # nothing but results
+    for named in (images / "masks", images / "masks" / "*.map.png", images / "masks" / "a.map.png"):
+        found, problems = find_images([str(named)])
+        assert not problems and any(image.source.endswith("a.map.png") for image in found)
+
+
+@pytest.mark.parametrize("options", [["--format", "map"], ["--format", "overlay"]])
+def test_maps_of_other_classes_are_not_left_under_a_new_list(images, tmp_path, options):
+    output = tmp_path / "out"
+    run("segment", images, "--output", output, *WORDS, "--format", "map")
+    before = (output / "classes.txt").read_text()
+    other = ["--labels", "cat; dog", "--templates", "plain", *SMALL, "--output", output]
+    text = run("segment", images / "a.png", *other, *options, status=2)
+    left = "a.map.png and 2 more" if options[1] == "overlay" else "b.map.png and 1 more"
+    assert left in text.replace("\n", "") and (output / "classes.txt").read_text() == before
+    run("segment", images, *other, "--format", "map")  # all are replaced
+    assert (output / "classes.txt").read_text().split()[:2] == ["cat", "dog"]
+
+
+def test_the_merged_coco_file_replaces_no_result(images, tmp_path, picture):
+    picture.save(images / "annotations.png")
+    text = run("segment", images, "--output", tmp_path / "out", *WORDS, "--format", "json,coco", status=2)
+    assert "the COCO file of all images" in " ".join(text.split())
+    run("segment", images, "--output", tmp_path / "out", *WORDS, "--format", "json")
+
+
+def test_the_named_file_is_always_written(images, tmp_path):
+    for number, (formats, name) in enumerate(
+        [("map,json", "c.png"), ("map,json", "c.json"), ("overlay,coco", "c.json")]
+    ):
+        output = tmp_path / str(number) / name
+        run("segment", images / "a.png", *WORDS, "--format", formats, "--output", output)
+        assert output.is_file() and len(list(output.parent.iterdir())) == 2
+    given = ("segment", images / "a.png", *WORDS, "--format", "overlay,map", "--map", tmp_path / "m.png")
+    assert "Leave one out" in run(*given, "--output", tmp_path / "o.png", status=2)

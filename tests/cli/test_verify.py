@@ -74,3 +74,75 @@ def test_a_folder_says_how_many_images_it_was_made_of(base_folder, images, tmp_p
     run("features", images, "--output", output, "--model", base_folder, "--shortest-edge", 32)
     assert json.loads((output / "_spar-hf.json").read_text())["images"] == 3
     run("verify", output, images)
+
+
+def segment(images, output, base_folder, *options, labels="road; sky", status=0):
+    given = (
+        "--labels",
+        labels,
+        "--templates",
+        "plain",
+        "--model",
+        base_folder,
+        "--shortest-edge",
+        32,
+        "--background",
+        "none",
+    )
+    return run("segment", images, "--output", output, *given, *options, status=status)
+
+
+def test_an_image_without_a_format_that_others_have_is_not_whole(base_folder, images, tmp_path):
+    """As of a second run, for another format, that was stopped after its first image."""
+    output = tmp_path / "out"
+    segment(images, output, base_folder, "--format", "overlay,map")
+    segment(images / "a.png", output, base_folder, "--format", "coco")
+    text = run("verify", output, images, "--finish", status=1)
+    assert "1 images are whole, 2 missing" in text and "missing: b.coco.json missing: c.coco.json" in text
+    assert (
+        "not finished: see above" in text and len(json.loads((output / "annotations.json").read_text())["images"]) == 1
+    )
+    segment(images, output, base_folder, "--format", "coco")
+    assert "3 images are whole" in run("verify", output, images)
+
+
+def test_the_coco_file_is_of_the_images_that_are_named(base_folder, images, tmp_path):
+    """Not of one that is gone, nor of a name that an image had before another of the same stem came."""
+    output = tmp_path / "out"
+    segment(images, output, base_folder, "--format", "coco,map")
+    (images / "c.png").unlink()
+    assert "annotations.json written, of 2 images" in run("verify", output, images, "--finish")
+    Image.open(images / "a.png").save(images / "a.bmp")
+    segment(images, output, base_folder, "--format", "coco,map", "--skip-existing")
+    assert "annotations.json written, of 3 images" in run("verify", output, images, "--finish")
+    names = [entry["file_name"] for entry in json.loads((output / "annotations.json").read_text())["images"]]
+    assert sorted(name.rpartition("/")[2] for name in names) == ["a.bmp", "a.png", "b.png"]
+
+
+def test_results_of_two_settings_are_told_apart(base_folder, images, tmp_path):
+    masks, features = tmp_path / "masks", tmp_path / "features"
+    segment(images, masks, base_folder, "--format", "coco")
+    segment(images / "b.png", masks, base_folder, "--format", "coco", "--min-area", 0.5)
+    text = run("verify", masks, images, "--finish", status=1)
+    assert "1 images are whole, 2 of other settings than the latest" in text and "not finished" in text
+    assert "other settings: a.coco.json: min_area null, now 0.5" in text
+    of_features = ("--model", base_folder, "--shortest-edge")
+    run("features", images, "--output", features, *of_features, 32)
+    run("features", images / "b.png", "--output", features, *of_features, 48)
+    text = run("verify", features, images, status=1)
+    assert "1 images are whole, 2 of other settings than the latest" in text
+    assert "other settings: a.safetensors: shortest_edge 32, not 48" in text
+    run("features", images, "--output", features, *of_features, 48)
+    assert "3 images are whole" in run("verify", features, images)
+
+
+def test_masks_and_features_in_one_folder_are_both_looked_at(base_folder, images, tmp_path):
+    output = tmp_path / "out"
+    segment(images, output, base_folder, "--format", "map")
+    (output / "support.safetensors").write_bytes(b"of something else")
+    assert "features" not in run("verify", output, images)
+    run("features", images, "--output", output, "--model", base_folder, "--shortest-edge", 32)
+    (output / "support.safetensors").unlink()
+    (output / "b.safetensors").unlink()
+    text = run("verify", output, images, status=1)
+    assert "results of segment: 3 images are whole" in text and "features: 2 images are whole, 1 missing" in text
