@@ -59,7 +59,8 @@ class Views:
     cutmix_probability: float = option(
         0.0,
         "Chance that a rectangle of a view shows another training image, for teacher and student alike (0 in the paper). "
-        "What lies beside a place then says less about it, so the student has to look at the place itself.",
+        "What lies beside a place then says less about it, so the student has to look at the place itself. Not with caches "
+        "and --streaming.",
     )
 
     def __post_init__(self):

@@ -27,6 +27,12 @@ def load_rows(path: str, split: str | None, subset: str | None) -> Any:
             raise UsageError(
                 f"Cannot load {path}: {reason}. Choose by --subset (now {subset}) and --split (now {split})."
             ) from error
+        except Exception as error:  # hub, network and file formats each raise their own kind
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise UsageError(
+                f"--dataset {path} is neither a folder with images/, masks/ and classes.txt nor a data set that can be "
+                f"loaded ({reason})."
+            ) from error
     if subset is not None:
         raise UsageError(f"{path} is a folder of save_to_disk, which holds one subset only: omit --subset {subset}.")
     loaded = datasets.load_from_disk(path)

@@ -15,12 +15,12 @@ import datasets
 import numpy as np
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from PIL import Image, ImageOps
+from PIL import Image
 from tqdm.auto import tqdm
 
 from spar_hf.data.reading import ReadingOptions
 from spar_hf.data.sources import list_images
-from spar_hf.model.image_input import open_image, read_rgb, set_pixel_limit
+from spar_hf.model.image_input import class_numbers, open_image, read_rgb, set_pixel_limit
 from spar_hf.model.image_pixels import MIN_SIDE
 from spar_hf.utils.errors import MissingFiles, UsageError
 from spar_hf.utils.image_files import check_distinct_masks
@@ -168,7 +168,7 @@ class SegmentationSet:
         set_pixel_limit(self.reading.max_pixels)
         try:
             mask, _ = open_image(source, urls=False)
-            mode, values = mask.mode, np.array(ImageOps.exif_transpose(mask))
+            mode, values = mask.mode, class_numbers(mask)
         except Exception as error:  # Pillow raises many kinds of errors for damaged files, and its own for huge ones
             raise self._unreadable(number, error) from error
         if mode not in MASK_MODES:

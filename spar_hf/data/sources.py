@@ -1,6 +1,7 @@
 """Sources of training images: folders, lists of files, Hugging Face data sets and WebDataset shards."""
 
 import json
+import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -21,6 +22,11 @@ IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp")
 NAME_COLUMNS = ("__key__", "file_name")
 SHARDS = {".tar": "webdataset", ".parquet": "parquet", ".arrow": "arrow"}
 TABLES = (".parquet", ".arrow")
+SPLIT_WORDS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
 
 
 @dataclass(kw_only=True)
@@ -188,20 +194,26 @@ def image_entry(row: dict[str, Any], columns: list[str]) -> bytes | str | None:
 
 def list_files(entry: str) -> list[str] | None:
     """
-    Paths of the images in a folder or in a list (relative to the list), or URLs of those in a store; `None` if `entry` is
-    something else.
+    Paths of the images in a folder or in a list (relative to the list, or URLs), or URLs of those in a store; `None` if
+    `entry` is something else.
 
     Raises:
         MissingFiles: the list does not exist or is empty, or the folder holds nothing that can be read.
+        UsageError: the list is in a store.
     """
     if is_remote(entry):
+        if PurePosixPath(entry).suffix == ".txt":
+            raise UsageError(
+                f"The list {entry} is in a store: copy it to this machine. The images it names can stay there."
+            )
         return None if PurePosixPath(entry).suffix in TABLES else [url for url, _ in remote_images(entry)]
     path = Path(entry)
     if path.suffix == ".txt":
         if not path.is_file():
             raise MissingFiles(f"There is no list {entry}.")
         lines = [line.strip() for line in read_text(path).splitlines()]
-        paths = [str(path.parent / line) for line in lines if line and not line.startswith("#")]
+        named = [line for line in lines if line and not line.startswith("#")]
+        paths = [line if is_remote(line) else str(path.parent / line) for line in named]
         if not paths:
             raise MissingFiles(f"{entry} names no image. Write one path per line.")
         return paths
@@ -221,12 +233,28 @@ def is_saved_table(path: Path) -> bool:
     return (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
 
 
-def list_shards(entry: str) -> list[str]:
+def split_of(file: Path) -> str | None:
     """
-    `entry` itself if it is a shard, or the shards in it if it is a folder.
+    The split that a file name begins with, in the words that `datasets` knows; `None` if it begins with another word.
+
+    Example:
+
+    ```python
+    >>> split_of(Path("train-00000-of-00002.parquet")), split_of(Path("val_3.tar")), split_of(Path("trainers.tar"))
+    ('train', 'validation', None)
+    ```"""
+    word = re.split(r"[^a-z]", file.name.lower(), maxsplit=1)[0]
+    return next((split for split, words in SPLIT_WORDS.items() if word in words), None)
+
+
+def list_shards(entry: str, split: str) -> list[str]:
+    """
+    `entry` itself if it is a shard, or the shards in it if it is a folder; those of `split` if their names tell several
+    splits apart.
 
     Raises:
         MissingFiles: the shard does not exist.
+        UsageError: there is no shard of this split.
     """
     path = Path(entry)
     if path.suffix in SHARDS:
@@ -235,7 +263,16 @@ def list_shards(entry: str) -> list[str]:
         return [entry]
     if not path.is_dir() or is_saved_table(path):
         return []
-    return sorted(str(shard) for shard in path.iterdir() if shard.suffix in SHARDS)
+    shards = sorted(shard for shard in path.iterdir() if shard.suffix in SHARDS)
+    splits = {split_of(shard) for shard in shards} - {None}
+    wanted = next((name for name, words in SPLIT_WORDS.items() if split in words), split)
+    # a folder of one split was named for it, so that the default of --split says nothing
+    if len(splits) > 1 or (splits and wanted not in splits and wanted != "train"):
+        if wanted not in splits:
+            names = ", ".join(sorted(filter(None, splits)))
+            raise UsageError(f"{entry} has no shards of the split {split!r}; choose one of {names} with --split.")
+        shards = [shard for shard in shards if split_of(shard) == wanted]
+    return [str(shard) for shard in shards]
 
 
 def open_table(entry: str, options: ImageOptions) -> Any:
@@ -284,7 +321,7 @@ def stream_contents(options: ImageOptions) -> list[str]:
             state = next(path for path in found if path.is_file())
             contents.append(f"{entry} with fingerprint {json.loads(state.read_text(encoding='utf-8'))['_fingerprint']}")
             continue
-        files = list_shards(entry)
+        files = list_shards(entry, options.split)
         if not files:
             import datasets  # as above
 
@@ -334,7 +371,7 @@ def open_sources(options: ImageOptions) -> list[Any]:
     shards: dict[str, list[str]] = {}
     for entry in options.images:
         paths = list_files(entry)
-        found = list_shards(entry) if paths is None else []
+        found = list_shards(entry, options.split) if paths is None else []
         for shard in found:
             kind = SHARDS[Path(shard).suffix]
             if kind not in shards:

@@ -20,6 +20,8 @@ from spar_hf.utils.remote_files import is_remote, read_remote
 
 logger = logging.getLogger(__name__)
 
+MOST_DRAWS = 20  # of another image than the view's own, which a source named many times may be
+
 
 @dataclass
 class LoadedSample:
@@ -157,18 +159,24 @@ class TrainingImages(Dataset):
         generator = view_generator(self.seed, sample.name if self.views.fixed_views else sample.index)
         size_generator = view_generator(self.seed, f"size {sample.index // self.same_size}") if self.same_size else None
         crop = draw_crop(image.size, self.window, self.patch_size, self.views, generator, size_generator)
-        view = self.cover(crop.apply(image), generator)
+        view = self.cover(crop.apply(image), sample, generator)
         return LoadedSample(sample.index, self.pixels(view), sample.after)
 
-    def cover(self, view: Image.Image, generator: random.Random) -> Image.Image:
+    def cover(self, view: Image.Image, sample: Sample, generator: random.Random) -> Image.Image:
         """
-        A view, by chance partly covered by a view of another image. If that one cannot be read, the view stays as it is: the
-        image is listed as skipped when its own turn comes.
+        A view of a sample, by chance partly covered by a view of another image. If that one cannot be read, the view stays
+        as it is: the image is listed as skipped when its own turn comes.
         """
         if not self.others or generator.random() >= self.views.cutmix_probability:
             return view
+        for _ in range(MOST_DRAWS):
+            other = self.others.sample(generator.randrange(len(self.others)), 0, [])
+            if other.name != sample.name:
+                break
+        else:  # there is hardly another one
+            return view
         try:
-            image = self.read(self.others.sample(generator.randrange(len(self.others)), 0, []))
+            image = self.read(other)
         except Exception:  # as above
             return view
         crop = draw_crop(image.size, self.window, self.patch_size, self.views, generator)

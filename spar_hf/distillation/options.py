@@ -230,7 +230,9 @@ class OptimisationOptions:
     """Loss, optimiser and schedule."""
 
     steps: int | None = option(None, f"Optimizer steps; {DEFAULT_STEPS} if --epochs is not given.")
-    epochs: float | None = option(None, "How often every image is seen, instead of --steps.")
+    epochs: float | None = option(
+        None, "How often every image (of a cache, every stored view) is seen, instead of --steps."
+    )
     learning_rate: float = option(2e-5, HELP["learning_rate"])
     weight_decay: float = option(1e-4, HELP["weight_decay"])
     lr_scheduler_type: str = option("cosine", HELP["lr_scheduler_type"])

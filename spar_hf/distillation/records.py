@@ -34,6 +34,7 @@ def make_record(
     *,
     window_size: int,
     images: int | None,
+    stored_views: int | None,
     views: Views,
     steps: int,
     images_per_step: int,
@@ -45,7 +46,8 @@ def make_record(
     Args:
         options: of the run.
         window_size: of the teacher in pixels.
-        images: training images, or views of a cache; `None` for a stream.
+        images: training images; `None` for a stream.
+        stored_views: of them in a teacher cache; `None` if views are drawn while training.
         views: how views were drawn.
         steps: optimizer steps.
         images_per_step: of all processes.
@@ -62,6 +64,7 @@ def make_record(
         "teacher_flip": options.teacher.teacher_flip,
         "images": [short_name(entry) for entry in options.images.images],
         "num_images": images or "streamed",
+        **({} if stored_views is None else {"num_stored_views": stored_views}),
         "view_size": [views.long_side_windows, views.short_side_windows, views.min_scale],
         "view_pixels": [views.long_side_pixels, views.short_side_pixels, views.min_side_pixels],
         "view_resample": views.resample,

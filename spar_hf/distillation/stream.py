@@ -44,6 +44,7 @@ class ImageStream:
         data: loads a sample, from images or from a teacher cache.
         images: loads samples from images.
         count: training images, or views of a cache; `None` for a stream of unknown length.
+        different: training images of which a cache holds these views, else as `count`.
         held_out: samples that the error is measured on.
         train: the training images; `None` for a stream.
         views: how views are drawn: what the record of the student says.
@@ -54,6 +55,7 @@ class ImageStream:
     data: TrainingImages | CachedImages
     images: TrainingImages
     count: int | None
+    different: int | None
     held_out: list[Sample]
     train: Listing | None
     views: Views
@@ -135,7 +137,7 @@ def open_stream(
         stream = order = StreamOrder(sources[0], options, seed, process, processes, start)
         held_out = list(itertools.islice(stream.held_out(), holdout_images))
         names = {"stream": stream_contents(options)}
-        return ImageStream(order, images, images, None, held_out, None, views, names)
+        return ImageStream(order, images, images, None, None, held_out, None, views, names)
     if earlier is None:
         train, rest = split_images(sources, options.exclude, options.holdout_every)
         held_out = draw_samples(rest, holdout_images, seed)
@@ -152,15 +154,18 @@ def open_stream(
     if teacher_cache is None:
         images.others = train
         order = MapOrder(train, seed, process, processes, start, options.shuffle)
-        return ImageStream(order, images, images, len(train), held_out, train, views, names)
+        return ImageStream(order, images, images, len(train), len(train), held_out, train, views, names)
     cache = TeacherCache.open(
         teacher_cache, model=teacher.model, window_size=teacher.window_size, stride=teacher.stride
     )
     check_setting(teacher_cache, cache.setting, {"image_range": options.image_range})
-    cached = CachedImages(cache, held_out)
+    sources_held_out = (rest.sample(i, i, []).source for i in range(len(rest)))
+    files_held_out = [source for source in sources_held_out if isinstance(source, str)]
+    cached = CachedImages(cache, files_held_out, options.exclude)
     stored = stored_views(teacher_cache, cache.setting, views)
     order = MapOrder(cached, seed, process, processes, start, options.shuffle)
-    return ImageStream(order, cached, images, len(cached), held_out, train, stored, names)
+    different = len({cache.image(i) for i in range(len(cache))})
+    return ImageStream(order, cached, images, len(cached), different, held_out, train, stored, names)
 
 
 def stored_views(teacher_cache: str, setting: dict[str, Any], views: Views) -> Views:

@@ -170,15 +170,21 @@ def held_out_section(record: dict[str, Any]) -> str:
     if not held_out:
         return ""
     points = [{"step": 0, **held_out["before"]}, *held_out["curve"]]
-    lines = "\n".join(f"| {point['step']} | {point['mse']} | {point['cosine']} |" for point in points)
+    columns = {"step": "step", "mse": "mean squared error", "cosine": "cosine"}
+    smallest = "the mean squared error"
+    if record.get("words_weight") and all("words" in point for point in points):
+        columns["words"] = "divergence over words"
+        smallest += f" plus {record['words_weight']:g} times the divergence over words"
+    header = " | ".join(columns.values())
+    lines = "\n".join("| " + " | ".join(str(point[name]) for name in columns) + " |" for point in points)
     return f"""
 ## Held-out error
 
 Against the full teacher on {held_out["images"]} images that were not trained on. The weights are those of step
-{held_out["after"]["step"]}, where the error was smallest.
+{held_out["after"]["step"]}, where {smallest} was smallest.
 
-| step | mean squared error | cosine |
-|---|---|---|
+| {header} |
+{"|---" * len(columns)}|
 {lines}
 """
 

@@ -1,12 +1,13 @@
 """Targets of the student: the full teacher, a sample of its windows, or maps that were computed before."""
 
 import random
+from collections.abc import Sequence
 
 import torch
 from torch.utils.data import Dataset
 
 from spar_hf import SlidingWindowTeacher
-from spar_hf.data.order import Sample
+from spar_hf.data.order import Sample, is_excluded
 from spar_hf.data.training_images import LoadedSample
 from spar_hf.distillation.models import sped_up
 from spar_hf.distillation.options import TeacherOptions
@@ -51,15 +52,24 @@ class CachedImages(Dataset):
 
     An image or shard that changed ends the training, because its target would belong to something else.
 
+    Args:
+        cache: of the teacher.
+        held_out: paths or URLs of the images that are held out.
+        exclude: patterns of names, see `--exclude`.
+
     Raises:
-        UsageError: the cache contains an image that is held out.
+        UsageError: the cache contains an image that is held out or excluded.
     """
 
-    def __init__(self, cache: TeacherCache, held_out: list[Sample]):
+    def __init__(self, cache: TeacherCache, held_out: list[str], exclude: Sequence[str] = ()):
         self.cache = cache
-        cached = set(same_files(str(cache.image(i)) for i in range(len(cache))))
-        measured = same_files(sample.source for sample in held_out if isinstance(sample.source, str))
-        if not cached.isdisjoint(measured):
+        paths = [str(cache.image(i)) for i in range(len(cache))]
+        if excluded := next((path for path in paths if is_excluded(path, exclude)), None):
+            raise UsageError(
+                f"The teacher cache {cache.folder} contains images that --exclude leaves out, such as {excluded}. Give the "
+                "--exclude that it was made with, or make another cache."
+            )
+        if not set(same_files(paths)).isdisjoint(same_files(held_out)):
             raise UsageError(
                 f"The teacher cache {cache.folder} contains images that are held out here. Give the --images, --exclude and "
                 "--holdout_every that it was made with."

@@ -355,7 +355,8 @@ class Distillation:
         record = make_record(
             self.options,
             window_size=self.models.teacher.window_size,
-            images=self.stream.count,
+            images=self.stream.different,
+            stored_views=self.stream.count if self.options.teacher.mode == "cached" else None,
             views=self.stream.views,
             steps=self.steps,
             images_per_step=self.images_per_step,

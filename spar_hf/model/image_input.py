@@ -253,6 +253,22 @@ def turn_upright(image: Image.Image, name: str | None = None) -> Image.Image:
     return upright
 
 
+def class_numbers(mask: Image.Image, name: str | None = None) -> np.ndarray:
+    """
+    The numbers in a mask as its file holds them, `(height, width)`, turned upright: the index of palette images, and of grey
+    files with 2 or 4 bits the value, which Pillow stretches to 0–255.
+
+    Raises:
+        ValueError: it cannot be decoded.
+    """
+    packed = (
+        {str(tile[3]) for tile in getattr(mask, "tile", ())} if mask.mode == "L" else set()
+    )  # gone once it is decoded
+    values = np.array(turn_upright(mask, name))
+    step = {"L;2": 85, "L;4": 17}.get(packed.pop(), 1) if len(packed) == 1 else 1
+    return values if step == 1 else values // step
+
+
 def check_range(image_range: Any) -> tuple[float, float] | None:
     """
     The pixel values that mean black and white, as two numbers.

@@ -215,8 +215,8 @@ def load_masked_set(
     for number, word in enumerate(words):
         names.append([] if word in held_out or word == unnamed else [word, *recipe["synonyms"].get(word, [])])
         labels[number] = IGNORE_INDEX if word in held_out else number
-    if "null" in words:  # says nothing to a reader; its synonyms do
-        names[words.index("null")].remove("null")
+    # the word says nothing to a reader; its synonyms do
+    names = [[name for name in alike if name != "null"] for alike in names]
     images, masks = [], []
     for number in tqdm(range(len(data)), desc=spec["path"]):
         image, mask = data.read(number)
@@ -241,6 +241,8 @@ def load_tagged_set(
     kept, _ = split_as_before(map(str, paths), held_out_files)
     for path in tqdm([paths[number] for number in kept], desc=spec["path"]):
         prefix, _, name = path.stem.partition("_")
+        if not name:
+            raise UsageError(f"{path} has no name after a prefix. Call it PREFIX_NAME, such as n01_{path.name}.")
         if readable_name(name) in held_out:
             continue
         groups = [word for first, last, word in recipe["groups"] if first <= prefix <= last]

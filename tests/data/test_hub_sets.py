@@ -94,3 +94,9 @@ def test_subset_and_split_are_those_that_were_read(tmp_path, monkeypatch):
         open_hugging_face(str(tmp_path / "unnamed"), ["road", "sky"], "validation", **COLUMNS)
     with pytest.raises(UsageError, match="--subset rain"):
         open_hugging_face(disk, ["road", "sky"], subset="rain", **COLUMNS)
+
+
+def test_what_cannot_be_loaded_is_named_with_its_option(monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UsageError, match=r"--dataset some/repo is neither a folder with images/, .* nor a data set"):
+        open_hugging_face("some/repo", ["cat"])

@@ -2,6 +2,8 @@
 
 import json
 import os
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -122,6 +124,20 @@ def test_labelled_images_are_those_with_a_pixel_that_counts(folder):
         check_readable(opened, accelerator)
 
 
+def grey_png(rows, bits):
+    """A grey PNG of 2 or 4 bits, which Pillow does not write."""
+
+    def chunk(name, data):
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    lines = ["".join(f"{value:0{bits}b}" for value in row) for row in rows]
+    packed = b"".join(
+        b"\0" + int(line.ljust(-(-len(line) // 8) * 8, "0"), 2).to_bytes(-(-len(line) // 8), "big") for line in lines
+    )
+    header = struct.pack(">IIBBBBB", len(rows[0]), len(rows), bits, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(packed)) + chunk(b"IEND", b"")
+
+
 def test_masks_are_class_numbers_also_from_palettes(folder):
     path, opened = folder / "masks" / "a_1.png", open_folder(folder)
     palette = Image.fromarray(np.array([[0, 1], [255, 1]], np.uint8))
@@ -130,6 +146,9 @@ def test_masks_are_class_numbers_also_from_palettes(folder):
     assert opened.read_mask(0).tolist() == [[0, 1], [255, 1]]
     Image.fromarray(np.array([[0, 1], [255, 1]], np.uint16)).save(path)
     assert opened.read_mask(0).tolist() == [[0, 1], [255, 1]]
+    for bits in (2, 4):  # which Pillow stretches to 0-255
+        path.write_bytes(grey_png([[0, 1], [1, 0]], bits))
+        assert opened.read_mask(0).tolist() == [[0, 1], [1, 0]]
     for wrong, message in ((Image.new("RGB", (2, 2)), "mode L or P"), (Image.new("L", (2, 2), 2), r"the values \[2\]")):
         wrong.save(path)
         with pytest.raises(UsageError, match=message):

@@ -8,6 +8,7 @@ from itertools import islice
 from pathlib import Path
 from random import Random
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -17,7 +18,7 @@ from torch.utils.data import DataLoader
 from spar_hf import SparImageProcessorPil
 from spar_hf.data.augmentation import Views, draw_crop
 from spar_hf.data.order import MapOrder, StreamOrder, split_images
-from spar_hf.data.sources import ImageOptions, open_sources, stream_contents
+from spar_hf.data.sources import ImageOptions, list_files, list_shards, open_sources, stream_contents
 from spar_hf.data.training_images import Skipped, TrainingImages, only_item
 from spar_hf.utils.errors import UsageError
 
@@ -72,8 +73,6 @@ def test_split_holds_out_and_excludes(image_folder):
 @pytest.fixture(scope="module")
 def sources(image_folder, tmp_path_factory):
     """The same six images as a list, a saved table, a Parquet file and two WebDataset shards."""
-    import datasets
-
     folder = tmp_path_factory.mktemp("sources")
     files = sorted(image_folder.glob("*.jpg"))
     (folder / "list.txt").write_text("# images\n" + "\n".join(map(str, files)) + "\n")
@@ -235,10 +234,65 @@ def test_cutmix__parts_of_other_training_images_the_same_whatever_the_workers(tm
         assert torch.equal(once.pixel_values, again.pixel_values)
         made_of.add(tuple(map(tuple, once.pixel_values[0].flatten(1).unique(dim=1).T.gt(0).tolist())))
     red, green = (True, False, False), (False, True, False)
-    assert made_of == {(red,), (green,), (green, red)}
+    assert made_of == {(red,), (green,), (green, red)}  # of one colour where the other image was the damaged one
     alone = make_images(opened)
     alone.others = train
     loaded = [
         item for item in map(alone.__getitem__, islice(MapOrder(train, 0, 0, 1), 12)) if not isinstance(item, Skipped)
     ]
     assert len(loaded) == 8 and all(len(item.pixel_values[0].flatten(1).unique(dim=1).T) == 1 for item in loaded)
+
+
+def test_cutmix__another_image_than_the_views_own(tmp_path):
+    for i, colour in enumerate(("red", "blue")):
+        Image.new("RGB", (96, 80), colour).save(tmp_path / f"{i}.png")
+    for names, colours in ((("0", "1"), 2), (("0",), 1)):
+        entries = [str(tmp_path / f"{name}.png") for name in names] * 3
+        (tmp_path / "list.txt").write_text("\n".join(entries))
+        opened = open_sources(ImageOptions(images=[str(tmp_path / "list.txt")]))
+        images = make_images(opened, cutmix_probability=1.0)
+        images.others, _ = split_images(opened, [], 20)
+        views = [images[sample].pixel_values[0].flatten(1) for sample in islice(MapOrder(images.others, 0, 0, 1), 20)]
+        assert {len(view.unique(dim=1).T) for view in views} == {colours}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_shards_whose_names_tell_splits_are_read_by_split(sources, tmp_path, streaming):
+    """As a clone of a data set of the hub holds them; also shards of WebDataset."""
+
+    def named(folder, split):
+        if not folder.name.startswith("parquet"):
+            return [Path(path).name for path in list_shards(str(folder), split)]
+        options = ImageOptions(images=[str(folder)], split=split, streaming=streaming)
+        opened = open_sources(options)
+        return len(list(opened[0]) if streaming else opened[0])  # images
+
+    def refused(folder, split, named_splits):
+        with pytest.raises(
+            UsageError, match=f"no shards of the split {split!r}; choose one of {named_splits} with --split"
+        ):
+            list_shards(str(folder), split)
+
+    folder = tmp_path / "parquet"
+    folder.mkdir()
+    rows = datasets.load_dataset("parquet", data_files=str(sources / "table.parquet"), split="train")
+    for name, numbers in (("train-00000-of-00002", [0, 1]), ("train-00001-of-00002", [2]), ("validation-0", [3, 4])):
+        rows.select(numbers).to_parquet(folder / f"{name}.parquet")
+    assert (named(folder, "train"), named(folder, "validation"), named(folder, "val")) == (3, 2, 2)
+    refused(folder, "test", "train, validation")
+    tars = tmp_path / "tars"
+    tars.mkdir()
+    for name in ("val_0.tar", "VAL_1.tar", "trainers.tar"):
+        (tars / name).touch()
+    assert named(tars, "train") == sorted(["val_0.tar", "VAL_1.tar", "trainers.tar"])  # one split, and the default
+    refused(tars, "test", "validation")
+    (tars / "train_0.tar").touch()
+    assert named(tars, "train") == ["train_0.tar"] and named(tars, "dev") == ["VAL_1.tar", "val_0.tar"]
+
+
+def test_lists_name_urls_too(tmp_path, image_folder):
+    (tmp_path / "list.txt").write_text(f"a.png\n{image_folder / '0.jpg'}\ns3://bucket/b.png\n")
+    found = list_files(str(tmp_path / "list.txt"))
+    assert found == [str(tmp_path / "a.png"), str(image_folder / "0.jpg"), "s3://bucket/b.png"]
+    with pytest.raises(UsageError, match=r"list s3://bucket/list\.txt is in a store: copy it"):
+        list_files("s3://bucket/list.txt")

@@ -182,7 +182,7 @@ def test_a_cached_teacher_trains_on_its_own_maps(base_folder, image_folder, tmp_
     folder = distil(base_folder, image_folder, tmp_path / "run", *options)
     assert len(calls) == 2  # the held-out images, once
     record = AutoConfig.from_pretrained(folder).distillation
-    assert record["num_images"] == 4 * 8
+    assert (record["num_images"], record["num_stored_views"]) == (4, 4 * 8)
     # how the stored views were drawn, not what options of this run would have said
     assert (record["crop_probability"], record["jitter_probability"], record["view_size"][0]) == (0.2, 0.1, 3.0)
     assert record["held_out"]["after"]["mse"] < 0.9 * record["held_out"]["before"]["mse"]
@@ -190,6 +190,10 @@ def test_a_cached_teacher_trains_on_its_own_maps(base_folder, image_folder, tmp_
         distil(base_folder, image_folder, tmp_path / "other", *options, "--stride", 24)
     with pytest.raises(ValueError, match="held out here"):
         distil(base_folder, image_folder, tmp_path / "other", *options, "--holdout_every", 2)
+    with pytest.raises(ValueError, match="held out here"):  # also if the error is not measured
+        distil(base_folder, image_folder, tmp_path / "other", *options, "--holdout_every", 2, "--holdout_images", 0)
+    with pytest.raises(UsageError, match=r"--exclude leaves out, such as .*4\.jpg"):
+        distil(base_folder, image_folder, tmp_path / "other", *options, "--holdout_every", 3, "--exclude", "4")
     with pytest.raises(ValueError, match="belong together"):
         distil(base_folder, image_folder, tmp_path / "other", "--teacher_mode", "cached")
     others = ("--crop_probability", 0.3, "--min_scale", 0.5, "--long_side_windows", 3.0)  # the last two are as stored

@@ -11,7 +11,9 @@ from tiny_models import randomise, tiny_config
 from transformers import pipeline
 
 from spar_hf import SparForOpenVocabSegmentation, SparImageProcessorPil, SparProcessor, SparVisionModel
-from spar_hf.distillation.student_folders import finish_folder, save_adapter, save_student, store_as
+from spar_hf.distillation.held_out import ErrorCurve
+from spar_hf.distillation.records import held_out_record
+from spar_hf.distillation.student_folders import finish_folder, held_out_section, save_adapter, save_student, store_as
 from spar_hf.distillation.trainer import Distillation
 from spar_hf.utils.errors import NotFinite
 
@@ -129,3 +131,23 @@ def test_a_picture_of_a_step_is_written_as_a_whole_or_not_at_all(tmp_path):
             Distillation._show(run, Half(), step)
     assert [path.name for path in (tmp_path / "pictures").iterdir()] == ["step-000003.png"]
     assert Image.open(tmp_path / "pictures" / "step-000003.png").size == IMAGE.size
+
+
+def test_the_card_says_which_error_was_smallest():
+    """With words it is a sum, and the table shows both terms."""
+    points = [
+        {"step": 500, "mse": 0.010, "cosine": 0.95, "words": 0.10},
+        {"step": 900, "mse": 0.012, "cosine": 0.94, "words": 0.02},
+    ]
+    curve = ErrorCurve({"mse": 0.1, "cosine": 0.5, "words": 0.5}, points, 5.0)
+    card = held_out_section({"words_weight": 5.0, **held_out_record(curve, 3)})
+    assert "step\n900, where the mean squared error plus 5 times the divergence over words was smallest" in card
+    assert (
+        "| 900 | 0.012 | 0.94 | 0.02 |" in card
+        and "| step | mean squared error | cosine | divergence over words |" in card
+    )
+    for point in [curve.before, *points]:
+        del point["words"]
+    curve = ErrorCurve(curve.before, points, 0.0)
+    card = held_out_section({"words_weight": 5.0, **held_out_record(curve, 3)})
+    assert "step\n500, where the mean squared error was smallest" in card and "| 900 | 0.012 | 0.94 |\n" in card

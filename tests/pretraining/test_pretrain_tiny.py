@@ -329,6 +329,17 @@ def test_what_a_recipe_leaves_out_is_empty(world):
     assert scenes.names == [["sky"], ["road"], ["grass"], ["bus"]] and len(tagged) == 5
 
 
+def test_a_class_called_null_says_nothing_whatever_else_it_is(world):
+    """Unnamed, held out, or neither: then its synonyms speak for it."""
+    classes = world / "scenes" / "classes.txt"
+    given, text = yaml.safe_load((world / "recipe.yaml").read_text()), classes.read_text()
+    classes.write_text(text.replace("road", "null"))
+    for change, expected in (({}, ["lane"]), ({"unnamed": "null"}, []), ({"held_out": ["null"]}, [])):
+        recipe = given | {"synonyms": {"null": ["lane"]}, "held_out": change.get("held_out", [])}
+        recipe["sets"] = [{**given["sets"][0], **{k: v for k, v in change.items() if k == "unnamed"}}]
+        assert load_sets(world, recipe)[0].names[1] == expected
+
+
 class TestUnnamedClass:
     """A set whose class `road` stands for pixels that belong to none of its other classes."""
 
