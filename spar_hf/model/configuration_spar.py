@@ -9,6 +9,7 @@ from transformers.backbone_utils import BackboneConfigMixin
 from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
 
 from .prompts import resolve_templates
+from .templates import TemplateChoice, read_templates
 
 # supported choices per backbone and per read-out, the default first
 BACKBONE_READOUTS = {
@@ -203,12 +204,25 @@ class SparConfig(BackboneConfigMixin, PreTrainedConfig):
                     f"`text_config.{text_attribute}={expected}`."
                 )
 
-        scale = self.dense_logit_scale
-        if not isinstance(scale, (float, int)) or not 0 < scale < math.inf:
-            raise ValueError(f"`dense_logit_scale` must be a positive number, such as 40.0, got {scale!r}.")
+        self.check_dense_logit_scale()
+        if isinstance(read_templates(self.templates), TemplateChoice):
+            raise ValueError(
+                "The `templates` of a checkpoint are the name of a set or a list. Give a choice for each name to the "
+                "pipeline, as its `templates`."
+            )
         resolve_templates(self.templates)
         if not isinstance(self.templates, str):
             self.templates = list(self.templates)  # as JSON gives it back
+
+    def check_dense_logit_scale(self) -> None:
+        """
+        Raises:
+            ValueError: `dense_logit_scale` is not a positive number. Models check again, because attributes can be set
+                later.
+        """
+        scale = self.dense_logit_scale
+        if not isinstance(scale, (float, int)) or not 0 < scale < math.inf:
+            raise ValueError(f"`dense_logit_scale` must be a positive number, such as 40.0, got {scale!r}.")
 
     def check_position_extent(self) -> None:
         """
@@ -239,7 +253,7 @@ class SparConfig(BackboneConfigMixin, PreTrainedConfig):
     @property
     def keys_to_ignore_at_inference(self) -> list[str]:
         """What `Trainer` neither gives to `compute_metrics` nor holds for the whole evaluation set."""
-        beside_logits = ["text_embeds", "feature_map"] if self.text_config is not None else []
+        beside_logits = ["text_embeds", "feature_map", "geometry"] if self.text_config is not None else []
         return [*beside_logits, "hidden_states", "attentions"]
 
     @property

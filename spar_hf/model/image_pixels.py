@@ -4,6 +4,7 @@ the runtime without torch both use it, so this file imports neither torch nor tr
 """
 
 import math
+import operator
 from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any
@@ -24,9 +25,32 @@ TOO_MANY_PATCHES = (
 Size = Any  # a dict of one of `SIZE_KEYS`, or transformers' SizeDict
 
 
+def as_whole(number: Any) -> Any:
+    """
+    An integer of NumPy or torch as `int`; anything else as it is.
+
+    Example:
+
+    ```python
+    >>> as_whole(np.int64(384)), as_whole("native"), as_whole(0.5)
+    (384, 'native', 0.5)
+    ```"""
+    # an array of several numbers has `__index__` too, and is one of the other things
+    single = not isinstance(number, bool) and hasattr(number, "__index__") and getattr(number, "ndim", 0) == 0
+    try:
+        return operator.index(number) if single else number
+    except TypeError:  # a tensor or an array of one float
+        return number
+
+
+def is_count(number: Any) -> bool:
+    """Whether a value is an integer of at least 1, and not `True`."""
+    return isinstance(number, int) and not isinstance(number, bool) and number >= 1
+
+
 def check_count(name: str, number: Any) -> None:
     """Raises ValueError if a number is neither `None` nor an integer of at least 1."""
-    if number is not None and (not isinstance(number, int) or number < 1):
+    if number is not None and not is_count(number):
         raise ValueError(f"`{name}` is {number!r}; it must be an integer of at least 1, or None.")
 
 
@@ -50,18 +74,20 @@ def check_size(size: Any) -> dict[str, int] | None:
     ```"""
     if size is None or size == "native":
         return None
-    sides: Any = size
-    if isinstance(size, int):
-        sides = {"shortest_edge": size}
+    sides: Any = as_whole(size)
+    if isinstance(sides, int):
+        sides = {"shortest_edge": sides}
     elif isinstance(size, (list, tuple)) and len(size) == 2:
         sides = {"height": size[0], "width": size[1]}
     known = isinstance(sides, Mapping) and set(sides) in SIZE_KEYS
-    if not known or any(not isinstance(n, int) or n < 1 for n in sides.values()):
+    sides = {name: as_whole(side) for name, side in sides.items()} if known else {}
+    if not sides or not all(map(is_count, sides.values())):
         raise ValueError(
-            f"`size` is {size!r}; it must be None or 'native' (the image's own size), or a dict with one of the key sets "
-            f"{[sorted(keys) for keys in SIZE_KEYS]} and integers of at least 1 pixel."
+            f"`size` is {size!r}; it must be None or 'native' (the image's own size), a number (the shorter side), a pair "
+            f"(height, width), or a dict with one of the key sets {[sorted(keys) for keys in SIZE_KEYS]}, in integers of at "
+            "least 1 pixel."
         )
-    return dict(sides)
+    return sides
 
 
 def resized_size(height: int, width: int, size: Size) -> tuple[int, int]:

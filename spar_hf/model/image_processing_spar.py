@@ -19,6 +19,7 @@ from transformers.utils import TensorType, logging
 from .image_input import as_list, check_range, is_encoded, read_image
 from .image_pixels import (
     TOO_MANY_PATCHES,
+    as_whole,
     check_count,
     check_size,
     normalise_pixels,
@@ -188,8 +189,12 @@ class SparImageProcessorPil(PilBackend):
         return cls(image_mean=settings["image_mean"], image_std=settings["image_std"], size=dict(PUBLISHED_SIZE))
 
     def preprocess(self, images, *args, **kwargs) -> BatchFeature:
-        if isinstance(size := kwargs.get("size"), str):
+        # before transformers compares types: "native" is no size to it, and NumPy's integers are no integers
+        if not isinstance(size := kwargs.get("size"), SizeDict | None):
             kwargs["size"] = check_size(size)
+        for name in ("max_tokens", "patch_size"):
+            if name in kwargs:
+                kwargs[name] = as_whole(kwargs[name])
         return super().preprocess(images, *args, **kwargs)
 
     def _standardize_kwargs(

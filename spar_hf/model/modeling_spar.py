@@ -18,7 +18,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .backbone_sources import check_complete, check_finite, load_source_config, read_backbone
 from .configuration_spar import SparConfig
-from .execution import HALVES, full_precision, refuse_labels, with_output_flags
+from .execution import HALVES, as_tensor, full_precision, refuse_labels, with_output_flags
 from .file_modes import follow_umask
 from .readouts import READOUTS
 from .saved_code import copy_code, saved_code
@@ -66,6 +66,9 @@ class SparOpenVocabSegmentationOutput(ModelOutput):
             Dense features, not normalised.
         hidden_states, attentions (`tuple(torch.FloatTensor)`, *optional*):
             Of the vision tower, see [`SparVisionModelOutput`].
+        geometry (`torch.LongTensor` of shape `(batch, 3)`):
+            Height and width of `pixel_values` and side of a patch, in pixels: `post_process_semantic_segmentation` of the
+            image processor makes masks of it, a class for each name.
     """
 
     logits: torch.Tensor | None = None
@@ -73,6 +76,7 @@ class SparOpenVocabSegmentationOutput(ModelOutput):
     feature_map: torch.Tensor | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
+    geometry: torch.Tensor | None = None
 
 
 def pad_to_patches(pixel_values: torch.Tensor, patch_size: int) -> torch.Tensor:
@@ -351,6 +355,7 @@ class SparForOpenVocabSegmentation(SparPreTrainedModel):
                 "This configuration has no text tower (`text_config`) to embed words. Load the folder with "
                 "`AutoModel`/`SparVisionModel`, or use a two-tower checkpoint."
             )
+        config.check_dense_logit_scale()
         super().__init__(config)
         self.vision_model = SparVisionModel._from_config(config)
         self.text_model = TEXT_MODELS[config.text_config.model_type]._from_config(config.text_config)
@@ -453,12 +458,15 @@ class SparForOpenVocabSegmentation(SparPreTrainedModel):
         if text_embeds is None:
             text_embeds = self.get_text_features(input_ids, attention_mask, return_dict=True).pooler_output
         vision_outputs = self.vision_model(pixel_values, return_dict=True, **with_output_flags(self.config, kwargs))
+        logits = self.dense_logits(vision_outputs.feature_map, text_embeds)
+        sides = [*pixel_values.shape[-2:], self.config.patch_size]
         return SparOpenVocabSegmentationOutput(
-            logits=self.dense_logits(vision_outputs.feature_map, text_embeds),
+            logits=logits,
             text_embeds=nn.functional.normalize(text_embeds.float(), dim=-1),
             feature_map=vision_outputs.feature_map,
             hidden_states=vision_outputs.hidden_states,
             attentions=vision_outputs.attentions,
+            geometry=as_tensor(sides, logits.device).expand(len(logits), -1),
         )
 
 

@@ -18,6 +18,7 @@ from .execution import as_tensor, full_precision, refuse_labels, with_output_fla
 from .modeling_spar import SparPreTrainedModel, SparVisionModel
 from .prompts import CandidateLabels, Vocabulary, distinct_names, embed_names
 from .segmentation import WORKING_BYTES, bilinear_cells, patch_coordinates
+from .templates import read_templates
 
 # `pipeline("image-segmentation")` looks up here which models it supports, and logs others as errors
 MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES["spar_semantic"] = "SparForSemanticSegmentation"
@@ -220,10 +221,21 @@ class SparForSemanticSegmentation(SparPreTrainedModel):
 
         labels = labels.to(grid.device)
         labelled = (labels != ignored).nonzero()  # (pixels, 3): image, row, column
+        self.check_classes(labels[tuple(labelled.T)])
         # cells and weights of a pixel take about as much as 64 logits; one empty chunk if nothing is labelled
         chunks = labelled.split(max(1, WORKING_BYTES // (4 * max(names, 64))))
         losses = [checkpoint(loss_of, table, chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
         return torch.stack(losses).sum() / max(1, len(labelled))
+
+    def check_classes(self, classes: torch.Tensor) -> None:
+        """Raise `ValueError` if one of the labels of pixels is no class: on a GPU the loss would end the process."""
+        wrong = classes[(classes < 0) | (classes >= self.config.num_labels)]
+        if len(wrong):
+            raise ValueError(
+                f"`labels` hold {int(wrong[0])}, which is none of the {self.config.num_labels} classes (0 to "
+                f"{self.config.num_labels - 1}). Set pixels without a class to `config.semantic_loss_ignore_index`, "
+                f"{self.config.semantic_loss_ignore_index}."
+            )
 
     def classify(self, features: torch.Tensor) -> torch.Tensor:
         """The classifier on features `(…, dim)`, in float32: also under autocast, and after `model.half()`."""
@@ -254,9 +266,15 @@ class SparForSemanticSegmentation(SparPreTrainedModel):
             [`SparSemanticSegmenterOutput`] with `logits` `(batch, classes, ceil(height / patch), ceil(width / patch))`.
 
         Raises:
-            ValueError: `labels` of another batch or size than `pixel_values`, or that are no integers.
+            ValueError: `pixel_values` without a batch dimension; `labels` of another batch or size than they, that are no
+                integers, or no classes.
         """
         refuse_labels(self, kwargs)
+        if pixel_values.ndim != 4:
+            raise ValueError(
+                f"`pixel_values` must be (batch, 3, height, width), got {tuple(pixel_values.shape)}. Add a batch dimension "
+                "with `pixel_values[None]`."
+            )
         batch, _, height, width = pixel_values.shape
         if labels is not None and labels.shape != (batch, height, width):
             raise ValueError(
@@ -341,6 +359,7 @@ def bake_vocabulary(
             "`SparForOpenVocabSegmentation.from_pretrained`."
         )
     vocabulary = Vocabulary.parse(candidate_labels)
+    templates = read_templates(templates)
     vocabulary = distinct_names(tokenizer, vocabulary, model.config.templates if templates is None else templates)
     embeds = embed_names(model, tokenizer, vocabulary.all_names, templates)
     return SparForSemanticSegmentation.from_weights(

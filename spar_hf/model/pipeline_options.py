@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from .image_pixels import as_whole, is_count
 from .prompts import Vocabulary
 from .results import check_shares
 from .templates import read_templates
@@ -41,7 +42,8 @@ def sanitize_parameters(
         raise ValueError(f"Unknown output {output!r}; use {', '.join(map(repr, OUTPUTS[:-1]))} or {OUTPUTS[-1]!r}.")
     if on_error not in (None, "raise", "skip"):
         raise ValueError(f"Unknown on_error {on_error!r}; use 'raise' or 'skip'.")
-    if top_k not in (None, NOT_GIVEN) and (not isinstance(top_k, int) or top_k < 1):
+    top_k, max_tokens = as_whole(top_k), as_whole(max_tokens)
+    if top_k not in (None, NOT_GIVEN) and not is_count(top_k):
         raise ValueError(f"`top_k` must be a number of classes, at least 1, got {top_k!r}.")
     shares = {"threshold": threshold, "min_area": min_area, "min_presence": min_presence}
     check_shares(**{name: value for name, value in shares.items() if value not in (None, NOT_GIVEN)})

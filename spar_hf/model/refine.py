@@ -320,7 +320,8 @@ def refined_logits(
             model, feature_map, text_embeds, image, upsampler, refine is not None
         )
     if refine is not None:
-        refined = resolve_refinement(refine)(logits, feature_map, image[0])
+        own = feature_map.clone() if callable(refine) else feature_map  # what others change stays theirs
+        refined = resolve_refinement(refine)(logits, own, image[0])
         cell = cell_side("The refinement's logits", refined.shape, logits.shape, cell)
         logits = refined
     # cells that lie in the padding are cut off

@@ -1,5 +1,6 @@
 """Support images: annotated examples of classes that correct what the words say, by `corrections.py`."""
 
+import itertools
 import json
 import os
 import threading
@@ -7,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from transformers.utils import logging
 
 from .corrections import choose_penalty, evenly, fit_corrections
 from .file_modes import follow_umask
-from .fingerprints import quick_fingerprint, vision_fingerprint
+from .fingerprints import checksum, quick_fingerprint, vision_fingerprint
 from .image_input import open_image, turn_upright
 from .image_streams import EncodedImage
 from .words import Vocabulary, normalise_name
@@ -27,6 +28,7 @@ from .words import Vocabulary, normalise_name
 logger = logging.get_logger(__name__)
 
 FORMAT = "spar support images, 1"
+VERSIONS = itertools.count()
 PATCHES = 32  # of a mask that are kept, evenly spread; neighbours are much alike
 FILLED = 0.5  # share of a patch that a mask must cover, where any patch reaches it
 WORKING_VALUES = 2**20  # patches x names while corrections are fitted
@@ -118,14 +120,14 @@ class SupportSet:
 
     Attributes:
         examples: in the order in which they were added.
-        version: changes whenever they do.
+        version: a number that no other state of any set has.
         penalty: how strongly corrections are pulled back to the words. `None`: chosen for each vocabulary.
         chosen: the penalty in the last call.
     """
 
     def __init__(self) -> None:
         self.examples: list[Example] = []
-        self.version = 0
+        self.version = next(VERSIONS)
         self.penalty: float | None = None
         self.chosen: float | None = None
 
@@ -143,7 +145,7 @@ class SupportSet:
     def change(self, examples: Iterable[Example]) -> None:
         """Replace the examples."""
         self.examples = list(examples)
-        self.version += 1
+        self.version = next(VERSIONS)
 
     def save(self, path: str | os.PathLike, fingerprint: str) -> None:
         """
@@ -221,7 +223,7 @@ class SupportImages:
     """The methods of the pipeline for support images."""
 
     support: SupportSet
-    _supported_by: tuple = ()  # fingerprint of the vision tower that encoded them
+    _supported_by: tuple = ()  # quick fingerprint and checksum of the vision tower that encoded them
 
     def add_support(
         self,
@@ -288,7 +290,7 @@ class SupportImages:
             except ValueError as error:
                 raise ValueError(f"Support image {i}, {label!r}: {error}") from error
         self.support.change([*self.support.examples, *found])
-        self._supported_by = quick_fingerprint(pipe.model.vision_model)
+        self._note_tower()
         return self.support.counts()
 
     def clear_support(self, label: str | None = None) -> None:
@@ -330,16 +332,31 @@ class SupportImages:
         fingerprint = vision_fingerprint(pipe.model.vision_model)
         found = self.support.read(path, fingerprint, pipe.model.config.projection_dim)
         if self._changed():
-            self.support.change([])  # of another tower
+            logger.warning("The vision tower has changed: the support images that were added before are dropped.")
+            self.support.change([])
         first = self.support.next_image()
         self.support.change([*self.support.examples, *(replace(e, image=e.image + first) for e in found)])
-        self._supported_by = quick_fingerprint(pipe.model.vision_model)
+        self._note_tower()
         return self.support.counts()
+
+    def _note_tower(self) -> None:
+        """Keep what tells the vision tower of the support images from another one."""
+        tower = cast(Any, self).model.vision_model
+        self._supported_by = (quick_fingerprint(tower), checksum(tower))
 
     def _changed(self) -> bool:
         """Whether the vision tower is another one than that which encoded the support images."""
-        pipe: Any = self
-        return len(self.support) > 0 and self._supported_by != quick_fingerprint(pipe.model.vision_model)
+        if not len(self.support):
+            return False
+        tower = cast(Any, self).model.vision_model
+        quick, total = self._supported_by
+        now = quick_fingerprint(tower)
+        if now == quick:
+            return False
+        if checksum(tower) != total:
+            return True
+        self._supported_by = (now, total)  # the same weights at another place: moved to a GPU, or copied
+        return False
 
     def _check_tower(self) -> None:
         """Raises ValueError if the vision tower has changed since the support images were added."""
@@ -377,7 +394,8 @@ class SupportImages:
             return pipe.model, text_embeds
         self.check_support(vocabulary)
         scale, penalty = pipe.model.config.dense_logit_scale, self.support.penalty
-        key = ("support", self.support.version, penalty, vocabulary, str(templates), scale)
+        prompts = str(pipe.model.config.templates if templates is None else templates)
+        key = ("support", self.support.version, penalty, vocabulary, prompts, scale)
         fitted = pipe.texts.remember(key, lambda: self._corrections(vocabulary, text_embeds, scale))
         self.support.chosen, corrections = fitted
         name_to_class = vocabulary.name_to_class.to(text_embeds.device)

@@ -116,6 +116,11 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
 }
 
 
+def normalise_name(name: str) -> str:
+    """A name for comparison: lower case, single spaces. Text towers hardly tell such differences apart."""
+    return " ".join(name.lower().split())
+
+
 def resolve_templates(templates: Any) -> tuple[str, ...]:
     """
     The templates of a set in `TEMPLATES`, a list of templates as it is, or the default ones of a [`TemplateChoice`] or of
@@ -146,7 +151,7 @@ class TemplateChoice:
 
     Attributes:
         default: templates of all other names.
-        names: templates of a name.
+        names: templates of a name, however it is spelled (upper case, spaces).
     """
 
     default: tuple[str, ...]
@@ -159,8 +164,9 @@ class TemplateChoice:
     def rows_of(self, names: Sequence[str], embed: Callable[[list[str], tuple[str, ...]], Iterable[Any]]) -> list[Any]:
         """What `embed` returns for each name, given names and the templates that they share."""
         groups: dict[tuple[str, ...], list[str]] = {}
+        chosen = {normalise_name(name): prompts for name, prompts in self.names.items()}
         for name in names:
-            groups.setdefault(self.names.get(name, self.default), []).append(name)
+            groups.setdefault(chosen.get(normalise_name(name), self.default), []).append(name)
         rows = {n: row for prompts, some in groups.items() for n, row in zip(some, embed(some, prompts), strict=True)}
         return [rows[name] for name in names]
 
@@ -197,7 +203,12 @@ class TemplateChoice:
 
 
 def read_templates(templates: Any) -> Any:
-    """Templates as the pipeline takes them; the name of a JSON file becomes its [`TemplateChoice`]."""
+    """
+    Templates as the pipeline takes them; the name of a JSON file becomes its [`TemplateChoice`], and an iterator, which can
+    be read once only, a tuple.
+    """
+    if isinstance(templates, Iterator):
+        return tuple(templates)
     if isinstance(templates, os.PathLike) or (isinstance(templates, str) and templates.endswith(".json")):
         return TemplateChoice.load(templates)
     return templates

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from .image_pixels import as_whole
 from .image_windows import ImageWindows
 from .prompts import Vocabulary
 from .segmentation import LabelMap, decide, give_to_background
@@ -275,8 +276,8 @@ def tile_sides(tile: Any, patch_size: int, max_tokens: int) -> tuple[int, int]:
     ((1536, 384), (768, 64))
     ```"""
     given = dict(tile) if isinstance(tile, Mapping) else {"size": tile}
-    side: Any = given.get("size")
-    overlap: Any = given.get("overlap", side // 4 if isinstance(side, int) else None)
+    side: Any = as_whole(given.get("size"))
+    overlap: Any = as_whole(given["overlap"]) if "overlap" in given else (side // 4 if isinstance(side, int) else None)
     whole = all(isinstance(n, int) and not isinstance(n, bool) for n in (side, overlap))
     if set(given) - {"size", "overlap"} or not whole:
         raise ValueError(f'`tile` is {tile!r}; it must be like {{"size": 1536, "overlap": 256}}, in whole pixels.')

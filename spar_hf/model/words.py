@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .templates import resolve_templates
+from .templates import normalise_name, resolve_templates
 from .vocabularies import STUFF_WORDS, VOCABULARIES, vocabulary_lines
 
 if TYPE_CHECKING:
@@ -168,11 +168,6 @@ class Vocabulary:
         return Vocabulary.parse(classes)
 
 
-def normalise_name(name: str) -> str:
-    """A name for comparison: lower case, single spaces. Text towers hardly tell such differences apart."""
-    return " ".join(name.lower().split())
-
-
 def _refuse_twice(words: Sequence[str], complaint: str) -> None:
     """Raise `ValueError` if words occur twice after normalisation."""
     count = Counter(map(normalise_name, words))
@@ -186,6 +181,8 @@ def _names(item: str | Sequence[str], split: bool) -> tuple[str, ...]:
     if isinstance(item, str):
         parts = re.split(r"(?<!\\),", item) if split else [item]
         return tuple(part.replace("\\,", ",").strip() for part in parts)
+    if isinstance(item, Iterator):
+        item = tuple(item)  # it can be read once only
     if not isinstance(item, Iterable) or not all(isinstance(name, str) for name in item):
         raise ValueError(f"A class is a string or a list of strings, got {item!r}.")
     return tuple(name.strip() for name in item)

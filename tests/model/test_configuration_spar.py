@@ -6,7 +6,7 @@ import pytest
 from tiny_models import tiny_config
 from transformers import AutoConfig, SiglipConfig, SiglipTextConfig, SiglipVisionConfig
 
-from spar_hf import SparConfig
+from spar_hf import SparConfig, SparForOpenVocabSegmentation
 from spar_hf.model.prompts import TEMPLATES
 
 CONFIGS = {
@@ -118,3 +118,11 @@ def test_making_saving_and_showing_a_config_logs_nothing(transformers_log, tmp_p
 def test_bad_values_are_refused_with_what_to_do(kwargs, message):
     with pytest.raises(ValueError, match=message):
         tiny_config(**kwargs)
+
+
+@pytest.mark.parametrize("scale", [-40.0, 0, float("nan")])
+def test_a_scale_that_would_swap_classes_is_refused_at_loading_too(two_towers, tmp_path, scale):
+    """`from_pretrained` sets such attributes after the configuration was checked."""
+    two_towers.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="`dense_logit_scale` must be a positive number"):
+        SparForOpenVocabSegmentation.from_pretrained(tmp_path, dense_logit_scale=scale)

@@ -29,7 +29,7 @@ from spar_hf import (
 )
 from spar_hf.cli.main import app
 from spar_hf.model.prompts import embed_names
-from spar_hf.model.segmentation import WORKING_BYTES
+from spar_hf.model.segmentation import WORKING_BYTES, decide
 
 LABELS = ["road, street", "car, automobile", "sky", "tree"]
 
@@ -352,3 +352,32 @@ def test_frequencies_of_rope_stay_in_full_precision():
     buffers = dict(baked.vision_model.named_buffers())
     assert {name: tensor.dtype for name, tensor in vision.named_buffers()} == {n: t.dtype for n, t in buffers.items()}
     assert {parameter.dtype for parameter in baked.vision_model.parameters()} == {torch.bfloat16}
+
+
+def test_wrong_inputs_and_labels_name_the_mend(two_towers, tokenizer):
+    model = bake_vocabulary(two_towers, tokenizer, ["road", "sky"])
+    with pytest.raises(ValueError, match=r"\(batch, 3, height, width\), got \(3, 32, 32\)"):
+        model(torch.zeros(3, 32, 32))
+    labels = torch.zeros(1, 32, 32, dtype=torch.long)
+    for wrong in (-100, 2, 7):
+        labels[0, 3, 4] = wrong
+        with pytest.raises(
+            ValueError, match=f"hold {wrong}, which is none of the 2 classes .*semantic_loss_ignore_index`, 255"
+        ):
+            model(torch.zeros(1, 3, 32, 32), labels=labels)
+    model.config.semantic_loss_ignore_index = 7
+    assert model(torch.zeros(1, 3, 32, 32), labels=labels).loss > 0
+
+
+def test_outputs_of_two_towers_are_post_processed_too(two_towers, tokenizer, picture):
+    """Every text is a class, as users of the Auto class expect."""
+    processor = SparImageProcessorPil(size={"shortest_edge": 80})
+    names = tokenizer(["road", "sky"], padding="max_length", return_tensors="pt")
+    inputs = processor(picture, return_tensors="pt")
+    sizes = inputs.pop("original_sizes")
+    with torch.no_grad():
+        outputs = two_towers(**inputs, **names)
+    (found,) = processor.post_process_semantic_segmentation(outputs, sizes)
+    working = tuple(inputs["pixel_values"].shape[-2:])
+    expected = decide(outputs.logits[0], torch.arange(2), 16, working, picture.size[::-1]).labels
+    assert found.shape == picture.size[::-1] and torch.equal(found.long(), expected.long())

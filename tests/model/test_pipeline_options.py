@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from transformers import pipeline
 
 from spar_hf import SparImageProcessorPil
@@ -60,3 +61,17 @@ def test_none_switches_off_what_the_pipeline_was_made_with(two_towers, tokenizer
     assert "background" in other(picture, **options, refine=None)["labels"]
     tiles = OpenVocabSegmentationPipeline(two_towers, **parts, tile=64)
     assert (tiles(picture, **options, tile=None)["map"] == expected["map"]).all()
+
+
+@pytest.mark.parametrize("integer", [np.int64, np.uint8, torch.tensor])
+def test_integers_of_numpy_and_torch_are_integers(segment, picture, integer):
+    given = {"candidate_labels": ["road", "sky"], "output": "probabilities"}
+    for name, value in (("size", 64), ("max_tokens", 20), ("top_k", 1), ("size", (48, 64))):
+        other = tuple(map(integer, value)) if isinstance(value, tuple) else integer(value)
+        expected, found = (segment(picture, **{**given, name: v}) for v in (value, other))
+        np.testing.assert_array_equal(found["probabilities"], expected["probabilities"])
+    tiles = [segment(picture, candidate_labels=["road"], output="map", tile=integer(side))["map"] for side in (48, 48)]
+    np.testing.assert_array_equal(*tiles)
+    for name in ("size", "max_tokens", "top_k"):
+        with pytest.raises(ValueError, match=f"`{name}`"):
+            segment(picture, **{**given, name: True})

@@ -397,3 +397,18 @@ def test_the_pipeline_asks_for_the_features_of_its_model(two_towers, tokenizer):
     )
     with pytest.raises(ValueError, match=r"ViT-S\+/16"):
         segment(Image.new("RGB", (64, 48)), candidate_labels=["road", "sky"], upsampler="uplift")
+
+
+def test_what_a_refinement_does_to_features_stays_there(two_towers, tokenizer, picture):
+    """An encoded image serves any number of later calls."""
+    pipe = pipeline(
+        "open-vocab-segmentation", model=two_towers, tokenizer=tokenizer, image_processor=SparImageProcessorPil()
+    )
+    encoded = pipe.encode(picture)
+    before = encoded.feature_map.clone()
+    pipe(
+        encoded,
+        candidate_labels=["road", "sky"],
+        refine=lambda logits, features, image: logits + features.zero_().sum(),
+    )
+    assert torch.equal(encoded.feature_map, before)

@@ -1,5 +1,8 @@
 """Support images: corrections against autograd and plain formulas, and what they do to the pipeline."""
 
+import copy
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -10,9 +13,10 @@ from torch.nn import functional as F
 from transformers.utils.logging import warning_once
 
 from spar_hf.model.corrections import PENALTIES, choose_penalty, evenly, fit_corrections, patch_iou
+from spar_hf.model.fingerprints import vision_fingerprint
 from spar_hf.model.prompts import Vocabulary
 from spar_hf.model.segmentation import decide
-from spar_hf.model.support import PATCHES, example_of, mask_shares
+from spar_hf.model.support import PATCHES, SupportSet, example_of, mask_shares
 
 
 @pytest.fixture
@@ -332,3 +336,49 @@ def test_the_penalty_that_is_shown_is_that_of_the_call(segment, picture, halves)
         segment(picture, candidate_labels=["road", "sky"])
         shown.append(segment.support.chosen)
     assert shown == [PENALTIES[0], 0.01, PENALTIES[0]]
+
+
+def test_support_stays_where_the_same_weights_lie_elsewhere(segment, picture, halves, tmp_path, caplog):
+    """After a move to a GPU and back, and in a copy that was sent to another process."""
+    image, mask = halves
+    segment.add_support([(image, mask, "road"), (image, ~mask, "sky")])
+    given = {"candidate_labels": ["road", "sky"], "output": "map"}
+    expected = segment(picture, **given)["map"]
+    for changed in (copy.deepcopy(segment), pickle.loads(pickle.dumps(segment)), segment):
+        changed.model.double().float()
+        np.testing.assert_array_equal(changed(picture, **given)["map"], expected)
+        changed.save_support(tmp_path / "support.safetensors")
+    segment.model.double().float()
+    assert segment.load_support(tmp_path / "support.safetensors") == {"road": 2, "sky": 2} and not caplog.text
+    with torch.no_grad():
+        next(segment.model.vision_model.parameters()).mul_(1.5)
+    segment.support.change([])
+    segment.add_support([(image, mask, "road")])
+    segment.save_support(tmp_path / "other.safetensors")
+    with torch.no_grad():
+        next(segment.model.vision_model.parameters()).mul_(1 / 3)
+    other = vision_fingerprint(segment.model.vision_model)
+    segment.support.save(tmp_path / "other.safetensors", other)
+    segment.load_support(tmp_path / "other.safetensors")
+    assert "support images that were added before are dropped" in caplog.text
+
+
+def test_corrections_are_those_of_the_images_and_templates_of_the_call(segment, picture, halves):
+    """Also of another set of as many images, and after the checkpoint's templates changed."""
+    image, mask = halves
+    given = {"candidate_labels": ["road", "sky"], "output": "probabilities"}
+    found = []
+    for swapped in (False, True):
+        segment.support = SupportSet()
+        segment.add_support([(image, mask ^ swapped, "sky"), (image, ~mask ^ swapped, "road")])
+        segment.support.penalty = 0.003
+        found.append(segment(picture, **given)["probabilities"])
+
+    def fresh():
+        segment.texts._remembered.clear()
+        return segment(picture, **given)["probabilities"]
+
+    np.testing.assert_array_equal(found[1], fresh())
+    assert np.abs(np.asarray(found[0]) - np.asarray(found[1])).max() > 0.1
+    segment.model.config.templates = "plain"
+    np.testing.assert_array_equal(segment(picture, **given)["probabilities"], fresh())

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from spar_hf import bake_vocabulary
+from spar_hf import SparConfig, bake_vocabulary
 from spar_hf.model.image_streams import EncodedImage
 from spar_hf.model.prompts import Vocabulary, embed_names
 from spar_hf.model.template_choice import TemplateChoice, choose_templates
@@ -144,3 +144,28 @@ def test_embeddings_of_a_choice_are_stored_and_read(segment, picture, two_towers
         again = segment(picture, candidate_labels=["road", "sky"], templates=choice, output="map")
         hook.remove()
         assert (again["map"] == first["map"]).all()
+
+
+def test_a_name_is_known_however_it_is_spelled(segment):
+    choice = TemplateChoice(("{}",), {"Blue  sky": ("a dark photo of the {}.",)})
+    rows = choice.rows_of(["blue sky", "BLUE SKY", "road"], lambda names, prompts: [(name, prompts) for name in names])
+    assert rows == [(name, ("a dark photo of the {}.",)) for name in ("blue sky", "BLUE SKY")] + [("road", ("{}",))]
+
+
+def test_a_checkpoint_keeps_no_choice_and_no_path(two_towers, tmp_path):
+    """Its folder would mean something else on another machine."""
+    choice = TemplateChoice(("{}",), {"sky": ("a dark photo of the {}.",)})
+    choice.save(tmp_path / "templates.json")
+    for templates in (choice, tmp_path / "templates.json", str(tmp_path / "templates.json")):
+        with pytest.raises(ValueError, match="to the pipeline, as its `templates`"):
+            SparConfig(templates=templates)
+
+
+def test_an_iterator_of_templates_is_read_once(segment, picture, two_towers, tokenizer):
+    expected = segment(picture, candidate_labels=["road", "sky"], templates=["a {}"], output="map")["map"]
+    given = segment(picture, candidate_labels=["road", "sky"], templates=(t for t in ["a {}"]), output="map")["map"]
+    np.testing.assert_array_equal(given, expected)
+    baked = [bake_vocabulary(two_towers, tokenizer, ["road", "sky"], templates=t) for t in (["a {}"], iter(["a {}"]))]
+    assert torch.equal(baked[0].classifier.weight, baked[1].classifier.weight)
+    named = {"ground": map(str.strip, ["road ", " street"]), "sky": ["sky"]}
+    assert Vocabulary.parse(named).names == (("road", "street"), ("sky",))
