@@ -367,7 +367,7 @@ class CacheChecker(Checker):
 
         whole, missing, damaged = verify_shards(self.files)
         skipped = [(entry["image"], entry["reason"]) for shard in whole for entry in shard["skipped"]]
-        return Findings("teacher cache", "shards", len(whole), missing, damaged, skipped)
+        return Findings("teacher cache", "shards", len(whole), missing, damaged, failed=skipped)
 
     def merge(self) -> str:
         from spar_hf.distillation.cache_teacher import verify_shards, write_manifest

@@ -81,8 +81,14 @@ def teach(
 
 def largest_views(views: Views) -> Views:
     """The largest size of a recipe, without crop, flip, jitter or CutMix: what the held-out error is measured at."""
-    chances = ("crop_probability", "flip_probability", "jitter_probability", "cutmix_probability")
-    return replace(views, min_scale=1.0, **dict.fromkeys(chances, 0.0))
+    return replace(
+        views,
+        min_scale=1.0,
+        crop_probability=0.0,
+        flip_probability=0.0,
+        jitter_probability=0.0,
+        cutmix_probability=0.0,
+    )
 
 
 class HeldOut:

@@ -1,7 +1,6 @@
 """Targets of the student: the full teacher, a sample of its windows, or maps that were computed before."""
 
 import random
-from collections.abc import Sequence
 
 import torch
 from torch.utils.data import Dataset
@@ -61,7 +60,7 @@ class CachedImages(Dataset):
         UsageError: the cache contains an image that is held out or excluded.
     """
 
-    def __init__(self, cache: TeacherCache, held_out: list[str], exclude: Sequence[str] = ()):
+    def __init__(self, cache: TeacherCache, held_out: list[str], exclude: list[str]):
         self.cache = cache
         paths = [str(cache.image(i)) for i in range(len(cache))]
         if excluded := next((path for path in paths if is_excluded(path, exclude)), None):

@@ -195,6 +195,7 @@ class SparImageProcessorPil(PilBackend):
         for name in ("max_tokens", "patch_size"):
             if name in kwargs:
                 kwargs[name] = as_whole(kwargs[name])
+                check_count(name, kwargs[name])
         return super().preprocess(images, *args, **kwargs)
 
     def _standardize_kwargs(

@@ -229,12 +229,13 @@ class SparForSemanticSegmentation(SparPreTrainedModel):
 
     def check_classes(self, classes: torch.Tensor) -> None:
         """Raise `ValueError` if one of the labels of pixels is no class: on a GPU the loss would end the process."""
-        wrong = classes[(classes < 0) | (classes >= self.config.num_labels)]
+        count = len(self.config.id2label or ())
+        wrong = classes[(classes < 0) | (classes >= count)]
         if len(wrong):
+            ignored = self.config.semantic_loss_ignore_index
             raise ValueError(
-                f"`labels` hold {int(wrong[0])}, which is none of the {self.config.num_labels} classes (0 to "
-                f"{self.config.num_labels - 1}). Set pixels without a class to `config.semantic_loss_ignore_index`, "
-                f"{self.config.semantic_loss_ignore_index}."
+                f"`labels` hold {int(wrong[0])}, which is none of the {count} classes (0 to {count - 1}). Set pixels "
+                f"without a class to `config.semantic_loss_ignore_index`, {ignored}."
             )
 
     def classify(self, features: torch.Tensor) -> torch.Tensor:
