@@ -117,9 +117,7 @@ class CacheOptions(ComposedOptions):
 
     def __post_init__(self):
         if self.views.fixed_views and self.storage.views > 1:
-            raise UsageError(
-                "--views 2 and more are all the same with --fixed_views, as in the preset spar. Leave one out."
-            )
+            raise UsageError("--views above 1 are all the same with --fixed_views (preset spar): leave one out.")
         if self.views.cutmix_probability:
             raise UsageError("A cache keeps views of single images. Leave --cutmix_probability out.")
 
@@ -471,7 +469,7 @@ def report(cache: TeacherCache, most: int = 200) -> None:
         "%d maps of %d images (%d views skipped): %.0f KiB per map, %.2f times smaller than float32; read: %.0f maps/s, "
         "%.1f/s with their images decoded",
         len(cache),
-        len({cache.image(i) for i in range(len(cache))}),
+        cache.different_images,
         len(skipped),
         stored / len(cache) / 1024,
         4 * values / stored,

@@ -164,8 +164,7 @@ def open_stream(
     cached = CachedImages(cache, files_held_out, options.exclude)
     stored = stored_views(teacher_cache, cache.setting, views)
     order = MapOrder(cached, seed, process, processes, start, options.shuffle)
-    different = len({cache.image(i) for i in range(len(cache))})
-    return ImageStream(order, cached, images, len(cached), different, held_out, train, stored, names)
+    return ImageStream(order, cached, images, len(cached), cache.different_images, held_out, train, stored, names)
 
 
 def stored_views(teacher_cache: str, setting: dict[str, Any], views: Views) -> Views:

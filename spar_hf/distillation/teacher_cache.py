@@ -122,6 +122,11 @@ class TeacherCache:
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         return self.pixel_values(index), self.target(index)
 
+    @property
+    def different_images(self) -> int:
+        """How many images the maps were made from: fewer than maps, if images have several views."""
+        return len({self.image(i) for i in range(len(self))})
+
     def image(self, index: int) -> Path | str:
         """The file that a map was made from, or its URL in a store."""
         shard, row = self.positions[index]

@@ -466,7 +466,7 @@ class SparForOpenVocabSegmentation(SparPreTrainedModel):
             feature_map=vision_outputs.feature_map,
             hidden_states=vision_outputs.hidden_states,
             attentions=vision_outputs.attentions,
-            geometry=as_tensor(sides, logits.device).expand(len(logits), -1),
+            geometry=as_tensor(sides, logits.device).expand(pixel_values.shape[0], -1),
         )
 
 

@@ -331,7 +331,7 @@ def test_return_dict_false_gives_tuples(two_towers, in_config):
         two_towers.config.return_dict = two_towers.vision_model.config.return_dict = False
     outputs = two_towers(random_images((48, 80)), input_ids=prompts(), **kwargs)
     assert isinstance(outputs, tuple)
-    for actual, name in zip(outputs, ["logits", "text_embeds", "feature_map"], strict=True):
+    for actual, name in zip(outputs, ["logits", "text_embeds", "feature_map", "geometry"], strict=True):
         assert torch.equal(actual, expected[name])
     last_hidden_state, feature_map = two_towers.vision_model(random_images((48, 80)), **kwargs)
     assert torch.equal(last_hidden_state, tokens)
