@@ -94,6 +94,9 @@ class FileSink:
         """
         if self.record is None or not lists_others(path, names):
             return
+        listed = read_text(path).splitlines()
+        if listed == list(names[: len(listed)]):  # a background came behind them: the numbers still say the same
+            return
         written = {file for files in self.plan.paths.values() for file in files.values()}
         maps = (self.record.folder / name for name in self.record.files if name.endswith(FORMATS["map"]))
         if left := sorted(str(file) for file in maps if file not in written and file.is_file()):

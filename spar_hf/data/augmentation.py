@@ -266,8 +266,8 @@ def cover_part(view: Image.Image, other: Image.Image, rng: random.Random) -> Ima
     ```python
     >>> black, white = Image.new("RGB", (64, 48)), Image.new("RGB", (80, 80), "white")
     >>> covered = np.array(cover_part(black, white, random.Random(0)))
-    >>> covered.shape, 0.05 < (covered == 255).mean() < 1
-    ((48, 64, 3), True)
+    >>> covered.shape, f"{(covered == 255).mean():.0%}"
+    ((48, 64, 3), '59%')
     ```"""
     side = math.sqrt(rng.uniform(0.1, 0.6))
     drawn = [max(1, round(length * side * rng.uniform(0.8, 1.25))) for length in view.size]
