@@ -221,7 +221,7 @@ class SparForSemanticSegmentation(SparPreTrainedModel):
 
         labels = labels.to(grid.device)
         labelled = (labels != ignored).nonzero()  # (pixels, 3): image, row, column
-        self.check_classes(labels[tuple(labelled.T)])
+        self.check_classes(labels[tuple(labelled.T)].long())  # uint16 cannot be compared
         # cells and weights of a pixel take about as much as 64 logits; one empty chunk if nothing is labelled
         chunks = labelled.split(max(1, WORKING_BYTES // (4 * max(names, 64))))
         losses = [checkpoint(loss_of, table, chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]

@@ -148,7 +148,7 @@ def test_labels_that_are_no_class_are_refused(semantic, value):
     """Also -100, which torch ignores by default: it would count as a labelled pixel without a loss."""
     labels = make_labels("semantic")["labels"]
     labels[0, 0, 0] = value
-    with pytest.raises(IndexError, match=str(value)):
+    with pytest.raises(ValueError, match=f"hold {value}, which is none of the 4 classes"):
         semantic(**make_inputs("semantic"), labels=labels)
 
 
