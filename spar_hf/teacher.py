@@ -7,7 +7,7 @@ from contextlib import nullcontext
 import torch
 from torch import nn
 
-from .model.execution import full_precision, mark_sizes
+from .model.execution import check_batch, full_precision, mark_sizes
 from .model.modeling_spar import SparVisionModel, SparVisionModelOutput, pad_to_patches
 from .model.segmentation import patch_coordinates
 from .windows import WindowPlan, default_stride
@@ -247,6 +247,7 @@ class SlidingWindowTeacher(nn.Module):
 
     def view(self, pixel_values: torch.Tensor, view: tuple[float, bool]) -> torch.Tensor:
         """A batch at another size, padded to whole patches, perhaps mirrored."""
+        check_batch(pixel_values)
         scale, mirrored = view
         if scale != 1:
             size = [max(1, round(side * scale)) for side in pixel_values.shape[-2:]]

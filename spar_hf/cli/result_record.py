@@ -78,8 +78,8 @@ class ResultRecord:
                 then = self.known.get(entry["settings"], {})
                 other = "settings" if then.get("labels") == self.settings.get("labels") else "classes"
                 raise UsageError(
-                    f"{self.folder} contains results for other {other} ({path.name}: {self._differences(then)}). Name "
-                    "another --output, or omit --skip-existing to replace all results."
+                    f"{self.folder} contains results for other {other} ({path.name}: "
+                    f"{describe_differences(then, self.settings)}). Name another --output, or omit --skip-existing to replace all results."
                 )
         if self.trust_unknown and not any(entries):
             self.trusted += 1
@@ -114,11 +114,20 @@ class ResultRecord:
         return path.relative_to(self.folder).as_posix() if path.is_relative_to(self.folder) else str(path.absolute())
 
     def differences(self, then_key: str, now_key: str) -> str:
-        """What differs between recorded settings."""
-        return self._differences(self.known.get(then_key, {}), self.known.get(now_key, {}))
+        """What differs between two recorded settings."""
+        return describe_differences(self.known.get(then_key, {}), self.known.get(now_key, {}))
 
-    def _differences(self, then: dict[str, Any], now: dict[str, Any] | None = None) -> str:
-        now = self.settings if now is None else now
-        differing = [name for name in {**then, **now} if then.get(name) != now.get(name)]
-        values = {name: (json.dumps(then.get(name)), json.dumps(now.get(name))) for name in differing}
-        return "; ".join(f"{name} {old[:80]}, now {new[:80]}" for name, (old, new) in values.items()) or "unknown ones"
+
+def describe_differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """
+    The settings that differ, with both values.
+
+    Example:
+
+    ```python
+    >>> describe_differences({"threshold": 0.5, "size": 32}, {"threshold": None, "size": 32})
+    'threshold 0.5, now null'
+    ```"""
+    differing = [name for name in {**then, **now} if then.get(name) != now.get(name)]
+    values = {name: (json.dumps(then.get(name)), json.dumps(now.get(name))) for name in differing}
+    return "; ".join(f"{name} {old[:80]}, now {new[:80]}" for name, (old, new) in values.items()) or "unknown ones"

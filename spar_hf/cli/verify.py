@@ -11,7 +11,7 @@ import typer
 from spar_hf.cli.parts import open_parts, part_suffix
 from spar_hf.cli.reporting import exit_on_error, say
 from spar_hf.cli.result_paths import FORMATS, MERGED
-from spar_hf.cli.result_record import ResultRecord
+from spar_hf.cli.result_record import ResultRecord, describe_differences
 from spar_hf.utils.atomic import is_temporary, write_text
 from spar_hf.utils.errors import MissingFiles, UsageError
 from spar_hf.utils.folders import Folder
@@ -20,7 +20,7 @@ from spar_hf.utils.remote_files import is_remote
 from spar_hf.utils.result_records import record_files
 from spar_hf.utils.texts import json_text, storable
 
-OF_AN_IMAGE = (
+OF_IMAGES = (
     "image",
     "original_size",
     "working_size",
@@ -229,7 +229,7 @@ class FeatureChecker(Checker):
 
         findings = Findings("features", "images", listed=names is not None)
         shards, found = list_shards(self.folder), set[str]()
-        made: dict[str, dict[str, str]] = {}  # settings of each file
+        made: dict[str, dict[str, Any]] = {}  # settings of each file
         others = (file for file in self.folder.rglob("*.safetensors") if not is_temporary(file))
         for file in shards or sorted(others):
             name = file.relative_to(self.folder).as_posix()
@@ -238,7 +238,7 @@ class FeatureChecker(Checker):
             except UsageError as error:
                 findings.damaged[name] = str(error)
                 continue
-            made[name] = {key: value for key, value in metadata.items() if key not in OF_AN_IMAGE}
+            made[name] = shared_settings(metadata)
             records = json.loads(metadata.get("photos", "{}"))
             found |= set(records or keys) if shards else {name.removesuffix(".safetensors")}
         findings.whole = len(found)
@@ -246,11 +246,7 @@ class FeatureChecker(Checker):
         latest = max(made, key=lambda name: (self.folder / name).stat().st_mtime_ns, default=None)
         for name in made:
             if latest is not None and made[name] != made[latest]:
-                differing = sorted(
-                    key for key in {**made[name], **made[latest]} if made[name].get(key) != made[latest].get(key)
-                )
-                values = (f"{key} {made[name].get(key)}, not {made[latest].get(key)}" for key in differing)
-                findings.others[name] = "; ".join(values)
+                findings.others[name] = describe_differences(made[name], made[latest])
         findings.whole -= 0 if shards else len(findings.others)
         return findings
 
@@ -268,7 +264,7 @@ def shared_settings(metadata: dict[str, str]) -> dict[str, Any]:
     """The settings in the metadata of a shard: strings that are no JSON are strings."""
     settings: dict[str, Any] = {}
     for key, value in metadata.items():
-        if key not in ("photos", "round", "format"):
+        if key not in OF_IMAGES:
             try:
                 settings[key] = value if key in ("model", "fingerprint", "dtype") else json.loads(value)
             except ValueError:
@@ -288,11 +284,11 @@ class ResultChecker(Checker):
 
     def check(self, names: list[str] | None) -> Findings:
         findings = Findings("results of segment", "images", listed=names is not None)
-        record = ResultRecord(self.folder, {})
+        record, known = ResultRecord(self.folder, {}), None if names is None else frozenset(names)
         found: dict[str, dict[str, dict[str, Any]]] = {}  # image or frame -> format -> its entry
         for file, entry in record.files.items():
-            image, result, format_name = self._result(file, entry, names)
-            if names is None or image in names:
+            image, result, format_name = self._result(file, entry, known)
+            if known is None or image in known:
                 found.setdefault(result, {})[format_name] = {**entry, "file": file, "image": image}
         formats = [name for name in FORMATS if any(name in results for results in found.values())]
         newest = {
@@ -316,13 +312,13 @@ class ResultChecker(Checker):
         findings.missing += [name for name in names or () if name not in there]
         return findings
 
-    def _result(self, file: str, entry: dict[str, Any], names: list[str] | None) -> tuple[str, str, str]:
+    def _result(self, file: str, entry: dict[str, Any], known: frozenset[str] | None) -> tuple[str, str, str]:
         """The image that a file is a result of, the same with its frame, and the format."""
         stems = {name: file.removesuffix(end) for name, end in FORMATS.items() if file.endswith(end)}
         frame = f"-{entry['frame']:04}" if "frame" in entry else ""
         images = {name: stem.removesuffix(frame) for name, stem in stems.items()}  # clip-0003.png is a result of clip
         # p.map.png is the map of p, or the overlay of an image called p.map
-        fitting = [name for name in stems if images[name] in (names or ())] or sorted(
+        fitting = [name for name in stems if images[name] in (known or ())] or sorted(
             stems, key=lambda n: len(stems[n])
         )
         if not fitting:  # one that --output named

@@ -251,8 +251,8 @@ def _floored(sides: Sequence[float], patch_size: int) -> tuple[int, int]:
 
 def cover_part(view: Image.Image, other: Image.Image, rng: random.Random) -> Image.Image:
     """
-    Cover a rectangle of a view with a rectangle of another view: a tenth to six tenths of the area, with sides up to a
-    quarter longer or a fifth shorter than those of that share, and never larger than either view.
+    Cover a rectangle of a view with a rectangle of another view. Its sides are those of the view times the root of a share
+    between 0.1 and 0.6, each times a factor between 0.8 and 1.25, and at most those of either view.
 
     Source: CutMix (arXiv 1905.04899), without its labels: the teacher reads the covered view.
 

@@ -110,6 +110,15 @@ def with_output_flags(config: Any, kwargs: Any) -> dict[str, Any]:
     return {**kwargs, **{name: value for name, value in flags.items() if value and kwargs.get(name) is None}}
 
 
+def check_batch(pixel_values: torch.Tensor) -> None:
+    """Raise `ValueError` if `pixel_values` are not a batch of images."""
+    if pixel_values.ndim != 4:
+        raise ValueError(
+            f"`pixel_values` must be (batch, channels, height, width), got shape {tuple(pixel_values.shape)}. "
+            "A single image needs a batch axis: `pixel_values[None]`."
+        )
+
+
 def refuse_labels(model: nn.Module, kwargs: Any) -> None:
     """
     Raise `ValueError` for labels given to a model without a loss for them. As further keyword arguments they would be

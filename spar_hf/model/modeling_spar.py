@@ -18,7 +18,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .backbone_sources import check_complete, check_finite, load_source_config, read_backbone
 from .configuration_spar import SparConfig
-from .execution import HALVES, as_tensor, full_precision, refuse_labels, with_output_flags
+from .execution import HALVES, as_tensor, check_batch, full_precision, refuse_labels, with_output_flags
 from .file_modes import follow_umask
 from .readouts import READOUTS
 from .saved_code import copy_code, saved_code
@@ -287,11 +287,7 @@ class SparVisionModel(SparPreTrainedModel):
         Raises:
             ValueError: `pixel_values` are not a batch of images, or labels are given.
         """
-        if pixel_values.ndim != 4:
-            raise ValueError(
-                f"`pixel_values` must be (batch, channels, height, width), got shape {tuple(pixel_values.shape)}. "
-                "A single image needs a batch axis: `pixel_values[None]`."
-            )
+        check_batch(pixel_values)
         refuse_labels(self, kwargs)
         output_pooled = self.config.output_pooled if output_pooled is None else output_pooled
         padded = pad_to_patches(pixel_values.to(self.dtype), self.config.patch_size)

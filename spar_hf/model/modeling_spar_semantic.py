@@ -14,7 +14,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 
 from .configuration_spar_semantic import SparSemanticConfig
-from .execution import as_tensor, full_precision, refuse_labels, with_output_flags
+from .execution import as_tensor, check_batch, full_precision, refuse_labels, with_output_flags
 from .modeling_spar import SparPreTrainedModel, SparVisionModel
 from .prompts import CandidateLabels, Vocabulary, distinct_names, embed_names
 from .segmentation import WORKING_BYTES, bilinear_cells, patch_coordinates
@@ -271,11 +271,7 @@ class SparForSemanticSegmentation(SparPreTrainedModel):
                 integers, or no classes.
         """
         refuse_labels(self, kwargs)
-        if pixel_values.ndim != 4:
-            raise ValueError(
-                f"`pixel_values` must be (batch, 3, height, width), got {tuple(pixel_values.shape)}. Add a batch dimension "
-                "with `pixel_values[None]`."
-            )
+        check_batch(pixel_values)
         batch, _, height, width = pixel_values.shape
         if labels is not None and labels.shape != (batch, height, width):
             raise ValueError(

@@ -21,7 +21,7 @@ from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 
 from .backbone_spar import SparBackbone
 from .configuration_spar_universal import SparUniversalConfig
-from .execution import as_tensor, own_weights, refuse_labels, with_output_flags
+from .execution import as_tensor, check_batch, own_weights, refuse_labels, with_output_flags
 from .modeling_spar import SparPreTrainedModel, SparVisionModel, pad_to_patches
 
 # `pipeline("image-segmentation")` looks up here which models it supports, and logs others as errors
@@ -256,6 +256,7 @@ class SparForUniversalSegmentation(SparUniversalPreTrainedModel):
                 an image without segments, or with more segments than queries; `labels`, for which there is no loss.
         """
         refuse_labels(self, kwargs)
+        check_batch(pixel_values)
         if (mask_labels is None) != (class_labels is None):
             raise ValueError("Give both `mask_labels` and `class_labels`, or neither.")
         if mask_labels is not None and class_labels is not None:

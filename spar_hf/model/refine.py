@@ -308,6 +308,8 @@ def refined_logits(
     Raises:
         ValueError: an unknown refinement, a result on an impossible grid, or logits or refined features above 1 GiB.
     """
+    if upsampler is not None or callable(refine):
+        feature_map = feature_map.clone()  # they may change it in place, and it serves later calls
     cell = model.config.patch_size
     height, width = pixel_values.shape[-2:]
     padding = (0, feature_map.shape[2] * cell - width, 0, feature_map.shape[1] * cell - height)
@@ -320,8 +322,7 @@ def refined_logits(
             model, feature_map, text_embeds, image, upsampler, refine is not None
         )
     if refine is not None:
-        own = feature_map.clone() if callable(refine) else feature_map  # what others change stays theirs
-        refined = resolve_refinement(refine)(logits, own, image[0])
+        refined = resolve_refinement(refine)(logits, feature_map, image[0])
         cell = cell_side("The refinement's logits", refined.shape, logits.shape, cell)
         logits = refined
     # cells that lie in the padding are cut off

@@ -57,7 +57,7 @@ def scan_folder(
                 folders[:] = []
                 continue
             visited.add(real)
-            if os.path.realpath(folder) != real and has_record(files):
+            if has_record(files) and real != os.path.realpath(folder):
                 results |= recorded_results(Path(parent))
             folders[:] = sorted(
                 name for name in folders if not name.startswith(".") and os.path.join(parent, name) not in results

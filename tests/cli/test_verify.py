@@ -131,7 +131,7 @@ def test_results_of_two_settings_are_told_apart(base_folder, images, tmp_path):
     run("features", images / "b.png", "--output", features, *of_features, 48)
     text = run("verify", features, images, status=1)
     assert "1 images are whole, 2 of other settings than the latest" in text
-    assert "other settings: a.safetensors: shortest_edge 32, not 48" in text
+    assert "other settings: a.safetensors: shortest_edge 32, now 48" in text
     run("features", images, "--output", features, *of_features, 48)
     assert "3 images are whole" in run("verify", features, images)
 

@@ -193,6 +193,12 @@ def test_order_is_shared_by_processes_and_resumes(image_folder):
         assert len({t.name for t in one[5 * epoch : 5 * epoch + 5]}) == 5
 
 
+def load(images, train, workers, count):
+    """The first images of a training, and what is skipped among them."""
+    order = MapOrder(train, 0, 0, 1)
+    return list(islice(DataLoader(images, None, sampler=order, num_workers=workers, collate_fn=only_item), count))
+
+
 def test_damaged_images_are_skipped_whatever_the_workers(image_folder, tmp_path):
     for path in image_folder.glob("*.jpg"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
@@ -204,9 +210,7 @@ def test_damaged_images_are_skipped_whatever_the_workers(image_folder, tmp_path)
     train, _ = split_images(opened, kept.exclude, kept.holdout_every)
     seen = []
     for workers in (0, 2):
-        images, order = make_images(opened, jitter_probability=0.5), MapOrder(train, 0, 0, 1)
-        loader = DataLoader(images, None, sampler=order, num_workers=workers, collate_fn=only_item)
-        seen.append(list(islice(loader, 10)))
+        seen.append(load(make_images(opened, jitter_probability=0.5), train, workers, 10))
     skipped = {Path(item.name).name: item.reason for item in seen[0] if isinstance(item, Skipped)}
     assert set(skipped) == {"1.jpg", "3.jpg", "4.jpg"} and "--min_side" in skipped["4.jpg"]
     for a, b in zip(*seen, strict=True):
@@ -225,10 +229,9 @@ def test_cutmix__parts_of_other_training_images_the_same_whatever_the_workers(tm
     train, _ = split_images(opened, kept.exclude, kept.holdout_every)
     runs = []
     for workers in (0, 2):
-        images, order = make_images(opened, cutmix_probability=1.0), MapOrder(train, 0, 0, 1)
+        images = make_images(opened, cutmix_probability=1.0)
         images.others = train
-        loader = DataLoader(images, None, sampler=order, num_workers=workers, collate_fn=only_item)
-        runs.append([item for item in islice(loader, 30) if not isinstance(item, Skipped)])
+        runs.append([item for item in load(images, train, workers, 30) if not isinstance(item, Skipped)])
     made_of = set()
     for once, again in zip(*runs, strict=True):
         assert torch.equal(once.pixel_values, again.pixel_values)
@@ -237,9 +240,7 @@ def test_cutmix__parts_of_other_training_images_the_same_whatever_the_workers(tm
     assert made_of == {(red,), (green,), (green, red)}  # of one colour where the other image was the damaged one
     alone = make_images(opened)
     alone.others = train
-    loaded = [
-        item for item in map(alone.__getitem__, islice(MapOrder(train, 0, 0, 1), 12)) if not isinstance(item, Skipped)
-    ]
+    loaded = [item for item in load(alone, train, 0, 12) if not isinstance(item, Skipped)]
     assert len(loaded) == 8 and all(len(item.pixel_values[0].flatten(1).unique(dim=1).T) == 1 for item in loaded)
 
 

@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 from spar_hf import (
     SPAR_TINY,
+    SlidingWindowTeacher,
     SparConfig,
     SparForOpenVocabSegmentation,
     SparForSemanticSegmentation,
@@ -354,17 +355,24 @@ def test_frequencies_of_rope_stay_in_full_precision():
     assert {parameter.dtype for parameter in baked.vision_model.parameters()} == {torch.bfloat16}
 
 
-def test_wrong_inputs_and_labels_name_the_mend(two_towers, tokenizer):
+def test_an_image_without_a_batch_axis_is_refused(two_towers, tokenizer):
+    """By the head, and by the teacher, which reads parts of images."""
+    image = torch.zeros(3, 96, 96)
+    for model in (
+        bake_vocabulary(two_towers, tokenizer, ["road", "sky"]),
+        SlidingWindowTeacher(two_towers.vision_model),
+        SlidingWindowTeacher(two_towers.vision_model, scales=(1, 0.5)),
+    ):
+        with pytest.raises(ValueError, match=r"got shape \(3, 96, 96\)\. .*\[None\]"):
+            model(image)
+
+
+def test_the_mend_of_labels_that_are_no_class_is_named(two_towers, tokenizer):
     model = bake_vocabulary(two_towers, tokenizer, ["road", "sky"])
-    with pytest.raises(ValueError, match=r"\(batch, 3, height, width\), got \(3, 32, 32\)"):
-        model(torch.zeros(3, 32, 32))
-    labels = torch.zeros(1, 32, 32, dtype=torch.long)
-    for wrong in (-100, 2, 7):
-        labels[0, 3, 4] = wrong
-        with pytest.raises(
-            ValueError, match=f"hold {wrong}, which is none of the 2 classes .*semantic_loss_ignore_index`, 255"
-        ):
-            model(torch.zeros(1, 3, 32, 32), labels=labels)
+    labels = torch.full((1, 32, 32), 7)
+    with pytest.raises(ValueError, match=r"hold 7, which is none of the 2 classes .*semantic_loss_ignore_index`, 255"):
+        model(torch.zeros(1, 3, 32, 32), labels=labels)
+    labels[0, 0] = 1
     model.config.semantic_loss_ignore_index = 7
     assert model(torch.zeros(1, 3, 32, 32), labels=labels).loss > 0
 

@@ -399,16 +399,19 @@ def test_the_pipeline_asks_for_the_features_of_its_model(two_towers, tokenizer):
         segment(Image.new("RGB", (64, 48)), candidate_labels=["road", "sky"], upsampler="uplift")
 
 
-def test_what_a_refinement_does_to_features_stays_there(two_towers, tokenizer, picture):
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"refine": lambda logits, features, image: logits + features.zero_().sum()},
+        {"upsampler": lambda image, features: features.mul_(2).repeat_interleave(2, -1).repeat_interleave(2, -2)},
+    ],
+    ids=["refine", "upsampler"],
+)
+def test_what_others_do_to_features_stays_there(two_towers, tokenizer, picture, options):
     """An encoded image serves any number of later calls."""
-    pipe = pipeline(
-        "open-vocab-segmentation", model=two_towers, tokenizer=tokenizer, image_processor=SparImageProcessorPil()
-    )
+    processor = SparImageProcessorPil()
+    pipe = pipeline("open-vocab-segmentation", model=two_towers, tokenizer=tokenizer, image_processor=processor)
     encoded = pipe.encode(picture)
     before = encoded.feature_map.clone()
-    pipe(
-        encoded,
-        candidate_labels=["road", "sky"],
-        refine=lambda logits, features, image: logits + features.zero_().sum(),
-    )
+    pipe(encoded, candidate_labels=["road", "sky"], **options)
     assert torch.equal(encoded.feature_map, before)
