@@ -77,9 +77,10 @@ class ResultRecord:
             if entry is not None and entry["settings"] != self.key:
                 then = self.known.get(entry["settings"], {})
                 other = "settings" if then.get("labels") == self.settings.get("labels") else "classes"
+                what = describe_differences(then, self.settings)
                 raise UsageError(
-                    f"{self.folder} contains results for other {other} ({path.name}: "
-                    f"{describe_differences(then, self.settings)}). Name another --output, or omit --skip-existing to replace all results."
+                    f"{self.folder} contains results for other {other} ({path.name}: {what}). Name another --output, or "
+                    "omit --skip-existing to replace all results."
                 )
         if self.trust_unknown and not any(entries):
             self.trusted += 1

@@ -44,7 +44,7 @@ class ImageStream:
         data: loads a sample, from images or from a teacher cache.
         images: loads samples from images.
         count: training images, or views of a cache; `None` for a stream of unknown length.
-        different: training images of which a cache holds these views, else as `count`.
+        different: the same without counting an image again for each of its views in a cache.
         held_out: samples that the error is measured on.
         train: the training images; `None` for a stream.
         views: how views are drawn: what the record of the student says.

@@ -63,7 +63,7 @@ class CachedImages(Dataset):
     def __init__(self, cache: TeacherCache, held_out: list[str], exclude: list[str]):
         self.cache = cache
         paths = [str(cache.image(i)) for i in range(len(cache))]
-        if excluded := next((path for path in paths if is_excluded(path, exclude)), None):
+        if excluded := next((path for path in paths if exclude and is_excluded(path, exclude)), None):
             raise UsageError(
                 f"The teacher cache {cache.folder} contains images that --exclude leaves out, such as {excluded}. Give the "
                 "--exclude that it was made with, or make another cache."

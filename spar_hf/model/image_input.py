@@ -261,12 +261,10 @@ def class_numbers(mask: Image.Image, name: str | None = None) -> np.ndarray:
     Raises:
         ValueError: it cannot be decoded.
     """
-    packed = (
-        {str(tile[3]) for tile in getattr(mask, "tile", ())} if mask.mode == "L" else set()
-    )  # gone once it is decoded
+    stored = {str(tile[3]) for tile in getattr(mask, "tile", ())}  # gone once it is decoded
     values = np.array(turn_upright(mask, name))
-    step = {"L;2": 85, "L;4": 17}.get(packed.pop(), 1) if len(packed) == 1 else 1
-    return values if step == 1 else values // step
+    step = next((step for bits, step in (("L;2", 85), ("L;4", 17)) if stored == {bits}), None)
+    return values if step is None else values // step
 
 
 def check_range(image_range: Any) -> tuple[float, float] | None:
