@@ -34,7 +34,8 @@ class Work:
 
     Attributes:
         read: reads an image; in the workers, so it must be picklable. What it returns has `pixel_values`
-            `(1, 3, height, width)`, and may have the picture itself, in RGB, as `image`.
+            `(1, 3, height, width)` and `only_first` (see [`PreparedImage`]), and may have the picture itself, in RGB, as
+            `image`.
         compute: takes what was read of images of one size, and returns a result for each.
         write: takes the image, what was read, and the result; in a thread, one image at a time.
         fail: takes an image that failed in any of these, and the reason; in that thread.
@@ -155,16 +156,9 @@ class Run:
         self.writer = ThreadPoolExecutor(1)
         self.pending: deque[tuple[InputImage, Future]] = deque()
 
-    def note_failure(self, source: str, reason: str) -> None:
-        """Count and report a failure."""
-        self.summary.failed.append((source, reason))
-        if self.report is not None:
-            # most messages contain the file's name; a data: URL is as long as its image
-            self.report(reason if source[:80] in reason else f"{source[:80]}: {reason}")
-
     def fail(self, image: InputImage, reason: str) -> None:
         """An image that failed: the progress goes on."""
-        self.note_failure(image.source, reason)
+        self.summary.add_failure(image.source, reason, self.report)
         self.progress.update()
         self.writer.submit(self.work.fail, image, reason).result()
 
@@ -261,7 +255,7 @@ def process_ahead(
         run = Run(work, report, progress)
         run.summary.skipped = skipped
         for source, reason in problems:
-            run.note_failure(source, reason)
+            run.summary.add_failure(source, reason, report)
         buckets = Buckets(batch_size, work.patch_size)
         if total is None:
             todo = run.left_over(todo, images, is_done)
@@ -270,6 +264,7 @@ def process_ahead(
                 if isinstance(item, Unread):
                     run.fail(images[position], item.reason)
                     continue
+                run.summary.only_first = run.summary.only_first or item.only_first
                 for group in buckets.add(images[position], item):
                     run.compute(group, 2 * batch_size)
             for group in buckets.rest():

@@ -12,6 +12,7 @@ import torch
 
 from spar_hf.model.devices import check_device
 from spar_hf.model.fingerprints import vision_fingerprint
+from spar_hf.model.image_input import has_more_frames, is_encoded, open_image, turn_upright
 from spar_hf.model.image_pixels import token_limit
 from spar_hf.model.image_processing_spar import SparImageProcessorPil
 from spar_hf.model.modeling_spar import SparVisionModel
@@ -37,10 +38,12 @@ class PreparedImage:
     Attributes:
         pixel_values: normalised pixels `(1, 3, height, width)`, on the CPU.
         record: `image` (its name), `original_size` and `working_size`, both `[height, width]` in pixels.
+        only_first: the name of a file with several frames or pages, of which the first was read; else empty.
     """
 
     pixel_values: torch.Tensor
     record: dict[str, Any]
+    only_first: str = ""
 
 
 @dataclass
@@ -75,15 +78,19 @@ class ImagePreparation:
         options: dict[str, Any] = {"max_tokens": limit, "patch_size": self.patch_size}
         options |= {} if self.size is None else {"size": self.size}
         options |= {} if self.image_range is None else {"image_range": self.image_range}
-        image = read_remote(source) if is_remote(source) else source
+        image, more = read_remote(source) if is_remote(source) else source, False
+        if is_encoded(image):
+            opened, file = open_image(image)
+            image, more = turn_upright(opened, file), has_more_frames(opened)
         inputs = self.image_processor(image, return_tensors="pt", **options)
         name = str(source) if isinstance(source, (str, os.PathLike)) else getattr(source, "name", None) or "image"
+        shown = name if len(name) < 1000 else f"{name[:80]}…"  # a data: URL is as long as its image
         record = {
-            "image": name if len(name) < 1000 else f"{name[:80]}…",  # a data: URL is as long as its image
+            "image": shown,
             "original_size": list(inputs["original_sizes"][0]),
             "working_size": list(inputs["pixel_values"].shape[-2:]),
         }
-        return PreparedImage(inputs["pixel_values"], record)
+        return PreparedImage(inputs["pixel_values"], record, shown if more else "")
 
 
 def parse_layers(layers: str | Sequence[str | int]) -> tuple[str | int, ...]:

@@ -89,6 +89,12 @@ class ParquetFolder(PartFolder):
                 raise ValueError(str(error)) from error
         return numbers, failed
 
+    def failures(self, name: str) -> list[tuple[str, str]]:
+        _, pq = import_pyarrow()
+        with self.open(name) as file:
+            rows = pq.read_table(file, columns=["image", "error"], filters=[("error", "!=", "")]).to_pylist()
+        return [(row["image"], row["error"]) for row in rows]
+
     def present(self) -> np.ndarray:
         """
         Which images are in a file: `(images,)` bool. Nothing but the column of numbers is read. Files that cannot be read

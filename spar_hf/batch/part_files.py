@@ -22,7 +22,7 @@ from spar_hf.batch.extractor import PreparedImage
 from spar_hf.batch.features import ReadSource
 from spar_hf.utils.errors import UsageError
 from spar_hf.utils.folders import Folder
-from spar_hf.utils.image_files import InputImage, stamp
+from spar_hf.utils.image_files import InputImage, RunSummary, stamp
 from spar_hf.utils.locks import acquire, lock, read_owner
 from spar_hf.utils.texts import json_text, storable
 
@@ -138,6 +138,14 @@ class PartFolder(Folder):
         """
         raise NotImplementedError
 
+    def failures(self, name: str) -> list[tuple[str, str]]:
+        """Name and error of each image of a complete file that failed. Features are not read."""
+        raise NotImplementedError
+
+    def retry_name(self, name: str) -> str:
+        """What to remove of a file so that the next run makes it again."""
+        return name
+
     def finish(self, part: "OpenPart", number: int) -> None:
         """Make a file whose rows have all been added one of the folder."""
         self.put(part.complete(), self.file(number))
@@ -217,6 +225,7 @@ class PartWriter:
             name.split(".")[0] for name in folder.names()
         }  # a store is not asked for each file that is missing
         self.done: dict[int, bool] = {}
+        self.failed_before: list[tuple[str, str]] = []
         self.open: dict[int, OpenPart] = {}
 
     def is_done(self, image: InputImage) -> bool:
@@ -225,7 +234,20 @@ class PartWriter:
         if number not in self.done:
             listed = self.folder.file(number).split(".")[0] in self.there
             self.done[number] = listed and self.folder.is_done(number)
+            if self.done[number]:
+                name = self.folder.file(number)
+                hint = f"(in an earlier run; remove {self.folder.retry_name(name)} to try it again)"
+                self.failed_before += [(image, f"{reason} {hint}") for image, reason in self.folder.failures(name)]
         return self.done[number]
+
+    def count_earlier_failures(self, summary: RunSummary, report: Callable[[str], None]) -> None:
+        """
+        Count and report the images that failed in an earlier run and were passed over with their files, so that a run whose
+        images are not all there never ends as a success.
+        """
+        summary.skipped -= len(self.failed_before)
+        for source, reason in self.failed_before:
+            summary.add_failure(source, reason, report)
 
     def add(self, image: InputImage, row: Mapping[str, Any]) -> None:
         """Write the row of an image, one that failed too: its `error` says why."""

@@ -122,7 +122,7 @@ def run_on_ray(
         actors: models at the same time at most. Default: one per GPU, else one less than there are CPUs.
 
     Returns:
-        [`RunSummary`]; `failed` are the images of rows with an error.
+        [`RunSummary`]; `failed` are the images of rows with an error, also of an earlier run.
 
     Raises:
         UsageError: Ray is not installed, or there is no cluster at the address.
@@ -142,11 +142,11 @@ def run_on_ray(
         finally:
             if started:
                 ray.shutdown()
-    wanted = set(todo)
+    wanted, own = set(todo), set(numbers)
     for name in folder.files():
         found, failed = folder.check(name)
         summary.done += len(wanted & set(found)) - (len(failed) if wanted & set(found) else 0)
-        summary.failed += failed if wanted & set(found) else []
+        summary.failed += failed if own & set(found) else []  # those of an earlier run too: they are not tried again
     summary.seconds = time.perf_counter() - start
     return summary
 

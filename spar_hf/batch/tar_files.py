@@ -94,7 +94,14 @@ class TarFolder(PartFolder):
                 if hashlib.file_digest(file, "sha256").hexdigest() != record["sha256"]:
                     raise ValueError("its checksum is not the one in its record.")
         number = int(name.removesuffix(SUFFIX).removeprefix("part-"))
-        return list(self.images_of(number)), [(one["image"], one["error"]) for one in record["failed"]]
+        return list(self.images_of(number)), self.failures(name)
+
+    def failures(self, name: str) -> list[tuple[str, str]]:
+        record = self.record(name)
+        return [(one["image"], one["error"]) for one in record["failed"]] if record else []
+
+    def retry_name(self, name: str) -> str:
+        return self.record_name(name)
 
     def delete(self, name: str) -> None:
         """Remove a shard and its record."""

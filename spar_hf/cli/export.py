@@ -82,6 +82,7 @@ def export(
             dtypes=dtypes,
             overwrite=overwrite,
             vendor=vendor,
+            tell=lambda step: say(f"{step} …", err=True),
         )
     for line in table(record["verification"]["vision"]):
         say(line)

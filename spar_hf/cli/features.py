@@ -23,7 +23,7 @@ from spar_hf.cli.arguments import (
     as_command,
 )
 from spar_hf.cli.parts import PARQUET, check_store, open_parts, part_suffix
-from spar_hf.cli.reporting import exit_on_error, finish, quiet_transformers, report_failure
+from spar_hf.cli.reporting import exit_on_error, finish, quiet_transformers, report_failure, say
 from spar_hf.utils.errors import UsageError
 from spar_hf.utils.image_files import InputImage, RunSummary, find_images, interruptible, process_images
 from spar_hf.utils.locks import one_writer
@@ -180,6 +180,12 @@ def features(options: FeatureOptions) -> None:
     with launched_processes() as processes, ExitStack() as held:
         run = write_parts if options.to_parts else write_safetensors
         summary = run(options, found, problems if processes.index == 0 else (), processes, held)
+    if summary.only_first:
+        say(
+            f"note: {summary.only_first} has several frames or pages; features are of the first. Save the others as files "
+            "of their own to have theirs.",
+            err=True,
+        )
     several = processes.count > 1
     finish(summary, f"process {processes.index + 1} of {processes.count}: {summary}" if several else str(summary))
 
@@ -294,6 +300,7 @@ def write_parts(
             )
         finally:
             writer.close()
+        writer.count_earlier_failures(summary, report_failure)
         if not summary.interrupted:
             processes.wait()
     return summary

@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL import Image
 
-from spar_hf.model.image_input import ImageRange, open_image, to_rgb, turn_upright
+from spar_hf.model.image_input import ImageRange, has_more_frames, open_image, to_rgb, turn_upright
 from spar_hf.utils.errors import UsageError
 from spar_hf.utils.image_files import InputImage
 from spar_hf.utils.remote_files import is_remote, read_remote
@@ -109,8 +109,7 @@ class ImageReader:
             except (EOFError, OSError, ValueError, SyntaxError) as error:
                 raise ValueError(f"Cannot read {name}: {error}. The file is damaged.") from error
             return turn_upright(self._opened, name)
-        # MPO, what cameras write, holds previews beside the image
-        if getattr(self._opened, "is_animated", False) and self._opened.format != "MPO":
+        if has_more_frames(self._opened):
             self.only_first = self.only_first or image.source
         return turn_upright(self._opened, self._name)
 

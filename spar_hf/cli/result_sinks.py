@@ -6,14 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from spar_hf.cli.reporting import say
+from spar_hf.cli.reporting import report_failure, say
 from spar_hf.cli.result_files import merge_coco, write_results
 from spar_hf.cli.result_paths import FORMATS, MERGED, ResultPlan
 from spar_hf.cli.result_record import ResultRecord
 from spar_hf.cli.segment_options import SegmentOptions
 from spar_hf.utils.atomic import write_text
 from spar_hf.utils.errors import UsageError
-from spar_hf.utils.image_files import InputImage
+from spar_hf.utils.image_files import InputImage, RunSummary
 from spar_hf.utils.processes import Processes, in_units
 from spar_hf.utils.result_records import record_files
 from spar_hf.utils.texts import json_text, read_text, storable
@@ -124,6 +124,9 @@ class FileSink:
     def close(self) -> None:
         """Every file is complete when it is written."""
 
+    def count_earlier_failures(self, summary: RunSummary) -> None:
+        """An image that failed has no results, so that it is tried again."""
+
     def finish(self) -> None:
         """
         Write the COCO file of all images, which all processes have written. Files of other settings, which an image that
@@ -181,6 +184,9 @@ class ShardSink:
     def close(self) -> None:
         """Drop shards that are not complete."""
         self.writer.close()
+
+    def count_earlier_failures(self, summary: RunSummary) -> None:
+        self.writer.count_earlier_failures(summary, report_failure)
 
     def finish(self) -> None:
         """Every shard is complete when it is written."""

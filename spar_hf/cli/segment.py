@@ -91,8 +91,8 @@ def segment_plan(
         with one_writer(folder, settings, options.job.name, processes.index):
             sink = open_sink(options, plan, settings, probe["labels"], processes, heat_classes)
             summary = segment_all(options, plan, sink, segment_image, reader, processes)
-    if reader.only_first:
-        say(f"note: {reader.only_first} has several frames or pages; the first was taken (see --frames).", err=True)
+    if only_first := reader.only_first or summary.only_first:  # the reader of a worker is another one
+        say(f"note: {only_first} has several frames or pages; the first was taken (see --frames).", err=True)
     return summary
 
 
@@ -207,6 +207,7 @@ def segment_all(
             summary = process_images(images, process, sink.is_done, report_failure, problems, processes.index == 0)
     finally:
         sink.close()
+    sink.count_earlier_failures(summary)
     if not summary.interrupted:  # the other processes may go on, or end at any time: nobody waits for them
         processes.wait()
     sink.finish()
@@ -241,7 +242,6 @@ def segment_ahead(
         )
 
     def finish_image(image: InputImage, item: ReadPicture, encoded: Any) -> None:
-        reader.only_first = reader.only_first or item.only_first  # the reader of a worker is another one
         write(image, item.image, segment_image(encoded))
 
     # frames of an animation build on the one before, which one process has read

@@ -150,6 +150,8 @@ class SegmentOptions:
             raise UsageError(
                 f"--output {self.output}: leave out heat maps and --map, which are files beside one image."
             )
+        if self.tiles is not None and self.workers:
+            raise UsageError("--tile reads an image part by part, not ahead of the model: leave out --workers.")
         if writes_strips(self.path):
             self._check_strips()
 

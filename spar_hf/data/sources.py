@@ -1,8 +1,10 @@
 """Sources of training images: folders, lists of files, Hugging Face data sets and WebDataset shards."""
 
 import json
+import posixpath
 import re
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -14,9 +16,9 @@ from spar_hf.utils.fields import option, required
 from spar_hf.utils.image_listing import IMAGE_SUFFIXES, describe, images_under, scan_folder
 from spar_hf.utils.model_cards import short_name
 from spar_hf.utils.options import HELP, require_not_negative, require_positive
-from spar_hf.utils.remote_files import is_remote, remote_images
+from spar_hf.utils.remote_files import is_remote, read_remote, remote_images
 from spar_hf.utils.sample_record import same_files
-from spar_hf.utils.texts import read_text
+from spar_hf.utils.texts import decode_text, read_text
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp")
 NAME_COLUMNS = ("__key__", "file_name")
@@ -194,29 +196,22 @@ def image_entry(row: dict[str, Any], columns: list[str]) -> bytes | str | None:
 
 def list_files(entry: str) -> list[str] | None:
     """
-    Paths of the images in a folder or in a list (relative to the list, or URLs), or URLs of those in a store; `None` if
-    `entry` is something else.
+    Paths of the images in a folder or in a list (relative to the list, or URLs), or URLs of those in a store, where a list
+    may be too; `None` if `entry` is something else.
 
     Raises:
         MissingFiles: the list does not exist or is empty, or the folder holds nothing that can be read.
-        UsageError: the list is in a store.
     """
     if is_remote(entry):
         if PurePosixPath(entry).suffix == ".txt":
-            raise UsageError(
-                f"The list {entry} is in a store: copy it to this machine. The images it names can stay there."
-            )
+            folder = entry.rpartition("/")[0]
+            return listed(entry, read_remote_list(entry), lambda line: posixpath.join(folder, line))
         return None if PurePosixPath(entry).suffix in TABLES else [url for url, _ in remote_images(entry)]
     path = Path(entry)
     if path.suffix == ".txt":
         if not path.is_file():
             raise MissingFiles(f"There is no list {entry}.")
-        lines = [line.strip() for line in read_text(path).splitlines()]
-        named = [line for line in lines if line and not line.startswith("#")]
-        paths = [line if is_remote(line) else str(path.parent / line) for line in named]
-        if not paths:
-            raise MissingFiles(f"{entry} names no image. Write one path per line.")
-        return paths
+        return listed(entry, read_text(path), lambda line: str(path.parent / line))
     if not path.is_dir():
         return None
     try:
@@ -226,6 +221,23 @@ def list_files(entry: str) -> list[str] | None:
         if is_saved_table(path) or any(found.suffix in SHARDS for found in path.rglob("*")):
             return None
         raise
+
+
+def listed(entry: str, text: str, locate: Callable[[str], str]) -> list[str]:
+    """What a list names: URLs of stores as they are, paths as `locate` completes them. Raises as [`list_files`]."""
+    lines = [line.strip() for line in text.splitlines()]
+    found = [line if is_remote(line) else locate(line) for line in lines if line and not line.startswith("#")]
+    if not found:
+        raise MissingFiles(f"{entry} names no image. Write one path per line.")
+    return found
+
+
+def read_remote_list(url: str) -> str:
+    """The text of a list in a store. Raises as [`list_files`]."""
+    try:
+        return decode_text(read_remote(url), url)
+    except FileNotFoundError as error:
+        raise MissingFiles(f"There is no list {url}.") from error
 
 
 def is_saved_table(path: Path) -> bool:

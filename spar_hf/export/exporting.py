@@ -1,7 +1,7 @@
 """Exports: a folder with the graphs of a model and all that a program without PyTorch needs beside them."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ def export(
     dtypes: Sequence[str] = ("fp32",),
     overwrite: bool = False,
     vendor: str | os.PathLike | None = None,
+    tell: Callable[[str], None] = lambda step: None,
 ) -> dict[str, Any]:
     """
     Export a model as a folder for programs without PyTorch. See `docs/export.md` for its files, inputs and outputs.
@@ -53,6 +54,7 @@ def export(
             stay in float32.
         overwrite (`bool`, *optional*, defaults to `False`): replace an empty folder or an earlier export.
         vendor (*optional*): for `"web"`, the folder of its packages, see `spar_hf/export/web.py`.
+        tell (*optional*): called with the name of each step as it begins; a step of a large model takes minutes.
 
     Returns:
         The contents of `spar_export.json`.
@@ -91,6 +93,7 @@ def export(
                 f"--templates {templates} chooses templates for each class, and without --words a graph has no classes. "
                 "Give them with --words, or name the file as `templates` at run time."
             )
+    tell(f"reading {model}")
     source = load_source(str(model))
     check_head(source, head, words)
     baked = embed_words(source, words, templates, background)
@@ -99,18 +102,21 @@ def export(
     with writing_folder(folder) as temporary:
         temporary.mkdir()
         write_beside(temporary, source, baked)
+        tell(f"writing {format} graphs: {', '.join(dtypes)}")
         graphs = writer.write_graphs(temporary, source, head, baked, list(dtypes), labels)
         limits = writer.limits(source) if hasattr(writer, "limits") else None
         runs = {dtype: graph.runs for dtype, graph in graphs.items()}
         compared = [within(case, limits) for case in cases(source)]
         if head == "probabilities" and baked is not None:  # of words that are an input, the cases have few
             compared = [affordable(case, len(baked.labels)) for case in compared]
+        tell(f"comparing {'it' if len(runs) == 1 else 'them'} with PyTorch in {len(compared)} cases")
         rows = verify(source, head, baked, runs, compared)
         paths = {dtype: graph.path for dtype, graph in graphs.items()}
         base = EXTENSIONS[format][0] if format in EXTENSIONS else format
         record = make_record(source, base, head, baked, templates, paths, labels)
         record |= {"limits": limits, "text_graph": None, "verification": {"vision": rows}}
         if source.has_text and baked is None:
+            tell("writing the text tower and comparing it")
             text = writer.write_text_tower(temporary, source)
             record["text_graph"] = text.path
             record["verification"]["text"] = verify_text(source, text.runs[0])

@@ -177,6 +177,11 @@ def open_image(source: Any, urls: bool | str = True) -> tuple[Image.Image, str]:
     return image, name
 
 
+def has_more_frames(image: Image.Image) -> bool:
+    """Whether an opened file has frames or pages beside its first. The previews in MPO, what cameras write, do not count."""
+    return bool(getattr(image, "is_animated", False)) and image.format != "MPO"
+
+
 def set_pixel_limit(max_pixels: int | None) -> None:
     """Set Pillow's limit on the pixels of an image, unless `max_pixels` is `None`."""
     if max_pixels is not None:
@@ -353,10 +358,15 @@ def to_rgb(image: Image.Image, image_range: ImageRange | None = None) -> Image.I
             that Pillow cannot convert.
     """
     mode = image.mode
-    if mode.startswith("I") and check_range(image_range) is None:
-        return Image.fromarray(to_eight_bits(np.asarray(image))).convert("RGB")
     if mode == "F" or mode.startswith("I"):
-        return Image.fromarray((array_to_rgb(np.asarray(image)[:, :, None], image_range) * 255 + 0.5).astype(np.uint8))
+        levels = np.asarray(image)
+        if mode.startswith("I") and check_range(image_range) is None:
+            rgb = np.repeat(to_eight_bits(levels)[:, :, None], 3, axis=2)
+        else:
+            rgb = (array_to_rgb(levels[:, :, None], image_range) * 255 + 0.5).astype(np.uint8)
+        if mode.startswith("I") and (transparent := image.info.get("transparency")) is not None:  # one level of a PNG
+            rgb[levels == transparent] = 255
+        return Image.fromarray(rgb)
     try:
         if image.has_transparency_data:
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))

@@ -200,12 +200,16 @@ class OpenVocabSegmentationPipeline(SupportImages, FrameStreams, Pipeline):
         Returns:
             An [`EncodedImage`] or a list of them, on the model's device. The pipeline takes them in place of images.
         """
+        if self._preprocess_params.get("tile") is not None:
+            raise ValueError("The features of an image in tiles are not kept: call the pipeline with `tile` instead.")
+        return self._encode_whole(images, size, max_tokens, image_range)
+
+    def _encode_whole(self, images, size=None, max_tokens=None, image_range=None):
+        """[`encode`], each image in one pass although the pipeline was made with `tile`."""
         many = as_images(images)
         given = {"size": size, "max_tokens": max_tokens, "image_range": image_range}
         options = {**self._preprocess_params, **{name: value for name, value in given.items() if value is not None}}
-        options.pop("on_error", None)
-        if options.pop("tile", None) is not None:
-            raise ValueError("The features of an image in tiles are not kept: call the pipeline with `tile` instead.")
+        options = {name: value for name, value in options.items() if name not in ("on_error", "tile")}
         prepared = [self.preprocess(image, **options) for image in ([images] if many is None else many)]
         encoded = [item if isinstance(item, EncodedImage) else self._encode([item])[0] for item in prepared]
         return encoded[0] if many is None else encoded

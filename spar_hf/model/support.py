@@ -280,7 +280,7 @@ class SupportImages:
             key = os.fspath(image) if isinstance(image, str | os.PathLike) else id(image)
             if encoded is None or key != last:
                 given = isinstance(image, EncodedImage)
-                encoded = image if given else pipe.encode(image, size, max_tokens, image_range)
+                encoded = image if given else pipe._encode_whole(image, size, max_tokens, image_range)
                 if not isinstance(encoded, EncodedImage):
                     raise ValueError(f"Support image {i} is several images. Give a triple for each.")
                 last = key

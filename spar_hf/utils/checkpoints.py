@@ -16,6 +16,8 @@ from spar_hf.utils.atomic import as_disk_errors, check_inputs_stay, follow_umask
 from spar_hf.utils.errors import MissingFiles, StopSignal, UsageError
 from spar_hf.utils.texts import read_yaml
 
+RESULT_FILES = (".json", ".md", ".csv", ".png", ".safetensors")  # endings of results that are files
+
 
 def save_checkpoint(accelerator: Accelerator, output: Path, step: int, keep: int = 2, **state: Any) -> Path:
     """
@@ -184,8 +186,12 @@ def check_images_per_step(name: str, then: int, processes_then: int, now: int, p
 def check_replaceable(results: Iterable[Path], overwrite: bool = False) -> None:
     """
     Raises:
-        UsageError: one of the finished results is there already, and nobody asked to replace it.
+        UsageError: one of the finished results is there already, and nobody asked to replace it; or a folder lies where a
+            file is to be written, which would fail after the work.
     """
+    results = list(results)
+    if folders := [path for path in results if path.suffix in RESULT_FILES and path.is_dir()]:
+        raise UsageError(f"{folders[0]} is a folder, and a file of that name is to be written. Name another --output.")
     if found := [path for path in results if path.exists() and not overwrite]:
         raise UsageError(
             f"{found[0]} is the result of an earlier run. Replace it with --overwrite, or name another --output."

@@ -78,6 +78,7 @@ class RunSummary:
         failed: source and message of every image that failed.
         signal: number of the signal that stopped the run, 0 for none.
         seconds: duration of the run.
+        only_first: a file with several frames or pages of which the first was read; empty if there is none.
 
     Example:
 
@@ -91,6 +92,14 @@ class RunSummary:
     failed: list[tuple[str, str]] = field(default_factory=list)
     signal: int = 0
     seconds: float = 0.0
+    only_first: str = ""
+
+    def add_failure(self, source: str, reason: str, report: Callable[[str], None] | None = None) -> None:
+        """Count a failure, and report it in a line that names its image."""
+        self.failed.append((source, reason))
+        if report is not None:
+            # most reasons contain the file's name; a data: URL is as long as its image
+            report(reason if source[:80] in reason else f"{source[:80]}: {reason}")
 
     @property
     def interrupted(self) -> bool:
@@ -389,14 +398,8 @@ def process_images(
     ```"""
     summary, start = RunSummary(), time.perf_counter()
 
-    def fail(source: str, message: str) -> None:
-        summary.failed.append((source, message))
-        if report is not None:
-            # most messages contain the file's name; a data: URL is as long as its image
-            report(message if source[:80] in message else f"{source[:80]}: {message}")
-
     for source, message in problems:
-        fail(source, message)
+        summary.add_failure(source, message, report)
     interval = 0.1 if sys.stderr.isatty() else 30  # seconds; in a log file a line every half minute is enough
     disable = not progress_bar or (isinstance(images, Sized) and len(images) < 2)
     with tqdm(images, unit="image", disable=disable, mininterval=interval, file=sys.stderr) as progress:
@@ -410,7 +413,7 @@ def process_images(
                 except Exception as error:
                     if isinstance(error, OSError) and error.errno in DISK_ERRORS:
                         raise
-                    fail(image.source, str(error) or type(error).__name__)
+                    summary.add_failure(image.source, str(error) or type(error).__name__, report)
                 else:
                     summary.done += 1
         except KeyboardInterrupt as stop:

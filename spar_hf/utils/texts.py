@@ -25,12 +25,21 @@ def read_text(path: str | os.PathLike) -> str:
     >>> read_text("classes.txt")
     'road'
     ```"""
-    data = Path(path).read_bytes()
+    return decode_text(Path(path).read_bytes(), os.fspath(path))
+
+
+def decode_text(data: bytes, name: str) -> str:
+    """
+    The text of a file's bytes, see [`read_text`].
+
+    Raises:
+        UsageError: another encoding; `name` is that of the file.
+    """
     utf_16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:
         return data.decode("utf-16" if utf_16 else "utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
-        raise UsageError(f"{os.fspath(path)!r} is no UTF-8 text ({error}). Save it as UTF-8.") from error
+        raise UsageError(f"{name!r} is no UTF-8 text ({error}). Save it as UTF-8.") from error
 
 
 def read_yaml(path: str | os.PathLike) -> Any:

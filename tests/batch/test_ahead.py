@@ -21,6 +21,7 @@ from spar_hf.utils.image_files import InputImage
 class Pixels:
     pixel_values: torch.Tensor
     image: Image.Image | None = None
+    only_first: str = ""
 
 
 def read(image):

@@ -190,7 +190,27 @@ def test_a_shard_whose_images_all_failed_is_a_record_alone(base_folder, images, 
     run(*job, status=1)
     assert {path.name for path in (tmp_path / "out.tar").iterdir()} == {"_spar-hf.json", "part-00000.tar.json"}
     assert "1 images are whole, 1 of their" in run("verify", tmp_path / "out.tar")
-    assert "1 skipped" in run(*job, "--skip-existing")
+    assert "0 done, 1 failed" in run(*job, "--skip-existing", status=1)
+
+
+@pytest.mark.parametrize(("suffix", "removed"), [(".tar", "part-00001.tar.json"), (".parquet", "part-00001.parquet")])
+def test_a_continued_run_tells_of_images_that_failed_before(base_folder, images, tmp_path, suffix, removed):
+    job = ["features", images, "--model", base_folder, "--shortest-edge", 32, "--workers", 0, "--shard-images", 3]
+    job += ["--output", tmp_path / f"out{suffix}", "--skip-existing"]
+    assert "5 done, 1 failed" in run(*job, status=1)
+    again = run(*job, status=1)
+    assert "0 done, 5 skipped (already written), 1 failed" in again
+    assert "broken" in again and removed in again
+    (images / "broken.png").write_bytes((images / "a.png").read_bytes())
+    (tmp_path / f"out{suffix}" / removed).unlink()
+    assert "3 done, 3 skipped" in run(*job)
+
+
+def test_continued_masks_tell_of_images_that_failed_before(base_folder, images, tmp_path):
+    job = ["segment", images, "--model", base_folder, *LABELS, "--shortest-edge", 32, "--workers", 0, "--skip-existing"]
+    job += ["--output", tmp_path / "out.tar"]
+    run(*job, status=1)
+    assert "0 done, 5 skipped (already written), 1 failed" in run(*job, status=1)
 
 
 @pytest.mark.parametrize(

@@ -194,6 +194,18 @@ def test_presence_is_reported_when_asked_for(images, tmp_path):
     assert "2 of 2 classes not found: road (presence" in text and json.loads(output.read_text())["segments"] == []
 
 
+@pytest.mark.parametrize("output", ["maps", "maps.tar"])
+def test_features_say_that_they_are_of_the_first_frame(tmp_path, output):
+    frames = [Image.new("RGB", (48, 32), colour) for colour in ("red", "green")]
+    frames[0].save(tmp_path / "clip.tif", save_all=True, append_images=frames[1:])
+    frames[0].save(tmp_path / "single.png")
+    for name, several in (("single.png", False), ("clip.tif", True)):
+        options = ["--shortest-edge", 32, "--output", tmp_path / name[:4] / output]
+        result = runner.invoke(app, ["features", str(tmp_path / name), *map(str, options)])
+        assert result.exit_code == 0 and "1 done" in result.output, result.output
+        assert ("clip.tif has several frames or pages" in result.output) == several
+
+
 def test_frames_are_segmented_one_by_one(tmp_path):
     folder, output = tmp_path / "in", tmp_path / "out"
     folder.mkdir()

@@ -60,6 +60,7 @@ def test_a_label_map_on_disk_is_the_one_of_the_other_formats(picture, tmp_path):
         ({"--tile": 64, "--shortest-edge": 64, "--output": "o.png"}, 2, "size"),
         ({"--tile": 64, "--format": "heatmap", "--output": "heat"}, 2, "--tile"),
         ({"--tile": 64, "--max-pixels": 100}, 1, "max-pixels"),
+        ({"--tile": 64, "--workers": 2}, 2, "--workers"),
     ],
 )
 def test_wrong_usage_gives_one_line_and_writes_nothing(picture, tmp_path, monkeypatch, options, status, word):

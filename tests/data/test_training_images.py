@@ -20,7 +20,8 @@ from spar_hf.data.augmentation import Views, draw_crop
 from spar_hf.data.order import MapOrder, StreamOrder, split_images
 from spar_hf.data.sources import ImageOptions, list_files, list_shards, open_sources, stream_contents
 from spar_hf.data.training_images import Skipped, TrainingImages, only_item
-from spar_hf.utils.errors import UsageError
+from spar_hf.utils.errors import MissingFiles, UsageError
+from spar_hf.utils.remote_files import write_remote
 
 
 def view(image, window, patch_size, views, seed):
@@ -295,5 +296,7 @@ def test_lists_name_urls_too(tmp_path, image_folder):
     (tmp_path / "list.txt").write_text(f"a.png\n{image_folder / '0.jpg'}\ns3://bucket/b.png\n")
     found = list_files(str(tmp_path / "list.txt"))
     assert found == [str(tmp_path / "a.png"), str(image_folder / "0.jpg"), "s3://bucket/b.png"]
-    with pytest.raises(UsageError, match=r"list s3://bucket/list\.txt is in a store: copy it"):
-        list_files("s3://bucket/list.txt")
+    write_remote("memory://lists/street/list.txt", b"# two\na/1.png\ns3://bucket/b.png\n")
+    assert list_files("memory://lists/street/list.txt") == ["memory://lists/street/a/1.png", "s3://bucket/b.png"]
+    with pytest.raises(MissingFiles, match=r"no list memory://lists/none\.txt"):
+        list_files("memory://lists/none.txt")

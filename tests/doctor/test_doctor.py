@@ -75,6 +75,10 @@ def test_the_embedded_base_passes_and_its_words_fit(tmp_path):
     assert "10 of 10 words" in text and "| layers equal transformers' own | ok |" in text and "torch: " in text
     again = CliRunner().invoke(app, arguments)
     assert again.exit_code == 2 and "--overwrite" in again.output
+    report.unlink()
+    report.mkdir()
+    folder = CliRunner().invoke(app, [*arguments, "--overwrite"])
+    assert folder.exit_code == 2 and "is a folder" in folder.output
 
 
 def test_weights_that_are_not_finite(subject):

@@ -107,6 +107,8 @@ def test_what_differs_from_pytorch_is_not_written(model_folder, tmp_path, monkey
         app, ["export", str(model_folder), "--head", "logits", "--output", str(tmp_path / "out")]
     )
     assert result.exit_code == 1 and "Nothing was written" in result.output
+    steps = [line for line in result.output.splitlines() if line.endswith("…")]
+    assert [step.split()[0] for step in steps] == ["reading", "writing", "comparing"]
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and not path.name.endswith(".lock")]
 
 

@@ -190,6 +190,14 @@ def test_sixteen_bits_that_may_be_fewer_are_refused_and_scaled_as_stated(tmp_pat
         np.testing.assert_allclose(pixels[1], levels / image_range[1], atol=1e-6)
 
 
+@pytest.mark.parametrize("image_range", [None, (0, 65535)])
+def test_the_transparent_level_of_a_sixteen_bit_png_is_white(tmp_path, image_range):
+    levels = np.array([[0, 1000, 1001, 65535]], np.uint16)
+    Image.fromarray(levels).save(tmp_path / "grey.png", transparency=1000)
+    read = np.asarray(read_rgb(tmp_path / "grey.png", image_range))
+    assert read[0, :, 0].tolist() == [0, 255, 4, 255] and (read == read[..., :1]).all()
+
+
 def test_full_sixteen_bits_need_nothing():
     levels = np.full((8, 8), 16384, np.uint16)
     assert SparImageProcessorPil(do_rescale=False, do_normalize=False)(levels)["pixel_values"][0].max() == 64

@@ -10,6 +10,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.nn import functional as F
+from transformers import pipeline
 from transformers.utils.logging import warning_once
 
 from spar_hf.model.corrections import PENALTIES, choose_penalty, evenly, fit_corrections, patch_iou
@@ -167,6 +168,18 @@ def test_they_count_in_every_way_to_segment(segment, halves, options):
     assert ((frame["map"] == 1) == mask).mean() > 0.9
 
 
+def test_a_pipeline_of_tiles_reads_support_images_in_one_pass(segment, halves):
+    image, mask = halves
+    parts = {"tokenizer": segment.tokenizer, "image_processor": segment.image_processor}
+    tiled = pipeline("open-vocab-segmentation", model=segment.model, tile=192, **parts)
+    tiled.support.penalty = 0.003
+    tiled.add_support([(image, mask, "cat"), (image, ~mask, "sky")], size="native")
+    found = tiled(image, candidate_labels=["sky", "cat", "road"], output="map")
+    assert ((found["map"] == 1) == mask).mean() > 0.9
+    with pytest.raises(ValueError, match="in tiles are not kept"):
+        tiled.encode(image)
+
+
 def test_the_background_has_examples_like_a_class(segment, halves):
     image, mask = halves
     segment.support.penalty = 0.003
@@ -178,8 +191,8 @@ def test_the_background_has_examples_like_a_class(segment, halves):
 def test_an_image_is_encoded_once_for_all_of_its_masks(segment, halves, monkeypatch):
     image, mask = halves
     calls = []
-    encode = segment.encode
-    monkeypatch.setattr(segment, "encode", lambda *args: calls.append(1) or encode(*args))
+    encode = segment._encode
+    monkeypatch.setattr(segment, "_encode", lambda *args: calls.append(1) or encode(*args))
     segment.add_support([(image, mask, "cat"), (image, ~mask, "sky"), (image.copy(), mask, "cat")])
     assert len(calls) == 2 and [example.image for example in segment.support.examples] == [0, 0, 1]
 
