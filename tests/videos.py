@@ -10,12 +10,14 @@ COLOURS = [(40, 90, 200), (60, 160, 70), (200, 120, 40)]
 TIMES = [0, 3, 6, 12, 15, 24, 27]  # of frames, in thirtieths of a second
 
 
-def write_clip(path, size=(66, 50), times=TIMES, sound="aac"):
-    """A clip of plain colours, and a sound of a second."""
+def write_clip(path, size=(66, 50), times=TIMES, sound="aac", aspect=None):
+    """A clip of plain colours, and a sound of a second. `aspect`: width of a stored pixel over its height."""
     with av.open(str(path), "w") as out:
         pictures = out.add_stream("libx264", rate=30)
         pictures.width, pictures.height, pictures.pix_fmt = *size, "yuv420p"
         pictures.codec_context.time_base = Fraction(1, 30)
+        if aspect is not None:
+            pictures.codec_context.sample_aspect_ratio = aspect
         if sound:
             heard = out.add_stream(sound, rate=16000)
         for number, time in enumerate(times):

@@ -46,7 +46,9 @@ from spar_hf.teacher import SlidingWindowTeacher
 from spar_hf.utils.errors import UsageError
 
 MASKS = ("png", "coco")
-# results that all callables have: one may follow another on the same rows
+# of the pipeline, that a mask depends on
+MASK_OPTIONS = ("background", "threshold", "min_area", "templates", "presence", "min_presence", "refine", "upsampler")
+# results that all callables have: where all of them are columns, another callable made the rows, and this one follows
 SHARED = ("original_size", "working_size", "fingerprint", "error")
 # what an image may do to a forward pass; anything else is a bug and stops the work
 IMAGE_ERRORS = (ValueError, OSError, torch.OutOfMemoryError)
@@ -92,7 +94,8 @@ class BatchCallable:
             rank: of this process, as `datasets.map(..., with_rank=True)` says: its number of the CUDA device.
 
         Returns:
-            The columns of the batch, and those of the class. Images themselves are left out, paths and URLs stay.
+            The columns of the batch, and those of the class. Images themselves are left out, paths and URLs stay. Of rows
+            that another callable made, an error stays too.
 
         Raises:
             UsageError: there is no column of images, a column has the name of a result, or the model cannot be loaded.
@@ -100,7 +103,8 @@ class BatchCallable:
         if self.column not in batch:
             raise UsageError(f"There is no column {self.column!r} of images; the columns are {', '.join(batch)}.")
         self.start(rank)
-        if clash := ", ".join(name for name in batch if name in self.error_values and name not in SHARED):
+        results, follows = {*self.error_values, "error"}, all(name in batch for name in SHARED)
+        if clash := ", ".join(name for name in batch if name in results and not (follows and name in SHARED)):
             raise UsageError(
                 f"The columns {clash} would be replaced by results of the same name. Rename them, or remove those of an "
                 "earlier call."
@@ -113,6 +117,9 @@ class BatchCallable:
             except Exception as error:  # each decoder raises its own kind
                 prepared.append(str(error) or type(error).__name__)
         rows = self.rows_of(prepared)
+        if follows:  # what was computed before has failed still
+            for row, before in zip(rows, batch["error"], strict=True):
+                row["error"] = "; ".join(dict.fromkeys(error for error in (before, row["error"]) if error))
         found = {name: as_column([row[name] for row in rows]) for name in (*self.error_values, "error")}
         keep_images = all(isinstance(source, str) for source in sources)
         kept = {name: values for name, values in batch.items() if name != self.column or keep_images}
@@ -318,9 +325,10 @@ class SparSegmenter(BatchCallable):
     Masks from words.
 
     Columns out: `labels` and `scores` of all classes (0 where a class has no pixels), the background among them;
-    `background`, its number (-1: none); `map`, the class number of every pixel as a PNG of 8 bits, of 16 above 256 classes,
-    or `masks`, JSON of a list with `label`, `score`, `size` and `counts` (COCO's run lengths) for each class that has
-    pixels; `original_size`, `working_size`, `fingerprint` and `error` as in [`SparFeatures`].
+    `background`, its number (-1: none); `presence` of all classes, if that is asked for; `map`, the class number of every
+    pixel as a PNG of 8 bits, of 16 above 256 classes, or `masks`, JSON of a list with `label`, `score`, `size` and `counts`
+    (COCO's run lengths) for each class that has pixels; `original_size`, `working_size`, `fingerprint` and `error` as in
+    [`SparFeatures`].
 
     Args:
         model: folder or hub id of a two-tower model; the embedded spar-tiny by default.
@@ -328,10 +336,11 @@ class SparSegmenter(BatchCallable):
         masks: `"png"`, or `"coco"`, which needs pycocotools (extra coco).
         size, max_tokens, image_range: of reading, as in the pipeline.
         column, batch_size, device: see [`BatchCallable`].
-        options: further ones of the pipeline: `background`, `threshold`, `min_area`, `templates`, …
+        options: of the pipeline: `background`, `threshold`, `min_area`, `templates`, `presence`, `min_presence`, `refine`,
+            `upsampler`.
 
     Raises:
-        UsageError: an unknown form of masks, or no labels.
+        UsageError: an unknown form of masks, no labels, or another option.
         ValueError, OSError: a file of templates that cannot be read.
         ValueError: at the first call, what the pipeline refuses.
 
@@ -365,6 +374,8 @@ class SparSegmenter(BatchCallable):
             raise UsageError('`candidate_labels` is missing. Name the classes to look for: ["road", "sky"].')
         self.model, self.vocabulary, self.masks = model, Vocabulary.parse(candidate_labels), masks
         self.reading = {"size": size, "max_tokens": max_tokens, "image_range": image_range}
+        if others := ", ".join(name for name in options if name not in MASK_OPTIONS):
+            raise UsageError(f"Unknown options {others}; masks have {', '.join(MASK_OPTIONS)}.")
         options["templates"] = read_templates(options.get("templates"))  # what a file says, not its name
         self.options = {name: value for name, value in options.items() if value is not None}
         self.files = folder_stamp(model)
@@ -386,6 +397,7 @@ class SparSegmenter(BatchCallable):
         self.error_values = {
             **{"map" if self.masks == "png" else "masks": b"" if self.masks == "png" else ""},
             **{"labels": probe["labels"], "scores": [0.0] * len(probe["labels"]), "background": probe["background"]},
+            **({"presence": [0.0] * len(probe["labels"])} if self.options.get("presence") else {}),
             **{"original_size": [0, 0], "working_size": [0, 0], "fingerprint": ""},
         }
         return pipe
@@ -415,6 +427,7 @@ class SparSegmenter(BatchCallable):
             results = [self.segment(self.loaded, encoded) for encoded in self.loaded._encode(items)]
         for image, result in zip(images, results, strict=True):
             row: Columns = {name: result[name] for name in ("labels", "scores", "background")}
+            row |= {"presence": result["presence"]} if self.options.get("presence") else {}
             row |= {"map": png(result)} if self.masks == "png" else {"masks": coco(result)}
             row |= {name: image.record[name] for name in ("original_size", "working_size")}
             rows.append({**row, "fingerprint": self.fingerprint})

@@ -40,6 +40,7 @@ class VideoReader:
     Attributes:
         frames: estimated number of frames; `None` if the file does not say.
         seconds: duration in seconds; `None` if the file does not say.
+        aspect: width of a stored pixel over its height; recordings of tape have others than 1.
 
     Raises:
         ValueError: the file is no video, or damaged.
@@ -63,6 +64,7 @@ class VideoReader:
         self.video.thread_type = "AUTO"
         self.rate = self.video.average_rate or self.video.guessed_rate
         self.seconds = self.container.duration / av.time_base if self.container.duration else None
+        self.aspect = float(self.video.sample_aspect_ratio or 1)
         self.frames = self.video.frames or None
         if self.frames is None and self.seconds and self.rate:
             self.frames = round(self.seconds * self.rate)
@@ -97,10 +99,16 @@ class VideoReader:
             raise ValueError(f"{self.path} is damaged after frame {count}: {error.strerror}.") from error
 
 
-def upright(frame: Any) -> Image.Image:
-    """The picture of a frame of PyAV in RGB, turned as phones say it is to be shown."""
+def upright(frame: Any, aspect: float = 1) -> Image.Image:
+    """
+    The picture of a frame of PyAV in RGB, as it is to be shown: with square pixels, the shorter side of the stored ones made
+    longer, and turned as phones say.
+    """
     turns = {90: Image.Transpose.ROTATE_90, 180: Image.Transpose.ROTATE_180, 270: Image.Transpose.ROTATE_270}
     image = frame.to_image()
+    if aspect != 1:
+        size = round(image.width * max(aspect, 1)), round(image.height / min(aspect, 1))
+        image = image.resize(size, Image.Resampling.BICUBIC)
     turn = turns.get(round(frame.rotation) % 360)
     return image if turn is None else image.transpose(turn)
 
@@ -151,7 +159,7 @@ def repaint_video(
                 if packet is not None:
                     early.append(packet)
                 for frame in frames or ():
-                    pictures.add(paint(upright(frame)), frame)
+                    pictures.add(paint(upright(frame, source.aspect)), frame)
                     if progress is not None:
                         progress()
                 while early and pictures.count:

@@ -153,7 +153,10 @@ def read_parameters(
         raise UsageError(f"There are {names:,} names, more than {limits.max_names:,}. Name fewer classes.")
     options: dict[str, Any] = {}
     if isinstance(background, (list, str)):
-        background = tuple(background) if isinstance(background, list) else parse_background(background, vocabulary)
+        if isinstance(background, list):
+            background = tuple(background)
+        else:
+            background = parse_background(background, vocabulary, bool(parameters.get("threshold")))
         options |= {} if background is None else {"background": background}
     elif background is not None:
         raise UsageError("`background` must be a text or a list of texts.")

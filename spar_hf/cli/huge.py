@@ -94,7 +94,9 @@ def segment_to_map(
             import_tifffile()
     given = {name: value for name, value in options.items() if value is not None}
     support = given.pop("support", None)
-    given["background"] = parse_background(options["background"], vocabulary)
+    with exit_on_error():
+        rules = bool(options.get("threshold") or options.get("min_area"))
+        given["background"] = parse_background(options["background"], vocabulary, rules)
     reading: dict[str, Any] = {name: given.pop(name) for name in ("image_range", "max_pixels") if name in given}
     with exit_on_error(usage=(UsageError, ImportError), failure=(ValueError, OSError)):
         image = the_only_image(arguments, output)

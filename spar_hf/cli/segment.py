@@ -73,7 +73,8 @@ def segment_plan(
     from spar_hf.cli.frames import ImageReader
     from spar_hf.utils.labels import parse_background, single_class_hint
 
-    rules = options.rules(parse_background(options.background, vocabulary))
+    with exit_on_error():
+        rules = options.rules(parse_background(options.background, vocabulary, options.has_rules))
     asked = {**rules, **options.presences, "tile": options.tiles, "heat": "heatmap" in plan.formats}
     asked["image_range"] = options.image_range
     device = options.device or processes.device

@@ -167,6 +167,11 @@ class SegmentOptions:
         given |= {"--map": self.map_output, "--format": self.chosen_formats not in ("overlay", "map")}
         check_strip_options(self.tiles, self.path, given)
 
+    @property
+    def has_rules(self) -> bool:
+        """Whether pixels are moved to the background."""
+        return bool(self.threshold or self.min_area or self.min_presence)
+
     def rules(self, background: str | None) -> dict[str, Any]:
         """How the pipeline finds the classes, under the names that records of settings have always had."""
         return {

@@ -16,7 +16,7 @@ from spar_hf.cli.reporting import exit_on_error, fail, say
 from spar_hf.model.words import normalise_name
 from spar_hf.utils.errors import PATH_ERRORS, UsageError
 from spar_hf.utils.image_files import check_distinct_masks
-from spar_hf.utils.image_listing import is_image_name
+from spar_hf.utils.image_listing import images_under
 from spar_hf.utils.options import HELP
 from spar_hf.utils.texts import read_text
 
@@ -103,7 +103,7 @@ def annotated_images(folder: Path) -> tuple[list[tuple[Path, Path]], list[str]]:
     Images with their masks, and the classes.
 
     Raises:
-        UsageError: another layout, no image with a mask, or two images with one mask.
+        UsageError: another layout, no image with a mask, two images with one mask, or a class that is listed twice.
     """
     names = folder / "classes.txt"
     if not all((folder / part).is_dir() for part in ("images", "masks")) or not names.is_file():
@@ -111,13 +111,16 @@ def annotated_images(folder: Path) -> tuple[list[tuple[Path, Path]], list[str]]:
             f"{folder} must hold images/, masks/ (PNG of the same stem) and classes.txt, a class per line."
         )
     masks = {path.stem: path for path in (folder / "masks").iterdir() if path.suffix.lower() == ".png"}
-    files = sorted((folder / "images").iterdir())
-    images = [file for file in files if is_image_name(file) and not file.name.startswith(".")]
+    images = images_under(folder / "images")
     pairs = [(image, masks[image.stem]) for image in images if image.stem in masks]
     if not pairs:
         raise UsageError(f"No image in {folder / 'images'} has a PNG of the same stem in masks/.")
     check_distinct_masks(pairs)
-    return pairs, read_text(names).splitlines()
+    classes = read_text(names).splitlines()
+    known = [normalise_name(name) for name in classes if name.strip()]
+    if twice := next((name for name in known if known.count(name) > 1), None):
+        raise UsageError(f"{names} lists {twice!r} twice. Give each value of the masks a name of its own.")
+    return pairs, classes
 
 
 def wanted_classes(labels: str | None, classes: list[str]) -> list[int]:

@@ -83,7 +83,7 @@ def segment_video(options: "SegmentOptions") -> NoReturn:
         with exit_on_error():
             pipe = load_pipeline(options.model, options.device, support=options.support)
         with exit_on_error(failure=()):  # and wrong words or options before the first frame
-            rules = options.rules(parse_background(options.background, vocabulary))
+            rules = options.rules(parse_background(options.background, vocabulary, options.has_rules))
             painter = FramePainter(pipe, vocabulary, rules, options)
             painter.segment(pipe.encode(Image.new("RGB", (32, 32))))
         if hint := single_class_hint(options.labels, vocabulary):

@@ -129,7 +129,8 @@ class Benchmark:
         """Names of all files that a pattern finds, sorted."""
         before, after = pattern.split("{}")
         paths = sorted(base.glob(pattern.format("/".join(["*"] * (self.depth + 1)))))
-        return [path.relative_to(base).as_posix()[len(before) : -len(after)] for path in paths]
+        names = [path.relative_to(base).as_posix()[len(before) : -len(after)] for path in paths]
+        return [name for name in names if not any(part.startswith(".") for part in name.split("/"))]  # hidden files
 
 
 VOC: dict[str, Any] = {

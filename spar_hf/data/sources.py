@@ -13,6 +13,7 @@ from spar_hf.data.reading import ReadingOptions
 from spar_hf.data.shards import ShardImages, choose_columns
 from spar_hf.utils.errors import MissingFiles, UsageError
 from spar_hf.utils.fields import option, required
+from spar_hf.utils.image_files import URL_PREFIXES
 from spar_hf.utils.image_listing import IMAGE_SUFFIXES, describe, images_under, scan_folder
 from spar_hf.utils.model_cards import short_name
 from spar_hf.utils.options import HELP, require_not_negative, require_positive
@@ -201,6 +202,7 @@ def list_files(entry: str) -> list[str] | None:
 
     Raises:
         MissingFiles: the list does not exist or is empty, or the folder holds nothing that can be read.
+        UsageError: the list names web addresses.
     """
     if is_remote(entry):
         if PurePosixPath(entry).suffix == ".txt":
@@ -226,7 +228,10 @@ def list_files(entry: str) -> list[str] | None:
 def listed(entry: str, text: str, locate: Callable[[str], str]) -> list[str]:
     """What a list names: URLs of stores as they are, paths as `locate` completes them. Raises as [`list_files`]."""
     lines = [line.strip() for line in text.splitlines()]
-    found = [line if is_remote(line) else locate(line) for line in lines if line and not line.startswith("#")]
+    lines = [line for line in lines if line and not line.startswith("#")]
+    if web := [line for line in lines if line.startswith(URL_PREFIXES)]:
+        raise UsageError(f"{entry} names {web[0][:200]}. Training reads files and stores: download the images first.")
+    found = [line if is_remote(line) else locate(line) for line in lines]
     if not found:
         raise MissingFiles(f"{entry} names no image. Write one path per line.")
     return found
@@ -275,7 +280,8 @@ def list_shards(entry: str, split: str) -> list[str]:
         return [entry]
     if not path.is_dir() or is_saved_table(path):
         return []
-    shards = sorted(shard for shard in path.iterdir() if shard.suffix in SHARDS)
+    files = (file for file in path.iterdir() if not file.name.startswith("."))  # macOS puts ._000.tar beside 000.tar
+    shards = sorted(file for file in files if file.suffix in SHARDS)
     splits = {split_of(shard) for shard in shards} - {None}
     wanted = next((name for name, words in SPLIT_WORDS.items() if split in words), split)
     # a folder of one split was named for it, so that the default of --split says nothing

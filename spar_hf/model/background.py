@@ -18,6 +18,7 @@ from .words import Vocabulary, normalise_name
 # ranks best with 0.5.
 SAME_MEANING = 0.5
 MEANING_TEMPLATES = ("{}",)  # of words that are compared with each other: the bare word, at one prompt each
+ONE_CLASS = "A single class gets every pixel. Name others or a background."
 BACKGROUND = "background"  # label of the class of background words
 
 
@@ -69,6 +70,30 @@ def stuff_beside(cache: Any, vocabulary: Vocabulary) -> list[str]:
         return [word for word, is_taken in zip(words, taken, strict=True) if not is_taken]
 
     return cache.remember(("stuff", vocabulary), find)
+
+
+def empty_background(labels: Sequence[str], background: Any) -> str:
+    """
+    What is wrong with a background that no pixel gets where no rule moves pixels to it: a text that is no class, which is a
+    label without words. Empty if nothing is.
+
+    Example:
+
+    ```python
+    >>> empty_background(["road", "sky"], "sea, wall")
+    "No pixel gets the background 'sea, wall': it is none of the classes, and a background without words needs ..."
+    >>> empty_background(["road", "sky"], "Sky"), empty_background(["road", "sky"], ["sea", "wall"])
+    ('', '')
+    ```"""
+    if not isinstance(background, str) or background == "auto":
+        return ""
+    if normalise_name(background) in map(normalise_name, labels):
+        return ""
+    return (
+        f"No pixel gets the background {background!r}: it is none of the classes, and a background without words needs "
+        "threshold, min_area or min_presence. Name a class, or 'auto' for common stuff words; words of your own are a list "
+        "in Python."
+    )
 
 
 def resolve_classes(

@@ -26,6 +26,7 @@ CHANNEL_COUNTS = (1, 3, 4)  # grey, RGB, RGBA
 CHANNEL_FORMATS = ("channels_first", "channels_last")  # the values of transformers' ChannelDimension
 FLOAT_TOLERANCE = 1e-3  # how far rounding may carry float pixels beyond 0 and 1
 AMBIGUOUS_LEVELS = 2**14  # 16-bit pixels that are all lower may be 8, 10, 12 or 14 bits, or reflectances up to 10,000
+UPPER_BYTES = "upper_bytes"  # entry in the `info` of a Pillow image: the name of its file, which has colours of 16 bits
 
 ImageRange = Sequence[float]
 
@@ -232,11 +233,11 @@ def read_bytes(source: Any, urls: bool | str = True) -> tuple[str, bytes]:
 
 def turn_upright(image: Image.Image, name: str | None = None) -> Image.Image:
     """
-    Decode an image of the file `name` and apply its EXIF orientation. The returned copy has no orientation any more.
+    Decode an image of the file `name` and apply its EXIF orientation. The returned copy has no orientation any more. If its
+    file has colours of 16 bits, of which Pillow reads the upper 8, the copy says so to [`to_rgb`].
 
     Raises:
-        ValueError: it cannot be decoded, or has 16 bits per channel of which only the upper 8 can be read, and these may be
-            empty because the values have fewer bits.
+        ValueError: it cannot be decoded.
     """
     sixteen_bits = not image.mode.startswith("I") and any(";16" in str(tile[3]) for tile in getattr(image, "tile", ()))
     try:
@@ -246,16 +247,40 @@ def turn_upright(image: Image.Image, name: str | None = None) -> Image.Image:
             raise ValueError(f"Cannot decode the image: {error}. Its file is damaged or has been closed.") from error
         raise ValueError(f"Cannot decode {name}: {error}. Copy or download it again: the file is damaged.") from error
     if sixteen_bits:
-        colours = upright.convert("RGB") if upright.mode in ("RGBA", "RGB") else upright.getchannel(0)
-        extrema: Any = colours.getextrema()
-        highest = max(high for _, high in extrema) if isinstance(extrema[0], tuple) else extrema[1]
-        if highest < AMBIGUOUS_LEVELS // 256:
-            raise ValueError(
-                f"{name or 'The image'} has 16 bits per channel, but all its values are below {AMBIGUOUS_LEVELS}: they may "
-                "be 8, 10, 12 or 14 bits, and Pillow reads only the upper 8 of 16. Read it with another library and pass a "
-                "uint16 array with `image_range=(LOW, HIGH)`, or save it with 8 bits."
-            )
+        upright.info[UPPER_BYTES] = name or "The image"
     return upright
+
+
+def scale_upper_bytes(image: Image.Image, image_range: tuple[float, float] | None, name: str) -> Image.Image:
+    """
+    The upper bytes of colours of 16 bits as levels of 8, scaled by a range of 16-bit values if one is stated. An alpha
+    channel stays.
+
+    Raises:
+        ValueError: the upper bytes hold too little: all are low and no range is stated, or its range is small.
+    """
+    values, scaled = np.array(image), image.copy()
+    colours = values[..., :-1] if image.mode in ("LA", "RGBA") else values
+    few = ""
+    if image_range is None and 0 < colours.max(initial=0) < AMBIGUOUS_LEVELS // 256:
+        few = f"all its values are below {AMBIGUOUS_LEVELS}: they may be 8, 10, 12 or 14 bits"
+    elif image_range is not None and image_range[1] - image_range[0] < AMBIGUOUS_LEVELS:
+        few = f"a range of {image_range[0]:g} to {image_range[1]:g} is too small for that"
+    if few:
+        raise ValueError(
+            f"{name} has 16 bits per channel, of which Pillow reads the upper 8, and {few}. Read it with another library "
+            "and pass a uint16 array with `image_range=(LOW, HIGH)`, or save it with 8 bits."
+        )
+    if image_range is not None:
+        levels = colours * 257.0
+        inside = levels.clip(*image_range)
+        levels = np.where(
+            abs(levels - inside) < 256, inside, levels
+        )  # as the lower bytes, which are not known, may say
+        colours[...] = scale_range(levels, image_range) * 255 + 0.5
+        scaled = Image.fromarray(values)
+    scaled.info.pop(UPPER_BYTES, None)
+    return scaled
 
 
 def class_numbers(mask: Image.Image, name: str | None = None) -> np.ndarray:
@@ -351,13 +376,16 @@ def to_rgb(image: Image.Image, image_range: ImageRange | None = None) -> Image.I
     Convert any Pillow mode to 8-bit RGB. Transparent pixels are blended with white.
 
     Pixels of 16 bits (`"I;16"`, `"I"`) are 0–65535 and floats (`"F"`) 0–1, each rounded to the nearest of 256 levels, unless
-    `image_range` states the values of black and white. Images of 8 bits have one range only; `image_range` does not apply.
+    `image_range` states the values of black and white. Of colours of 16 bits Pillow reads the upper 8, to which the range
+    applies too. Images of 8 bits have one range only; `image_range` does not apply.
 
     Raises:
         ValueError: values that cannot be scaled without guessing (see [`to_eight_bits`] and [`float_to_rgb`]), or a mode
             that Pillow cannot convert.
     """
     mode = image.mode
+    if (name := image.info.get(UPPER_BYTES)) is not None:
+        image = scale_upper_bytes(image, check_range(image_range), name)
     if mode == "F" or mode.startswith("I"):
         levels = np.asarray(image)
         if mode.startswith("I") and check_range(image_range) is None:

@@ -169,10 +169,10 @@ def rgb_pixels(
         raise ValueError("The image is not RGB and `do_convert_rgb` is False. Set it to True or convert the image.")
     if isinstance(image, np.ndarray):
         pixels = array_to_rgb(image, image_range)
-    elif image.mode == "F" or (image.mode.startswith("I") and image_range is not None):
+    elif image.mode == "F" or (image.mode.startswith("I") and image_range and "transparency" not in image.info):
         pixels = array_to_rgb(np.asarray(image)[:, :, None], image_range)  # floats keep their precision
     else:
-        pixels = np.asarray(to_rgb(image))
+        pixels = np.asarray(to_rgb(image, image_range))
     return np.ascontiguousarray(np.moveaxis(pixels, -1, 0))  # (height, width, 3) -> (3, height, width)
 
 

@@ -9,6 +9,7 @@ from PIL import Image
 from .image_input import (
     AMBIGUOUS_LEVELS,
     CHANNEL_COUNTS,
+    UPPER_BYTES,
     ImageRange,
     array_to_rgb,
     check_range,
@@ -83,6 +84,8 @@ class ImageWindows:
 
     def _of_pillow(self, image: Image.Image) -> np.ndarray | None:
         """Keep an image of 8 bits as it is; the array of one with more, whose range is that of all its pixels."""
+        if UPPER_BYTES in image.info or (image.mode.startswith("I") and "transparency" in image.info):
+            image = to_rgb(image, self.image_range)
         if not (image.mode == "F" or image.mode.startswith("I")):
             self.image = image
             return None

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from transformers import Pipeline
 from transformers.utils import logging
 
-from .background import resolve_classes
+from .background import ONE_CLASS, empty_background, resolve_classes
 from .devices import check_device
 from .image_input import as_list, image_of_item
 from .image_pixels import check_size, token_limit
@@ -324,8 +324,10 @@ class OpenVocabSegmentationPipeline(SupportImages, FrameStreams, Pipeline):
         words = (forward_params.get("vocabulary"), forward_params.get("background"))
         self.texts.refresh()  # reads all weights of the text tower, once for all images
         vocabulary, labels, _ = self.classes(*words, templates=templates)
-        if len(labels) == 1 and output != "logits" and not any(forward_params.get(name) for name in decided):
-            logging.get_logger(__name__).warning_once("A single class gets every pixel. Name others or a background.")
+        if output != "logits" and not any(forward_params.get(name) for name in decided):
+            asked, background = words[0].labels, words[1]
+            if hint := ONE_CLASS if len(labels) == 1 else empty_background(asked, background):
+                logging.get_logger(__name__).warning_once(hint)
         self.supported(vocabulary, templates)
         skip = preprocess_params.get("on_error") == "skip"
         options = {name: value for name, value in preprocess_params.items() if name != "on_error"}

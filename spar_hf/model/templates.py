@@ -161,10 +161,14 @@ class TemplateChoice:
         """The default templates: where a set of templates is expected, it is that one."""
         return iter(self.default)
 
+    def by_name(self) -> dict[str, tuple[str, ...]]:
+        """Templates by the names as [`normalise_name`] writes them."""
+        return {normalise_name(name): prompts for name, prompts in self.names.items()}
+
     def rows_of(self, names: Sequence[str], embed: Callable[[list[str], tuple[str, ...]], Iterable[Any]]) -> list[Any]:
         """What `embed` returns for each name, given names and the templates that they share."""
         groups: dict[tuple[str, ...], list[str]] = {}
-        chosen = {normalise_name(name): prompts for name, prompts in self.names.items()}
+        chosen = self.by_name()
         for name in names:
             groups.setdefault(chosen.get(normalise_name(name), self.default), []).append(name)
         rows = {n: row for prompts, some in groups.items() for n, row in zip(some, embed(some, prompts), strict=True)}

@@ -20,6 +20,7 @@ from .file_modes import follow_umask
 from .fingerprints import checksum, quick_fingerprint, text_fingerprint, tokenizer_state
 from .prompts import Vocabulary, distinct_names, embed_names
 from .templates import TemplateChoice, read_templates, resolve_templates
+from .words import normalise_name
 
 MAX_NAMES = 50_000  # over all templates: 150 MB of 768-dimensional embeddings
 MAX_REMEMBERED = 32  # results of `remember`
@@ -173,8 +174,9 @@ class TextEmbeddingCache:
         with self._lock:
             self._forget_if_changed()
             groups: dict[tuple[str, ...], list[str]] = {}  # names by the templates that they share
+            chosen = choice.by_name()
             for name in dict.fromkeys(names or [name for _, name in self._rows]):
-                prompts = choice.names.get(name, choice.default)
+                prompts = chosen.get(normalise_name(name), choice.default)
                 if names or (prompts, name) in self._rows:
                     groups.setdefault(prompts, []).append(name)
             if not groups:

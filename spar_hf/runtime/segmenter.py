@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from spar_hf.model.background import BACKGROUND, resolve_classes
+from spar_hf.model.background import BACKGROUND, ONE_CLASS, empty_background, resolve_classes
 from spar_hf.model.image_columns import rows_of_images
 from spar_hf.model.image_input import (
     ImageRange,
@@ -173,8 +173,10 @@ class OnnxSegmenter:
         check_shares(threshold=threshold, min_area=min_area)
         check_count("max_tokens", max_tokens)
         classes = self.classes(candidate_labels, background, bool(threshold or min_area), templates)
-        if len(classes.labels) == 1 and not (threshold or min_area):
-            warn_once("A single class gets every pixel. Name others or a background.")
+        if not (threshold or min_area):
+            asked = self.folder.labels if candidate_labels is None else Vocabulary.parse(candidate_labels).labels
+            if hint := ONE_CLASS if len(classes.labels) == 1 else empty_background(asked or (), background):
+                warn_once(hint)
         skip = on_error == "skip"
         prepare = partial(self.prepare, size=size, max_tokens=max_tokens, image_range=image_range)
         finish = partial(finished, classes=classes, threshold=threshold, min_area=min_area, output=output, top_k=top_k)

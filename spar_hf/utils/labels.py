@@ -2,6 +2,7 @@
 
 from difflib import get_close_matches
 
+from spar_hf.model.background import empty_background
 from spar_hf.model.prompts import Vocabulary
 from spar_hf.model.vocabularies import VOCABULARIES
 from spar_hf.utils.errors import UsageError
@@ -60,9 +61,23 @@ def label_text(labels: str) -> str:
     return "\n".join(line for line in lines if not line.lstrip().startswith("#"))
 
 
-def parse_background(text: str, vocabulary: Vocabulary) -> str | None:
-    """The pipeline's `background` from the option: `none` is `None`, unless a class is called so."""
-    return None if text == "none" and text not in vocabulary.labels else text
+def parse_background(text: str, vocabulary: Vocabulary, rules: bool) -> str | None:
+    """
+    The pipeline's `background` from the option: `none` is `None`, unless a class is called so.
+
+    Args:
+        text: the option.
+        vocabulary: the classes.
+        rules: whether there is a threshold or another rule that moves pixels to the background.
+
+    Raises:
+        UsageError: a background that no pixel gets.
+    """
+    if text == "none" and text not in vocabulary.labels:
+        return None
+    if not rules and (problem := empty_background(vocabulary.labels, text)):
+        raise UsageError(problem)
+    return text
 
 
 def single_class_hint(labels: str, vocabulary: Vocabulary) -> str:

@@ -162,11 +162,32 @@ def test_a_column_of_the_name_of_a_result_is_refused(base_folder, pictures):
     # one callable after another on the same rows
     found = segment(SparFeatures(str(base_folder), size=64)({"image": column, "id": [7]}) | {"image": column})
     assert found["id"] == [7] and len(found["features"]) == 1 and found["labels"][0] == LABELS
+    # results that all of them have are not somebody's own columns
+    for own in ({"error": ["my note"]}, {"original_size": ["1200x800"]}):
+        with pytest.raises(UsageError, match="would be replaced"):
+            segment({"image": column, **own})
 
 
-def test_options_that_an_encoded_image_cannot_have_are_refused_at_the_first_call(base_folder, batch):
-    with pytest.raises(ValueError, match="one pass"):
-        SparSegmenter(str(base_folder), candidate_labels=LABELS, tile=64)(batch)
+def test_an_error_stays_where_another_callable_follows(base_folder):
+    column = np.empty(2, dtype=object)
+    column[:] = [np.full((64, 96, 3), 4.0, np.float32), np.zeros((64, 96, 3), np.uint8)]
+    rows = SparFeatures(str(base_folder), size=64)({"image": column})
+    assert "image_range" in rows["error"][0] and rows["error"][1] == ""
+    segment = SparSegmenter(str(base_folder), candidate_labels=LABELS, size=64, image_range=(0, 5))
+    found = segment({**rows, "image": column})
+    assert found["error"].tolist() == rows["error"].tolist() and found["map"][0]
+    with pytest.raises(ValueError, match="image_range"):
+        read_array({name: values[0] for name, values in found.items()})
+
+
+def test_presence_is_a_column_and_other_options_are_refused(base_folder, batch, pictures):
+    found = SparSegmenter(str(base_folder), candidate_labels=LABELS, size=64, presence=True)(batch)
+    segment = pipeline("open-vocab-segmentation", model=str(base_folder))
+    expected = segment(pictures[0], candidate_labels=LABELS, size=64, presence=True, output="map")["presence"]
+    assert list(found["presence"][0]) == pytest.approx(expected, abs=1e-3) and list(found["presence"][3]) == [0.0] * 3
+    for option in ({"tile": 64}, {"top_k": 1}, {"output": "segments"}, {"nonsense": 3}):
+        with pytest.raises(UsageError, match=f"Unknown options {next(iter(option))}"):
+            SparSegmenter(str(base_folder), candidate_labels=LABELS, **option)
 
 
 def test_a_file_of_templates_counts_by_its_content(base_folder, tmp_path):

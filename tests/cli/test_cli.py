@@ -173,6 +173,10 @@ def test_labels_from_a_file_and_a_background_for_unsure_pixels(images, tmp_path)
     options = ["--labels", f"@{labels}", "--output", output, "--format", "json"]
     run(images / "street.png", *options, "--background", "none")
     assert json.loads(output.read_text())["labels"] == ["road", "car", "sky"]
+    output.unlink()
+    assert "No pixel gets the background" in run(images / "street.png", *options, "--background", "sea, wall", status=2)
+    assert not output.exists()
+    run(images / "street.png", *options, "--background", "Sky")  # one of the classes
     run(images / "street.png", *options, "--threshold", 1, "--background", "other")
     listed = json.loads(output.read_text())
     assert listed["labels"] == ["road", "car", "sky", "other"] and listed["segments"] == []

@@ -107,6 +107,9 @@ def test_wrong_usage_is_one_line(base_folder, annotated, tmp_path):
         ((annotated, "--output", tmp_path / "x.safetensors", "--labels", "dog; moss"), "'moss'"),
     ):
         assert message in run("support", *arguments, *model, status=2)
+    (annotated / "classes.txt").write_text("grass\ndog\nGrass\n")
+    assert "'grass' twice" in run("support", annotated, "--output", tmp_path / "x.safetensors", *model, status=2)
+    (annotated / "classes.txt").write_text("grass\ndog\n")
     Image.fromarray(np.full((64, 96), 7, np.uint8)).save(annotated / "masks/0.png")
     text = run("support", annotated, "--output", tmp_path / "x.safetensors", *model, status=2)
     assert "value 7" in text and not (tmp_path / "x.safetensors").exists()
@@ -126,6 +129,9 @@ def test_only_images_are_read_and_none_shares_a_mask(base_folder, annotated, tmp
     (annotated / "images/.0.png").write_bytes(b"what some systems write beside a file")
     (annotated / "masks/.0.png").write_bytes(b"")
     assert "2 images" in run("support", *options)
+    (annotated / "images/sub").mkdir()
+    (annotated / "images/1.png").rename(annotated / "images/sub/1.png")
+    assert "2 images" in run("support", *options, "--overwrite")
     Image.open(annotated / "images/0.png").save(annotated / "images/0.jpg")
     text = " ".join(run("support", *options, "--overwrite", status=2).split())
     assert "0.jpg" in text and "0.png" in text and "share the mask" in text

@@ -1,5 +1,7 @@
 """`spar-hf segment clip.mp4`: a video with masks over it, its sound and its times."""
 
+from fractions import Fraction
+
 import av
 import numpy as np
 import pytest
@@ -107,6 +109,18 @@ def test_a_clip_that_phones_turn_is_upright(tmp_path, base_folder, monkeypatch):
 
     turned = np.asarray(video_files.upright(Turned()))
     np.testing.assert_array_equal(turned, np.rot90(np.asarray(image)))  # FFmpeg's angle is counter-clockwise
+
+
+@pytest.mark.parametrize(
+    ("aspect", "size"), [(Fraction(4, 3), (88, 50)), (Fraction(1, 2), (66, 100)), (None, (66, 50))]
+)
+def test_pixels_that_are_not_square_become_so(tmp_path, aspect, size):
+    """As a player shows them; the new file says nothing of their shape."""
+    clip, output, seen = write_clip(tmp_path / "clip.mp4", aspect=aspect), tmp_path / "out.mp4", []
+    with VideoReader(clip) as reader:
+        repaint_video(reader, output, lambda picture: seen.append(picture.size) or picture)
+    with VideoReader(output) as made:
+        assert {*seen} == {size} and (made.video.width, made.video.height) == size and made.aspect == 1
 
 
 def test_a_damaged_clip_or_a_stop_leaves_the_former_result(tmp_path, base_folder):

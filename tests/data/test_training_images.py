@@ -289,6 +289,7 @@ def test_shards_whose_names_tell_splits_are_read_by_split(sources, tmp_path, str
     assert named(tars, "train") == sorted(["val_0.tar", "VAL_1.tar", "trainers.tar"])  # one split, and the default
     refused(tars, "test", "validation")
     (tars / "train_0.tar").touch()
+    (tars / "._train_0.tar").touch()  # beside each file that macOS writes on other disks
     assert named(tars, "train") == ["train_0.tar"] and named(tars, "dev") == ["VAL_1.tar", "val_0.tar"]
 
 
@@ -298,5 +299,8 @@ def test_lists_name_urls_too(tmp_path, image_folder):
     assert found == [str(tmp_path / "a.png"), str(image_folder / "0.jpg"), "s3://bucket/b.png"]
     write_remote("memory://lists/street/list.txt", b"# two\na/1.png\ns3://bucket/b.png\n")
     assert list_files("memory://lists/street/list.txt") == ["memory://lists/street/a/1.png", "s3://bucket/b.png"]
+    (tmp_path / "web.txt").write_text("a.png\nhttps://host/b.jpg\n")
+    with pytest.raises(UsageError, match=r"web\.txt names https://host/b\.jpg.*download"):
+        list_files(str(tmp_path / "web.txt"))
     with pytest.raises(MissingFiles, match=r"no list memory://lists/none\.txt"):
         list_files("memory://lists/none.txt")

@@ -16,6 +16,7 @@ from transformers import pipeline
 from spar_hf.model.downloads import download
 from spar_hf.model.image_input import read_image, read_rgb
 from spar_hf.model.image_processing_spar import SparImageProcessorPil
+from spar_hf.model.image_windows import ImageWindows
 
 LABELS = ["road", "sky"]
 COLOURS = [(250, 10, 10), (10, 250, 10), (10, 10, 250), (90, 90, 90)]
@@ -192,10 +193,13 @@ def test_sixteen_bits_that_may_be_fewer_are_refused_and_scaled_as_stated(tmp_pat
 
 @pytest.mark.parametrize("image_range", [None, (0, 65535)])
 def test_the_transparent_level_of_a_sixteen_bit_png_is_white(tmp_path, image_range):
-    levels = np.array([[0, 1000, 1001, 65535]], np.uint16)
-    Image.fromarray(levels).save(tmp_path / "grey.png", transparency=1000)
-    read = np.asarray(read_rgb(tmp_path / "grey.png", image_range))
+    file = tmp_path / "grey.png"
+    Image.fromarray(np.array([[0, 1000, 1001, 65535]] * 2, np.uint16)).save(file, transparency=1000)
+    read = np.asarray(read_rgb(file, image_range))
     assert read[0, :, 0].tolist() == [0, 255, 4, 255] and (read == read[..., :1]).all()
+    assert np.array_equal(ImageWindows(str(file), image_range).read(0, 1, 2, 4), read[:, 1:])
+    pixels = SparImageProcessorPil(do_normalize=False, do_resize=False)(file, image_range=image_range)["pixel_values"]
+    np.testing.assert_allclose(pixels[0][:, :2, :4], read.transpose(2, 0, 1) / 255, atol=1e-6)
 
 
 def test_full_sixteen_bits_need_nothing():
@@ -227,6 +231,21 @@ def test_sixteen_bit_colour_of_fewer_bits_is_refused(tmp_path):
         read_rgb(png(levels // 16))
     with pytest.raises(ValueError, match="16 bits per channel"):
         SparImageProcessorPil()(Image.open(io.BytesIO(png(levels // 16))))
+    with pytest.raises(ValueError, match="range of 0 to 4095 is too small"):
+        read_rgb(png(levels // 16), (0, 4095))
+    assert not np.asarray(read_rgb(png(levels * 0))).any()
+    processor = SparImageProcessorPil(do_normalize=False)
+    for image_range in ((0, 20_000), (1000, 30_000)):
+        low, high = image_range
+        given = (low + levels.astype(np.uint32) * (high - low) // 65535).astype(np.uint16)
+        for source in (png(given), Image.open(io.BytesIO(png(given)))):
+            pixels = processor(source, image_range=image_range)["pixel_values"][0]
+            np.testing.assert_allclose(pixels.transpose(1, 2, 0), levels / 65535, atol=256 / (high - low) + 0.002)
+        windows = ImageWindows(png(given), image_range)
+        whole = np.asarray(read_rgb(png(given), image_range))
+        assert np.array_equal(windows.read(8, 16, 30, 40), whole[8:30, 16:40])
+    read_rgb(png(np.full_like(levels, 20_000)), (0, 20_000))  # no pixel is outside
+    read_rgb(png(np.full_like(levels, 1000)), (1000, 30_000))
 
 
 @pytest.mark.parametrize("image_range", [(1, 0), (0, 0), 5, "ab", (0, float("nan")), (0, 1, 2)])

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.nn import functional as F
 from transformers import AutoTokenizer, pipeline
+from transformers.utils.logging import warning_once
 
 import spar_hf
 from spar_hf import SPAR_TINY, SparForOpenVocabSegmentation, SparImageProcessorPil
@@ -90,6 +91,18 @@ def test_unsure_pixels_go_to_a_background_without_words(segment, picture):
     assert 0 < moved.mean() < 1 and (result["map"][~moved] == plain["map"][~moved]).all()
     named = segment(picture, candidate_labels=LABELS, output="map", threshold=1.0, background="sky")
     assert named["labels"] == ["road", "car", "sky"] and (named["map"] == 2).all()
+
+
+def test_a_background_that_no_pixel_gets_is_told(segment, picture, caplog):
+    def told(**options):
+        warning_once.cache_clear()
+        caplog.clear()
+        segment(picture, candidate_labels=LABELS, output="map", **options)
+        return any("No pixel gets the background 'sea'" in message for message in caplog.messages)
+
+    assert told(background="sea")
+    for options in ({"background": "SKY"}, {"background": ["sea"]}, {"background": "sea", "threshold": 0.5}):
+        assert not told(**options)
 
 
 @pytest.mark.parametrize(

@@ -133,7 +133,7 @@ def test_a_single_image_is_not_read_as_many(segment):
 
 
 def test_embeddings_of_a_choice_are_stored_and_read(segment, picture, two_towers, tmp_path):
-    choice = TemplateChoice(PROMPTS, {"road": PROMPTS[:1]})
+    choice = TemplateChoice(PROMPTS, {"Road": PROMPTS[:1]})
     first = segment(picture, candidate_labels=["road", "sky"], templates=choice, output="map")
     segment.save_text_embeddings(tmp_path / "used.safetensors", templates=choice)
     segment.save_text_embeddings(tmp_path / "named.safetensors", ["road", "sky"], choice)
