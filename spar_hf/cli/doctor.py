@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from spar_hf.cli.arguments import Device
-from spar_hf.cli.convert import Family, TextHeads, Tokenizer, VisionAct
+from spar_hf.cli.convert import Adaptor, Family, TextHeads, Tokenizer, VisionAct
 from spar_hf.cli.reporting import exit_on_error, quiet_transformers, say
 from spar_hf.utils.errors import PATH_ERRORS
 from spar_hf.utils.options import HELP
@@ -26,6 +26,7 @@ def doctor(
     tokenizer: Tokenizer = None,
     text_heads: TextHeads = None,
     vision_act: VisionAct = None,
+    adaptor: Adaptor = "siglip2-g",
     voc: Annotated[
         Path | None,
         typer.Option(help="Folder of PASCAL VOC 2012: mIoU on its first 100 images, beside the published one."),
@@ -52,6 +53,7 @@ def doctor(
                 raise UsageError(f"--output {output}: name a file that ends in .md or .json.")
             check_replaceable([output], overwrite)
         conversion = {"tokenizer": tokenizer, "text_heads": text_heads, "vision_act": vision_act}
+        conversion["adaptor"] = adaptor
         options = DoctorOptions(
             model=model,
             family=None if family is None else family.value,

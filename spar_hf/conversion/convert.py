@@ -120,7 +120,7 @@ def convert(
         model = SparForOpenVocabSegmentation(config).eval()
         load_renamed(model, source, checkpoint)
         processor = build_processor(family, base, tokenizer, config, image_mean, image_std)
-        notes = describe_origin(config, base, tokenizer, backbone_from_base)
+        notes = describe_origin(config, family, base, tokenizer, backbone_from_base)
         report = ConversionReport(output, len(tensors) - len(source.skipped), source.skipped, notes)
         with writing_folder(output) as temporary:
             model.save_pretrained(temporary)
@@ -157,10 +157,16 @@ def read_source(
     return tensors, source
 
 
-def describe_origin(config: SparConfig, base: str, tokenizer: str | None, backbone_from_base: bool) -> list[str]:
+def describe_origin(
+    config: SparConfig, family: str, base: str, tokenizer: str | None, backbone_from_base: bool
+) -> list[str]:
     """What does not come from the checkpoint, for the report."""
     vision, text = config.backbone_config, "" if tokenizer else ", tokenizer"
     weights = f"backbone weights from {base}, since the checkpoint contains only the vision head and the text tower"
+    if family == "radio":
+        weights = (
+            f"backbone weights from {base} and text tower from {tokenizer}: of the checkpoint only the head is taken"
+        )
     return [
         *([weights] if backbone_from_base else []),
         f"from {base}: {vision.num_attention_heads} heads, image size {config.image_size}, image statistics{text}",
@@ -194,7 +200,11 @@ def add_text_tower(source: CheckpointTensors, name: str | None) -> None:
 def is_spar_folder(folder: Path) -> bool:
     """Whether a folder contains a SPAR model."""
     config = folder / "config.json"
-    return config.is_file() and json.loads(config.read_text(encoding="utf-8")).get("model_type") == "spar"
+    try:
+        found = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else None
+    except ValueError:
+        return False
+    return isinstance(found, dict) and found.get("model_type") == "spar"
 
 
 def build_config(

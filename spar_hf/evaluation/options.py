@@ -187,7 +187,9 @@ class MeasurementOptions:
         "For the frames of a video, in the order of their names: measure flicker, the share of the pixels that change their "
         "class from one frame to the next although the image stands still there.",
     )
-    dilation_ratio: float | None = option(None, "Width of boundaries as a share of the image diagonal. Default: 0.02.")
+    dilation_ratio: float | None = option(
+        None, "Width of boundaries as a share of the image diagonal. Default: the protocol's, else 0.02."
+    )
     warmup: bool = option(
         True,
         "Run every model once on the first image before times are taken. On a CPU, run it once more to measure "

@@ -95,7 +95,7 @@ def export(
             )
     tell(f"reading {model}")
     source = load_source(str(model))
-    check_head(source, head, words)
+    check_head(source, head, words, templates)
     baked = embed_words(source, words, templates, background)
     labels = label_type(None if baked is None else len(baked.labels))
     writer = import_module(f"spar_hf.export.{graph_format.module}")

@@ -81,7 +81,7 @@ def make_record(
         "projection_dim": config.projection_dim,
         "dense_logit_scale": None if source.has_classes else config.dense_logit_scale,
         "working_size": {
-            "size": None if images.size is None else dict(images.size),
+            "size": dict(images.size) if images.do_resize and images.size is not None else None,  # the image's own
             "max_tokens": token_limit(images.max_tokens),
             "rounding": "each side by itself to the nearest pixel, halves up; the graph pads to the patch",
         },

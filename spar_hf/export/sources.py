@@ -100,7 +100,7 @@ def load_source(name: str) -> Source:
                 return Source(name, prepared(model), processor.image_processor, processor.tokenizer)
             model = SparVisionModel.from_backbone(name)
             return Source(name, prepared(model), SparImageProcessorPil.from_backbone(name))
-    except RuntimeError as error:  # incomplete weights
+    except RuntimeError as error:  # weights of other shapes
         raise UsageError(str(error)) from error
 
 
@@ -109,13 +109,16 @@ def prepared(model: Any) -> Any:
     return model.float().cpu().eval().requires_grad_(False)
 
 
-def check_head(source: Source, head: str, words: Any) -> None:
+def check_head(source: Source, head: str, words: Any, templates: Any = None) -> None:
     """
     Raises:
-        UsageError: the head needs words that the model cannot embed, or words are given to a model with classes.
+        UsageError: the head needs words that the model cannot embed, words are given to a model with classes, or templates
+            to one without a text tower.
     """
     if source.has_classes and words is not None:
         raise UsageError(f"{source.name} has its classes in it: leave --words out.")
+    if templates is not None and not source.has_text:
+        raise UsageError(f"{source.name} has no text tower, so no prompts are made: leave --templates out.")
     if source.has_text or source.has_classes:
         return
     if words is not None or head in (*DECIDING, "logits"):

@@ -153,7 +153,7 @@ def check_row(row: dict[str, Any], logit_error: float = MAX_LOGIT_ERROR) -> None
         NotVerified: an error of the row is too large.
     """
     share, cosine = AGREEMENT[row["dtype"]]
-    limits = {"cosine_error": cosine}
+    limits = {"cosine_error": cosine, "relative_error": cosine}
     if row["dtype"] == "fp32":
         limits |= {"logit_error": logit_error, "confidence_error": MAX_CONFIDENCE_ERROR, "labels_wrong": 0}
     complaints = [
@@ -221,8 +221,10 @@ def dense_errors(source: Source, found: dict[str, np.ndarray], expected: torch.T
     if "logits" not in found:
         return {}
     error = float((torch.from_numpy(found["logits"]) - expected).abs().max())
-    if source.has_classes and not source.model.config.normalize_features:
-        return {"logit_error": error}
+    if (
+        source.has_classes and not source.model.config.normalize_features
+    ):  # no cosines: the largest logit is the measure
+        return {"logit_error": error, "relative_error": error / max(1.0, float(expected.abs().max()))}
     return {"logit_error": error, "cosine_error": error / scale_of(source)}
 
 

@@ -351,15 +351,37 @@ def build_model(options: PanopticModel, classes: tuple[str, ...]) -> SparForUniv
 
 
 def parameter_groups(model: SparForUniversalSegmentation, options: PanopticOptions) -> list[dict[str, Any]]:
-    """The head at its learning rate, and what is trained of the backbone at its own; the rest is frozen."""
+    """
+    The head at its learning rate, and what is trained of the backbone at its own; the rest is frozen.
+
+    Raises:
+        UsageError: all blocks to train come after the last stage that the head reads.
+    """
     training = options.training
     model.vision_model.requires_grad_(False)
     head = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups: list[dict[str, Any]] = [{"params": head, "lr": training.learning_rate}]
     if training.train_backbone != "none":
+        check_blocks_are_read(options, model.vision_model.config.num_hidden_layers)
         backbone = choose_parameters(model.vision_model, training.train_backbone)
         groups.append({"params": backbone, "lr": training.backbone_learning_rate})
     return groups
+
+
+def check_blocks_are_read(options: PanopticOptions, blocks: int) -> None:
+    """
+    Raises:
+        UsageError: `--train_backbone` is a number of last blocks, and the head reads nothing that one of them makes.
+    """
+    stages, last = options.model.out_features, options.training.train_backbone
+    if "features" in stages or not last.isdecimal():
+        return
+    read = max(int(stage.removeprefix("stage")) if stage != "stem" else 0 for stage in stages)
+    if blocks - int(last) >= read:
+        raise UsageError(
+            f"--train_backbone {last} trains blocks from {blocks - int(last) + 1} on, but the head reads none after block "
+            f"{read}: nothing would be learned. Give {blocks - read + 1} or more, or none."
+        )
 
 
 def make_card(name: str, threshold: float, record: dict[str, Any]) -> str:

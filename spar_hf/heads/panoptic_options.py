@@ -12,6 +12,7 @@ from spar_hf.utils.options import (
     SCHEDULES,
     ComposedOptions,
     formerly,
+    require_not_negative,
     require_one_of,
     require_positive,
     require_share,
@@ -129,6 +130,7 @@ class PanopticRun(TrainingRunOptions):
     def __post_init__(self):
         super().__post_init__()
         require_positive(self, "log_steps", "eval_steps")
+        require_not_negative(self, "workers")
         require_share(self, "segment_threshold")
         require_one_of(self, "report_to", TRACKERS)
 

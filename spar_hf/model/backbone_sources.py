@@ -125,13 +125,17 @@ def read_backbone(
     return config, weights, source.dtype
 
 
+class IncompleteWeights(OSError, RuntimeError):
+    """Weights of a model are not in its files: as for other files that are not there, an `OSError`."""
+
+
 def check_complete(missing: Collection[str], name: str, class_name: str) -> None:
     """
     Raises:
-        RuntimeError: weights of the class are `missing` in the folder `name`; the message names up to eight of them.
+        IncompleteWeights: weights of the class are `missing` in the folder `name`; the message names up to eight of them.
     """
     if missing:
-        raise RuntimeError(
+        raise IncompleteWeights(
             f"{name} lacks {len(missing)} weights of {class_name}: {first_few(missing)}. The files are incomplete or "
             "config.json describes another model: copy the folder again."
         )

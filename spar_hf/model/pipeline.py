@@ -325,8 +325,7 @@ class OpenVocabSegmentationPipeline(SupportImages, FrameStreams, Pipeline):
         self.texts.refresh()  # reads all weights of the text tower, once for all images
         vocabulary, labels, _ = self.classes(*words, templates=templates)
         if output != "logits" and not any(forward_params.get(name) for name in decided):
-            asked, background = words[0].labels, words[1]
-            if hint := ONE_CLASS if len(labels) == 1 else empty_background(asked, background):
+            if hint := ONE_CLASS if len(labels) == 1 else empty_background(vocabulary.labels, words[1]):
                 logging.get_logger(__name__).warning_once(hint)
         self.supported(vocabulary, templates)
         skip = preprocess_params.get("on_error") == "skip"

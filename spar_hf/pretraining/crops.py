@@ -210,10 +210,15 @@ def load_masked_set(
     if unnamed is not None and unnamed not in words:
         raise UsageError(f"{root / spec['path']}: unnamed: {unnamed!r} is no class. Use one of: {', '.join(words)}.")
     held_out = {word.lower() for word in recipe["held_out"]}
+    if not len(data):
+        raise UsageError(f"{root / spec['path']} leaves no image to train on: all are held out or excluded.")
     labels = np.full(256, IGNORE_INDEX, np.uint8)
     names = []
     for number, word in enumerate(words):
-        names.append([] if word in held_out or word == unnamed else [word, *recipe["synonyms"].get(word, [])])
+        alike = [word, *recipe["synonyms"].get(word, [])]
+        names.append(
+            [] if word in held_out or word == unnamed else [name for name in alike if name.lower() not in held_out]
+        )
         labels[number] = IGNORE_INDEX if word in held_out else number
     # the word says nothing to a reader; its synonyms do
     names = [[name for name in alike if name != "null"] for alike in names]
@@ -245,9 +250,13 @@ def load_tagged_set(
             raise UsageError(f"{path} has no name after a prefix. Call it PREFIX_NAME, such as n01_{path.name}.")
         if readable_name(name) in held_out:
             continue
-        groups = [word for first, last, word in recipe["groups"] if first <= prefix <= last]
+        groups = [
+            word for first, last, word in recipe["groups"] if first <= prefix <= last and word.lower() not in held_out
+        ]
         with as_usage_errors():
             images.append(np.asarray(read_rgb(path, reading.image_range, urls=False)))
         names.append([readable_name(name), *groups])
         files.append(str(path))
+    if not images:
+        raise UsageError(f"{root / spec['path']} leaves no image to train on: the names of all are held out.")
     return CropSet(images, None, names, spec, files=files)

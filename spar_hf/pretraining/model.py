@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast, SiglipTextConfig, SiglipVision
 
 from spar_hf import SparConfig, SparForOpenVocabSegmentation, SparProcessor
 from spar_hf.pretraining.crops import CropSet
-from spar_hf.pretraining.options import NewModelOptions
+from spar_hf.pretraining.options import PATCH_SIZE, NewModelOptions
 from spar_hf.pretraining.words import build_tokenizer, common_words, teach_words
 from spar_hf.utils.errors import as_usage_errors
 
@@ -84,6 +84,7 @@ def build_model(options: NewModelOptions, tokenizer: PreTrainedTokenizerFast) ->
         "num_attention_heads": max(1, size // 64),
     }
     vision = SiglipVisionConfig(
+        patch_size=PATCH_SIZE,
         image_size=options.window_size,
         num_hidden_layers=options.layers,
         hidden_act="gelu",

@@ -26,6 +26,7 @@ from spar_hf.utils.texts import read_yaml
 FREE = {"output", "resume", "workers", "save_steps", "steps", *RUN_FREE}
 RECIPE = Path(__file__).with_name("spar_tiny_data.yaml")
 SET_KEYS = ("path", "weight", "crop")
+PATCH_SIZE = 16  # of a new model, in pixels
 WITH_CONTENT = " with content "
 
 
@@ -47,7 +48,7 @@ def read_recipe(file: str) -> dict[str, Any]:
 def check_sets(file: str, recipe: dict[str, Any]) -> None:
     """
     Raises:
-        UsageError: a set of the recipe lacks its path, weight or sizes of crops, or there is none.
+        UsageError: a set of the recipe lacks its path, weight or sizes of crops, or has impossible ones; or there is none.
     """
     for part in ("sets", "tagged"):
         for number, spec in enumerate(recipe[part], 1):
@@ -56,8 +57,31 @@ def check_sets(file: str, recipe: dict[str, Any]) -> None:
                     f"{file}: number {number} of `{part}` has no {', '.join(missing)}. Write each as "
                     "{path: FOLDER, weight: 4, crop: [SMALLEST, LARGEST]}."
                 )
+            if problem := wrong_values(spec):
+                raise UsageError(f"{file}: number {number} of `{part}`, {spec['path']}: {problem}.")
     if not recipe["sets"] and not recipe["tagged"]:
         raise UsageError(f"{file} names no set to train on.")
+
+
+def wrong_values(spec: dict[str, Any]) -> str:
+    """
+    What is wrong with the values of a set; empty if nothing is.
+
+    Example:
+
+    ```python
+    >>> wrong_values({"weight": 4, "crop": [60, 300]}), wrong_values({"weight": 0, "crop": [60, 300]})
+    ('', 'weight 0 must be above 0')
+    ```"""
+    weight, crop, every = spec["weight"], spec["crop"], spec.get("holdout_every", 0)
+    if not isinstance(weight, int | float) or not weight > 0:
+        return f"weight {weight!r} must be above 0"
+    numbers = isinstance(crop, list) and len(crop) == 2 and all(isinstance(side, int | float) for side in crop)
+    if not numbers or not 0 < crop[0] <= crop[1]:
+        return f"crop {crop!r} must be [SMALLEST, LARGEST] side in pixels"
+    if not isinstance(every, int) or every == 1 or every < 0:
+        return f"holdout_every {every!r} must be 0 or at least 2: of 1, every image would be held out"
+    return ""
 
 
 def recipe_name(file: str, recipe: dict[str, Any]) -> str:
@@ -94,6 +118,12 @@ class NewModelOptions:
     def __post_init__(self):
         require_positive(self, "window_size", "hidden_size", "layers", "text_layers", "vocab_size")
         require_not_negative(self, "text_steps", "common_words")
+        if self.window_size % PATCH_SIZE:
+            nearest = max(1, round(self.window_size / PATCH_SIZE)) * PATCH_SIZE
+            raise UsageError(
+                f"--window_size {self.window_size} must be a multiple of the patch of {PATCH_SIZE} px, such as {nearest}: "
+                "labels and features of a crop would not lie on each other."
+            )
 
     def changed(self) -> list[str]:
         """Names of the options that are not at their defaults."""

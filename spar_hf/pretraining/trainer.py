@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import DistributedDataParallelKwargs
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast, get_cosine_schedule_with_warmup
@@ -64,9 +65,12 @@ def train(options: PretrainingOptions) -> Path | None:
         NotFinite: the training diverged.
     """
     torch.set_flush_denormal(True)  # weights of rare tokens that are almost zero make CPUs several times slower
-    accelerator = start_accelerator(options.run.mixed_precision, options.run.seed, images=options.training.batch_size)
     recipe = read_recipe(options.recipe.recipe)
     check_sets(options.recipe.recipe, recipe)
+    # without named images the pooling head gets no gradient, for which DDP would wait
+    unused = DistributedDataParallelKwargs(find_unused_parameters=not recipe["tagged"])
+    given, images = (options.run.mixed_precision, options.run.seed), options.training.batch_size
+    accelerator = start_accelerator(*given, images=images, kwargs_handlers=[unused])
     upgrade = partial(comparable, recipe=recipe_name(options.recipe.recipe, recipe))
     result, settings = Path(options.run.output) / "model", upgrade(settings_of(options, FREE))
     with TrainingRun(accelerator, options.run, settings, upgrade, [result]) as run:

@@ -317,8 +317,11 @@ def test_force_deletes_no_other_folder(tmp_path):
     torch.save(state, tmp_path / "plain.pt")
     (tmp_path / "precious").mkdir()
     (tmp_path / "precious" / "thesis.txt").write_text("years of work")
-    with pytest.raises(FileExistsError, match="not a SPAR folder"):
-        convert(tmp_path / "plain.pt", "siglip2", str(tmp_path / "base"), tmp_path / "precious", force=True)
+    for config in (None, "[]", "{"):
+        if config is not None:
+            (tmp_path / "precious" / "config.json").write_text(config)
+        with pytest.raises(FileExistsError, match="not a SPAR folder"):
+            convert(tmp_path / "plain.pt", "siglip2", str(tmp_path / "base"), tmp_path / "precious", force=True)
     assert (tmp_path / "precious" / "thesis.txt").read_text() == "years of work"
 
 

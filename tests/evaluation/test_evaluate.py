@@ -12,6 +12,7 @@ from evaluating import CLASSES, LABELS, SIZES
 from huggingface_hub import ModelCard
 from launching import ENVIRONMENT, TRAINING, TWO_PROCESSES
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from tiny_models import make_tokenizer, randomise, tiny_config
 from torch.nn import functional as F
 
@@ -282,6 +283,16 @@ def test_working_resolution_comes_from_the_checkpoint_by_default(dataset, checkp
     square = script.main(["--dataset", str(dataset), *models, "--size", "96", "96"])
     np.testing.assert_equal(default["runs"][0]["classes"], same["runs"][0]["classes"])
     assert default["runs"][0]["mean_iou"] != square["runs"][0]["mean_iou"]
+
+
+def test_incomplete_weights_are_one_line(dataset, checkpoint):
+    folder = checkpoint("incomplete")
+    weights = load_file(folder / "model.safetensors")
+    save_file(
+        {k: v for k, v in weights.items() if "text_model" not in k}, folder / "model.safetensors", {"format": "pt"}
+    )
+    with pytest.raises(UsageError, match=r"lacks \d+ weights of SparForOpenVocabSegmentation"):
+        script.main(["--dataset", str(dataset), "--model", str(folder)])
 
 
 def test_a_folder_without_image_processor_is_refused(dataset, checkpoint):

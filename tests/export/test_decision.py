@@ -1,5 +1,7 @@
 """The decision inside ONNX graphs equals that of the library, for any geometry; and what is not verified is not written."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import onnx.parser
 import onnxruntime
@@ -10,7 +12,7 @@ from typer.testing import CliRunner
 
 from spar_hf.cli.main import app
 from spar_hf.export import NotVerified, decision, export, onnx_format
-from spar_hf.export.verification import Written
+from spar_hf.export.verification import Written, check_row, dense_errors
 from spar_hf.model.segmentation import class_probabilities, decide
 from spar_hf.runtime.engines import openvino_core
 
@@ -110,6 +112,19 @@ def test_what_differs_from_pytorch_is_not_written(model_folder, tmp_path, monkey
     steps = [line for line in result.output.splitlines() if line.endswith("…")]
     assert [step.split()[0] for step in steps] == ["reading", "writing", "comparing"]
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and not path.name.endswith(".lock")]
+
+
+def test_logits_of_a_head_without_cosines_are_compared_in_every_precision():
+    row = {"case": "x", "size": (32, 32), "names": None}
+    for dtype in ("fp32", "fp16", "int8"):
+        check_row({**row, "dtype": dtype, "logit_error": 1e-5, "relative_error": 1e-6})
+        for wrong in (float("nan"), 0.2):
+            with pytest.raises(NotVerified, match="relative_error"):
+                check_row({**row, "dtype": dtype, "logit_error": wrong, "relative_error": wrong})
+    head = SimpleNamespace(has_classes=True, model=SimpleNamespace(config=SimpleNamespace(normalize_features=False)))
+    expected = torch.tensor([[-8.0, 2.0]])
+    errors = dense_errors(head, {"logits": np.array([[-8.0, 3.0]])}, expected)
+    assert errors == {"logit_error": 1.0, "relative_error": 0.125}
 
 
 def test_large_weights_lie_in_a_file_of_their_own(tmp_path, monkeypatch):

@@ -343,6 +343,7 @@ def test_options__bad_ones_are_refused(base, data, tmp_path):
         ({"segment_threshold": 1.5}, "--segment_threshold"),
         ({"gradient_accumulation_steps": 0}, "--gradient_accumulation_steps 0 must be above 0"),
         ({"eval_steps": 0}, "--eval_steps 0 must be above 0"),
+        ({"workers": -1}, "--workers -1"),
         ({"report_to": "tensorbord"}, "--report_to tensorbord: use one of auto, none, .*tensorboard"),
     ]:
         with pytest.raises(UsageError, match=message):
@@ -352,6 +353,10 @@ def test_options__bad_ones_are_refused(base, data, tmp_path):
     for wrong, message in [
         ({"holdout_every": 5}, "holds out none"),  # of four images: not to be called held out
         ({"holdout_every": 0, "train_backbone": "9"}, "9: the backbone has 2 blocks"),
+        (
+            {"holdout_every": 0, "train_backbone": "1", "out_features": "stage1"},
+            "reads none after block 1.*Give 2 or more",
+        ),
         ({"holdout_every": 0, "min_region_area": 0.9, "things": list(CLASSES)}, "has a segment"),
     ]:
         with pytest.raises(UsageError, match=message):

@@ -81,7 +81,10 @@ def as_version_0_1_stored_it(file):
 
 
 def test_held_out_words_are_in_no_label_and_no_text(world):
-    scenes, tagged = load_sets(world, yaml.safe_load((world / "recipe.yaml").read_text()))
+    recipe = yaml.safe_load((world / "recipe.yaml").read_text())
+    recipe["synonyms"]["road"] = ["Bus"]  # nor by another class
+    recipe["groups"] += [["n3", "n4", "bus"]]
+    scenes, tagged = load_sets(world, recipe)
     assert scenes.names == [["sky", "blue sky"], ["road"], ["grass", "lawn"], []]
     assert len(scenes) == 9 and not any((mask == 3).any() for mask in scenes.masks)
     assert any((mask == 255).any() for mask in scenes.masks)
@@ -312,6 +315,10 @@ def test_a_run_goes_on_with_the_recipe_that_it_began_with(world, monkeypatch):
             "number 2 of `tagged` has no path, weight",
         ),
         ({"sets": [], "tagged": []}, "no set"),
+        ({"sets": [{"path": "scenes", "weight": 0, "crop": [9, 9]}]}, "scenes: weight 0 must be above 0"),
+        ({"sets": [{"path": "scenes", "weight": 1, "crop": 60}]}, "crop 60 must be"),
+        ({"tagged": [{"path": "tagged", "weight": 1, "crop": [90, 60]}]}, r"crop \[90, 60\] must be"),
+        ({"sets": [{"path": "scenes", "weight": 1, "crop": [9, 9], "holdout_every": 1}]}, "holdout_every 1"),
     ],
 )
 def test_incomplete_recipes_are_refused(tmp_path, change, message):
@@ -319,6 +326,46 @@ def test_incomplete_recipes_are_refused(tmp_path, change, message):
     file.write_text(yaml.safe_dump({"sets": [], "held_out": [], **change}))
     with pytest.raises(UsageError, match=message):
         check_sets(str(file), read_recipe(str(file)))
+
+
+def test_sets_that_leave_no_image_are_named(world):
+    recipe = yaml.safe_load((world / "recipe.yaml").read_text())
+    names = ["bus", "blue ball", "green ball", "red ball", "grey ball"]
+    with pytest.raises(UsageError, match="tagged leaves no image"):
+        load_sets(world, {**recipe, "held_out_tags": names})
+    files = [str(file) for file in (world / "scenes" / "images").iterdir()]
+    with pytest.raises(UsageError, match="scenes leaves no image"):
+        load_sets(world, recipe, files)
+
+
+def test_windows_that_are_no_multiple_of_the_patch_are_refused():
+    with pytest.raises(UsageError, match="--window_size 200 must be a multiple of the patch of 16 px, such as 192"):
+        NewModelOptions(window_size=200)
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_processes_do_not_wait_for_the_gradients_of_a_head_that_nothing_trains(world, monkeypatch, named):
+    """Without named images no loss reads the pooled embedding."""
+    given, seen = yaml.safe_load((world / "recipe.yaml").read_text()), []
+    (world / "recipe.yaml").write_text(yaml.safe_dump(given if named else given | {"tagged": []}))
+    start = trainer.start_accelerator
+
+    def started(*args, **options):
+        seen.append(options["kwargs_handlers"][0].find_unused_parameters)
+        return start(*args, **options)
+
+    monkeypatch.setattr(trainer, "start_accelerator", started)
+    monkeypatch.setattr(
+        Accelerator, "backward", lambda self, loss: (loss.backward(), heads.append(probe_gradient(self)))[0]
+    )
+    heads = []
+
+    def probe_gradient(accelerator):
+        (towers,) = accelerator._models
+        return towers.model.vision_model.backbone.head.probe.grad is None
+
+    main(arguments(world, world / "run", **SMALL, steps=1))
+    assert seen == heads == [not named]
 
 
 def test_what_a_recipe_leaves_out_is_empty(world):
