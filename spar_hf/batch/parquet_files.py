@@ -91,7 +91,8 @@ class ParquetFolder(PartFolder):
 
     def failures(self, name: str) -> list[tuple[str, str]]:
         _, pq = import_pyarrow()
-        with self.open(name) as file:
+        rows = []
+        with contextlib.suppress(OSError, ValueError), self.open(name) as file:  # damaged ones are found by `verify`
             rows = pq.read_table(file, columns=["image", "error"], filters=[("error", "!=", "")]).to_pylist()
         return [(row["image"], row["error"]) for row in rows]
 

@@ -145,8 +145,11 @@ def run_on_ray(
     wanted, own = set(todo), set(numbers)
     for name in folder.files():
         found, failed = folder.check(name)
-        summary.done += len(wanted & set(found)) - (len(failed) if wanted & set(found) else 0)
-        summary.failed += failed if own & set(found) else []  # those of an earlier run too: they are not tried again
+        if wanted & set(found):
+            summary.done += len(wanted & set(found)) - len(failed)
+        elif own & set(found):  # of an earlier run; what failed then is not tried again
+            summary.skipped -= len(failed)
+        summary.failed += failed if own & set(found) else []
     summary.seconds = time.perf_counter() - start
     return summary
 
