@@ -324,9 +324,9 @@ class OpenVocabSegmentationPipeline(SupportImages, FrameStreams, Pipeline):
         words = (forward_params.get("vocabulary"), forward_params.get("background"))
         self.texts.refresh()  # reads all weights of the text tower, once for all images
         vocabulary, labels, _ = self.classes(*words, templates=templates)
-        if output != "logits" and not any(forward_params.get(name) for name in decided):
-            if hint := ONE_CLASS if len(labels) == 1 else empty_background(vocabulary.labels, words[1]):
-                logging.get_logger(__name__).warning_once(hint)
+        hint = ONE_CLASS if len(labels) == 1 else empty_background(vocabulary.labels, words[1])
+        if hint and output != "logits" and not any(forward_params.get(name) for name in decided):
+            logging.get_logger(__name__).warning_once(hint)
         self.supported(vocabulary, templates)
         skip = preprocess_params.get("on_error") == "skip"
         options = {name: value for name, value in preprocess_params.items() if name != "on_error"}
