@@ -144,12 +144,15 @@ def run_on_ray(
                 ray.shutdown()
     wanted, own = set(todo), set(numbers)
     for name in folder.files():
-        found, failed = folder.check(name)
-        if wanted & set(found):
-            summary.done += len(wanted & set(found)) - len(failed)
-        elif own & set(found):  # of an earlier run; what failed then is not tried again
+        numbers_there, failed = folder.check(name)
+        found = own & set(numbers_there)
+        if not found:  # of another job
+            continue
+        summary.failed += failed
+        if found <= wanted:
+            summary.done += len(found) - len(failed)
+        else:  # of an earlier run; what failed then is not tried again
             summary.skipped -= len(failed)
-        summary.failed += failed if own & set(found) else []
     summary.seconds = time.perf_counter() - start
     return summary
 

@@ -52,8 +52,7 @@ def doctor(
             if output.suffix not in (".md", ".json"):
                 raise UsageError(f"--output {output}: name a file that ends in .md or .json.")
             check_replaceable([output], overwrite)
-        conversion = {"tokenizer": tokenizer, "text_heads": text_heads, "vision_act": vision_act}
-        conversion["adaptor"] = adaptor
+        conversion = {"tokenizer": tokenizer, "text_heads": text_heads, "vision_act": vision_act, "adaptor": adaptor}
         options = DoctorOptions(
             model=model,
             family=None if family is None else family.value,

@@ -164,9 +164,7 @@ def describe_origin(
     vision, text = config.backbone_config, "" if tokenizer else ", tokenizer"
     weights = f"backbone weights from {base}, since the checkpoint contains only the vision head and the text tower"
     if family == "radio":
-        weights = (
-            f"backbone weights from {base} and text tower from {tokenizer}: of the checkpoint only the head is taken"
-        )
+        weights = f"backbone weights from {base}, text tower from {tokenizer}: of the checkpoint only the head is taken"
     return [
         *([weights] if backbone_from_base else []),
         f"from {base}: {vision.num_attention_heads} heads, image size {config.image_size}, image statistics{text}",

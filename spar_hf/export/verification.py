@@ -221,9 +221,8 @@ def dense_errors(source: Source, found: dict[str, np.ndarray], expected: torch.T
     if "logits" not in found:
         return {}
     error = float((torch.from_numpy(found["logits"]) - expected).abs().max())
-    if (
-        source.has_classes and not source.model.config.normalize_features
-    ):  # no cosines: the largest logit is the measure
+    if source.has_classes and not source.model.config.normalize_features:
+        # no cosines: the largest logit is the measure
         return {"logit_error": error, "relative_error": error / max(1.0, float(expected.abs().max()))}
     return {"logit_error": error, "cosine_error": error / scale_of(source)}
 

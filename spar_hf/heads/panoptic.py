@@ -378,9 +378,10 @@ def check_blocks_are_read(options: PanopticOptions, blocks: int) -> None:
         return
     read = max(int(stage.removeprefix("stage")) if stage != "stem" else 0 for stage in stages)
     if blocks - int(last) >= read:
+        remedy = f"{blocks - read + 1} or more, or none" if read else "none or all"
         raise UsageError(
             f"--train_backbone {last} trains blocks from {blocks - int(last) + 1} on, but the head reads none after block "
-            f"{read}: nothing would be learned. Give {blocks - read + 1} or more, or none."
+            f"{read}: nothing would be learned. Give {remedy}."
         )
 
 

@@ -259,8 +259,9 @@ def scale_upper_bytes(image: Image.Image, image_range: tuple[float, float] | Non
     Raises:
         ValueError: the upper bytes hold too little: all are low and no range is stated, or its range is small.
     """
-    values, scaled = np.array(image), image.copy()
-    colours = values[..., :-1] if image.mode in ("LA", "RGBA") else values
+    image = image.convert("RGBA") if image.has_transparency_data else image  # scaled, its transparent colour is another
+    values = np.array(image)
+    colours = values[..., :-1] if image.mode == "RGBA" else values
     few = ""
     if image_range is None and 0 < colours.max(initial=0) < AMBIGUOUS_LEVELS // 256:
         few = f"all its values are below {AMBIGUOUS_LEVELS}: they may be 8, 10, 12 or 14 bits"
@@ -274,13 +275,10 @@ def scale_upper_bytes(image: Image.Image, image_range: tuple[float, float] | Non
     if image_range is not None:
         levels = colours * 257.0
         inside = levels.clip(*image_range)
-        levels = np.where(
-            abs(levels - inside) < 256, inside, levels
-        )  # as the lower bytes, which are not known, may say
+        # the lower bytes are not known: a level this near to the range may lie in it
+        levels = np.where(abs(levels - inside) < 256, inside, levels)
         colours[...] = scale_range(levels, image_range) * 255 + 0.5
-        scaled = Image.fromarray(values)
-    scaled.info.pop(UPPER_BYTES, None)
-    return scaled
+    return Image.fromarray(values)
 
 
 def class_numbers(mask: Image.Image, name: str | None = None) -> np.ndarray:

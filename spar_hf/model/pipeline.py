@@ -309,7 +309,8 @@ class OpenVocabSegmentationPipeline(SupportImages, FrameStreams, Pipeline):
         postprocess_params: dict,
     ) -> Results:
         # errors in words or options concern every image, so they are raised here, whatever `on_error` is
-        output, decided = forward_params.get("output"), ("threshold", "min_area", "min_presence", "top_k")
+        output, rules = forward_params.get("output"), ("threshold", "min_area", "min_presence")
+        decided = (*rules, "top_k")
         if output in ("probabilities", "logits") and any(forward_params.get(name) for name in decided):
             raise ValueError(f"output={output!r} is computed before a decision: leave out {', '.join(decided)}.")
         if (tile := preprocess_params.get("tile")) is not None:
@@ -325,7 +326,7 @@ class OpenVocabSegmentationPipeline(SupportImages, FrameStreams, Pipeline):
         self.texts.refresh()  # reads all weights of the text tower, once for all images
         vocabulary, labels, _ = self.classes(*words, templates=templates)
         hint = ONE_CLASS if len(labels) == 1 else empty_background(vocabulary.labels, words[1])
-        if hint and output != "logits" and not any(forward_params.get(name) for name in decided):
+        if hint and output != "logits" and not any(forward_params.get(name) for name in rules):
             logging.get_logger(__name__).warning_once(hint)
         self.supported(vocabulary, templates)
         skip = preprocess_params.get("on_error") == "skip"

@@ -213,10 +213,12 @@ def test_sixteen_bit_colour_of_fewer_bits_is_refused(tmp_path):
     import struct
     import zlib
 
-    def png(levels):
+    def png(levels, transparent=None):
         rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in levels)
+        colour = [] if transparent is None else [(b"tRNS", struct.pack(">HHH", *transparent))]
         parts = [
             (b"IHDR", struct.pack(">IIBBBBB", *levels.shape[1::-1], 16, 2, 0, 0, 0)),
+            *colour,
             (b"IDAT", zlib.compress(rows)),
         ]
         chunks = [
@@ -245,6 +247,10 @@ def test_sixteen_bit_colour_of_fewer_bits_is_refused(tmp_path):
         whole = np.asarray(read_rgb(png(given), image_range))
         assert np.array_equal(windows.read(8, 16, 30, 40), whole[8:30, 16:40])
     read_rgb(png(np.full_like(levels, 20_000)), (0, 20_000))  # no pixel is outside
+    glass = levels.copy()
+    glass[:8] = (65535, 0, 0)
+    for image_range in (None, (0, 65535)):
+        assert (np.asarray(read_rgb(png(glass, (65535, 0, 0)), image_range))[:8] == 255).all()
     read_rgb(png(np.full_like(levels, 1000)), (1000, 30_000))
 
 
