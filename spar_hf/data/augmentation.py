@@ -56,6 +56,11 @@ class Views:
         "Chance that brightness, contrast and colour of a view are changed, for teacher and student alike (0 in "
         "the paper). With few images it keeps the student from memorising their light.",
     )
+    jitter_student_only: bool = option(
+        False,
+        "The teacher reads views as they were before that change, so the student learns to give the features of good light "
+        "in any light. Not with caches.",
+    )
     cutmix_probability: float = option(
         0.0,
         "Chance that a rectangle of a view shows another training image, for teacher and student alike (0 in the paper). "
@@ -69,6 +74,8 @@ class Views:
         require_positive(self, "long_side_windows", "short_side_windows", *PIXELS)
         require_one_of(self, "resample", RESAMPLINGS)
         require_share(self, "crop_probability", "flip_probability", "jitter_probability", "cutmix_probability")
+        if self.jitter_student_only and not self.jitter_probability:
+            raise UsageError("--jitter_student_only needs --jitter_probability, for example --jitter_probability 0.8.")
         if len({getattr(self, name) is None for name in PIXELS}) > 1:
             raise UsageError(
                 f"Sizes in pixels need {', '.join(f'--{name}' for name in PIXELS)}, for example 2048 1024 512."
@@ -100,9 +107,9 @@ class Crop:
         values = asdict(self)
         return values if self.resample != "bicubic" else {k: v for k, v in values.items() if k != "resample"}
 
-    def apply(self, image: Image.Image) -> Image.Image:
+    def apply(self, image: Image.Image, jitter: bool = True) -> Image.Image:
         """
-        Cut the view out of an RGB image.
+        Cut the view out of an RGB image; without `jitter` in the light of the image.
 
         Example:
 
@@ -120,7 +127,7 @@ class Crop:
             image = image.resize(size, Image.Resampling.BICUBIC, box=box)
         if self.flip:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return image if self.jitter is None else jitter_image(image, self.jitter)
+        return image if self.jitter is None or not jitter else jitter_image(image, self.jitter)
 
 
 def resize_bilinear(

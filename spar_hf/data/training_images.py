@@ -32,12 +32,14 @@ class LoadedSample:
         index, after: those of its [`Sample`].
         pixel_values: `(1, 3, height, width)`, sides multiples of the patch.
         target: feature map of the teacher `(1, dim, height / patch, width / patch)`, if it was computed before.
+        teacher_pixel_values: what the teacher reads, `(1, 3, height, width)`; `None` if it reads `pixel_values` too.
     """
 
     index: int
     pixel_values: torch.Tensor
     after: list[int]
     target: torch.Tensor | None = None
+    teacher_pixel_values: torch.Tensor | None = None
 
 
 @dataclass
@@ -156,13 +158,19 @@ class TrainingImages(Dataset):
             image = self.read(sample)
         except Exception as error:  # each of Pillow's decoders raises its own kind, and no file may stop a training run
             return Skipped(sample.name, str(error) or type(error).__name__)
+        loaded = LoadedSample(sample.index, self.pixels(self.view(image, sample)), sample.after)
+        if self.views.jitter_student_only:
+            loaded.teacher_pixel_values = self.pixels(self.view(image, sample, jitter=False))
+        return loaded
+
+    def view(self, image: Image.Image, sample: Sample, jitter: bool = True) -> Image.Image:
+        """The view of a sample, whose image this is; without `jitter` the same view in the light of the image."""
         generator = view_generator(self.seed, sample.name if self.views.fixed_views else sample.index)
         size_generator = view_generator(self.seed, f"size {sample.index // self.same_size}") if self.same_size else None
         crop = draw_crop(image.size, self.window, self.patch_size, self.views, generator, size_generator)
-        view = self.cover(crop.apply(image), sample, generator)
-        return LoadedSample(sample.index, self.pixels(view), sample.after)
+        return self.cover(crop.apply(image, jitter), sample, generator, jitter)
 
-    def cover(self, view: Image.Image, sample: Sample, generator: random.Random) -> Image.Image:
+    def cover(self, view: Image.Image, sample: Sample, generator: random.Random, jitter: bool) -> Image.Image:
         """
         A view of a sample, by chance partly covered by a view of another image. If that one cannot be read, the view stays
         as it is: the image is listed as skipped when its own turn comes.
@@ -180,7 +188,7 @@ class TrainingImages(Dataset):
         except Exception:  # as above
             return view
         crop = draw_crop(image.size, self.window, self.patch_size, self.views, generator)
-        return cover_part(view, crop.apply(image), generator)
+        return cover_part(view, crop.apply(image, jitter), generator)
 
     def squares(self, samples: list[Sample], side: int) -> Iterator[torch.Tensor]:
         """The readable images of samples, one by one, as squares of `side` pixels: `(1, 3, side, side)`."""

@@ -120,6 +120,8 @@ class CacheOptions(ComposedOptions):
             raise UsageError("--views above 1 are all the same with --fixed_views (preset spar): leave one out.")
         if self.views.cutmix_probability:
             raise UsageError("A cache keeps views of single images. Leave --cutmix_probability out.")
+        if self.views.jitter_student_only:
+            raise UsageError("A cache keeps one view for teacher and student alike. Leave --jitter_student_only out.")
 
     @classmethod
     def from_flat(cls, **values: Any) -> "CacheOptions":

@@ -87,6 +87,7 @@ def largest_views(views: Views) -> Views:
         crop_probability=0.0,
         flip_probability=0.0,
         jitter_probability=0.0,
+        jitter_student_only=False,
         cutmix_probability=0.0,
     )
 

@@ -76,6 +76,7 @@ def make_record(
         "crop_probability": views.crop_probability,
         "flip_probability": views.flip_probability,
         "jitter_probability": views.jitter_probability,
+        "jitter_student_only": views.jitter_student_only,
         "cutmix_probability": views.cutmix_probability,
     }
 

@@ -301,6 +301,10 @@ class Distillation:
         with progress.timed("teacher"), self.accelerator.autocast():
             if sample.target is not None:
                 target, weight = sample.target.to(self.device).float(), None
+            elif sample.teacher_pixel_values is not None:
+                target, weight = self.target(
+                    sample.teacher_pixel_values.to(self.device, non_blocking=True), sample.index
+                )
             else:
                 target, weight = self.target(pixel_values, sample.index)
         with self.accelerator.autocast():

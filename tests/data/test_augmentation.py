@@ -86,7 +86,8 @@ def test_jitter__same_seed_same_light():
 @pytest.mark.parametrize(
     "wrong",
     [{"min_scale": 0}, {"min_scale": 1.5}, {"long_side_windows": 0}, {"short_side_windows": -1}, {"crop_probability": 1.1},
-     {"flip_probability": -0.1}, {"jitter_probability": float("nan")}, {"cutmix_probability": 2}],
+     {"flip_probability": -0.1}, {"jitter_probability": float("nan")}, {"cutmix_probability": 2},
+     {"jitter_student_only": True}],
 )  # fmt: skip
 def test_views_out_of_range_are_refused(wrong):
     (name,) = wrong

@@ -258,6 +258,30 @@ def test_cutmix__another_image_than_the_views_own(tmp_path):
         assert {len(view.unique(dim=1).T) for view in views} == {colours}
 
 
+def test_light_changes_for_the_student_only(tmp_path):
+    """The teacher's pixels have the colours of the files, at the same places as the student's. Each image has one colour."""
+    colours = torch.tensor([(200, 40, 40), (40, 200, 40)])
+    for i, colour in enumerate(colours.tolist()):
+        Image.new("RGB", (96, 80), tuple(colour)).save(tmp_path / f"{i}.png")
+    opened = open_sources(ImageOptions(images=[str(tmp_path)]))
+    images = make_images(opened, cutmix_probability=0.5, jitter_probability=0.7, jitter_student_only=True)
+    images.others, _ = split_images(opened, [], 20)
+    bright = ((colours / 255 - 0.5) / 0.5).T[:, None]  # (3, 1, colours)
+    kinds = set()
+    for item in load(images, images.others, 0, 40):
+        own, clean = item.pixel_values[0].flatten(1), item.teacher_pixel_values[0].flatten(1)  # (3, pixels)
+        distances = (clean[:, :, None] - bright).abs().amax(0)  # (pixels, colours)
+        assert distances.amin(1).max() < 1e-5
+        shown = distances.argmin(1)
+        for colour in shown.unique():  # what is one colour for the teacher is about one for the student, but for a blur
+            part = own[:, shown == colour]
+            assert (part - part.median(1, keepdim=True).values).abs().amax(0).lt(0.02).float().mean() > 0.8
+        kinds.add((len(shown.unique()), torch.equal(own, clean)))
+    assert kinds == {(1, True), (1, False), (2, True), (2, False)}
+    same = make_images(opened, jitter_probability=1.0)
+    assert next(iter(load(same, images.others, 0, 1))).teacher_pixel_values is None
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 def test_shards_whose_names_tell_splits_are_read_by_split(sources, tmp_path, streaming):
     """As a clone of a data set of the hub holds them; also shards of WebDataset."""

@@ -170,6 +170,40 @@ def test_the_held_out_error_is_measured_in_full_precision(base_folder, image_fol
     assert errors[0] == errors[1] and errors[0]["mse"] > 0
 
 
+def test_the_teacher_reads_images_in_their_own_light(base_folder, image_folder, tmp_path, monkeypatch):
+    """Student and teacher are equal and each image is one window, so that only other light makes a loss."""
+    options = (
+        "--steps",
+        4,
+        "--stride",
+        32,
+        "--jitter_probability",
+        1.0,
+        "--crop_probability",
+        0,
+        "--holdout_images",
+        0,
+    )
+    options += (
+        "--long_side_windows",
+        1,
+        "--short_side_windows",
+        1,
+        "--min_scale",
+        1,
+        "--log_steps",
+        1,
+        "--learning_rate",
+        1e-9,
+    )
+    losses = {}
+    for alone in (False, True):
+        output = tmp_path / str(alone)
+        distil(base_folder, image_folder, output, *options, "--jitter_student_only", alone)
+        losses[alone] = [row["loss"] for row in log_of(output)]
+    assert max(losses[False]) < 1e-6 and min(losses[True]) > 1e-3
+
+
 def test_a_cached_teacher_trains_on_its_own_maps(base_folder, image_folder, tmp_path, monkeypatch):
     cache = tmp_path / "cache"
     made = {"model": str(base_folder), "images": [str(image_folder)], "output": str(cache)}

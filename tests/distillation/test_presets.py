@@ -56,6 +56,7 @@ PUBLISHED = {
     "crop_probability": "0.5",
     "flip_probability": "0.5",
     "jitter_probability": "0.0",
+    "jitter_student_only": "False",
     "cutmix_probability": "0.0",
     "whiten": "0.0",
     "words": "[]",

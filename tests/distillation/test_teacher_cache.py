@@ -76,6 +76,8 @@ def test_several_fixed_views_of_an_image_are_refused():
 def test_views_of_several_images_are_refused():
     with pytest.raises(UsageError, match="--cutmix_probability"):
         CacheOptions.from_flat(model="m", images=["x"], output="o", cutmix_probability=0.5)
+    with pytest.raises(UsageError, match="--jitter_student_only"):
+        CacheOptions.from_flat(model="m", images=["x"], output="o", jitter_probability=0.5, jitter_student_only=True)
 
 
 def test_views_are_those_that_distillation_draws(options, pictures):
