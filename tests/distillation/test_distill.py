@@ -170,32 +170,17 @@ def test_the_held_out_error_is_measured_in_full_precision(base_folder, image_fol
     assert errors[0] == errors[1] and errors[0]["mse"] > 0
 
 
-def test_the_teacher_reads_images_in_their_own_light(base_folder, image_folder, tmp_path, monkeypatch):
+def test_the_teacher_reads_images_in_their_own_light(base_folder, image_folder, tmp_path):
     """Student and teacher are equal and each image is one window, so that only other light makes a loss."""
-    options = (
-        "--steps",
-        4,
-        "--stride",
-        32,
-        "--jitter_probability",
-        1.0,
-        "--crop_probability",
-        0,
-        "--holdout_images",
-        0,
-    )
-    options += (
-        "--long_side_windows",
-        1,
-        "--short_side_windows",
-        1,
-        "--min_scale",
-        1,
-        "--log_steps",
-        1,
-        "--learning_rate",
-        1e-9,
-    )
+    views = {
+        "long_side_windows": 1,
+        "short_side_windows": 1,
+        "min_scale": 1,
+        "crop_probability": 0,
+        "jitter_probability": 1,
+    }
+    run = {"steps": 4, "stride": 32, "holdout_images": 0, "log_steps": 1, "learning_rate": 1e-9}
+    options = [part for name, value in (views | run).items() for part in (f"--{name}", value)]
     losses = {}
     for alone in (False, True):
         output = tmp_path / str(alone)
