@@ -22,7 +22,7 @@ from spar_hf.cli.arguments import (
     Workers,
     as_command,
 )
-from spar_hf.cli.parts import PARQUET, check_store, open_parts, part_suffix
+from spar_hf.cli.parts import PARQUET, TAR, check_store, open_parts, part_suffix
 from spar_hf.cli.reporting import exit_on_error, finish, quiet_transformers, report_failure, say
 from spar_hf.utils.errors import UsageError
 from spar_hf.utils.image_files import InputImage, RunSummary, find_images, interruptible, process_images
@@ -126,6 +126,8 @@ class FeatureOptions:
             )
         if self.to_parts and self.shard_size is not None:
             raise UsageError("--shard-size is for safetensors; the size of files with many images is --shard-images.")
+        if not self.to_parts and self.shard_images != type(self).shard_images:
+            raise UsageError(f"--shard-images is for --output DIR{PARQUET} and DIR{TAR}, files with many images each.")
         check_store(self.output, f"features{PARQUET}")
         if not is_remote(self.output) and self.folder.is_file():
             raise UsageError(f"--output {self.output} is a file; features need a folder.")

@@ -56,7 +56,8 @@ def segment(options: SegmentOptions) -> None:
         segment_to_map(options.images, options.labels, options.path, options.model, options.device, settings)
     plan, vocabulary = plan_work(options)
     if not (plan.images if options.to_shards else options.job.pick(plan.images)):  # nothing to load a model for
-        finish(process_images((), lambda image: None, report=report_failure, problems=plan.problems))
+        summary = process_images((), lambda image: None, report=report_failure, problems=plan.problems)
+        finish(summary, str(summary) if options.job.is_part else None)
     with launched_processes() as processes:
         summary = segment_plan(options, plan, vocabulary, processes)
     several = processes.count > 1

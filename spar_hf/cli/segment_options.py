@@ -152,6 +152,12 @@ class SegmentOptions:
             )
         if self.tiles is not None and self.workers:
             raise UsageError("--tile reads an image part by part, not ahead of the model: leave out --workers.")
+        if self.tiles is not None and self.is_changed("batch_size"):
+            raise UsageError("--tile makes each tile of an image one pass: leave out --batch-size.")
+        if self.frames is not None and self.workers:
+            raise UsageError("--frames reads frames one after the other, in this process: leave out --workers.")
+        if not self.to_shards and self.is_changed("shard_images"):
+            raise UsageError(f"--shard-images is for --output DIR{TAR}, shards with many images each.")
         if writes_strips(self.path):
             self._check_strips()
 
@@ -160,8 +166,16 @@ class SegmentOptions:
         """The formats, or those that suit the output."""
         return self.formats or ("map,json" if self.to_shards else "overlay")
 
+    def is_changed(self, name: str) -> bool:
+        """Whether an option has another value than its default, so that somebody has asked for it."""
+        return getattr(self, name) != getattr(type(self), name)
+
     def _check_strips(self) -> None:
-        """Refuse options that need an image in memory."""
+        """Refuse options that need an image in memory, and several jobs."""
+        if self.job.is_part:  # told before --skip-existing, which it implies and nobody has given
+            raise UsageError(
+                f"--output {self.path} is the label map of one image, which one job writes: leave out {self.job.option}."
+            )
         others = ("shortest_edge", "keep_background", "presence", "min_presence", "refine", "heatmap", "frames")
         given = {f"--{name.replace('_', '-')}": getattr(self, name) for name in (*others, "skip_existing")}
         given |= {"--map": self.map_output, "--format": self.chosen_formats not in ("overlay", "map")}

@@ -17,7 +17,7 @@ SMOOTHING = 0.6  # that of `FrameAverage`, which imports torch
 LEGEND_CLASSES = 24  # a legend of more hides the video
 NOT_FOR_VIDEOS = (
     *("keep_background", "presence", "min_presence", "heatmap", "map_output", "frames", "tile", "tile_overlap"),
-    *("image_range", "max_pixels"),
+    *("image_range", "max_pixels", "workers"),
 )
 
 
@@ -49,7 +49,8 @@ def check_video_options(options: "SegmentOptions") -> None:
     names = {"map_output": "--map"}
     given = [names.get(name, f"--{name.replace('_', '-')}") for name in NOT_FOR_VIDEOS if getattr(options, name)]
     given += ["--format"] if options.chosen_formats != "overlay" else []
-    given += ["--shard"] if options.job.is_part else ["--skip-existing"] if options.skip_existing else []
+    given += ["--batch-size"] if options.is_changed("batch_size") else []
+    given += [options.job.option] if options.job.is_part else ["--skip-existing"] if options.skip_existing else []
     if given:
         raise UsageError(f"Leave out {', '.join(given)}: the result of a video is a video with masks over it.")
     source = Path(options.images[0])
@@ -62,7 +63,7 @@ def refuse_video_options(options: "SegmentOptions") -> None:
     Raises:
         UsageError: an option for videos is given with images.
     """
-    if options.every != 1 or options.smoothing != SMOOTHING:
+    if options.is_changed("every") or options.is_changed("smoothing"):
         raise UsageError("--every and --smoothing are for a video, such as clip.mp4; leave them out for images.")
 
 

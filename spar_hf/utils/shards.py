@@ -54,6 +54,11 @@ class ShardChoice:
         return self.shard is not None or self.shard_range is not None
 
     @property
+    def option(self) -> str:
+        """The option that was given, for messages; empty for all of the work."""
+        return "--shard" if self.shard is not None else "--shard-range" if self.shard_range is not None else ""
+
+    @property
     def number(self) -> int:
         """A number that jobs of one array do not share: I or A; 0 for all of the work."""
         return int(re.split("[/:]", self.shard or self.shard_range or "0")[0])

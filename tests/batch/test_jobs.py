@@ -57,6 +57,11 @@ def test_jobs_of_an_array_have_every_shard_once():
     assert len({job.name for job in (*jobs, *ranges, ShardChoice())}) == 9
 
 
+@pytest.mark.parametrize("command", [["features"], ["segment", "--labels", "road; sky"]])
+def test_a_job_without_an_image_says_so(images, tmp_path, command):
+    assert "0 done" in run(*command, images / "a.png", "--shard", "1/2", "--output", tmp_path / "out")
+
+
 @pytest.mark.parametrize("shards", [(), ("--shard-size", "0.02")])
 def test_features_by_jobs_are_those_of_one_run(base_folder, images, tmp_path, shards):
     options = [images, "--model", base_folder, "--shortest-edge", 32, *shards]

@@ -223,6 +223,8 @@ def test_continued_masks_tell_of_images_that_failed_before(base_folder, images, 
         ("segment", [*LABELS, "--output", "masks.parquet"], "DIR.tar"),
         ("segment", [*LABELS, "--output", "file.tar"], "is a file"),
         ("features", ["--output", "file.tar"], "is a file"),
+        ("features", ["--output", "out", "--shard-images", "5"], "--shard-images is for"),
+        ("segment", [*LABELS, "--output", "out", "--shard-images", "5"], "--shard-images is for"),
     ],
 )
 def test_options_that_do_not_fit_shards(images, tmp_path, monkeypatch, command, options, message):

@@ -61,6 +61,10 @@ def test_a_label_map_on_disk_is_the_one_of_the_other_formats(picture, tmp_path):
         ({"--tile": 64, "--format": "heatmap", "--output": "heat"}, 2, "--tile"),
         ({"--tile": 64, "--max-pixels": 100}, 1, "max-pixels"),
         ({"--tile": 64, "--workers": 2}, 2, "--workers"),
+        ({"--tile": 64, "--batch-size": 8, "--output": "o.png"}, 2, "leave out --batch-size"),
+        ({"--frames": "all", "--workers": 2, "--output": "heat"}, 2, "leave out --workers"),
+        ({"--tile": 64, "--shard": "0/2"}, 2, "one job writes: leave out --shard."),
+        ({"--tile": 64, "--shard-range": "0:2"}, 2, "leave out --shard-range."),
     ],
 )
 def test_wrong_usage_gives_one_line_and_writes_nothing(picture, tmp_path, monkeypatch, options, status, word):

@@ -162,6 +162,8 @@ def test_wrong_use_is_refused_before_a_model_is_loaded(tmp_path):
         ([clip], out, ["--smoothing", "1"], 2, "smoothing"),
         ([clip], out, ["--every", "0"], 2, "every"),
         ([clip], out, ["--max-pixels", "100"], 2, "--max-pixels"),
+        ([clip], out, ["--batch-size", "8", "--workers", "2"], 2, "Leave out --workers, --batch-size"),
+        ([clip], out, ["--shard-range", "0:2"], 2, "Leave out --shard-range:"),
         ([picture], tmp_path / "masks.png", ["--every", "2"], 2, "--every"),
         ([picture], tmp_path / "masks.png", ["--smoothing", "0"], 2, "--smoothing"),
         ([tmp_path / "none.mp4"], out, [], 1, "none.mp4"),
