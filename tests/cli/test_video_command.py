@@ -70,6 +70,25 @@ def test_masks_of_every_second_frame_lie_on_the_next_one_too(tmp_path, base_fold
     assert all(np.abs(mean - COLOURS[i % 3]).max() < 8 for i, (mean, _) in enumerate(drawn))  # in the order of time
 
 
+def test_each_video_that_a_pattern_matches_has_a_result_of_its_name(tmp_path, base_folder):
+    """Features of one are not averaged into the next; one that is damaged is told and stops no other."""
+    folder, output = tmp_path / "in", tmp_path / "out"
+    (folder / "sub").mkdir(parents=True)
+    clip = write_clip(folder / "clip1.mp4", times=[0, 3], sound=None)
+    (folder / "clip2.mp4").write_bytes(clip.read_bytes()[:700])
+    write_clip(folder / "sub" / "clip3.avi", times=[0, 3], sound=None)
+    for name in ("other.mkv", "clip.jpg"):
+        (folder / name).touch()
+    result = segment_clip(folder / "clip*.mp4", output, base_folder, folder / "**" / "clip*.avi")
+    assert result.exit_code == 1 and "clip2.mp4" in result.output and "2 done, 1 failed" in result.output, result.output
+    assert result.output.count("2 frames, 2 of them segmented") == 2
+    assert sorted(str(path.relative_to(output)) for path in output.rglob("*.*")) == ["clip1.mp4", "sub/clip3.mp4"]
+    assert len(read_clip(output / "sub" / "clip3.mp4")[0]) == 2
+    # as images: one may go to a folder too
+    assert segment_clip(clip, tmp_path / "one", base_folder).exit_code == 0
+    assert [path.name for path in (tmp_path / "one").iterdir()] == ["clip1.mp4"]
+
+
 @pytest.mark.parametrize("size", [(66, 50), (64, 48)])
 def test_what_is_painted_is_what_is_written(tmp_path, size):
     """Odd sides are completed by the last line, so that no pixel moves."""
@@ -153,9 +172,14 @@ def test_wrong_use_is_refused_before_a_model_is_loaded(tmp_path):
         out.mux(heard.encode(None))
     out = tmp_path / "out.mp4"
     for images, output, more, status, word in (
-        ([clip, picture], out, [], 2, "one input"),
+        ([clip, picture], tmp_path / "folder", [], 2, "a.png is no video"),
+        ([clip, sound], out, [], 2, "results of 2 videos need a folder"),
+        ([clip, tmp_path / "other/clip.mp4"], tmp_path / "folder", [], 2, "would both be written"),
+        ([tmp_path / "cl*.mp4"], tmp_path, [], 2, "both input and output"),
+        ([clip], tmp_path, [], 2, "is the input"),
+        ([tmp_path / "none*.mp4"], out, [], 1, "No video matches"),
+        ([clip], tmp_path / "out.tar", [], 2, "shards are for images"),
         ([clip], tmp_path / "out.png", [], 2, ".mp4"),
-        ([clip], tmp_path / "folder", [], 2, ".mp4"),
         ([clip], clip, [], 2, "is the input"),
         ([clip], out, ["--tile", "64"], 2, "--tile"),
         ([clip], out, ["--format", "json"], 2, "--format"),
