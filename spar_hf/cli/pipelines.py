@@ -117,7 +117,7 @@ def segment_timed(pipe, image: Image.Image, candidate_labels, heat: bool = False
         for hook in hooks:
             hook.remove()
     result |= {"forward_seconds": times[-1] - times[0], "seconds": clock(pipe.device) - start}
-    return {**result, "heat": _heat(pipe, encoded, candidate_labels, options)} if heat else result
+    return {**result, "heat": _heat(pipe, encoded, candidate_labels, options, result)} if heat else result
 
 
 def segment_with_heat(pipe, image: Image.Image, candidate_labels, heat: bool = False, **options) -> dict[str, Any]:
@@ -134,7 +134,7 @@ def segment_with_heat(pipe, image: Image.Image, candidate_labels, heat: bool = F
     Returns:
         The pipeline's `output="map"`; with `heat` also `heat`, the probability of every class as levels from 0 to 255,
         uint8 `(classes, h, w)`: of every pixel, or of fewer points where all would take more than 64 MiB, but never fewer
-        than patches.
+        than patches. A class that `min_presence` drops has 0 everywhere, and the others share its probability.
 
     Example:
 
@@ -150,7 +150,7 @@ def segment_with_heat(pipe, image: Image.Image, candidate_labels, heat: bool = F
     seen = encoding_options(options)
     encoded = image if isinstance(image, EncodedImage) else pipe.encode(image, **seen)
     result = pipe(encoded, candidate_labels=candidate_labels, output="map", **options)
-    return {**result, "heat": _heat(pipe, encoded, candidate_labels, options)} if heat else result
+    return {**result, "heat": _heat(pipe, encoded, candidate_labels, options, result)} if heat else result
 
 
 def encoding_options(options: dict[str, Any]) -> dict[str, Any]:
@@ -158,15 +158,22 @@ def encoding_options(options: dict[str, Any]) -> dict[str, Any]:
     return {name: options.pop(name) for name in ("size", "max_tokens", "image_range") if name in options}
 
 
-def _heat(pipe, encoded: EncodedImage, candidate_labels, options: dict[str, Any]) -> np.ndarray:
-    """Heat maps of all classes, as [`segment_with_heat`] describes them."""
+def _heat(pipe, encoded: EncodedImage, candidate_labels, options: dict[str, Any], result: dict[str, Any]) -> np.ndarray:
+    """Heat maps of all classes, as [`segment_with_heat`] describes them, of an image whose `result` the pipeline gave."""
     words = {name: value for name, value in options.items() if name in ("templates", "background", "refine")}
     grid = pipe(encoded, candidate_labels=candidate_labels, output="logits", **words)
-    logits = torch.from_numpy(grid["logits"])
+    logits, name_to_class = torch.from_numpy(grid["logits"]), torch.from_numpy(grid["name_to_class"])
+    classes = int(name_to_class.max()) + 1  # with words; a background without has no probability
+    if least := options.get("min_presence"):  # the same words are dropped as for the map
+        kept = [i == result["background"] or result["presence"][i] >= least for i in range(classes)]
+        names = torch.tensor(kept)[name_to_class]
+        logits, name_to_class = logits[names], name_to_class[names]
     height, width = grid["original_size"]
-    scale = min(1, math.sqrt(HEAT_BYTES / (4 * len(grid["labels"]) * height * width)))
+    scale = min(1, math.sqrt(HEAT_BYTES / (4 * classes * height * width)))
     sides = zip((height, width), logits.shape[1:], strict=True)
     size = tuple(min(side, max(math.ceil(side * scale), patches)) for side, patches in sides)
     where = (grid["patch_size"], grid["working_size"], size)
-    _, probabilities = class_probabilities(logits, torch.from_numpy(grid["name_to_class"]), *where)
+    if not len(name_to_class):
+        return np.zeros((classes, *size), np.uint8)
+    _, probabilities = class_probabilities(logits, name_to_class, *where, classes=classes)
     return (probabilities * 255).round_().to(torch.uint8).numpy()

@@ -272,6 +272,25 @@ def test_heat_maps_of_many_classes_stay_small_and_look_the_same(monkeypatch):
     assert np.abs(large.astype(int) - full["heat"]).mean() < 13  # of 255
 
 
+@pytest.mark.parametrize("refine", [None, "pamr"])
+def test_a_class_that_min_presence_drops_has_no_heat(monkeypatch, refine):
+    """The map is as if it had not been listed, and so are the heat maps of the others."""
+    stated = {"sand": 0.9, "flower": 0.2, "car": 0.6}
+    monkeypatch.setattr(
+        "spar_hf.model.pipeline.class_presence",
+        lambda cache, features, words: [stated[label] for label in words.labels],
+    )
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8))
+    pipe, options = pipelines.load_pipeline(), {"heat": True, "templates": "plain", "refine": refine}
+    found = pipelines.segment_with_heat(pipe, image, [*stated], min_presence=0.5, **options)
+    fewer = pipelines.segment_with_heat(pipe, image, ["sand", "car"], **options)
+    assert not found["heat"][1].any() and np.array_equal(found["heat"][[0, 2]], fewer["heat"])
+    timed = pipelines.segment_timed(pipe, image, [*stated], min_presence=0.5, **options)  # as the page does
+    assert np.array_equal(timed["heat"], found["heat"])
+    nothing = pipelines.segment_with_heat(pipe, image, [*stated], min_presence=0.95, **options)
+    assert nothing["heat"].shape == (3, 48, 64) and not nothing["heat"].any()
+
+
 @pytest.mark.parametrize(("classes", "mode"), [(2, "P"), (256, "P"), (257, "I;16")])
 def test_label_maps_are_class_numbers_with_the_colours_of_the_legend(classes, mode, tmp_path):
     from spar_hf.cli.overlays import palette
