@@ -261,7 +261,9 @@ class OpenVocabSegmentationPipeline(SupportImages, FrameStreams, Pipeline):
             text_embeddings (*optional*):
                 Vocabularies, as `candidate_labels` each: `["ade20k", ["road", "sky"]]`. Their embeddings, and those that
                 `background="auto"` and `presence` need, are stored as `text_embeddings.safetensors`. A pipeline of the
-                folder reads them at its first call, as long as text tower and tokenizer are the same.
+                folder reads them at its first call, as long as text tower and tokenizer are the same. They are made with
+                the `templates` of this pipeline, which the file names, and serve calls with the same ones only; a warning
+                tells if these are not the checkpoint's.
         """
         if isinstance(text_embeddings, str):
             raise ValueError(f"`text_embeddings` is a list of vocabularies: [{text_embeddings!r}].")
@@ -274,7 +276,13 @@ class OpenVocabSegmentationPipeline(SupportImages, FrameStreams, Pipeline):
         SparProcessor(self.image_processor, self.tokenizer).save_pretrained(str(save_directory), **hub)
         if text_embeddings is not None:
             names = [name for vocabulary in vocabularies for name in vocabulary.all_names]
-            store_embeddings(self.texts, os.path.join(save_directory, STORED_EMBEDDINGS), names, self._templates(None))
+            templates = self._templates(None)
+            store_embeddings(self.texts, os.path.join(save_directory, STORED_EMBEDDINGS), names, templates)
+            if templates is not None and not self.texts.are_own(templates):
+                logging.get_logger(__name__).warning(
+                    "The stored text embeddings are of the `templates` of this pipeline, which are not the checkpoint's. "
+                    f"Make a pipeline of {str(save_directory)!r} with the same `templates`: without, it embeds words anew."
+                )
 
     def preprocess(self, image, size=None, max_tokens=None, image_range=None, tile=None):
         if isinstance(image, EncodedImage):

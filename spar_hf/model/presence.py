@@ -5,11 +5,13 @@ not depend on which other classes are listed.
 
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from .background import MEANING_TEMPLATES, bare_embeddings, same_meaning
-from .prompts import Vocabulary, resolve_templates
+from .prompts import Vocabulary
+from .templates import read_templates, resolve_templates
 from .text_embeddings import TextEmbeddingCache
 from .vocabularies import ANCHOR_WORDS, STUFF_WORDS
 
@@ -24,15 +26,18 @@ def store_embeddings(
     cache: TextEmbeddingCache,
     path: str | os.PathLike,
     names: Sequence[str],
-    templates: str | Sequence[str] | None = None,
+    templates: Any = None,
 ) -> None:
-    """Write the embeddings of names to a file, with those that `background="auto"` and `presence` need for them."""
+    """
+    Write the embeddings of names to a file, with those that `background="auto"` and `presence` need for them. `templates` as
+    for [`TextEmbeddingCache.get`]; the file says for each name with which it was embedded.
+    """
     words = list(dict.fromkeys([*STUFF_WORDS, *names]))
     bare = list(dict.fromkeys([*ANCHOR_WORDS, *words]))
-    prompts = resolve_templates(cache.model.config.templates if templates is None else templates)
+    choice = read_templates(cache.model.config.templates if templates is None else templates)
     cache.refresh()
     bare_embeddings(cache, bare)
-    cache.save(path, bare if prompts == MEANING_TEMPLATES else words, prompts)
+    cache.save(path, bare if resolve_templates(choice) == MEANING_TEMPLATES else words, choice)
 
 
 @torch.no_grad()

@@ -156,9 +156,7 @@ class TextEmbeddingCache:
         finally:
             self._is_fixed = before
 
-    def save(
-        self, path: str | os.PathLike, names: Sequence[str] | None = None, templates: str | Sequence[str] | None = None
-    ) -> None:
+    def save(self, path: str | os.PathLike, names: Sequence[str] | None = None, templates: Any = None) -> None:
         """
         Write embeddings to a safetensors file: the tensor `text_embeds` `(names, dim)`, and names, templates and the
         fingerprint of the text tower as metadata. `names` not cached yet are embedded; default: all cached names. Names
@@ -184,8 +182,8 @@ class TextEmbeddingCache:
                     "Nothing has been embedded with these templates yet. Segment an image first, or name the classes to "
                     "embed."
                 )
-            if MEANING_TEMPLATES not in groups and (words := self._cached(MEANING_TEMPLATES)):
-                groups[MEANING_TEMPLATES] = words
+            if choice.default != MEANING_TEMPLATES and (words := self._cached(MEANING_TEMPLATES)):
+                groups[MEANING_TEMPLATES] = [*dict.fromkeys([*groups.get(MEANING_TEMPLATES, []), *words])]
             blocks = [(some, prompts) for prompts, some in groups.items()]
             tensors = {_tensor_name(i): self.get(*block).cpu().contiguous() for i, block in enumerate(blocks)}
         metadata = {
@@ -290,6 +288,11 @@ class TextEmbeddingCache:
         for (names, prompts), embeds in zip(blocks, tensors, strict=True):
             rows = embeds.to(self.model.device)
             self._keep(prompts, {name: row.clone() for name, row in zip(names, rows, strict=True)})
+
+    def are_own(self, templates: Any) -> bool:
+        """Whether templates are those of the checkpoint, for every name."""
+        choice = read_templates(templates)
+        return not getattr(choice, "names", None) and self._prompts(choice) == self._prompts(None)
 
     def _prompts(self, templates: str | Sequence[str] | None) -> tuple[str, ...]:
         return resolve_templates(self.model.config.templates if templates is None else templates)

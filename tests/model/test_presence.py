@@ -13,6 +13,7 @@ from spar_hf.model import presence
 from spar_hf.model.background import SAME_MEANING, resolve_classes, same_meaning, stuff_beside
 from spar_hf.model.presence import class_presence, presence_odds, store_embeddings
 from spar_hf.model.prompts import Vocabulary, embed_names
+from spar_hf.model.templates import TemplateChoice
 from spar_hf.model.text_embeddings import TextEmbeddingCache
 from spar_hf.model.vocabularies import ANCHOR_WORDS, STUFF_WORDS
 
@@ -245,6 +246,23 @@ def test_stored_embeddings_are_read_from_beside_the_checkpoint(segment, picture,
     (tmp_path / "model/text_embeddings.safetensors").write_bytes(b"damaged")
     damaged = pipeline("open-vocab-segmentation", model=str(tmp_path / "model"))
     torch.testing.assert_close(damaged.texts.get(["road"], "plain"), rows)
+
+
+@pytest.mark.parametrize("templates", [["the {}"], TemplateChoice(("the {}",), {"road": ("{}",)})])
+def test_stored_embeddings_serve_the_templates_that_they_were_made_with(segment, picture, tmp_path, own_log, templates):
+    parts = {"tokenizer": segment.tokenizer, "image_processor": segment.image_processor}
+    made = pipeline("open-vocab-segmentation", model=segment.model, templates=templates, **parts)
+    made.save_pretrained(tmp_path, text_embeddings=[WORDS])
+    assert len(own_log) == 1 and "not the checkpoint's" in own_log[0]
+    again = pipeline("open-vocab-segmentation", model=str(tmp_path), image_processor=segment.image_processor)
+    hook = again.model.text_model.register_forward_pre_hook(lambda *args: pytest.fail("a text forward"))
+    again(picture, candidate_labels=WORDS, templates=templates, background="auto", presence=True)
+    hook.remove()
+    plain = embed_names(again.model, again.tokenizer, ["sky"], "plain")  # the templates of the checkpoint
+    torch.testing.assert_close(again.texts.get(["sky"]), plain)
+    assert not torch.allclose(again.texts.get(["sky"], templates), plain)
+    segment.save_pretrained(tmp_path, text_embeddings=[WORDS])
+    assert len(own_log) == 1
 
 
 def test_files_hold_the_bare_words_that_have_been_used(letters, anchors, tmp_path):
