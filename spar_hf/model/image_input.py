@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from .downloads import download
+from .image_levels import AMBIGUOUS_LEVELS, check_finite_pixels, scale_range, to_eight_bits
 
 URL_PREFIXES = ("http://", "https://", "data:image/")
 # the formats that are opened, whatever a file is called; EPS is not one of them: Pillow hands it to Ghostscript
@@ -25,7 +26,6 @@ MAX_BYTES = 2**31  # of a file
 CHANNEL_COUNTS = (1, 3, 4)  # grey, RGB, RGBA
 CHANNEL_FORMATS = ("channels_first", "channels_last")  # the values of transformers' ChannelDimension
 FLOAT_TOLERANCE = 1e-3  # how far rounding may carry float pixels beyond 0 and 1
-AMBIGUOUS_LEVELS = 2**14  # 16-bit pixels that are all lower may be 8, 10, 12 or 14 bits, or reflectances up to 10,000
 UPPER_BYTES = "upper_bytes"  # entry in the `info` of a Pillow image: the name of its file, which has colours of 16 bits
 
 ImageRange = Sequence[float]
@@ -135,7 +135,7 @@ def read_image(source: Any, urls: bool | str = True) -> Image.Image:
     decoded at full size, since the reduced decoding of JPEG gives other pixels than resizing does.
 
     Args:
-        source: path, URL, `bytes`, `bytearray`, `memoryview` or open binary file.
+        source: path, URL, `bytes`, `bytearray`, `memoryview` or open binary file, which stays where it is.
         urls: whether strings may be URLs: `True`, `False`, or `"public"` for URLs outside private networks only. A server
             that reads what its clients name must not pass `True`.
 
@@ -157,7 +157,10 @@ def open_image(source: Any, urls: bool | str = True) -> tuple[Image.Image, str]:
     """Open an image without decoding it, as [`read_image`] does. Returns it with its name for messages."""
     name, data = read_bytes(source, urls)
     if not data:
-        raise ValueError(f"{name} is empty (0 bytes). Copy or download it again.")
+        again = "Go to its start with `seek(0)`, or open it" if is_file_object(source) else "Copy or download it"
+        raise ValueError(
+            f"{name} {'is at its end' if is_file_object(source) else 'is empty (0 bytes)'}. {again} again."
+        )
     heif = data[4:8] == b"ftyp" and data[8:12] in HEIF_BRANDS
     if heif and importlib.util.find_spec("pillow_heif"):  # optional, so it is no import of this file
         importlib.import_module("pillow_heif").register_heif_opener()
@@ -202,7 +205,10 @@ def read_bytes(source: Any, urls: bool | str = True) -> tuple[str, bytes]:
     if isinstance(source, (bytes, bytearray, memoryview)):
         return "The given image", bytes(source)
     if is_file_object(source):
+        start = source.tell() if getattr(source, "seekable", bool)() else None
         data = source.read()
+        if start is not None:  # it may be given again, or to another call
+            source.seek(start)
         if not isinstance(data, bytes):
             raise TypeError('An image file must be opened in binary mode: `open(path, "rb")`.')
         return f"The open file {getattr(source, 'name', '')!r}", data
@@ -317,56 +323,6 @@ def check_range(image_range: Any) -> tuple[float, float] | None:
     if not (np.isfinite([low, high]).all() and low < high):
         raise ValueError(f"`image_range` is {image_range!r}; it must be two numbers LOW < HIGH, such as (0, 4095).")
     return low, high
-
-
-def scale_range(values: np.ndarray, image_range: tuple[float, float]) -> np.ndarray:
-    """
-    Scale pixel values to 0–1 as a stated range says; values outside it become 0 or 1.
-
-    Raises:
-        ValueError: NaN or infinite values, or most pixels are outside the range, which is then a wrong one.
-    """
-    check_finite_pixels(values)
-    low, high = image_range
-    if ((values < low) | (values > high)).mean() > 0.5:
-        raise ValueError(
-            f"Most pixels lie outside `image_range` ({low:g} to {high:g}): they reach from {values.min():.4g} to "
-            f"{values.max():.4g}. State the range of the data."
-        )
-    return ((values.astype(np.float64) - low) / (high - low)).clip(0, 1).astype(np.float32)
-
-
-def check_finite_pixels(values: np.ndarray) -> None:
-    """Raises ValueError if a pixel is NaN or infinite."""
-    if np.issubdtype(values.dtype, np.floating) and not np.isfinite(values).all():
-        raise ValueError("The image has NaN or infinite pixels. Replace them first, e.g. with `numpy.nan_to_num`.")
-
-
-def to_eight_bits(values: np.ndarray) -> np.ndarray:
-    """
-    Map 16-bit levels to the nearest 8-bit levels: 65535 -> 255.
-
-    Raises:
-        ValueError: the values are not 16-bit levels, or all below 16384 (but not all 0), so that they may have fewer bits.
-    """
-    check_sixteen_bits(int(values.min(initial=0)), int(values.max(initial=0)))
-    return round_to_eight_bits(values)
-
-
-def round_to_eight_bits(values: np.ndarray) -> np.ndarray:
-    """[`to_eight_bits`] of values that were checked."""
-    return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
-
-
-def check_sixteen_bits(low: int, high: int) -> None:
-    """Raises ValueError if values from `low` to `high` are no levels of 16 bits, or may have fewer bits."""
-    if low < 0 or high > 65535 or 0 < high < AMBIGUOUS_LEVELS:
-        raise ValueError(
-            f"Pixels of more than 8 bits are read as 16-bit levels (0 to 65535), but these reach from {low} to {high}: "
-            f"values that are all below {AMBIGUOUS_LEVELS} may be 8, 10, 12 or 14 bits. State their range: "
-            "`image_range=(LOW, HIGH)`, `--image-range LOW HIGH` on the command line, for example 0 65535 for a dark image "
-            "of 16 bits and 0 4095 for 12 bits; or pass a uint8 or uint16 array that uses its whole range."
-        )
 
 
 def to_rgb(image: Image.Image, image_range: ImageRange | None = None) -> Image.Image:

@@ -7,24 +7,20 @@ import torch
 from PIL import Image
 
 from .image_input import (
-    AMBIGUOUS_LEVELS,
     CHANNEL_COUNTS,
     UPPER_BYTES,
     ImageRange,
     array_to_rgb,
     check_range,
-    check_sixteen_bits,
     float_to_rgb,
     is_encoded,
     native_order,
     read_image,
-    round_to_eight_bits,
-    scale_range,
     to_channels_last,
-    to_eight_bits,
     to_rgb,
     turn_upright,
 )
+from .image_levels import AMBIGUOUS_LEVELS, check_sixteen_bits, round_to_eight_bits, scale_range, to_eight_bits
 
 STRIP_PIXELS = 2**22  # that are read at once to find the range of values
 SAMPLES = 16  # rows of pixels that tell whether a stated range fits

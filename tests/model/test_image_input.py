@@ -123,6 +123,23 @@ def test_other_containers_are_refused_by_name(segment, inputs, message):
         segment.encode(inputs)
 
 
+def test_an_open_file_may_be_given_again(segment, files):
+    """Twice in a list, or to a second call."""
+    with files[0].open("rb") as file, files[1].open("rb") as other:
+        for _ in range(2):
+            assert widths(segment([file, other, file], candidate_labels=LABELS, output="map")) == [33, 34, 33]
+
+
+def test_a_file_at_its_end_is_told(tmp_path):
+    buffer = io.BytesIO()
+    Image.new("RGB", (32, 32)).save(buffer, "png")
+    with pytest.raises(ValueError, match=r"at its end.*seek\(0\)"):
+        read_image(buffer)
+    (tmp_path / "a.png").touch()
+    with pytest.raises(ValueError, match="0 bytes"):
+        read_image(tmp_path / "a.png")
+
+
 def test_text_files_are_refused(tmp_path):
     (tmp_path / "a.png").write_text("text")
     with (tmp_path / "a.png").open() as file, pytest.raises(TypeError, match='"rb"'):

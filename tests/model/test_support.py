@@ -197,6 +197,14 @@ def test_an_image_is_encoded_once_for_all_of_its_masks(segment, halves, monkeypa
     assert len(calls) == 2 and [example.image for example in segment.support.examples] == [0, 0, 1]
 
 
+def test_an_open_file_may_stand_between_others(segment, halves, tmp_path):
+    image, mask = halves
+    image.save(tmp_path / "a.png")
+    with (tmp_path / "a.png").open("rb") as file:
+        segment.add_support([(file, mask, "cat"), (image, mask, "cat"), (file, ~mask, "sky")])
+    assert [example.image for example in segment.support.examples] == [0, 1, 0]
+
+
 def test_saved_support_gives_the_same_masks_in_another_process(segment, two_towers, tokenizer, halves, tmp_path):
     image, mask = halves
     segment.support.penalty = 0.01
