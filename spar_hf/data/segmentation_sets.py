@@ -131,6 +131,11 @@ class SegmentationSet:
             raise UsageError(f"{self.names[number]} of {self.source} has no {column}.")
         return entry["bytes"] or entry["path"]
 
+    def place(self, number: int) -> str:
+        """The path of an image, or its name if it is stored in the data set."""
+        file = self.file(number)
+        return self.names[number] if isinstance(file, bytes) else str(file)
+
     @property
     def files(self) -> list[str]:
         """Paths of the images, for the record of a run; numbers where they are stored in the data set."""

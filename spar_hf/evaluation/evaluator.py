@@ -25,7 +25,7 @@ from spar_hf.data.segmentation_sets import SegmentationSet, check_readable
 from spar_hf.evaluation.candidates import Candidate, first_given, load_candidates
 from spar_hf.evaluation.counts import FREE_SETTINGS, Counts, PartialCounts, check_same_settings
 from spar_hf.evaluation.dataset import open_with_words
-from spar_hf.evaluation.flicker import count_changes
+from spar_hf.evaluation.flicker import count_changes, is_next_frame
 from spar_hf.evaluation.inference import Prediction, predict
 from spar_hf.evaluation.options import EvaluationOptions
 from spar_hf.evaluation.protocols import find_protocol
@@ -259,7 +259,7 @@ def count_images(
         partial_counts: where counts are kept on disk.
         dilation_ratio: width of boundaries; `None` does not count them.
         save_seconds: time between two writes.
-        flicker: whether flicker is counted; each process takes images that follow one another.
+        flicker: whether flicker is counted, between frames of one video; each process takes images that follow one another.
 
     Returns:
         The counts of all images, on every process.
@@ -276,7 +276,8 @@ def count_images(
         share = left[len(left) * process // processes : len(left) * (process + 1) // processes]
     counts, saved, before = Counts(*size), time.monotonic(), None
     for number in tqdm(share, desc="images", disable=not accelerator.is_main_process):
-        if flicker and number and (before is None or before[0] != number - 1):
+        follows = flicker and number > 0 and is_next_frame(*map(data.place, (number - 1, number)))
+        if follows and (before is None or before[0] != number - 1):
             image, _ = data.read(number - 1)  # another process or an earlier start has counted it
             before = number - 1, image, [prediction.label_map.numpy() for prediction, _ in predictor(image)]
         image, reference = data.read(number)
@@ -284,7 +285,7 @@ def count_images(
         predictions = [prediction for prediction, _ in found]
         if flicker:
             maps = [prediction.label_map.numpy() for prediction in predictions]
-            if before is not None:
+            if follows and before is not None:
                 still, changed = count_changes(before[1], image, list(zip(before[2], maps, strict=True)))
                 counts.flicker += [(still, pixels) for pixels in changed]
             before = number, image, maps

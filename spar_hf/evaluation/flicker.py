@@ -1,11 +1,35 @@
 """Flicker of label maps: pixels that change their class from one frame to the next although the image does not change."""
 
+import re
 from collections.abc import Sequence
+from pathlib import PurePath
 
 import numpy as np
 from PIL import Image
 
 TOLERANCE = 8  # levels of 255, about what noise and JPEG change
+
+
+def is_next_frame(before: str, file: str) -> bool:
+    """
+    Whether two neighbours in the order of names are frames of one video: they lie in one folder, and their names differ in
+    one number only.
+
+    Example:
+
+    ```python
+    >>> is_next_frame("val/0016E5_07959.png", "val/0016E5_07961.png"), is_next_frame("a/clip1_99.png", "a/clip2_00.png")
+    (True, False)
+    >>> is_next_frame("clip1/0001.png", "clip2/0002.png"), is_next_frame("row9", "row10")
+    (False, True)
+    ```"""
+    one, other = PurePath(before), PurePath(file)
+    if one.parent != other.parent:
+        return False
+    parts, others = (re.split(r"(\d+)", path.stem) for path in (one, other))  # every second one is a number
+    if parts[::2] != others[::2]:
+        return False
+    return sum(then != now for then, now in zip(parts[1::2], others[1::2], strict=True)) == 1
 
 
 def count_changes(
@@ -36,7 +60,7 @@ def count_changes(
 
 class Flicker:
     """
-    Counts over the frames of a sequence, in their order.
+    Counts over the frames of a video, in their order; `begin` separates one from the next.
 
     A pixel stands still if none of its three channels differs by more than `tolerance` from the frame before. The value is
     the share of the pixels that stand still and yet change their class, over all pairs of neighbouring frames.
@@ -75,6 +99,10 @@ class Flicker:
             still, (changed,) = count_changes(self._before[0], image, [(self._before[1], label_map)], self.tolerance)
             self.still, self.changed = self.still + still, self.changed + changed
         self._before = image, label_map
+
+    def begin(self) -> None:
+        """The next frame is the first one of another video."""
+        self._before = None
 
     @property
     def value(self) -> float:

@@ -184,8 +184,9 @@ class MeasurementOptions:
     boundary: bool = option(True, "Measure boundary IoU as well.")
     flicker: bool = option(
         False,
-        "For the frames of a video, in the order of their names: measure flicker, the share of the pixels that change their "
-        "class from one frame to the next although the image stands still there.",
+        "For the frames of videos, in the order of their names: measure flicker, the share of the pixels that change their "
+        "class from one frame to the next although the image stands still there. Frames of one video lie in one folder, and "
+        "their names differ in one number.",
     )
     dilation_ratio: float | None = option(
         None, "Width of boundaries as a share of the image diagonal. Default: the protocol's, else 0.02."

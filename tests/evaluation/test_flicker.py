@@ -39,8 +39,25 @@ def test_sequences_of_other_sizes_begin_anew_and_nothing_is_no_number():
     flicker.add(Image.new("RGB", (4, 3)), np.zeros((3, 4), int))
     flicker.add(Image.new("RGB", (5, 3)), np.ones((3, 5), int))
     assert math.isnan(flicker.value)
+    flicker.begin()  # a video of the same size
+    flicker.add(Image.new("RGB", (5, 3)), np.zeros((3, 5), int))
+    assert flicker.still == 0
     with pytest.raises(ValueError, match="label map"):
         flicker.add(Image.new("RGB", (5, 3)), np.ones((5, 3), int))
+
+
+class Repeat:  # of the model of a run: label maps that depend on the image alone
+    runs = [None]
+
+    def __init__(self, process, processes):
+        self.accelerator = SimpleNamespace(
+            process_index=process, num_processes=processes, is_main_process=False, device=torch.device("cpu")
+        )
+        self.accelerator.reduce = lambda counts, how: counts
+        self.accelerator.gather = lambda peaks: peaks
+
+    def __call__(self, image):
+        return [(Prediction(torch.from_numpy(np.asarray(image)[..., 0] % 3).long(), 0.0, 0.0), None)]
 
 
 def test_evaluate_counts_it_over_frames_however_they_are_shared_out(tmp_path, checkpoint):
@@ -81,19 +98,6 @@ def test_evaluate_counts_it_over_frames_however_they_are_shared_out(tmp_path, ch
 
     data = open_folder(folder)
 
-    class Repeat:  # of the model of a run: label maps that depend on the image alone
-        runs = [None]
-
-        def __init__(self, process, processes):
-            self.accelerator = SimpleNamespace(
-                process_index=process, num_processes=processes, is_main_process=False, device=torch.device("cpu")
-            )
-            self.accelerator.reduce = lambda counts, how: counts
-            self.accelerator.gather = lambda peaks: peaks
-
-        def __call__(self, image):
-            return [(Prediction(torch.from_numpy(np.asarray(image)[..., 0] % 3).long(), 0.0, 0.0), None)]
-
     def counts(process, processes):
         return count_images(data, Repeat(process, processes), None, None, 30, flicker=True).flicker
 
@@ -101,3 +105,27 @@ def test_evaluate_counts_it_over_frames_however_they_are_shared_out(tmp_path, ch
     assert whole[0, 1] > 0
     for processes in (2, 3, 6):
         np.testing.assert_array_equal(sum(counts(i, processes) for i in range(processes)), whole)
+
+
+def test_the_last_frame_of_a_video_and_the_first_of_the_next_are_no_pair(tmp_path):
+    rng, folder = np.random.default_rng(0), tmp_path / "clips"
+    videos = [["clip1_8.png", "clip1_9.png"], ["clip2_0.png", "clip2_1.png"], ["sub/clip2_2.png", "sub/clip2_3.png"]]
+    (folder / "images" / "sub").mkdir(parents=True)
+    (folder / "masks").mkdir()
+    (folder / "classes.txt").write_text("cat\ndog\ngrass\n")
+    frame, expected = rng.integers(0, 256, (40, 50, 3), dtype=np.uint8), np.zeros(2, int)
+    for names in videos:
+        flicker = Flicker()
+        for name in names:  # all of them nearly alike: between videos pixels would stand still too
+            frame = (frame ^ (rng.random(frame.shape) < 0.1)).astype(np.uint8)
+            Image.fromarray(frame).save(folder / "images" / name)
+            Image.new("L", (50, 40)).save(folder / "masks" / name.removeprefix("sub/"))
+            flicker.add(Image.fromarray(frame), frame[..., 0] % 3)
+        expected += (flicker.still, flicker.changed)
+    data = open_folder(folder)
+    for processes in (1, 4):  # of four, one begins with the second frame of a video
+        found = [
+            count_images(data, Repeat(i, processes), None, None, 30, flicker=True).flicker for i in range(processes)
+        ]
+        np.testing.assert_array_equal(sum(found)[0], expected)
+    assert 0 < expected[1] < expected[0] == 3 * 40 * 50

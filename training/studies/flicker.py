@@ -24,7 +24,7 @@ from transformers import pipeline
 import spar_hf
 from spar_hf.cli.overlays import overlay
 from spar_hf.data.segmentation_sets import IGNORE_INDEX, open_folder
-from spar_hf.evaluation.flicker import Flicker
+from spar_hf.evaluation.flicker import Flicker, is_next_frame
 from spar_hf.model.video import FrameAverage
 from spar_hf.utils.atomic import write_atomically, write_json
 from spar_hf.utils.checkpoints import check_replaceable
@@ -88,8 +88,11 @@ def main(args: list[str] | None = None) -> list[dict[str, Any]]:
     for position, number in enumerate(tqdm(order, desc="frames")):
         image, reference = data.read(number)
         encoded = segment.encode(image, size={"shortest_edge": options.shortest_edge})
+        begins = position > 0 and not is_next_frame(data.place(order[position - 1]), data.place(number))
         maps = []
         for row in rows:
+            if begins:  # averages see a cut
+                row.flicker.begin()
             found = segment(row.average(encoded), candidate_labels=labels, output="map")["map"]
             row.flicker.add(image, found)
             known = reference != IGNORE_INDEX
