@@ -12,6 +12,7 @@ from plain_torch import (
     random_state,
     siglip2_shapes,
 )
+from tiny_models import BLOCKS, SHAPE, make_tokenizer, randomise
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     CLIPConfig,
@@ -19,11 +20,14 @@ from transformers import (
     DINOv3ViTConfig,
     DINOv3ViTModel,
     PreTrainedTokenizerFast,
+    RadioConfig,
+    RadioModel,
     SiglipConfig,
     SiglipModel,
 )
 
 VOCAB, LENGTH = 40, 12
+RADIO_HIDDEN, RADIO_WIDTH = 40, 24  # of C-RADIO's head
 
 
 def word_tokenizer() -> PreTrainedTokenizerFast:
@@ -100,3 +104,28 @@ def write_official(folder, name):
     content = {"state_dict": {f"segmentor.net.model.{key}": value for key, value in state.items()}, "epoch": 10}
     torch.save(content, folder / "official.ckpt")
     return family, state, plain, options
+
+
+def radio_head(prefix, generator):
+    """The tensors of a C-RADIO head with two residual layers."""
+    hidden, width = RADIO_HIDDEN, RADIO_WIDTH
+    layers = (
+        {"fc1": (hidden, 32)} | {f"blocks.{i}.2": (hidden, hidden) for i in range(2)} | {"final.2": (width, hidden)}
+    )
+    layers |= {f"blocks.{i}.0": (hidden,) for i in range(2)} | {"final.0": (hidden,)}
+    tensors = {f"{name}.weight": torch.randn(shape, generator=generator) * 0.3 for name, shape in layers.items()}
+    tensors |= {f"{name}.bias": torch.randn(shape[0], generator=generator) * 0.1 for name, shape in layers.items()}
+    return {f"{prefix}{name}": tensor for name, tensor in tensors.items()}
+
+
+def write_radio(folder):
+    """Write `base` and `text`, models of transformers with their processors that a C-RADIO head stands between."""
+    torch.manual_seed(0)
+    source = randomise(RadioModel(RadioConfig(**BLOCKS, image_size=56, patch_size=14, max_img_size=112)))
+    source.save_pretrained(folder / "base")
+    (folder / "base" / "preprocessor_config.json").write_text(json.dumps({"do_normalize": False}))
+    text = SHAPE | {"vocab_size": 64, "max_position_embeddings": 16, "projection_size": RADIO_WIDTH}
+    text |= {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
+    vision = SHAPE | {"image_size": 32, "patch_size": 16}
+    randomise(SiglipModel(SiglipConfig(vision_config=vision, text_config=text))).save_pretrained(folder / "text")
+    make_tokenizer().save_pretrained(folder / "text")

@@ -1,13 +1,11 @@
 """C-RADIO with the head of its SigLIP2 teacher: a checkpoint in the naming of the hub, compared with a plain formula."""
 
-import json
-
 import pytest
 import torch
+from official_checkpoints import RADIO_HIDDEN, radio_head, write_radio
 from safetensors.torch import save_file
-from tiny_models import BLOCKS, SHAPE, make_tokenizer, randomise
 from torch.nn import functional as F
-from transformers import RadioConfig, RadioModel, SiglipConfig, SiglipModel, pipeline
+from transformers import RadioModel, SiglipModel, pipeline
 from typer.testing import CliRunner
 
 from spar_hf import SparForOpenVocabSegmentation
@@ -15,23 +13,10 @@ from spar_hf.cli.main import app
 from spar_hf.conversion import convert
 from spar_hf.utils.errors import UsageError
 
-HIDDEN, WIDTH = 40, 24  # of the head
-
-
-def head(prefix, generator):
-    """A head with two residual layers."""
-    layers = (
-        {"fc1": (HIDDEN, 32)} | {f"blocks.{i}.2": (HIDDEN, HIDDEN) for i in range(2)} | {"final.2": (WIDTH, HIDDEN)}
-    )
-    layers |= {f"blocks.{i}.0": (HIDDEN,) for i in range(2)} | {"final.0": (HIDDEN,)}
-    tensors = {f"{name}.weight": torch.randn(shape, generator=generator) * 0.3 for name, shape in layers.items()}
-    tensors |= {f"{name}.bias": torch.randn(shape[0], generator=generator) * 0.1 for name, shape in layers.items()}
-    return {f"{prefix}{name}": tensor for name, tensor in tensors.items()}
-
 
 def plain_head(tensors, prefix, x):
     def layer(name, x):
-        x = F.layer_norm(x, (HIDDEN,), tensors[f"{prefix}{name}.0.weight"], tensors[f"{prefix}{name}.0.bias"])
+        x = F.layer_norm(x, (RADIO_HIDDEN,), tensors[f"{prefix}{name}.0.weight"], tensors[f"{prefix}{name}.0.bias"])
         return F.linear(F.gelu(x), tensors[f"{prefix}{name}.2.weight"], tensors[f"{prefix}{name}.2.bias"])
 
     x = F.linear(x, tensors[f"{prefix}fc1.weight"], tensors[f"{prefix}fc1.bias"])
@@ -42,16 +27,7 @@ def plain_head(tensors, prefix, x):
 
 @pytest.fixture
 def folder(tmp_path):
-    """`base` and `text`, models of transformers with their processors."""
-    torch.manual_seed(0)
-    source = randomise(RadioModel(RadioConfig(**BLOCKS, image_size=56, patch_size=14, max_img_size=112)))
-    source.save_pretrained(tmp_path / "base")
-    (tmp_path / "base" / "preprocessor_config.json").write_text(json.dumps({"do_normalize": False}))
-    text = SHAPE | {"vocab_size": 64, "max_position_embeddings": 16, "projection_size": WIDTH}
-    text |= {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
-    vision = SHAPE | {"image_size": 32, "patch_size": 16}
-    randomise(SiglipModel(SiglipConfig(vision_config=vision, text_config=text))).save_pretrained(tmp_path / "text")
-    make_tokenizer().save_pretrained(tmp_path / "text")
+    write_radio(tmp_path)
     return tmp_path
 
 
@@ -62,7 +38,7 @@ def folder(tmp_path):
 @torch.no_grad()
 def test_features_face_texts(folder, prefix, adaptor, picture):
     generator = torch.Generator().manual_seed(0)
-    tensors = head(prefix, generator) | head(prefix.replace(adaptor, "sam3"), generator)
+    tensors = radio_head(prefix, generator) | radio_head(prefix.replace(adaptor, "sam3"), generator)
     tensors |= {
         prefix.replace("head_mlp", "feat_mlp").replace("_heads", "_feature_projections") + "fc1.weight": torch.ones(2)
     }
@@ -108,7 +84,7 @@ def test_features_face_texts(folder, prefix, adaptor, picture):
     ],
 )
 def test_what_does_not_fit_is_refused(folder, options, message):
-    tensors = head("_heads.siglip2-g.", torch.Generator().manual_seed(0))
+    tensors = radio_head("_heads.siglip2-g.", torch.Generator().manual_seed(0))
     if options.pop("spectral", False):
         weight = tensors.pop("_heads.siglip2-g.fc1.weight")
         tensors["_heads.siglip2-g.fc1.parametrizations.weight.original"] = weight

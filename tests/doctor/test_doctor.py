@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from official_checkpoints import MAKERS, write_official
+from official_checkpoints import MAKERS, radio_head, write_official, write_radio
 from PIL import Image
+from safetensors.torch import save_file
 from tiny_models import CONFIGS, randomise
 from typer.testing import CliRunner
 
@@ -40,6 +41,17 @@ def test_an_official_checkpoint_is_converted_and_passes(name, tmp_path):
         assert float(found[check].found) < 1e-4
     assert sum("conversion equals the published formulae" in check for check in found) >= 4
     assert not (tmp_path / "converted").exists()
+
+
+def test_a_head_of_c_radio_is_chosen_by_its_adaptor(tmp_path):
+    write_radio(tmp_path)
+    save_file(radio_head("_heads.1.", torch.Generator().manual_seed(0)), tmp_path / "radio.safetensors")
+    given = ["--family", "radio", "--base", tmp_path / "base", "--tokenizer", tmp_path / "text", "--device", "cpu"]
+    arguments = [*map(str, ["doctor", tmp_path / "radio.safetensors", *given])]
+    other = CliRunner().invoke(app, arguments)  # the head of the default is not there
+    assert other.exit_code == 2 and "heads of 1, and none of siglip2-g" in other.output and "--adaptor" in other.output
+    found = CliRunner().invoke(app, [*arguments, "--adaptor", "1"])
+    assert found.exit_code == 0 and "conversion equals the published formulae" in found.output, found.output
 
 
 @pytest.mark.parametrize("readout", CONFIGS)

@@ -84,6 +84,11 @@ def test_forward__any_size(model, size):
     assert outputs.loss is None
 
 
+def test_forward__a_single_image_needs_a_batch_axis(model):
+    with pytest.raises(ValueError, match=r"got shape \(3, 32, 48\).*`pixel_values\[None\]`"):
+        model(torch.zeros(3, 32, 48))
+
+
 def test_features_are_those_of_the_backbone(model, vision_model):
     pixel_values = torch.randn(1, 3, 50, 70)
     fresh = SparForUniversalSegmentation.from_spar(vision_model, out_features=["stage1", "features"], **CLASSES, **HEAD)
