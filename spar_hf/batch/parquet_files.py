@@ -58,22 +58,28 @@ class ParquetFolder(PartFolder):
     suffix = SUFFIX
     kind = "features in Parquet"
 
-    def is_done(self, number: int) -> bool:
-        """Whether a file is there with all its rows. A cut one is not; values are not read."""
-        return self.rows(self.file(number)) == len(self.images_of(number))
+    def finished(self, number: int) -> list[tuple[str, str]] | None:
+        _, pq = import_pyarrow()
+        rows: list[dict[str, Any]] | None = None
+        with (
+            contextlib.suppress(OSError, ValueError),
+            self.open(self.file(number)) as file,
+        ):  # pyarrow's own are ValueErrors
+            parquet = pq.ParquetFile(file)
+            if parquet.metadata.num_rows == len(self.images_of(number)):
+                rows = []  # also of damaged values, which `verify` finds
+                rows = parquet.read(columns=["image", "error"]).to_pylist()
+        return None if rows is None else [(row["image"], row["error"]) for row in rows if row["error"]]
 
     def is_readable(self, name: str) -> bool:
-        """Whether a file is there and was not cut."""
-        return self.rows(name) is not None
-
-    def rows(self, name: str) -> int | None:
-        """The number of rows that the end of a file states; `None` for one that is cut or not there."""
+        """Whether a file is there and was not cut: its end is read."""
         _, pq = import_pyarrow()
         try:
             with self.open(name) as file:
-                return pq.ParquetFile(file).metadata.num_rows
-        except (OSError, ValueError):  # pyarrow's own errors are ValueErrors
-            return None
+                pq.ParquetFile(file)
+        except (OSError, ValueError):
+            return False
+        return True
 
     def check(self, name: str) -> tuple[list[int], list[tuple[str, str]]]:
         _, pq = import_pyarrow()
@@ -88,13 +94,6 @@ class ParquetFolder(PartFolder):
             except (OSError, KeyError) as error:
                 raise ValueError(str(error)) from error
         return numbers, failed
-
-    def failures(self, name: str) -> list[tuple[str, str]]:
-        _, pq = import_pyarrow()
-        rows = []
-        with contextlib.suppress(OSError, ValueError), self.open(name) as file:  # damaged ones are found by `verify`
-            rows = pq.read_table(file, columns=["image", "error"], filters=[("error", "!=", "")]).to_pylist()
-        return [(row["image"], row["error"]) for row in rows]
 
     def present(self) -> np.ndarray:
         """

@@ -122,8 +122,11 @@ class PartFolder(Folder):
         """Names of the files that are there."""
         return [name for name in self.names() if name.endswith(self.suffix) and not name.startswith(".")]
 
-    def is_done(self, number: int) -> bool:
-        """Whether a file is there and complete. Its contents are not read."""
+    def finished(self, number: int) -> list[tuple[str, str]] | None:
+        """
+        Name and error of each image of a complete file that failed; `None` for a file that is cut or not there. What says so
+        is read once: in a store each read takes long. Features and masks are not read.
+        """
         raise NotImplementedError
 
     def check(self, name: str) -> tuple[list[int], list[tuple[str, str]]]:
@@ -136,10 +139,6 @@ class PartFolder(Folder):
         Raises:
             ValueError: it is damaged.
         """
-        raise NotImplementedError
-
-    def failures(self, name: str) -> list[tuple[str, str]]:
-        """Name and error of each image of a complete file that failed. Features are not read."""
         raise NotImplementedError
 
     def retry_name(self, name: str) -> str:
@@ -232,12 +231,11 @@ class PartWriter:
         """Whether the file of an image is there. It is compared with its images when it is made, not later."""
         number = self.numbers[image] // self.folder.manifest["shard_images"]
         if number not in self.done:
-            listed = self.folder.file(number).split(".")[0] in self.there
-            self.done[number] = listed and self.folder.is_done(number)
-            if self.done[number]:
-                name = self.folder.file(number)
-                hint = f"(in an earlier run; remove {self.folder.retry_name(name)} to try it again)"
-                self.failed_before += [(image, f"{reason} {hint}") for image, reason in self.folder.failures(name)]
+            name = self.folder.file(number)
+            failed = self.folder.finished(number) if name.split(".")[0] in self.there else None
+            self.done[number] = failed is not None
+            hint = f"(in an earlier run; remove {self.folder.retry_name(name)} to try it again)"
+            self.failed_before += [(image, f"{reason} {hint}") for image, reason in failed or ()]
         return self.done[number]
 
     def count_earlier_failures(self, summary: RunSummary, report: Callable[[str], None]) -> None:

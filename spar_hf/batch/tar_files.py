@@ -48,6 +48,11 @@ def sample_key(name: str) -> str:
     return name
 
 
+def failures(record: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Name and error of each image that a record lists as failed."""
+    return [(one["image"], one["error"]) for one in record["failed"]]
+
+
 class TarFolder(PartFolder):
     """A folder of WebDataset shards, with a record beside each, which is written last."""
 
@@ -74,14 +79,11 @@ class TarFolder(PartFolder):
         found = {name.removesuffix(RECORD) for name in self.names() if name.startswith("part-")}
         return sorted(name for name in found if name.endswith(SUFFIX))
 
-    def is_done(self, number: int) -> bool:
-        """Whether a shard is there with its record and of its size."""
+    def finished(self, number: int) -> list[tuple[str, str]] | None:
         record = self.record(self.file(number))
-        return (
-            record is not None
-            and record["images"] == len(self.images_of(number))
-            and record["bytes"] == (self.size(self.file(number)) or 0)
-        )
+        if record is None or record["images"] != len(self.images_of(number)):
+            return None
+        return failures(record) if record["bytes"] == (self.size(self.file(number)) or 0) else None
 
     def check(self, name: str) -> tuple[list[int], list[tuple[str, str]]]:
         record = self.record(name)
@@ -94,11 +96,7 @@ class TarFolder(PartFolder):
                 if hashlib.file_digest(file, "sha256").hexdigest() != record["sha256"]:
                     raise ValueError("its checksum is not the one in its record.")
         number = int(name.removesuffix(SUFFIX).removeprefix("part-"))
-        return list(self.images_of(number)), self.failures(name)
-
-    def failures(self, name: str) -> list[tuple[str, str]]:
-        record = self.record(name)
-        return [(one["image"], one["error"]) for one in record["failed"]] if record else []
+        return list(self.images_of(number)), failures(record)
 
     def retry_name(self, name: str) -> str:
         return self.record_name(name)

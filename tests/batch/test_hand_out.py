@@ -106,7 +106,7 @@ def test_the_units_of_a_killed_process_are_made_by_the_next_run(base_folder, ima
 
     ((status, output),) = run_two(job, die).values()
     assert status == 1 and "--skip-existing" in output, output
-    left = COUNT - 2 * len([n for n in range(COUNT // 2) if TarFolder(tmp_path / "out.tar").is_done(n)])
+    left = COUNT - 2 * len([n for n in range(COUNT // 2) if TarFolder(tmp_path / "out.tar").finished(n) is not None])
     assert left == 2 if victim == 1 else left >= 2  # the first process keeps the counter
     again = CliRunner().invoke(app, [*map(str, job), "--skip-existing"])
     assert again.exit_code == 0 and f"{left} done" in again.output, again.output

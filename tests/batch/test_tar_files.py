@@ -194,12 +194,22 @@ def test_a_shard_whose_images_all_failed_is_a_record_alone(base_folder, images, 
 
 
 @pytest.mark.parametrize(("suffix", "removed"), [(".tar", "part-00001.tar.json"), (".parquet", "part-00001.parquet")])
-def test_a_continued_run_tells_of_images_that_failed_before(base_folder, images, tmp_path, suffix, removed):
+def test_a_continued_run_tells_of_images_that_failed_before(
+    base_folder, images, tmp_path, monkeypatch, suffix, removed
+):
     job = ["features", images, "--model", base_folder, "--shortest-edge", 32, "--workers", 0, "--shard-images", 3]
     job += ["--output", tmp_path / f"out{suffix}", "--skip-existing"]
     assert "5 done, 1 failed" in run(*job, status=1)
+    opened = []
+
+    def noted(method):
+        return lambda folder, name, *part: opened.append(name) or method(folder, name, *part)
+
+    for method in ("open", "read"):
+        monkeypatch.setattr(Folder, method, noted(getattr(Folder, method)))
     again = run(*job, status=1)
     assert "0 done, 5 skipped (already written), 1 failed" in again
+    assert opened.count(removed) == 1  # a request in a store
     assert "broken" in again and removed in again
     (images / "broken.png").write_bytes((images / "a.png").read_bytes())
     (tmp_path / f"out{suffix}" / removed).unlink()
