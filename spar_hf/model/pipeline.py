@@ -254,7 +254,7 @@ class OpenVocabSegmentationPipeline(SupportImages, FrameStreams, Pipeline):
         """
         Write the model with its code, the image processor and the tokenizer to a folder that `pipeline` loads, with
         `trust_remote_code=True` where the library is not installed. Options are those of the model's `save_pretrained`;
-        `push_to_hub=True` uploads all but text embeddings.
+        `push_to_hub=True` uploads all but text embeddings, in two commits.
 
         Args:
             save_directory: folder to write.
@@ -262,9 +262,18 @@ class OpenVocabSegmentationPipeline(SupportImages, FrameStreams, Pipeline):
                 Vocabularies, as `candidate_labels` each: `["ade20k", ["road", "sky"]]`. Their embeddings, and those that
                 `background="auto"` and `presence` need, are stored as `text_embeddings.safetensors`. A pipeline of the
                 folder reads them at its first call, as long as text tower and tokenizer are the same.
+
+        Raises:
+            ValueError: vocabularies that are no list, or an upload to a pull request or a branch: `push_to_hub` does that.
         """
         if isinstance(text_embeddings, str):
             raise ValueError(f"`text_embeddings` is a list of vocabularies: [{text_embeddings!r}].")
+        if kwargs.get("push_to_hub") and (kwargs.get("create_pr") or kwargs.get("revision")):
+            # processors of transformers cannot: theirs would go to the main branch
+            raise ValueError(
+                "To a pull request or a branch, one commit holds model and processor: `push_to_hub(repo_id, create_pr=True)` "
+                "or `push_to_hub(repo_id, revision=...)` instead of `save_pretrained(..., push_to_hub=True)`."
+            )
         # wrong ones are refused before anything is written
         vocabularies = [Vocabulary.parse(labels) for labels in text_embeddings or ()]
         self.model.save_pretrained(save_directory, **kwargs)
