@@ -180,12 +180,12 @@ class TrainingImages(Dataset):
             plain.append(cover[0])
             jitters.append(cover[1])
         lit = [part if seed is None else jitter_image(part, seed) for part, seed in zip(plain, jitters, strict=True)]
-        place = generator.getstate()
-        view = cover_part(*lit, generator) if cover else lit[0]
+        rectangle = generator.getstate()
+        view = cover_part(lit[0], lit[1], generator) if cover else lit[0]
         if not self.views.jitter_student_only or not any(seed is not None for seed in jitters):
             return view, None
-        generator.setstate(place)  # the same rectangle
-        return view, cover_part(*plain, generator) if cover else plain[0]
+        generator.setstate(rectangle)  # the same for both
+        return view, cover_part(plain[0], plain[1], generator) if cover else plain[0]
 
     def cover(self, sample: Sample, generator: random.Random) -> tuple[Image.Image, int | None] | None:
         """

@@ -271,7 +271,7 @@ class OpenVocabSegmentationPipeline(SupportImages, FrameStreams, Pipeline):
         if kwargs.get("push_to_hub") and (kwargs.get("create_pr") or kwargs.get("revision")):
             # processors of transformers cannot: theirs would go to the main branch
             raise ValueError(
-                "To a pull request or a branch, one commit holds model and processor: `push_to_hub(repo_id, create_pr=True)` "
+                "A pull request or a branch gets model and processor in one commit: `push_to_hub(repo_id, create_pr=True)` "
                 "or `push_to_hub(repo_id, revision=...)` instead of `save_pretrained(..., push_to_hub=True)`."
             )
         # wrong ones are refused before anything is written
