@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from .model.execution import check_batch, full_precision, mark_sizes
+from .model.image_pixels import as_whole
 from .model.modeling_spar import SparVisionModel, SparVisionModelOutput, pad_to_patches
 from .model.segmentation import patch_coordinates
 from .windows import WindowPlan, default_stride
@@ -73,8 +74,8 @@ class SlidingWindowTeacher(nn.Module):
             Compile the encoder at the first call, once for all sizes and numbers of windows. It takes a minute or so.
 
     Raises:
-        ValueError: a window that is not a multiple of the patch, a stride outside 1 to `window_size`, no positive scale, or
-            a `dtype` for offloaded weights.
+        ValueError: a model with a text tower, a window that is not a multiple of the patch, a stride outside 1 to
+            `window_size`, no positive scale, or a `dtype` for offloaded weights.
 
     Example:
 
@@ -100,9 +101,16 @@ class SlidingWindowTeacher(nn.Module):
         compile: bool = False,
     ):
         super().__init__()
+        if hasattr(model, "vision_model"):
+            raise ValueError(f"The teacher reads one tower: pass `model.vision_model` of the {type(model).__name__}.")
         window_size = model.config.image_size if window_size is None else window_size
         patch_size = model.config.patch_size
         stride = default_stride(patch_size) if stride is None else stride
+        numbers = {"window_size": window_size, "stride": stride, "window_batch_size": window_batch_size}
+        for name, number in numbers.items():
+            if not isinstance(as_whole(number), int):
+                raise ValueError(f"{name}={number!r} must be a whole number, for example {name}=96.")
+        window_size, stride, window_batch_size = map(as_whole, numbers.values())
         if window_size < patch_size or window_size % patch_size:
             nearest = max(patch_size, round(window_size / patch_size) * patch_size)
             raise ValueError(f"window_size={window_size} is no multiple of the patch ({patch_size} px); use {nearest}.")

@@ -3,6 +3,7 @@
 import itertools
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from tiny_models import BLOCKS, randomise, tiny_config
@@ -202,6 +203,16 @@ def test_several_sizes_and_the_mirror_image_are_averaged_on_the_patches_of_the_i
 def test_bad_settings_are_refused(vision_model, options, message):
     with pytest.raises(ValueError, match=message):
         SlidingWindowTeacher(vision_model, **options)
+
+
+def test_numbers_of_numpy_are_whole_and_others_refused(vision_model, two_towers):
+    assert SlidingWindowTeacher(vision_model, stride=np.int64(32)).stride == 32
+    for options in ({"stride": 32.0}, {"window_size": "64"}, {"window_batch_size": 1.5}):
+        (name,) = options
+        with pytest.raises(ValueError, match=f"{name}=.* must be a whole number"):
+            SlidingWindowTeacher(vision_model, **options)
+    with pytest.raises(ValueError, match=r"`model\.vision_model` of the SparForOpenVocabSegmentation"):
+        SlidingWindowTeacher(two_towers)
 
 
 @pytest.mark.parametrize(("length", "stride"), [(64, 24), (100, 24), (112, 24), (113, 7), (30, 24)])

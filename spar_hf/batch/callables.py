@@ -17,6 +17,7 @@ every batch, also where all images failed.
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from spar_hf.batch.columns import Columns, as_column, coco, image_of_cell, png, run_lengths
+from spar_hf.batch.columns import Columns, as_column, coco, image_of_cell, is_missing, png, run_lengths
 from spar_hf.batch.extractor import (
     DTYPES,
     FeatureExtractor,
@@ -71,9 +72,10 @@ class BatchCallable:
             raise UsageError(f"batch_size={batch_size} must be at least 1.")
         self.column, self.batch_size, self.device = column, batch_size, device
         self.loaded: Any = None
+        self.holds_images = False  # the column held more than names: known from the first batch that did
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "loaded": None}
+        return {**self.__dict__, "loaded": None, "holds_images": False}
 
     def load(self, device: str | None) -> Any:
         """What computes, with its model on a device; called once per process."""
@@ -94,8 +96,8 @@ class BatchCallable:
             rank: of this process, as `datasets.map(..., with_rank=True)` says: its number of the CUDA device.
 
         Returns:
-            The columns of the batch, and those of the class. Images themselves are left out, paths and URLs stay. Of rows
-            that another callable made, an error stays too.
+            The columns of the batch, and those of the class. Images themselves are left out; paths and URLs stay, as text,
+            also where some are missing. Of rows that another callable made, an error stays too.
 
         Raises:
             UsageError: there is no column of images, a column has the name of a result, or the model cannot be loaded.
@@ -120,9 +122,15 @@ class BatchCallable:
         if follows:  # what was computed before has failed still
             for row, before in zip(rows, batch["error"], strict=True):
                 row["error"] = "; ".join(dict.fromkeys(error for error in (before, row["error"]) if error))
-        found = {name: as_column([row[name] for row in rows]) for name in (*self.error_values, "error")}
-        keep_images = all(isinstance(source, str) for source in sources)
-        kept = {name: values for name, values in batch.items() if name != self.column or keep_images}
+        rows = rows or [self.failed("")]  # an empty batch has columns of the same types
+        found = {name: as_column([row[name] for row in rows])[: len(sources)] for name in (*self.error_values, "error")}
+        kept = dict(batch)
+        names = [isinstance(source, str | os.PathLike) or is_missing(source) for source in sources]
+        self.holds_images = self.holds_images or not all(names)
+        if self.holds_images:
+            del kept[self.column]
+        elif not all(isinstance(source, str) for source in sources):
+            kept[self.column] = as_column([None if is_missing(source) else os.fspath(source) for source in sources])
         return {**kept, **found}
 
     def rows_of(self, prepared: Sequence[PreparedImage | str]) -> list[Columns]:

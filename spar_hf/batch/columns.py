@@ -21,6 +21,11 @@ def image_of_cell(cell: Any) -> Any:
     return read_remote(cell) if is_remote(cell) else cell
 
 
+def is_missing(cell: Any) -> bool:
+    """Whether a cell holds nothing: `None`, or the NaN of pandas."""
+    return cell is None or (isinstance(cell, float) and cell != cell)
+
+
 def as_column(values: Sequence[Any]) -> np.ndarray:
     """
     An array of numbers, else one of objects: strings, bytes and lists keep their types, and lists are no second axis.

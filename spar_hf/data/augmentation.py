@@ -107,9 +107,9 @@ class Crop:
         values = asdict(self)
         return values if self.resample != "bicubic" else {k: v for k, v in values.items() if k != "resample"}
 
-    def apply(self, image: Image.Image, jitter: bool = True) -> Image.Image:
+    def apply(self, image: Image.Image) -> Image.Image:
         """
-        Cut the view out of an RGB image; without `jitter` in the light of the image.
+        Cut the view out of an RGB image.
 
         Example:
 
@@ -117,6 +117,11 @@ class Crop:
         >>> Crop((32, 16), (0, 0, 64, 32), flip=True).apply(Image.new("RGB", (64, 64))).size
         (32, 16)
         ```"""
+        view = self.cut(image)
+        return view if self.jitter is None else jitter_image(view, self.jitter)
+
+    def cut(self, image: Image.Image) -> Image.Image:
+        """The view in the light of the image: [`apply`] without `jitter`."""
         size, box = (
             (self.size[0], self.size[1]),
             (self.box[0], self.box[1], self.box[2], self.box[3]),
@@ -125,9 +130,7 @@ class Crop:
             image = resize_bilinear(image, size, box)
         else:
             image = image.resize(size, Image.Resampling.BICUBIC, box=box)
-        if self.flip:
-            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return image if self.jitter is None or not jitter else jitter_image(image, self.jitter)
+        return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if self.flip else image
 
 
 def resize_bilinear(

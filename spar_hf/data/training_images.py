@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from spar_hf.data.augmentation import Views, cover_part, draw_crop, view_generator
+from spar_hf.data.augmentation import Views, cover_part, draw_crop, jitter_image, view_generator
 from spar_hf.data.order import Sample, SampleList
 from spar_hf.model.image_input import ImageRange, open_image, set_pixel_limit, to_rgb, turn_upright
 from spar_hf.utils.checkpoints import cut_log
@@ -158,37 +158,54 @@ class TrainingImages(Dataset):
             image = self.read(sample)
         except Exception as error:  # each of Pillow's decoders raises its own kind, and no file may stop a training run
             return Skipped(sample.name, str(error) or type(error).__name__)
-        loaded = LoadedSample(sample.index, self.pixels(self.view(image, sample)), sample.after)
-        if self.views.jitter_student_only:
-            loaded.teacher_pixel_values = self.pixels(self.view(image, sample, jitter=False))
-        return loaded
+        view, plain = self.view(image, sample)
+        return LoadedSample(
+            sample.index,
+            self.pixels(view),
+            sample.after,
+            teacher_pixel_values=None if plain is None else self.pixels(plain),
+        )
 
-    def view(self, image: Image.Image, sample: Sample, jitter: bool = True) -> Image.Image:
-        """The view of a sample, whose image this is; without `jitter` the same view in the light of the image."""
+    def view(self, image: Image.Image, sample: Sample) -> tuple[Image.Image, Image.Image | None]:
+        """
+        The view of a sample, whose image this is, and with `Views.jitter_student_only` the same view in the light of its
+        images, `None` if that is no other.
+        """
         generator = view_generator(self.seed, sample.name if self.views.fixed_views else sample.index)
         size_generator = view_generator(self.seed, f"size {sample.index // self.same_size}") if self.same_size else None
         crop = draw_crop(image.size, self.window, self.patch_size, self.views, generator, size_generator)
-        return self.cover(crop.apply(image, jitter), sample, generator, jitter)
+        plain = [crop.cut(image)]
+        jitters = [crop.jitter]
+        if cover := self.cover(sample, generator):
+            plain.append(cover[0])
+            jitters.append(cover[1])
+        lit = [part if seed is None else jitter_image(part, seed) for part, seed in zip(plain, jitters, strict=True)]
+        rectangle = generator.getstate()
+        view = cover_part(lit[0], lit[1], generator) if cover else lit[0]
+        if not self.views.jitter_student_only or not any(seed is not None for seed in jitters):
+            return view, None
+        generator.setstate(rectangle)  # the same for both
+        return view, cover_part(plain[0], plain[1], generator) if cover else plain[0]
 
-    def cover(self, view: Image.Image, sample: Sample, generator: random.Random, jitter: bool) -> Image.Image:
+    def cover(self, sample: Sample, generator: random.Random) -> tuple[Image.Image, int | None] | None:
         """
-        A view of a sample, by chance partly covered by a view of another image. If that one cannot be read, the view stays
-        as it is: the image is listed as skipped when its own turn comes.
+        By chance a view of another image, in its own light, that covers a part of that of a sample, and the seed of its
+        jitter. `None` also if that image cannot be read: it is listed as skipped when its own turn comes.
         """
         if not self.others or generator.random() >= self.views.cutmix_probability:
-            return view
+            return None
         for _ in range(MOST_DRAWS):
             other = self.others.sample(generator.randrange(len(self.others)), 0, [])
             if other.name != sample.name:
                 break
         else:  # there is hardly another one
-            return view
+            return None
         try:
             image = self.read(other)
         except Exception:  # as above
-            return view
+            return None
         crop = draw_crop(image.size, self.window, self.patch_size, self.views, generator)
-        return cover_part(view, crop.apply(image, jitter), generator)
+        return crop.cut(image), crop.jitter
 
     def squares(self, samples: list[Sample], side: int) -> Iterator[torch.Tensor]:
         """The readable images of samples, one by one, as squares of `side` pixels: `(1, 3, side, side)`."""

@@ -346,6 +346,11 @@ class DistillationOptions(ComposedOptions):
             raise UsageError(
                 "--streaming does not know how many images an epoch has. Give --steps instead of --epochs."
             )
+        if self.teacher.mode == "cached" and self.views.jitter_student_only:
+            raise UsageError(
+                "--teacher_mode cached has maps of stored views, which student and teacher share. Leave out "
+                "--jitter_student_only, or the cache."
+            )
         if self.teacher.mode == "cached" and (self.images.streaming or self.views.jitter_probability):
             raise UsageError(
                 "--teacher_mode cached reads stored maps of stored views: leave out --streaming, and give "

@@ -220,6 +220,8 @@ class Distillation:
             stream, seed = self.stream, self.options.optimisation.seed
             samples = stream.choose(self.options.student.fit_prior, seed)
             views = replace(self.options.views, crop_probability=0.0)
+            if views.jitter_student_only:
+                views = replace(views, jitter_probability=0.0, jitter_student_only=False)
             pairs = teach(samples, stream.images, views, self.models.teacher, self.skipped, seed)
             factors = fit_prior(
                 self.student.model, self.student.directions, [(pair.pixel_values, pair.target) for pair in pairs]

@@ -18,13 +18,17 @@ from transformers.models.mask2former.image_processing_pil_mask2former import (
 from transformers.processing_utils import ImagesKwargs
 
 from .image_processing_spar import SparImageProcessorPil, with_scores
+from .results import OUTPUT_BYTES
 from .segmentation import WORKING_BYTES, upsampled_tiles
+
+IGNORED = -1
 
 
 class SparUniversalImageProcessorKwargs(ImagesKwargs, total=False):
     """Options of [`SparUniversalImageProcessorPil`] beyond those of every image processor; described there."""
 
     ignore_index: int | None
+    do_reduce_labels: bool
     label_ids_to_fuse: list[int] | None
 
 
@@ -34,6 +38,18 @@ def nearest(label_map: np.ndarray, size: tuple[int, int]) -> np.ndarray:
         (np.arange(new) * 2 + 1) * old // (2 * new) for new, old in zip(size, label_map.shape, strict=True)
     )
     return label_map[rows[:, None], columns]
+
+
+def check_size(what: str, size: int, image: tuple[int, int], instead: str) -> None:
+    """
+    Raises:
+        ValueError: a result of `size` bytes, at the height and width of an image, is too large.
+    """
+    if size > OUTPUT_BYTES:
+        raise ValueError(
+            f"{what} at {image[0]}×{image[1]} pixels take {size / 2**30:.1f} GiB, more than {OUTPUT_BYTES / 2**30:.0f} GiB. "
+            f"Take {instead}, or smaller `target_sizes`."
+        )
 
 
 def mask_tiles(
@@ -66,6 +82,8 @@ class SparUniversalImageProcessorPil(SparImageProcessorPil):
     Args:
         ignore_index (`int`, *optional*, defaults to 255):
             Value of ignored pixels in a segmentation map: they belong to no segment.
+        do_reduce_labels (`bool`, *optional*, defaults to `False`):
+            Whether classes count from 1 in a segmentation map and 0 is ignored: class 1 of the map is class 0 of the model.
         label_ids_to_fuse (`list[int]`, *optional*):
             Classes of which an image has at most one segment (sky, grass). Used by `post_process_panoptic_segmentation`
             where its caller names none, as `pipeline("image-segmentation")`.
@@ -107,6 +125,7 @@ class SparUniversalImageProcessorPil(SparImageProcessorPil):
 
     valid_kwargs: Any = SparUniversalImageProcessorKwargs
     ignore_index = 255
+    do_reduce_labels = False
     label_ids_to_fuse = None
 
     def preprocess(
@@ -130,6 +149,8 @@ class SparUniversalImageProcessorPil(SparImageProcessorPil):
         ids: Any = instance_id_to_semantic_id
         ids = ids if isinstance(ids, list) else [ids] * len(segmentation_maps)
         ignore_index = kwargs.get("ignore_index", self.ignore_index)
+        reduced = bool(kwargs.get("do_reduce_labels", self.do_reduce_labels))
+        ignored = [value for value in (ignore_index, 0 if reduced else None) if value is not None]
         inputs["mask_labels"], inputs["class_labels"] = [], []
         for pixels, size, segmentation_map, classes in zip(
             inputs["pixel_values"], inputs["original_sizes"], segmentation_maps, ids, strict=True
@@ -141,16 +162,16 @@ class SparUniversalImageProcessorPil(SparImageProcessorPil):
                     f"{label_map.dtype} of shape {label_map.shape}."
                 )
             label_map = nearest(label_map, pixels.shape[-2:])
-            nameless = (
-                set(np.unique(label_map).tolist()) - set(classes or {}) - {ignore_index} if classes is not None else ()
-            )
+            # all that is ignored becomes one value that no class has
+            label_map = np.where(np.isin(label_map, ignored), IGNORED, label_map.astype(np.int64))
+            nameless = set(np.unique(label_map).tolist()) - set(classes) - {IGNORED} if classes is not None else ()
             if nameless:
                 raise ValueError(
                     f"`instance_id_to_semantic_id` lacks the class of the segments {sorted(nameless)[:8]}."
                 )
-            masks, labels = convert_segmentation_map_to_binary_masks(label_map, classes, ignore_index)
+            masks, labels = convert_segmentation_map_to_binary_masks(label_map, classes, IGNORED)
             inputs["mask_labels"].append(torch.from_numpy(masks))
-            inputs["class_labels"].append(torch.from_numpy(labels))
+            inputs["class_labels"].append(torch.from_numpy(labels - reduced))
         return inputs
 
     @staticmethod
@@ -291,14 +312,15 @@ class SparUniversalImageProcessorPil(SparImageProcessorPil):
                 Whether **segmentation** is a list of run-length encodings, one per segment of `segments_info`: start (from
                 1) and length of its runs in the map, row by row. Empty for segments hidden by better ones.
             return_binary_maps (`bool`, *optional*, defaults to `False`):
-                Whether **segmentation** is the masks, `(segments, height, width)` bool. Their memory is not bounded.
+                Whether **segmentation** is the masks, `(segments, height, width)` bool.
 
         Returns:
             Per image a dict: **segmentation**, `(height, width)` int32, -1 where there is no segment; **segments_info**, a
             list of dicts `id` (from 0, best first), `label_id`, `was_fused` (`False`), `score`.
 
         Raises:
-            ValueError: both forms at once; outputs of another model; another number of sizes than of images.
+            ValueError: both forms at once; outputs of another model; another number of sizes than of images; masks of more
+                than 1 GiB.
         """
         if return_coco_annotation and return_binary_maps:
             raise ValueError("Set only one of `return_coco_annotation` and `return_binary_maps`.")
@@ -310,6 +332,7 @@ class SparUniversalImageProcessorPil(SparImageProcessorPil):
             segmentation = torch.full(size, -1, dtype=torch.int32, device=logits.device)
             area = torch.zeros(len(masks), dtype=torch.long, device=logits.device)
             shape = (len(masks) if return_binary_maps else 0, *size)
+            check_size(f"Masks of {shape[0]} segments", math.prod(shape), size, "return_coco_annotation=True")
             binary = torch.zeros(shape, dtype=torch.bool, device=logits.device)
             for place, tile in mask_tiles(masks, extent, size, len(masks), working_bytes) if len(masks) else ():
                 covered = tile.sigmoid_() >= mask_threshold
@@ -368,11 +391,14 @@ class SparUniversalImageProcessorPil(SparImageProcessorPil):
             `(classes, height, width)`.
 
         Raises:
-            ValueError: outputs of another model; another number of sizes than of images.
+            ValueError: outputs of another model; another number of sizes than of images; scores of more than 1 GiB.
         """
         results = []
         for probabilities, logits, extent, size in self._images(outputs, target_sizes):
             classes = probabilities[:, :-1]
+            if return_segmentation_scores:
+                number = classes.shape[1]
+                check_size(f"Scores of {number} classes", 4 * number * math.prod(size), size, "the segmentation alone")
             labels = torch.empty(size, dtype=torch.long, device=logits.device)
             scores = logits.new_empty(classes.shape[1], *size) if return_segmentation_scores else None
             for place, tile in mask_tiles(logits, extent, size, max(classes.shape), working_bytes):

@@ -254,7 +254,7 @@ class OpenVocabSegmentationPipeline(SupportImages, FrameStreams, Pipeline):
         """
         Write the model with its code, the image processor and the tokenizer to a folder that `pipeline` loads, with
         `trust_remote_code=True` where the library is not installed. Options are those of the model's `save_pretrained`;
-        `push_to_hub=True` uploads all but text embeddings.
+        `push_to_hub=True` uploads all but text embeddings, in two commits.
 
         Args:
             save_directory: folder to write.
@@ -264,9 +264,18 @@ class OpenVocabSegmentationPipeline(SupportImages, FrameStreams, Pipeline):
                 folder reads them at its first call, as long as text tower and tokenizer are the same. They are made with
                 the `templates` of this pipeline, which the file names, and serve calls with the same ones only; a warning
                 tells if these are not the checkpoint's.
+
+        Raises:
+            ValueError: vocabularies that are no list, or an upload to a pull request or a branch: `push_to_hub` does that.
         """
         if isinstance(text_embeddings, str):
             raise ValueError(f"`text_embeddings` is a list of vocabularies: [{text_embeddings!r}].")
+        if kwargs.get("push_to_hub") and (kwargs.get("create_pr") or kwargs.get("revision")):
+            # processors of transformers cannot: theirs would go to the main branch
+            raise ValueError(
+                "A pull request or a branch gets model and processor in one commit: `push_to_hub(repo_id, create_pr=True)` "
+                "or `push_to_hub(repo_id, revision=...)` instead of `save_pretrained(..., push_to_hub=True)`."
+            )
         # wrong ones are refused before anything is written
         vocabularies = [Vocabulary.parse(labels) for labels in text_embeddings or ()]
         self.model.save_pretrained(save_directory, **kwargs)

@@ -55,7 +55,7 @@ def mask_shares(mask: Any, size: tuple[int, int], working_size: tuple[int, int],
     The share of every patch that a mask covers.
 
     Args:
-        mask: PIL image, file or array of the size of the image; what is not 0 belongs to the class.
+        mask: PIL image, file or array of the size of the image: 0 outside the class, and one other value inside.
         size: height and width of the image.
         working_size: height and width that the model saw, before its padding.
         patch_size: side of a patch in pixels of the working image.
@@ -64,7 +64,7 @@ def mask_shares(mask: Any, size: tuple[int, int], working_size: tuple[int, int],
         `(ceil(height / patch), ceil(width / patch))` float32.
 
     Raises:
-        ValueError: no mask, one of another size, or an empty one.
+        ValueError: no mask, one of another size, with several values beside 0 (a label map, scores), or an empty one.
 
     Example:
 
@@ -91,6 +91,11 @@ def mask_shares(mask: Any, size: tuple[int, int], working_size: tuple[int, int],
     inside = mask != 0
     if not inside.any():
         raise ValueError("The mask is empty: no pixel of it belongs to the class.")
+    if (mask[inside] != mask[inside][0]).any():  # NaN too, which is not equal to itself
+        raise ValueError(
+            "A mask is 0 outside the class and has one other value inside; this one has several. Of a label map pass "
+            "`label_map == number`, of scores `scores > 0.5`, of grey levels `levels > 127`."
+        )
     levels = Image.fromarray(inside.astype(np.uint8) * 255).resize(working_size[::-1], Image.Resampling.BOX)
     height, width = (-(-side // patch_size) for side in working_size)
     padded = np.zeros((height * patch_size, width * patch_size), np.uint8)

@@ -67,7 +67,7 @@ class Vocabulary:
 
         Raises:
             ValueError: an unknown vocabulary; no classes; an empty name; two classes with the same label or name, ignoring
-                case and spaces; anything but strings.
+                case and spaces; anything but strings; a set, which has no order.
 
         Example:
 
@@ -85,6 +85,10 @@ class Vocabulary:
                     f'["road", "car, automobile", "sky"]; or a built-in vocabulary: {", ".join(VOCABULARIES)}.'
                 )
             candidate_labels = vocabulary_lines(name)
+        if isinstance(candidate_labels, (set, frozenset)):
+            raise ValueError(
+                "A set has no order, so classes would have other numbers in every run. Pass `sorted(words)`."
+            )
         if isinstance(candidate_labels, Mapping):
             entries = [(str(label).strip(), _names(names, split=False)) for label, names in candidate_labels.items()]
         elif isinstance(candidate_labels, Iterable):
@@ -183,6 +187,10 @@ def _names(item: str | Sequence[str], split: bool) -> tuple[str, ...]:
         return tuple(part.replace("\\,", ",").strip() for part in parts)
     if isinstance(item, Iterator):
         item = tuple(item)  # it can be read once only
+    if isinstance(item, (set, frozenset)):
+        raise ValueError(
+            "A set has no order, so the class would have another label in every run. Pass `sorted(names)`."
+        )
     if not isinstance(item, Iterable) or not all(isinstance(name, str) for name in item):
         raise ValueError(f"A class is a string or a list of strings, got {item!r}.")
     return tuple(name.strip() for name in item)

@@ -3,6 +3,7 @@
 import json
 import pickle
 from io import BytesIO
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -223,6 +224,36 @@ def test_the_same_object_in_datasets_and_pandas(base_folder, pictures):
         # every batch has the same types, also where all images failed and where none did
         good, bad = (pa.table(function({"image": columns["image"][i : i + 1], "id": [1]})).schema for i in (0, 1))
         assert good == bad == pa.table(by_hand).schema and not any(pa.types.is_null(kind) for kind in good.types)
+
+
+def test_names_of_images_stay_in_every_batch(base_folder, pictures, tmp_path):
+    """A missing or other kind of name in one batch must not change the columns in the middle of a job."""
+    pictures[0].save(tmp_path / "a.png")
+    name, features = str(tmp_path / "a.png"), SparFeatures(str(base_folder), size=64)
+    batches = [[name, name], [name, None], [Path(name), float("nan")], [None], []]
+    found = [features({"image": cells}) for cells in batches]
+    assert [list(columns["image"]) for columns in found] == [[name, name], [name, None], [name, None], [None], []]
+    assert [error == "" for columns in found[:3] for error in columns["error"]] == [
+        True,
+        True,
+        True,
+        False,
+        True,
+        False,
+    ]
+    table = datasets.Dataset.from_dict({"image": [name] * 3 + [None]})
+    assert table.map(features, batched=True, batch_size=2, remove_columns="image").num_rows == 4
+    assert "image" not in features({"image": [name, png(pictures[0])]})  # images themselves
+    assert "image" not in features({"image": [None]})  # and then also where all of them are missing
+
+
+def test_columns_of_an_empty_batch_have_the_types_of_the_others(base_folder, pictures):
+    segment = SparSegmenter(str(base_folder), candidate_labels=LABELS, size=64, presence=True)
+    full, empty = segment({"image": pictures[:1]}), segment({"image": []})
+    assert {name: column.dtype for name, column in empty.items()} == {
+        name: column.dtype for name, column in full.items()
+    }
+    assert not any(len(column) for column in empty.values())
 
 
 def test_an_object_travels_without_its_model(base_folder, pictures):

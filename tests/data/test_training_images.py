@@ -269,17 +269,35 @@ def test_light_changes_for_the_student_only(tmp_path):
     bright = ((colours / 255 - 0.5) / 0.5).T[:, None]  # (3, 1, colours)
     kinds = set()
     for item in load(images, images.others, 0, 40):
-        own, clean = item.pixel_values[0].flatten(1), item.teacher_pixel_values[0].flatten(1)  # (3, pixels)
+        shared = item.teacher_pixel_values is None
+        own = item.pixel_values[0].flatten(1)  # (3, pixels)
+        clean = own if shared else item.teacher_pixel_values[0].flatten(1)
         distances = (clean[:, :, None] - bright).abs().amax(0)  # (pixels, colours)
         assert distances.amin(1).max() < 1e-5
         shown = distances.argmin(1)
         for colour in shown.unique():  # what is one colour for the teacher is about one for the student, but for a blur
             part = own[:, shown == colour]
             assert (part - part.median(1, keepdim=True).values).abs().amax(0).lt(0.02).float().mean() > 0.8
-        kinds.add((len(shown.unique()), torch.equal(own, clean)))
+        assert shared == torch.equal(own, clean)
+        kinds.add((len(shown.unique()), shared))
     assert kinds == {(1, True), (1, False), (2, True), (2, False)}
     same = make_images(opened, jitter_probability=1.0)
     assert next(iter(load(same, images.others, 0, 1))).teacher_pixel_values is None
+
+
+def test_an_image_is_read_once_for_student_and_teacher(tmp_path, monkeypatch):
+    """Between two reads a file can change or a store fail, and the two would see different images."""
+    for i in range(2):
+        Image.new("RGB", (96, 80), (90 * i, 40, 40)).save(tmp_path / f"{i}.png")
+    opened = open_sources(ImageOptions(images=[str(tmp_path)]))
+    images = make_images(opened, cutmix_probability=1.0, jitter_probability=1.0, jitter_student_only=True)
+    images.others, _ = split_images(opened, [], 20)
+    reads, read = [], images.read
+    monkeypatch.setattr(images, "read", lambda sample: reads.append(sample.name) or read(sample))
+    for sample in islice(MapOrder(images.others, 0, 0, 1), 5):
+        reads.clear()
+        images[sample]
+        assert len(reads) == len(set(reads)) == 2
 
 
 @pytest.mark.parametrize("streaming", [False, True])

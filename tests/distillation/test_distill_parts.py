@@ -145,6 +145,10 @@ def test_whitening_counts_axes_alike():
         ({"same_size": 2, "streaming": True}, "--same_size"),
         ({"cutmix_probability": 0.5, "streaming": True}, "--cutmix_probability"),
         ({"cutmix_probability": 0.5, "teacher_mode": "cached", "teacher_cache": "c"}, "--cutmix_probability"),
+        (
+            {"jitter_probability": 1, "jitter_student_only": True, "teacher_mode": "cached", "teacher_cache": "c"},
+            "Leave out --jitter_student_only",
+        ),
         ({"model_name": "m"}, "model_name"),
     ],
 )

@@ -214,6 +214,25 @@ def test_fitting_a_prior_leaves_the_teacher_as_it_is(base_folder, image_folder, 
     assert all(torch.equal(teacher[name], weight) for name, weight in before.items())
 
 
+def test_a_prior_is_fitted_in_the_light_that_the_teacher_reads(base_folder, image_folder, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        "spar_hf.distillation.trainer.fit_prior",
+        lambda model, place, pairs: seen.append([pixels for pixels, _ in pairs]) or [],
+    )
+    options = ("--steps", 1, "--report_to", "none", "--holdout_images", 0, "--teacher_windows", 1, "--local_start", 0.5)
+    options += ("--fit_prior", 3)
+    for name, light in {
+        "plain": (),
+        "student": ("--jitter_probability", 1, "--jitter_student_only", True),
+        "both": ("--jitter_probability", 1),
+    }.items():
+        distil(base_folder, image_folder, tmp_path / name, *options, *light)
+    plain, student, both = seen
+    assert all(torch.equal(own, other) for own, other in zip(plain, student, strict=True))
+    assert not any(torch.equal(own, other) for own, other in zip(plain, both, strict=True))
+
+
 def test_other_readouts_and_streams_are_refused(model):
     with pytest.raises(ValueError, match="none that can be read"):
         initialise_locality(model, [], 0.6)

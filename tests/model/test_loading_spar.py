@@ -87,20 +87,23 @@ def test_two_tower_folder_loads_exactly(two_towers, tmp_path, transformers_log):
 
 def test_pushing_while_saving_uploads_the_code_too(two_towers, tokenizer, tmp_path, monkeypatch):
     """The upload has all files of the folder. There is no network, so the calls are recorded."""
-    sent = {}
+    sent, commits = {}, []
 
     class Hub:
         create_repo = staticmethod(lambda repo_id, **kwargs: SimpleNamespace(repo_id=repo_id))
+        create_branch = staticmethod(lambda **kwargs: None)
 
         @staticmethod
         def create_commit(repo_id, operations, **kwargs):
+            commits.append((kwargs.get("create_pr"), kwargs.get("revision")))
             sent.setdefault(repo_id, set()).update(operation.path_in_repo for operation in operations)
 
     for module in ("utils.hub", "modeling_utils", "processing_utils"):
         monkeypatch.setattr(f"transformers.{module}.hf_api", Hub)
-    monkeypatch.setattr(
-        "transformers.modeling_utils.create_and_tag_model_card", lambda *args, **kwargs: ModelCard("card")
-    )
+    for module in ("utils.hub", "modeling_utils"):
+        monkeypatch.setattr(
+            f"transformers.{module}.create_and_tag_model_card", lambda *args, **kwargs: ModelCard("card")
+        )
     image_processor = SparImageProcessorPil()
     segment = pipeline(
         "open-vocab-segmentation", model=two_towers, tokenizer=tokenizer, image_processor=image_processor
@@ -108,6 +111,12 @@ def test_pushing_while_saving_uploads_the_code_too(two_towers, tokenizer, tmp_pa
     segment.save_pretrained(tmp_path / "folder", push_to_hub=True, repo_id="me/street")
     assert sent == {"me/street": {path.name for path in (tmp_path / "folder").iterdir()}}
     assert {"modeling_spar.py", "tokenizer.json", "processor_config.json"} < sent["me/street"]
+    commits.clear()
+    for where in ({"create_pr": True}, {"revision": "next"}):
+        with pytest.raises(ValueError, match=r"push_to_hub\(repo_id, create_pr=True\)"):
+            segment.save_pretrained(tmp_path / "folder", push_to_hub=True, repo_id="me/street", **where)
+        segment.push_to_hub("me/other", **where)
+    assert commits == [(True, None), (False, "next")] and sent["me/other"] == sent["me/street"]
 
 
 def test_vision_tower_of_a_two_tower_folder_can_be_saved_alone(two_towers, tmp_path, transformers_log):

@@ -341,6 +341,33 @@ def test_encode__segments_with_classes_of_their_own():
             SparUniversalImageProcessorPil()(image, **wrong)
 
 
+@pytest.mark.parametrize("call", [True, False])
+def test_labels__that_count_from_one(call):
+    """As in transformers, but that ignored pixels stay ignored: there 255 becomes the class 254."""
+    segments = np.array([[0, 0, 1, 1], [2, 2, 255, 255]], np.uint8).repeat(32, 0).repeat(32, 1)
+    image, options = Image.new("RGB", (128, 64)), {"do_reduce_labels": True}
+    processor = SparUniversalImageProcessorPil(do_resize=False, **({} if call else options))
+    found = processor(image, segments, return_tensors="pt", **(options if call else {}))
+    assert found.class_labels[0].tolist() == [0, 1]
+    assert [mask.sum().item() for mask in found.mask_labels[0]] == [64 * 32, 64 * 32]
+    assert found.mask_labels[0][0, :32, 64:].all() and found.mask_labels[0][1, 32:, :64].all()
+    of_segments = processor(image, segments, {1: 7, 2: 7}, **options)
+    assert of_segments.class_labels[0].tolist() == [6, 6]
+    assert processor(image, segments, do_reduce_labels=False).class_labels[0].tolist() == [0, 1, 2]
+    assert processor(image, segments, ignore_index=None, **options).class_labels[0].tolist() == [0, 1, 254]
+
+
+def test_post_process__large_results_are_refused(monkeypatch):
+    monkeypatch.setattr("spar_hf.model.image_processing_spar_universal.OUTPUT_BYTES", 50_000)
+    processor, size = SparUniversalImageProcessorPil(), [(100, 100)]
+    outputs = outputs_of(torch.zeros(6, 4, 4), torch.zeros(6, 4))
+    with pytest.raises(ValueError, match=r"Scores of 3 classes at 100×100 pixels .* segmentation alone"):
+        processor.post_process_semantic_segmentation(outputs, size, return_segmentation_scores=True)
+    assert processor.post_process_semantic_segmentation(outputs, size)[0].shape == (100, 100)
+    with pytest.raises(ValueError, match=r"Masks of 6 segments .*return_coco_annotation"):
+        processor.post_process_instance_segmentation(outputs, 0.0, target_sizes=size, return_binary_maps=True)
+
+
 def test_labels__bad_ones_are_refused(model):
     pixel_values, masks, classes = torch.zeros(1, 3, 32, 48), torch.ones(2, 32, 48), torch.tensor([0, 2])
     for wrong, message in [

@@ -91,6 +91,8 @@ def test_names_know_their_class():
         ([3, "sky"], "a string or a list of strings, got 3"),
         ([None], "a string or a list of strings"),
         ({"road": [3]}, "a string or a list of strings"),
+        ({"road", "sky"}, r"sorted\(words\)"),
+        (["road", frozenset({"car", "automobile"})], r"sorted\(names\)"),
     ],
 )
 def test_bad_vocabularies_say_what_to_write(candidate_labels, message):

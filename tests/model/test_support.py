@@ -108,6 +108,23 @@ def test_a_mask_in_any_form_is_the_same(halves, kind, tmp_path):
     assert shares.tolist() == [[0.0] * 5 + [1.0] * 5] * 6
 
 
+@pytest.mark.parametrize("kind", ["scores", "nan", "ignored", "label map", "jpeg"])
+def test_a_mask_has_one_value_inside(kind):
+    """What has several was read as one class, however little of it was meant."""
+    mask = np.zeros((64, 64))
+    mask[:32] = 1
+    given = {
+        "scores": np.linspace(0.1, 0.9, 64 * 64).reshape(64, 64),
+        "nan": np.where(mask > 0, 1, np.nan),
+        "ignored": (mask + 254 * np.eye(64)).astype(np.uint8),
+        "label map": Image.fromarray((mask + 3).astype(np.uint8)),
+        "jpeg": Image.fromarray(np.where(mask > 0, 255, np.arange(64) % 3).astype(np.uint8)),
+    }[kind]
+    with pytest.raises(ValueError, match=r"several.*`label_map == number`"):
+        mask_shares(given, (64, 64), (64, 64), 16)
+    assert mask_shares(7.5 * mask, (64, 64), (64, 64), 16).sum() == 8
+
+
 def test_at_most_so_many_patches_of_a_mask_are_kept_and_at_least_one(segment, halves):
     image, mask = halves
     large = segment.encode(image, size={"shortest_edge": 256})
