@@ -118,10 +118,9 @@ class CacheOptions(ComposedOptions):
     def __post_init__(self):
         if self.views.fixed_views and self.storage.views > 1:
             raise UsageError("--views above 1 are all the same with --fixed_views (preset spar): leave one out.")
-        if self.views.cutmix_probability:
-            raise UsageError("A cache keeps views of single images. Leave --cutmix_probability out.")
-        if self.views.jitter_student_only:
-            raise UsageError("A cache keeps one view for teacher and student alike. Leave --jitter_student_only out.")
+        if self.views.cutmix_probability or self.views.jitter_student_only:
+            others = "--cutmix_probability and --jitter_student_only"
+            raise UsageError(f"A view in a cache is of one image, and teacher and student share it. Leave out {others}.")
 
     @classmethod
     def from_flat(cls, **values: Any) -> "CacheOptions":
