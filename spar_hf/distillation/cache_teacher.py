@@ -119,8 +119,7 @@ class CacheOptions(ComposedOptions):
         if self.views.fixed_views and self.storage.views > 1:
             raise UsageError("--views above 1 are all the same with --fixed_views (preset spar): leave one out.")
         if self.views.cutmix_probability or self.views.jitter_student_only:
-            others = "--cutmix_probability and --jitter_student_only"
-            raise UsageError(f"A view in a cache is of one image, and teacher and student share it. Leave out {others}.")
+            raise UsageError("A cache holds plain views: leave out --cutmix_probability and --jitter_student_only.")
 
     @classmethod
     def from_flat(cls, **values: Any) -> "CacheOptions":
