@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from spar_hf.cli.arguments import Device, MaxTokens, Model, ShortestEdge
 from spar_hf.cli.reporting import exit_on_error, fail, say
+from spar_hf.model.prompts import Vocabulary
 from spar_hf.model.words import normalise_name
 from spar_hf.utils.errors import PATH_ERRORS, UsageError
 from spar_hf.utils.image_files import check_distinct_masks
@@ -78,7 +79,8 @@ def support(
                     shares = mask_shares(values == value, encoded.original_size, encoded.working_size, patch_size)
                 small += not shares.any()
                 if shares.any():
-                    examples.append((encoded, values == value, classes[value]))
+                    # the label that `segment` gives this line: the first of its names
+                    examples.append((encoded, values == value, Vocabulary.parse([classes[value]]).labels[0]))
                     left[value] -= 1
             pipe.add_support(examples)  # at once: they are of one image
         pipe.save_support(output)
@@ -117,6 +119,10 @@ def annotated_images(folder: Path) -> tuple[list[tuple[Path, Path]], list[str]]:
         raise UsageError(f"No image in {folder / 'images'} has a PNG of the same stem in masks/.")
     check_distinct_masks(pairs)
     classes = read_text(names).splitlines()
+    if any(name.lstrip().startswith("#") for name in classes):
+        raise UsageError(
+            f"{names} holds a line that begins with #, but each line is a value of the masks: leave it out."
+        )
     known = [normalise_name(name) for name in classes if name.strip()]
     if twice := next((name for name in known if known.count(name) > 1), None):
         raise UsageError(f"{names} lists {twice!r} twice. Give each value of the masks a name of its own.")

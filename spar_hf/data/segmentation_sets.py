@@ -261,7 +261,8 @@ def read_classes(file: Path) -> list[str]:
     The lines of a `classes.txt`. The number of a line, counted from 0, is the mask value of its class.
 
     Raises:
-        UsageError: an empty line before the last one; skipping it would shift the classes that follow.
+        UsageError: an empty line before the last one, or one that begins with `#`; skipping it would shift the classes that
+            follow.
 
     Example:
 
@@ -275,6 +276,11 @@ def read_classes(file: Path) -> list[str]:
         raise UsageError(
             f"Line {lines.index('') + 1} of {file} is empty. The number of a line, counted from 0, is the mask value of its "
             "class: write a name on every line up to the last class."
+        )
+    if comment := next((line for line in lines if line.startswith("#")), None):
+        raise UsageError(
+            f"Line {lines.index(comment) + 1} of {file} begins with #, but the number of a line, counted from 0, is the "
+            "mask value of its class: leave comments out."
         )
     return lines
 
@@ -471,5 +477,8 @@ def labelled_images(data: SegmentationSet, accelerator: Accelerator) -> Segmenta
     """
     numbers = check_readable(data, accelerator)
     if not numbers:
-        raise UsageError(f"All pixels of {data.title} are ignored ({IGNORE_INDEX}). Check the values in its masks.")
+        raise UsageError(
+            f"No pixel of {data.title} belongs to a class: all are ignored ({data.ignore_index}). Check the values in its "
+            "masks, and which classes are left out."
+        )
     return data.select(numbers)

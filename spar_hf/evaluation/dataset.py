@@ -164,7 +164,8 @@ def build_vocabulary(
     ignore_classes: Sequence[str] = (),
 ) -> tuple[Vocabulary, SegmentationSet]:
     """
-    The words for the classes of a data set, and the data set without ignored classes.
+    The words for the classes of a data set, and the data set without ignored classes. A class has the names that its label
+    has in a list of words: commas separate them.
 
     Args:
         data: the data set.
@@ -177,8 +178,8 @@ def build_vocabulary(
             is wrong, or a word stands for two classes.
     """
     classes = data.labels
-    names: dict[str, list[str]] = {label: [label] for label in classes}
     with as_usage_errors():
+        names = {label: list(Vocabulary.parse([label]).names[0]) for label in classes}
         built_in = None if vocabulary is None else Vocabulary.parse(vocabulary)
     if built_in is not None:
         if len(built_in.labels) != len(classes):

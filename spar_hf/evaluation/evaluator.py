@@ -6,6 +6,7 @@ The runs take turns on every image, so that other work on the machine slows all 
 
 import hashlib
 import json
+import logging
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -39,6 +40,8 @@ from spar_hf.utils.checkpoints import check_replaceable
 from spar_hf.utils.devices import PeakMemory
 from spar_hf.utils.errors import as_usage_errors
 from spar_hf.utils.runs import RunFolder, start_accelerator
+
+logger = logging.getLogger(__name__)
 
 
 def evaluate_runs(options: EvaluationOptions, console: Console | None = None, reuse: bool = False) -> dict[str, Any]:
@@ -176,7 +179,9 @@ def prepare_counts(
     is_new = folder is None or not folder.is_dir()
     accelerator.wait_for_everyone()  # all processes have looked before one creates the folder
     if is_new:
-        check_readable(data, accelerator)
+        labelled = check_readable(data, accelerator)
+        if not labelled and accelerator.is_main_process:
+            logger.warning("No pixel of %s belongs to a class, so nothing is scored.", data.title)
     return None if folder is None else PartialCounts(folder, settings, accelerator)
 
 

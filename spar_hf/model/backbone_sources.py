@@ -1,10 +1,12 @@
 """Maps pretrained Transformers backbones to a `SparConfig` and SPAR weight names."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     CLIPModel,
@@ -98,7 +100,10 @@ def read_backbone(
         raise ValueError(
             f"{name} is a model of type {source_config.model_type!r}; SPAR reads {', '.join(BACKBONE_SOURCES)}."
         )
-    loaded: Any = BACKBONE_SOURCES[source_config.model_type].from_pretrained(name, output_loading_info=True, **kwargs)
+    with whole_files(name):
+        loaded: Any = BACKBONE_SOURCES[source_config.model_type].from_pretrained(
+            name, output_loading_info=True, **kwargs
+        )
     source, info = loaded
     check_complete(info["missing_keys"], name, type(source).__name__)
     if source_config.model_type in (
@@ -127,6 +132,20 @@ def read_backbone(
 
 class IncompleteWeights(OSError, RuntimeError):
     """Weights of a model are not in its files: as for other files that are not there, an `OSError`."""
+
+
+@contextmanager
+def whole_files(name: Any) -> Iterator[None]:
+    """
+    Raises:
+        IncompleteWeights: the block found a safetensors file of the folder `name` that is cut or damaged.
+    """
+    try:
+        yield
+    except SafetensorError as error:
+        raise IncompleteWeights(
+            f"A file of weights of {name} is damaged or was not copied whole ({error}). Copy or download it again."
+        ) from error
 
 
 def check_complete(missing: Collection[str], name: str, class_name: str) -> None:

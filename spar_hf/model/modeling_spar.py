@@ -16,7 +16,7 @@ from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .backbone_sources import check_complete, check_finite, load_source_config, read_backbone
+from .backbone_sources import check_complete, check_finite, load_source_config, read_backbone, whole_files
 from .configuration_spar import SparConfig
 from .execution import HALVES, as_tensor, check_batch, full_precision, refuse_labels, with_output_flags
 from .file_modes import follow_umask
@@ -153,9 +153,11 @@ class SparPreTrainedModel(PreTrainedModel):
 
         Raises:
             RuntimeError: weights are missing or have another shape.
+            OSError: a file is missing, cut or damaged.
             ValueError: weights hold NaN or infinity.
         """
-        loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        with whole_files(args[0] if args else kwargs.get("pretrained_model_name_or_path", "the checkpoint")):
+            loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         model, loading_info = loaded
         name = model.name_or_path or "The checkpoint"
         check_complete(loading_info["missing_keys"], name, cls.__name__)

@@ -1,11 +1,14 @@
 """Processor of two-tower models: image processor and tokenizer in one."""
 
+import os
+
 from tokenizers import Regex, Tokenizer, normalizers
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.processing_utils import ProcessorMixin
 
 from .image_processing_spar import SparImageProcessorPil
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 SIGLIP_TEXTS = ("siglip_text_model", "siglip2_text_model")
 
 
@@ -154,6 +157,11 @@ class SparProcessor(ProcessorMixin):
                 sub_processor_type, pretrained_model_name_or_path, subfolder=subfolder, **kwargs
             )
         except Exception as error:
+            name = pretrained_model_name_or_path
+            if there := [file for file in TOKENIZER_FILES if os.path.isfile(os.path.join(str(name), subfolder, file))]:
+                raise ValueError(
+                    f"The tokenizer of {str(name)!r} cannot be read ({error}). Copy {' and '.join(there)} again."
+                ) from error
             raise ValueError(
                 f"Cannot load a tokenizer from {str(pretrained_model_name_or_path)!r}. If the folder is "
                 "vision-only, load its image processor with `AutoImageProcessor`; else it lacks `tokenizer.json` "

@@ -95,6 +95,18 @@ def test_segment_uses_it_and_records_it(base_folder, annotated, tmp_path):
     assert "error" in text and "support" in text
 
 
+def test_a_line_with_commas_has_the_label_that_segment_gives_it(base_folder, annotated, tmp_path):
+    made, classes = tmp_path / "made.safetensors", annotated / "classes.txt"
+    classes.write_text("grass, lawn\ndog\n")
+    assert "grass   " in run("support", annotated, "--output", made, "--model", base_folder)
+    text = run("segment", annotated / "images", "--labels", f"@{classes}", "--output", tmp_path / "out", "--support", made,
+               "--model", base_folder)  # fmt: skip
+    assert "take no part" not in text
+    classes.write_text("# values\ngrass\ndog\n")
+    text = run("support", annotated, "--output", made, "--overwrite", "--model", base_folder, status=2)
+    assert "begins with #" in text
+
+
 def test_wrong_usage_is_one_line(base_folder, annotated, tmp_path):
     model = ("--model", base_folder)
     made = tmp_path / "made.safetensors"

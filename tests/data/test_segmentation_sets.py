@@ -98,6 +98,9 @@ def test_an_empty_line_among_the_classes_is_refused(folder):
     (folder / "classes.txt").write_text("sky\n\nroad\n")
     with pytest.raises(UsageError, match=r"Line 2 of .*classes\.txt is empty"):
         open_folder(folder)
+    (folder / "classes.txt").write_text("# streets\nsky\nroad\n")
+    with pytest.raises(UsageError, match=r"Line 1 of .*classes\.txt begins with #"):
+        open_folder(folder)
     (folder / "classes.txt").write_text("sky\nroad\n\n")
     assert open_folder(folder).labels == ("sky", "road")
 

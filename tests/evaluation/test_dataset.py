@@ -151,6 +151,12 @@ def test_vocabulary(tmp_path):
     assert (data.table[5:255] < 0).all()  # no mask of the set may hold these
 
 
+def test_vocabulary__commas_separate_names_as_in_lists_of_words():
+    vocabulary, data = build_vocabulary(set_of(["car, automobile", "sky", r"salt\, sea"]))
+    assert vocabulary.names == Vocabulary.parse(["car, automobile", "sky", r"salt\, sea"]).names
+    assert data.labels == vocabulary.labels == ("car, automobile", "sky", r"salt\, sea")
+
+
 def test_vocabulary__errors(tmp_path):
     with pytest.raises(UsageError, match="--ignore_classes: no class is called kat; there are cat, dog"):
         build_vocabulary(set_of(["cat", "dog"]), ignore_classes=["kat"])

@@ -366,12 +366,13 @@ def test_floats_and_12_bits_are_read_as_the_same_image_in_8_bits(dataset, checkp
         script.main([*command, *stated, "--max_pixels", "4000"])
 
 
-def test_images_without_labelled_pixels_have_no_score(dataset, checkpoint, tmp_path):
+def test_images_without_labelled_pixels_have_no_score(dataset, checkpoint, tmp_path, caplog):
     for path in (dataset / "masks").iterdir():
         Image.fromarray(np.full_like(np.array(Image.open(path)), IGNORE_INDEX)).save(path)
     output, cards = tmp_path / "report.json", tmp_path / "cards"
     command = ["--dataset", str(dataset), "--model", f"base={checkpoint('base')}", "--native", "--no_warmup"]
     report = script.main([*command, "--output", str(output), "--card_folder", str(cards)])
+    assert "nothing is scored" in caplog.text
     means = ("mean_iou", "mean_boundary_iou", "overall_accuracy", "mean_accuracy")
     assert np.isnan([report["runs"][0][mean] for mean in means]).all()
     row = json.loads(output.read_text())["runs"][0]

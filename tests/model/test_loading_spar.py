@@ -166,6 +166,21 @@ def test_missing_weights_are_an_error(two_towers, tmp_path, model_class, weight)
         model_class.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("size", [0, 300, 20_000])
+def test_weights_that_were_not_copied_whole_are_an_error_of_the_file(two_towers, tmp_path, size):
+    two_towers.save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:size])
+    for load in (
+        SparForOpenVocabSegmentation.from_pretrained,
+        AutoModel.from_pretrained,
+        SparVisionModel.from_backbone,
+    ):
+        with pytest.raises(OSError, match=r"not copied whole .*again") as refused:
+            load(tmp_path)
+        assert str(tmp_path) in str(refused.value)
+
+
 def test_vision_weights_beside_a_two_tower_configuration_are_an_error(two_towers, tmp_path):
     two_towers.vision_model.save_pretrained(tmp_path)
     two_towers.config.save_pretrained(tmp_path)
