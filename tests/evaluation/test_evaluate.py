@@ -321,6 +321,13 @@ def test_ignored_classes_are_neither_counted_nor_predicted(dataset, checkpoint, 
     )
 
 
+def test_a_single_class_is_told(dataset, checkpoint, capsys):
+    command = ["--dataset", str(dataset), "--model", str(checkpoint("base")), "--no_warmup", "--no_boundary", "--limit"]
+    report = script.main([*command, "1", "--ignore_classes", *LABELS[1:]])
+    assert report["runs"][0]["mean_iou"] == 1
+    assert "note: A single class gets every pixel" in " ".join(capsys.readouterr().out.split())
+
+
 def test_only_classes_restricts_the_means_not_the_answers(dataset, checkpoint):
     options = ["--dataset", str(dataset), "--model", str(checkpoint("base")), "--native", "--no_warmup"]
     everything = script.main(options)["runs"][0]
