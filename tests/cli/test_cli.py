@@ -340,6 +340,11 @@ def test_a_bad_image_gives_one_line_and_exit_status_1(images, tmp_path, image, m
         ({"--output": "out.gif"}, "must end in .png"),
         ({"--output": "out.jpg", "--format": "map"}, "must end in .png"),
         ({"--map": "map.jpg"}, "must end in .png"),
+        ({"--map": "./out.png"}, "--map out.png names the file of the overlay of --output"),
+        (
+            {"--map": "out/street.png", "--output": "out"},
+            "--map out/street.png names the file of the overlay of --output",
+        ),
         ({"--templates": "nonsense"}, "template set"),
         ({"--threshold": "0.5", "--labels": "sky " * 60}, "tokens"),
         ({"--device": "nonsense"}, "is not available; there is cpu"),
