@@ -175,8 +175,10 @@ class Segmenter:
 
     def read(self, body: bytes, request: Request) -> Any:
         """The checked request of a JSON object, or of an image with its parameters in the query."""
+        from spar_hf.cli.client_requests import query_parameters
+
         if not request.headers.get("content-type", "").startswith("application/json"):
-            return self.server.read(body, dict(request.query_params))
+            return self.server.read(body, query_parameters(request.query_params.multi_items()))
         try:
             data = json.loads(body)
             return self.server.read(data["inputs"], data.get("parameters"))

@@ -7,9 +7,10 @@ sees it: strings are never paths or URLs, and bytes, pixels and words are limite
 
 import base64
 import binascii
+import json
 import logging
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from typing import Any
@@ -22,7 +23,7 @@ from spar_hf.cli.result_files import Segment, coco_encoder, found_classes, label
 from spar_hf.cli.web_inputs import MAX_LETTERS, MAX_NAMES, MAX_PIXELS, MAX_UPLOAD, decode_upload
 from spar_hf.model.image_input import ImageRange, to_rgb, turn_upright
 from spar_hf.model.prompts import Vocabulary
-from spar_hf.model.results import check_output_size, check_shares
+from spar_hf.model.results import check_output_size
 from spar_hf.utils.errors import UsageError
 from spar_hf.utils.labels import parse_background, parse_labels
 from spar_hf.utils.terminal import is_harmful
@@ -152,20 +153,45 @@ def read_parameters(
     if names > limits.max_names:
         raise UsageError(f"There are {names:,} names, more than {limits.max_names:,}. Name fewer classes.")
     options: dict[str, Any] = {}
+    threshold = parameters.get("threshold")
+    # first, since only its number tells whether it moves pixels to the background: the text "0" does not
+    threshold = None if threshold is None else read_share("threshold", threshold)
     if isinstance(background, (list, str)):
         if isinstance(background, list):
             background = tuple(background)
         else:
-            background = parse_background(background, vocabulary, bool(parameters.get("threshold")))
+            background = parse_background(background, vocabulary, bool(threshold))
         options |= {} if background is None else {"background": background}
     elif background is not None:
         raise UsageError("`background` must be a text or a list of texts.")
-    if (threshold := parameters.get("threshold")) is not None:
-        options["threshold"] = read_share("threshold", threshold)
+    if threshold is not None:
+        options["threshold"] = threshold
     output = parameters.get("output") or "segments"
     if output not in OUTPUTS:
         raise UsageError(f"Unknown output {str(output)[:40]!r}; use {', '.join(OUTPUTS[:-1])} or {OUTPUTS[-1]}.")
     return vocabulary, tuple(options.items()), output
+
+
+def query_parameters(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """
+    The parameters of a query, of which each is given once. Repeated `candidate_labels`, as clients send lists, are the
+    classes of all of them, each in the form of the text.
+
+    Raises:
+        UsageError: another parameter is repeated; to take one of them would drop the others without a word.
+
+    Example:
+
+    ```python
+    >>> query_parameters([("candidate_labels", "road, street"), ("candidate_labels", "sky"), ("output", "map")])
+    {'candidate_labels': 'road, street; sky', 'output': 'map'}
+    ```"""
+    found: dict[str, str] = {}
+    for name, value in pairs:
+        if name in found and name != "candidate_labels":
+            raise UsageError(f"The parameter {name[:40]!a} is given more than once. Give it once.")
+        found[name] = f"{found[name]}; {value}" if name in found else value
+    return found
 
 
 def check_words(value: Any, limits: Limits) -> None:
@@ -195,14 +221,32 @@ def read_share(name: str, value: Any) -> float:
     A share from JSON or from a query string.
 
     Raises:
-        ValueError: no number from 0 to 1.
+        UsageError: no number from 0 to 1; the message shows what was sent.
     """
     try:
         share = float("nan") if isinstance(value, bool) else float(value)
     except (TypeError, ValueError, OverflowError):
         share = float("nan")
-    check_shares(**{name: share})
+    if not 0 <= share <= 1:
+        raise UsageError(f"`{name}` must be a share from 0 to 1, got {as_sent(value)}.")
     return share
+
+
+def as_sent(value: Any) -> str:
+    """
+    The beginning of a value as a request has it, in ASCII, for messages.
+
+    Example:
+
+    ```python
+    >>> as_sent(True), as_sent("0,5"), as_sent([0.5])
+    ('true', '"0,5"', 'an array')
+    ```"""
+    if isinstance(value, int) and abs(value) >= 10**20:
+        return "a huge number"  # Python refuses to write the largest ones
+    if isinstance(value, (str, int, float)):
+        return json.dumps(value[:40] if isinstance(value, str) else value)
+    return "an object" if isinstance(value, Mapping) else "an array"
 
 
 class SegmentationServer:

@@ -103,7 +103,7 @@ def plan_results(
     for image in images:
         paths[image] = single_file_paths(output, formats) if single_file else folder_paths(image, output, formats)
         if map_output is not None:
-            check_map_output(map_output, several, formats)
+            check_map_output(map_output, several, formats, paths[image])
             paths[image]["map"] = map_output
     targets = [(path, image.source) for image, files in paths.items() for path in files.values()]
     if not single_file and "coco" in formats:
@@ -145,11 +145,14 @@ def folder_paths(image: InputImage, folder: Path, formats: list[str]) -> dict[st
     return {name: result_path(folder, image.name, FORMATS[name]) for name in formats}
 
 
-def check_map_output(map_output: Path, several: bool, formats: list[str]) -> None:
-    """Refuse a `--map` for several images, in a lossy format, or beside the map of `--format`."""
+def check_map_output(map_output: Path, several: bool, formats: list[str], others: dict[str, Path]) -> None:
+    """Refuse a `--map` for several images, in a lossy format, beside the map of `--format`, or in the file of a result."""
     if "map" in formats:
         raise UsageError("--map and --format map both name the file of the one label map. Leave one out.")
     if several:
         raise UsageError("--map names the file of one image. For several images use --format overlay,map.")
     if map_output.suffix.lower() != ".png":
         raise UsageError(f"--map {map_output} must end in .png, since lossy formats change class numbers.")
+    for name, path in others.items():
+        if str(path.resolve()).casefold() == str(map_output.resolve()).casefold():
+            raise UsageError(f"--map {map_output} names the file of the {name} of --output. Name another file.")

@@ -110,6 +110,10 @@ def plan_work(options: SegmentOptions) -> tuple[ResultPlan, "Vocabulary"]:
         where = (options.output, formats, options.map_output, options.frames, options.to_shards)
         plan = plan_results(options.images, *where)
         vocabulary = read_labels(options.labels)
+        # a class may be called none, and a rule makes a background without words
+        no_background = options.background == "none" and "none" not in vocabulary.labels and not options.has_rules
+        if options.keep_background and no_background:
+            raise UsageError("--background none leaves no background to list: leave out --keep-background.")
         if "coco" in plan.formats:
             coco_encoder()
     return plan, vocabulary

@@ -16,7 +16,7 @@ from spar_hf.cli.reporting import exit_on_error, fail, say
 from spar_hf.model.prompts import Vocabulary
 from spar_hf.model.words import normalise_name
 from spar_hf.utils.errors import PATH_ERRORS, UsageError
-from spar_hf.utils.image_files import check_distinct_masks
+from spar_hf.utils.image_files import check_distinct_masks, turned_image_hint
 from spar_hf.utils.image_listing import images_under
 from spar_hf.utils.options import HELP
 from spar_hf.utils.texts import read_text
@@ -73,6 +73,8 @@ def support(
             if not there:
                 continue
             encoded = pipe.encode(str(image), size, max_tokens)
+            if hint := turned_image_hint(str(image), encoded.original_size, values.shape):
+                raise UsageError(f"{mask} has another size than {image}. {hint}")
             examples = []
             for value in there:
                 with as_usage_error(mask):

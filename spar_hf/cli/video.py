@@ -50,11 +50,13 @@ def check_video_options(options: "SegmentOptions") -> None:
     Refuse what does not go with a video.
 
     Raises:
-        UsageError: images among the videos, shards, or an option for images.
+        UsageError: images among the videos, a folder or a still image, shards, or an option for images.
     """
     others = [argument for argument in options.images if not is_video(argument)]
     if others and len(options.images) > 1:  # one alone may be an animation that becomes a video
         raise UsageError(f"{others[0]} is no video by its ending. Segment videos and images in runs of their own.")
+    for argument in others:
+        check_moving(argument)
     if options.to_shards:
         raise UsageError(f"--output {options.output}: shards are for images; videos go to a folder.")
     names = {"map_output": "--map"}
@@ -64,6 +66,31 @@ def check_video_options(options: "SegmentOptions") -> None:
     given += [options.job.option] if options.job.is_part else ["--skip-existing"] if options.skip_existing else []
     if given:
         raise UsageError(f"Leave out {', '.join(given)}: the result of a video is a video with masks over it.")
+
+
+def check_moving(argument: str) -> None:
+    """
+    Refuse what FFmpeg would not open, and a still image, which it would take for a video of one frame.
+
+    Raises:
+        UsageError: a folder, or an image without further frames.
+    """
+    if Path(argument).is_dir():
+        raise UsageError(
+            f"{argument} is a folder, of which no one video is made. For masks of its images name a folder as --output; for "
+            f'its videos write "{argument}/*.mp4".'
+        )
+    from PIL import Image
+
+    from spar_hf.model.image_input import has_more_frames
+
+    try:
+        with Image.open(argument) as image:
+            moves = has_more_frames(image) and image.format != "TIFF"  # its frames are pages
+    except (OSError, Image.DecompressionBombError):  # no image, which may be a video of another ending
+        return
+    if not moves:
+        raise UsageError(f"{argument} is a still image and no video. Name a picture as --output, such as masks.png.")
 
 
 def find_videos(arguments: Sequence[str], exclude: Path | None = None) -> list[tuple[Path, PurePosixPath]]:

@@ -23,7 +23,7 @@ from spar_hf.data.sources import list_images
 from spar_hf.model.image_input import class_numbers, open_image, read_rgb, set_pixel_limit
 from spar_hf.model.image_pixels import MIN_SIDE
 from spar_hf.utils.errors import MissingFiles, UsageError
-from spar_hf.utils.image_files import check_distinct_masks
+from spar_hf.utils.image_files import check_distinct_masks, turned_image_hint
 from spar_hf.utils.texts import read_text
 
 IGNORE_INDEX = 255  # label of ignored pixels, which no score counts
@@ -181,9 +181,10 @@ class SegmentationSet:
                 f"The mask of {name} has mode {mode}; a mask is a PNG of class numbers (mode L or P, one channel)."
             )
         if image_size is not None and values.shape != tuple(image_size):
+            hint = turned_image_hint(self.file(number), image_size, values.shape)
             raise UsageError(
                 f"The mask of {name} has {values.shape[0]}×{values.shape[1]} pixels (height × width), its image "
-                f"{image_size[0]}×{image_size[1]}. Resize the mask to the image by nearest neighbour."
+                f"{image_size[0]}×{image_size[1]}. {hint or 'Resize the mask to the image by nearest neighbour.'}"
             )
         wrong = [int(v) for v in np.unique(values) if not 0 <= v < len(self.table) or self.table[v] == INVALID]
         if wrong:

@@ -26,7 +26,7 @@ from spar_hf.data.segmentation_sets import SegmentationSet, check_readable
 from spar_hf.evaluation.candidates import Candidate, first_given, load_candidates
 from spar_hf.evaluation.counts import FREE_SETTINGS, Counts, PartialCounts, check_same_settings
 from spar_hf.evaluation.dataset import open_with_words
-from spar_hf.evaluation.flicker import count_changes, is_next_frame
+from spar_hf.evaluation.flicker import check_frames, count_changes, is_next_frame
 from spar_hf.evaluation.inference import Prediction, predict
 from spar_hf.evaluation.options import EvaluationOptions
 from spar_hf.evaluation.protocols import find_protocol
@@ -34,6 +34,7 @@ from spar_hf.evaluation.published import show_comparison
 from spar_hf.evaluation.reports import card_paths, eval_result_paths, make_report, read_report, write_report
 from spar_hf.evaluation.runs import Run, parse_models, parse_runs
 from spar_hf.model.backbone_sources import load_source_config
+from spar_hf.model.background import ONE_CLASS
 from spar_hf.model.prompts import Vocabulary
 from spar_hf.model.templates import TemplateChoice, read_templates
 from spar_hf.utils.checkpoints import check_replaceable
@@ -90,6 +91,10 @@ def measure_all(
         report = read_report(output)
         check_same_settings(report.get("settings", {}), settings, output)
         return report
+    if options.run.flicker:
+        check_frames(map(data.place, range(len(data))))
+    if len(vocabulary.labels) == 1 and console is not None and accelerator.is_main_process:
+        console.print(f"note: {ONE_CLASS} Its IoU is 100 % whatever the model.")
     candidates = load_candidates(
         folders,
         runs,

@@ -1,11 +1,14 @@
 """Flicker of label maps: pixels that change their class from one frame to the next although the image does not change."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from pathlib import PurePath
 
 import numpy as np
 from PIL import Image
+
+from spar_hf.utils.errors import UsageError
 
 TOLERANCE = 8  # levels of 255, about what noise and JPEG change
 
@@ -30,6 +33,28 @@ def is_next_frame(before: str, file: str) -> bool:
     if parts[::2] != others[::2]:
         return False
     return sum(then != now for then, now in zip(parts[1::2], others[1::2], strict=True)) == 1
+
+
+def check_frames(places: Iterable[str]) -> None:
+    """
+    Refuse images of which no two are neighbouring frames: their flicker would be the share of no pixels.
+
+    Args:
+        places: paths or names of the images, in the order of their names.
+
+    Raises:
+        UsageError: there are no such two.
+
+    Example:
+
+    ```python
+    >>> check_frames(["street.png", "clip_1.png", "clip_2.png"])
+    ```"""
+    if not any(is_next_frame(before, place) for before, place in pairwise(places)):
+        raise UsageError(
+            "--flicker: no two images are frames of one video: neighbours in the order of names that lie in one folder and "
+            "differ in one number, such as clip_001 and clip_002. Rename the frames, or leave out --flicker."
+        )
 
 
 def count_changes(

@@ -165,7 +165,7 @@ class MeasurementOptions:
     Models, the ways to run them, and what is measured.
 
     Raises:
-        UsageError: an option is out of range.
+        UsageError: an option is out of range, or has no effect beside the others.
     """
 
     model: list[str] = required(
@@ -200,6 +200,17 @@ class MeasurementOptions:
     def __post_init__(self):
         require_positive(self, "window_size", "window_batch_size", "dilation_ratio")
         require_one_of(self, "mixed_precision", PRECISIONS)
+        windows = {
+            "--window_size": self.window_size is not None,
+            "--window_batch_size": self.window_batch_size != type(self).window_batch_size,
+        }
+        given = [name for name, is_given in windows.items() if is_given]
+        if given and not any(":sliding" in run for run in self.runs or ()):  # names of models have no colon
+            raise UsageError(
+                f"No run slides a window: leave out {', '.join(given)}, or give --runs NAME:sliding:STRIDE."
+            )
+        if self.dilation_ratio is not None and not self.boundary:
+            raise UsageError("--no_boundary measures no boundaries: leave out --dilation_ratio.")
 
 
 @dataclass(kw_only=True)

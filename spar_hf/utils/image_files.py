@@ -30,6 +30,7 @@ from spar_hf.utils.tar_images import is_tar
 
 MAX_URL_NAME = 100  # characters of a file name for a URL, which may be as long as servers like
 URL_PREFIXES = ("http://", "https://", "data:image/")  # as in `read_image`, whose module imports torch
+ORIENTATION_TAG, QUARTER_TURNS = 0x0112, (5, 6, 7, 8)  # EXIF orientations that exchange height and width
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # disk full or read-only: every further image would fail too
 
 
@@ -347,6 +348,28 @@ def check_distinct_masks(pairs: Iterable[tuple[Path, Path]]) -> None:
         if mask in images:
             raise UsageError(f"{images[mask]} and {image} would share the mask {mask}. Rename or remove one of them.")
         images[mask] = image
+
+
+def turned_image_hint(image: str | bytes, image_size: Sequence[int], mask_size: Sequence[int]) -> str:
+    """
+    What to do about a mask that has the size of its image before the EXIF orientation turned it. To resize that mask would
+    ruin its labels. Empty if that is not why their sizes differ.
+
+    Args:
+        image: the path or the bytes of its file.
+        image_size: its height and width, upright.
+        mask_size: height and width of the mask.
+    """
+    from spar_hf.model.image_input import open_image  # imports torch
+
+    if tuple(mask_size) == tuple(image_size) or tuple(mask_size) != tuple(image_size)[::-1]:
+        return ""
+    if open_image(image, urls=False)[0].getexif().get(ORIENTATION_TAG) not in QUARTER_TURNS:
+        return ""
+    return (
+        "The image is turned by its EXIF orientation, and its mask is not: turn the mask in the same way, or remove the tag "
+        "from the image."
+    )
 
 
 def check_inputs_kept(targets: Iterable[Path], images: Sequence[InputImage]) -> None:

@@ -340,6 +340,12 @@ def test_a_bad_image_gives_one_line_and_exit_status_1(images, tmp_path, image, m
         ({"--output": "out.gif"}, "must end in .png"),
         ({"--output": "out.jpg", "--format": "map"}, "must end in .png"),
         ({"--map": "map.jpg"}, "must end in .png"),
+        ({"--map": "./out.png"}, "--map out.png names the file of the overlay of --output"),
+        (
+            {"--map": "out/street.png", "--output": "out"},
+            "--map out/street.png names the file of the overlay of --output",
+        ),
+        ({"--background": "none", "--keep-background": ""}, "leave out --keep-background"),
         ({"--templates": "nonsense"}, "template set"),
         ({"--threshold": "0.5", "--labels": "sky " * 60}, "tokens"),
         ({"--device": "nonsense"}, "is not available; there is cpu"),
@@ -348,7 +354,7 @@ def test_a_bad_image_gives_one_line_and_exit_status_1(images, tmp_path, image, m
 def test_wrong_usage_gives_one_line_and_exit_status_2(images, tmp_path, monkeypatch, options, message):
     monkeypatch.chdir(tmp_path)
     given = {"--labels": LABELS, "--output": "out.png", **options}
-    text = run(images / "street.png", *(part for item in given.items() for part in item), status=2)
+    text = run(images / "street.png", *(part for item in given.items() for part in item if part), status=2)
     assert message in text and text.count("error:") == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from spar_hf.cli.client_requests import FAILED, Limits, SegmentationServer, as_json, read_request
+from spar_hf.cli.client_requests import FAILED, Limits, SegmentationServer, as_json, query_parameters, read_request
 from spar_hf.utils.errors import UsageError
 
 WORDS = ["road", "sky", "tree, grass"]
@@ -106,6 +106,28 @@ def test_only_uploaded_images_are_read(inputs):
 def test_wrong_parameters_are_refused_before_the_image_is_decoded(parameters, monkeypatch):
     monkeypatch.setattr("spar_hf.cli.client_requests.decode_upload", None)
     refused(read_request, SMALL, parameters, Limits(max_names=40))
+
+
+def test_repeated_words_of_a_query_are_all_classes():
+    pairs = [("candidate_labels", "road, street"), ("candidate_labels", "sky; tree"), ("threshold", "0.5")]
+    request = read_request(SMALL, query_parameters(pairs))
+    assert request.vocabulary.names == (("road", "street"), ("sky",), ("tree",))
+    assert request.options == (("threshold", 0.5),)
+    assert "'threshold' is given more than once" in refused(query_parameters, [*pairs, ("threshold", "0.1")])
+
+
+@pytest.mark.parametrize("threshold", ["0", 0, "0.0"])
+def test_a_threshold_of_zero_makes_no_room_for_a_background_without_words(threshold):
+    asked = {"candidate_labels": WORDS, "background": "other", "threshold": threshold}
+    assert "No pixel gets the background 'other'" in refused(read_request, SMALL, asked)
+    assert read_request(SMALL, {**asked, "threshold": "0.2"}).options == (("background", "other"), ("threshold", 0.2))
+
+
+def test_a_wrong_number_is_shown_as_it_was_sent():
+    sent = [("0,5", '"0,5"'), (True, "true"), ([0.5], "an array"), (10**5000, "a huge number"), (2, "2")]
+    for threshold, shown in sent:
+        message = refused(read_request, SMALL, {"candidate_labels": WORDS, "threshold": threshold})
+        assert message == f"`threshold` must be a share from 0 to 1, got {shown}."
 
 
 def test_files_of_too_many_bytes_or_pixels_are_refused_undecoded(monkeypatch):

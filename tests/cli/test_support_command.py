@@ -128,6 +128,13 @@ def test_wrong_usage_is_one_line(base_folder, annotated, tmp_path):
     Image.fromarray(np.zeros((60, 96), np.uint8)).save(annotated / "masks/0.png")
     text = run("support", annotated, "--output", tmp_path / "x.safetensors", *model, status=2)
     assert "0.png" in text and "(60, 96)" in text
+    exif, photo = Image.Exif(), Image.open(annotated / "images/0.png")
+    exif[0x0112] = 6
+    photo.save(annotated / "images/0.png", exif=exif)
+    Image.fromarray(np.zeros((64, 96), np.uint8)).save(annotated / "masks/0.png")
+    text = run("support", annotated, "--output", tmp_path / "x.safetensors", *model, status=2)
+    assert "turned by its EXIF orientation, and its mask is not" in text
+    photo.save(annotated / "images/0.png")
     image = annotated / "images/0.png"
     text = run(
         "segment", image, "--labels", "a; b", "--output", tmp_path / "o.png", "--support", made, *model, status=2

@@ -188,6 +188,8 @@ def test_wrong_use_is_refused_before_a_model_is_loaded(tmp_path):
         ([clip], out, ["--max-pixels", "100"], 2, "--max-pixels"),
         ([clip], out, ["--batch-size", "8", "--workers", "2"], 2, "Leave out --workers, --batch-size"),
         ([clip], out, ["--shard-range", "0:2"], 2, "Leave out --shard-range:"),
+        ([tmp_path], out, [], 2, "is a folder, of which no one video is made"),
+        ([picture], out, [], 2, "a.png is a still image and no video"),
         ([picture], tmp_path / "masks.png", ["--every", "2"], 2, "--every"),
         ([picture], tmp_path / "masks.png", ["--smoothing", "0"], 2, "--smoothing"),
         ([tmp_path / "none.mp4"], out, [], 1, "none.mp4"),
@@ -197,6 +199,14 @@ def test_wrong_use_is_refused_before_a_model_is_loaded(tmp_path):
         result = CliRunner().invoke(app, ["segment", *map(str, images), *words, *more])
         assert result.exit_code == status and word in result.output, (more, result.output)
     assert not out.exists() and not (tmp_path / "folder").exists()
+
+
+@pytest.mark.parametrize("kind", ["gif", "png"])
+def test_an_animation_becomes_a_video(tmp_path, base_folder, kind):
+    frames = [Image.new("RGB", (64, 48), colour) for colour in COLOURS]
+    frames[0].save(tmp_path / f"a.{kind}", save_all=True, append_images=frames[1:], duration=100)
+    result = segment_clip(tmp_path / f"a.{kind}", tmp_path / "out.mp4", base_folder)
+    assert result.exit_code == 0 and "3 frames, 3 of them segmented" in result.output, result.output
 
 
 def test_a_legend_has_the_colours_of_the_masks():

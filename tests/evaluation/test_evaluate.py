@@ -17,7 +17,7 @@ from tiny_models import make_tokenizer, randomise, tiny_config
 from torch.nn import functional as F
 
 from spar_hf import SlidingWindowTeacher, SparForOpenVocabSegmentation, SparImageProcessorPil, teacher
-from spar_hf.data.segmentation_sets import IGNORE_INDEX
+from spar_hf.data.segmentation_sets import IGNORE_INDEX, open_folder
 from spar_hf.evaluation import command as script
 from spar_hf.evaluation.candidates import Candidate
 from spar_hf.evaluation.inference import average_logits, predict
@@ -321,6 +321,13 @@ def test_ignored_classes_are_neither_counted_nor_predicted(dataset, checkpoint, 
     )
 
 
+def test_a_single_class_is_told(dataset, checkpoint, capsys):
+    command = ["--dataset", str(dataset), "--model", str(checkpoint("base")), "--no_warmup", "--no_boundary", "--limit"]
+    report = script.main([*command, "1", "--ignore_classes", *LABELS[1:]])
+    assert report["runs"][0]["mean_iou"] == 1
+    assert "note: A single class gets every pixel" in " ".join(capsys.readouterr().out.split())
+
+
 def test_only_classes_restricts_the_means_not_the_answers(dataset, checkpoint):
     options = ["--dataset", str(dataset), "--model", str(checkpoint("base")), "--native", "--no_warmup"]
     everything = script.main(options)["runs"][0]
@@ -399,6 +406,17 @@ def test_mask_must_fit_its_image(dataset, checkpoint):
     mask.point(lambda value: 6 if value == IGNORE_INDEX else value).save(path)
     with pytest.raises(UsageError, match=r"image3 holds the values \[6\], which set \(6 classes\)"):
         script.main(command)
+
+
+def test_a_mask_of_an_image_that_exif_turns_is_not_to_be_resized(dataset):
+    data, exif = open_folder(dataset), Image.Exif()
+    for orientation, hint in ((6, "turn the mask in the same way, or remove the tag"), (3, "Resize the mask")):
+        exif[0x0112] = orientation
+        Image.new("RGB", (83, 80)).save(dataset / "images" / "image4.png", exif=exif)
+        mask_size = (80, 83) if orientation == 6 else (79, 83)
+        Image.new("L", mask_size[::-1]).save(dataset / "masks" / "image4.png")
+        with pytest.raises(UsageError, match=hint):
+            data.read(4)
 
 
 def test_stride_above_the_window_is_refused_before_any_image(dataset, checkpoint, tmp_path):

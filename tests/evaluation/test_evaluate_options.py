@@ -104,6 +104,21 @@ def test_options_out_of_range_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"window_size": 32}, "leave out --window_size, or"),
+        ({"window_batch_size": 4, "runs": ["sliding:single"]}, "leave out --window_batch_size, or"),
+        ({"dilation_ratio": 0.01, "boundary": False}, "leave out --dilation_ratio"),
+    ],
+)
+def test_options_without_effect_are_refused(values, message):
+    with pytest.raises(UsageError, match=message):
+        options(**values)
+    given = {"runs": ["base:single", "base:sliding-logits:24"], "window_size": 32, "window_batch_size": 4}
+    options(**given, dilation_ratio=0.01)
+
+
+@pytest.mark.parametrize(
     ("old", "new", "value"),
     [("labels", "class_names", "a.json"), ("scale", "dense_logit_scale", 2.0), ("min_area", "exclude_area", 0.1)],
 )

@@ -15,6 +15,7 @@ from spar_hf.evaluation.command import main
 from spar_hf.evaluation.evaluator import count_images
 from spar_hf.evaluation.flicker import Flicker
 from spar_hf.evaluation.inference import Prediction
+from spar_hf.utils.errors import UsageError
 
 
 def test_against_a_plain_count():
@@ -105,6 +106,15 @@ def test_evaluate_counts_it_over_frames_however_they_are_shared_out(tmp_path, ch
     assert whole[0, 1] > 0
     for processes in (2, 3, 6):
         np.testing.assert_array_equal(sum(counts(i, processes) for i in range(processes)), whole)
+
+
+def test_images_of_no_video_are_refused(dataset, checkpoint):
+    for number, name in enumerate(("street", "park", "lake", "hill", "town")):
+        for kind in ("images", "masks"):
+            (dataset / kind / f"image{number}.png").rename(dataset / kind / f"{name}.png")
+    command = ["--dataset", str(dataset), "--model", str(checkpoint("base")), "--flicker"]
+    with pytest.raises(UsageError, match="no two images are frames of one video"):
+        main(command)
 
 
 def test_the_last_frame_of_a_video_and_the_first_of_the_next_are_no_pair(tmp_path):

@@ -126,6 +126,9 @@ def test_masks_are_those_of_the_pipeline(server, base_folder, picture):
     as_file = server.ask(data, "image/png", "/?candidate_labels=road;sky&output=map")
     assert in_json == as_file and in_json[0] == 200
     assert np.array_equal(np.array(Image.open(BytesIO(base64.b64decode(in_json[1]["map"])))), expected)
+    repeated = "/?candidate_labels=road&candidate_labels=sky&output=map"
+    assert server.ask(data, "image/png", repeated) == as_file
+    assert server.ask(data, "image/png", repeated + "&output=coco")[0] == 400
     status, segments = server.ask(request_of(data))
     assert status == 200 and {segment["label"] for segment in segments} <= set(WORDS)
 
