@@ -281,6 +281,24 @@ def title(report: dict[str, Any]) -> str:
     return f"{report['title']}{part}: {report['images']} images, {of_classes}"
 
 
+def classes_of_means(report: dict[str, Any]) -> str:
+    """
+    What to say where means of IoU are not over the same classes; empty where they are. A class that is in no mask has an IoU
+    of 0 in a run that predicts it somewhere, and none in the others.
+    """
+    total, counts = len(report["scored_classes"]), {}
+    for row in report["runs"]:
+        values = [row["classes"][label]["iou"] for label in report["scored_classes"]]
+        counts[f"{row['model']}, {row['inference']}"] = sum(value is not None and value == value for value in values)
+    if len(set(counts.values())) < 2:
+        return ""
+    means = "; ".join(f"{count} ({run})" for run, count in counts.items())
+    return (
+        f"note: means of IoU are over {means} of {total} classes. A class that no mask holds counts as 0 where it is "
+        "predicted, and not at all elsewhere. Name the classes to score with --only_classes."
+    )
+
+
 def show(report: dict[str, Any], console: Console) -> None:
     """Print the report as a table with seconds per image, and below it the share of the gap that each student closes."""
     table = Table(title=title(report), box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
@@ -305,6 +323,8 @@ def show(report: dict[str, Any], console: Console) -> None:
             *([percent(row.get("flicker"))] if flicker else []),
         )
     console.print(table)
+    if note := classes_of_means(report):
+        console.print(note)
     for gap in report["gaps"]:
         closed = (
             "the teacher is not better than the base, so there is no gap to close"

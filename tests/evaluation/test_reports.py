@@ -23,6 +23,7 @@ def row(model, stride, mean_iou, seconds):
         "mean_boundary_iou": float("nan"),
         "peak_memory_bytes": None,
         "mean_iou": mean_iou,
+        "classes": {"a": {"iou": mean_iou}, "b": {"iou": float("nan")}},
         "overall_accuracy": 0.5,
         "vision_seconds": seconds,
         "total_seconds": seconds + 1,
@@ -52,7 +53,14 @@ def test_share_of_the_gap_closed_and_the_table():
     assert any("base" in line and "stride 24" in line and "28.00" in line and "20.0 ×" in line for line in lines)
     text = " ".join(out.getvalue().split())
     assert "streets, rain, val: 3 images" in text
-    assert "75 % of the gap closed" in text and "no gap to close" in text
+    assert "75 % of the gap closed" in text and "no gap to close" in text and "is over" not in text
+    # a class that no mask holds, which one run predicts
+    rows[1]["classes"]["b"]["iou"], out = 0.0, io.StringIO()
+    rows[2]["classes"]["b"]["iou"] = None  # as a report that is read again has it
+    show(report | {"scored_classes": ["a", "b"]}, Console(file=out, width=80, markup=False))
+    text = " ".join(out.getvalue().split())
+    assert "over 1 (student, sliding, stride 24); 2 (base, single pass); 1 (base, sliding, stride 24)" in text
+    assert "of 2 classes" in text
 
 
 def test_results_for_the_hub(tmp_path):
