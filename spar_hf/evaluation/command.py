@@ -25,6 +25,8 @@ from spar_hf.evaluation.options import EvaluationOptions
 
 def main(args: list[str] | None = None) -> dict[str, Any]:
     """The command `evaluate`: parse options, measure, print the table. Returns the report."""
-    report = evaluate_runs(EvaluationOptions.parse(args, __doc__), Console(markup=False, highlight=False))
+    options = EvaluationOptions.parse(args, __doc__)
+    options.run.check_windows()
+    report = evaluate_runs(options, Console(markup=False, highlight=False))
     PartialState().destroy_process_group()
     return report

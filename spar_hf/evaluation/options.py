@@ -200,6 +200,16 @@ class MeasurementOptions:
     def __post_init__(self):
         require_positive(self, "window_size", "window_batch_size", "dilation_ratio")
         require_one_of(self, "mixed_precision", PRECISIONS)
+        if self.dilation_ratio is not None and not self.boundary:
+            raise UsageError("--no_boundary measures no boundaries: leave out --dilation_ratio.")
+
+    def check_windows(self) -> None:
+        """
+        For the command, whose runs are these: the figures of the studies choose others with the same options.
+
+        Raises:
+            UsageError: an option of windows is given, and no run slides one.
+        """
         windows = {
             "--window_size": self.window_size is not None,
             "--window_batch_size": self.window_batch_size != type(self).window_batch_size,
@@ -209,8 +219,6 @@ class MeasurementOptions:
             raise UsageError(
                 f"No run slides a window: leave out {', '.join(given)}, or give --runs NAME:sliding:STRIDE."
             )
-        if self.dilation_ratio is not None and not self.boundary:
-            raise UsageError("--no_boundary measures no boundaries: leave out --dilation_ratio.")
 
 
 @dataclass(kw_only=True)

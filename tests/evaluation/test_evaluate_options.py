@@ -113,9 +113,9 @@ def test_options_out_of_range_are_refused(tmp_path):
 )
 def test_options_without_effect_are_refused(values, message):
     with pytest.raises(UsageError, match=message):
-        options(**values)
+        options(**values).run.check_windows()
     given = {"runs": ["base:single", "base:sliding-logits:24"], "window_size": 32, "window_batch_size": 4}
-    options(**given, dilation_ratio=0.01)
+    options(**given, dilation_ratio=0.01).run.check_windows()
 
 
 @pytest.mark.parametrize(
