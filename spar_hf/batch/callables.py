@@ -72,10 +72,10 @@ class BatchCallable:
             raise UsageError(f"batch_size={batch_size} must be at least 1.")
         self.column, self.batch_size, self.device = column, batch_size, device
         self.loaded: Any = None
-        self.holds_images = False  # the column held more than names: known from the first batch that did
+        self.holds_images: bool | None = None  # whether the column holds images, not names; as far as is known
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "loaded": None, "holds_images": False}
+        return {**self.__dict__, "loaded": None, "holds_images": None}
 
     def load(self, device: str | None) -> Any:
         """What computes, with its model on a device; called once per process."""
@@ -97,7 +97,8 @@ class BatchCallable:
 
         Returns:
             The columns of the batch, and those of the class. Images themselves are left out; paths and URLs stay, as text,
-            also where some are missing. Of rows that another callable made, an error stays too.
+            also where some are missing. A column whose first batches hold nothing at all is taken for one of images. Of rows
+            that another callable made, an error stays too.
 
         Raises:
             UsageError: there is no column of images, a column has the name of a result, or the model cannot be loaded.
@@ -125,9 +126,9 @@ class BatchCallable:
         rows = rows or [self.failed("")]  # an empty batch has columns of the same types
         found = {name: as_column([row[name] for row in rows])[: len(sources)] for name in (*self.error_values, "error")}
         kept = dict(batch)
-        names = [isinstance(source, str | os.PathLike) or is_missing(source) for source in sources]
-        self.holds_images = self.holds_images or not all(names)
-        if self.holds_images:
+        if there := [source for source in sources if not is_missing(source)]:
+            self.holds_images = not all(isinstance(source, str | os.PathLike) for source in there)
+        if self.holds_images or (self.holds_images is None and sources):
             del kept[self.column]
         elif not all(isinstance(source, str) for source in sources):
             kept[self.column] = as_column([None if is_missing(source) else os.fspath(source) for source in sources])

@@ -81,8 +81,7 @@ def support(
                     shares = mask_shares(values == value, encoded.original_size, encoded.working_size, patch_size)
                 small += not shares.any()
                 if shares.any():
-                    # the label that `segment` gives this line: the first of its names
-                    examples.append((encoded, values == value, Vocabulary.parse([classes[value]]).labels[0]))
+                    examples.append((encoded, values == value, classes[value]))
                     left[value] -= 1
             pipe.add_support(examples)  # at once: they are of one image
         pipe.save_support(output)
@@ -104,7 +103,7 @@ def as_usage_error(mask: Path) -> Iterator[None]:
 
 def annotated_images(folder: Path) -> tuple[list[tuple[Path, Path]], list[str]]:
     """
-    Images with their masks, and the classes.
+    Images with their masks, and the label that `segment` gives each line of the classes: the first of its names.
 
     Raises:
         UsageError: another layout, no image with a mask, two images with one mask, or a class that is listed twice.
@@ -125,10 +124,9 @@ def annotated_images(folder: Path) -> tuple[list[tuple[Path, Path]], list[str]]:
         raise UsageError(
             f"{names} holds a line that begins with #, but each line is a value of the masks: leave it out."
         )
-    known = [normalise_name(name) for name in classes if name.strip()]
-    if twice := next((name for name in known if known.count(name) > 1), None):
-        raise UsageError(f"{names} lists {twice!r} twice. Give each value of the masks a name of its own.")
-    return pairs, classes
+    with as_usage_error(names):
+        labels = iter(Vocabulary.parse([name for name in classes if name.strip()]).labels)
+    return pairs, [next(labels) if name.strip() else "" for name in classes]
 
 
 def wanted_classes(labels: str | None, classes: list[str]) -> list[int]:
@@ -139,7 +137,9 @@ def wanted_classes(labels: str | None, classes: list[str]) -> list[int]:
         UsageError: one is none of the classes.
     """
     numbers = {normalise_name(name): number for number, name in enumerate(classes) if name.strip()}
-    wanted = [part.strip() for part in (labels or "").split(";") if part.strip()]
+    wanted = (
+        [] if labels is None else list(Vocabulary.parse([part for part in labels.split(";") if part.strip()]).labels)
+    )
     if unknown := [label for label in wanted if normalise_name(label) not in numbers]:
         raise UsageError(f"--labels: {unknown[0]!r} is not in classes.txt: {', '.join(classes[:20])}.")
     return [numbers[normalise_name(label)] for label in wanted] or list(numbers.values())

@@ -131,8 +131,9 @@ def plan_videos(options: "SegmentOptions") -> list[tuple[Path, Path]]:
     from spar_hf.batch.video_files import VIDEO_OUTPUTS, check_video_output
 
     output = options.path
+    one = len(options.images) == 1 and not glob.has_magic(options.images[0])
     names_file = not output.is_dir() and (
-        output.is_file() or output.suffix.lower() in (*VIDEO_SUFFIXES, *FILE_SUFFIXES)
+        output.is_file() or output.suffix.lower() in (*VIDEO_SUFFIXES, *FILE_SUFFIXES) or (one and output.suffix != "")
     )
     videos = find_videos(options.images, None if names_file else output.resolve())
     if names_file and len(videos) > 1:

@@ -178,8 +178,8 @@ def build_vocabulary(
             is wrong, or a word stands for two classes.
     """
     classes = data.labels
+    names: dict[str, list[str]] = {}
     with as_usage_errors():
-        names = {label: list(Vocabulary.parse([label]).names[0]) for label in classes}
         built_in = None if vocabulary is None else Vocabulary.parse(vocabulary)
     if built_in is not None:
         if len(built_in.labels) != len(classes):
@@ -193,8 +193,11 @@ def build_vocabulary(
         names[classes[number]] = [own] if isinstance(own, str) else own
     ignored = set(class_numbers(ignore_classes, classes, "--ignore_classes"))
     kept = tuple(label for number, label in enumerate(classes) if number not in ignored)
-    with as_usage_errors():
-        words = Vocabulary.parse({label: names[label] for label in kept})
+    try:
+        own_names = {label: names.get(label) or list(Vocabulary.parse([label]).names[0]) for label in kept}
+        words = Vocabulary.parse(own_names)
+    except ValueError as error:
+        raise UsageError(f"{error} --class_names gives classes other words.") from error
     # renumber the classes; ignored values and values that must not occur stay as they are
     numbers = np.array([kept.index(label) if label in kept else data.ignore_index for label in classes], np.int32)
     is_class = (data.table >= 0) & (data.table != data.ignore_index)

@@ -286,16 +286,18 @@ def classes_of_means(report: dict[str, Any]) -> str:
     What to say where means of IoU are not over the same classes; empty where they are. A class that is in no mask has an IoU
     of 0 in a run that predicts it somewhere, and none in the others.
     """
-    total, counts = len(report["scored_classes"]), {}
+    defined = {}
     for row in report["runs"]:
-        values = [row["classes"][label]["iou"] for label in report["scored_classes"]]
-        counts[f"{row['model']}, {row['inference']}"] = sum(value is not None and value == value for value in values)
-    if len(set(counts.values())) < 2:
+        values = {label: row["classes"][label]["iou"] for label in report["scored_classes"]}
+        run = f"{row['model']}, {row['inference']}"
+        defined[run] = {label for label, value in values.items() if value is not None and value == value}
+    union = set().union(*defined.values())
+    missing = [f"{', '.join(sorted(union - found))} ({run})" for run, found in defined.items() if union - found]
+    if not missing:
         return ""
-    means = "; ".join(f"{count} ({run})" for run, count in counts.items())
     return (
-        f"note: means of IoU are over {means} of {total} classes. A class that no mask holds counts as 0 where it is "
-        "predicted, and not at all elsewhere. Name the classes to score with --only_classes."
+        f"note: means of IoU leave out classes that neither masks nor predictions hold: {'; '.join(missing)}. Where other "
+        "runs predict them, they count as 0. Name the classes to score with --only_classes."
     )
 
 

@@ -245,6 +245,9 @@ def test_names_of_images_stay_in_every_batch(base_folder, pictures, tmp_path):
     assert table.map(features, batched=True, batch_size=2, remove_columns="image").num_rows == 4
     assert "image" not in features({"image": [name, png(pictures[0])]})  # images themselves
     assert "image" not in features({"image": [None]})  # and then also where all of them are missing
+    assert "image" in features({"image": [name]})  # of another data set
+    images = SparFeatures(str(base_folder), size=64)
+    assert not any("image" in images({"image": cells}) for cells in ([None], [png(pictures[0])], [None, None]))
 
 
 def test_columns_of_an_empty_batch_have_the_types_of_the_others(base_folder, pictures):

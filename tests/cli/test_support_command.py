@@ -102,6 +102,10 @@ def test_a_line_with_commas_has_the_label_that_segment_gives_it(base_folder, ann
     text = run("segment", annotated / "images", "--labels", f"@{classes}", "--output", tmp_path / "out", "--support", made,
                "--model", base_folder)  # fmt: skip
     assert "take no part" not in text
+    run("support", annotated, "--output", made, "--overwrite", "--model", base_folder, "--labels", "grass")
+    classes.write_text("animal, grass\nanimal, dog\n")
+    text = run("support", annotated, "--output", made, "--overwrite", "--model", base_folder, status=2)
+    assert "classes.txt" in text and "stand twice: animal" in text
     classes.write_text("# values\ngrass\ndog\n")
     text = run("support", annotated, "--output", made, "--overwrite", "--model", base_folder, status=2)
     assert "begins with #" in text
@@ -120,7 +124,9 @@ def test_wrong_usage_is_one_line(base_folder, annotated, tmp_path):
     ):
         assert message in run("support", *arguments, *model, status=2)
     (annotated / "classes.txt").write_text("grass\ndog\nGrass\n")
-    assert "'grass' twice" in run("support", annotated, "--output", tmp_path / "x.safetensors", *model, status=2)
+    assert "stand twice: Grass, grass" in run(
+        "support", annotated, "--output", tmp_path / "x.safetensors", *model, status=2
+    )
     (annotated / "classes.txt").write_text("grass\ndog\n")
     Image.fromarray(np.full((64, 96), 7, np.uint8)).save(annotated / "masks/0.png")
     text = run("support", annotated, "--output", tmp_path / "x.safetensors", *model, status=2)

@@ -157,6 +157,18 @@ def test_vocabulary__commas_separate_names_as_in_lists_of_words():
     assert data.labels == vocabulary.labels == ("car, automobile", "sky", r"salt\, sea")
 
 
+def test_vocabulary__names_that_are_replaced_or_left_out_are_not_read(tmp_path):
+    words = tmp_path / "words.json"
+    words.write_text(json.dumps({"cat,": "cat"}))
+    given, left = set_of(["cat,", "dog"]), set_of(["screen door, screen", "screen, cinema", "dog"])
+    assert build_vocabulary(given, class_names=str(words))[0].names == (("cat",), ("dog",))
+    assert build_vocabulary(given, ignore_classes=["cat,"])[0].labels == ("dog",)
+    assert build_vocabulary(left, ignore_classes=["screen, cinema"])[0].labels == ("screen door, screen", "dog")
+    for data in (given, left):
+        with pytest.raises(UsageError, match="--class_names gives classes other words"):
+            build_vocabulary(data)
+
+
 def test_vocabulary__errors(tmp_path):
     with pytest.raises(UsageError, match="--ignore_classes: no class is called kat; there are cat, dog"):
         build_vocabulary(set_of(["cat", "dog"]), ignore_classes=["kat"])
