@@ -13,8 +13,7 @@ from tqdm.auto import tqdm
 
 from spar_hf.cli.arguments import Device, MaxTokens, Model, ShortestEdge
 from spar_hf.cli.reporting import exit_on_error, fail, say
-from spar_hf.model.prompts import Vocabulary
-from spar_hf.model.words import normalise_name
+from spar_hf.model.words import Vocabulary, normalise_name
 from spar_hf.utils.errors import PATH_ERRORS, UsageError
 from spar_hf.utils.image_files import check_distinct_masks, turned_image_hint
 from spar_hf.utils.image_listing import images_under

@@ -119,7 +119,7 @@ def test_labelled_images_are_those_with_a_pixel_that_counts(folder):
     accelerator = Accelerator(cpu=True)
     assert labelled_images(opened, accelerator).names == ("a_1", "b_1")
     assert check_readable(opened, accelerator) == [0, 2]
-    with pytest.raises(UsageError, match=r"All pixels .* are ignored"):
+    with pytest.raises(UsageError, match=r"No pixel .* belongs to a class: all are ignored \(255\)"):
         labelled_images(opened.select([1]), accelerator)
     Image.new("RGB", (8, 1)).save(folder / "images" / "b_1.jpg")
     Image.new("L", (8, 1)).save(folder / "masks" / "b_1.png")
