@@ -61,10 +61,8 @@ class ParquetFolder(PartFolder):
     def finished(self, number: int) -> list[tuple[str, str]] | None:
         _, pq = import_pyarrow()
         rows: list[dict[str, Any]] | None = None
-        with (
-            contextlib.suppress(OSError, ValueError),
-            self.open(self.file(number)) as file,
-        ):  # pyarrow's own are ValueErrors
+        # pyarrow's own errors are ValueErrors
+        with contextlib.suppress(OSError, ValueError), self.open(self.file(number)) as file:
             parquet = pq.ParquetFile(file)
             if parquet.metadata.num_rows == len(self.images_of(number)):
                 rows = []  # also of damaged values, which `verify` finds

@@ -303,12 +303,10 @@ class Distillation:
         with progress.timed("teacher"), self.accelerator.autocast():
             if sample.target is not None:
                 target, weight = sample.target.to(self.device).float(), None
-            elif sample.teacher_pixel_values is not None:
-                target, weight = self.target(
-                    sample.teacher_pixel_values.to(self.device, non_blocking=True), sample.index
-                )
             else:
-                target, weight = self.target(pixel_values, sample.index)
+                plain = sample.teacher_pixel_values
+                plain = pixel_values if plain is None else plain.to(self.device, non_blocking=True)
+                target, weight = self.target(plain, sample.index)
         with self.accelerator.autocast():
             features = self.optimisation.wrapped(pixel_values).feature_map
         return self.loss(features.float(), target, weight)

@@ -84,10 +84,8 @@ def measure_all(
     common = protocol(readout="")  # words and boundaries are the same for every read-out
     data, vocabulary, scored = open_with_words(options.data, options.words, common.vocabulary)
     settings = measurement_settings(options.flat, data, vocabulary, folders, accelerator)
-    if options.run.flicker:
-        settings |= {
-            "flicker_between": "frames of one video"
-        }  # earlier versions also paired the last frame of one and the next
+    if options.run.flicker:  # earlier versions also paired the last frame of a video with the first of the next
+        settings |= {"flicker_between": "frames of one video"}
     if options.rules.protocol is not None:  # what an earlier version did not set
         windows = protocol(readout="dinov3").window_size
         settings |= {"resample": first_given(options.resolution.resample, common.resample), "windows": windows}

@@ -23,6 +23,7 @@ from spar_hf.evaluation.candidates import Candidate
 from spar_hf.evaluation.counts import Counts
 from spar_hf.evaluation.iou import area_scores, boundary_scores, mean_of_present
 from spar_hf.evaluation.runs import Run
+from spar_hf.model.backbone_sources import first_few
 from spar_hf.model.prompts import Vocabulary
 from spar_hf.utils.atomic import finite_json, write_json, write_text
 from spar_hf.utils.checkpoints import check_replaceable
@@ -292,7 +293,7 @@ def classes_of_means(report: dict[str, Any]) -> str:
         run = f"{row['model']}, {row['inference']}"
         defined[run] = {label for label, value in values.items() if value is not None and value == value}
     union = set().union(*defined.values())
-    missing = [f"{', '.join(sorted(union - found))} ({run})" for run, found in defined.items() if union - found]
+    missing = [f"{first_few(union - found)} ({run})" for run, found in defined.items() if union - found]
     if not missing:
         return ""
     return (

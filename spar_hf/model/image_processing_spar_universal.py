@@ -18,7 +18,7 @@ from transformers.models.mask2former.image_processing_pil_mask2former import (
 from transformers.processing_utils import ImagesKwargs
 
 from .image_processing_spar import SparImageProcessorPil, with_scores
-from .results import OUTPUT_BYTES
+from .results import check_dense_size
 from .segmentation import WORKING_BYTES, upsampled_tiles
 
 IGNORED = -1
@@ -38,18 +38,6 @@ def nearest(label_map: np.ndarray, size: tuple[int, int]) -> np.ndarray:
         (np.arange(new) * 2 + 1) * old // (2 * new) for new, old in zip(size, label_map.shape, strict=True)
     )
     return label_map[rows[:, None], columns]
-
-
-def check_size(what: str, size: int, image: tuple[int, int], instead: str) -> None:
-    """
-    Raises:
-        ValueError: a result of `size` bytes, at the height and width of an image, is too large.
-    """
-    if size > OUTPUT_BYTES:
-        raise ValueError(
-            f"{what} at {image[0]}×{image[1]} pixels take {size / 2**30:.1f} GiB, more than {OUTPUT_BYTES / 2**30:.0f} GiB. "
-            f"Take {instead}, or smaller `target_sizes`."
-        )
 
 
 def mask_tiles(
@@ -332,7 +320,8 @@ class SparUniversalImageProcessorPil(SparImageProcessorPil):
             segmentation = torch.full(size, -1, dtype=torch.int32, device=logits.device)
             area = torch.zeros(len(masks), dtype=torch.long, device=logits.device)
             shape = (len(masks) if return_binary_maps else 0, *size)
-            check_size(f"Masks of {shape[0]} segments", math.prod(shape), size, "return_coco_annotation=True")
+            instead = "return_coco_annotation=True, or smaller `target_sizes`"
+            check_dense_size(f"Masks of {shape[0]} segments", math.prod(shape), size, instead)
             binary = torch.zeros(shape, dtype=torch.bool, device=logits.device)
             for place, tile in mask_tiles(masks, extent, size, len(masks), working_bytes) if len(masks) else ():
                 covered = tile.sigmoid_() >= mask_threshold
@@ -397,8 +386,8 @@ class SparUniversalImageProcessorPil(SparImageProcessorPil):
         for probabilities, logits, extent, size in self._images(outputs, target_sizes):
             classes = probabilities[:, :-1]
             if return_segmentation_scores:
-                number = classes.shape[1]
-                check_size(f"Scores of {number} classes", 4 * number * math.prod(size), size, "the segmentation alone")
+                number, instead = classes.shape[1], "the segmentation alone, or smaller `target_sizes`"
+                check_dense_size(f"Scores of {number} classes", 4 * number * math.prod(size), size, instead)
             labels = torch.empty(size, dtype=torch.long, device=logits.device)
             scores = logits.new_empty(classes.shape[1], *size) if return_segmentation_scores else None
             for place, tile in mask_tiles(logits, extent, size, max(classes.shape), working_bytes):

@@ -157,13 +157,13 @@ class SparProcessor(ProcessorMixin):
                 sub_processor_type, pretrained_model_name_or_path, subfolder=subfolder, **kwargs
             )
         except Exception as error:
-            name = pretrained_model_name_or_path
-            if there := [file for file in TOKENIZER_FILES if os.path.isfile(os.path.join(str(name), subfolder, file))]:
+            name = str(pretrained_model_name_or_path)
+            if there := [file for file in TOKENIZER_FILES if os.path.isfile(os.path.join(name, subfolder, file))]:
                 raise ValueError(
-                    f"The tokenizer of {str(name)!r} cannot be read ({error}). Copy {' and '.join(there)} again."
+                    f"The tokenizer of {name!r} cannot be read ({error}). Copy {' and '.join(there)} again."
                 ) from error
             raise ValueError(
-                f"Cannot load a tokenizer from {str(pretrained_model_name_or_path)!r}. If the folder is "
+                f"Cannot load a tokenizer from {name!r}. If the folder is "
                 "vision-only, load its image processor with `AutoImageProcessor`; else it lacks `tokenizer.json` "
                 "and `tokenizer_config.json`, which `SparProcessor.save_pretrained` writes."
             ) from error

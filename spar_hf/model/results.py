@@ -53,6 +53,19 @@ def check_output_size(size: int, output: str) -> None:
         )
 
 
+def check_dense_size(what: str, size: int, image_size: tuple[int, int], instead: str) -> None:
+    """
+    Raises:
+        ValueError: `what` has `size` bytes at the height and width of an image, too many for one result. The message names
+            what to take `instead`.
+    """
+    if size > OUTPUT_BYTES:
+        raise ValueError(
+            f"{what} at {image_size[0]}×{image_size[1]} pixels take {size / 2**30:.1f} GiB, more than "
+            f"{OUTPUT_BYTES / 2**30:.0f} GiB. Take {instead}."
+        )
+
+
 def check_shares(**shares: float) -> None:
     """
     Raises:

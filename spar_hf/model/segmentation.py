@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from .decisions import ClassMaxima, Rule, decide_rows, pays, tile_decider
-from .results import OUTPUT_BYTES, check_output_size, check_shares
+from .results import check_dense_size, check_output_size, check_shares
 from .upsampling import (
     WORKING_BYTES,
     Axes,
@@ -200,11 +200,8 @@ def class_probabilities(
     classes = int(name_to_class.max()) + 1 if classes is None else classes
     kept = classes if top_k is None else min(top_k, classes)
     size = kept * output_size[0] * output_size[1] * (4 if top_k is None else 8)
-    if size > OUTPUT_BYTES:
-        raise ValueError(
-            f"Probabilities of {kept} classes at {output_size[0]}×{output_size[1]} pixels take {size / 2**30:.1f} GiB, more "
-            f'than {OUTPUT_BYTES / 2**30:.0f} GiB. Take output="map" (8 bytes per pixel), fewer classes, or a smaller image.'
-        )
+    instead = 'output="map" (8 bytes per pixel), fewer classes, or a smaller image'
+    check_dense_size(f"Probabilities of {kept} classes", size, output_size, instead)
     maxima, named = ClassMaxima.of(name_to_class), name_to_class.unique()
     if top_k is not None:
         rule = Rule(maxima, name_to_class.int(), top=min(kept, len(named)))

@@ -358,7 +358,7 @@ def test_labels__that_count_from_one(call):
 
 
 def test_post_process__large_results_are_refused(monkeypatch):
-    monkeypatch.setattr("spar_hf.model.image_processing_spar_universal.OUTPUT_BYTES", 50_000)
+    monkeypatch.setattr("spar_hf.model.results.OUTPUT_BYTES", 50_000)
     processor, size = SparUniversalImageProcessorPil(), [(100, 100)]
     outputs = outputs_of(torch.zeros(6, 4, 4), torch.zeros(6, 4))
     with pytest.raises(ValueError, match=r"Scores of 3 classes at 100×100 pixels .* segmentation alone"):

@@ -323,8 +323,7 @@ def test_top_k_segments_are_those_of_highest_score(segment, picture):
 
 
 def test_outputs_too_large_for_memory_name_the_map(segment, picture, monkeypatch):
-    for module in ("results", "segmentation"):
-        monkeypatch.setattr(f"spar_hf.model.{module}.OUTPUT_BYTES", 1000)
+    monkeypatch.setattr("spar_hf.model.results.OUTPUT_BYTES", 1000)
     for output in ("segments", "probabilities"):
         with pytest.raises(ValueError, match='Take output="map"'):
             segment(picture, candidate_labels=LABELS, output=output)
