@@ -120,11 +120,10 @@ class SlidingWindowTeacher(nn.Module):
             )
         if window_batch_size < 1:
             raise ValueError(f"window_batch_size={window_batch_size} must be at least 1.")
-        if not scales or not all(scale > 0 for scale in scales):
-            raise ValueError(f"scales={tuple(scales)} must be one or more positive factors, for example (1.0, 0.5).")
         self.model = model if dtype is None or dtype == model.dtype else copy_as(model, dtype)
         self.window_size, self.stride, self.window_batch_size = window_size, stride, window_batch_size
-        self.scales, self.flip, self.dtype = tuple(map(float, scales)), flip, dtype
+        self.flip, self.dtype = flip, dtype
+        self.scales = tuple(float(scale) for scale, mirrored in self.views_at(scales) if not mirrored)
         self.compiled = torch.compile(self.features, dynamic=True) if compile else None
 
     @property
@@ -135,7 +134,18 @@ class SlidingWindowTeacher(nn.Module):
     @property
     def views(self) -> list[tuple[float, bool]]:
         """The views of an image: its size over the image's own, and whether it is mirrored."""
-        return [(scale, mirrored) for scale in self.scales for mirrored in (False, True)[: 1 + self.flip]]
+        return self.views_at(self.scales)
+
+    def views_at(self, scales: Sequence[float]) -> list[tuple[float, bool]]:
+        """
+        As [`SlidingWindowTeacher.views`], at other sizes.
+
+        Raises:
+            ValueError: no scale, or one that is not positive.
+        """
+        if not scales or not all(scale > 0 for scale in scales):
+            raise ValueError(f"scales={tuple(scales)} must be one or more positive factors, for example (1.0, 0.5).")
+        return [(scale, mirrored) for scale in scales for mirrored in (False, True)[: 1 + self.flip]]
 
     def sped_up(self, dtype: torch.dtype | None = None, compile: bool = False) -> "SlidingWindowTeacher":
         """The same teacher, computed as `dtype` and `compile` say."""
@@ -164,29 +174,35 @@ class SlidingWindowTeacher(nn.Module):
 
     @torch.no_grad()
     def forward(
-        self, pixel_values: torch.Tensor, progress: Callable[[int, int], None] | None = None
+        self,
+        pixel_values: torch.Tensor,
+        progress: Callable[[int, int], None] | None = None,
+        scales: Sequence[float] | None = None,
     ) -> SparVisionModelOutput:
         """
         Args:
             pixel_values (`torch.FloatTensor` of shape `(batch, 3, height, width)`): any height and width.
             progress (`Callable[[int, int], None]`, *optional*):
                 Called after each forward pass with the number of windows done and of all windows, of each view by itself.
+            scales (`Sequence[float]`, *optional*): of this batch, instead of the teacher's own.
 
         Returns:
             [`SparVisionModelOutput`] with `feature_map` `(batch, dim, ceil(height / patch), ceil(width / patch))`.
 
         Raises:
-            ValueError: the map on the cells would take more than 1 GiB, e.g. with an odd stride, whose cells are pixels.
+            ValueError: no positive scale, or a map on the cells of more than 1 GiB, e.g. with an odd stride, whose cells are
+                pixels.
         """
         total: torch.Tensor | None = None
-        for view in self.views:
+        views = self.views_at(self.scales if scales is None else scales)
+        for view in views:
             pixels = self.view(pixel_values, view)
             plan = self.plan(*pixels.shape[-2:])
             features, coverage = self.stitch(pixels, plan, plan.positions(), progress)
             features = self.from_view(self.to_patches(features.div_(coverage), plan), view, pixel_values.shape[-2:])
             total = features if total is None else total.add_(features)
         assert total is not None  # there is at least one view
-        return SparVisionModelOutput(feature_map=total.div_(len(self.views)) if len(self.views) > 1 else total)
+        return SparVisionModelOutput(feature_map=total.div_(len(views)) if len(views) > 1 else total)
 
     @torch.no_grad()
     def sample(
@@ -195,6 +211,7 @@ class SlidingWindowTeacher(nn.Module):
         windows: int,
         generator: torch.Generator | None = None,
         variant: str = "spread",
+        scales: Sequence[float] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         An unbiased target for distillation from about `windows` windows instead of all.
@@ -211,13 +228,14 @@ class SlidingWindowTeacher(nn.Module):
             variant (`str`, *optional*, defaults to `"spread"`):
                 `"spread"`: windows far apart, those at the borders more often; it has the least variance. `"tiling"`:
                 disjoint windows that tile the image from a random phase. `"windows"`: windows drawn uniformly.
+            scales (`Sequence[float]`, *optional*): of this batch, instead of the teacher's own; one of them is drawn.
 
         Returns:
             Means `(batch, dim, cells high, cells wide)`, 0 in cells without a drawn window, and weights
             `(cells high, cells wide)`.
 
         Raises:
-            ValueError: an unknown variant, fewer than one window, or too many cells, see `forward`.
+            ValueError: an unknown variant, fewer than one window, or scales or too many cells, see `forward`.
 
         Example:
 
@@ -231,9 +249,10 @@ class SlidingWindowTeacher(nn.Module):
         >>> target.shape, weight.shape  # each patch is 2 × 2 cells
         (torch.Size([1, 192, 32, 40]), torch.Size([32, 40]))
         ```"""
-        view = self.views[0]
-        if len(self.views) > 1:  # one is drawn uniformly, which keeps the target unbiased
-            view = self.views[int(torch.randint(len(self.views), (), generator=generator))]
+        views = self.views_at(self.scales if scales is None else scales)
+        view = views[0]
+        if len(views) > 1:  # one is drawn uniformly, which keeps the target unbiased
+            view = views[int(torch.randint(len(views), (), generator=generator))]
         size = pixel_values.shape[-2:]
         pixel_values = self.view(pixel_values, view)
         plan = self.plan(*pixel_values.shape[-2:])

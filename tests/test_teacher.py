@@ -190,6 +190,7 @@ def test_several_sizes_and_the_mirror_image_are_averaged_on_the_patches_of_the_i
     expected = torch.stack([torch.stack([read(y, x) for x in range(columns)], -1) for y in range(rows)], -2)[None]
     found = SlidingWindowTeacher(vision_model, stride=24, scales=(1, 0.5))(image).feature_map
     torch.testing.assert_close(found, (full + expected) / 2, atol=1e-4, rtol=0)
+    torch.testing.assert_close(plain(image, scales=(1, 0.5)).feature_map, found)  # of one batch
     mirrored = SlidingWindowTeacher(vision_model, stride=24, flip=True)(image).feature_map
     expected = (full + plain(padded.flip(-1)).feature_map.flip(-1)) / 2
     torch.testing.assert_close(mirrored, expected, atol=1e-4, rtol=0)
@@ -203,6 +204,25 @@ def test_several_sizes_and_the_mirror_image_are_averaged_on_the_patches_of_the_i
 def test_bad_settings_are_refused(vision_model, options, message):
     with pytest.raises(ValueError, match=message):
         SlidingWindowTeacher(vision_model, **options)
+
+
+def test_scales_of_one_batch_are_those_that_it_is_given(vision_model):
+    """Instead of the teacher's own, for the full map and for drawn windows."""
+    image = torch.randn(1, 3, 112, 128)
+    teacher = SlidingWindowTeacher(vision_model, stride=24, scales=(0.5, 0.25))
+    for scales in ((1.0,), (0.75, 1.5)):
+        other = SlidingWindowTeacher(vision_model, stride=24, scales=scales)
+        torch.testing.assert_close(teacher(image, scales=scales).feature_map, other(image).feature_map)
+        drawn = [
+            which.sample(image, 3, torch.Generator().manual_seed(5), **given)
+            for which, given in ((teacher, {"scales": scales}), (other, {}))
+        ]
+        for found, expected in zip(*drawn, strict=True):
+            torch.testing.assert_close(found, expected)
+    assert teacher.scales == (0.5, 0.25)
+    for refused in ((), (1, 0)):
+        with pytest.raises(ValueError, match="positive factors"):
+            teacher(image, scales=refused)
 
 
 def test_numbers_of_numpy_are_whole_and_others_refused(vision_model, two_towers):

@@ -120,6 +120,22 @@ class Crop:
         view = self.cut(image)
         return view if self.jitter is None else jitter_image(view, self.jitter)
 
+    def image_side(self, image_size: tuple[int, int]) -> float:
+        """
+        The shorter side that the whole image would have at the size of the view, in pixels.
+
+        Args:
+            image_size: width and height of the image in pixels.
+
+        Example:
+
+        ```python
+        >>> Crop((160, 160), (0, 0, 320, 320), flip=False).image_side((640, 480))  # half as large as the image
+        240.0
+        ```"""
+        width, height = self.box[2] - self.box[0], self.box[3] - self.box[1]
+        return min(image_size[0] * self.size[0] / width, image_size[1] * self.size[1] / height)
+
     def cut(self, image: Image.Image) -> Image.Image:
         """The view in the light of the image: [`apply`] without `jitter`."""
         size, box = (

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from spar_hf.data.augmentation import Views, cover_part, draw_crop, jitter_image, view_generator
+from spar_hf.data.augmentation import Crop, Views, cover_part, draw_crop, jitter_image, view_generator
 from spar_hf.data.order import Sample, SampleList
 from spar_hf.model.image_input import ImageRange, open_image, set_pixel_limit, to_rgb, turn_upright
 from spar_hf.utils.checkpoints import cut_log
@@ -33,6 +33,7 @@ class LoadedSample:
         pixel_values: `(1, 3, height, width)`, sides multiples of the patch.
         target: feature map of the teacher `(1, dim, height / patch, width / patch)`, if it was computed before.
         teacher_pixel_values: what the teacher reads, `(1, 3, height, width)`; `None` if it reads `pixel_values` too.
+        image_side: shorter side of the whole image at the size of the view, in pixels; `None` with a `target`.
     """
 
     index: int
@@ -40,6 +41,7 @@ class LoadedSample:
     after: list[int]
     target: torch.Tensor | None = None
     teacher_pixel_values: torch.Tensor | None = None
+    image_side: float | None = None
 
 
 @dataclass
@@ -158,22 +160,25 @@ class TrainingImages(Dataset):
             image = self.read(sample)
         except Exception as error:  # each of Pillow's decoders raises its own kind, and no file may stop a training run
             return Skipped(sample.name, str(error) or type(error).__name__)
-        view, plain = self.view(image, sample)
+        generator = view_generator(self.seed, sample.name if self.views.fixed_views else sample.index)
+        size_generator = view_generator(self.seed, f"size {sample.index // self.same_size}") if self.same_size else None
+        crop = draw_crop(image.size, self.window, self.patch_size, self.views, generator, size_generator)
+        view, plain = self.view(image, crop, sample, generator)
         return LoadedSample(
             sample.index,
             self.pixels(view),
             sample.after,
             teacher_pixel_values=None if plain is None else self.pixels(plain),
+            image_side=crop.image_side(image.size),
         )
 
-    def view(self, image: Image.Image, sample: Sample) -> tuple[Image.Image, Image.Image | None]:
+    def view(
+        self, image: Image.Image, crop: Crop, sample: Sample, generator: random.Random
+    ) -> tuple[Image.Image, Image.Image | None]:
         """
-        The view of a sample, whose image this is, and with `Views.jitter_student_only` the same view in the light of its
-        images, `None` if that is no other.
+        The view of a sample that `crop` cuts out of its image, and with `Views.jitter_student_only` the same view in the
+        light of its images, `None` if that is no other.
         """
-        generator = view_generator(self.seed, sample.name if self.views.fixed_views else sample.index)
-        size_generator = view_generator(self.seed, f"size {sample.index // self.same_size}") if self.same_size else None
-        crop = draw_crop(image.size, self.window, self.patch_size, self.views, generator, size_generator)
         plain = [crop.cut(image)]
         jitters = [crop.jitter]
         if cover := self.cover(sample, generator):

@@ -1,7 +1,7 @@
 """The held-out error: how far the student is from the full teacher on images that are not trained on."""
 
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -42,6 +42,7 @@ def teach(
     images: TrainingImages,
     views: Views,
     teacher: SlidingWindowTeacher,
+    scales_for: Callable[[float], Sequence[float] | None],
     skipped: SkippedList,
     seed: int | None = None,
     progress: bool = True,
@@ -53,6 +54,7 @@ def teach(
         samples, images: the images, and what reads them.
         views: how views are drawn: as in training with this `seed`, or by the same numbers for all images.
         teacher: all its windows are run.
+        scales_for: of [`TeacherOptions`], which says at which sizes.
         skipped: list of unreadable images.
         progress: whether to show a progress bar.
 
@@ -72,7 +74,7 @@ def teach(
         view = crop.apply(image)
         pixel_values = images.pixels(view).to(device)
         with as_usage_errors():
-            target = teacher(pixel_values).feature_map
+            target = teacher(pixel_values, scales=scales_for(crop.image_side(image.size))).feature_map
         if not target.isfinite().all():
             raise NotFinite(f"The teacher's features of {sample.name} are not finite. Use another --mixed_precision.")
         pairs.append(TeacherPair(view, pixel_values, target))

@@ -91,6 +91,12 @@ class TeacherOptions(WindowOptions):
         "them. The published teacher reads 1. With 1 0.5 its windows see outlines and whole scenes, and the student can "
         "become better than the published teacher. Of sampled windows each image gets one size.",
     )
+    teacher_sides: list[int] | None = option(
+        None,
+        "Instead of --teacher_scales: shorter sides in pixels that the whole image has for the teacher, whatever the size "
+        "of the view. A teacher is best where things are as large as in its own training; with 384 512 a student learns "
+        "at all its sizes what the teacher sees at these two.",
+    )
     teacher_flip: bool = option(False, "The target is also the mean over the image and its mirror image.")
     teacher_cache: str | None = option(
         None,
@@ -109,11 +115,17 @@ class TeacherOptions(WindowOptions):
             raise UsageError(f"--teacher_mode {self.mode} draws no windows. Leave out --teacher_windows.")
         if self.teacher_variant != "spread" and self.teacher_windows is None:
             raise UsageError("--teacher_variant needs --teacher_windows: without it no windows are drawn.")
-        computed = ("teacher_scales", "teacher_flip", "teacher_dtype", "teacher_compile")
+        computed = ("teacher_scales", "teacher_sides", "teacher_flip", "teacher_dtype", "teacher_compile")
         if self.mode == "cached" and any(getattr(self, name) for name in computed):
             raise UsageError(f"--teacher_mode cached reads stored maps: leave out --{', --'.join(computed)}.")
         if self.teacher_scales is not None and not (self.teacher_scales and min(self.teacher_scales) > 0):
             raise UsageError("--teacher_scales are positive factors of the image's size, for example 1 0.5.")
+        if self.teacher_sides is not None and not (self.teacher_sides and min(self.teacher_sides) > 0):
+            raise UsageError("--teacher_sides are shorter sides of images in pixels, for example 384 512.")
+        if self.teacher_sides and self.teacher_scales:
+            raise UsageError(
+                "--teacher_sides and --teacher_scales both say at which sizes the teacher reads. Leave one out."
+            )
         if (self.mode == "cached") != (self.teacher_cache is not None):
             raise UsageError("--teacher_mode cached and --teacher_cache FOLDER belong together. Give both or neither.")
 
@@ -121,6 +133,21 @@ class TeacherOptions(WindowOptions):
     def mode(self) -> str:
         """`full`, `sampled` or `cached`."""
         return self.teacher_mode or ("full" if self.teacher_windows is None else "sampled")
+
+    def scales_for(self, image_side: float | None) -> list[float] | None:
+        """
+        Sizes at which the teacher reads a view, over the view's own, for `--teacher_sides`; `None` leaves the teacher its
+        own. `image_side` is the shorter side of the whole image at the size of the view, in pixels.
+
+        Example:
+
+        ```python
+        >>> TeacherOptions(model="base", teacher_sides=[384, 512]).scales_for(256)
+        [1.5, 2.0]
+        ```"""
+        if self.teacher_sides is None or image_side is None:
+            return None
+        return [side / image_side for side in self.teacher_sides]
 
 
 @dataclass(kw_only=True)

@@ -27,22 +27,30 @@ class Target:
 
     def __init__(self, teacher: SlidingWindowTeacher, options: TeacherOptions, seed: int):
         self.teacher, self.seed = sped_up(teacher, options), seed
-        self.windows, self.variant = options.teacher_windows, options.teacher_variant
+        self.windows, self.variant, self.scales_for = (
+            options.teacher_windows,
+            options.teacher_variant,
+            options.scales_for,
+        )
         self.generator = torch.Generator()
 
-    def __call__(self, pixel_values: torch.Tensor, index: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def __call__(
+        self, pixel_values: torch.Tensor, index: int, image_side: float | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
         The full map `(1, dim, h, w)` and `None`, or cells and their weights as [`SlidingWindowTeacher.sample`] returns them;
-        `index` is the image's number in the stream.
+        `index` is the image's number in the stream, `image_side` that of a [`LoadedSample`].
 
         Raises:
             UsageError: the image is too large for the teacher's stride.
         """
         with as_usage_errors():
+            scales = self.scales_for(image_side)
             if self.windows is None:
-                return self.teacher(pixel_values).feature_map, None
+                return self.teacher(pixel_values, scales=scales).feature_map, None
             draw = random.Random(f"windows-{self.seed}-0-{index}").getrandbits(62)
-            return self.teacher.sample(pixel_values, self.windows, self.generator.manual_seed(draw), self.variant)
+            generator = self.generator.manual_seed(draw)
+            return self.teacher.sample(pixel_values, self.windows, generator, self.variant, scales)
 
 
 class CachedImages(Dataset):

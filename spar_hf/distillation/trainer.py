@@ -203,8 +203,8 @@ class Distillation:
         # a sharded student needs all processes, and whitening needs the maps in all of them
         here = self.is_main or is_sharded(self.accelerator) or self.options.optimisation.whiten
         samples = stream.held_out if here else []
-        teacher = self.models.teacher
-        return HeldOut(teach(samples, stream.images, views, teacher, self.skipped, progress=self.is_main))
+        teacher, scales_for = self.models.teacher, self.options.teacher.scales_for
+        return HeldOut(teach(samples, stream.images, views, teacher, scales_for, self.skipped, progress=self.is_main))
 
     def _measure_whitening(self) -> torch.Tensor:
         """The matrix that `whiten` applies to the features, from the held-out maps."""
@@ -222,7 +222,8 @@ class Distillation:
             views = replace(self.options.views, crop_probability=0.0)
             if views.jitter_student_only:
                 views = replace(views, jitter_probability=0.0, jitter_student_only=False)
-            pairs = teach(samples, stream.images, views, self.models.teacher, self.skipped, seed)
+            teacher, scales_for = self.models.teacher, self.options.teacher.scales_for
+            pairs = teach(samples, stream.images, views, teacher, scales_for, self.skipped, seed)
             factors = fit_prior(
                 self.student.model, self.student.directions, [(pair.pixel_values, pair.target) for pair in pairs]
             )
@@ -306,7 +307,7 @@ class Distillation:
             else:
                 plain = sample.teacher_pixel_values
                 plain = pixel_values if plain is None else plain.to(self.device, non_blocking=True)
-                target, weight = self.target(plain, sample.index)
+                target, weight = self.target(plain, sample.index, sample.image_side)
         with self.accelerator.autocast():
             features = self.optimisation.wrapped(pixel_values).feature_map
         return self.loss(features.float(), target, weight)

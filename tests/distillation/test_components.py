@@ -5,10 +5,11 @@ from itertools import islice
 import pytest
 import torch
 from accelerate import Accelerator
+from PIL import Image
 from transformers.trainer_utils import SchedulerType
 
 from spar_hf import SlidingWindowTeacher
-from spar_hf.data.augmentation import Views
+from spar_hf.data.augmentation import Views, draw_crop, view_generator
 from spar_hf.data.sources import ImageOptions, open_sources
 from spar_hf.data.training_images import Skipped, SkippedList
 from spar_hf.distillation.held_out import ErrorCurve, HeldOut, TeacherPair, largest_views, teach
@@ -215,6 +216,10 @@ def test_teacher__reads_the_sizes_and_mirror_images_that_are_asked_for(base_fold
     for wrong in ({"teacher_scales": [1, 0]}, cached | {"teacher_flip": True}, cached | {"teacher_dtype": "bf16"}):
         with pytest.raises(UsageError, match="teacher_scales"):
             TeacherOptions(model=str(base_folder), **wrong)
+    for wrong in ({"teacher_sides": [384, 0]}, {"teacher_sides": []}, {"teacher_sides": [384], "teacher_scales": [1]},
+                  cached | {"teacher_sides": [384]}):  # fmt: skip
+        with pytest.raises(UsageError, match="teacher_sides"):
+            TeacherOptions(model=str(base_folder), **wrong)
     with pytest.raises(UsageError, match="--teacher_dtype half: use one of fp32, fp16, bf16"):
         TeacherOptions(model=str(base_folder), teacher_dtype="half")
 
@@ -231,7 +236,38 @@ def test_teacher__an_image_too_large_for_the_stride_is_a_usage_error(
     images = ImageOptions(images=[str(image_folder)], holdout_every=3)
     stream = open_stream(open_sources(images), images, Views(), models, seed=0, holdout_images=5)
     with pytest.raises(UsageError, match="Use a stride"):
-        teach(stream.held_out, stream.images, Views(), models.teacher, SkippedList(tmp_path / "list"), progress=False)
+        skipped = SkippedList(tmp_path / "list")
+        teach(stream.held_out, stream.images, Views(), models.teacher, options.scales_for, skipped, progress=False)
+
+
+@torch.no_grad()
+def test_teacher__reads_whole_images_at_the_sides_that_are_asked_for(base_folder, tmp_path):
+    """Whatever part of an image a view shows, and at whatever size: for targets and for held-out images."""
+    for i in range(3):
+        noise = torch.randint(256, (120, 160, 3), generator=torch.Generator().manual_seed(i), dtype=torch.uint8)
+        Image.fromarray(noise.numpy()).save(tmp_path / f"{i}.png")
+    images = ImageOptions(images=[str(tmp_path)], holdout_every=3)
+    options = TeacherOptions(model=str(base_folder), teacher_sides=[96, 144])
+    models = Models.load(options, CPU)
+    views = Views(min_scale=0.4, crop_probability=0.5)
+    stream = open_stream(open_sources(images), images, views, models, seed=0, holdout_images=1)
+    target, sides = Target(models.teacher, options, seed=0), set()
+    for sample in islice(stream.order, 8):
+        loaded = stream.images[sample]
+        crop = draw_crop((160, 120), 64, 16, views, view_generator(0, sample.index))
+        side = 120 * crop.size[0] / (crop.box[2] - crop.box[0])  # the whole image, resized as the view is
+        assert loaded.image_side == pytest.approx(side, rel=0.02)
+        teacher = SlidingWindowTeacher(models.teacher.model, scales=[side / loaded.image_side for side in (96, 144)])
+        found, weight = target(loaded.pixel_values, sample.index, loaded.image_side)
+        assert weight is None
+        torch.testing.assert_close(found, teacher(loaded.pixel_values).feature_map)
+        sides.add(round(side))
+    assert len(sides) > 4
+    whole = largest_views(views)
+    (pair,) = teach(stream.held_out, stream.images, whole, models.teacher, options.scales_for,
+                    SkippedList(tmp_path / "list"), progress=False)  # fmt: skip
+    scales = [side / min(pair.pixel_values.shape[-2:]) for side in (96, 144)]
+    torch.testing.assert_close(pair.target, models.teacher(pair.pixel_values, scales=scales).feature_map)
 
 
 @torch.no_grad()

@@ -46,6 +46,7 @@ PUBLISHED = {
     "window_size": "",  # SigLIP2 512 and OpenCLIP 224: those of the checkpoints
     "teacher_mode": "full",
     "teacher_scales": "",
+    "teacher_sides": "",
     "teacher_flip": "False",
     "long_side_pixels": "2048",
     "short_side_pixels": "1024",
