@@ -39,7 +39,8 @@ def read_array(row: Mapping[str, Any], name: str = "features") -> np.ndarray:
 
 def as_arrays(batch: Mapping[str, Any]) -> dict[str, Any]:
     """
-    A transform for `datasets`: columns of bytes become lists of arrays, the others stay. Images that failed have `None`.
+    A transform for `datasets`: columns of bytes become lists of arrays, the others stay. Images that failed have `None`. A
+    column of bytes stays too if the batch has not the columns of its shape and `dtype`.
 
     Example:
 
@@ -49,7 +50,12 @@ def as_arrays(batch: Mapping[str, Any]) -> dict[str, Any]:
     >>> as_arrays(row)["features"][0].shape
     (2, 3)
     ```"""
-    names = [name for name in batch if name == "features" or (name.startswith("layer_") and f"{name}_shape" in batch)]
+    shapes = {name: "shape" if name == "features" else f"{name}_shape" for name in batch}
+    columns = (name for name in batch if name == "features" or name.startswith("layer_"))
+    names = [name for name in columns if {shapes[name], "dtype"} <= batch.keys()]
     rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-    arrays = {name: [None if row.get("error") else read_array(row, name) for row in rows] for name in names}
+    # without the column `error`, an image that failed has no bytes
+    arrays = {
+        name: [None if row.get("error") or not row[name] else read_array(row, name) for row in rows] for name in names
+    }
     return {**batch, **arrays}

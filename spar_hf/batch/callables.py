@@ -399,6 +399,8 @@ class SparSegmenter(BatchCallable):
         probe = self.segment(pipe, pipe.encode(Image.new("RGB", (32, 32))))
         if self.masks == "coco":
             run_lengths(np.zeros((1, 1), bool))
+        else:
+            png(probe)
         limits = {name: self.reading[name] for name in ("size", "max_tokens", "image_range")}
         self.preparation = ImagePreparation(pipe.image_processor, pipe.model.config.patch_size, **limits)
         digest = pipeline_fingerprint(pipe) + json.dumps([self.vocabulary.names, self.options], default=str)

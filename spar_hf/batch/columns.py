@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from spar_hf.model.image_input import image_of_row
+from spar_hf.model.results import check_class_count
 from spar_hf.utils.remote_files import is_remote, read_remote
 
 Columns = dict[str, Any]
@@ -45,7 +46,13 @@ def as_column(values: Sequence[Any]) -> np.ndarray:
 
 
 def png(result: Mapping[str, Any]) -> bytes:
-    """The label map of a pipeline's `output="map"` as a grey PNG of 8 or 16 bits."""
+    """
+    The label map of a pipeline's `output="map"` as a grey PNG of 8 or 16 bits.
+
+    Raises:
+        ValueError: more than 65,536 classes.
+    """
+    check_class_count(len(result["labels"]))
     numbers = result["map"].astype(np.uint8 if len(result["labels"]) <= 256 else np.uint16)
     buffer = BytesIO()
     Image.fromarray(numbers).save(buffer, "PNG")

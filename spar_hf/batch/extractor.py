@@ -217,6 +217,8 @@ class FeatureExtractor:
             self.encoder = SlidingWindowTeacher(model, window_size=self.window_size, stride=self.stride).eval()
             self.window_size = self.encoder.window_size
         self.image_processor = SparImageProcessorPil.from_backbone(folder)
+        if self.size is not None and self.shortest_edge is not None:
+            raise UsageError("`size` and `shortest_edge` both say how images are resized. Leave one out.")
         if self.size is None and self.shortest_edge is not None:
             self.size = {"shortest_edge": self.shortest_edge}
         patch, limits = self.encoder.config.patch_size, (self.max_tokens, self.image_range)

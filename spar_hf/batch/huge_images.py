@@ -17,10 +17,11 @@ from spar_hf.model.image_input import too_many_pixels
 from spar_hf.model.image_pixels import token_limit
 from spar_hf.model.image_windows import ImageWindows
 from spar_hf.model.prompts import Vocabulary
+from spar_hf.model.results import check_class_count
 from spar_hf.model.segmentation import LabelMap, check_shares, give_to_background
 from spar_hf.model.tiling import TiledImage, tiled_blocks
 from spar_hf.utils.atomic import write_atomically
-from spar_hf.utils.errors import UsageError
+from spar_hf.utils.errors import UsageError, as_usage_errors
 
 SUFFIXES = (".tif", ".tiff", ".npy")  # of label maps
 Progress = Callable[[int, int], None]
@@ -193,8 +194,8 @@ def segment_huge(
     vocabulary, labels, background_class = segment.classes(
         Vocabulary.parse(candidate_labels), background, rules, templates
     )
-    if len(labels) > 2**16:
-        raise UsageError(f"A label map is limited to {2**16} classes, not {len(labels)}.")
+    with as_usage_errors():
+        check_class_count(len(labels))
     limit = token_limit(max_tokens, segment.image_processor.max_tokens)
     tiled = TiledImage.make(windows, tile, segment.model.config.patch_size, limit)
     blocks = tiled_blocks(segment, tiled, vocabulary, templates, progress)

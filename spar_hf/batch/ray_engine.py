@@ -10,6 +10,7 @@ another one, under the same file names.
 import contextlib
 import json
 import logging
+import os
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -50,7 +51,7 @@ def prepare_batch(batch: Mapping[str, Any], prepare: ImagePreparation, max_pixel
     Read, decode and resize images: the stage on CPUs.
 
     Args:
-        batch: with the column `source`: paths or URLs.
+        batch: with the column `source`: paths or URLs, as bytes of file names.
         prepare: reads one.
         max_pixels: Pillow's limit on the pixels of an image; `None` for no limit.
 
@@ -59,7 +60,7 @@ def prepare_batch(batch: Mapping[str, Any], prepare: ImagePreparation, max_pixel
     """
     Image.MAX_IMAGE_PIXELS = max_pixels  # here, since Ray's processes inherit nothing
     rows: list[list[Any]] = []
-    for source in batch["source"]:
+    for source in map(os.fsdecode, batch["source"]):
         try:
             image = prepare(image_of_cell(source))
         except Exception as error:  # each decoder raises its own kind
@@ -92,10 +93,11 @@ class PreparedFeatures:
             shape = [int(side) for side in batch["pixel_shape"][i]]
             pixels = torch.from_numpy(np.frombuffer(batch["pixel_values"][i], np.float32).copy()).view(shape)
             sizes = {name: [int(side) for side in batch[name][i]] for name in ("original_size", "working_size")}
-            prepared.append(PreparedImage(pixels, {"image": str(batch["source"][i]), **sizes}))
+            prepared.append(PreparedImage(pixels, {"image": os.fsdecode(batch["source"][i]), **sizes}))
         rows = self.features.rows_of(prepared)
         for i, row in enumerate(rows):
             row |= {name: batch[name][i] for name in OWN}
+            row["source"] = storable(os.fsdecode(row["source"]))
             row["id"] = int(row["id"])
         import pyarrow
 
@@ -148,11 +150,13 @@ def run_on_ray(
         found = own & set(numbers_there)
         if not found:  # of another job
             continue
-        summary.failed += failed
         if found <= wanted:
             summary.done += len(found) - len(failed)
+            summary.failed += failed
         else:  # of an earlier run; what failed then is not tried again
             summary.skipped -= len(failed)
+            hint = f"(in an earlier run; remove {folder.retry_name(name)} to try it again)"
+            summary.failed += [(source, f"{reason} {hint}") for source, reason in failed]
     summary.seconds = time.perf_counter() - start
     return summary
 
@@ -188,7 +192,8 @@ def compute(
         {
             "id": pyarrow.array(todo, pyarrow.int64()),
             "image": [storable(images[number].name) for number in todo],
-            "source": [images[number].source for number in todo],
+            # bytes, since not every name of a file is UTF-8
+            "source": pyarrow.array([os.fsencode(images[number].source) for number in todo], pyarrow.binary()),
             "stamp": [json.dumps(stamp(images[number])) for number in todo],
         }
     )

@@ -175,7 +175,16 @@ class TiffPixels:
         if self.alpha == PREMULTIPLIED_ALPHA and values.dtype == np.uint8:
             stored = np.ascontiguousarray(values).tobytes()
             return np.asarray(Image.frombytes("RGBa", values.shape[1::-1], stored).convert("RGBA"))
-        return values
+        return self._without_alpha_in_colours(values) if self.alpha == PREMULTIPLIED_ALPHA else values
+
+    def _without_alpha_in_colours(self, values: np.ndarray) -> np.ndarray:
+        """Pixels of 16 bits or floats whose colours are no longer multiplied by their alpha: `(height, width, bands)`."""
+        largest = self.largest[-1] if values.dtype.kind in "iu" else 1
+        alpha = values[:, :, -1:].astype(np.float64) / largest
+        colours = values[:, :, :-1] / np.where(alpha > 0, alpha, 1)
+        if values.dtype.kind in "iu":
+            colours = colours.round().clip(0, largest)
+        return np.concatenate([colours.astype(values.dtype), values[:, :, -1:]], axis=2)
 
     def _mapped(self, rows: slice, columns: slice) -> np.ndarray:
         """A window `(height, width, bands)` of a file that is not compressed."""

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from spar_hf.cli.arguments import Device
-from spar_hf.cli.convert import Adaptor, Family, TextHeads, Tokenizer, VisionAct
+from spar_hf.cli.convert import Family, TextHeads, Tokenizer, VisionAct
 from spar_hf.cli.reporting import exit_on_error, quiet_transformers, say
 from spar_hf.utils.errors import PATH_ERRORS
 from spar_hf.utils.options import HELP
@@ -26,7 +26,10 @@ def doctor(
     tokenizer: Tokenizer = None,
     text_heads: TextHeads = None,
     vision_act: VisionAct = None,
-    adaptor: Adaptor = "siglip2-g",
+    adaptor: Annotated[
+        str | None,
+        typer.Option(help="radio: name or number of the head whose teacher has the text tower. Default: siglip2-g."),
+    ] = None,
     voc: Annotated[
         Path | None,
         typer.Option(help="Folder of PASCAL VOC 2012: mIoU on its first 100 images, beside the published one."),
@@ -57,7 +60,7 @@ def doctor(
             model=model,
             family=None if family is None else family.value,
             base=base,
-            conversion=conversion,
+            conversion={name: value for name, value in conversion.items() if value is not None},
             voc=voc,
             stride=stride,
             device=device,
@@ -66,10 +69,11 @@ def doctor(
     for name, value in report.setting.items():
         say(f"{name}: {value}")
     if output is not None:
-        if output.suffix == ".json":
-            write_json(output, report.as_json())
-        else:
-            write_text(output, report.markdown())
+        with exit_on_error(usage=(), failure=OSError):
+            if output.suffix == ".json":
+                write_json(output, report.as_json())
+            else:
+                write_text(output, report.markdown())
         say(f"written: {output}")
     if report.failed:
         raise typer.Exit(1)

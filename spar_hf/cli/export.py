@@ -67,10 +67,13 @@ def export(
     from spar_hf.export import NotVerified
     from spar_hf.export import export as export_model
     from spar_hf.export.verification import table
+    from spar_hf.utils.atomic import check_inputs_stay
     from spar_hf.utils.labels import read_labels
 
     with exit_on_error(failure=(NotVerified, OSError)):
         vocabulary = None if words is None else read_labels(words)
+        if words is not None and words.startswith("@"):
+            check_inputs_stay([output], [words[1:]])
         record = export_model(
             model,
             output,

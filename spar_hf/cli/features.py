@@ -240,16 +240,21 @@ def write_safetensors(
 
 
 def write_on_ray(
-    options: FeatureOptions, found: Sequence[InputImage], folder: "ParquetFolder", features: "SparFeatures"
+    options: FeatureOptions,
+    found: Sequence[InputImage],
+    problems: Sequence[tuple[str, str]],
+    folder: "ParquetFolder",
+    features: "SparFeatures",
 ) -> RunSummary:
-    """Let Ray Data write the files of this job."""
+    """Let Ray Data write the files of this job. `problems` are arguments that are no images."""
     from spar_hf.batch.ray_engine import run_on_ray
 
     numbers = [i for number in options.job.pick(range(folder.count)) for i in folder.images_of(number)]
     features.batch_size = options.batch_size
     summary = run_on_ray(folder, found, features, numbers, options.address)
-    for source, reason in summary.failed:
-        report_failure(f"{source}: {reason}")
+    failed, summary.failed = [*problems, *summary.failed], []
+    for source, reason in failed:
+        summary.add_failure(source, reason, report_failure)
     return summary
 
 
@@ -280,7 +285,7 @@ def write_parts(
         features = open_features_for(folder, found, *given)
         if options.engine == "ray":
             assert isinstance(folder, ParquetFolder)
-            return write_on_ray(options, found, folder, features)
+            return write_on_ray(options, found, problems, folder, features)
         if isinstance(folder, TarFolder):
             writer = tar_features(folder, features, found)
         else:

@@ -11,12 +11,11 @@ import numpy as np
 from PIL import Image
 
 from spar_hf.cli.overlays import heat_picture, overlay, palette
+from spar_hf.model.results import check_class_count
 from spar_hf.utils.atomic import write_atomically, write_text
 from spar_hf.utils.errors import UsageError
 from spar_hf.utils.image_files import InputImage
 from spar_hf.utils.texts import json_text, read_text
-
-MAX_CLASSES = 2**16  # of a 16-bit label map
 
 
 @dataclass
@@ -82,8 +81,10 @@ def label_image(label_map: np.ndarray, classes: int, background: int = -1) -> Im
     >>> [label_image(np.zeros((40, 60), int), classes).mode for classes in (256, 257)]
     ['P', 'I;16']
     ```"""
-    if classes > MAX_CLASSES:
-        raise UsageError(f"A label map is limited to {MAX_CLASSES} classes, not {classes}. Omit --format map.")
+    try:
+        check_class_count(classes)
+    except ValueError as error:
+        raise UsageError(f"{error} Omit --format map.") from error
     if classes > 256:
         return Image.fromarray(label_map.astype(np.uint16))
     image = Image.fromarray(label_map.astype(np.uint8))

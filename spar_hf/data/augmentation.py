@@ -120,9 +120,9 @@ class Crop:
         view = self.cut(image)
         return view if self.jitter is None else jitter_image(view, self.jitter)
 
-    def image_side(self, image_size: tuple[int, int]) -> float:
+    def whole_size(self, image_size: tuple[int, int]) -> tuple[float, float]:
         """
-        The shorter side that the whole image would have at the size of the view, in pixels.
+        Width and height that the whole image would have at the size of the view, in pixels.
 
         Args:
             image_size: width and height of the image in pixels.
@@ -130,11 +130,11 @@ class Crop:
         Example:
 
         ```python
-        >>> Crop((160, 160), (0, 0, 320, 320), flip=False).image_side((640, 480))  # half as large as the image
-        240.0
+        >>> Crop((160, 160), (0, 0, 320, 320), flip=False).whole_size((640, 480))  # half as large as the image
+        (320.0, 240.0)
         ```"""
         width, height = self.box[2] - self.box[0], self.box[3] - self.box[1]
-        return min(image_size[0] * self.size[0] / width, image_size[1] * self.size[1] / height)
+        return image_size[0] * self.size[0] / width, image_size[1] * self.size[1] / height
 
     def cut(self, image: Image.Image) -> Image.Image:
         """The view in the light of the image: [`apply`] without `jitter`."""

@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any, Protocol
 
 import numpy as np
@@ -318,10 +318,12 @@ class StreamOrder(Sampler):
 
     def read(self, row: dict[str, Any]) -> tuple[Any, str, bool]:
         """A row's image, its name, and whether it is held out: by its checksum, because a stream has no fixed positions."""
-        source = image_entry(row, self.columns)
+        source: Any = image_entry(row, self.columns)
         checksum = zlib.crc32(source if isinstance(source, bytes) else str(source).encode())
         # the position of an image differs from epoch to epoch, its checksum does not
         name = str(row[self.names]) if self.names else f"image with checksum {checksum:08x}"
+        if isinstance(source, str) and not source.startswith("hf://"):  # what an image folder on the hub has
+            source = Path(source)  # no other URL that a row names is fetched
         return source, name, checksum % self.options.holdout_every == 0
 
     def held_out(self) -> Iterator[Sample]:

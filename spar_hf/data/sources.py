@@ -47,6 +47,7 @@ class ImageSelection(ReadingOptions):
         "Every n-th image of each folder (sorted by name) or data set is held out to measure the error on; of a "
         "stream, images whose checksum is a multiple of n.",
     )
+    min_side: int = option(32, "Images with a side below this many pixels are skipped and listed.")
 
     def __post_init__(self):
         super().__post_init__()
@@ -67,7 +68,6 @@ class ImageOptions(ImageSelection):
     streaming: bool = option(False, "Read data sets and shards as a stream, without an index or a copy on disk.")
     shuffle: bool = option(True, "Shuffle the images every epoch; the paper keeps one order (--no_shuffle).")
     shuffle_buffer: int = option(1000, "Number of images in the buffer that shuffles a stream.")
-    min_side: int = option(32, "Images with a side below this many pixels are skipped and listed.")
     workers: int = option(1, HELP["workers"])
 
     def __post_init__(self):

@@ -33,7 +33,7 @@ class LoadedSample:
         pixel_values: `(1, 3, height, width)`, sides multiples of the patch.
         target: feature map of the teacher `(1, dim, height / patch, width / patch)`, if it was computed before.
         teacher_pixel_values: what the teacher reads, `(1, 3, height, width)`; `None` if it reads `pixel_values` too.
-        image_side: shorter side of the whole image at the size of the view, in pixels; `None` with a `target`.
+        whole_size: width and height of the whole image at the size of the view, in pixels; `None` with a `target`.
     """
 
     index: int
@@ -41,7 +41,7 @@ class LoadedSample:
     after: list[int]
     target: torch.Tensor | None = None
     teacher_pixel_values: torch.Tensor | None = None
-    image_side: float | None = None
+    whole_size: tuple[float, float] | None = None
 
 
 @dataclass
@@ -143,7 +143,7 @@ class TrainingImages(Dataset):
     def read(self, sample: Sample) -> Image.Image:
         """The upright RGB image of a sample. Raises whatever its decoder raises if it cannot be read."""
         source = sample.source
-        if isinstance(source, str) and is_remote(source):  # named by --images; what a row names is never fetched
+        if isinstance(source, str) and is_remote(source):  # named by --images, or on the hub
             source = read_remote(source)
         if isinstance(source, tuple):
             source = self.sources[source[0]].source(source[1])
@@ -151,8 +151,7 @@ class TrainingImages(Dataset):
             raise ValueError("the row holds no image")
         set_pixel_limit(self.max_pixels)  # here, since workers may be processes that inherit nothing
         image, name = open_image(source if isinstance(source, bytes) else Path(source), urls=False)
-        if min(image.size) < self.min_side:
-            raise ValueError(f"{image.width}×{image.height} px; --min_side is {self.min_side}")
+        check_side(image, self.min_side)
         return to_rgb(turn_upright(image, name), self.image_range)
 
     def __getitem__(self, sample: Sample) -> LoadedSample | Skipped:
@@ -169,7 +168,7 @@ class TrainingImages(Dataset):
             self.pixels(view),
             sample.after,
             teacher_pixel_values=None if plain is None else self.pixels(plain),
-            image_side=crop.image_side(image.size),
+            whole_size=crop.whole_size(image.size),
         )
 
     def view(
@@ -224,6 +223,15 @@ class TrainingImages(Dataset):
 
     def pixels(self, image: Image.Image) -> torch.Tensor:
         return self.image_processor(image, do_resize=False, return_tensors="pt")["pixel_values"]
+
+
+def check_side(image: Image.Image, min_side: int) -> None:
+    """
+    Raises:
+        ValueError: a side of the image is shorter.
+    """
+    if min(image.size) < min_side:
+        raise ValueError(f"{image.width}×{image.height} px; --min_side is {min_side}")
 
 
 def only_item(item: Any) -> Any:

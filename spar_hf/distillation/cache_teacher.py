@@ -30,6 +30,7 @@ from spar_hf import SlidingWindowTeacher, SparImageProcessorPil, SparVisionModel
 from spar_hf.data.augmentation import Views, draw_crop, view_generator
 from spar_hf.data.order import split_images
 from spar_hf.data.sources import Files, ImageSelection, list_files
+from spar_hf.data.training_images import check_side
 from spar_hf.distillation.models import make_teacher, sped_up
 from spar_hf.distillation.options import WindowOptions
 from spar_hf.distillation.presets import HELP_PRESET, PRESETS, REPLACES, with_preset
@@ -140,7 +141,7 @@ class CacheOptions(ComposedOptions):
 
 def choose_images(options: ImageSelection) -> list[str]:
     """
-    Paths and URLs of the images that distillation with the same options would train on.
+    Paths and URLs of the images that distillation with the same options would train on, but for those that are skipped.
 
     Raises:
         UsageError: none is left, or something else than folders and lists is named.
@@ -251,6 +252,7 @@ def make_setting(
         "seed": options.storage.seed,
         "image_range": options.images.image_range,
         "max_pixels": options.images.max_pixels,
+        "min_side": options.images.min_side,
         "shard_maps": options.storage.shard_maps,
     }
 
@@ -266,7 +268,8 @@ def start_folder(output: Folder, setting: dict[str, Any], accelerator: Accelerat
     finished = False
     if output.size(MANIFEST) is not None:
         # an earlier version drew views as the defaults say
-        usual = asdict(Views()) | pixel_settings(SparImageProcessorPil())
+        # what earlier versions did where they do not state it
+        usual = asdict(Views()) | pixel_settings(SparImageProcessorPil()) | {"min_side": 0}
         manifest = read_manifest(output.url)
         check_setting(output.url, usual | manifest["setting"], usual | setting)
         finished = manifest["complete"]
@@ -431,6 +434,7 @@ class ShardMaker:
         try:
             data = read_source(path)
             image = read_rgb(data if is_remote(path) else Path(path), self.options.images.image_range, urls=False)
+            check_side(image, self.options.images.min_side)
         except Exception as error:  # each decoder raises its own kind, and no file may end the work of hours
             raise UnreadableImage(str(error)) from error
         key = path if self.options.views.fixed_views else index

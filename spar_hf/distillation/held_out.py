@@ -42,7 +42,7 @@ def teach(
     images: TrainingImages,
     views: Views,
     teacher: SlidingWindowTeacher,
-    scales_for: Callable[[float], Sequence[float] | None],
+    scales_for: Callable[[tuple[float, float]], Sequence[float] | None],
     skipped: SkippedList,
     seed: int | None = None,
     progress: bool = True,
@@ -74,7 +74,7 @@ def teach(
         view = crop.apply(image)
         pixel_values = images.pixels(view).to(device)
         with as_usage_errors():
-            target = teacher(pixel_values, scales=scales_for(crop.image_side(image.size))).feature_map
+            target = teacher(pixel_values, scales=scales_for(crop.whole_size(image.size))).feature_map
         if not target.isfinite().all():
             raise NotFinite(f"The teacher's features of {sample.name} are not finite. Use another --mixed_precision.")
         pairs.append(TeacherPair(view, pixel_values, target))

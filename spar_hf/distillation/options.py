@@ -37,6 +37,7 @@ from spar_hf.utils.run_options import TRACKERS
 from spar_hf.windows import VARIANTS, default_stride
 
 DEFAULT_STEPS = 1000
+LONGEST = 4  # longer side of an image for the teacher over its --teacher_sides, which bounds the windows of a panorama
 TEACHER_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # A resumed run may change these: they do not change what is learned.
 FREE = {"output", "resume", "workers", "save_steps", "eval_steps", "picture_steps", "report_to", *RUN_FREE}
@@ -93,9 +94,9 @@ class TeacherOptions(WindowOptions):
     )
     teacher_sides: list[int] | None = option(
         None,
-        "Instead of --teacher_scales: shorter sides in pixels that the whole image has for the teacher, whatever the size "
-        "of the view. A teacher is best where things are as large as in its own training; with 384 512 a student learns "
-        "at all its sizes what the teacher sees at these two.",
+        "Instead of --teacher_scales: the teacher reads the view, resized so that the whole image would have these shorter "
+        "sides in pixels. A teacher is best where things are as large as in its own training; with 384 512 a student learns "
+        f"at all its sizes what the teacher sees at these two. Images longer than {LONGEST} times that are read smaller.",
     )
     teacher_flip: bool = option(False, "The target is also the mean over the image and its mirror image.")
     teacher_cache: str | None = option(
@@ -134,20 +135,20 @@ class TeacherOptions(WindowOptions):
         """`full`, `sampled` or `cached`."""
         return self.teacher_mode or ("full" if self.teacher_windows is None else "sampled")
 
-    def scales_for(self, image_side: float | None) -> list[float] | None:
+    def scales_for(self, image_size: tuple[float, float]) -> list[float] | None:
         """
         Sizes at which the teacher reads a view, over the view's own, for `--teacher_sides`; `None` leaves the teacher its
-        own. `image_side` is the shorter side of the whole image at the size of the view, in pixels.
+        own. `image_size` are the sides of the whole image at the size of the view, in pixels.
 
         Example:
 
         ```python
-        >>> TeacherOptions(model="base", teacher_sides=[384, 512]).scales_for(256)
+        >>> TeacherOptions(model="base", teacher_sides=[384, 512]).scales_for((256, 341))
         [1.5, 2.0]
         ```"""
-        if self.teacher_sides is None or image_side is None:
+        if self.teacher_sides is None:
             return None
-        return [side / image_side for side in self.teacher_sides]
+        return [min(side / min(image_size), LONGEST * side / max(image_size)) for side in self.teacher_sides]
 
 
 @dataclass(kw_only=True)

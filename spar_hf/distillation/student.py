@@ -19,7 +19,9 @@ from spar_hf.distillation.trainable import add_adapters, choose_parameters
 from spar_hf.utils.errors import UsageError
 
 
-def prepare_positions(models: Models, options: StudentOptions, squares: Iterable[torch.Tensor]) -> torch.Tensor | None:
+def prepare_positions(
+    models: Models, options: StudentOptions, squares: Iterable[torch.Tensor], kept: list[list[float]] | None = None
+) -> torch.Tensor | None:
     """
     Give the student the `position_extent` and the prior over distance that the options ask for, in place.
 
@@ -27,6 +29,7 @@ def prepare_positions(models: Models, options: StudentOptions, squares: Iterable
         models: student and window size.
         options: of the student.
         squares: training images, `(1, 3, 2 * window, 2 * window)` each; read only for a prior.
+        kept: position subspace of the run that is resumed, whose images may be others now.
 
     Returns:
         the position subspace of a student with a prior, new or from an earlier run, see `locality.py`; else `None`.
@@ -43,6 +46,8 @@ def prepare_positions(models: Models, options: StudentOptions, squares: Iterable
     elif extent not in (None, held):
         start = (options.student or ["--model"])[0]
         raise UsageError(f"--position_extent {extent}: the positions of {start} span {held} px. Leave it out.")
+    if kept is not None:
+        return torch.tensor(kept)
     if options.local_start is not None:
         directions = initialise_locality(student, squares, options.local_start, window)
     return directions

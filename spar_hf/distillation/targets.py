@@ -35,17 +35,17 @@ class Target:
         self.generator = torch.Generator()
 
     def __call__(
-        self, pixel_values: torch.Tensor, index: int, image_side: float | None = None
+        self, pixel_values: torch.Tensor, index: int, whole_size: tuple[float, float]
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
         The full map `(1, dim, h, w)` and `None`, or cells and their weights as [`SlidingWindowTeacher.sample`] returns them;
-        `index` is the image's number in the stream, `image_side` that of a [`LoadedSample`].
+        `index` is the image's number in the stream, `whole_size` that of a [`LoadedSample`].
 
         Raises:
             UsageError: the image is too large for the teacher's stride.
         """
         with as_usage_errors():
-            scales = self.scales_for(image_side)
+            scales = self.scales_for(whole_size)
             if self.windows is None:
                 return self.teacher(pixel_values, scales=scales).feature_map, None
             draw = random.Random(f"windows-{self.seed}-0-{index}").getrandbits(62)

@@ -131,7 +131,7 @@ class TeacherCache:
         """The file that a map was made from, or its URL in a store."""
         shard, row = self.positions[index]
         name = self.shards[shard]["maps"][row]["image"]
-        return name if is_remote(name) else Path(os.path.normpath(self.folder / Path(name)))
+        return name if is_remote(name) else Path(os.path.normpath(Path(self.folder).resolve() / name))
 
     def pixel_values(self, index: int) -> torch.Tensor:
         """The stored view of an image: `(1, 3, height, width)`."""

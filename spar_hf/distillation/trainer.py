@@ -13,6 +13,7 @@ import math
 import sys
 from dataclasses import replace
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,14 @@ from spar_hf.distillation.recipes import parse_options
 from spar_hf.distillation.records import held_out_record, make_record
 from spar_hf.distillation.stream import image_names, open_stream, readable_samples
 from spar_hf.distillation.student import Student, prepare_positions
-from spar_hf.distillation.student_folders import finish_folder, merge_adapters, save_adapter, save_student, store_as
+from spar_hf.distillation.student_folders import (
+    finish_folder,
+    held_out_curve,
+    merge_adapters,
+    save_adapter,
+    save_student,
+    store_as,
+)
 from spar_hf.distillation.targets import Target
 from spar_hf.distillation.trainable import count_parameters, share_frozen
 from spar_hf.utils.atomic import write_atomically, write_text
@@ -115,6 +123,7 @@ class Distillation:
             self.models.start_from(options.student.student)
         start = None if self.state is None else self._own_start(self.state["after"])
         names = image_names(sources, options.images, options.teacher.teacher_cache)
+        earlier = self.training_run.earlier_samples(names)
         self.stream = open_stream(
             sources,
             options.images,
@@ -127,8 +136,10 @@ class Distillation:
             process=self.accelerator.process_index,
             processes=self.accelerator.num_processes,
             start=start,
-            earlier=self.training_run.earlier_samples(names),
+            earlier=earlier,
         )
+        # without some of its images an error cannot be compared with earlier ones
+        self.measures_others = earlier is not None and earlier.get("measured") != self.stream.names.get("measured")
         self.student = self._make_student()
         self.target = Target(self.models.teacher, options.teacher, optimisation.seed)
         self.images_per_step = self.accelerator.num_processes * optimisation.gradient_accumulation_steps
@@ -182,8 +193,10 @@ class Distillation:
         encoder: Any = models.student  # transformers decorates `to` in a way that hides its arguments
         encoder.to("cpu")  # the text embeddings of --words moved it
         side = 2 * models.teacher.window_size
-        shown = [] if options.local_start is None else self.stream.choose(SHOWN_IMAGES, self.options.optimisation.seed)
-        directions = prepare_positions(models, options, self.stream.images.squares(shown, side))
+        kept = None if self.state is None else self.state.get("position_subspace")
+        unseen = options.local_start is None or kept is not None
+        shown = [] if unseen else self.stream.choose(SHOWN_IMAGES, self.options.optimisation.seed)
+        directions = prepare_positions(models, options, self.stream.images.squares(shown, side), kept)
         if is_sharded(self.accelerator) and directions is not None:
             raise UsageError(
                 "--local_start changes whole weights after every step, and FSDP splits them. Launch with DDP instead."
@@ -199,7 +212,7 @@ class Distillation:
 
     def _teach_held_out(self) -> HeldOut:
         """Held-out images under the full teacher. Only the main process measures, unless all must take part."""
-        views, stream = largest_views(self.options.views), self.stream
+        views, stream = largest_views(self.stream.views), self.stream
         # a sharded student needs all processes, and whitening needs the maps in all of them
         here = self.is_main or is_sharded(self.accelerator) or self.options.optimisation.whiten
         samples = stream.held_out if here else []
@@ -219,7 +232,7 @@ class Distillation:
         if self.is_main:
             stream, seed = self.stream, self.options.optimisation.seed
             samples = stream.choose(self.options.student.fit_prior, seed)
-            views = replace(self.options.views, crop_probability=0.0)
+            views = replace(stream.views, crop_probability=0.0)
             if views.jitter_student_only:
                 views = replace(views, jitter_probability=0.0, jitter_student_only=False)
             teacher, scales_for = self.models.teacher, self.options.teacher.scales_for
@@ -234,13 +247,23 @@ class Distillation:
 
     def _start_curve(self) -> ErrorCurve:
         """The held-out errors so far: of the student before training, and those of a run that is resumed."""
-        before = self._held_out_error() if self.state is None else self.state["before"]
-        points = [] if self.state is None else self.state["curve"]
+        goes_on = self.state is not None and not self.measures_others
+        before = self.state["before"] if goes_on else self._held_out_error()
+        points = [*self.state["curve"], *self._points_after(self.state["step"])] if goes_on else []
+        if self.measures_others:
+            logger.warning("Held-out images were removed: errors are measured anew, and those before are forgotten.")
         text = "%s training images, %d held out; held-out error before training: %s"
         logger.info(text, self.stream.count or "Streamed", len(self.held_out), before)
         if before is None and self.options.run.holdout_images and self.is_main:
             logger.warning("No image is held out, so the last student is kept and not the best: lower --holdout_every.")
         return ErrorCurve(before, points, self.options.optimisation.words_weight)
+
+    def _points_after(self, step: int) -> list[dict[str, Any]]:
+        """
+        Points of the student that the run wrote after its last checkpoint: that student stays the best until one is better,
+        also where the run goes on with another `--eval_steps`.
+        """
+        return [point for point in held_out_curve(self.options.folders[-1]) if point["step"] > step]
 
     # The steps of a run
 
@@ -293,6 +316,7 @@ class Distillation:
                 curve=self.curve.points,
                 before=self.curve.before,
                 bad_steps=self.bad_steps.state,
+                position_subspace=None if self.student.directions is None else self.student.directions.tolist,
             )
             if stopped or step == self.steps:
                 break
@@ -307,7 +331,8 @@ class Distillation:
             else:
                 plain = sample.teacher_pixel_values
                 plain = pixel_values if plain is None else plain.to(self.device, non_blocking=True)
-                target, weight = self.target(plain, sample.index, sample.image_side)
+                assert sample.whole_size is not None  # only samples with a target have none
+                target, weight = self.target(plain, sample.index, sample.whole_size)
         with self.accelerator.autocast():
             features = self.optimisation.wrapped(pixel_values).feature_map
         return self.loss(features.float(), target, weight)
@@ -335,12 +360,13 @@ class Distillation:
         # one process decides, or two that rounded differently would wait for each other
         (point,) = broadcast_object_list([error and {"step": step, **error}])
         if point is not None:
-            self.curve.points.append(point)
+            others = [other for other in self.curve.points if other["step"] != step]
+            self.curve.points = sorted([*others, point], key=itemgetter("step"))
             errors = {f"held_out_{name}": value for name, value in point.items() if name != "step"}
             self.accelerator.log(errors, step=step)
         if self.is_main and pictured and point is not None:
             self._show(self.held_out.picture(), step)
-        if point is self.curve.best:  # both None without held-out images: the last student is kept
+        if point == self.curve.best:  # both None without held-out images: the last student is kept
             self._save()
             kept = f"held-out error {point}, the smallest so far" if point else "written; nothing is held out"
             logger.info("Step %d: %s.", step, kept)

@@ -43,8 +43,8 @@ class DoctorOptions:
         device: where the model runs; by default a GPU if there is one.
 
     Raises:
-        UsageError: a checkpoint without family and base, or these for a folder; a wrong stride; `voc` without the packages
-            that measure, or with another device than theirs.
+        UsageError: a checkpoint without family and base, or these or `conversion` for a folder; a wrong stride; `voc`
+            without the packages that measure, or with another device than theirs.
     """
 
     model: str
@@ -63,6 +63,11 @@ class DoctorOptions:
             if not Path(self.model).exists():
                 raise MissingFiles(f"{self.model} does not exist.")
             raise UsageError(f"{self.model} is no checkpoint file: --family and --base belong to one.")
+        given = [f"--{name.replace('_', '-')}" for name, value in (self.conversion or {}).items() if value is not None]
+        if not is_file and given:
+            raise UsageError(
+                f"{self.model} is no checkpoint file, and only one is converted: leave out {', '.join(given)}."
+            )
         if self.voc is not None and not self.voc.is_dir():
             raise MissingFiles(f"--voc {self.voc} is no folder.")
         if self.stride is not None and self.stride < 1:

@@ -142,7 +142,8 @@ def load_candidates(
         settings = protocol(candidate.model.config.readout)
         of_protocol = {} if settings.size is None else {"do_resize": True, "size": settings.size}
         candidate.resize = first_given(resize, of_protocol)
-        candidate.resample = first_given(resample, settings.resample)
+        resizes = candidate.resize.get("do_resize", True)
+        candidate.resample = first_given(resample, settings.resample) if resizes else None
         candidate.window_size = first_given(window_size, settings.window_size)
         candidate.rules = Rules(
             first_given(scale, settings.scale),

@@ -117,6 +117,8 @@ class ResolutionOptions:
             raise UsageError(f"--size takes a height and a width of at least 1, got {self.size}.")
         if self.native + bool(self.size) + bool(self.shortest_edge or self.longest_edge) > 1:
             raise UsageError("Give one of --native, --size, or --shortest_edge and --longest_edge.")
+        if self.native and self.resample:
+            raise UsageError(f"--native resizes nothing: leave out --resample {self.resample}, or give a size.")
 
     @property
     def resize(self) -> dict[str, Any] | None:

@@ -7,12 +7,20 @@ positions between patches are fractions of whole numbers, computed exactly.
 
 import re
 
+from spar_hf.model.results import check_class_count
+
 STRIP_VALUES = 2**19  # logits of a strip that are computed at once; their buffers then stay in the cache
 LABEL_TYPES = {"uint8": 2, "uint16": 4}  # numbers of onnx.TensorProto
 
 
 def label_type(classes: int | None) -> str:
-    """Type of the label map: `uint16` for more than 256 classes, or an unknown number of them."""
+    """
+    Type of the label map: `uint16` for more than 256 classes, or an unknown number of them.
+
+    Raises:
+        ValueError: more than 65,536 classes.
+    """
+    check_class_count(classes or 0)
     return "uint8" if classes is not None and classes <= 256 else "uint16"
 
 

@@ -97,7 +97,8 @@ def export(
     source = load_source(str(model))
     check_head(source, head, words, templates)
     baked = embed_words(source, words, templates, background)
-    labels = label_type(None if baked is None else len(baked.labels))
+    with as_usage_errors():
+        labels = label_type(None if baked is None else len(baked.labels))
     writer = import_module(f"spar_hf.export.{graph_format.module}")
     with writing_folder(folder) as temporary:
         temporary.mkdir()

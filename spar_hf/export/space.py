@@ -51,7 +51,10 @@ def write_space(model: str | None, output: str | Path) -> None:
     folder = Path(model).resolve() if model is not None and Path(model).exists() else None
     if folder is not None:
         check_two_towers(folder)
-        name, where = folder.name, f'str(Path(__file__).parent / "model" / {json.dumps(folder.name)})'
+        name, where = (
+            folder.name,
+            f'str(Path(__file__).parent / "model" / {json.dumps(folder.name, ensure_ascii=False)})',
+        )
     elif model is not None:
         check_hub_id(model)
         name, where = model.rpartition("/")[2], json.dumps(model)

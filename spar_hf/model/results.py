@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 OUTPUT_BYTES = 2**30  # larger dense outputs are refused
+MAX_CLASSES = 2**16  # of a label map of 16 bits
 
 
 def guarded(skip: bool, work: Callable, *args: Any, **kwargs: Any) -> Any:
@@ -39,6 +40,22 @@ def check_finite_features(features: Any) -> None:
             "The features of the image are not finite: half precision overflowed, or the weights are damaged. Load the "
             'model with dtype="float32" or "bfloat16".'
         )
+
+
+def check_class_count(classes: int) -> None:
+    """
+    Raises:
+        ValueError: more classes than a label map of 16 bits has numbers.
+
+    Example:
+
+    ```python
+    >>> check_class_count(65537)
+    Traceback (most recent call last):
+    ValueError: A label map is limited to 65536 classes, not 65537.
+    ```"""
+    if classes > MAX_CLASSES:
+        raise ValueError(f"A label map is limited to {MAX_CLASSES} classes, not {classes}.")
 
 
 def check_output_size(size: int, output: str) -> None:

@@ -2,16 +2,18 @@
 
 import logging
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
 from torch import nn
 from transformers import PreTrainedTokenizerFast, SiglipTextConfig, SiglipVisionConfig
 
 from spar_hf import SparConfig, SparForOpenVocabSegmentation, SparProcessor
 from spar_hf.pretraining.crops import CropSet
 from spar_hf.pretraining.options import PATCH_SIZE, NewModelOptions
-from spar_hf.pretraining.words import build_tokenizer, common_words, teach_words
+from spar_hf.pretraining.words import build_tokenizer, common_words, fast_tokenizer, teach_words
 from spar_hf.utils.errors import as_usage_errors
 
 logger = logging.getLogger(__name__)
@@ -50,7 +52,7 @@ def load_model(folder: str) -> tuple[SparForOpenVocabSegmentation, PreTrainedTok
 
 
 def new_model(
-    options: NewModelOptions, sets: list[CropSet], extra: list[str], seed: int, initialise: bool
+    options: NewModelOptions, sets: list[CropSet], extra: list[str], seed: int, kept: Path, initialise: bool
 ) -> tuple[SparForOpenVocabSegmentation, PreTrainedTokenizerFast]:
     """
     Towers that have seen no image, and a tokenizer made for their words.
@@ -60,13 +62,17 @@ def new_model(
         sets: give the words that label pixels and images.
         extra: words that label nothing.
         seed: of the words' directions and their lessons.
+        kept: file of the run's tokenizer. A resumed run reads it, since other images would make another one.
         initialise: whether to initialise the vision tower and teach the text tower its words; not for a resumed run, whose
             weights come from a checkpoint.
     """
     if options.text_teacher is not None:
         with as_usage_errors():
             extra = extra + common_words(options.text_teacher, options.common_words)
-    tokenizer = build_tokenizer(sets, extra, options.vocab_size)
+    if not initialise and kept.is_file():
+        tokenizer = fast_tokenizer(Tokenizer.from_file(str(kept)))
+    else:
+        tokenizer = build_tokenizer(sets, extra, options.vocab_size)
     model = build_model(options, tokenizer)
     if initialise:
         mimetic_initialisation(model)

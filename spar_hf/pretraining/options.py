@@ -26,6 +26,7 @@ from spar_hf.utils.texts import read_yaml
 FREE = {"output", "resume", "workers", "save_steps", "steps", *RUN_FREE}
 RECIPE = Path(__file__).with_name("spar_tiny_data.yaml")
 SET_KEYS = ("path", "weight", "crop")
+MORE_KEYS = {"sets": ("exclude", "holdout_every", "unnamed", "even_classes"), "tagged": ()}
 PATCH_SIZE = 16  # of a new model, in pixels
 WITH_CONTENT = " with content "
 
@@ -48,7 +49,8 @@ def read_recipe(file: str) -> dict[str, Any]:
 def check_sets(file: str, recipe: dict[str, Any]) -> None:
     """
     Raises:
-        UsageError: a set of the recipe lacks its path, weight or sizes of crops, or has impossible ones; or there is none.
+        UsageError: a set of the recipe lacks its path, weight or sizes of crops, has impossible ones or keys that nothing
+            reads; or there is none.
     """
     for part in ("sets", "tagged"):
         for number, spec in enumerate(recipe[part], 1):
@@ -56,6 +58,12 @@ def check_sets(file: str, recipe: dict[str, Any]) -> None:
                 raise UsageError(
                     f"{file}: number {number} of `{part}` has no {', '.join(missing)}. Write each as "
                     "{path: FOLDER, weight: 4, crop: [SMALLEST, LARGEST]}."
+                )
+            known = (*SET_KEYS, *MORE_KEYS[part])
+            if unknown := [str(name) for name in spec if name not in known]:
+                raise UsageError(
+                    f"{file}: number {number} of `{part}`, {spec['path']}: {', '.join(unknown)} is not read. A set of "
+                    f"`{part}` has {', '.join(known)}."
                 )
             if problem := wrong_values(spec):
                 raise UsageError(f"{file}: number {number} of `{part}`, {spec['path']}: {problem}.")

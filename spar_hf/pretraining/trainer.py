@@ -36,7 +36,7 @@ from spar_hf.pretraining.options import (
     read_recipe,
     recipe_name,
 )
-from spar_hf.utils.atomic import writing_folder
+from spar_hf.utils.atomic import write_text, writing_folder
 from spar_hf.utils.checkpoints import settings_of
 from spar_hf.utils.devices import clock
 from spar_hf.utils.launching import outlive_signals
@@ -77,7 +77,10 @@ def train(options: PretrainingOptions) -> Path | None:
         sets, samples = open_sets(options, recipe, run)
         if options.training.start is None:
             teach = run.state is None
-            model, tokenizer = new_model(options.new_model, sets, recipe["words"], options.run.seed, teach)
+            kept = run.output / "tokenizer.json"
+            model, tokenizer = new_model(options.new_model, sets, recipe["words"], options.run.seed, kept, teach)
+            if teach and accelerator.is_main_process:
+                write_text(kept, tokenizer.backend_tokenizer.to_str())
         else:
             model, tokenizer = load_model(options.training.start)
         model.vision_model.requires_grad_(True)  # with the probe of the pooling head, for the pooled embedding

@@ -38,6 +38,11 @@ def build_tokenizer(sets: list, extra: list[str], vocab_size: int) -> PreTrained
     corpus += [template.replace("{}", "") for templates in TEMPLATES.values() for template in templates] * 5
     tokenizer.train_from_iterator(corpus, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return fast_tokenizer(tokenizer)
+
+
+def fast_tokenizer(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
+    """A tokenizer of `build_tokenizer` for transformers."""
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<pad>",

@@ -33,7 +33,14 @@ from spar_hf.model.image_pixels import (
     token_limit,
     working_size,
 )
-from spar_hf.model.results import as_segments, check_finite_features, check_shares, guarded, is_error
+from spar_hf.model.results import (
+    as_segments,
+    check_class_count,
+    check_finite_features,
+    check_shares,
+    guarded,
+    is_error,
+)
 from spar_hf.model.words import CandidateLabels, Vocabulary, normalise_name
 from spar_hf.runtime.decisions import class_scores, decide, give_to_background
 from spar_hf.runtime.engines import Graph
@@ -160,7 +167,7 @@ class OnnxSegmenter:
             templates, size, max_tokens, image_range, threshold, min_area, on_error: as there.
             output: `"segments"` or `"map"`, as there.
             top_k: with `"segments"`, only so many of highest score, best first.
-            batch_size: images that are read together; those of equal size share a run of the graph.
+            batch_size: images that are read together, `None` for one; those of equal size share a run of the graph.
 
         Returns:
             Per image `[{"label", "score", "mask"}, …]`, or with `"map"` a dict of `map`, an int32 array `(height, width)`,
@@ -201,8 +208,8 @@ class OnnxSegmenter:
             rules: whether pixels may be moved to the background, which then has a label if not words.
 
         Raises:
-            ValueError: no or malformed labels, names that the tokenizer cannot tell apart, or for an export that has its
-                classes in it, words, templates or another background.
+            ValueError: no or malformed labels, names that the tokenizer cannot tell apart, more classes than the graph's
+                label map has numbers, or for an export that has its classes in it, words, templates or another background.
         """
         if self.folder.labels is not None:
             return self._baked(candidate_labels, background, rules, templates)
@@ -211,6 +218,8 @@ class OnnxSegmenter:
         asked = Vocabulary.parse(candidate_labels)
         vocabulary, labels, number = resolve_classes(self.texts, asked, background, rules, templates)
         hidden = number >= 0 and labels[number] not in asked.labels
+        if self.head == "classmap":  # its label map has 16 bits
+            check_class_count(len(labels))
         embeddings = self.texts.get(vocabulary.all_names, templates)
         return Classes(labels, number, hidden, np.array(vocabulary.classes_of_names), embeddings)
 
@@ -275,7 +284,7 @@ class OnnxSegmenter:
     ) -> Iterator[Any]:
         """Results of images, in their order; each is read by a call. Images of one size share a run of the graph."""
         prepared = (guarded(skip, lambda read=read: prepare(read())) for read in images)
-        for items in batches(prepared, batch_size):
+        for items in batches(prepared, batch_size or 1):
             groups: dict[Any, list[int]] = {}
             for i, item in enumerate(items):
                 if not is_error(item):
@@ -302,6 +311,8 @@ class OnnxSegmenter:
             "class_of_name": classes.class_of_name,
             "text_embeds": classes.text_embeds,
         }
+        if self.engine == "openvino" and self.head == "classmap":
+            check_products(size, items[0].pixel_values.shape[1:], self.folder.patch_size)
         outputs = self.graph(**values)
         check_finite_features(
             next(outputs[name] for name in ("confidence", "logits", "feature_map") if name in outputs)
@@ -361,6 +372,27 @@ def check_options(output: str, top_k: Any, batch_size: Any, on_error: str, other
         if name not in PIPELINE_ONLY:
             raise TypeError(f"OnnxSegmenter has no option {name!r}.")
         raise ValueError(f"`{name}` is an option of the pipeline only: `pipeline('open-vocab-segmentation', model=…)`.")
+
+
+def check_products(size: Sequence[int], working: Sequence[int], patch: int) -> None:
+    """
+    Raises:
+        ValueError: OpenVINO, which multiplies positions as numbers of 32 bits, would take wrong patches for some pixels.
+
+    Example:
+
+    ```python
+    >>> check_products((100, 32000), (96, 32000), 16)
+    >>> check_products((100, 36000), (96, 36000), 16)
+    Traceback (most recent call last):
+    ValueError: OpenVINO cannot decide an image of 100×36000 pixels at 96×36000. Give a smaller `size`, or ...
+    ```"""
+    if any(2 * side * (other + patch) >= 2**31 for side, other in zip(size, working, strict=True)):
+        sizes = ["×".join(map(str, sides)) for sides in (size, working)]
+        raise ValueError(
+            f"OpenVINO cannot decide an image of {sizes[0]} pixels at {sizes[1]}. Give a smaller `size`, or take "
+            "engine='onnxruntime'."
+        )
 
 
 def is_single(inputs: Any) -> bool:

@@ -221,6 +221,10 @@ def test_the_same_object_in_datasets_and_pandas(base_folder, pictures):
         if make is SparFeatures:
             arrays = table.with_transform(as_arrays)[:]["features"]
             assert arrays[0].shape == (32, 4, 6) and arrays[1] is None
+            part = table.select_columns(["features", "shape", "dtype"]).with_transform(as_arrays)[:]["features"]
+            assert np.array_equal(part[0], arrays[0]) and part[1] is None
+            alone = table.select_columns(["features", "id"]).with_transform(as_arrays)[:]["features"]
+            assert alone[0] == table[0]["features"]  # nobody knows its shape
         # every batch has the same types, also where all images failed and where none did
         good, bad = (pa.table(function({"image": columns["image"][i : i + 1], "id": [1]})).schema for i in (0, 1))
         assert good == bad == pa.table(by_hand).schema and not any(pa.types.is_null(kind) for kind in good.types)

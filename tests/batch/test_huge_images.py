@@ -99,6 +99,24 @@ def test_few_bits_reach_from_black_to_white(tmp_path, bits, photometric):
     assert np.array_equal(found, expected[10:47, 20:100]) and {found.min(), found.max()} == {0, 255}
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_colours_multiplied_by_their_alpha_are_those_of_the_one_reader(tmp_path, dtype):
+    largest = np.iinfo(dtype).max
+    alpha = np.linspace(0, largest, 131).round().astype(dtype)[None].repeat(90, 0)
+    colours = RGB.astype(np.float64) / 255 * alpha[:, :, None]
+    tifffile.imwrite(
+        tmp_path / "a.tif",
+        np.dstack([colours.round().astype(dtype), alpha]),
+        photometric="rgb",
+        extrasamples=["assocalpha"],
+    )
+    expected = np.asarray(read_rgb(tmp_path / "a.tif")).astype(int)
+    found = open_windows(tmp_path / "a.tif").read(10, 0, 47, 131)
+    found = found if found.dtype == np.uint8 else (found * 255 + 0.5).astype(np.uint8)
+    assert abs(found - expected[10:47]).max() <= 4  # the reader rounds to 8 bits before it divides
+    assert abs(found[:, 100:] - RGB[10:47, 100:].astype(int)).mean() < 40  # near those before, on white
+
+
 def test_further_bands_are_no_alpha(tmp_path):
     infrared = np.dstack([RGB, 255 - RGB[:, :, 0]])
     tifffile.imwrite(tmp_path / "a.tif", infrared, photometric="rgb", extrasamples=["unspecified"])

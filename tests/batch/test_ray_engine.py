@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -31,6 +32,7 @@ from spar_hf.batch.parquet_files import ParquetFolder  # noqa: E402
 from spar_hf.batch.ray_engine import compute  # noqa: E402
 from spar_hf.cli.main import app  # noqa: E402
 from spar_hf.utils.image_files import InputImage  # noqa: E402
+from spar_hf.utils.texts import storable  # noqa: E402
 
 pytestmark = pytest.mark.slow
 COUNT = 40
@@ -123,8 +125,12 @@ def test_a_killed_driver_goes_on_where_it_stopped(cluster, images, base_folder, 
     (output / "cut.parquet").write_bytes(b"PAR1 half a file")  # what a driver that dies while writing leaves
     manifest = json.loads((output / "_spar-hf.json").read_text())
     assert manifest["images"] == COUNT
-    result = CliRunner().invoke(app, [*command(images, base_folder, output, cluster), "--skip-existing"])
-    assert f"{len(whole)} skipped" in result.output and "1 failed" in result.output, result.output
+    missing = str(tmp_path / "missing.png")
+    result = CliRunner().invoke(app, [*command(images, base_folder, output, cluster), missing, "--skip-existing"])
+    assert f"{len(whole)} skipped" in result.output and "2 failed" in result.output, result.output
+    assert result.exit_code == 1 and result.output.count("missing.png") == 1
+    again = CliRunner().invoke(app, [*command(images, base_folder, output, cluster), "--skip-existing"])
+    assert re.search(r"07\.png.*in an earlier run; remove \S+\.parquet to try it again", again.output), again.output
     check_each_once(output, images, base_folder)
 
 
@@ -140,6 +146,22 @@ def test_what_does_not_go_together_is_refused(images, tmp_path):
         assert result.exit_code == 2 and message in result.output
 
 
+def test_a_name_that_is_no_utf8_is_read(base_folder, images, tmp_path):
+    name = tmp_path / os.fsdecode(b"caf\xe9.png")
+    name.write_bytes((images / "00.png").read_bytes())
+    features, folder, rows, tables = SparFeatures(str(base_folder), size=48), MagicMock(), MagicMock(), []
+    folder.manifest, rows.map_batches.return_value, rows.repartition.return_value = {"shard_images": 2}, rows, rows
+    data = MagicMock(from_arrow=lambda table: tables.append(table) or rows)
+    compute(MagicMock(cluster_resources=dict), data, folder, [InputImage(str(name), "cafe")], features, [0], None)
+    reading, computing = rows.map_batches.call_args_list
+    batch = {column: np.array(tables[0][column].to_pylist(), object) for column in tables[0].column_names}
+    found = computing.args[0](**computing.kwargs["fn_constructor_kwargs"])(
+        reading.args[0](batch, **reading.kwargs["fn_kwargs"])
+    )
+    (row,) = found.to_pylist()
+    assert row["error"] == "" and row["source"] == storable(str(name)) and read_array(row).shape[0] > 1
+
+
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_the_limit_on_pixels_reaches_processes_that_inherit_nothing(monkeypatch, images, base_folder, tmp_path):
     features, folder = SparFeatures(str(base_folder), size=48), ParquetFolder(tmp_path / "out.parquet")
@@ -152,5 +174,5 @@ def test_the_limit_on_pixels_reaches_processes_that_inherit_nothing(monkeypatch,
     compute(MagicMock(cluster_resources=dict), data, folder, names, features, [0, 1], None)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 89_478_485)  # in a process of Ray
     stage = rows.map_batches.call_args_list[0]
-    found = stage.args[0]({"source": [image.source for image in names]}, **stage.kwargs["fn_kwargs"])
+    found = stage.args[0]({"source": [image.source.encode() for image in names]}, **stage.kwargs["fn_kwargs"])
     assert found["error"][0] == "" and "3500" in found["error"][1]

@@ -9,7 +9,10 @@ from pathlib import Path
 from random import Random
 
 import datasets
+import fsspec
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -160,6 +163,20 @@ def test_streams__images_without_a_name_have_one_and_are_not_excluded(sources):
     assert len(set(names)) == len(set(names[:4])) < 6
     with pytest.raises(UsageError, match="--exclude needs names"):
         StreamOrder(table, replace(kept, exclude=["a"]), 0, 0, 1)
+
+
+def test_streams__urls_that_rows_name_are_not_fetched(tmp_path):
+    images = fsspec.filesystem("memory")
+    with images.open("/private/a.png", "wb") as file:
+        Image.new("RGB", (64, 64)).save(file, "PNG")
+    column = [{"bytes": None, "path": f"memory://private/{name}.png"} for name in "ab"]
+    pq.write_table(pa.table({"image": column}), tmp_path / "rows.parquet")
+    kept = ImageOptions(images=[str(tmp_path / "rows.parquet")], streaming=True, holdout_every=10**6)
+    opened = open_sources(kept)
+    samples = list(islice(StreamOrder(opened[0], kept, 0, 0, 1), 2))
+    assert {Path(sample.source).name for sample in samples} == {"a.png", "b.png"}
+    for sample in samples:
+        assert "is neither a file nor a URL" in make_images(opened)[sample].reason
 
 
 @pytest.mark.parametrize("name", ["saved", "shards"])

@@ -1,5 +1,6 @@
 """The parts of a run by themselves, without the run."""
 
+import random
 from itertools import islice
 
 import pytest
@@ -232,7 +233,7 @@ def test_teacher__an_image_too_large_for_the_stride_is_a_usage_error(
     options = TeacherOptions(model=str(base_folder), stride=7, teacher_windows=windows)
     models = Models.load(options, CPU)
     with pytest.raises(UsageError, match="Use a stride"):
-        Target(models.teacher, options, seed=0)(torch.zeros(1, 3, 80, 96), 0)
+        Target(models.teacher, options, seed=0)(torch.zeros(1, 3, 80, 96), 0, (96, 80))
     images = ImageOptions(images=[str(image_folder)], holdout_every=3)
     stream = open_stream(open_sources(images), images, Views(), models, seed=0, holdout_images=5)
     with pytest.raises(UsageError, match="Use a stride"):
@@ -241,33 +242,52 @@ def test_teacher__an_image_too_large_for_the_stride_is_a_usage_error(
 
 
 @torch.no_grad()
-def test_teacher__reads_whole_images_at_the_sides_that_are_asked_for(base_folder, tmp_path):
+@pytest.mark.parametrize("windows", [None, 2])
+@pytest.mark.parametrize("size", [(160, 120), (90, 150)])
+def test_teacher__reads_views_as_large_as_in_images_of_the_sides_that_are_asked_for(
+    base_folder, tmp_path, size, windows
+):
     """Whatever part of an image a view shows, and at whatever size: for targets and for held-out images."""
     for i in range(3):
-        noise = torch.randint(256, (120, 160, 3), generator=torch.Generator().manual_seed(i), dtype=torch.uint8)
+        noise = torch.randint(256, (*size[::-1], 3), generator=torch.Generator().manual_seed(i), dtype=torch.uint8)
         Image.fromarray(noise.numpy()).save(tmp_path / f"{i}.png")
     images = ImageOptions(images=[str(tmp_path)], holdout_every=3)
-    options = TeacherOptions(model=str(base_folder), teacher_sides=[96, 144])
+    options = TeacherOptions(model=str(base_folder), teacher_sides=[96, 144], teacher_windows=windows)
     models = Models.load(options, CPU)
     views = Views(min_scale=0.4, crop_probability=0.5)
     stream = open_stream(open_sources(images), images, views, models, seed=0, holdout_images=1)
     target, sides = Target(models.teacher, options, seed=0), set()
     for sample in islice(stream.order, 8):
         loaded = stream.images[sample]
-        crop = draw_crop((160, 120), 64, 16, views, view_generator(0, sample.index))
-        side = 120 * crop.size[0] / (crop.box[2] - crop.box[0])  # the whole image, resized as the view is
-        assert loaded.image_side == pytest.approx(side, rel=0.02)
-        teacher = SlidingWindowTeacher(models.teacher.model, scales=[side / loaded.image_side for side in (96, 144)])
-        found, weight = target(loaded.pixel_values, sample.index, loaded.image_side)
-        assert weight is None
-        torch.testing.assert_close(found, teacher(loaded.pixel_values).feature_map)
+        crop = draw_crop(size, 64, 16, views, view_generator(0, sample.index))
+        side = min(size) * crop.size[0] / (crop.box[2] - crop.box[0])  # of the whole image, resized as the view is
+        short = min(loaded.whole_size)
+        assert short == pytest.approx(side, rel=0.02)
+        teacher = SlidingWindowTeacher(models.teacher.model, scales=[96 / short, 144 / short])
+        found, weight = target(loaded.pixel_values, sample.index, loaded.whole_size)
+        if windows is None:
+            expected = teacher(loaded.pixel_values).feature_map
+        else:
+            drawn = random.Random(f"windows-0-0-{sample.index}").getrandbits(62)
+            expected, weights = teacher.sample(loaded.pixel_values, 2, torch.Generator().manual_seed(drawn))
+            torch.testing.assert_close(weight, weights)
+        torch.testing.assert_close(found, expected)
         sides.add(round(side))
     assert len(sides) > 4
     whole = largest_views(views)
     (pair,) = teach(stream.held_out, stream.images, whole, models.teacher, options.scales_for,
                     SkippedList(tmp_path / "list"), progress=False)  # fmt: skip
     scales = [side / min(pair.pixel_values.shape[-2:]) for side in (96, 144)]
-    torch.testing.assert_close(pair.target, models.teacher(pair.pixel_values, scales=scales).feature_map)
+    expected = models.teacher(pair.pixel_values, scales=scales).feature_map
+    assert float((pair.target - expected).norm() / expected.norm()) < 0.05  # the view is cut to whole patches
+
+
+def test_teacher__panoramas_are_read_smaller_than_the_sides_that_are_asked_for():
+    """Else one of them would take thousands of windows."""
+    options = TeacherOptions(model="base", teacher_sides=[384, 512])
+    assert options.scales_for((300, 1200)) == options.scales_for((1200, 300)) == [384 / 300, 512 / 300]
+    assert options.scales_for((16, 2048)) == [0.75, 1.0]  # four times as long as the sides
+    assert TeacherOptions(model="base").scales_for((16, 2048)) is None
 
 
 @torch.no_grad()
@@ -278,5 +298,5 @@ def test_teacher__in_a_precision_of_its_own_makes_targets_and_leaves_the_held_ou
     assert target.teacher.model.dtype == torch.bfloat16
     assert models.teacher.model.dtype == models.student.dtype == torch.float32
     pixels = torch.randn(1, 3, 80, 96, generator=torch.Generator().manual_seed(0))
-    found, expected = target(pixels, 0)[0], models.teacher(pixels).feature_map
+    found, expected = target(pixels, 0, (96, 80))[0], models.teacher(pixels).feature_map
     assert 0 < float((found - expected).norm() / expected.norm()) < 0.03

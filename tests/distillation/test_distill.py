@@ -189,6 +189,27 @@ def test_the_teacher_reads_images_in_their_own_light(base_folder, image_folder, 
     assert max(losses[False]) < 1e-6 and min(losses[True]) > 1e-3
 
 
+def test_the_teacher_reads_the_sides_that_are_asked_for(base_folder, image_folder, tmp_path, monkeypatch):
+    seen, sample, forward = [], SlidingWindowTeacher.sample, SlidingWindowTeacher.forward
+
+    def sampling(self, pixel_values, windows, generator, variant, scales):
+        seen.append(scales)
+        return sample(self, pixel_values, windows, generator, variant, scales)
+
+    def reading(self, pixel_values, progress=None, scales=None):
+        seen.append(scales)
+        return forward(self, pixel_values, progress, scales)
+
+    monkeypatch.setattr(SlidingWindowTeacher, "sample", sampling)
+    monkeypatch.setattr(SlidingWindowTeacher, "forward", reading)
+    options = ("--steps", 2, "--teacher_windows", 1, "--teacher_sides", 64, 96, "--min_scale", 0.3, "--stride", 32)
+    folder = distil(base_folder, image_folder, tmp_path / "run", *options, "--holdout_images", 1, "--workers", 0)
+    assert len(seen) == 3 and all(scales[1] == pytest.approx(1.5 * scales[0]) for scales in seen)
+    assert len({scales[0] for scales in seen}) == 3
+    record = AutoConfig.from_pretrained(folder).distillation
+    assert record["teacher_sides"] == [64, 96] and record["teacher_scales"] is None
+
+
 def test_a_cached_teacher_trains_on_its_own_maps(base_folder, image_folder, tmp_path, monkeypatch):
     cache = tmp_path / "cache"
     made = {"model": str(base_folder), "images": [str(image_folder)], "output": str(cache)}

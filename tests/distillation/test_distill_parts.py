@@ -334,13 +334,14 @@ def test_frozen_weights_are_held_once_and_keep_nothing_for_the_gradient(vision_m
 def test_targets__full_and_sampled(vision_model):
     teacher = SlidingWindowTeacher(vision_model, stride=32)
     pixels = torch.randn(1, 3, 96, 128)
-    target, weight = Target(teacher, TeacherOptions(model="m"), 0)(pixels, 0)
+    target, weight = Target(teacher, TeacherOptions(model="m"), 0)(pixels, 0, (96, 80))
     assert weight is None and torch.equal(target, teacher(pixels).feature_map)
     sampled = TeacherOptions(model="m", teacher_windows=2)
-    first, second, *others = (Target(teacher, sampled, 0)(pixels, index) for index in (5, 5, *range(6, 12)))
+    first, second, *others = (Target(teacher, sampled, 0)(pixels, index, (96, 80)) for index in (5, 5, *range(6, 12)))
     assert torch.equal(first[0], second[0]) and not all(torch.equal(first[1], other[1]) for other in others)
     for variant in ("spread", "tiling"):
-        drawn = Target(teacher, TeacherOptions(model="m", teacher_windows=2, teacher_variant=variant), 0)(pixels, 5)
+        options = TeacherOptions(model="m", teacher_windows=2, teacher_variant=variant)
+        drawn = Target(teacher, options, 0)(pixels, 5, (96, 80))
         generator = torch.Generator().manual_seed(Random("windows-0-0-5").getrandbits(62))
         assert all(map(torch.equal, drawn, teacher.sample(pixels, 2, generator, variant)))
 

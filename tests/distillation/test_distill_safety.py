@@ -15,6 +15,8 @@ from transformers import AutoModel
 from spar_hf.distillation import trainer
 from spar_hf.distillation.held_out import HeldOut
 from spar_hf.distillation.recipes import parse_options
+from spar_hf.distillation.student import Student
+from spar_hf.distillation.student_folders import held_out_curve
 from spar_hf.distillation.trainer import Distillation
 from spar_hf.utils.errors import NotFinite, UsageError, run_command
 from spar_hf.utils.locks import Locked
@@ -136,6 +138,64 @@ def test_changed_images_are_refused_and_held_out_ones_stay_so(base_folder, own_i
     after = read_samples(output)
     assert [name[-5:] for name in after["held_out"]] == ["2.jpg"] and set(after["measured"]) <= set(before["measured"])
     assert after["train"] == [trained.name(i) for i in range(len(trained))]
+
+
+def test_errors_on_fewer_held_out_images_are_not_compared_with_earlier_ones(
+    base_folder, own_images, tmp_path, monkeypatch, caplog
+):
+    output, options = tmp_path / "run", ("--eval_steps", 1)
+    stopped_run(base_folder, own_images, output, monkeypatch, *options)
+    before = json.loads((output / "checkpoint-3" / "state.json").read_text())
+    assert [point["step"] for point in before["curve"]] == [1, 2, 3]
+    (own_images / "5.jpg").unlink()
+    folder = distil(base_folder, own_images, output, *SHORT, *options, "--resume", "--allow_changed_data")
+    held_out = json.loads((folder / "config.json").read_text())["distillation"]["held_out"]
+    assert [point["step"] for point in held_out["curve"]] == [4, 5, 6] and held_out["images"] == 1
+    assert held_out["before"] != before["before"] and "measured anew" in caplog.text
+
+
+def test_the_best_student_after_the_last_checkpoint_is_not_forgotten(base_folder, image_folder, tmp_path, monkeypatch):
+    """Also where the resumed run measures at other steps: the card is that of the weights beside it."""
+    output, options = tmp_path / "run", ("--save_steps", 2)
+    loss = Distillation._loss
+
+    def killed(self, sample, progress):
+        if len(self.curve.points) == 3:
+            raise KeyboardInterrupt
+        return loss(self, sample, progress)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Distillation, "_loss", killed)
+        errors = iter([9.0, 8.0, 7.0, 6.0])  # before training, and of a student that gets better
+        patch.setattr(Distillation, "_held_out_error", lambda *args: {"mse": next(errors), "cosine": 0.0})
+        distil(base_folder, image_folder, output, *SHORT, *options, "--eval_steps", 1)
+    assert max(int(path.name[11:]) for path in output.glob("checkpoint-*")) == 2
+    file = output / "model" / "model.safetensors"
+    written, weights = held_out_curve(output / "model"), file.read_bytes()
+    assert written[-1]["step"] == 3  # after the checkpoint
+    monkeypatch.setattr(Distillation, "_held_out_error", lambda *args: {"mse": 1e3, "cosine": 0.0})
+    folder = distil(base_folder, image_folder, output, *SHORT, *options, "--eval_steps", 6, "--resume")
+    held_out = json.loads((folder / "config.json").read_text())["distillation"]["held_out"]
+    assert held_out["after"] == written[-1] and [point["step"] for point in held_out["curve"]] == [1, 2, 3, 6]
+    assert file.read_bytes() == weights
+
+
+def test_a_position_subspace_stays_that_of_the_run_whatever_images_come_later(
+    base_folder, own_images, tmp_path, monkeypatch
+):
+    output, options = tmp_path / "run", ("--local_start", 0.3, "--holdout_images", 0)
+    stopped_run(base_folder, own_images, output, monkeypatch, *options)
+    kept = json.loads((output / "checkpoint-3" / "state.json").read_text())["position_subspace"]
+    shutil.copy(own_images / "0.jpg", own_images / "00.jpg")
+    seen, restore = [], Student.restore_positions
+
+    def watching(self):
+        seen.append(self.directions.clone())
+        restore(self)
+
+    monkeypatch.setattr(Student, "restore_positions", watching)
+    assert distil(base_folder, own_images, output, *SHORT, *options, "--resume", "--allow_changed_data")
+    assert len(seen) == 3 and all(torch.equal(directions, torch.tensor(kept)) for directions in seen)
 
 
 def test_words_of_an_earlier_version_are_not_mixed_with_those_of_today(base_folder, own_images, tmp_path, monkeypatch):

@@ -242,6 +242,21 @@ def test_a_changed_image_is_refused_and_an_unreadable_one_skipped(options, base,
         cache[1]
 
 
+def test_a_cache_is_read_through_a_link_to_its_folder(options, tmp_path):
+    (tmp_path / "far" / "away" / "disk").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "far" / "away" / "disk")
+    cache = make_cache(changed(options, output=str(tmp_path / "link")))
+    assert cache.image(0).is_file() and cache.pixel_values(0).shape[1] == 3
+
+
+def test_images_that_a_distillation_skips_are_in_no_cache(options, pictures, caplog):
+    Image.new("RGB", (8, 8)).save(pictures / "icon.png")
+    cache = make_cache(changed(options, min_side=16))
+    assert "icon.png" not in {cache.image(i).name for i in range(len(cache))} and "--min_side is 16" in caplog.text
+    with pytest.raises(UsageError, match="min_side is 16 there and 4 here"):
+        make_cache(changed(options, min_side=4))
+
+
 def test_no_cache_and_an_unfinished_one_are_refused(options, base, tmp_path):
     model = cache_model(base)
     with pytest.raises(FileNotFoundError, match=r"holds no manifest\.json"):

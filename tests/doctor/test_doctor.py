@@ -52,6 +52,8 @@ def test_a_head_of_c_radio_is_chosen_by_its_adaptor(tmp_path):
     assert other.exit_code == 2 and "heads of 1, and none of siglip2-g" in other.output and "--adaptor" in other.output
     found = CliRunner().invoke(app, [*arguments, "--adaptor", "1"])
     assert found.exit_code == 0 and "conversion equals the published formulae" in found.output, found.output
+    folder = CliRunner().invoke(app, ["doctor", str(tmp_path / "base"), "--adaptor", "1", "--tokenizer", "other"])
+    assert folder.exit_code == 2 and "leave out --tokenizer, --adaptor" in folder.output
 
 
 @pytest.mark.parametrize("readout", CONFIGS)
@@ -184,6 +186,7 @@ def test_a_wrong_folder_of_voc_is_one_finding(subject, tmp_path):
     [
         ({"model": "{file}"}, "--family and --base"),
         ({"model": "{folder}", "family": "siglip2"}, "no checkpoint file"),
+        ({"model": "{folder}", "conversion": {"text_heads": 4}}, "leave out --text-heads"),
         ({"model": "nowhere", "family": "siglip2", "base": "x"}, "does not exist"),
         ({"model": "{folder}", "voc": "nowhere"}, "--voc"),
         ({"model": "{folder}", "stride": 0}, "--stride"),

@@ -259,6 +259,9 @@ def test_protocol__benchmark_and_overrides(tmp_path, checkpoint):
     assert published["scale"] == 30
     smooth = script.main([*command, "--shortest_edge", "48", "--resample", "bicubic"])["runs"][0]
     assert smooth["resample"] == "bicubic"
+    assert script.main([*command, "--limit", "1", "--native"])["runs"][0]["resample"] is None
+    with pytest.raises(UsageError, match="--native resizes nothing: leave out --resample bicubic"):
+        script.main([*command, "--native", "--resample", "bicubic"])
     with pytest.raises(UsageError, match="no protocol 'sparr'; use one of spar"):
         script.main([*command, "--protocol", "sparr"])
 

@@ -90,7 +90,10 @@ def test_a_logit_that_is_not_finite_shows_in_all_of_its_image(engine, head, bad)
 
 
 def test_many_classes_need_more_than_a_byte():
-    assert [decision.label_type(classes) for classes in (2, 256, 257, None)] == ["uint8", "uint8", "uint16", "uint16"]
+    found = [decision.label_type(classes) for classes in (2, 256, 257, 65536, None)]
+    assert found == ["uint8", "uint8", "uint16", "uint16", "uint16"]
+    with pytest.raises(ValueError, match="limited to 65536 classes, not 65537"):
+        decision.label_type(65537)
 
 
 def test_what_differs_from_pytorch_is_not_written(model_folder, tmp_path, monkeypatch):

@@ -3,12 +3,14 @@
 import base64
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
 import sys
 import time
 from io import BytesIO
+from pathlib import Path
 
 import httpx
 import pytest
@@ -130,6 +132,15 @@ def test_a_space_of_a_hub_model_names_it(tmp_path):
     assert 'MODEL = "me/spar-siglip2"' in (tmp_path / "space" / "app.py").read_text()
     requirement = requirement_in(tmp_path / "space")
     assert requirement.extras == {"app"} and Version(__version__) in requirement.specifier
+
+
+def test_a_space_finds_its_model_whatever_its_name(model, tmp_path):
+    """Also with letters that JSON writes as two."""
+    folder = shutil.copytree(model, tmp_path / 'm😀 "ä\\')
+    assert command("space", folder, "--output", tmp_path / "space")[0] == 0
+    (line,) = re.findall("^MODEL = (.*)$", (tmp_path / "space" / "app.py").read_text(encoding="utf-8"), re.MULTILINE)
+    found = eval(line, {"Path": Path, "__file__": str(tmp_path / "space" / "app.py")})
+    assert (Path(found) / "model.safetensors").is_file()
 
 
 @pytest.mark.parametrize("name", ["nowhere", "../up", "a/b/c", "a b/c", 'a/b"; import os', ""])

@@ -79,6 +79,11 @@ def test_only_an_export_is_replaced_and_never_what_is_read(vision_folder, tmp_pa
     with pytest.raises(UsageError, match="is read"):
         export(model, tmp_path / "student", head="features", overwrite=True)
     assert {path.name for path in model.iterdir()} == {path.name for path in Path(vision_folder).iterdir()}
+    words = tmp_path / "student" / "words.txt"
+    words.write_text("road\nsky\n")
+    given = ["export", str(vision_folder), "--words", f"@{words}", "--output", str(tmp_path / "student"), "--overwrite"]
+    result = CliRunner().invoke(app, given)
+    assert result.exit_code == 2 and "words.txt is read" in result.output and words.is_file()
 
 
 def test_an_empty_folder_and_an_export_are_replaced(tmp_path):

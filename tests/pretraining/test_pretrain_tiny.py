@@ -204,7 +204,9 @@ def test_sigterm_stops_after_the_step(world, monkeypatch, optimizer):
     monkeypatch.setattr(trainer, "step_loss", at_call(3, trainer.step_loss))
     assert main(arguments(world, world / "run", **small)) is None
     monkeypatch.undo()
-    assert sorted(path.name for path in (world / "run").iterdir()) == ["checkpoint-3", "images.json.gz", "log.jsonl"]
+    assert sorted(path.name for path in (world / "run").iterdir()) == [
+        "checkpoint-3", "images.json.gz", "log.jsonl", "tokenizer.json",
+    ]  # fmt: skip
     resumed = main(arguments(world, world / "run", **small, resume=True))
     weights = [load_file(folder / "model.safetensors") for folder in (whole, resumed)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
@@ -271,9 +273,17 @@ def test_images_that_changed_are_refused(world, tmp_path, monkeypatch):
     shutil.copy(mask, mask.with_name(f"000{mask.suffix}"))
     with pytest.raises(UsageError, match=r"1 added \(.*000"):
         main(arguments(copy, copy / "run", **small, resume=True))
-    assert main(arguments(copy, copy / "run", **small, resume=True, allow_changed_data=True))
+    shutil.copy(
+        copy / "tagged" / "n0_blue_ball.jpg", copy / "tagged" / "n9_a_quick_brown_fox.jpg"
+    )  # changes the tokens
+    began = (copy / "run" / "tokenizer.json").read_text()
+    result = main(arguments(copy, copy / "run", **small, resume=True, allow_changed_data=True))
+    sets = load_sets(copy, yaml.safe_load((copy / "recipe.yaml").read_text()))
+    other = build_tokenizer(sets, [], small["vocab_size"]).backend_tokenizer
+    vocabularies = [Tokenizer.from_str(text).get_vocab() for text in (began, other.to_str())]
+    assert AutoTokenizer.from_pretrained(result).get_vocab() == vocabularies[0] != vocabularies[1]
     after = read_samples(copy / "run")
-    assert after["held_out"] == record["held_out"] and len(after["train"]) == len(record["train"]) + 1
+    assert after["held_out"] == record["held_out"] and len(after["train"]) == len(record["train"]) + 2
 
 
 def test_an_image_of_several_sets_is_held_out_of_all_of_them(world):
@@ -319,6 +329,11 @@ def test_a_run_goes_on_with_the_recipe_that_it_began_with(world, monkeypatch):
         ({"sets": [{"path": "scenes", "weight": 1, "crop": 60}]}, "crop 60 must be"),
         ({"tagged": [{"path": "tagged", "weight": 1, "crop": [90, 60]}]}, r"crop \[90, 60\] must be"),
         ({"sets": [{"path": "scenes", "weight": 1, "crop": [9, 9], "holdout_every": 1}]}, "holdout_every 1"),
+        ({"sets": [{"path": "scenes", "weight": 1, "crop": [9, 9], "exlude": ["a"]}]}, "exlude is not read.*exclude"),
+        (
+            {"tagged": [{"path": "tagged", "weight": 1, "crop": [9, 9], "holdout_every": 5}]},
+            "tagged: holdout_every is not read",
+        ),
     ],
 )
 def test_incomplete_recipes_are_refused(tmp_path, change, message):

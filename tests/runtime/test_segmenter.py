@@ -268,6 +268,29 @@ def test_openvino_computes_in_float32_unless_asked(logits_folder):
     assert precision[0] != precision[1] and half.dtype == "bf16"
 
 
+def test_positions_that_openvino_cannot_multiply_are_refused(classmap_folder, open_segmenter):
+    """In numbers of 32 bits half of the pixels would get other patches' classes, without a word."""
+    long = np.zeros((40, 33_000, 3), np.uint8)
+    segmenter = open_segmenter("openvino", "classmap")
+    with pytest.raises(ValueError, match=r"40×33000 pixels at 40×33000. Give a smaller `size`, or take engine='onnx"):
+        segmenter(long, candidate_labels=WORDS, size="native", templates="plain")
+    found = segmenter(long, candidate_labels=WORDS, size=16, templates="plain", output="map")
+    assert found["map"].shape == (40, 33_000)
+
+
+def test_a_batch_size_of_none_is_one(segmenter):
+    read = []
+
+    def images():
+        for number in range(3):
+            read.append(number)
+            yield np.zeros((32, 32, 3), np.uint8)
+
+    results = segmenter(images(), candidate_labels=WORDS, templates="plain", batch_size=None)
+    next(results)
+    assert read == [0]
+
+
 @pytest.mark.parametrize(
     "options, words",
     [

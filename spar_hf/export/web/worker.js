@@ -121,14 +121,21 @@ async function segment(model, { image, words, background }) {
   const { values, size, working } = await prepare(image);
   say("Segmenting");
   const start = performance.now();
-  const { labels } = await model.vision.run(
+  const { labels, confidence } = await model.vision.run(
     {
       pixel_values: new model.ort.Tensor("float32", values, [1, 3, ...working]),
       image_size: model.ints(size, [2]),
       ...classes.inputs,
     },
-    ["labels"],
+    ["labels", "confidence"],
   );
+  // float16 as numbers of 16 bits where a browser has no array of them: an exponent of ones is no finite number
+  const first = confidence.data[0]; // one value that is no number makes all of an image so
+  if (confidence.data instanceof Uint16Array ? (first & 0x7c00) === 0x7c00 : !Number.isFinite(first)) {
+    throw new UserError(
+      "The features of the image are not finite: half precision overflowed, or the weights are damaged. Export with --dtype fp32.",
+    );
+  }
   return {
     labels: labels.data,
     size,
