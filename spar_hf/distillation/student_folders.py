@@ -128,14 +128,14 @@ def finish_folder(folder: Path, record: dict[str, Any], recipe: dict[str, Any], 
     write_text(folder / "README.md", student_card(folder, record, recipe, [picture.name for picture in pictures]))
 
 
-def held_out_curve(folder: Path) -> list[dict[str, Any]]:
-    """The held-out errors in the record of a written folder; empty without a folder or errors."""
+def held_out_errors(folder: Path) -> dict[str, Any]:
+    """The part `held_out` in the record of a written folder; empty without a folder or errors."""
     for name, key in (("config.json", "distillation"), ("distillation.json", None)):
         if (folder / name).is_file():
             held = json.loads((folder / name).read_text(encoding="utf-8"))
             record = (held.get(key) or {}) if key else held
-            return (record.get("held_out") or {}).get("curve", [])
-    return []
+            return record.get("held_out") or {}
+    return {}
 
 
 def has_text_tower(folder: Path) -> bool:

@@ -42,7 +42,7 @@ from spar_hf.distillation.stream import image_names, open_stream, readable_sampl
 from spar_hf.distillation.student import Student, prepare_positions
 from spar_hf.distillation.student_folders import (
     finish_folder,
-    held_out_curve,
+    held_out_errors,
     merge_adapters,
     save_adapter,
     save_student,
@@ -247,9 +247,11 @@ class Distillation:
 
     def _start_curve(self) -> ErrorCurve:
         """The held-out errors so far: of the student before training, and those of a run that is resumed."""
-        goes_on = self.state is not None and not self.measures_others
-        before = self.state["before"] if goes_on else self._held_out_error()
-        points = [*self.state["curve"], *self._points_after(self.state["step"])] if goes_on else []
+        points: list[dict[str, Any]] = []
+        if self.state is None or self.measures_others:
+            before = self._held_out_error()
+        else:
+            before, points = self.state["before"], [*self.state["curve"], *self._points_after(self.state)]
         if self.measures_others:
             logger.warning("Held-out images were removed: errors are measured anew, and those before are forgotten.")
         text = "%s training images, %d held out; held-out error before training: %s"
@@ -258,12 +260,15 @@ class Distillation:
             logger.warning("No image is held out, so the last student is kept and not the best: lower --holdout_every.")
         return ErrorCurve(before, points, self.options.optimisation.words_weight)
 
-    def _points_after(self, step: int) -> list[dict[str, Any]]:
+    def _points_after(self, state: dict[str, Any]) -> list[dict[str, Any]]:
         """
-        Points of the student that the run wrote after its last checkpoint: that student stays the best until one is better,
-        also where the run goes on with another `--eval_steps`.
+        Points of the student that the run wrote after its checkpoint: that student stays the best until one is better, also
+        where the run goes on with another `--eval_steps`. None if the folder is that of another run.
         """
-        return [point for point in held_out_curve(self.options.folders[-1]) if point["step"] > step]
+        written = held_out_errors(self.options.folders[-1])
+        curve, known = written.get("curve", []), state["curve"]
+        is_own = written.get("before") == state["before"] and curve[: len(known)] == known
+        return curve[len(known) :] if is_own else []
 
     # The steps of a run
 

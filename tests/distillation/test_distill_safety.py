@@ -16,7 +16,7 @@ from spar_hf.distillation import trainer
 from spar_hf.distillation.held_out import HeldOut
 from spar_hf.distillation.recipes import parse_options
 from spar_hf.distillation.student import Student
-from spar_hf.distillation.student_folders import held_out_curve
+from spar_hf.distillation.student_folders import held_out_errors
 from spar_hf.distillation.trainer import Distillation
 from spar_hf.utils.errors import NotFinite, UsageError, run_command
 from spar_hf.utils.locks import Locked
@@ -171,13 +171,20 @@ def test_the_best_student_after_the_last_checkpoint_is_not_forgotten(base_folder
         distil(base_folder, image_folder, output, *SHORT, *options, "--eval_steps", 1)
     assert max(int(path.name[11:]) for path in output.glob("checkpoint-*")) == 2
     file = output / "model" / "model.safetensors"
-    written, weights = held_out_curve(output / "model"), file.read_bytes()
+    written, weights = held_out_errors(output / "model")["curve"], file.read_bytes()
     assert written[-1]["step"] == 3  # after the checkpoint
+    other = shutil.copytree(output, tmp_path / "other")
     monkeypatch.setattr(Distillation, "_held_out_error", lambda *args: {"mse": 1e3, "cosine": 0.0})
     folder = distil(base_folder, image_folder, output, *SHORT, *options, "--eval_steps", 6, "--resume")
     held_out = json.loads((folder / "config.json").read_text())["distillation"]["held_out"]
     assert held_out["after"] == written[-1] and [point["step"] for point in held_out["curve"]] == [1, 2, 3, 6]
     assert file.read_bytes() == weights
+    # but not that of another run, which was to be replaced
+    config = json.loads((other / "model" / "config.json").read_text())
+    config["distillation"]["held_out"]["before"]["mse"] += 1
+    (other / "model" / "config.json").write_text(json.dumps(config))
+    distil(base_folder, image_folder, other, *SHORT, *options, "--eval_steps", 6, "--resume")
+    assert [point["step"] for point in held_out_errors(other / "model")["curve"]] == [1, 2, 6]
 
 
 def test_a_position_subspace_stays_that_of_the_run_whatever_images_come_later(
