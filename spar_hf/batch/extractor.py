@@ -203,6 +203,8 @@ class FeatureExtractor:
             raise UsageError(
                 f"The pooling head makes one vector of an image: with it, leave the layers at {FEATURES!r}."
             )
+        if self.size is not None and self.shortest_edge is not None:
+            raise UsageError("`size` and `shortest_edge` both say how images are resized. Leave one out.")
         check_device(self.device)
         device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
         folder = SPAR_TINY if self.model is None else self.model
@@ -217,8 +219,6 @@ class FeatureExtractor:
             self.encoder = SlidingWindowTeacher(model, window_size=self.window_size, stride=self.stride).eval()
             self.window_size = self.encoder.window_size
         self.image_processor = SparImageProcessorPil.from_backbone(folder)
-        if self.size is not None and self.shortest_edge is not None:
-            raise UsageError("`size` and `shortest_edge` both say how images are resized. Leave one out.")
         if self.size is None and self.shortest_edge is not None:
             self.size = {"shortest_edge": self.shortest_edge}
         patch, limits = self.encoder.config.patch_size, (self.max_tokens, self.image_range)

@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -165,4 +166,27 @@ class ErrorCurve:
     @property
     def best(self) -> dict[str, Any] | None:
         """The point of the student that is kept: the smallest loss, without whitening."""
-        return min(self.points, key=lambda p: p["mse"] + self.words_weight * p.get("words", 0.0), default=None)
+        return min(self.points, key=self.loss, default=None)
+
+    def loss(self, point: dict[str, Any]) -> float:
+        """What is compared."""
+        return point["mse"] + self.words_weight * point.get("words", 0.0)
+
+    def add(self, point: dict[str, Any]) -> bool:
+        """
+        Add a point, and say whether its student is the best and must be written. A run that was resumed may have measured
+        the same step before it was killed, on another number of processes: then the better of both counts.
+
+        Example:
+
+        ```python
+        >>> curve = ErrorCurve(points=[{"step": 1, "mse": 3.0}, {"step": 4, "mse": 1.0}])
+        >>> curve.add({"step": 2, "mse": 2.0}), curve.add({"step": 4, "mse": 1.1}), curve.add({"step": 4, "mse": 0.9})
+        (False, False, True)
+        >>> [point["mse"] for point in curve.points]
+        [3.0, 2.0, 0.9]
+        ```"""
+        same = [other for other in self.points if other["step"] == point["step"]]
+        others = [other for other in self.points if other["step"] != point["step"]]
+        self.points = sorted([*others, min([point, *same], key=self.loss)], key=itemgetter("step"))
+        return self.best is point

@@ -27,11 +27,8 @@ class Target:
 
     def __init__(self, teacher: SlidingWindowTeacher, options: TeacherOptions, seed: int):
         self.teacher, self.seed = sped_up(teacher, options), seed
-        self.windows, self.variant, self.scales_for = (
-            options.teacher_windows,
-            options.teacher_variant,
-            options.scales_for,
-        )
+        self.windows, self.variant = options.teacher_windows, options.teacher_variant
+        self.scales_for = options.scales_for
         self.generator = torch.Generator()
 
     def __call__(

@@ -13,7 +13,6 @@ import math
 import sys
 from dataclasses import replace
 from functools import partial
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -364,14 +363,14 @@ class Distillation:
         error = self._held_out_error(PICTURED if pictured else 0)
         # one process decides, or two that rounded differently would wait for each other
         (point,) = broadcast_object_list([error and {"step": step, **error}])
+        is_best = True  # without held-out images the last student is kept
         if point is not None:
-            others = [other for other in self.curve.points if other["step"] != step]
-            self.curve.points = sorted([*others, point], key=itemgetter("step"))
+            is_best = self.curve.add(point)
             errors = {f"held_out_{name}": value for name, value in point.items() if name != "step"}
             self.accelerator.log(errors, step=step)
         if self.is_main and pictured and point is not None:
             self._show(self.held_out.picture(), step)
-        if point == self.curve.best:  # both None without held-out images: the last student is kept
+        if is_best:
             self._save()
             kept = f"held-out error {point}, the smallest so far" if point else "written; nothing is held out"
             logger.info("Step %d: %s.", step, kept)

@@ -329,7 +329,10 @@ def test_a_run_goes_on_with_the_recipe_that_it_began_with(world, monkeypatch):
         ({"sets": [{"path": "scenes", "weight": 1, "crop": 60}]}, "crop 60 must be"),
         ({"tagged": [{"path": "tagged", "weight": 1, "crop": [90, 60]}]}, r"crop \[90, 60\] must be"),
         ({"sets": [{"path": "scenes", "weight": 1, "crop": [9, 9], "holdout_every": 1}]}, "holdout_every 1"),
-        ({"sets": [{"path": "scenes", "weight": 1, "crop": [9, 9], "exlude": ["a"]}]}, "exlude is not read.*exclude"),
+        (
+            {"sets": [{"path": "scenes", "weight": 1, "crop": [9, 9], "holdout": 5}]},
+            "holdout is not read.*holdout_every",
+        ),
         (
             {"tagged": [{"path": "tagged", "weight": 1, "crop": [9, 9], "holdout_every": 5}]},
             "tagged: holdout_every is not read",
