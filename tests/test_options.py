@@ -39,6 +39,7 @@ TRAININGS = {
 }
 # names whose help differs between commands, which were read beside one another: details differ, the meaning does not
 REVIEWED = {
+    "adaptor": "convert doctor",
     "base": "convert app doctor",
     "batch_size": "probe pretrain segment features",
     "dataset": "evaluate panoptic",

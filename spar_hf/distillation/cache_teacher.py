@@ -267,9 +267,8 @@ def start_folder(output: Folder, setting: dict[str, Any], accelerator: Accelerat
     """
     finished = False
     if output.size(MANIFEST) is not None:
-        # an earlier version drew views as the defaults say
-        # what earlier versions did where they do not state it
-        usual = asdict(Views()) | pixel_settings(SparImageProcessorPil()) | {"min_side": 0}
+        # an earlier version drew views as the defaults say, and one took images of any size
+        usual = asdict(Views()) | pixel_settings(SparImageProcessorPil()) | {"min_side": setting["min_side"]}
         manifest = read_manifest(output.url)
         check_setting(output.url, usual | manifest["setting"], usual | setting)
         finished = manifest["complete"]
@@ -444,12 +443,9 @@ class ShardMaker:
         with self.accelerator.autocast(), as_usage_errors():
             features = teacher(pixels.to(self.accelerator.device)).feature_map
         if not features.isfinite().all():
-            raise NotFinite(
-                f"The teacher's features of {path} are not finite. Use another --mixed_precision or --teacher_dtype."
-            )
-        name = source_name(path, self.output)
-        entry = {"image": name, "bytes": len(data), "sha256": sha256(data), "crop": crop.record}
-        return entry, features[0].to("cpu", torch.bfloat16).contiguous()
+            raise NotFinite(f"The features of {path} are not finite. Use another --mixed_precision or --teacher_dtype.")
+        file = {"image": source_name(path, self.output), "bytes": len(data), "sha256": sha256(data)}
+        return file | {"crop": crop.record}, features[0].to("cpu", torch.bfloat16).contiguous()
 
 
 class UnreadableImage(Exception):

@@ -67,7 +67,8 @@ class Student:
     """
 
     def __init__(self, model: SparVisionModel, options: StudentOptions, directions: torch.Tensor | None = None):
-        self.model, self.directions = model, directions
+        # contiguous as they are read from a checkpoint, since products in another layout differ in the last bits
+        self.model, self.directions = model, None if directions is None else directions.contiguous()
         self.trained: Any = model
         if options.lora_rank is None:
             choose_parameters(model, options.train_layers, options.train_parts)
