@@ -169,7 +169,7 @@ class ErrorCurve:
         return min(self.points, key=self.loss, default=None)
 
     def loss(self, point: dict[str, Any]) -> float:
-        """What is compared."""
+        """The loss of a point: its mean squared error, and its divergence over words times their weight."""
         return point["mse"] + self.words_weight * point.get("words", 0.0)
 
     def add(self, point: dict[str, Any]) -> bool:

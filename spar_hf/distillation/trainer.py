@@ -262,7 +262,7 @@ class Distillation:
     def _points_after(self, state: dict[str, Any]) -> list[dict[str, Any]]:
         """
         Points of the student that the run wrote after its checkpoint: that student stays the best until one is better, also
-        where the run goes on with another `--eval_steps`. None if the folder is that of another run.
+        where the run goes on with another `--eval_steps`. Empty if the folder is that of another run.
         """
         written = held_out_errors(self.options.folders[-1])
         curve, known = written.get("curve", []), state["curve"]
