@@ -18,6 +18,7 @@ from spar_hf.data.reading import ReadingOptions
 from spar_hf.data.segmentation_sets import IGNORE_INDEX, SegmentationSet, open_folder, readable_name
 from spar_hf.data.sources import list_images
 from spar_hf.model.image_input import read_rgb, set_pixel_limit
+from spar_hf.pretraining.options import BALANCE
 from spar_hf.utils.errors import UsageError, as_usage_errors
 from spar_hf.utils.sample_record import split_as_before
 
@@ -33,7 +34,8 @@ class CropSet:
         images: `(height, width, 3)` uint8 each.
         masks: classes `(height, width)` uint8 each, 255 ignored; `None` for tagged images, which have a name and no mask.
         names: words of each class, or of each tagged image; empty for classes that no word may stand for.
-        spec: the set's entry in the recipe: `weight`, `crop` (smallest and largest side in pixels), `even_classes`.
+        spec: the set's entry in the recipe: `weight`, `crop` (smallest and largest side in pixels), `even_classes`,
+            `balance`.
         unnamed: class of the pixels that belong to none of the other classes, and
         unnamed_word: the set's word for it, such as "background".
         files: names of the images, and
@@ -63,7 +65,7 @@ class CropSet:
                 self.images_of = {c: numbers for c, numbers in holding.items() if numbers}
             pixels = counts.sum(0)
             share = np.maximum(pixels / max(pixels.sum(), 1), 1e-5)
-            weights = share**-0.35  # rare classes count more, but not equally
+            weights = share ** -spec.get("balance", BALANCE)
             self.class_weights = torch.tensor(weights / (weights * share).sum(), dtype=torch.float32).clamp(max=8)
 
     def __len__(self) -> int:
@@ -128,12 +130,14 @@ class CropBatches(Dataset):
     """
     Item i is batch i: a list with pixels and labels of every set. It depends on the seed and i, whatever the worker.
 
-    The sets share the `batch_size` crops of a batch by their weights; each gets at least one. Crops have `window` × `window`
-    pixels.
+    The sets share the `batch_size` crops of a batch by their weights; each gets at least one. Crops are squares of one of
+    `sides` in pixels: the same in a batch, and in the batches that `processes` take for one step, so that none waits.
     """
 
-    def __init__(self, sets: list[CropSet], batch_size: int, window: int, steps: int, seed: int):
-        self.sets, self.window, self.steps, self.seed = sets, window, steps, seed
+    def __init__(
+        self, sets: list[CropSet], batch_size: int, sides: Sequence[int], steps: int, seed: int, processes: int = 1
+    ):
+        self.sets, self.sides, self.steps, self.seed, self.processes = sets, sides, steps, seed, processes
         total = sum(s.weight for s in sets)
         self.counts = [max(1, round(batch_size * s.weight / total)) for s in sets]
 
@@ -142,9 +146,10 @@ class CropBatches(Dataset):
 
     def __getitem__(self, step: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
         rng = random.Random(f"{self.seed}-{step}")
+        side = random.Random(f"side-{self.seed}-{step // self.processes}").choice(self.sides)
         groups = []
         for crop_set, count in zip(self.sets, self.counts, strict=True):
-            crops = [crop_set.cut(rng, self.window) for _ in range(count)]
+            crops = [crop_set.cut(rng, side) for _ in range(count)]
             pixels, labels = (torch.stack(parts) for parts in zip(*crops, strict=True))
             if crop_set.masks is not None and rng.random() < 0.3:
                 pixels, labels = paste_box(pixels, labels, rng)

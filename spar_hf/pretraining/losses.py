@@ -124,6 +124,7 @@ def step_loss(
     options: TrainingOptions,
     rng: random.Random,
     device: torch.device,
+    anchor: nn.Module | None = None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """
     The loss of one step, and that of each set. Each tower runs once, over all sets together.
@@ -131,13 +132,15 @@ def step_loss(
     Args:
         towers: [`Towers`], perhaps wrapped by accelerate, on `device`; `tokenizer` is that of the text tower.
         groups: pixels and labels of every set, from [`CropBatches`].
-        options: how many names are compared; `rng` draws them and their templates.
+        options: how many names are compared, and the weight of the distance from the features of
+        anchor: the vision tower that the training started from; `rng` draws names and their templates.
     """
     labels = [label for _, label in groups]
     prompts = draw_prompts(sets, labels, options, rng)
     texts = [text for of_set in prompts for text in of_set.texts]
     tokens = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")
-    outputs = towers(torch.cat([pixels for pixels, _ in groups]).to(device), tokens["input_ids"].to(device))
+    pixels = torch.cat([of_set for of_set, _ in groups]).to(device)
+    outputs = towers(pixels, tokens["input_ids"].to(device))
     scale, counts = outputs["dense_logit_scale"], [len(label) for label in labels]
     embeddings = outputs["text_embeds"].split([len(of_set.texts) for of_set in prompts])
     features, pooled = outputs["feature_map"].split(counts), outputs["pooler_output"].split(counts)
@@ -156,4 +159,10 @@ def step_loss(
             part = pixel_loss(logits, label, targets, crop_set.class_weights, crop_set.unnamed)
         loss = loss + part * counts[i] / sum(counts)
         parts[f"set{i}"] = part.detach()
+    if anchor is not None:
+        with torch.no_grad():
+            before = anchor(pixels).feature_map.float()
+        distance = nn.functional.mse_loss(outputs["feature_map"].float(), before)
+        loss = loss + distance * options.anchor_weight
+        parts["anchor"] = distance.detach()
     return loss, parts

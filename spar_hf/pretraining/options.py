@@ -26,19 +26,32 @@ from spar_hf.utils.texts import read_yaml
 FREE = {"output", "resume", "workers", "save_steps", "steps", *RUN_FREE}
 RECIPE = Path(__file__).with_name("spar_tiny_data.yaml")
 SET_KEYS = ("path", "weight", "crop")
-MORE_KEYS = {"sets": ("exclude", "holdout_every", "unnamed", "even_classes"), "tagged": ()}
+MORE_KEYS = {"sets": ("exclude", "holdout_every", "unnamed", "even_classes", "balance"), "tagged": ()}
 PATCH_SIZE = 16  # of a new model, in pixels
+BALANCE = 0.35  # power of the share of a class: rare classes count more, but not equally
 WITH_CONTENT = " with content "
 
 
-def read_recipe(file: str) -> dict[str, Any]:
+def read_recipe(file: str, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     """
-    The sets of the pre-training, their words, and the held-out words. What a recipe may leave out is empty.
+    The sets of the pre-training, their words, and the held-out words. What a recipe may leave out is that of the recipe
+    `based_on`, a path beside it, and empty if there is none.
+
+    Args:
+        file: YAML.
+        above: recipes that are based on this one.
 
     Raises:
-        UsageError: the file is not a recipe.
+        UsageError: the file is not a recipe, or recipes are based on each other in a circle.
     """
     recipe = read_yaml(file)
+    if isinstance(recipe, dict) and (other := recipe.pop("based_on", None)):
+        path, files = Path(file).with_name(str(other)), (*above, Path(file).resolve())
+        if path.resolve() in files:
+            raise UsageError(f"{file} is based on {other}, which is based on it: recipes must not form a circle.")
+        if not path.is_file():
+            raise UsageError(f"{file} is based on {other}, and there is no {path}.")
+        recipe = {**read_recipe(str(path), files), **recipe}
     if not isinstance(recipe, dict) or not {"sets", "held_out"} <= recipe.keys():
         raise UsageError(f"{file} is not a recipe of pretrain_tiny.py: it has no `sets` or no `held_out`.")
     given = {name: value for name, value in recipe.items() if value is not None}
@@ -89,6 +102,9 @@ def wrong_values(spec: dict[str, Any]) -> str:
         return f"crop {crop!r} must be [SMALLEST, LARGEST] side in pixels"
     if not isinstance(every, int) or every == 1 or every < 0:
         return f"holdout_every {every!r} must be 0 or at least 2: of 1, every image would be held out"
+    balance = spec.get("balance", BALANCE)
+    if not isinstance(balance, int | float) or not 0 <= balance <= 1:
+        return f"balance {balance!r} must lie between 0 and 1"
     return ""
 
 
@@ -145,6 +161,16 @@ class TrainingOptions:
     start: str | None = option(
         None, "Finished model of this command to train further; its sizes and words stay as they are."
     )
+    crop_sides: list[int] | None = option(
+        None,
+        "With --start: crops have one of these sides in pixels, drawn for each step, for a student that is to read all of "
+        "them. A side given twice is drawn twice as often. By default crops have the model's image_size.",
+    )
+    anchor_weight: float = option(
+        0.0,
+        "With --start: weight of the mean squared distance of the feature maps from those of that model, so that it keeps "
+        "what the labels say nothing about.",
+    )
     steps: int = option(4000, HELP["steps"])
     batch_size: int = option(24, "Crops per step and process.")
     optimizer: str = option(
@@ -161,7 +187,11 @@ class TrainingOptions:
         require_one_of(self, "optimizer", OPTIMIZERS)
         check_optimizer(self.optimizer)
         require_positive(self, "steps", "batch_size", "learning_rate", "names_per_set", "tagged_names")
-        require_not_negative(self, "weight_decay", "warmup_steps", "foreign_names")
+        require_not_negative(self, "weight_decay", "warmup_steps", "foreign_names", "anchor_weight")
+        if self.start is None and (self.crop_sides is not None or self.anchor_weight):
+            raise UsageError("--crop_sides and --anchor_weight go on from a model: name it with --start.")
+        if wrong := [side for side in self.crop_sides or [] if side < PATCH_SIZE or side % PATCH_SIZE]:
+            raise UsageError(f"--crop_sides {wrong[0]} must be a multiple of the patch of {PATCH_SIZE} px.")
 
 
 @dataclass(kw_only=True)

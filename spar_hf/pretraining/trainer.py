@@ -9,6 +9,7 @@ does with any ViT pre-trained at one resolution.
     accelerate launch training/pretrain_tiny.py --data DATA --output DIR --text_teacher all-MiniLM-L6-v2
 """
 
+import copy
 import itertools
 import logging
 import random
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 from accelerate import DistributedDataParallelKwargs
+from torch import nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast, get_cosine_schedule_with_warmup
@@ -87,12 +89,16 @@ def train(options: PretrainingOptions) -> Path | None:
         for frozen in (model.text_model, model.logit_scale, model.logit_bias):
             frozen.requires_grad_(False)
         towers = Towers(model)
+        anchor = anchor_of(model, options.training.anchor_weight, accelerator.device)
         optimizer, schedule = optimizer_of(towers, options.training)
         prepared = (*accelerator.prepare(towers, optimizer), schedule)
         accelerator.register_for_checkpointing(schedule)
         run.begin(options.training.steps, samples, first_row=0)
-        train_towers(prepared, tokenizer, sets, options, run)
+        train_towers(prepared, tokenizer, sets, options, run, anchor)
         if not run.stopped and accelerator.is_main_process:
+            if (record := model.config.distillation) is not None:  # else it would be that of other weights
+                labels = label_record(options, recipe, accelerator.num_processes)
+                model.config.distillation = {**record, "labels": labels}
             save_model(model, tokenizer, result)
         del prepared
     return None if run.stopped else result
@@ -113,11 +119,17 @@ def open_sets(
 def comparable(settings: dict[str, Any], recipe: str) -> dict[str, Any]:
     """
     Settings as a resumed run compares them: under the names of today, and `recipe` as [`recipe_name`] writes it. Earlier
-    versions kept no more of it than the name of the file, and had no choice of an optimizer.
+    versions kept no more of it than the name of the file.
     """
-    settings = {"optimizer": "adamw", **PretrainingOptions.with_current_names(settings)}
+    before = {"optimizer": "adamw", "crop_sides": None, "anchor_weight": 0.0}  # where there was no such option
+    settings = {**before, **PretrainingOptions.with_current_names(settings)}
     file = Path(settings["recipe"]).name
     return {**settings, "recipe": recipe if file == recipe.rpartition(WITH_CONTENT)[0] else file}
+
+
+def anchor_of(model: SparForOpenVocabSegmentation, weight: float, device: torch.device) -> nn.Module | None:
+    """A copy of the vision tower as it is before training, which stays so; `None` without a weight."""
+    return copy.deepcopy(model.vision_model).eval().requires_grad_(False).to(device) if weight else None
 
 
 def optimizer_of(towers: Towers, options: TrainingOptions) -> tuple[Any, Any]:
@@ -138,9 +150,11 @@ def train_towers(
     sets: list[CropSet],
     options: PretrainingOptions,
     run: TrainingRun,
+    anchor: nn.Module | None = None,
 ) -> None:
     """
-    Train `prepared` (towers, optimizer, schedule) until the last step or a signal.
+    Train `prepared` (towers, optimizer, schedule) until the last step or a signal, near the features of `anchor` if there is
+    one.
 
     Each process draws batches of its own: process r of n takes batch `step * n + r`. So a step sees `batch_size` crops per
     process, and one process sees the batches it always saw.
@@ -148,9 +162,9 @@ def train_towers(
     towers, optimizer, schedule = prepared
     accelerator, training, seed = run.accelerator, options.training, options.run.seed
     trained = [p for p in towers.parameters() if p.requires_grad]
-    window = accelerator.unwrap_model(towers).model.config.image_size
+    sides = training.crop_sides or [accelerator.unwrap_model(towers).model.config.image_size]
     count, rank = accelerator.num_processes, accelerator.process_index
-    batches = CropBatches(sets, training.batch_size, window, training.steps * count, seed)
+    batches = CropBatches(sets, training.batch_size, sides, training.steps * count, seed, count)
     loader = DataLoader(
         batches,
         batch_size=None,
@@ -164,7 +178,7 @@ def train_towers(
     for step, groups in enumerate(bar, start=run.step):
         rng = random.Random(f"words-{seed}-{step}")
         with accelerator.autocast():
-            loss, parts = step_loss(towers, tokenizer, sets, groups, training, rng, accelerator.device)
+            loss, parts = step_loss(towers, tokenizer, sets, groups, training, rng, accelerator.device, anchor)
         accelerator.backward(loss)
         norm = accelerator.clip_grad_norm_(trained, 1.0)
         mean = float(accelerator.reduce(loss.detach(), "mean"))  # all processes decide alike
@@ -179,6 +193,22 @@ def train_towers(
             bar.set_postfix(loss=f"{row['loss']:.3f}")
         if run.after_step(step + 1, bad_steps=run.bad_steps.state):
             break
+
+
+def label_record(options: PretrainingOptions, recipe: dict[str, Any], processes: int) -> dict[str, Any]:
+    """What the configuration of a student says about a training with labels after its distillation."""
+    training = options.training
+    return {
+        "recipe": recipe_name(options.recipe.recipe, recipe),
+        "sets": [spec["path"] for spec in (*recipe["sets"], *recipe["tagged"])],
+        "steps": training.steps,
+        "crops_per_step": training.batch_size * processes,
+        "crop_sides": training.crop_sides,
+        "anchor_weight": training.anchor_weight,
+        "optimizer": training.optimizer,
+        "learning_rate": training.learning_rate,
+        "seed": options.run.seed,
+    }
 
 
 def save_model(model: SparForOpenVocabSegmentation, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:

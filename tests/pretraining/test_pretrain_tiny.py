@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from accelerate import Accelerator
+from coloured_world import COLOURS
 from interrupting import at_call
 from PIL import Image
 from safetensors.torch import load_file
@@ -31,37 +32,8 @@ from spar_hf.utils.sample_record import read_samples
 
 SMALL = {"window_size": 32, "hidden_size": 64, "layers": 1, "vocab_size": 400, "batch_size": 4, "text_steps": 5}
 SMALL |= {"warmup_steps": 1, "workers": 0, "foreign_names": 2}
-COLOURS = {"sky": (90, 150, 240), "road": (90, 90, 90), "grass": (60, 170, 50), "bus": (220, 40, 40)}
 
 needs_muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch has Muon from 2.9 on")
-
-
-@pytest.fixture
-def world(tmp_path):
-    """Images of coloured rectangles with masks, and images of one colour with its name in the file name."""
-    rng = np.random.default_rng(0)
-    scenes, tagged = tmp_path / "scenes", tmp_path / "tagged"
-    for folder in (scenes / "images", scenes / "masks", tagged):
-        folder.mkdir(parents=True)
-    (scenes / "classes.txt").write_text("\n".join(COLOURS))
-    for i in range(12):
-        mask = rng.integers(0, 4, (3, 4)).astype(np.uint8).repeat(40, 0).repeat(40, 1)
-        noise = rng.normal(0, 12, (*mask.shape, 3))
-        pixels = (np.array(list(COLOURS.values()))[mask] + noise).clip(0, 255).astype(np.uint8)
-        Image.fromarray(pixels).save(scenes / "images" / f"{i:02}.png")
-        Image.fromarray(mask).save(scenes / "masks" / f"{i:02}.png")
-    for i, name in enumerate(("blue_ball", "green_ball", "bus", "red_ball", "grey_ball")):
-        Image.new("RGB", (90, 80), tuple(rng.integers(0, 255, 3).tolist())).save(tagged / f"n{i}_{name}.jpg")
-    recipe = {
-        "sets": [{"path": "scenes", "weight": 3, "crop": [40, 110], "holdout_every": 4, "exclude": ["00"]}],
-        "tagged": [{"path": "tagged", "weight": 1, "crop": [40, 80]}],
-        "held_out": ["bus"],
-        "held_out_tags": ["bus"],
-        "synonyms": {"sky": ["blue sky"], "grass": ["lawn"]},
-        "groups": [["n0", "n1", "ball"]],
-    }
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    return tmp_path
 
 
 def arguments(world, output, **options):

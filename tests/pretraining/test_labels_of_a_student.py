@@ -1,0 +1,172 @@
+"""A student that goes on with labels: crops of several sides, near the features that it had."""
+
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from torch import nn
+
+import spar_hf
+from spar_hf import SparForOpenVocabSegmentation, SparProcessor
+from spar_hf.pretraining import trainer
+from spar_hf.pretraining.crops import CropBatches, CropSet, load_sets
+from spar_hf.pretraining.losses import step_loss
+from spar_hf.pretraining.model import Towers
+from spar_hf.pretraining.options import RECIPE, TrainingOptions, check_sets, read_recipe
+from spar_hf.pretraining.trainer import main
+from spar_hf.utils.errors import UsageError
+
+LABELS = RECIPE.with_name("spar_tiny_labels.yaml")
+FURTHER = {
+    "steps": 2,
+    "batch_size": 4,
+    "warmup_steps": 0,
+    "workers": 0,
+    "learning_rate": 1e-4,
+    "start": spar_hf.SPAR_TINY,
+}
+
+
+@pytest.fixture
+def towers():
+    model = SparForOpenVocabSegmentation.from_pretrained(spar_hf.SPAR_TINY)
+    return Towers(model), SparProcessor.from_pretrained(spar_hf.SPAR_TINY).tokenizer
+
+
+def test_the_crops_of_a_step_have_one_side(world):
+    """Also those of different processes, of which one would wait for the other."""
+    sets = load_sets(world, read_recipe(str(world / "recipe.yaml")))
+    batches = CropBatches(sets, 4, [32, 48, 64], steps=40, seed=1, processes=2)
+    sides = []
+    for number in range(40):
+        groups = batches[number]
+        assert all(pixels.shape[-2] == pixels.shape[-1] for pixels, _ in groups)
+        (side,) = {pixels.shape[-1] for pixels, _ in groups}
+        assert groups[0][1].shape[-2:] == (side // 4, side // 4)
+        sides.append(side)
+    assert set(sides) == {32, 48, 64} and sides[::2] == sides[1::2]
+    assert all(torch.equal(a, b) for a, b in zip(batches[3][0], batches[3][0], strict=True))
+
+
+def test_the_loss_grows_with_the_distance_from_the_anchor(world, towers):
+    sets = load_sets(world, read_recipe(str(world / "recipe.yaml")))
+    groups = CropBatches(sets, 4, [48], steps=1, seed=0)[0]
+    student, tokenizer = towers
+    anchor = trainer.anchor_of(student.model, 0.5, torch.device("cpu"))
+    options = TrainingOptions(start="model", anchor_weight=0.5)
+
+    def losses():
+        rest = (tokenizer, sets, groups, options)
+        with torch.no_grad():
+            plain, _ = step_loss(student, *rest, random.Random(0), torch.device("cpu"))
+            return plain, *step_loss(student, *rest, random.Random(0), torch.device("cpu"), anchor)
+
+    plain, near, parts = losses()
+    assert torch.equal(near, plain) and parts["anchor"] == 0
+    with torch.no_grad():
+        pixels = torch.cat([of_set for of_set, _ in groups])
+        before = student.model.vision_model(pixels).feature_map
+        for weight in student.model.vision_model.backbone.blocks[-1].parameters():
+            weight.add_(0.01)
+        after = student.model.vision_model(pixels).feature_map
+    plain, far, parts = losses()
+    distance = (after - before).square().mean()
+    torch.testing.assert_close(parts["anchor"], distance)
+    torch.testing.assert_close(far, plain + 0.5 * distance)
+
+
+def test_a_student_goes_on_with_labels(world):
+    """Its record says so, its text tower stays, and an anchor keeps its features nearer to what they were."""
+    command = ["--data", str(world), "--recipe", str(world / "recipe.yaml")]
+    command += [part for name, value in FURTHER.items() for part in (f"--{name}", str(value))]
+    free, held = (
+        main([*command, "--output", str(world / name), "--crop_sides", "32", "64", "--anchor_weight", weight])
+        for name, weight in (("free", "0"), ("held", "300"))
+    )
+    record = SparForOpenVocabSegmentation.from_pretrained(held).config.distillation
+    start = SparForOpenVocabSegmentation.from_pretrained(spar_hf.SPAR_TINY)
+    labels = record.pop("labels")
+    assert record == {name: value for name, value in start.config.distillation.items() if name != "labels"}
+    assert (
+        labels["crop_sides"] == [32, 64] and labels["anchor_weight"] == 300 and labels["sets"] == ["scenes", "tagged"]
+    )
+    rows = [json.loads(line) for line in (world / "held" / "log.jsonl").read_text().splitlines()]
+    assert rows[0]["anchor"] == 0  # nothing was changed before the first step
+
+    pixels = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with torch.no_grad():
+        before, *after = (
+            SparForOpenVocabSegmentation.from_pretrained(folder).vision_model(pixels).feature_map
+            for folder in (spar_hf.SPAR_TINY, free, held)
+        )
+    moved = [float(nn.functional.mse_loss(features, before)) for features in after]
+    assert 0 < moved[1] < moved[0]
+    weights = load_file(held / "model.safetensors")
+    for name, tensor in start.state_dict().items():
+        if name.startswith("text_model."):
+            assert torch.equal(weights[name].float(), tensor), name
+
+
+def test_balance__how_much_rare_classes_count():
+    """Three quarters of the pixels are of one class, the rest of another."""
+    mask = np.zeros((8, 8), np.uint8)
+    mask[:2] = 1
+    image = np.zeros((8, 8, 3), np.uint8)
+
+    def ratio(**spec):
+        weights = CropSet([image], [mask], [["sky"], ["road"]], {"weight": 1, "crop": [4, 8], **spec}).class_weights
+        return float(weights[1] / weights[0])
+
+    assert ratio(balance=0) == 1
+    assert ratio(balance=0.5) == pytest.approx(3**0.5, rel=1e-5)
+    assert ratio() == pytest.approx(3**0.35, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"crop_sides": [256]}, "--start"),
+        ({"anchor_weight": 0.5}, "--start"),
+        ({"start": "model", "crop_sides": [256, 200]}, "--crop_sides 200 must be a multiple of the patch of 16 px"),
+        ({"start": "model", "crop_sides": [0]}, "--crop_sides 0"),
+        ({"start": "model", "anchor_weight": -1.0}, "--anchor_weight"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(options, message):
+    with pytest.raises(UsageError, match=message):
+        TrainingOptions(**options)
+
+
+def test_recipes_based_on_others(tmp_path):
+    """What the labels' recipe does not say is as in the recipe of the base: above all the held-out words."""
+    base, labels = (read_recipe(str(file)) for file in (RECIPE, LABELS))
+    check_sets(str(LABELS), labels)
+    assert labels["held_out"] == base["held_out"] and "bus" in labels["held_out"]
+    assert [spec["path"] for spec in labels["sets"]] == [spec["path"] for spec in base["sets"]]
+    assert labels["tagged"] == [] and labels["synonyms"] == {"null": ["background"]}
+    for spec, of_base in zip(labels["sets"], base["sets"], strict=True):  # what the base held out stays held out
+        assert spec.get("exclude") == of_base.get("exclude")
+        every, before = spec.get("holdout_every", 0), of_base.get("holdout_every", 0)
+        assert before == every == 0 or before % every == 0
+
+    (tmp_path / "other.yaml").write_text("based_on: missing.yaml\n")
+    with pytest.raises(UsageError, match=r"missing\.yaml"):
+        read_recipe(str(tmp_path / "other.yaml"))
+    (tmp_path / "missing.yaml").write_text(yaml.safe_dump({"sets": [], "held_out": ["bus"]}))
+    assert read_recipe(str(tmp_path / "other.yaml"))["held_out"] == ["bus"]
+    (tmp_path / "missing.yaml").write_text(yaml.safe_dump({"sets": [], "held_out": [], "based_on": "other.yaml"}))
+    with pytest.raises(UsageError, match="circle"):
+        read_recipe(str(tmp_path / "other.yaml"))
+
+
+@pytest.mark.parametrize("balance", [-0.1, 2, "0.5"])
+def test_impossible_balances_are_refused(tmp_path, balance):
+    file = tmp_path / "recipe.yaml"
+    spec = {"path": "scenes", "weight": 1, "crop": [9, 9], "balance": balance}
+    file.write_text(yaml.safe_dump({"sets": [spec], "held_out": []}))
+    with pytest.raises(UsageError, match=r"balance .* must lie between 0 and 1"):
+        check_sets(str(file), read_recipe(str(file)))
