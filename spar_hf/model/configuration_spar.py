@@ -101,7 +101,8 @@ class SparConfig(BackboneConfigMixin, PreTrainedConfig):
         templates (`str` or `Sequence[str]`, *optional*, defaults to `"imagenet80"`):
             Prompt templates: the name of a set in `spar_hf.model.prompts.TEMPLATES` or a list of strings with one `{}`.
         distillation (`dict`, *optional*):
-            How a student was made: `teacher`, `window_size`, `stride`, data. `None` for an untouched base.
+            How a student was made: `teacher`, `window_size`, `stride`, data, and `labels` if it was trained on labels
+            afterwards. `None` for an untouched base.
         output_pooled (`bool`, *optional*, defaults to `False`):
             Whether models run the pooling head unless told otherwise. `pipeline("image-feature-extraction")` needs it for
             `pool=True`: `pipeline(..., model_kwargs={"output_pooled": True})`.

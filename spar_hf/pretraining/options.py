@@ -159,7 +159,8 @@ class TrainingOptions:
     """How the vision tower is trained."""
 
     start: str | None = option(
-        None, "Finished model of this command to train further; its sizes and words stay as they are."
+        None,
+        "Finished model of this command, or a student of one, to train further; its sizes and words stay as they are.",
     )
     crop_sides: list[int] | None = option(
         None,

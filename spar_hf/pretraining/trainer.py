@@ -6,6 +6,8 @@ in prompt templates, by a softmax over names. Images that only have a name train
 grid of patches and the position table are always those of the window, so a single pass over a large image suffers as it
 does with any ViT pre-trained at one resolution.
 
+A distilled student can go on with the same labels: `--start STUDENT --crop_sides 256 384 512 --anchor_weight 0.5`.
+
     accelerate launch training/pretrain_tiny.py --data DATA --output DIR --text_teacher all-MiniLM-L6-v2
 """
 

@@ -4,13 +4,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_models import make_tokenizer
 from torch.nn import functional as F
 
 from spar_hf import SparImageProcessorPil
+from spar_hf.evaluation import command as script
 from spar_hf.evaluation.candidates import Candidate, Rules
 from spar_hf.evaluation.inference import decide_as_published
 from spar_hf.evaluation.protocols import Protocol, find_protocol, spar
 from spar_hf.model.prompts import Vocabulary
+from spar_hf.utils.errors import UsageError
 
 
 def test_protocol__settings_of_the_published_evaluation():
@@ -140,3 +143,46 @@ def test_background_rules_are_those_of_the_published_evaluation():
         assert not torch.equal(expected, plain)
         for working_bytes in (3_000, 2**26):
             assert torch.equal(decided(logits, names, 1, threshold, min_area, working_bytes), expected)
+
+
+def make_context(root):
+    for name, value in (("2008_000002", 0), ("2008_000003", 41)):
+        for path, image in (
+            (root / "JPEGImages" / f"{name}.jpg", Image.effect_noise((60, 40), 90).convert("RGB")),
+            (root / "SegmentationClassContext" / f"{name}.png", Image.new("L", (60, 40), value)),
+        ):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            image.save(path)
+    listing = root / "ImageSets" / "SegmentationContext" / "val.txt"
+    listing.parent.mkdir(parents=True)
+    listing.write_text("2008_000002\n2008_000003\n")
+
+
+def test_protocol__benchmark_and_overrides(tmp_path, checkpoint):
+    make_context(tmp_path / "VOC2010")
+    command = ["--dataset", str(tmp_path), "--benchmark", "context60", "--protocol", "spar", "--no_warmup"]
+    base = checkpoint("base")
+    make_tokenizer(letters=True).save_pretrained(base)  # tells all 60 classes apart
+    command += ["--model", f"base={base}", "--templates", "plain"]
+    report = script.main([*command, "--shortest_edge", "48"])
+    assert (report["title"], report["dataset"], report["split"]) == ("PASCAL Context", "context60", "val")
+    assert report["vocabulary"]["potted plant"] == ("pottedplant",)
+    row = report["runs"][0]
+    assert (row["scale"], row["threshold"], row["min_area"]) == (50, 0.1, 0)
+    assert row["resize"] == {"do_resize": True, "size": {"shortest_edge": 48}}
+    assert (row["resample"], row["window_size"]) == ("bilinear", None)
+    labelled = {label: entry["labelled_pixels"] for label, entry in row["classes"].items() if entry["labelled_pixels"]}
+    assert labelled == {"background": 2400, "road": 2400}
+    # 60 alike names: no probability reaches a half
+    sure = script.main([*command, "--shortest_edge", "48", "--threshold", "0.5", "--dense_logit_scale", "1"])["runs"][0]
+    assert sure["classes"]["background"]["predicted_pixels"] == 4800
+    published = script.main([*command, "--limit", "1", "--dense_logit_scale", "30"])["runs"][0]
+    assert published["resize"] == {"do_resize": True, "size": {"shortest_edge": 672, "longest_edge": 2048}}
+    assert published["scale"] == 30
+    smooth = script.main([*command, "--shortest_edge", "48", "--resample", "bicubic"])["runs"][0]
+    assert smooth["resample"] == "bicubic"
+    assert script.main([*command, "--limit", "1", "--native"])["runs"][0]["resample"] is None
+    with pytest.raises(UsageError, match="--native resizes nothing: leave out --resample bicubic"):
+        script.main([*command, "--native", "--resample", "bicubic"])
+    with pytest.raises(UsageError, match="no protocol 'sparr'; use one of spar"):
+        script.main([*command, "--protocol", "sparr"])
