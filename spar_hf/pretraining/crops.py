@@ -35,7 +35,7 @@ class CropSet:
         masks: classes `(height, width)` uint8 each, 255 ignored; `None` for tagged images, which have a name and no mask.
         names: words of each class, or of each tagged image; empty for classes that no word may stand for.
         spec: the set's entry in the recipe: `weight`, `crop` (smallest and largest side in pixels), `even_classes`,
-            `balance`.
+            `balance` (power of a class's share of the pixels that its weight falls with).
         unnamed: class of the pixels that belong to none of the other classes, and
         unnamed_word: the set's word for it, such as "background".
         files: names of the images, and
@@ -207,7 +207,7 @@ def load_sets(
 def load_masked_set(
     root: Path, spec: dict[str, Any], recipe: dict[str, Any], data: SegmentationSet, held_out_files: Collection[str]
 ) -> CropSet:
-    """Images with masks; pixels of held-out classes are ignored."""
+    """Images with masks; pixels of held-out classes are ignored, and with `labels: false` those of all classes."""
     files = data.files
     train, rest = split_as_before(files, held_out_files)
     data = data.select(train)
@@ -224,7 +224,8 @@ def load_masked_set(
         names.append(
             [] if word in held_out or word == unnamed else [name for name in alike if name.lower() not in held_out]
         )
-        labels[number] = IGNORE_INDEX if word in held_out else number
+        is_learned = spec.get("labels", True) and word not in held_out
+        labels[number] = number if is_learned else IGNORE_INDEX
     # the word says nothing to a reader; its synonyms do
     names = [[name for name in alike if name != "null"] for alike in names]
     images, masks = [], []

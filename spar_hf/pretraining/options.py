@@ -26,7 +26,7 @@ from spar_hf.utils.texts import read_yaml
 FREE = {"output", "resume", "workers", "save_steps", "steps", *RUN_FREE}
 RECIPE = Path(__file__).with_name("spar_tiny_data.yaml")
 SET_KEYS = ("path", "weight", "crop")
-MORE_KEYS = {"sets": ("exclude", "holdout_every", "unnamed", "even_classes", "balance"), "tagged": ()}
+MORE_KEYS = {"sets": ("exclude", "holdout_every", "unnamed", "even_classes", "balance", "labels"), "tagged": ()}
 PATCH_SIZE = 16  # of a new model, in pixels
 BALANCE = 0.35  # power of the share of a class: rare classes count more, but not equally
 WITH_CONTENT = " with content "
@@ -102,6 +102,8 @@ def wrong_values(spec: dict[str, Any]) -> str:
         return f"crop {crop!r} must be [SMALLEST, LARGEST] side in pixels"
     if not isinstance(every, int) or every == 1 or every < 0:
         return f"holdout_every {every!r} must be 0 or at least 2: of 1, every image would be held out"
+    if not isinstance(spec.get("labels", True), bool):
+        return f"labels {spec['labels']!r} must be true or false"
     balance = spec.get("balance", BALANCE)
     if not isinstance(balance, int | float) or not 0 <= balance <= 1:
         return f"balance {balance!r} must lie between 0 and 1"

@@ -163,10 +163,37 @@ def test_recipes_based_on_others(tmp_path):
         read_recipe(str(tmp_path / "other.yaml"))
 
 
-@pytest.mark.parametrize("balance", [-0.1, 2, "0.5"])
-def test_impossible_balances_are_refused(tmp_path, balance):
+def test_a_set_whose_labels_are_left_out_only_anchors(world, towers):
+    """Its images keep their features, its words stay among the wrong answers of other sets."""
+    recipe = read_recipe(str(world / "recipe.yaml"))
+    recipe["sets"].append({**recipe["sets"][0], "labels": False})
+    recipe["tagged"] = []
+    sets = load_sets(world, recipe)
+    assert all((mask == 255).all() for mask in sets[1].masks) and sets[1].names == sets[0].names
+    assert any((mask != 255).any() for mask in sets[0].masks)
+    student, tokenizer = towers
+    anchor = trainer.anchor_of(student.model, 0.5, torch.device("cpu"))
+    with torch.no_grad():
+        for weight in student.model.vision_model.backbone.blocks[-1].parameters():
+            weight.add_(0.01)
+        groups = CropBatches(sets, 4, [48], steps=1, seed=0)[0]
+        options = TrainingOptions(start="model", anchor_weight=0.5)
+        _, parts = step_loss(student, tokenizer, sets, groups, options, random.Random(0), torch.device("cpu"), anchor)
+    assert parts["set1"] == 0 < parts["set0"] and parts["anchor"] > 0
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"balance": -0.1}, r"balance -0\.1 must lie between 0 and 1"),
+        ({"balance": 2}, "balance 2 must"),
+        ({"balance": "0.5"}, "balance '0.5' must"),
+        ({"labels": "no"}, "labels 'no' must be true or false"),
+    ],
+)
+def test_impossible_values_of_a_set_are_refused(tmp_path, wrong, message):
     file = tmp_path / "recipe.yaml"
-    spec = {"path": "scenes", "weight": 1, "crop": [9, 9], "balance": balance}
+    spec = {"path": "scenes", "weight": 1, "crop": [9, 9], **wrong}
     file.write_text(yaml.safe_dump({"sets": [spec], "held_out": []}))
-    with pytest.raises(UsageError, match=r"balance .* must lie between 0 and 1"):
+    with pytest.raises(UsageError, match=message):
         check_sets(str(file), read_recipe(str(file)))
