@@ -43,6 +43,7 @@ from spar_hf.pretraining.options import (
 from spar_hf.utils.atomic import write_text, writing_folder
 from spar_hf.utils.checkpoints import settings_of
 from spar_hf.utils.devices import clock
+from spar_hf.utils.errors import UsageError
 from spar_hf.utils.launching import outlive_signals
 from spar_hf.utils.runs import TrainingRun, start_accelerator
 from spar_hf.utils.sample_record import read_samples
@@ -71,6 +72,9 @@ def train(options: PretrainingOptions) -> Path | None:
     torch.set_flush_denormal(True)  # weights of rare tokens that are almost zero make CPUs several times slower
     recipe = read_recipe(options.recipe.recipe)
     check_sets(options.recipe.recipe, recipe)
+    unread = [spec["path"] for spec in recipe["sets"] if not spec.get("labels", True)]
+    if unread and not options.training.anchor_weight:
+        raise UsageError(f"Nothing would be learned from {unread[0]}, which has `labels: false`: give --anchor_weight.")
     # without named images the pooling head gets no gradient, for which DDP would wait
     unused = DistributedDataParallelKwargs(find_unused_parameters=not recipe["tagged"])
     given, images = (options.run.mixed_precision, options.run.seed), options.training.batch_size
@@ -202,7 +206,7 @@ def label_record(options: PretrainingOptions, recipe: dict[str, Any], processes:
     training = options.training
     return {
         "recipe": recipe_name(options.recipe.recipe, recipe),
-        "sets": [spec["path"] for spec in (*recipe["sets"], *recipe["tagged"])],
+        "sets": [spec["path"] for spec in (*recipe["sets"], *recipe["tagged"]) if spec.get("labels", True)],
         "steps": training.steps,
         "crops_per_step": training.batch_size * processes,
         "crop_sides": training.crop_sides,

@@ -181,6 +181,11 @@ def test_a_set_whose_labels_are_left_out_only_anchors(world, towers):
         _, parts = step_loss(student, tokenizer, sets, groups, options, random.Random(0), torch.device("cpu"), anchor)
     assert parts["set1"] == 0 < parts["set0"] and parts["anchor"] > 0
 
+    (world / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    command = ["--data", str(world), "--recipe", str(world / "recipe.yaml"), "--output", str(world / "run")]
+    with pytest.raises(UsageError, match=r"scenes, which has `labels: false`: give --anchor_weight"):
+        main([*command, "--start", str(spar_hf.SPAR_TINY)])
+
 
 @pytest.mark.parametrize(
     ("wrong", "message"),
