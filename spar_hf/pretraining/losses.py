@@ -132,8 +132,9 @@ def step_loss(
     Args:
         towers: [`Towers`], perhaps wrapped by accelerate, on `device`; `tokenizer` is that of the text tower.
         groups: pixels and labels of every set, from [`CropBatches`].
-        options: how many names are compared, and the weight of the distance from the features of
-        anchor: the vision tower that the training started from; `rng` draws names and their templates.
+        options: how many names are compared, and the weight of the distance from the anchor's features; `rng` draws names
+            and their templates.
+        anchor: the vision tower that the training started from; `None` leaves the distance out.
     """
     labels = [label for _, label in groups]
     prompts = draw_prompts(sets, labels, options, rng)
