@@ -18,7 +18,7 @@ from spar_hf.data.reading import ReadingOptions
 from spar_hf.data.segmentation_sets import IGNORE_INDEX, SegmentationSet, open_folder, readable_name
 from spar_hf.data.sources import list_images
 from spar_hf.model.image_input import read_rgb, set_pixel_limit
-from spar_hf.pretraining.options import BALANCE
+from spar_hf.pretraining.options import BALANCE, UNNAMED_WEIGHT
 from spar_hf.utils.errors import UsageError, as_usage_errors
 from spar_hf.utils.sample_record import split_as_before
 
@@ -35,7 +35,8 @@ class CropSet:
         masks: classes `(height, width)` uint8 each, 255 ignored; `None` for tagged images, which have a name and no mask.
         names: words of each class, or of each tagged image; empty for classes that no word may stand for.
         spec: the set's entry in the recipe: `weight`, `crop` (smallest and largest side in pixels), `even_classes`,
-            `balance` (power of a class's share of the pixels that its weight falls with).
+            `balance` (power of a class's share of the pixels that its weight falls with), `unnamed_weight` (of a
+            pixel of the unnamed class).
         unnamed: class of the pixels that belong to none of the other classes, and
         unnamed_word: the set's word for it, such as "background".
         files: names of the images, and
@@ -56,6 +57,7 @@ class CropSet:
         self.files, self.held_out = files, held_out
         self.images, self.masks, self.names = images, masks, names
         self.unnamed, self.unnamed_word = unnamed, unnamed_word
+        self.unnamed_weight = spec.get("unnamed_weight", UNNAMED_WEIGHT)
         self.weight, self.crop = spec["weight"], spec["crop"]
         self.images_of: dict[int, list[int]] = {}  # class -> numbers of the images that hold it
         if masks is not None:

@@ -9,10 +9,9 @@ from torch import nn
 
 from spar_hf.data.segmentation_sets import IGNORE_INDEX
 from spar_hf.pretraining.crops import CropSet
-from spar_hf.pretraining.options import TrainingOptions
+from spar_hf.pretraining.options import UNNAMED_WEIGHT, TrainingOptions
 from spar_hf.pretraining.words import PROMPT_TEMPLATES
 
-UNNAMED_WEIGHT = 0.3  # of a pixel of the unnamed class; a pixel of a class of mean frequency has 1
 FOREIGN = -1  # class of a prompt whose word belongs to another set
 
 
@@ -86,6 +85,7 @@ def pixel_loss(
     classes: torch.Tensor,
     class_weights: torch.Tensor,
     unnamed: int | None = None,
+    unnamed_weight: float = UNNAMED_WEIGHT,
 ) -> torch.Tensor:
     """
     Weighted mean of the cross entropy over labelled pixels; 0 if all pixels are ignored.
@@ -99,6 +99,7 @@ def pixel_loss(
         classes: class behind each column `(columns,)`, `FOREIGN` for words of other sets.
         class_weights: weight of a pixel of each class `(classes,)`.
         unnamed: the unnamed class, if the set has one.
+        unnamed_weight: weight of its pixels.
     """
     named = classes >= 0
     column = torch.full((256,), -100)  # of each class; -100 is ignored by the cross entropy
@@ -111,7 +112,7 @@ def pixel_loss(
     if unnamed is not None and not named.all():
         foreign = (~named).to(logits.device)
         to_foreign = logits.logsumexp(1) - logits[:, foreign].logsumexp(1)  # (crops, grid, grid)
-        pixels = (labels == unnamed) * UNNAMED_WEIGHT
+        pixels = (labels == unnamed) * unnamed_weight
         loss, total = loss + (to_foreign * pixels).sum(), total + pixels.sum()
     return loss / total.clamp(min=1e-6)
 
@@ -157,7 +158,7 @@ def step_loss(
             dense = nn.functional.normalize(features[i].float(), dim=1)
             logits = torch.einsum("bdhw,nd->bnhw", dense, text) * scale
             logits = nn.functional.interpolate(logits, size=label.shape[-2:], mode="bilinear")
-            part = pixel_loss(logits, label, targets, crop_set.class_weights, crop_set.unnamed)
+            part = pixel_loss(logits, label, targets, crop_set.class_weights, crop_set.unnamed, crop_set.unnamed_weight)
         loss = loss + part * counts[i] / sum(counts)
         parts[f"set{i}"] = part.detach()
     if anchor is not None:

@@ -26,9 +26,13 @@ from spar_hf.utils.texts import read_yaml
 FREE = {"output", "resume", "workers", "save_steps", "steps", *RUN_FREE}
 RECIPE = Path(__file__).with_name("spar_tiny_data.yaml")
 SET_KEYS = ("path", "weight", "crop")
-MORE_KEYS = {"sets": ("exclude", "holdout_every", "unnamed", "even_classes", "balance", "labels"), "tagged": ()}
+MORE_KEYS = {
+    "sets": ("exclude", "holdout_every", "unnamed", "unnamed_weight", "even_classes", "balance", "labels"),
+    "tagged": (),
+}
 PATCH_SIZE = 16  # of a new model, in pixels
 BALANCE = 0.35  # power of the share of a class: rare classes count more, but not equally
+UNNAMED_WEIGHT = 0.3  # of a pixel of the unnamed class; a pixel of a class of mean frequency has 1
 WITH_CONTENT = " with content "
 
 
@@ -107,6 +111,13 @@ def wrong_values(spec: dict[str, Any]) -> str:
     balance = spec.get("balance", BALANCE)
     if not isinstance(balance, int | float) or not 0 <= balance <= 1:
         return f"balance {balance!r} must lie between 0 and 1"
+    unnamed_weight = spec.get("unnamed_weight", UNNAMED_WEIGHT)
+    if "unnamed_weight" in spec and "unnamed" not in spec:
+        return "unnamed_weight weighs the pixels of the class that `unnamed` names: name it, or leave the weight out"
+    if not isinstance(unnamed_weight, int | float) or not 0 <= unnamed_weight < float("inf"):
+        return f"unnamed_weight {unnamed_weight!r} must be a number of at least 0"
+    if not spec.get("labels", True) and (idle := [name for name in ("unnamed_weight", "balance") if name in spec]):
+        return f"{idle[0]} weighs labelled pixels, and with labels: false there are none: leave it out"
     return ""
 
 

@@ -20,7 +20,7 @@ from spar_hf.pretraining.options import RECIPE, TrainingOptions, check_sets, rea
 from spar_hf.pretraining.trainer import main
 from spar_hf.utils.errors import UsageError
 
-LABELS = RECIPE.with_name("spar_tiny_labels.yaml")
+LABELS = [RECIPE.with_name(f"spar_tiny_{name}.yaml") for name in ("labels", "more_labels")]
 FURTHER = {
     "steps": 2,
     "batch_size": 4,
@@ -126,6 +126,33 @@ def test_balance__how_much_rare_classes_count():
     assert ratio() == pytest.approx(3**0.35, rel=1e-5)
 
 
+def test_unnamed_weight__how_much_pixels_of_none_of_the_classes_count(world, towers):
+    """The loss is a weighted mean of two: with three times the weight, the unnamed pixels' has three times the share."""
+    recipe = read_recipe(str(world / "recipe.yaml"))
+    student, tokenizer = towers
+
+    def loss(**weight):
+        recipe["sets"][0] = {**recipe["sets"][0], "unnamed": "road", **weight}
+        sets = load_sets(world, recipe)
+        groups = CropBatches(sets, 4, [48], steps=1, seed=0)[0]
+        present = groups[0][1].unique().tolist()
+        assert sets[0].unnamed in present and len(present) > 1
+        rest = (TrainingOptions(), random.Random(0), torch.device("cpu"))
+        with torch.no_grad():
+            return step_loss(student, tokenizer, sets, groups, *rest)[1]["set0"].double()
+
+    usual = loss()
+    named, unnamed = loss(unnamed_weight=0), loss(unnamed_weight=1e9)
+
+    def odds(weight):
+        found = loss(unnamed_weight=weight)
+        return (found - named) / (unnamed - found)
+
+    assert usual == loss(unnamed_weight=0.3) and odds(1) > 0
+    torch.testing.assert_close(odds(3), 3 * odds(1), rtol=1e-3, atol=0)
+    torch.testing.assert_close(odds(0.3), 0.3 * odds(1), rtol=1e-3, atol=0)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -141,10 +168,11 @@ def test_options_that_do_not_fit_are_refused(options, message):
         TrainingOptions(**options)
 
 
-def test_recipes_based_on_others(tmp_path):
-    """What the labels' recipe does not say is as in the recipe of the base: above all the held-out words."""
-    base, labels = (read_recipe(str(file)) for file in (RECIPE, LABELS))
-    check_sets(str(LABELS), labels)
+@pytest.mark.parametrize("file", LABELS, ids=lambda file: file.stem)
+def test_the_recipes_of_labels_hold_out_what_the_base_did(file):
+    """What such a recipe does not say is as in the recipe of the base: above all the held-out words."""
+    base, labels = (read_recipe(str(each)) for each in (RECIPE, file))
+    check_sets(str(file), labels)
     assert labels["held_out"] == base["held_out"] and "bus" in labels["held_out"]
     assert [spec["path"] for spec in labels["sets"]] == [spec["path"] for spec in base["sets"]]
     assert labels["tagged"] == [] and labels["synonyms"] == {"null": ["background"]}
@@ -153,6 +181,8 @@ def test_recipes_based_on_others(tmp_path):
         every, before = spec.get("holdout_every", 0), of_base.get("holdout_every", 0)
         assert before == every == 0 or before % every == 0
 
+
+def test_recipes_based_on_others(tmp_path):
     (tmp_path / "other.yaml").write_text("based_on: missing.yaml\n")
     with pytest.raises(UsageError, match=r"missing\.yaml"):
         read_recipe(str(tmp_path / "other.yaml"))
@@ -194,6 +224,12 @@ def test_a_set_whose_labels_are_left_out_only_anchors(world, towers):
         ({"balance": 2}, "balance 2 must"),
         ({"balance": "0.5"}, "balance '0.5' must"),
         ({"labels": "no"}, "labels 'no' must be true or false"),
+        ({"unnamed": "road", "unnamed_weight": -1}, "unnamed_weight -1 must be a number of at least 0"),
+        ({"unnamed": "road", "unnamed_weight": float("nan")}, "unnamed_weight nan must be"),
+        ({"unnamed": "road", "unnamed_weight": float("inf")}, "unnamed_weight inf must be"),
+        ({"unnamed_weight": 1}, "name it, or leave the weight out"),
+        ({"labels": False, "unnamed": "road", "unnamed_weight": 1}, "unnamed_weight weighs labelled pixels"),
+        ({"labels": False, "balance": 0.5}, "balance weighs labelled pixels"),
     ],
 )
 def test_impossible_values_of_a_set_are_refused(tmp_path, wrong, message):
