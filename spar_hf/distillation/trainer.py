@@ -49,6 +49,7 @@ from spar_hf.distillation.student_folders import (
 )
 from spar_hf.distillation.targets import Target
 from spar_hf.distillation.trainable import count_parameters, share_frozen
+from spar_hf.model.fingerprints import checksum
 from spar_hf.utils.atomic import write_atomically, write_text
 from spar_hf.utils.checkpoints import is_finished
 from spar_hf.utils.errors import NotFinite, UsageError
@@ -120,6 +121,9 @@ class Distillation:
         vocabularies = self.models.embed_words(optimisation.words, self.device) if optimisation.words else []
         if options.student.student:
             self.models.start_from(options.student.student)
+        start_weights = {"model": checksum(self.models.teacher.model)}
+        start_weights["student" if options.student.student else "model's text tower"] = checksum(self.models.model)
+        self.training_run.check_start_weights(**start_weights)
         start = None if self.state is None else self._own_start(self.state["after"])
         names = image_names(sources, options.images, options.teacher.teacher_cache)
         earlier = self.training_run.earlier_samples(names)

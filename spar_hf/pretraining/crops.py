@@ -134,14 +134,22 @@ class CropBatches(Dataset):
 
     The sets share the `batch_size` crops of a batch by their weights; each gets at least one. Crops are squares of one of
     `sides` in pixels: the same in a batch, and in the batches that `processes` take for one step, so that none waits.
+
+    Raises:
+        UsageError: a batch has fewer crops than there are sets.
     """
 
     def __init__(
         self, sets: list[CropSet], batch_size: int, sides: Sequence[int], steps: int, seed: int, processes: int = 1
     ):
         self.sets, self.sides, self.steps, self.seed, self.processes = sets, sides, steps, seed, processes
+        if batch_size < len(sets):
+            raise UsageError(f"--batch_size {batch_size} is less than a crop of each of the recipe's {len(sets)} sets.")
         total = sum(s.weight for s in sets)
-        self.counts = [max(1, round(batch_size * s.weight / total)) for s in sets]
+        self.counts = [1] * len(sets)
+        while sum(self.counts) < batch_size:  # the next crop is of the set that lacks most of its share
+            lacking = [batch_size * s.weight / total - count for s, count in zip(sets, self.counts, strict=True)]
+            self.counts[lacking.index(max(lacking))] += 1
 
     def __len__(self) -> int:
         return self.steps
@@ -222,14 +230,11 @@ def load_masked_set(
     labels = np.full(256, IGNORE_INDEX, np.uint8)
     names = []
     for number, word in enumerate(words):
-        alike = [word, *recipe["synonyms"].get(word, [])]
-        names.append(
-            [] if word in held_out or word == unnamed else [name for name in alike if name.lower() not in held_out]
-        )
-        is_learned = spec.get("labels", True) and word not in held_out
-        labels[number] = number if is_learned else IGNORE_INDEX
-    # the word says nothing to a reader; its synonyms do
-    names = [[name for name in alike if name != "null"] for alike in names]
+        # "null" says nothing to a reader; its synonyms do
+        alike = [name for name in (word, *recipe["synonyms"].get(word, [])) if name.lower() not in held_out | {"null"}]
+        names.append([] if word in held_out or word == unnamed else alike)
+        if spec.get("labels", True) and (names[number] or word == unnamed) and word not in held_out:
+            labels[number] = number
     images, masks = [], []
     for number in tqdm(range(len(data)), desc=spec["path"]):
         image, mask = data.read(number)

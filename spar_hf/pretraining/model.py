@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast, SiglipTextConfig, SiglipVisionConfig
 
 from spar_hf import SparConfig, SparForOpenVocabSegmentation, SparProcessor
+from spar_hf.model.backbone_sources import load_source_config
 from spar_hf.pretraining.crops import CropSet
 from spar_hf.pretraining.options import PATCH_SIZE, NewModelOptions
 from spar_hf.pretraining.words import build_tokenizer, common_words, fast_tokenizer, teach_words
@@ -38,17 +39,18 @@ class Towers(nn.Module):
         }
 
 
-def load_model(folder: str) -> tuple[SparForOpenVocabSegmentation, PreTrainedTokenizerFast]:
+def load_model(folder: str) -> tuple[SparForOpenVocabSegmentation, SparProcessor]:
     """
-    A finished model to train further, and its tokenizer.
+    A finished model to train further, and its processor.
 
     Raises:
         UsageError: the folder holds no such model.
     """
     with as_usage_errors():
+        load_source_config(folder)  # says in plain words that there is no such folder
         model = SparForOpenVocabSegmentation.from_pretrained(folder)
     with as_usage_errors():
-        return model, SparProcessor.from_pretrained(folder).tokenizer
+        return model, SparProcessor.from_pretrained(folder)
 
 
 def new_model(

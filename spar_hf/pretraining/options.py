@@ -26,13 +26,16 @@ from spar_hf.utils.texts import read_yaml
 FREE = {"output", "resume", "workers", "save_steps", "steps", *RUN_FREE}
 RECIPE = Path(__file__).with_name("spar_tiny_data.yaml")
 SET_KEYS = ("path", "weight", "crop")
+LISTS = ("sets", "tagged", "held_out", "held_out_tags", "groups", "words")
 MORE_KEYS = {
     "sets": ("exclude", "holdout_every", "unnamed", "unnamed_weight", "even_classes", "balance", "labels"),
     "tagged": (),
 }
 PATCH_SIZE = 16  # of a new model, in pixels
 BALANCE = 0.35  # power of the share of a class: rare classes count more, but not equally
-UNNAMED_WEIGHT = 0.3  # of a pixel of the unnamed class; a pixel of a class of mean frequency has 1
+UNNAMED_WEIGHT = (
+    0.3  # of a pixel of the unnamed class, where the weights of the classes have a mean of 1 over all pixels
+)
 WITH_CONTENT = " with content "
 
 
@@ -46,11 +49,12 @@ def read_recipe(file: str, above: tuple[Path, ...] = ()) -> dict[str, Any]:
         above: recipes that are based on this one.
 
     Raises:
-        UsageError: the file is not a recipe, or recipes are based on each other in a circle.
+        UsageError: the file is not a recipe, has parts that nothing reads or of the wrong kind, or recipes are based on each
+            other in a circle.
     """
     recipe = read_yaml(file)
     if isinstance(recipe, dict) and (other := recipe.pop("based_on", None)):
-        path, files = Path(file).with_name(str(other)), (*above, Path(file).resolve())
+        path, files = Path(file).parent / str(other), (*above, Path(file).resolve())
         if path.resolve() in files:
             raise UsageError(f"{file} is based on {other}, which is based on it: recipes must not form a circle.")
         if not path.is_file():
@@ -58,9 +62,17 @@ def read_recipe(file: str, above: tuple[Path, ...] = ()) -> dict[str, Any]:
         recipe = {**read_recipe(str(path), files), **recipe}
     if not isinstance(recipe, dict) or not {"sets", "held_out"} <= recipe.keys():
         raise UsageError(f"{file} is not a recipe of pretrain_tiny.py: it has no `sets` or no `held_out`.")
+    if unknown := [str(name) for name in recipe if name not in (*LISTS, "synonyms")]:
+        raise UsageError(
+            f"{file}: {', '.join(unknown)} is not read. A recipe has {', '.join(LISTS)}, synonyms, based_on."
+        )
     given = {name: value for name, value in recipe.items() if value is not None}
-    lists: dict[str, Any] = {name: [] for name in ("sets", "tagged", "held_out", "held_out_tags", "groups", "words")}
-    return {**lists, "synonyms": {}, **given}
+    if wrong := [name for name in LISTS if not isinstance(given.get(name, []), list)]:
+        raise UsageError(f"{file}: {wrong[0]} must be a list, such as {wrong[0]}: [...], and is {given[wrong[0]]!r}.")
+    synonyms = given.get("synonyms", {})
+    if not isinstance(synonyms, dict) or not all(isinstance(words, list) for words in synonyms.values()):
+        raise UsageError(f"{file}: synonyms must be lists by the word that they stand for, such as {{sky: [clouds]}}.")
+    return {**{name: [] for name in LISTS}, "synonyms": {}, **given}
 
 
 def check_sets(file: str, recipe: dict[str, Any]) -> None:
@@ -84,8 +96,8 @@ def check_sets(file: str, recipe: dict[str, Any]) -> None:
                 )
             if problem := wrong_values(spec):
                 raise UsageError(f"{file}: number {number} of `{part}`, {spec['path']}: {problem}.")
-    if not recipe["sets"] and not recipe["tagged"]:
-        raise UsageError(f"{file} names no set to train on.")
+    if not [spec for spec in (*recipe["sets"], *recipe["tagged"]) if spec.get("labels", True)]:
+        raise UsageError(f"{file} names no set to train on" + (" whose labels are read." if recipe["sets"] else "."))
 
 
 def wrong_values(spec: dict[str, Any]) -> str:
@@ -96,18 +108,19 @@ def wrong_values(spec: dict[str, Any]) -> str:
 
     ```python
     >>> wrong_values({"weight": 4, "crop": [60, 300]}), wrong_values({"weight": 0, "crop": [60, 300]})
-    ('', 'weight 0 must be above 0')
+    ('', 'weight 0 must be a number above 0')
     ```"""
     weight, crop, every = spec["weight"], spec["crop"], spec.get("holdout_every", 0)
-    if not isinstance(weight, int | float) or not weight > 0:
-        return f"weight {weight!r} must be above 0"
+    if not isinstance(weight, int | float) or not 0 < weight < float("inf"):
+        return f"weight {weight!r} must be a number above 0"
     numbers = isinstance(crop, list) and len(crop) == 2 and all(isinstance(side, int | float) for side in crop)
     if not numbers or not 0 < crop[0] <= crop[1]:
         return f"crop {crop!r} must be [SMALLEST, LARGEST] side in pixels"
     if not isinstance(every, int) or every == 1 or every < 0:
         return f"holdout_every {every!r} must be 0 or at least 2: of 1, every image would be held out"
-    if not isinstance(spec.get("labels", True), bool):
-        return f"labels {spec['labels']!r} must be true or false"
+    for name in ("labels", "even_classes"):
+        if not isinstance(spec.get(name, True), bool):
+            return f"{name} {spec[name]!r} must be true or false"
     balance = spec.get("balance", BALANCE)
     if not isinstance(balance, int | float) or not 0 <= balance <= 1:
         return f"balance {balance!r} must lie between 0 and 1"
@@ -116,8 +129,10 @@ def wrong_values(spec: dict[str, Any]) -> str:
         return "unnamed_weight weighs the pixels of the class that `unnamed` names: name it, or leave the weight out"
     if not isinstance(unnamed_weight, int | float) or not 0 <= unnamed_weight < float("inf"):
         return f"unnamed_weight {unnamed_weight!r} must be a number of at least 0"
-    if not spec.get("labels", True) and (idle := [name for name in ("unnamed_weight", "balance") if name in spec]):
-        return f"{idle[0]} weighs labelled pixels, and with labels: false there are none: leave it out"
+    if not spec.get("labels", True) and (
+        idle := [name for name in ("unnamed_weight", "balance", "even_classes") if name in spec]
+    ):
+        return f"{idle[0]} is about labelled pixels, and with labels: false there are none: leave it out"
     return ""
 
 
@@ -161,6 +176,9 @@ class NewModelOptions:
                 f"--window_size {self.window_size} must be a multiple of the patch of {PATCH_SIZE} px, such as {nearest}: "
                 "labels and features of a crop would not lie on each other."
             )
+
+        if self.text_teacher is None and "common_words" in self.changed():
+            raise UsageError("--common_words are those of a sentence encoder: name it with --text_teacher.")
 
     def changed(self) -> list[str]:
         """Names of the options that are not at their defaults."""

@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast, get_cosine_schedule_with_warmup
 
 from spar_hf import SparForOpenVocabSegmentation, SparImageProcessorPil, SparProcessor
+from spar_hf.model.fingerprints import checksum
 from spar_hf.pretraining.crops import CropBatches, CropSet, load_sets
 from spar_hf.pretraining.losses import step_loss
 from spar_hf.pretraining.model import Towers, load_model, new_model
@@ -87,10 +88,12 @@ def train(options: PretrainingOptions) -> Path | None:
             teach = run.state is None
             kept = run.output / "tokenizer.json"
             model, tokenizer = new_model(options.new_model, sets, recipe["words"], options.run.seed, kept, teach)
+            processor = new_processor(tokenizer, model.config.image_size)
             if teach and accelerator.is_main_process:
                 write_text(kept, tokenizer.backend_tokenizer.to_str())
         else:
-            model, tokenizer = load_model(options.training.start)
+            model, processor = load_model(options.training.start)
+            run.check_start_weights(start=checksum(model))
         model.vision_model.requires_grad_(True)  # with the probe of the pooling head, for the pooled embedding
         for frozen in (model.text_model, model.logit_scale, model.logit_bias):
             frozen.requires_grad_(False)
@@ -100,12 +103,12 @@ def train(options: PretrainingOptions) -> Path | None:
         prepared = (*accelerator.prepare(towers, optimizer), schedule)
         accelerator.register_for_checkpointing(schedule)
         run.begin(options.training.steps, samples, first_row=0)
-        train_towers(prepared, tokenizer, sets, options, run, anchor)
+        train_towers(prepared, processor.tokenizer, sets, options, run, anchor)
         if not run.stopped and accelerator.is_main_process:
             if (record := model.config.distillation) is not None:  # else it would be that of other weights
                 labels = label_record(options, recipe, accelerator.num_processes)
-                model.config.distillation = {**record, "labels": labels}
-            save_model(model, tokenizer, result)
+                model.config.distillation = with_labels(record, labels)
+            save_model(model, processor, result)
         del prepared
     return None if run.stopped else result
 
@@ -201,6 +204,16 @@ def train_towers(
             break
 
 
+def with_labels(record: dict[str, Any], labels: dict[str, Any]) -> dict[str, Any]:
+    """
+    The record of a student after a training with labels: `labels` lists all of them. What was measured with its weights from
+    before, or says how they were averaged, is left out.
+    """
+    earlier = record.get("labels", [])
+    kept = {name: value for name, value in record.items() if name not in ("held_out", "weights")}
+    return {**kept, "labels": [*(earlier if isinstance(earlier, list) else [earlier]), labels]}
+
+
 def label_record(options: PretrainingOptions, recipe: dict[str, Any], processes: int) -> dict[str, Any]:
     """What the configuration of a student says about a training with labels after its distillation."""
     training = options.training
@@ -217,11 +230,16 @@ def label_record(options: PretrainingOptions, recipe: dict[str, Any], processes:
     }
 
 
-def save_model(model: SparForOpenVocabSegmentation, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+def new_processor(tokenizer: PreTrainedTokenizerFast, window: int) -> SparProcessor:
+    """The processor of a new model: images are read at twice its window along their shorter side."""
+    return SparProcessor(
+        SparImageProcessorPil(size={"shortest_edge": 2 * window, "longest_edge": 8 * window}), tokenizer
+    )
+
+
+def save_model(model: SparForOpenVocabSegmentation, processor: SparProcessor, folder: Path) -> None:
     """Write the model in half precision, which the configuration's `dtype` turns back into float32 when it is loaded."""
     half = {name: tensor.half() for name, tensor in model.state_dict().items()}
-    window = model.config.image_size
-    working_size = {"shortest_edge": 2 * window, "longest_edge": 8 * window}
     with writing_folder(folder) as temporary:
         model.save_pretrained(temporary, state_dict=half)
-        SparProcessor(SparImageProcessorPil(size=working_size), tokenizer).save_pretrained(temporary)
+        processor.save_pretrained(temporary)

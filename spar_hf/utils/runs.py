@@ -245,6 +245,7 @@ class TrainingRun:
         self.accelerator, self.options, self.output = accelerator, options, Path(options.output)
         self.settings = settings | {"mixed_precision": accelerator.mixed_precision}
         self.results, self.stopped = results, False
+        self.start_weights: dict[str, int] = {}
         resume, overwrite, processes = options.resume, options.overwrite, accelerator.num_processes
         with contextlib.ExitStack() as exits:
             exits.enter_context(RunFolder(accelerator, self.output))
@@ -261,6 +262,25 @@ class TrainingRun:
     def earlier_samples(self, found: Iterable[str]) -> dict[str, list[str]] | None:
         """The images of the run that is resumed, compared with those there are now, see [`earlier_samples`]."""
         return None if self.state is None else earlier_samples(self.output, found, self.options.allow_changed_data)
+
+    def check_start_weights(self, **checksums: int) -> None:
+        """
+        Remember the weights that the run reads from model folders, and refuse to resume it with others. A checkpoint holds
+        what is trained, and neither a teacher nor the frozen part of a model. Call it before `begin`.
+
+        Args:
+            checksums: see [`~spar_hf.model.fingerprints.checksum`], by the option that names the folder.
+
+        Raises:
+            UsageError: they are not those that the run began with.
+        """
+        self.start_weights = checksums
+        then = (self.state or {}).get("start_weights", checksums)  # earlier versions kept none
+        if changed := [f"--{name}" for name, number in checksums.items() if then.get(name, number) != number]:
+            raise UsageError(
+                f"--resume goes on with the same weights, but those of {changed[0]} changed since the run began. Bring them "
+                "back, or write another run to another folder."
+            )
 
     def track(self, project: str, record: dict[str, Any]) -> None:
         """Start the trackers, if there are any, and tell them how the model is trained."""
@@ -307,7 +327,9 @@ class TrainingRun:
         self.stopped = not is_last and self.stop.asked()
         if self.stopped or (not is_last and step % self.options.save_steps == 0):
             values = {name: value() if callable(value) else value for name, value in state.items()}
-            folder = save_checkpoint(self.accelerator, self.output, step, settings=self.settings, **values)
+            folder = save_checkpoint(
+                self.accelerator, self.output, step, settings=self.settings, start_weights=self.start_weights, **values
+            )
             if self.stopped:
                 text = "Stopped after step %d; %s is complete. Go on with the same command and --resume."
                 logger.info(text, step, folder)

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from changing import change_weights
 from distilling import distil, log_of
 from interrupting import at_call
 from launching import locked_elsewhere
@@ -203,6 +204,25 @@ def test_a_position_subspace_stays_that_of_the_run_whatever_images_come_later(
     monkeypatch.setattr(Student, "restore_positions", watching)
     assert distil(base_folder, own_images, output, *SHORT, *options, "--resume", "--allow_changed_data")
     assert len(seen) == 3 and all(torch.equal(directions, torch.tensor(kept)) for directions in seen)
+
+
+@pytest.mark.parametrize(("part", "named"), [("vision_model", "--model"), ("text_model", "--model's text tower")])
+def test_a_run_does_not_go_on_with_another_teacher(base_folder, own_images, tmp_path, monkeypatch, part, named):
+    """A checkpoint holds the student alone."""
+    base, output = shutil.copytree(base_folder, tmp_path / "base"), tmp_path / "run"
+    stopped_run(base, own_images, output, monkeypatch)
+    change_weights(base, part)
+    with pytest.raises(UsageError, match=f"those of {named} changed since the run began"):
+        distil(base, own_images, output, *SHORT, "--resume")
+
+
+def test_a_run_does_not_go_on_from_another_start(base_folder, own_images, tmp_path, monkeypatch):
+    student, output = shutil.copytree(base_folder, tmp_path / "student"), tmp_path / "run"
+    options = ("--student", student)
+    stopped_run(base_folder, own_images, output, monkeypatch, *options)
+    change_weights(student, "vision_model")
+    with pytest.raises(UsageError, match="those of --student changed since the run began"):
+        distil(base_folder, own_images, output, *SHORT, *options, "--resume")
 
 
 def test_words_of_an_earlier_version_are_not_mixed_with_those_of_today(base_folder, own_images, tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from changing import change_weights
 from datasets import Dataset
 from interrupting import at_call, crash
 from launching import ENVIRONMENT, TRAINING, TWO_PROCESSES
@@ -154,6 +155,17 @@ def test_launched_in_two_processes_on_a_sliding_window_of_a_spar_folder(vision_m
     results = metric.compute()
     assert results["mean_iou"] == report["best"]["mean_iou"]
     assert results["per_category_iou"].tolist() == list(report["best"]["classes"].values())
+
+
+def test_a_run_does_not_go_on_with_another_backbone(backbone, dataset, tmp_path, monkeypatch):
+    own, options = shutil.copytree(backbone, tmp_path / "backbone"), ("--save_steps", 2, "--steps", 4)
+    monkeypatch.setattr(linear_probe, "batch_loss", at_call(3, batch_loss, crash))
+    with pytest.raises(MemoryError):
+        main(arguments(own, dataset, tmp_path / "run", *options))
+    monkeypatch.undo()
+    change_weights(own)
+    with pytest.raises(UsageError, match="those of --model changed since the run began"):
+        main(arguments(own, dataset, tmp_path / "run", *options, "--resume"))
 
 
 def test_a_killed_run_resumes_to_the_last_bit(backbone, dataset, tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from changing import change_weights
 from interrupting import at_call
 from launching import ENVIRONMENT, TRAINING, TWO_PROCESSES, signal_all
 from PIL import Image
@@ -244,6 +245,7 @@ def as_version_0_1_stored_it(file):
     settings = state["settings"]
     assert settings["include"] == ["*"] and settings["mixed_precision"] == "no"
     settings |= {"data": settings.pop("dataset"), "photos": settings.pop("limit"), "include": "*"}
+    del state["start_weights"]
     file.write_text(json.dumps(state))
 
 
@@ -274,6 +276,11 @@ def test_training__learns_the_images_and_resumes_to_the_last_bit(base, data, tmp
         main(arguments(base, data, killed, **settings))
     with pytest.raises(UsageError, match=r"--seed \(was 0, is 1\)"):
         main(arguments(base, data, killed, **settings, seed=1, resume=True))
+    kept = shutil.copytree(base, tmp_path / "base")
+    change_weights(base)
+    with pytest.raises(UsageError, match="those of --model changed since the run began"):
+        main(arguments(base, data, killed, **settings, resume=True))
+    shutil.copytree(kept, base, dirs_exist_ok=True)
     as_version_0_1_stored_it(killed / "checkpoint-60" / "state.json")
     old = settings | {"photos": settings["limit"]}
     resumed = main(arguments(base, data, killed, **{k: v for k, v in old.items() if k != "limit"}, resume=True))

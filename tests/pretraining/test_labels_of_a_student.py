@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ import spar_hf
 from spar_hf import SparForOpenVocabSegmentation, SparProcessor
 from spar_hf.pretraining import trainer
 from spar_hf.pretraining.crops import CropBatches, CropSet, load_sets
-from spar_hf.pretraining.losses import step_loss
+from spar_hf.pretraining.losses import FOREIGN, draw_prompts, step_loss
 from spar_hf.pretraining.model import Towers
 from spar_hf.pretraining.options import RECIPE, TrainingOptions, check_sets, read_recipe
 from spar_hf.pretraining.trainer import main
@@ -89,11 +90,14 @@ def test_a_student_goes_on_with_labels(world):
     )
     record = SparForOpenVocabSegmentation.from_pretrained(held).config.distillation
     start = SparForOpenVocabSegmentation.from_pretrained(spar_hf.SPAR_TINY)
-    labels = record.pop("labels")
-    assert record == {name: value for name, value in start.config.distillation.items() if name != "labels"}
-    assert (
-        labels["crop_sides"] == [32, 64] and labels["anchor_weight"] == 300 and labels["sets"] == ["scenes", "tagged"]
-    )
+    before = start.config.distillation
+    of_other_weights = {"held_out", "weights"}
+    assert "weights" in before and record.keys() == before.keys() - of_other_weights
+    assert all(record[name] == before[name] for name in record if name != "labels")
+    *earlier, labels = record["labels"]
+    assert earlier == before["labels"]  # trained again with labels, it still says what it learned from first
+    assert (labels["crop_sides"], labels["anchor_weight"], labels["crops_per_step"]) == ([32, 64], 300, 4)
+    assert labels["sets"] == ["scenes", "tagged"]
     rows = [json.loads(line) for line in (world / "held" / "log.jsonl").read_text().splitlines()]
     assert rows[0]["anchor"] == 0  # nothing was changed before the first step
 
@@ -109,6 +113,48 @@ def test_a_student_goes_on_with_labels(world):
     for name, tensor in start.state_dict().items():
         if name.startswith("text_model."):
             assert torch.equal(weights[name].float(), tensor), name
+
+
+def test_a_model_trained_further_keeps_its_processor(world, tmp_path):
+    start = tmp_path / "start"
+    SparForOpenVocabSegmentation.from_pretrained(spar_hf.SPAR_TINY).save_pretrained(start)
+    processor = SparProcessor.from_pretrained(spar_hf.SPAR_TINY)
+    processor.image_processor.size = {"shortest_edge": 160, "longest_edge": 640}
+    processor.save_pretrained(start)
+    result = main(command_of(world, start=start))
+    assert dict(SparProcessor.from_pretrained(result).image_processor.size) == processor.image_processor.size
+
+
+def command_of(world, **options):
+    """The arguments of a short training of the coloured world."""
+    given = {"data": world, "recipe": world / "recipe.yaml", "output": world / "run", **FURTHER, **options}
+    return [part for name, value in given.items() for part in (f"--{name}", str(value))]
+
+
+def test_a_resumed_run_goes_on_from_the_weights_it_began_with(world, tmp_path):
+    """The anchor is no part of a checkpoint: it is read again from --start."""
+    start = tmp_path / "start"
+    model = SparForOpenVocabSegmentation.from_pretrained(spar_hf.SPAR_TINY)
+    model.save_pretrained(start)
+    SparProcessor.from_pretrained(spar_hf.SPAR_TINY).save_pretrained(start)
+    options = {"start": start, "anchor_weight": 0.5, "steps": 4, "save_steps": 2}
+    whole = load_file(main(command_of(world, **options)) / "model.safetensors")
+    resumed = [*command_of(world, **options), "--resume"]
+    shutil.rmtree(world / "run" / "model")
+    again = load_file(main(resumed) / "model.safetensors")
+    assert whole.keys() == again.keys() and all(torch.equal(whole[name], again[name]) for name in whole)
+
+    shutil.rmtree(world / "run" / "model")
+    with torch.no_grad():
+        next(model.vision_model.parameters())[0] += 0.01
+    model.save_pretrained(start)
+    with pytest.raises(UsageError, match="those of --start changed since the run began"):
+        main(resumed)
+    (state,) = (world / "run").glob("checkpoint-2/state.json")
+    values = json.loads(state.read_text())
+    del values["start_weights"]  # as an earlier version wrote it
+    state.write_text(json.dumps(values))
+    assert main(resumed)
 
 
 def test_balance__how_much_rare_classes_count():
@@ -183,11 +229,15 @@ def test_the_recipes_of_labels_hold_out_what_the_base_did(file):
 
 
 def test_recipes_based_on_others(tmp_path):
+    (tmp_path / "below").mkdir()
+    (tmp_path / "below" / "deep.yaml").write_text("based_on: ../other.yaml\nwords: [tree]\n")
     (tmp_path / "other.yaml").write_text("based_on: missing.yaml\n")
     with pytest.raises(UsageError, match=r"missing\.yaml"):
         read_recipe(str(tmp_path / "other.yaml"))
     (tmp_path / "missing.yaml").write_text(yaml.safe_dump({"sets": [], "held_out": ["bus"]}))
     assert read_recipe(str(tmp_path / "other.yaml"))["held_out"] == ["bus"]
+    deep = read_recipe(str(tmp_path / "below" / "deep.yaml"))
+    assert deep["held_out"] == ["bus"] and deep["words"] == ["tree"]
     (tmp_path / "missing.yaml").write_text(yaml.safe_dump({"sets": [], "held_out": [], "based_on": "other.yaml"}))
     with pytest.raises(UsageError, match="circle"):
         read_recipe(str(tmp_path / "other.yaml"))
@@ -195,12 +245,19 @@ def test_recipes_based_on_others(tmp_path):
 
 def test_a_set_whose_labels_are_left_out_only_anchors(world, towers):
     """Its images keep their features, its words stay among the wrong answers of other sets."""
+    other = world / "others"
+    shutil.copytree(world / "scenes", other)
+    (other / "classes.txt").write_text("\n".join(["harbor", "temple", "cactus", "ladder"]))
     recipe = read_recipe(str(world / "recipe.yaml"))
-    recipe["sets"].append({**recipe["sets"][0], "labels": False})
+    recipe["sets"].append({**recipe["sets"][0], "path": "others", "labels": False})
     recipe["tagged"] = []
     sets = load_sets(world, recipe)
-    assert all((mask == 255).all() for mask in sets[1].masks) and sets[1].names == sets[0].names
+    assert all((mask == 255).all() for mask in sets[1].masks) and ["temple"] in sets[1].names
     assert any((mask != 255).any() for mask in sets[0].masks)
+    labels = [label for _, label in CropBatches(sets, 4, [48], steps=1, seed=0)[0]]
+    of_first = draw_prompts(sets, labels, TrainingOptions(), random.Random(0))[0]
+    wrong = [text for text, target in zip(of_first.texts, of_first.targets, strict=True) if target == FOREIGN]
+    assert any("temple" in text for text in wrong)
     student, tokenizer = towers
     anchor = trainer.anchor_of(student.model, 0.5, torch.device("cpu"))
     with torch.no_grad():
@@ -213,8 +270,14 @@ def test_a_set_whose_labels_are_left_out_only_anchors(world, towers):
 
     (world / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     command = ["--data", str(world), "--recipe", str(world / "recipe.yaml"), "--output", str(world / "run")]
-    with pytest.raises(UsageError, match=r"scenes, which has `labels: false`: give --anchor_weight"):
+    with pytest.raises(UsageError, match=r"others, which has `labels: false`: give --anchor_weight"):
         main([*command, "--start", str(spar_hf.SPAR_TINY)])
+    result = main(command_of(world, anchor_weight=0.5))
+    record = SparForOpenVocabSegmentation.from_pretrained(result).config.distillation
+    assert record["labels"][-1]["sets"] == ["scenes"]
+    (world / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "sets": recipe["sets"][1:]}))
+    with pytest.raises(UsageError, match="no set to train on whose labels are read"):
+        main(command_of(world, anchor_weight=0.5, output=world / "unlabelled"))
 
 
 @pytest.mark.parametrize(
@@ -224,12 +287,16 @@ def test_a_set_whose_labels_are_left_out_only_anchors(world, towers):
         ({"balance": 2}, "balance 2 must"),
         ({"balance": "0.5"}, "balance '0.5' must"),
         ({"labels": "no"}, "labels 'no' must be true or false"),
+        ({"even_classes": "no"}, "even_classes 'no' must be true or false"),
+        ({"weight": float("inf")}, "weight inf must be a number above 0"),
+        ({"weight": float("nan")}, "weight nan must be"),
         ({"unnamed": "road", "unnamed_weight": -1}, "unnamed_weight -1 must be a number of at least 0"),
         ({"unnamed": "road", "unnamed_weight": float("nan")}, "unnamed_weight nan must be"),
         ({"unnamed": "road", "unnamed_weight": float("inf")}, "unnamed_weight inf must be"),
         ({"unnamed_weight": 1}, "name it, or leave the weight out"),
-        ({"labels": False, "unnamed": "road", "unnamed_weight": 1}, "unnamed_weight weighs labelled pixels"),
-        ({"labels": False, "balance": 0.5}, "balance weighs labelled pixels"),
+        ({"labels": False, "unnamed": "road", "unnamed_weight": 1}, "unnamed_weight is about labelled pixels"),
+        ({"labels": False, "balance": 0.5}, "balance is about labelled pixels"),
+        ({"labels": False, "even_classes": True}, "even_classes is about labelled pixels"),
     ],
 )
 def test_impossible_values_of_a_set_are_refused(tmp_path, wrong, message):
@@ -238,3 +305,55 @@ def test_impossible_values_of_a_set_are_refused(tmp_path, wrong, message):
     file.write_text(yaml.safe_dump({"sets": [spec], "held_out": []}))
     with pytest.raises(UsageError, match=message):
         check_sets(str(file), read_recipe(str(file)))
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ({"held_out": "bus"}, r"held_out must be a list, such as held_out: \[...\], and is 'bus'"),
+        ({"held_out_tags": "minibus"}, "held_out_tags must be a list"),
+        ({"heldout": ["bus"]}, "heldout is not read"),
+        ({"synonym": {"sky": ["clouds"]}}, "synonym is not read"),
+        ({"synonyms": ["clouds"]}, "synonyms must be lists by the word"),
+        ({"synonyms": {"sky": "clouds"}}, "synonyms must be lists by the word"),
+    ],
+)
+def test_parts_of_a_recipe_of_the_wrong_kind_are_refused(tmp_path, parts, message):
+    """A word that is held out by a slip of the pen would be trained on."""
+    file = tmp_path / "recipe.yaml"
+    file.write_text(
+        yaml.safe_dump({"sets": [{"path": "scenes", "weight": 1, "crop": [9, 9]}], "held_out": [], **parts})
+    )
+    with pytest.raises(UsageError, match=message):
+        read_recipe(str(file))
+
+
+def test_the_sets_share_exactly_the_crops_of_a_batch():
+    def sets(*weights):
+        mask = np.zeros((8, 8), np.uint8)
+        spec = {"crop": [4, 8]}
+        return [CropSet([np.zeros((8, 8, 3), np.uint8)], [mask], [["sky"]], {**spec, "weight": w}) for w in weights]
+
+    for size in range(5, 70):
+        counts = CropBatches(sets(10, 7, 4, 2, 1), size, [32], steps=1, seed=0).counts
+        assert sum(counts) == size and min(counts) >= 1
+        # no set has a whole crop more than its share, except for its only one
+        assert all(
+            count == 1 or count < size * weight / 24 + 1 for count, weight in zip(counts, (10, 7, 4, 2, 1), strict=True)
+        )
+    assert counts[0] > counts[1] > counts[2] > counts[3] > counts[4]
+    with pytest.raises(UsageError, match=r"--batch_size 4 is less than a crop of each of the recipe's 5 sets"):
+        CropBatches(sets(10, 7, 4, 2, 1), 4, [32], steps=1, seed=0)
+
+
+def test_pixels_of_a_class_without_a_word_are_ignored(world):
+    """As "null" is, which says nothing to a reader, where a recipe has no synonym for it."""
+    (world / "scenes" / "classes.txt").write_text("\n".join(["sky", "null", "grass", "bus"]))
+    recipe = {**read_recipe(str(world / "recipe.yaml")), "tagged": [], "synonyms": {}}
+    (scenes,) = load_sets(world, recipe)
+    assert scenes.names[1] == [] and not any((mask == 1).any() for mask in scenes.masks)
+    groups = CropBatches([scenes], 8, [48], steps=1, seed=0)[0]
+    draw_prompts([scenes], [groups[0][1]], TrainingOptions(), random.Random(0))
+    recipe["synonyms"] = {"null": ["backdrop"]}
+    (scenes,) = load_sets(world, recipe)
+    assert scenes.names[1] == ["backdrop"] and any((mask == 1).any() for mask in scenes.masks)

@@ -297,7 +297,7 @@ def test_a_run_goes_on_with_the_recipe_that_it_began_with(world, monkeypatch):
             "number 2 of `tagged` has no path, weight",
         ),
         ({"sets": [], "tagged": []}, "no set"),
-        ({"sets": [{"path": "scenes", "weight": 0, "crop": [9, 9]}]}, "scenes: weight 0 must be above 0"),
+        ({"sets": [{"path": "scenes", "weight": 0, "crop": [9, 9]}]}, "scenes: weight 0 must be a number above 0"),
         ({"sets": [{"path": "scenes", "weight": 1, "crop": 60}]}, "crop 60 must be"),
         ({"tagged": [{"path": "tagged", "weight": 1, "crop": [90, 60]}]}, r"crop \[90, 60\] must be"),
         ({"sets": [{"path": "scenes", "weight": 1, "crop": [9, 9], "holdout_every": 1}]}, "holdout_every 1"),
