@@ -23,6 +23,7 @@ from accelerate.utils import broadcast, broadcast_object_list, gather_object
 from PIL import Image
 from rich.console import Console
 
+from spar_hf import SparForOpenVocabSegmentation
 from spar_hf.data.order import MapOrder, StreamOrder
 from spar_hf.data.sources import open_sources
 from spar_hf.data.training_images import LoadedSample, SkippedList
@@ -49,7 +50,7 @@ from spar_hf.distillation.student_folders import (
 )
 from spar_hf.distillation.targets import Target
 from spar_hf.distillation.trainable import count_parameters, share_frozen
-from spar_hf.model.fingerprints import checksum
+from spar_hf.model.fingerprints import vision_fingerprint, weights_hash
 from spar_hf.utils.atomic import write_atomically, write_text
 from spar_hf.utils.checkpoints import is_finished
 from spar_hf.utils.errors import NotFinite, UsageError
@@ -121,9 +122,7 @@ class Distillation:
         vocabularies = self.models.embed_words(optimisation.words, self.device) if optimisation.words else []
         if options.student.student:
             self.models.start_from(options.student.student)
-        start_weights = {"model": checksum(self.models.teacher.model)}
-        start_weights["student" if options.student.student else "model's text tower"] = checksum(self.models.model)
-        self.training_run.check_start_weights(**start_weights)
+        self.training_run.check_start_weights(**self._start_weights())
         start = None if self.state is None else self._own_start(self.state["after"])
         names = image_names(sources, options.images, options.teacher.teacher_cache)
         earlier = self.training_run.earlier_samples(names)
@@ -181,6 +180,16 @@ class Distillation:
         return None if run.stopped else self.options.folders[-1]
 
     # The steps of the constructor
+
+    def _start_weights(self) -> dict[str, str]:
+        """Fingerprints of what the run reads from folders and its checkpoints do not hold."""
+        models = self.models
+        found = {"model": vision_fingerprint(models.teacher.model)}
+        if self.options.student.student:
+            found["student"] = vision_fingerprint(models.student)
+        if isinstance(models.model, SparForOpenVocabSegmentation):
+            found["model's text tower"] = weights_hash(models.model.text_model).hexdigest()
+        return found
 
     def _own_start(self, after: list[list[int]]) -> list[int]:
         """Where this process goes on in the stream, from where the processes of the checkpoint stopped."""

@@ -34,7 +34,7 @@ from spar_hf.heads.frozen_features import FrozenFeatures
 from spar_hf.heads.linear_head import LinearHeads, batch_loss, draw_pixels
 from spar_hf.heads.linear_probe_options import FREE, ProbeData, ProbeOptions, ProbeTraining, upgrade
 from spar_hf.heads.linear_probe_report import make_report, show, write_results
-from spar_hf.model.fingerprints import checksum
+from spar_hf.model.fingerprints import vision_fingerprint
 from spar_hf.model.segmentation import decide
 from spar_hf.utils.checkpoints import discard_checkpoints, settings_of
 from spar_hf.utils.errors import NotFinite, UsageError
@@ -67,7 +67,7 @@ def probe(options: ProbeOptions) -> dict[str, Any] | None:
         train, test = as_before(*open_datasets(options.data), run)
         samples = {"train": train.files, "test": test.files}  # with those left out below, as `as_before` sees them
         features = FrozenFeatures(options.features, accelerator)
-        run.check_start_weights(model=checksum(features.model))
+        run.check_start_weights(model=vision_fingerprint(features.model))
         train, test = (labelled_images(data, accelerator) for data in (train, test))
         for data in (train, test):
             features.fill(data)

@@ -28,7 +28,7 @@ from spar_hf.distillation.trainable import choose_parameters, count_parameters
 from spar_hf.heads.panoptic_options import FREE, PanopticData, PanopticModel, PanopticOptions, upgrade
 from spar_hf.heads.panoptic_quality import measure_quality
 from spar_hf.heads.segments import PanopticImages, first_item, has_segment, thing_classes
-from spar_hf.model.fingerprints import checksum
+from spar_hf.model.fingerprints import vision_fingerprint
 from spar_hf.utils.atomic import write_json, write_text, writing_folder
 from spar_hf.utils.checkpoints import settings_of
 from spar_hf.utils.devices import clock
@@ -113,7 +113,7 @@ class PanopticTrainer:
         stuff = sorted(set(range(len(self.train_data.labels))) - self.things)
         self.image_processor = load_image_processor(options.model.model, options.views.shortest_edge, stuff)
         self.model = build_model(options.model, self.train_data.labels).to(accelerator.device)
-        self.training_run.check_start_weights(model=checksum(self.model.vision_model))
+        self.training_run.check_start_weights(model=vision_fingerprint(self.model.vision_model))
         groups = parameter_groups(self.model, options)
         self.parameters = [parameter for group in groups for parameter in group["params"]]
         training = options.training

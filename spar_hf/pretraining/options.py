@@ -33,9 +33,7 @@ MORE_KEYS = {
 }
 PATCH_SIZE = 16  # of a new model, in pixels
 BALANCE = 0.35  # power of the share of a class: rare classes count more, but not equally
-UNNAMED_WEIGHT = (
-    0.3  # of a pixel of the unnamed class, where the weights of the classes have a mean of 1 over all pixels
-)
+UNNAMED_WEIGHT = 0.3  # of a pixel of the unnamed class; the weights of all classes have a mean of 1 over the pixels
 WITH_CONTENT = " with content "
 
 
@@ -72,6 +70,10 @@ def read_recipe(file: str, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     synonyms = given.get("synonyms", {})
     if not isinstance(synonyms, dict) or not all(isinstance(words, list) for words in synonyms.values()):
         raise UsageError(f"{file}: synonyms must be lists by the word that they stand for, such as {{sky: [clouds]}}.")
+    words = [word for name in ("held_out", "held_out_tags", "words") for word in given.get(name, [])]
+    words += [word for name, alike in synonyms.items() for word in (name, *alike)]
+    if wrong := [word for word in words if not isinstance(word, str)]:
+        raise UsageError(f"{file}: {wrong[0]!r} is no word to YAML. Put it in quotes.")
     return {**{name: [] for name in LISTS}, "synonyms": {}, **given}
 
 

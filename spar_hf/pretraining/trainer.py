@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast, get_cosine_schedule_with_warmup
 
 from spar_hf import SparForOpenVocabSegmentation, SparImageProcessorPil, SparProcessor
-from spar_hf.model.fingerprints import checksum
+from spar_hf.model.fingerprints import weights_hash
 from spar_hf.pretraining.crops import CropBatches, CropSet, load_sets
 from spar_hf.pretraining.losses import step_loss
 from spar_hf.pretraining.model import Towers, load_model, new_model
@@ -93,7 +93,7 @@ def train(options: PretrainingOptions) -> Path | None:
                 write_text(kept, tokenizer.backend_tokenizer.to_str())
         else:
             model, processor = load_model(options.training.start)
-            run.check_start_weights(start=checksum(model))
+            run.check_start_weights(start=weights_hash(model).hexdigest())
         model.vision_model.requires_grad_(True)  # with the probe of the pooling head, for the pooled embedding
         for frozen in (model.text_model, model.logit_scale, model.logit_bias):
             frozen.requires_grad_(False)

@@ -245,7 +245,7 @@ class TrainingRun:
         self.accelerator, self.options, self.output = accelerator, options, Path(options.output)
         self.settings = settings | {"mixed_precision": accelerator.mixed_precision}
         self.results, self.stopped = results, False
-        self.start_weights: dict[str, int] = {}
+        self.start_weights: dict[str, str] = {}
         resume, overwrite, processes = options.resume, options.overwrite, accelerator.num_processes
         with contextlib.ExitStack() as exits:
             exits.enter_context(RunFolder(accelerator, self.output))
@@ -263,20 +263,20 @@ class TrainingRun:
         """The images of the run that is resumed, compared with those there are now, see [`earlier_samples`]."""
         return None if self.state is None else earlier_samples(self.output, found, self.options.allow_changed_data)
 
-    def check_start_weights(self, **checksums: int) -> None:
+    def check_start_weights(self, **fingerprints: str) -> None:
         """
         Remember the weights that the run reads from model folders, and refuse to resume it with others. A checkpoint holds
         what is trained, and neither a teacher nor the frozen part of a model. Call it before `begin`.
 
         Args:
-            checksums: see [`~spar_hf.model.fingerprints.checksum`], by the option that names the folder.
+            fingerprints: such as [`~spar_hf.model.fingerprints.vision_fingerprint`], by the option that names the folder.
 
         Raises:
             UsageError: they are not those that the run began with.
         """
-        self.start_weights = checksums
-        then = (self.state or {}).get("start_weights", checksums)  # earlier versions kept none
-        if changed := [f"--{name}" for name, number in checksums.items() if then.get(name, number) != number]:
+        self.start_weights = fingerprints
+        then = (self.state or {}).get("start_weights", fingerprints)  # earlier versions kept none
+        if changed := [f"--{name}" for name, found in fingerprints.items() if then.get(name, found) != found]:
             raise UsageError(
                 f"--resume goes on with the same weights, but those of {changed[0]} changed since the run began. Bring them "
                 "back, or write another run to another folder."

@@ -216,6 +216,18 @@ def test_a_run_does_not_go_on_with_another_teacher(base_folder, own_images, tmp_
         distil(base, own_images, output, *SHORT, "--resume")
 
 
+def test_a_run_does_not_go_on_with_other_settings_of_the_teacher(base_folder, own_images, tmp_path, monkeypatch):
+    """The activation leaves no trace in the weights."""
+    base, output = shutil.copytree(base_folder, tmp_path / "base"), tmp_path / "run"
+    stopped_run(base, own_images, output, monkeypatch)
+    config = json.loads((base / "config.json").read_text())
+    assert config["backbone_config"].get("hidden_act") != "relu"
+    config["backbone_config"]["hidden_act"] = "relu"
+    (base / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UsageError, match="those of --model changed since the run began"):
+        distil(base, own_images, output, *SHORT, "--resume")
+
+
 def test_a_run_does_not_go_on_from_another_start(base_folder, own_images, tmp_path, monkeypatch):
     student, output = shutil.copytree(base_folder, tmp_path / "student"), tmp_path / "run"
     options = ("--student", student)

@@ -316,6 +316,10 @@ def test_impossible_values_of_a_set_are_refused(tmp_path, wrong, message):
         ({"synonym": {"sky": ["clouds"]}}, "synonym is not read"),
         ({"synonyms": ["clouds"]}, "synonyms must be lists by the word"),
         ({"synonyms": {"sky": "clouds"}}, "synonyms must be lists by the word"),
+        ({"held_out": [None]}, "None is no word to YAML. Put it in quotes"),
+        ({"held_out_tags": ["ski", True]}, "True is no word"),
+        ({"synonyms": {None: ["backdrop"]}}, "None is no word"),
+        ({"synonyms": {"sky": [7]}}, "7 is no word"),
     ],
 )
 def test_parts_of_a_recipe_of_the_wrong_kind_are_refused(tmp_path, parts, message):
