@@ -206,12 +206,11 @@ def train_towers(
 
 def with_labels(record: dict[str, Any], labels: dict[str, Any]) -> dict[str, Any]:
     """
-    The record of a student after a training with labels: `labels` lists all of them. What was measured with its weights from
-    before, or says how they were averaged, is left out.
+    The record of a student after a training with labels, with `labels` as the last of its list of such trainings. The
+    held-out error and the note on averaged weights are left out: they are about the weights before this training.
     """
-    earlier = record.get("labels", [])
     kept = {name: value for name, value in record.items() if name not in ("held_out", "weights")}
-    return {**kept, "labels": [*(earlier if isinstance(earlier, list) else [earlier]), labels]}
+    return {**kept, "labels": [*record.get("labels", []), labels]}
 
 
 def label_record(options: PretrainingOptions, recipe: dict[str, Any], processes: int) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from changing import change_weights
 from safetensors.torch import load_file
 from torch import nn
 
@@ -30,6 +31,12 @@ FURTHER = {
     "learning_rate": 1e-4,
     "start": spar_hf.SPAR_TINY,
 }
+
+
+def command_of(world, **options):
+    """The arguments of a short training of the coloured world."""
+    given = {"data": world, "recipe": world / "recipe.yaml", "output": world / "run", **FURTHER, **options}
+    return [part for name, value in given.items() for part in (f"--{name}", str(value))]
 
 
 @pytest.fixture
@@ -82,11 +89,9 @@ def test_the_loss_grows_with_the_distance_from_the_anchor(world, towers):
 
 def test_a_student_goes_on_with_labels(world):
     """Its record says so, its text tower stays, and an anchor keeps its features nearer to what they were."""
-    command = ["--data", str(world), "--recipe", str(world / "recipe.yaml")]
-    command += [part for name, value in FURTHER.items() for part in (f"--{name}", str(value))]
     free, held = (
-        main([*command, "--output", str(world / name), "--crop_sides", "32", "64", "--anchor_weight", weight])
-        for name, weight in (("free", "0"), ("held", "300"))
+        main([*command_of(world, output=world / name, anchor_weight=weight), "--crop_sides", "32", "64"])
+        for name, weight in (("free", 0), ("held", 300))
     )
     record = SparForOpenVocabSegmentation.from_pretrained(held).config.distillation
     start = SparForOpenVocabSegmentation.from_pretrained(spar_hf.SPAR_TINY)
@@ -125,17 +130,10 @@ def test_a_model_trained_further_keeps_its_processor(world, tmp_path):
     assert dict(SparProcessor.from_pretrained(result).image_processor.size) == processor.image_processor.size
 
 
-def command_of(world, **options):
-    """The arguments of a short training of the coloured world."""
-    given = {"data": world, "recipe": world / "recipe.yaml", "output": world / "run", **FURTHER, **options}
-    return [part for name, value in given.items() for part in (f"--{name}", str(value))]
-
-
 def test_a_resumed_run_goes_on_from_the_weights_it_began_with(world, tmp_path):
     """The anchor is no part of a checkpoint: it is read again from --start."""
     start = tmp_path / "start"
-    model = SparForOpenVocabSegmentation.from_pretrained(spar_hf.SPAR_TINY)
-    model.save_pretrained(start)
+    SparForOpenVocabSegmentation.from_pretrained(spar_hf.SPAR_TINY).save_pretrained(start)
     SparProcessor.from_pretrained(spar_hf.SPAR_TINY).save_pretrained(start)
     options = {"start": start, "anchor_weight": 0.5, "steps": 4, "save_steps": 2}
     whole = load_file(main(command_of(world, **options)) / "model.safetensors")
@@ -145,9 +143,7 @@ def test_a_resumed_run_goes_on_from_the_weights_it_began_with(world, tmp_path):
     assert whole.keys() == again.keys() and all(torch.equal(whole[name], again[name]) for name in whole)
 
     shutil.rmtree(world / "run" / "model")
-    with torch.no_grad():
-        next(model.vision_model.parameters())[0] += 0.01
-    model.save_pretrained(start)
+    change_weights(start, "vision_model")
     with pytest.raises(UsageError, match="those of --start changed since the run began"):
         main(resumed)
     (state,) = (world / "run").glob("checkpoint-2/state.json")
@@ -269,9 +265,8 @@ def test_a_set_whose_labels_are_left_out_only_anchors(world, towers):
     assert parts["set1"] == 0 < parts["set0"] and parts["anchor"] > 0
 
     (world / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    command = ["--data", str(world), "--recipe", str(world / "recipe.yaml"), "--output", str(world / "run")]
     with pytest.raises(UsageError, match=r"others, which has `labels: false`: give --anchor_weight"):
-        main([*command, "--start", str(spar_hf.SPAR_TINY)])
+        main(command_of(world))
     result = main(command_of(world, anchor_weight=0.5))
     record = SparForOpenVocabSegmentation.from_pretrained(result).config.distillation
     assert record["labels"][-1]["sets"] == ["scenes"]
